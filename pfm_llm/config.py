@@ -1,0 +1,388 @@
+"""One YAML, one frozen tree of settings. Unknown keys and impossible combinations are errors."""
+
+import difflib
+import hashlib
+import types
+import typing
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pfm_llm.errors import ConfigError
+
+
+class SplitKind(StrEnum):
+    """How held-out interactions are chosen."""
+
+    LEAVE_LAST_OUT = "leave_last_out"
+    LAST_FRACTION = "last_fraction"
+    GLOBAL_TEMPORAL = "global_temporal"
+
+
+class Repeats(StrEnum):
+    """What to do when a user meets an item again."""
+
+    FIRST_ONLY = "first_only"
+    ALLOW = "allow"
+
+
+class ItemIds(StrEnum):
+    """Where a learned embedding per item is used."""
+
+    NONE = "none"
+    OUTPUT = "output"
+    BOTH = "both"
+
+
+class PrivateKind(StrEnum):
+    """What a private adapter is made of."""
+
+    INDEPENDENT = "independent"
+    SHARED_BASIS = "shared_basis"
+
+
+class Schedule(StrEnum):
+    """When the private adapter is trained relative to the shared one."""
+
+    JOINT = "joint"
+    ALTERNATE = "alternate"
+    PRIVATE_AFTER = "private_after"
+
+
+class Weighting(StrEnum):
+    """How much each client's update counts."""
+
+    UNIFORM = "uniform"
+    NUM_EXAMPLES = "num_examples"
+
+
+class ServerOptimizer(StrEnum):
+    """What the server does with the aggregated update."""
+
+    AVERAGE = "average"
+    FEDAVGM = "fedavgm"
+    FEDADAM = "fedadam"
+
+
+class LearningRateSchedule(StrEnum):
+    """How the server's learning rates change over the rounds."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+
+
+class LocalOptimizer(StrEnum):
+    """What a client steps with."""
+
+    SGD = "sgd"
+    ADAMW = "adamw"
+
+
+class Dtype(StrEnum):
+    """Compute type of the frozen backbone."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ColumnsConfig(_Settings):
+    """Column names in a CSV, TSV, Parquet or `datasets` source."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+    timestamp: str | None = Field("timestamp", description="None: the rows are in order")
+    rating: str | None = Field(None, description="None: no ratings")
+    title: str = Field("title", description="the item's text, in the items file or in each row")
+
+
+class DataConfig(_Settings):
+    """Where interactions come from and how they are split."""
+
+    source: str = Field(
+        "movielens-100k",
+        description="movielens-100k (embedded), a MovieLens folder, a CSV/TSV/Parquet file, "
+        "a `datasets` id, or a save_to_disk folder",
+    )
+    items: str | None = Field(None, description="file of item texts, when apart from source")
+    columns: ColumnsConfig = ColumnsConfig()
+    repeats: Repeats = Repeats.FIRST_ONLY
+    split: SplitKind = SplitKind.LEAVE_LAST_OUT
+    held_out: Fraction = Field(0.2, description="share held out by the other two splits")
+    min_interactions: PositiveCount = Field(3, description="users with fewer are dropped")
+    max_users: PositiveCount | None = Field(None, description="keep a random sample of users")
+    max_bad_rows: Fraction = Field(0.01, description="stop above this share of bad rows")
+    users_per_client: PositiveCount = Field(1, description="1: one user per client; else silos")
+
+
+class BackboneConfig(_Settings):
+    """The frozen language model."""
+
+    name: str = Field("smollm2-135m", description="embedded name, Hub id or local folder")
+    revision: str | None = Field(None, description="Hub revision")
+    dtype: Dtype = Dtype.AUTO
+
+
+class WindowConfig(_Settings):
+    """How a history is cut into passes."""
+
+    items: PositiveCount = Field(32, description="items per window")
+    max_windows: PositiveCount | None = Field(
+        None, description="train on the newest so many windows; None: the whole history"
+    )
+    per_step: PositiveCount | None = Field(
+        None, description="windows drawn for one local step; None: all"
+    )
+    max_item_tokens: PositiveCount = Field(32, description="longer item texts are cut")
+
+
+class LoraAdapterConfig(_Settings):
+    """One LoRA adapter."""
+
+    rank: PositiveCount = 8
+    alpha: Positive = 16.0
+    dropout: Fraction = 0.0
+
+
+class PrivateAdapterConfig(LoraAdapterConfig):
+    """The adapter that never leaves its client."""
+
+    enabled: bool = True
+    rank: PositiveCount = 4
+    alpha: Positive = 8.0
+    kind: PrivateKind = PrivateKind.INDEPENDENT
+    head_rank: Count = Field(4, description="rank of the private head term; 0: none")
+    weight: float = Field(1.0, ge=0, le=1.5, description="private_weight at serving time")
+
+
+class AdaptersConfig(_Settings):
+    """Where and how large the adapters are."""
+
+    num_layers: PositiveCount = Field(4, description="adapted layers, counted from the top")
+    targets: tuple[str, ...] | str = Field(
+        "all-linear", description="module names, or all-linear"
+    )
+    shared: LoraAdapterConfig = LoraAdapterConfig()
+    private: PrivateAdapterConfig = PrivateAdapterConfig()
+
+
+class HeadConfig(_Settings):
+    """The recommender head, part of the shared state."""
+
+    dim: PositiveCount = Field(256, description="dimensions of the whitened text space")
+    item_bias: bool = True
+    item_ids: ItemIds = ItemIds.BOTH
+    id_dim: PositiveCount = Field(64, description="dimensions of an item's learned embedding")
+    dropout: Fraction = Field(0.0, description="dropout on the projected user state")
+
+
+class LocalConfig(_Settings):
+    """What a client does in a round."""
+
+    schedule: Schedule = Schedule.ALTERNATE
+    shared_local_steps: PositiveCount = 1
+    private_local_steps: Count = 1
+    personalise_steps: Count = Field(4, description="private steps before an evaluation")
+    shared_optimizer: LocalOptimizer = LocalOptimizer.SGD
+    shared_lr: Positive = Field(1.0, description="with sgd, one step and fedadam: irrelevant")
+    private_optimizer: LocalOptimizer = LocalOptimizer.ADAMW
+    private_lr: Positive = 5e-4
+    private_weight_decay: NonNegative = 0.0
+    max_grad_norm: Positive | None = Field(None, description="clip each client's gradient")
+
+
+class ServerConfig(_Settings):
+    """How the server steps. Learning rates are per group of tensors."""
+
+    optimizer: ServerOptimizer = ServerOptimizer.FEDADAM
+    weighting: Weighting = Weighting.UNIFORM
+    lr_lora: Positive = 1e-3
+    lr_head: Positive = 3e-3
+    lr_item_ids: Positive = 3e-3
+    lr_item_bias: Positive = 3e-2
+    lr_schedule: LearningRateSchedule = LearningRateSchedule.COSINE
+    warmup_rounds: Count = 0
+    momentum: Fraction = 0.9
+    beta2: Fraction = 0.99
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+
+
+class FederationConfig(_Settings):
+    """The rounds."""
+
+    num_rounds: PositiveCount = 100
+    cohort_size: PositiveCount = 16
+    local: LocalConfig = LocalConfig()
+    server: ServerConfig = ServerConfig()
+
+
+class EvaluationConfig(_Settings):
+    """What is measured, and when."""
+
+    every: Count = Field(0, description="validate every so many rounds; 0: at the end only")
+    ks: tuple[PositiveCount, ...] = (5, 10, 20)
+    num_negatives: PositiveCount = 99
+    bootstrap: PositiveCount = Field(1000, description="resamples for the intervals")
+    confidence: Fraction = 0.95
+    max_users: PositiveCount | None = Field(
+        None, description="a fixed random sample of users for the validations during training"
+    )
+    baselines: tuple[str, ...] = ("popularity", "ease", "markov_recency")
+
+
+class CacheConfig(_Settings):
+    """Cached trunk states. They reproduce the history: private data."""
+
+    max_gb: NonNegative = Field(4.0, description="beyond it: recompute")
+    dir: str | None = Field(
+        None, description="another private folder, to reuse trunk states between runs"
+    )
+
+
+class RuntimeConfig(_Settings):
+    """The machine."""
+
+    threads: PositiveCount | None = Field(None, description="None: cores / local processes")
+    tokens_per_chunk: PositiveCount = Field(6144, description="tokens of one many-clients pass")
+    trackers: tuple[str, ...] = Field((), description="accelerate trackers, e.g. tensorboard")
+
+
+class OutputConfig(_Settings):
+    """Where a run leaves its files."""
+
+    dir: str = Field("runs", description="holds <name>/ and, apart from it, <name>.private/")
+    checkpoint_every: PositiveCount = Field(10, description="rounds between commits")
+
+
+class ExperimentConfig(_Settings):
+    """Everything that a run depends on."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    prompt: str = "next_item.v1"
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    window: WindowConfig = WindowConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
+    head: HeadConfig = HeadConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cache: CacheConfig = CacheConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> "ExperimentConfig":
+        private, local = self.adapters.private, self.federation.local
+        shared_basis = private.enabled and private.kind is PrivateKind.SHARED_BASIS
+        if shared_basis and local.schedule is not Schedule.ALTERNATE:
+            raise ValueError(
+                "adapters.private.kind: shared_basis needs federation.local.schedule: alternate "
+                "(the private part is fitted before the basis takes its gradient)"
+            )
+        if shared_basis and local.private_local_steps == 0:
+            raise ValueError(
+                "adapters.private.kind: shared_basis needs private_local_steps of at least 1"
+            )
+        if self.name.endswith(".private"):
+            raise ValueError("name must not end in .private: that is the private folder's name")
+        return self
+
+
+def load_config(
+    path: str | Path, overrides: typing.Sequence[str] = ()
+) -> ExperimentConfig:
+    """Read a YAML config.
+
+    Args:
+        path: The file.
+        overrides: ``dotted.key=value`` strings, values in YAML, applied on top.
+
+    Raises:
+        ConfigError: The file cannot be read, or a key or value is wrong; the message names the
+            key, and for an unknown one the nearest valid key.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    try:
+        tree = yaml.safe_load(text)
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
+        for override in overrides:
+            _apply_override(tree, override)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    return parse_config(tree, origin=str(path))
+
+
+def parse_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConfig:
+    """Validate a tree of settings; see `load_config`."""
+    try:
+        return ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        raise ConfigError(f"{origin}:\n{lines}") from error
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """The resolved config as YAML; `load_config` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_hash(config: BaseModel) -> str:
+    """SHA-256 over the canonical form of (part of) a config, in hex."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r}: expected dotted.key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = tree.get(parent)
+        if child is None:
+            child = tree[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} holds no keys")
+        tree = child
+    tree[last] = yaml.safe_load(value)
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] != "extra_forbidden":
+        return f"{'.'.join(location) or 'config'}: {problem['msg']}"
+    message = f"unknown key {'.'.join(location)}"
+    valid = _keys_at(location[:-1])
+    nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+    if not nearest:
+        return f"{message}; valid here: {', '.join(valid)}"
+    return f"{message}; did you mean {'.'.join([*location[:-1], nearest[0]])}?"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    model: Any = ExperimentConfig
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
+        model = next((o for o in options if isinstance(o, type)), annotation)
+    return list(model.model_fields)

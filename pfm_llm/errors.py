@@ -1,0 +1,68 @@
+"""Every error that pfm_llm raises on purpose.
+
+PfmError
+├── ConfigError            a config key, value or combination that cannot run
+├── DataError              a source, row or split that cannot be used
+├── AssetError             an embedded asset that cannot be had
+├── StorageError           a file that cannot be written or trusted
+│   ├── DiskSpaceError
+│   └── CorruptFileError
+├── BackboneError          a language model that cannot serve as the backbone
+├── ContractError          an update that the server refuses
+├── TrainingError          training that cannot go on (a loss that is not finite)
+├── CheckpointError        a run that cannot be resumed
+└── LaunchError            processes that were started in a way that would mislead
+
+Each message names the thing and the remedy. Scripts print it without a traceback and exit
+with ``exit_code``.
+"""
+
+
+class PfmError(Exception):
+    """Base of all deliberate errors."""
+
+    exit_code = 2
+
+
+class ConfigError(PfmError):
+    """A config key, value or combination that cannot run."""
+
+
+class DataError(PfmError):
+    """A data source, row or split that cannot be used."""
+
+
+class AssetError(PfmError):
+    """An embedded asset that cannot be fetched, verified or unpacked."""
+
+
+class StorageError(PfmError):
+    """A file that cannot be written or trusted."""
+
+
+class DiskSpaceError(StorageError):
+    """The disk is full; nothing half-written was left behind."""
+
+
+class CorruptFileError(StorageError):
+    """A file whose content does not match its checksum or format."""
+
+
+class BackboneError(PfmError):
+    """A language model that cannot serve as the backbone."""
+
+
+class ContractError(PfmError):
+    """A client update that breaks the update contract and is refused."""
+
+
+class TrainingError(PfmError):
+    """Training that cannot go on, for example on a loss that is not finite."""
+
+
+class CheckpointError(PfmError):
+    """A run that cannot be resumed from what is on disk."""
+
+
+class LaunchError(PfmError):
+    """Processes that were started in a way that would silently mislead."""

@@ -1,0 +1,139 @@
+"""Files that are whole or absent: atomic writes, checksums, and clear disk errors."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from pfm_llm.errors import CorruptFileError, DiskSpaceError, StorageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_PRIVATE_DIR_MODE = 0o700
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` about ``path`` into a `StorageError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskSpaceError(
+                f"no space left while writing {path}; free some disk space and run again "
+                "(what was committed before is intact)"
+            ) from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` so that a reader sees the old file or the new, never half.
+
+    Raises:
+        DiskSpaceError: The disk is full; no temporary file is left.
+        StorageError: Any other failure to write.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` of indented JSON with a final newline. NaN is refused (``ValueError``)."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        CorruptFileError: The file is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"{path} is not valid JSON ({error}); delete it") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write a safetensors file atomically.
+
+    Args:
+        path: Where to.
+        tensors: Name to tensor; moved to the CPU and made contiguous as needed.
+        metadata: Strings for the file's header.
+
+    Returns:
+        The SHA-256 of the file, in hex.
+    """
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(ready, dict(metadata) if metadata else None)
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_tensors(
+    path: Path, expected_sha256: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file.
+
+    Args:
+        path: The file.
+        expected_sha256: When given, the content must have this hash.
+
+    Returns:
+        The tensors (memory-mapped where the platform allows) and the header's metadata.
+
+    Raises:
+        CorruptFileError: The file is truncated, not safetensors, or has another hash.
+    """
+    if expected_sha256 is not None and sha256_of(path) != expected_sha256:
+        raise CorruptFileError(f"{path} does not match its recorded checksum")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, ValueError) as error:
+        raise CorruptFileError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def make_private_dir(path: Path) -> Path:
+    """Create ``path`` (and missing parents) readable by its owner alone; return it."""
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True, mode=_PRIVATE_DIR_MODE)
+        path.chmod(_PRIVATE_DIR_MODE)
+    return path

@@ -1,0 +1,87 @@
+"""The states and messages of the federation, kept apart by type.
+
+`SharedState` and `PrivateState` are unrelated on purpose: no function accepts both, and
+`ClientUpdate` has no field that could hold a private tensor. Tensor names say where a tensor
+belongs:
+
+=====================  ===================================  ==========================
+name                   shape                                lives in
+=====================  ===================================  ==========================
+``lora.<module>.A``    [rank, in_features]                  shared state
+``lora.<module>.B``    [out_features, rank]                 shared state
+``head.<parameter>``   see ``head.py``                      shared state
+``basis.<module>.A``   [private rank, in_features]          shared state (shared_basis)
+``private.…``          as above                             private state, never leaves
+=====================  ===================================  ==========================
+
+``<module>`` is the module's path in ``AutoModelForCausalLM``, such as
+``model.layers.26.self_attn.q_proj``. All are float32 on the CPU between rounds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+
+PRIVATE_PREFIX = "private."
+
+
+class Mode(StrEnum):
+    """Which parts of the model score."""
+
+    ZERO_SHOT = "zero_shot"
+    SHARED_ONLY = "shared_only"
+    PRIVATE_ONLY = "private_only"
+    SHARED_PRIVATE = "shared_private"
+    NONE = "none"
+    """Not one of our models: a baseline."""
+
+
+@dataclass(frozen=True)
+class SharedState:
+    """What the server aggregates and everybody receives.
+
+    Attributes:
+        tensors: Name to float32 CPU tensor; names begin with ``lora.``, ``head.``, ``basis.``.
+    """
+
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class PrivateState:
+    """What one client keeps. Only `private_store` writes it, only on the client's side.
+
+    Attributes:
+        client_id: Whose it is.
+        version: The round after which it was written; 0 before any.
+        tensors: Name to float32 CPU tensor; names begin with ``private.``.
+    """
+
+    client_id: str
+    version: int
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends: the change of the shared state, and two numbers.
+
+    Attributes:
+        client_id: Who sends it.
+        round_number: The round it was trained in, from 1.
+        contract_hash: Hash of the contract it was built under.
+        num_examples: How many next-item predictions it was trained on.
+        loss: Mean training loss (nats) before the first step.
+        delta: New minus received value of each shared tensor, float32.
+    """
+
+    client_id: str
+    round_number: int
+    contract_hash: str
+    num_examples: int
+    loss: float
+    delta: Tensors
