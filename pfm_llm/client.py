@@ -1,0 +1,364 @@
+"""The clients' side: histories, private states, and local training in the many-clients pass."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pfm_llm import seeding
+from pfm_llm.cohort_model import ChunkBatch, CohortModel, HeadDropout, Parts, collate
+from pfm_llm.config import ExperimentConfig, LocalOptimizer, Schedule
+from pfm_llm.contract import UpdateContract
+from pfm_llm.data.partition import Client
+from pfm_llm.data.splits import TrainData
+from pfm_llm.encoding import HistoryEncoder, Window
+from pfm_llm.local_steps import StackedOptimizer
+from pfm_llm.private_store import PrivateStore
+from pfm_llm.trunk_cache import TrunkCache
+from pfm_llm.types import PRIVATE_PREFIX, ClientUpdate, PrivateState, SharedState, Tensors
+
+_log = logging.getLogger(__name__)
+
+InitialPrivate = Callable[[str], dict[str, torch.Tensor]]
+
+
+class ClientHistories:
+    """What the simulated clients hold: training windows and their trunk states.
+
+    Args:
+        clients: The federation's clients.
+        train: Training interactions; nothing held out can be reached from here.
+        encoder: Renders and tokenises.
+        cache: Trunk states.
+        store: The clients' private folders.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        train: TrainData,
+        encoder: HistoryEncoder,
+        cache: TrunkCache,
+        store: PrivateStore,
+    ) -> None:
+        self.clients: Mapping[str, Client] = {client.client_id: client for client in clients}
+        self._train = train
+        self._encoder = encoder
+        self._cache = cache
+        self._store = store
+        self._windows: dict[str, tuple[Window, ...]] = {}
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Ids of the clients that have something to learn from: at least one transition."""
+        offsets = self._train.interactions.offsets
+        return tuple(
+            client_id
+            for client_id, client in self.clients.items()
+            if any(offsets[user + 1] - offsets[user] >= 2 for user in client.users)
+        )
+
+    def windows(self, client_id: str) -> tuple[Window, ...]:
+        """A client's training windows, by user, oldest first."""
+        if client_id not in self._windows:
+            interactions = self._train.interactions
+            found: list[Window] = []
+            for user in self.clients[client_id].users:
+                span = slice(*interactions.offsets[user : user + 2])
+                ratings = None if interactions.ratings is None else interactions.ratings[span]
+                found += self._encoder.training_windows(interactions.items[span], ratings)
+            self._windows[client_id] = tuple(found)
+        return self._windows[client_id]
+
+    def trunk_states(self, client_id: str) -> list[torch.Tensor]:
+        """Trunk states [T, d] of each of a client's training windows."""
+        return self._cache.states(self.windows(client_id), self._store.client_dir(client_id))
+
+    def num_tokens(self, client_id: str) -> int:
+        """Padded size of a client's windows: their number times the longest."""
+        windows = self.windows(client_id)
+        return len(windows) * max((len(window.tokens) for window in windows), default=0)
+
+
+def plan_chunks(
+    client_ids: Iterable[str], num_tokens: Callable[[str], int], tokens_per_chunk: int
+) -> list[tuple[str, ...]]:
+    """Group clients for the many-clients pass; a function of the clients alone.
+
+    Clients of like size go together, so that little is padding.
+
+    Args:
+        client_ids: Who takes part.
+        num_tokens: Padded tokens of one client.
+        tokens_per_chunk: Bound per chunk; a single client may exceed it.
+    """
+    ordered = sorted(client_ids, key=lambda client_id: (num_tokens(client_id), client_id))
+    chunks: list[list[str]] = []
+    room = 0
+    for client_id in ordered:
+        size = num_tokens(client_id)
+        if not chunks or size > room:
+            chunks.append([])
+            room = tokens_per_chunk
+        chunks[-1].append(client_id)
+        room -= size
+    return [tuple(chunk) for chunk in chunks]
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """The steps that one call of local training takes.
+
+    Attributes:
+        shared_steps, private_steps: How many of each.
+        schedule: In which order.
+        purpose: Names the random draws.
+    """
+
+    shared_steps: int
+    private_steps: int
+    schedule: Schedule
+    purpose: str
+
+    def plan(self) -> list[tuple[bool, bool]]:
+        """For each step, whether the shared and whether the private tensors move."""
+        if self.schedule is Schedule.JOINT:
+            longest = max(self.shared_steps, self.private_steps)
+            return [(s < self.shared_steps, s < self.private_steps) for s in range(longest)]
+        private = [(False, True)] * self.private_steps
+        shared = [(True, False)] * self.shared_steps
+        if self.schedule is Schedule.PRIVATE_AFTER:
+            return shared
+        return private + shared
+
+
+class LocalTrainer:
+    """Trains chunks of clients: from shared and private state to updates and private states.
+
+    Args:
+        config: The experiment.
+        model: The many-clients model.
+        histories: The clients' data.
+        store: Where private states live; nothing else ever receives them.
+        contract: What an update may hold.
+        initial_private: Private tensors of a client that has none yet.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        model: CohortModel,
+        histories: ClientHistories,
+        store: PrivateStore,
+        contract: UpdateContract,
+        initial_private: InitialPrivate,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._histories = histories
+        self._store = store
+        self._contract = contract
+        self._initial_private = initial_private
+        self._local = config.federation.local
+
+    def chunks(self, cohort: Sequence[str]) -> list[tuple[str, ...]]:
+        """The cohort's chunks; equal on every process."""
+        limit = self._config.window.per_step
+
+        def num_tokens(client_id: str) -> int:
+            windows = self._histories.windows(client_id)
+            rows = min(len(windows), limit or len(windows))
+            return rows * max((len(window.tokens) for window in windows), default=0)
+
+        return plan_chunks(cohort, num_tokens, self._config.runtime.tokens_per_chunk)
+
+    def train_chunk(
+        self, chunk: Sequence[str], shared: SharedState, round_number: int
+    ) -> list[ClientUpdate]:
+        """Train some clients for one round; their new private states go to their store."""
+        private_on = self._config.adapters.private.enabled
+        work = LocalWork(
+            self._local.shared_local_steps,
+            self._local.private_local_steps if private_on else 0,
+            self._local.schedule,
+            "round",
+        )
+        trains_private = any(moves for _, moves in work.plan())
+        private = self._load_private(chunk, round_number - 1) if trains_private else {}
+        received = self._stack_shared(shared, len(chunk))
+        new, losses = self._train(chunk, {**received, **private}, work, round_number)
+        if private:
+            self._save_private(chunk, new, round_number)
+        counts = [sum(w.num_targets for w in self._histories.windows(c)) for c in chunk]
+        return [
+            self._contract.build(
+                client_id=client_id,
+                round_number=round_number,
+                num_examples=counts[c],
+                loss=losses[c],
+                delta={name: (new[name][c] - received[name][c]).cpu() for name in received},
+            )
+            for c, client_id in enumerate(chunk)
+        ]
+
+    def personalise(
+        self, chunk: Sequence[str], shared: SharedState, round_number: int
+    ) -> dict[str, torch.Tensor]:
+        """Fit private adapters to the shared state at hand, on training histories only.
+
+        Starts from each client's newest private state up to ``round_number``. Clients that have
+        nothing to train on keep what they have.
+
+        Returns:
+            Stacked private tensors [C, ...]; the store is not changed.
+        """
+        private = self._load_private(chunk, round_number)
+        able = [c for c, client_id in enumerate(chunk) if self._histories.windows(client_id)]
+        steps = self._local.personalise_steps
+        if not steps or not able:
+            return private
+        work = LocalWork(0, steps, Schedule.ALTERNATE, "personalise")
+        stacked = {
+            **self._stack_shared(shared, len(able)),
+            **{name: value[able] for name, value in private.items()},
+        }
+        new, _ = self._train([chunk[c] for c in able], stacked, work, round_number)
+        for name in private:
+            fitted = new[name].detach()
+            # A client whose fit went astray keeps its old adapter.
+            good = fitted.flatten(1).isfinite().all(1)
+            rows = torch.tensor(able, device=fitted.device)[good]
+            private[name] = private[name].index_copy(0, rows, fitted[good])
+        return private
+
+    def stack(self, shared: SharedState, private: Tensors, num_clients: int) -> dict[str, torch.Tensor]:
+        """Shared tensors repeated per client (no copy) beside stacked private ones."""
+        return {**self._stack_shared(shared, num_clients), **private}
+
+    def _train(
+        self,
+        chunk: Sequence[str],
+        stacked: dict[str, torch.Tensor],
+        work: LocalWork,
+        round_number: int,
+    ) -> tuple[dict[str, torch.Tensor], list[float]]:
+        """Take the planned steps; returns the new tensors and the first shared step's losses."""
+        local, private = self._local, self._config.adapters.private
+        optimizers = (
+            StackedOptimizer(local.shared_optimizer, local.shared_lr, 0.0, local.max_grad_norm),
+            StackedOptimizer(
+                local.private_optimizer,
+                local.private_lr,
+                local.private_weight_decay,
+                local.max_grad_norm,
+            ),
+        )
+        # Training fits the private adapter at full strength; `weight` is a serving-time choice.
+        parts = Parts(shared_lora=True, private_weight=1.0 if private.enabled else 0.0)
+        losses = [math.nan] * len(chunk)
+        batches = _BatchSource(self._config, self._histories, chunk, work.purpose, round_number)
+        for step, moves in enumerate(work.plan()):
+            moving = [
+                {n: v for n, v in stacked.items() if n.startswith(PRIVATE_PREFIX) is is_private}
+                if moves[is_private]
+                else {}
+                for is_private in (False, True)
+            ]
+            leaves = [
+                {n: v.detach().requires_grad_() for n, v in group.items()} for group in moving
+            ]
+            current = {**stacked, **leaves[0], **leaves[1]}
+            step_losses = self._model.losses(
+                batches.batch(step), current, parts, batches.dropout(step)
+            )
+            if moves[0] and math.isnan(losses[0]):
+                losses = [float(loss.detach()) for loss in step_losses]
+            flat = [*leaves[0].values(), *leaves[1].values()]
+            gradients = torch.autograd.grad(
+                torch.stack(step_losses).sum(), flat, allow_unused=True, materialize_grads=True
+            )
+            split = len(leaves[0])
+            stacked |= optimizers[0].step(leaves[0], gradients[:split])
+            stacked |= optimizers[1].step(leaves[1], gradients[split:])
+        return {name: value.detach() for name, value in stacked.items()}, losses
+
+    def _stack_shared(self, shared: SharedState, num_clients: int) -> dict[str, torch.Tensor]:
+        device = self._model.item_texts.device
+        return {
+            name: value.to(device).expand(num_clients, *value.shape)
+            for name, value in shared.tensors.items()
+        }
+
+    def _load_private(self, chunk: Sequence[str], at_most: int) -> dict[str, torch.Tensor]:
+        states = []
+        for client_id in chunk:
+            state = self._store.load(client_id, at_most=at_most)
+            states.append(state.tensors if state else self._initial_private(client_id))
+        device = self._model.item_texts.device
+        return {name: torch.stack([s[name] for s in states]).to(device) for name in states[0]}
+
+    def _save_private(
+        self, chunk: Sequence[str], new: Tensors, round_number: int
+    ) -> None:
+        names = [name for name in new if name.startswith(PRIVATE_PREFIX)]
+        for c, client_id in enumerate(chunk):
+            tensors = {name: new[name][c].cpu() for name in names}
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                _log.warning("client %s: private step was not finite, kept the old one", client_id)
+                continue
+            self._store.save(PrivateState(client_id, round_number, tensors))
+
+
+class _BatchSource:
+    """The batch of each local step: all windows, or ``window.per_step`` of them in turn."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        histories: ClientHistories,
+        chunk: Sequence[str],
+        purpose: str,
+        round_number: int,
+    ) -> None:
+        self._config = config
+        self._chunk = chunk
+        self._windows = [histories.windows(client_id) for client_id in chunk]
+        self._states = [histories.trunk_states(client_id) for client_id in chunk]
+        self._key = (purpose, round_number)
+        self._orders = [
+            torch.randperm(len(windows), generator=self._generator("windows", client_id)).tolist()
+            for client_id, windows in zip(chunk, self._windows, strict=True)
+        ]
+        self._whole: ChunkBatch | None = None
+
+    def batch(self, step: int) -> ChunkBatch:
+        """The batch of a step, counted from 0."""
+        size = self._config.window.per_step
+        if size is None or all(len(windows) <= size for windows in self._windows):
+            self._whole = self._whole or collate(self._windows, self._states)
+            return self._whole
+        picks = [_turn(order, step, size) for order in self._orders]
+        return collate(
+            [[w[i] for i in pick] for w, pick in zip(self._windows, picks, strict=True)],
+            [[s[i] for i in pick] for s, pick in zip(self._states, picks, strict=True)],
+        )
+
+    def dropout(self, step: int) -> HeadDropout | None:
+        """Dropout masks of a step, one generator per client."""
+        rate = self._config.head.dropout
+        if not rate:
+            return None
+        return HeadDropout(rate, [self._generator(f"dropout/{step}", c) for c in self._chunk])
+
+    def _generator(self, what: str, client_id: str) -> torch.Generator:
+        purpose, round_number = self._key
+        return seeding.generator(self._config.seed, f"{purpose}/{what}", round_number, client_id)
+
+
+def _turn(order: Sequence[int], step: int, size: int) -> list[int]:
+    """``size`` entries of ``order`` starting where the previous step stopped, around the end."""
+    if len(order) <= size:
+        return sorted(order)
+    return sorted(order[(step * size + k) % len(order)] for k in range(size))

@@ -1,0 +1,310 @@
+"""The many-clients pass: one batch, one frozen top, a different pair of adapters per client.
+
+The frozen weights are the same for everybody, so one matrix product serves the tokens of a
+whole chunk of clients. Each row of the batch (one window) carries its client's LoRA: the
+factors of shared and private adapter are concatenated along the rank, the scales folded into
+B, and ``torch.baddbmm`` adds the low-rank product onto the frozen output::
+
+    y[n] = x[n] W^T + (x[n] [A_s; A_p]^T) [s_s B_s, s_p B_p]^T
+
+which equals PEFT with both adapters active, one client at a time (a test holds it).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from pfm_llm import head as recommender_head
+from pfm_llm.encoding import NO_TARGET, Window
+from pfm_llm.head import Normaliser
+from pfm_llm.types import Tensors
+
+SHARED_LORA = "lora."
+BASIS = "basis."
+PRIVATE_LORA = "private.lora."
+PRIVATE_HEAD_A = "private.head.A"
+PRIVATE_HEAD_B = "private.head.B"
+BASIS_HEAD_A = "basis.head.A"
+
+
+@dataclass(frozen=True)
+class ChunkBatch:
+    """Windows of a chunk of clients, ready for the top.
+
+    A *position* is an item end. All positions receive the item's ID input; the *outputs* among
+    them are read out, to train or to rank.
+
+    Attributes:
+        trunk: [N, T, d] in the backbone's dtype, right-padded with zeros.
+        row_clients: int64 [N], index of each row's client in the chunk; ascending.
+        rows, ends: int64 [P], row and token index of every position, by client, then row.
+        items: int64 [P], the item at each position.
+        positions_per_client: How many of the P positions belong to each client.
+        outputs: int64 [K], which positions are read out, ascending.
+        targets: int64 [K], the next item at each output, or `NO_TARGET`.
+        outputs_per_client: How many of the K outputs belong to each client.
+    """
+
+    trunk: torch.Tensor
+    row_clients: torch.Tensor
+    rows: torch.Tensor
+    ends: torch.Tensor
+    items: torch.Tensor
+    positions_per_client: tuple[int, ...]
+    outputs: torch.Tensor
+    targets: torch.Tensor
+    outputs_per_client: tuple[int, ...]
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients the chunk has."""
+        return len(self.positions_per_client)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which adapters take part, and how strongly.
+
+    Attributes:
+        shared_lora: Whether the shared LoRA is on.
+        private_weight: Factor on the private adapter; 0 leaves it out.
+    """
+
+    shared_lora: bool = True
+    private_weight: float = 1.0
+
+
+def collate(
+    windows: Sequence[Sequence[Window]],
+    states: Sequence[Sequence[torch.Tensor]],
+    last_only: bool = False,
+) -> ChunkBatch:
+    """Put the windows of several clients into one batch.
+
+    Args:
+        windows: Per client its windows.
+        states: Per client and window the trunk states [T, d].
+        last_only: Read out the last position of each window (to rank) instead of every
+            position that has a target (to train).
+    """
+    flat = [(c, w) for c, own in enumerate(windows) for w in own]
+    lengths = torch.tensor([len(w) for _, w in flat])
+    row_clients = torch.tensor([c for c, _ in flat])
+    position_clients = row_clients.repeat_interleave(lengths)
+    targets = _joined([w.targets for _, w in flat])
+    outputs = lengths.cumsum(0) - 1 if last_only else (targets != NO_TARGET).nonzero()[:, 0]
+    trunk = nn.utils.rnn.pad_sequence([s for own in states for s in own], batch_first=True)
+    device = trunk.device
+    return ChunkBatch(
+        trunk=trunk,
+        row_clients=row_clients.to(device),
+        rows=torch.arange(len(flat)).repeat_interleave(lengths).to(device),
+        ends=_joined([w.item_ends for _, w in flat]).to(device),
+        items=_joined([w.items for _, w in flat]).to(device),
+        positions_per_client=_counts(position_clients, len(windows)),
+        outputs=outputs.to(device),
+        targets=targets[outputs].to(device),
+        outputs_per_client=_counts(position_clients[outputs], len(windows)),
+    )
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays)).long()
+
+
+def _counts(clients: torch.Tensor, num_clients: int) -> tuple[int, ...]:
+    return tuple(clients.bincount(minlength=num_clients).tolist())
+
+
+def _spans(counts: Sequence[int]) -> list[slice]:
+    stops = list(itertools.accumulate(counts))
+    return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+
+
+class CohortLinear(nn.Module):
+    """A frozen linear layer plus a low-rank term of its own for each row of the batch."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [N, T, in] to [N, T, out]; ``factors`` are A^T [N, in, r] and B^T [N, r, out]."""
+        output = self.base(x)
+        if self.factors is None:
+            return output  # type: ignore[no-any-return]
+        a, b = self.factors
+        return torch.baddbmm(output, torch.bmm(x, a), b)
+
+
+class CohortModel:
+    """Top view, head and catalogue: from trunk states to losses or scores of many clients.
+
+    Args:
+        top: The top view of the backbone; its adapted linear layers are replaced.
+        modules: Path in the full model to path in ``top`` of each adapted layer.
+        scales: alpha / rank of the shared and of the private adapter.
+        normaliser: The catalogue's whitening.
+        item_texts: float32 [I, D], whitened text embeddings.
+    """
+
+    def __init__(
+        self,
+        top: Any,
+        modules: dict[str, str],
+        scales: tuple[float, float],
+        normaliser: Normaliser,
+        item_texts: torch.Tensor,
+    ) -> None:
+        self._top = top
+        self._scales = scales
+        self._linears: dict[str, CohortLinear] = {}
+        for name, path in modules.items():
+            linear = CohortLinear(top.get_submodule(path))
+            top.set_submodule(path, linear)
+            self._linears[name] = linear
+        device = next(top.parameters()).device
+        self._normaliser = normaliser.to(device)
+        self.item_texts = item_texts.to(device)
+
+    @property
+    def num_items(self) -> int:
+        """Size of the catalogue."""
+        return len(self.item_texts)
+
+    def losses(
+        self,
+        batch: ChunkBatch,
+        stacked: Tensors,
+        parts: Parts,
+        dropout: "HeadDropout | None" = None,
+    ) -> list[torch.Tensor]:
+        """Mean cross-entropy (nats) over the whole catalogue for each client.
+
+        Args:
+            batch: The windows, collated to train.
+            stacked: Every tensor with a leading client dimension [C, ...], private ones too.
+            parts: Which adapters take part.
+            dropout: Applied to the user vectors, when given.
+
+        Returns:
+            C scalars; each depends on its own client's slice of ``stacked`` alone.
+        """
+        heads, vectors = self._user_vectors(batch, stacked, parts)
+        if dropout is not None:
+            vectors = [dropout(own, client) for client, own in enumerate(vectors)]
+        return [
+            F.cross_entropy(
+                recommender_head.score_items(head, own, self.item_texts), batch.targets[span]
+            )
+            for head, own, span in zip(
+                heads, vectors, _spans(batch.outputs_per_client), strict=True
+            )
+        ]
+
+    @torch.no_grad()
+    def scores(self, batch: ChunkBatch, stacked: Tensors, parts: Parts) -> torch.Tensor:
+        """Scores [K, I] of the catalogue at every output of the batch, float32."""
+        heads, vectors = self._user_vectors(batch, stacked, parts)
+        return torch.cat(
+            [
+                recommender_head.score_items(head, own, self.item_texts)
+                for head, own in zip(heads, vectors, strict=True)
+            ]
+        )
+
+    @torch.no_grad()
+    def zero_shot_scores(self, batch: ChunkBatch) -> torch.Tensor:
+        """Cosine scores [K, I] of the untouched backbone, float32."""
+        for linear in self._linears.values():
+            linear.factors = None
+        states = self._output_states(batch.trunk, batch)
+        return recommender_head.zero_shot_scores(states, self.item_texts)
+
+    def _user_vectors(
+        self, batch: ChunkBatch, stacked: Tensors, parts: Parts
+    ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
+        """Per client its head and its user vectors [K_c, D]."""
+        # unbind, not indexing: its backward is one stack instead of C zero-filled scatters.
+        slices = {n: v.unbind(0) for n, v in stacked.items() if n.startswith("head.")}
+        heads = [{n: v[c] for n, v in slices.items()} for c in range(batch.num_clients)]
+        private_heads = _private_heads(stacked, batch.num_clients, parts.private_weight)
+        self._set_factors(stacked, batch.row_clients, parts)
+        states = self._output_states(self._with_item_inputs(batch, heads), batch)
+        vectors = [
+            recommender_head.user_vectors(head, states[span], private_head)
+            for head, private_head, span in zip(
+                heads, private_heads, _spans(batch.outputs_per_client), strict=True
+            )
+        ]
+        return heads, vectors
+
+    def _with_item_inputs(
+        self, batch: ChunkBatch, heads: Sequence[Tensors]
+    ) -> torch.Tensor:
+        added = [
+            recommender_head.item_inputs(head, batch.items[span])
+            for head, span in zip(heads, _spans(batch.positions_per_client), strict=True)
+        ]
+        values = [value for value in added if value is not None]
+        if not values:
+            return batch.trunk
+        inputs = torch.cat(values).to(batch.trunk.dtype)
+        return batch.trunk.index_put((batch.rows, batch.ends), inputs, accumulate=True)
+
+    def _output_states(self, hidden: torch.Tensor, batch: ChunkBatch) -> torch.Tensor:
+        output = self._top(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        picked = output[batch.rows[batch.outputs], batch.ends[batch.outputs]]
+        return self._normaliser(picked)
+
+    def _set_factors(self, stacked: Tensors, row_clients: torch.Tensor, parts: Parts) -> None:
+        shared_scale, private_scale = self._scales
+        private_scale *= parts.private_weight
+        for name, linear in self._linears.items():
+            pairs = []
+            if parts.shared_lora and f"{SHARED_LORA}{name}.A" in stacked:
+                pairs.append(
+                    (stacked[f"{SHARED_LORA}{name}.A"], stacked[f"{SHARED_LORA}{name}.B"] * shared_scale)
+                )
+            if parts.private_weight and f"{PRIVATE_LORA}{name}.B" in stacked:
+                a = stacked.get(f"{PRIVATE_LORA}{name}.A", stacked.get(f"{BASIS}{name}.A"))
+                assert a is not None
+                pairs.append((a, stacked[f"{PRIVATE_LORA}{name}.B"] * private_scale))
+            if not pairs:
+                linear.factors = None
+                continue
+            dtype = linear.base.weight.dtype
+            a = torch.cat([a for a, _ in pairs], 1).to(dtype)
+            b = torch.cat([b for _, b in pairs], 2).to(dtype)
+            linear.factors = (a[row_clients].mT, b[row_clients].mT)
+
+
+@dataclass(frozen=True)
+class HeadDropout:
+    """Dropout on user vectors, from one generator per client."""
+
+    rate: float
+    generators: Sequence[torch.Generator]
+
+    def __call__(self, vectors: torch.Tensor, client: int) -> torch.Tensor:
+        """Drop entries of ``vectors`` [P, D] of the client at that index of the chunk."""
+        uniform = torch.rand(vectors.shape, generator=self.generators[client])
+        keep = (uniform >= self.rate).to(vectors.device)
+        return vectors * keep / (1 - self.rate)
+
+
+def _private_heads(
+    stacked: Tensors, num_clients: int, weight: float
+) -> Sequence[tuple[torch.Tensor, torch.Tensor] | None]:
+    if not weight or PRIVATE_HEAD_B not in stacked:
+        return [None] * num_clients
+    a = stacked.get(PRIVATE_HEAD_A, stacked.get(BASIS_HEAD_A))
+    assert a is not None
+    return list(zip(a.unbind(0), (stacked[PRIVATE_HEAD_B] * weight).unbind(0), strict=True))

@@ -1,0 +1,220 @@
+"""What an update may hold: built from an allow-list, checked again on arrival.
+
+The two adapters of a client have identical keys in PEFT, so sending the wrong one would be
+silent. Here every update is made by `UpdateContract.build`, which takes exactly the named
+tensors, and the server runs `UpdateContract.check` before it looks at a number.
+"""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from pfm_llm.errors import ContractError
+from pfm_llm.types import PRIVATE_PREFIX, ClientUpdate, SharedState, Tensors
+
+SHARED_PREFIXES = ("lora.", "head.", "basis.")
+MAX_EXAMPLES = 2**31 - 1
+"""An update that claims more is refused: no client has them, and its weight would drown all."""
+
+_SHOWN_NAMES = 3
+_SHOWN_LENGTH = 80
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and type of one tensor.
+
+    Attributes:
+        shape: Its dimensions.
+        dtype: Name of the torch dtype, without ``torch.``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        """The spec that ``tensor`` meets."""
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    def __str__(self) -> str:
+        """Such as ``float32[8, 576]``."""
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class UpdateContract:
+    """The allow-list of an experiment's updates.
+
+    Attributes:
+        tensors: Name to spec of every tensor of the shared state; nothing else may be sent.
+        backbone_hash: Identity of the frozen backbone.
+        prompt_hash: Identity of the prompt template.
+        catalogue_hash: Identity of the catalogue (item rows would be misaligned otherwise).
+
+    Raises:
+        ContractError: A name is private or of no known group, or a hash is empty.
+    """
+
+    tensors: dict[str, TensorSpec]
+    backbone_hash: str
+    prompt_hash: str
+    catalogue_hash: str
+
+    def __post_init__(self) -> None:
+        for name in self.tensors:
+            if name.startswith(PRIVATE_PREFIX):
+                raise ContractError(f"{_show(name)} is private and can never be in a contract")
+            if not name.startswith(SHARED_PREFIXES):
+                raise ContractError(
+                    f"{_show(name)} cannot be in a contract: shared tensors begin with "
+                    f"{', '.join(SHARED_PREFIXES)}"
+                )
+        for field in ("backbone_hash", "prompt_hash", "catalogue_hash"):
+            if not getattr(self, field):
+                raise ContractError(f"the contract's {field} is empty; it must identify one")
+        object.__setattr__(self, "tensors", dict(self.tensors))
+
+    @classmethod
+    def from_shared(
+        cls, shared: SharedState, *, backbone_hash: str, prompt_hash: str, catalogue_hash: str
+    ) -> Self:
+        """The contract under which updates of ``shared`` are sent."""
+        specs = {name: TensorSpec.of(tensor) for name, tensor in shared.tensors.items()}
+        return cls(specs, backbone_hash, prompt_hash, catalogue_hash)
+
+    def hash(self) -> str:
+        """SHA-256, in hex, over names, shapes, dtypes and the three identities."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> str:
+        specs = {name: [list(spec.shape), spec.dtype] for name, spec in self.tensors.items()}
+        identities = [self.backbone_hash, self.prompt_hash, self.catalogue_hash]
+        text = json.dumps([specs, identities], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def build(
+        self, client_id: str, round_number: int, num_examples: int, loss: float, delta: Tensors
+    ) -> ClientUpdate:
+        """Make the one message that leaves a client.
+
+        Values are judged on arrival alone, so that a client whose training diverged is refused
+        and counted instead of stopping the round.
+
+        Args:
+            client_id: Who sends it.
+            round_number: The round it was trained in, from 1.
+            num_examples: How many predictions it was trained on.
+            loss: Mean training loss (nats) before the first step.
+            delta: Exactly the contract's tensors; cloned to the CPU, so that the message shares
+                no storage with a stack that holds other clients or private parts.
+
+        Raises:
+            ContractError: ``delta`` lacks a tensor, has another one, or one of another shape or
+                dtype.
+        """
+        self._check_names(client_id, delta)
+        for name, spec in self.tensors.items():
+            _check_spec(client_id, name, delta[name], spec)
+        return ClientUpdate(
+            client_id=client_id,
+            round_number=round_number,
+            contract_hash=self.hash(),
+            num_examples=num_examples,
+            loss=loss,
+            delta={name: _own_copy(delta[name]) for name in self.tensors},
+        )
+
+    def check(self, update: ClientUpdate, round_number: int) -> None:
+        """Judge an update on arrival.
+
+        Args:
+            update: What arrived; nothing about it is taken for granted.
+            round_number: The round that is under way.
+
+        Raises:
+            ContractError: It was built under another contract or in another round, lacks a
+                tensor or has another one, or a tensor or number is not as it must be. The
+                message names the client, the thing and the reason.
+        """
+        client = update.client_id
+        if update.contract_hash != self.hash():
+            raise ContractError(
+                f"client {_show(client)}: built under contract {_show(update.contract_hash)}, not "
+                f"{self.hash()!r}; its backbone, prompt, catalogue or adapter shapes differ"
+            )
+        if update.round_number != round_number:
+            raise ContractError(
+                f"client {_show(client)}: trained in round {update.round_number}, "
+                f"but round {round_number} is under way"
+            )
+        _check_numbers(client, update.num_examples, update.loss)
+        self._check_names(client, update.delta)
+        for name, spec in self.tensors.items():
+            tensor = update.delta[name]
+            _check_spec(client, name, tensor, spec)
+            if not bool(torch.isfinite(tensor).all()):
+                raise ContractError(
+                    f"client {_show(client)}: {name} holds values that are not finite; "
+                    "its training diverged (lower federation.local.shared_lr)"
+                )
+
+    def _check_names(self, client_id: str, delta: Tensors) -> None:
+        if not isinstance(delta, Mapping):
+            raise ContractError(f"client {_show(client_id)}: the update holds no named tensors")
+        private = [name for name in delta if str(name).startswith(PRIVATE_PREFIX)]
+        if private:
+            raise ContractError(
+                f"client {_show(client_id)}: private tensors never leave their client, "
+                f"but the update holds {_show_names(private)}"
+            )
+        missing = self.tensors.keys() - delta.keys()
+        extra = delta.keys() - self.tensors.keys()
+        if missing or extra:
+            problems = [f"lacks {_show_names(missing)}"] if missing else []
+            problems += [f"has {_show_names(extra)}, not in the contract"] if extra else []
+            raise ContractError(f"client {_show(client_id)}: the update {' and '.join(problems)}")
+
+
+def _check_spec(client_id: str, name: str, tensor: Any, spec: TensorSpec) -> None:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        raise ContractError(f"client {_show(client_id)}: {name} is not a dense tensor")
+    found = TensorSpec.of(tensor)
+    if found != spec:
+        raise ContractError(f"client {_show(client_id)}: {name} is {found}, must be {spec}")
+
+
+def _check_numbers(client_id: str, num_examples: Any, loss: Any) -> None:
+    if type(num_examples) is not int or not 0 < num_examples <= MAX_EXAMPLES:
+        raise ContractError(
+            f"client {_show(client_id)}: num_examples is {_show(num_examples)}, must be an "
+            f"integer from 1 to {MAX_EXAMPLES}"
+        )
+    if type(loss) is not float or not math.isfinite(loss):
+        raise ContractError(
+            f"client {_show(client_id)}: loss is {_show(loss)}, must be a finite float"
+        )
+
+
+def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    # A view would be pickled with its whole storage, other clients' slices included.
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)  # of a stranger: escaped, and cut so that it cannot flood the log
+    return text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "…"
+
+
+def _show_names(names: Iterable[Any]) -> str:
+    ordered = sorted(names, key=str)
+    shown = ", ".join(_show(name) for name in ordered[:_SHOWN_NAMES])
+    more = len(ordered) - _SHOWN_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown

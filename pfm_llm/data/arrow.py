@@ -1,0 +1,181 @@
+"""Interactions on disk: a folder of memory-mapped `datasets` tables, whole or absent."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from pfm_llm.data.interactions import Catalogue, Interactions
+from pfm_llm.data.report import LoadReport
+from pfm_llm.errors import CorruptFileError, DataError
+from pfm_llm.files import read_json, storage_errors, write_json
+
+FORMAT_VERSION = 1
+"""Raise it when the meaning or the layout of what is stored changes."""
+
+_MANIFEST = "manifest.json"
+_FIELD = "field."
+_MAX_SWAPS = 3
+
+
+def to_arrow(interactions: Interactions, folder: Path, report: LoadReport | None = None) -> None:
+    """Store ``interactions`` as ``folder``, replacing what is there in one step.
+
+    The folder is readable by its owner alone and holds ``interactions``, ``users`` and
+    ``items``, each loadable with ``datasets.load_from_disk``, and a manifest with the content
+    hash.
+
+    Args:
+        interactions: What to store.
+        folder: Where; parents are created.
+        report: Kept beside it; see `read_report`.
+
+    Raises:
+        DiskSpaceError: The disk is full; nothing half-written was left behind.
+        StorageError: Any other failure to write.
+    """
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            _write(interactions, temporary, report)
+            _swap_in(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def from_arrow(folder: Path) -> Interactions:
+    """The interactions that `to_arrow` stored.
+
+    Raises:
+        CorruptFileError: The folder is missing, incomplete, of another format version, or its
+            content does not match its hash.
+    """
+    manifest = _read_manifest(folder)
+    try:
+        interactions = _read(folder, manifest)
+    except (OSError, KeyError, ValueError, TypeError, DataError) as error:
+        raise CorruptFileError(f"{folder} cannot be read ({error}); delete it") from error
+    if interactions.content_hash() != manifest["content_hash"]:
+        raise CorruptFileError(f"{folder} does not match its recorded hash; delete it")
+    return interactions
+
+
+def read_report(folder: Path) -> LoadReport:
+    """The report that `to_arrow` stored beside the interactions.
+
+    Raises:
+        CorruptFileError: There is none, or it is damaged.
+    """
+    try:
+        return LoadReport.from_json(_read_manifest(folder)["report"])
+    except (TypeError, KeyError) as error:
+        raise CorruptFileError(f"{folder / _MANIFEST} holds no report; delete it") from error
+
+
+def _write(interactions: Interactions, folder: Path, report: LoadReport | None) -> None:
+    rows: dict[str, Any] = {"item": interactions.items}
+    if interactions.timestamps is not None:
+        rows["timestamp"] = interactions.timestamps
+    if interactions.ratings is not None:
+        rows["rating"] = interactions.ratings
+    users = {"id": interactions.user_ids, "length": np.diff(interactions.offsets)}
+    catalogue = interactions.catalogue
+    tables: dict[str, dict[str, Any]] = {
+        "interactions": rows,
+        "users": users | _with_prefix(interactions.user_fields),
+        "items": {"id": catalogue.item_ids} | _with_prefix(catalogue.fields),
+    }
+    with _no_progress_bars():
+        for name, columns in tables.items():
+            datasets.Dataset.from_dict(columns).save_to_disk(str(folder / name))
+    write_json(
+        folder / _MANIFEST,
+        {
+            "format_version": FORMAT_VERSION,
+            "content_hash": interactions.content_hash(),
+            "report": None if report is None else report.to_json(),
+        },
+    )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    try:
+        manifest = read_json(path)
+    except OSError as error:
+        raise CorruptFileError(f"{path} cannot be read ({error.strerror})") from error
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise CorruptFileError(f"{path} is not of format version {FORMAT_VERSION}; delete it")
+    if "content_hash" not in manifest:
+        raise CorruptFileError(f"{path} records no content hash; delete it")
+    return manifest
+
+
+def _read(folder: Path, manifest: Mapping[str, Any]) -> Interactions:
+    rows = _columns(folder / "interactions")
+    users = _columns(folder / "users")
+    items = _columns(folder / "items")
+    return Interactions(
+        catalogue=Catalogue(_texts(items["id"]), _without_prefix(items)),
+        user_ids=_texts(users["id"]),
+        offsets=np.concatenate([[0], np.cumsum(users["length"].to_numpy())]),
+        items=rows["item"].to_numpy(),
+        timestamps=rows["timestamp"].to_numpy() if "timestamp" in rows else None,
+        ratings=rows["rating"].to_numpy() if "rating" in rows else None,
+        user_fields=_without_prefix(users),
+    )
+
+
+def _columns(folder: Path) -> dict[str, Any]:
+    table = datasets.load_from_disk(str(folder)).data
+    return dict(zip(table.column_names, table.columns, strict=True))
+
+
+def _texts(column: Any) -> tuple[str, ...]:
+    return tuple(column.to_pylist())
+
+
+def _with_prefix(fields: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    return {f"{_FIELD}{name}": values for name, values in fields.items()}
+
+
+def _without_prefix(columns: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {
+        name.removeprefix(_FIELD): _texts(column)
+        for name, column in columns.items()
+        if name.startswith(_FIELD)
+    }
+
+
+def _swap_in(temporary: Path, folder: Path) -> None:
+    """Rename onto ``folder``; a folder that is there is moved aside first, then removed."""
+    for _ in range(_MAX_SWAPS):
+        try:
+            os.rename(temporary, folder)
+            return
+        except OSError:
+            if not folder.exists():
+                raise
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.rename(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    # Another process keeps putting its own whole folder here: that one stands.
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    were_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_on:
+            datasets.enable_progress_bars()

@@ -1,0 +1,341 @@
+"""Users' histories over a catalogue of items with text.
+
+Users and items have internal ids, 0 to n - 1: the positions of their external ids in
+`Interactions.user_ids` and `Catalogue.item_ids`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pfm_llm.config import DataConfig, Repeats
+from pfm_llm.data.report import LoadReport
+from pfm_llm.errors import DataError
+from pfm_llm.seeding import numpy_generator
+
+TITLE = "title"
+"""The one text field that every catalogue has."""
+
+_MIN_ITEMS = 2
+REPEAT = "repeat of an item that the user has already (data.repeats: first_only)"
+TOO_FEW = "user with fewer than data.min_interactions"
+NOT_SAMPLED = "user not in the sample (data.max_users)"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All items that can be recommended, with or without interactions.
+
+    Attributes:
+        item_ids: External ids, distinct; the position is the internal id.
+        fields: Text fields, each one string per item, ``""`` where unknown. At least ``title``.
+
+    Raises:
+        DataError: An id comes twice, there is no title, or a field has another length.
+    """
+
+    item_ids: tuple[str, ...]
+    fields: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        if TITLE not in self.fields:
+            raise DataError(f"catalogue without a {TITLE} field; it has: {_names(self.fields)}")
+        _check_ids("catalogue", self.item_ids, self.fields)
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def content_hash(self) -> str:
+        """SHA-256 over ids and fields, in hex; the order of the fields does not matter."""
+        return _text_hash("catalogue", self.item_ids, self.fields).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """Every user's history, one after another, oldest item first.
+
+    Ties in time keep the order of the source file, so that nothing depends on item ids. The
+    arrays are read-only: ``torch.tensor(...)`` copies them.
+
+    Attributes:
+        catalogue: The items.
+        user_ids: External ids, distinct; the position is the internal id.
+        offsets: int64 [num_users + 1]: user ``u`` owns positions ``offsets[u]:offsets[u + 1]``.
+        items: int32 [num_interactions], internal item ids.
+        timestamps: int64 [num_interactions], seconds or any other order, not descending within
+            a user; None where only the order is known.
+        ratings: float32 [num_interactions]; None where there are none.
+        user_fields: Such as age and occupation, one string per user, ``""`` where unknown.
+
+    Raises:
+        DataError: The parts do not fit together.
+    """
+
+    catalogue: Catalogue
+    user_ids: tuple[str, ...]
+    offsets: np.ndarray
+    items: np.ndarray
+    timestamps: np.ndarray | None = None
+    ratings: np.ndarray | None = None
+    user_fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _freeze(self, "offsets", np.int64)
+        _freeze(self, "items", np.int32)
+        _freeze(self, "timestamps", np.int64)
+        _freeze(self, "ratings", np.float32)
+        _check_ids("interactions", self.user_ids, self.user_fields)
+        _check_arrays(self)
+
+    @property
+    def num_users(self) -> int:
+        """Users, those with an empty history included."""
+        return len(self.user_ids)
+
+    @property
+    def num_interactions(self) -> int:
+        """Interactions of all users."""
+        return len(self.items)
+
+    def history(self, user: int) -> np.ndarray:
+        """The items of internal user ``user``, oldest first: a view, int32 [length]."""
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+    def content_hash(self) -> str:
+        """SHA-256 over all that this holds, the catalogue included, in hex."""
+        digest = _text_hash("interactions", self.user_ids, self.user_fields)
+        digest.update(self.catalogue.content_hash().encode())
+        for name in ("offsets", "items", "timestamps", "ratings"):
+            array: np.ndarray | None = getattr(self, name)
+            digest.update(f"{name}:{'none' if array is None else array.shape}".encode())
+            if array is not None:
+                little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
+                digest.update(np.ascontiguousarray(little_endian).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class RawInteractions:
+    """Usable rows in the order of their file, and what was said about the others.
+
+    Attributes:
+        catalogue: The items.
+        users: External user id of each row, not empty.
+        items: Internal item id of each row, int [rows].
+        timestamps: int64 or float64 [rows], finite; None: the rows are in order.
+        ratings: float [rows]; None: no ratings.
+        user_fields: Field name to a mapping from external user id to text.
+        num_bad: Reason to number of rows left out before these.
+        examples: The first rows left out: file, line and reason.
+        notes: For the report.
+    """
+
+    catalogue: Catalogue
+    users: Sequence[str]
+    items: np.ndarray
+    timestamps: np.ndarray | None = None
+    ratings: np.ndarray | None = None
+    user_fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    num_bad: Mapping[str, int] = field(default_factory=dict)
+    examples: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def build_interactions(
+    raw: RawInteractions, config: DataConfig, seed: int
+) -> tuple[Interactions, LoadReport]:
+    """Sort rows into histories and apply ``repeats``, ``min_interactions``, ``max_users``.
+
+    Internal user ids follow the first appearance of each kept user in the file. The catalogue
+    stays as it is: an item without interactions can still be recommended.
+
+    Args:
+        raw: The usable rows.
+        config: ``repeats``, ``min_interactions`` and ``max_users`` are read.
+        seed: The experiment's seed; matters only with ``max_users``.
+
+    Returns:
+        The interactions, and a report of what was dropped and what deserves a word.
+
+    Raises:
+        DataError: Fewer than two items, or nothing is left.
+    """
+    if len(raw.catalogue) < _MIN_ITEMS:
+        raise DataError(
+            f"the catalogue has {len(raw.catalogue)} item(s); ranking needs at least "
+            f"{_MIN_ITEMS} items with text: check data.source, data.items and data.columns"
+        )
+    user_ids, users = _number(raw.users)
+    order = _time_order(users, raw.timestamps)
+    num_ties = _count_ties(users[order], raw.timestamps, order)
+    order, dropped = _select(order, users, raw, config, seed)
+    kept_users, counts = np.unique(users[order], return_counts=True)
+    dropped = {**raw.num_bad, **dropped}
+    num_rows = len(raw.users) + sum(raw.num_bad.values())
+    if not len(order):
+        raise DataError(_nothing_left(num_rows, dropped, raw.examples))
+    kept_ids = tuple(user_ids[user] for user in kept_users)
+    interactions = Interactions(
+        catalogue=raw.catalogue,
+        user_ids=kept_ids,
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        items=raw.items[order],
+        # Sorted at full resolution, stored in whole units.
+        timestamps=None if raw.timestamps is None else np.floor(raw.timestamps[order]),
+        ratings=None if raw.ratings is None else raw.ratings[order],
+        user_fields={
+            name: tuple(values.get(user, "") for user in kept_ids)
+            for name, values in raw.user_fields.items()
+        },
+    )
+    report = LoadReport(
+        num_rows=num_rows,
+        num_interactions=len(order),
+        num_users=len(kept_ids),
+        num_items=len(raw.catalogue),
+        dropped=dropped,
+        examples=raw.examples,
+        notes=(*raw.notes, *_notes(interactions, num_ties)),
+    )
+    return interactions, report
+
+
+def _time_order(users: np.ndarray, timestamps: np.ndarray | None) -> np.ndarray:
+    """Row positions by user, within a user by time; stable, so that ties keep file order."""
+    if timestamps is None:
+        return np.argsort(users, kind="stable")
+    return np.lexsort((timestamps, users))  # stable too
+
+
+def _count_ties(sorted_users: np.ndarray, timestamps: np.ndarray | None, order: np.ndarray) -> int:
+    if timestamps is None:
+        return 0
+    times = timestamps[order]
+    same = (sorted_users[1:] == sorted_users[:-1]) & (times[1:] == times[:-1])
+    return int(same.sum())
+
+
+def _select(
+    order: np.ndarray, users: np.ndarray, raw: RawInteractions, config: DataConfig, seed: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Drop repeats, then short histories, then users beyond the sample; count the rows."""
+    dropped: dict[str, int] = {}
+
+    def keep(mask: np.ndarray, reason: str) -> None:
+        nonlocal order
+        if not mask.all():
+            dropped[reason] = int((~mask).sum())
+        order = order[mask]
+
+    if config.repeats is Repeats.FIRST_ONLY:
+        pairs = users[order].astype(np.int64) * len(raw.catalogue) + raw.items[order]
+        first = np.zeros(len(order), dtype=bool)
+        first[np.unique(pairs, return_index=True)[1]] = True
+        keep(first, REPEAT)
+    kept_users, codes, counts = np.unique(users[order], return_inverse=True, return_counts=True)
+    enough = counts >= config.min_interactions
+    keep(enough[codes], TOO_FEW)
+    kept_users = kept_users[enough]
+    if config.max_users is not None and config.max_users < len(kept_users):
+        draw = numpy_generator(seed, "max_users")
+        sample = draw.choice(kept_users, size=config.max_users, replace=False)
+        keep(np.isin(users[order], sample), NOT_SAMPLED)
+    return order, dropped
+
+
+def _notes(interactions: Interactions, num_ties: int) -> list[str]:
+    notes = []
+    if interactions.timestamps is None:
+        notes.append("no timestamps: file order is taken as order in time")
+    if num_ties:
+        notes.append(
+            f"{num_ties:,} rows share their time with the same user's row before: file order"
+        )
+    if (note := _identical_text(interactions.catalogue)) is not None:
+        notes.append(note)
+    num_unseen = len(interactions.catalogue) - len(np.unique(interactions.items))
+    if num_unseen:
+        notes.append(f"{num_unseen:,} items of the catalogue have no interactions")
+    return notes
+
+
+def _identical_text(catalogue: Catalogue) -> str | None:
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for item_id, text in zip(
+        catalogue.item_ids, zip(*catalogue.fields.values(), strict=True), strict=True
+    ):
+        groups.setdefault(text, []).append(item_id)
+    titles = dict(zip(catalogue.item_ids, catalogue.fields[TITLE], strict=True))
+    twins = [ids for ids in groups.values() if len(ids) > 1]
+    if not twins:
+        return None
+    num_later = sum(len(ids) - 1 for ids in twins)
+    shown = "; ".join(
+        f"{titles[ids[0]]!r} ({', '.join(ids[:4])}{', …' if len(ids) > 4 else ''})"
+        for ids in twins[:3]
+    )
+    return (
+        f"{num_later:,} items have the same text as an earlier item, in {len(twins):,} groups "
+        f"that the text cannot tell apart, e.g. {shown}"
+    )
+
+
+def _nothing_left(num_rows: int, dropped: Mapping[str, int], examples: tuple[str, ...]) -> str:
+    lines = [f"no interactions left of {num_rows:,} rows; check data.source and data.columns"]
+    lines += [f"  {count:,} dropped: {reason}" for reason, count in dropped.items()]
+    return "\n".join([*lines, *(f"  {example}" for example in examples)])
+
+
+def _number(ids: Iterable[str]) -> tuple[list[str], np.ndarray]:
+    """Distinct ids by first appearance, and the number of each, int64 [rows]."""
+    index: dict[str, int] = {}
+    codes = np.array([index.setdefault(value, len(index)) for value in ids], dtype=np.int64)
+    return list(index), codes
+
+
+def _check_ids(what: str, ids: tuple[str, ...], fields: Mapping[str, Sequence[str]]) -> None:
+    if len(set(ids)) != len(ids):
+        seen: set[str] = set()
+        twice = next(value for value in ids if value in seen or seen.add(value))
+        raise DataError(f"{what}: id {twice!r} comes twice")
+    for name, values in fields.items():
+        if len(values) != len(ids):
+            raise DataError(f"{what}: field {name!r} has {len(values)} values for {len(ids)} ids")
+
+
+def _check_arrays(interactions: Interactions) -> None:
+    offsets, items = interactions.offsets, interactions.items
+    expected = (interactions.num_users + 1,)
+    if offsets.shape != expected or items.ndim != 1:
+        raise DataError(f"interactions: offsets of shape {offsets.shape}, expected {expected}")
+    if offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
+        raise DataError(f"interactions: offsets must rise from 0 to {len(items)}")
+    if len(items) and not 0 <= items.min() <= items.max() < len(interactions.catalogue):
+        raise DataError(f"interactions: items must be in [0, {len(interactions.catalogue)})")
+    for name in ("timestamps", "ratings"):
+        array = getattr(interactions, name)
+        if array is not None and array.shape != items.shape:
+            raise DataError(f"interactions: {name} of shape {array.shape}, not {items.shape}")
+
+
+def _freeze(interactions: Interactions, name: str, dtype: type) -> None:
+    """Hold the array as a read-only view; the caller's own array stays writable."""
+    array = getattr(interactions, name)
+    if array is not None:
+        view = np.asarray(array, dtype=dtype).view()
+        view.flags.writeable = False
+        object.__setattr__(interactions, name, view)
+
+
+def _text_hash(
+    what: str, ids: tuple[str, ...], fields: Mapping[str, tuple[str, ...]]
+) -> "hashlib._Hash":
+    content = json.dumps([what, ids, sorted(fields.items())])  # JSON: no two texts collide
+    return hashlib.sha256(content.encode())
+
+
+def _names(fields: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(fields) or "none"

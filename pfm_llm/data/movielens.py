@@ -1,0 +1,234 @@
+"""The MovieLens data sets in the forms in which they are handed out."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pfm_llm.config import ColumnsConfig
+from pfm_llm.data.rows import SourceTables
+from pfm_llm.data.tables import CSV, TSV, Layout, Table, read_delimited
+from pfm_llm.errors import DataError
+
+COLUMNS = ColumnsConfig(
+    user="user_id", item="item_id", timestamp="timestamp", rating="rating", title="title"
+)
+"""The columns of what `read_movielens` returns."""
+
+_RATINGS = ("user_id", "item_id", "rating", "timestamp")
+_USER_FIELDS = ("user_id", "age", "gender", "occupation")
+
+_YEAR = re.compile(r"\s*\((\d{4})(?:\s*[-–]\s*(?:\d{4})?)?\)\s*(?:\(V\))?\s*$")  # noqa: RUF001
+_ARTICLE = re.compile(
+    r"^(?P<main>.+?), (?P<article>The|A|An|Le|La|Les|L'|Un|Une|Der|Die|Das|Ein|Eine|Il|Lo|Gli"
+    r"|Una|Uno|El|Los|Las|Det|Den|De|Het)(?P<rest>(?: \(.*\))?)$"
+)
+
+# u.item flags its genres by position.
+_ML100K_GENRES = (
+    *("", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary"),
+    *("Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi"),
+    *("Thriller", "War", "Western"),
+)
+# The codes of ml-1m, from its README.
+_ML1M_AGES = {"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44", "45": "45-49"} | {
+    "50": "50-55",
+    "56": "56+",
+}
+_ML1M_OCCUPATIONS = dict(
+    enumerate(
+        (
+            *("other", "academic/educator", "artist", "clerical/admin", "college/grad student"),
+            *("customer service", "doctor/health care", "executive/managerial", "farmer"),
+            *("homemaker", "K-12 student", "lawyer", "programmer", "retired", "sales/marketing"),
+            *("scientist", "self-employed", "technician/engineer", "tradesman/craftsman"),
+            *("unemployed", "writer"),
+        )
+    )
+)
+
+
+@dataclass(frozen=True)
+class _Edition:
+    """One form of MovieLens; its first file tells it from the others."""
+
+    files: tuple[str, ...]
+    read: Callable[[Path], SourceTables]
+    optional: tuple[str, ...] = ()
+
+
+def movielens_files(folder: Path) -> tuple[Path, ...]:
+    """The files that `read_movielens` reads; empty when ``folder`` is not MovieLens.
+
+    Raises:
+        DataError: Some of the files that belong together are missing.
+    """
+    edition = _edition(folder)
+    if edition is None:
+        return ()
+    missing = [name for name in edition.files if not (folder / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{folder} holds {edition.files[0]} but not {', '.join(missing)}; unpack the whole "
+            "MovieLens archive there"
+        )
+    names = (*edition.files, *edition.optional)
+    return tuple(folder / name for name in names if (folder / name).is_file())
+
+
+def read_movielens(folder: Path) -> SourceTables:
+    """Read a MovieLens folder; the files that are there tell the edition.
+
+    ml-latest-small and its larger siblings (``ratings.csv``, ``movies.csv``), ml-1m
+    (``ratings.dat``, ``movies.dat``, ``users.dat``), ml-100k (``u.data``, ``u.item``,
+    ``u.user``) and its RecBole form (``ml-100k.inter``, ``.item``, ``.user``). Zip codes are
+    not read.
+
+    Returns:
+        Tables with the columns of `COLUMNS`; items also have ``year`` (four digits or ``""``)
+        and ``genres`` (joined by commas), users ``age``, ``gender`` and ``occupation``.
+
+    Raises:
+        DataError: The folder is not MovieLens, or a file of it cannot be read.
+    """
+    edition = _edition(folder)
+    if edition is None or not movielens_files(folder):
+        raise DataError(f"{folder} holds none of {', '.join(e.files[0] for e in _EDITIONS)}")
+    return edition.read(folder)
+
+
+def article_first(title: str) -> str:
+    """Move a trailing article to the front: ``"Godfather, The"`` is ``"The Godfather"``.
+
+    A parenthesis at the end, mostly the original title, stays as it is.
+    """
+    match = _ARTICLE.match(title)
+    if match is None:
+        return title
+    article = match["article"]
+    blank = "" if article.endswith("'") else " "
+    return f"{article}{blank}{match['main']}{match['rest']}"
+
+
+def split_year(title: str) -> tuple[str, str]:
+    """``"Toy Story (1995)"`` as title and year; the year is ``""`` where there is none."""
+    match = _YEAR.search(title)
+    if match is None or not title[: match.start()].strip():
+        return title.strip(), ""
+    return title[: match.start()].strip(), match[1]
+
+
+def _edition(folder: Path) -> _Edition | None:
+    return next((e for e in _EDITIONS if (folder / e.files[0]).is_file()), None)
+
+
+def _read_latest(folder: Path) -> SourceTables:
+    names = {"userId": "user_id", "movieId": "item_id"}
+    ratings = read_delimited(folder / "ratings.csv", CSV)
+    movies = read_delimited(folder / "movies.csv", CSV)
+    return SourceTables(_rename(ratings, names), _with_titles(_rename(movies, names)))
+
+
+def _read_1m(folder: Path) -> SourceTables:
+    def read(name: str, *header: str) -> Table:
+        return read_delimited(folder / name, Layout("::", header, latin1=True))
+
+    users = None
+    if (folder / "users.dat").is_file():
+        users = read("users.dat", "user_id", "gender", "age", "occupation", "zip_code")
+        occupations = {str(code): name for code, name in _ML1M_OCCUPATIONS.items()}
+        decoded = {
+            "age": [_ML1M_AGES.get(age, "") for age in users.columns["age"]],
+            "occupation": [occupations.get(job, "") for job in users.columns["occupation"]],
+        }
+        users = _only(replace(users, columns={**users.columns, **decoded}), _USER_FIELDS)
+    return SourceTables(
+        read("ratings.dat", *_RATINGS),
+        _with_titles(read("movies.dat", "item_id", "title", "genres")),
+        users,
+    )
+
+
+def _read_100k(folder: Path) -> SourceTables:
+    ratings = read_delimited(folder / "u.data", Layout("\t", _RATINGS))
+    flags = [f"genre {index}" for index in range(len(_ML100K_GENRES))]
+    header = ("item_id", "title", "release_date", "video_date", "url", *flags)
+    movies = read_delimited(folder / "u.item", Layout("|", header, latin1=True))
+    flagged = zip(*(movies.columns[flag] for flag in flags), strict=True)
+    genres = [
+        "|".join(name for name, flag in zip(_ML100K_GENRES, row, strict=True) if flag == "1")
+        for row in flagged
+    ]
+    movies = replace(movies, columns={**movies.columns, "genres": genres})
+    users = None
+    if (folder / "u.user").is_file():
+        header = (*_USER_FIELDS, "zip_code")
+        users = read_delimited(folder / "u.user", Layout("|", header, latin1=True), _USER_FIELDS)
+    return SourceTables(ratings, _with_titles(_only(movies, ("item_id", "title", "genres"))), users)
+
+
+def _read_recbole(folder: Path) -> SourceTables:
+    def read(suffix: str, wanted: Sequence[str]) -> Table:
+        table = read_delimited(folder / f"ml-100k.{suffix}", TSV)
+        types = {name: name.partition(":")[0] for name in table.header}
+        names = {"movie_title": "title", "release_year": "year", "class": "genres"}
+        return _only(_rename(_rename(table, types), names), wanted)
+
+    items = read("item", ("item_id", "title", "year", "genres"))
+    columns = {
+        **items.columns,
+        # The file itself misspells the one film without a name.
+        "title": [
+            "unknown" if title == "unkonwn" else article_first(title)
+            for title in items.column("title", "movie_title")
+        ],
+        "year": [
+            year if re.fullmatch(r"\d{4}", year) else ""
+            for year in items.column("year", "release_year")
+        ],
+        "genres": [_genres(text, " ") for text in items.column("genres", "class")],
+    }
+    has_users = (folder / "ml-100k.user").is_file()
+    return SourceTables(
+        read("inter", _RATINGS),
+        replace(items, columns=columns),
+        read("user", _USER_FIELDS) if has_users else None,
+    )
+
+
+def _with_titles(movies: Table) -> Table:
+    """Titles as they are spoken, the year and the genres apart."""
+    split = [split_year(title) for title in movies.column("title", "title")]
+    columns = {
+        "item_id": movies.column("item_id", "movieId"),
+        "title": [article_first(title) for title, _ in split],
+        "year": [year for _, year in split],
+        "genres": [_genres(text, "|") for text in movies.column("genres", "genres")],
+    }
+    return replace(movies, columns=columns)
+
+
+def _genres(text: str, separator: str) -> str:
+    if text in ("(no genres listed)", "unknown"):
+        return ""
+    return ", ".join(genre for genre in text.split(separator) if genre)
+
+
+def _rename(table: Table, names: Mapping[str, str]) -> Table:
+    return replace(
+        table,
+        header=tuple(names.get(name, name) for name in table.header),
+        columns={names.get(name, name): values for name, values in table.columns.items()},
+    )
+
+
+def _only(table: Table, names: Sequence[str]) -> Table:
+    return replace(table, columns={n: v for n, v in table.columns.items() if n in names})
+
+
+_EDITIONS = (
+    _Edition(("ml-100k.inter", "ml-100k.item"), _read_recbole, ("ml-100k.user",)),
+    _Edition(("ratings.csv", "movies.csv"), _read_latest),
+    _Edition(("ratings.dat", "movies.dat"), _read_1m, ("users.dat",)),
+    _Edition(("u.data", "u.item"), _read_100k, ("u.user",)),
+)

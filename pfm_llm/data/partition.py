@@ -1,0 +1,90 @@
+"""Who holds whose data: users to clients."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pfm_llm.data.interactions import Interactions
+from pfm_llm.errors import ConfigError, DataError
+from pfm_llm.seeding import numpy_generator
+
+_MAX_ID_LENGTH = 80
+_SAFE_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{_MAX_ID_LENGTH}}}")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+
+
+@dataclass(frozen=True)
+class Client:
+    """A participant of the federation.
+
+    Attributes:
+        client_id: Unique name, safe as a folder's name: ``user-42`` or ``silo-0007``.
+        users: The internal ids of the users whose data it holds, ascending, at least one.
+    """
+
+    client_id: str
+    users: tuple[int, ...]
+
+
+def partition(interactions: Interactions, users_per_client: int, seed: int) -> tuple[Client, ...]:
+    """Give every user to exactly one client.
+
+    Users with fewer than two training events hold no transition to train on; they are clients
+    all the same (they can be served), and whoever trains must pass them over.
+
+    Args:
+        interactions: The users, of a whole data set or of its train part (the result is equal:
+            no event is looked at).
+        users_per_client: 1: a client per user, in the order of the users, named
+            ``user-<external id>``. More: silos of so many users drawn at random, named
+            ``silo-0000`` and so on; the last one may hold fewer.
+        seed: The experiment's seed; only silos depend on it.
+
+    Returns:
+        The clients. An external id that is no safe file name (other characters than
+        ``A-Za-z0-9._-``, empty, very long, or equal to another but for case) gets a short hash
+        at its end.
+
+    Raises:
+        ConfigError: ``users_per_client`` is below 1.
+        DataError: Two users would get the same name, as one's id imitates the other's hash.
+    """
+    if users_per_client < 1:
+        raise ConfigError(f"data.users_per_client: must be at least 1, not {users_per_client}")
+    if users_per_client == 1:
+        names = _client_ids(interactions.user_ids)
+        return tuple(Client(name, (user,)) for user, name in enumerate(names))
+    shuffled = numpy_generator(seed, "partition").permutation(interactions.num_users)
+    starts = range(0, len(shuffled), users_per_client)
+    width = max(4, len(str(len(starts) - 1)))
+    return tuple(
+        Client(
+            f"silo-{number:0{width}d}",
+            tuple(sorted(int(user) for user in shuffled[start : start + users_per_client])),
+        )
+        for number, start in enumerate(starts)
+    )
+
+
+def _client_ids(external_ids: Sequence[str]) -> list[str]:
+    # Some file systems ignore case: there user-A and user-a would share a private folder.
+    folded = Counter(external.casefold() for external in external_ids)
+    names = [
+        f"user-{external}"
+        if _SAFE_ID.fullmatch(external) and folded[external.casefold()] == 1
+        else _hashed_id(external)
+        for external in external_ids
+    ]
+    twice = [name for name, count in Counter(map(str.casefold, names)).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"two users would both be client {twice[0]!r}; rename one of them in the source"
+        )
+    return names
+
+
+def _hashed_id(external: str) -> str:
+    digest = hashlib.blake2b(external.encode(errors="surrogatepass"), digest_size=6).hexdigest()
+    return f"user-{_UNSAFE.sub('_', external[:_MAX_ID_LENGTH])}-{digest}"

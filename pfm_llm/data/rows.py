@@ -1,0 +1,269 @@
+"""From tables of text to usable rows: every fault has a place, a reason and a limit."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+
+from pfm_llm.config import ColumnsConfig
+from pfm_llm.data.interactions import TITLE, Catalogue, RawInteractions
+from pfm_llm.data.tables import BadRow, Table
+from pfm_llm.errors import DataError
+
+_MAX_EXAMPLES = 5
+_MAX_INTEGER = 2**63
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class SourceTables:
+    """The tables of one source.
+
+    Attributes:
+        interactions: One row per interaction, in order.
+        items: Item id, title and further text columns; None: titles are in ``interactions``.
+        users: User id and further columns; None: nothing is known of the users.
+        notes: For the report.
+    """
+
+    interactions: Table
+    items: Table | None = None
+    users: Table | None = None
+    notes: tuple[str, ...] = ()
+
+
+def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) -> RawInteractions:
+    """Keep the usable rows and account for the others.
+
+    Args:
+        tables: What was read.
+        columns: Which column is what.
+        max_bad_rows: Highest share of bad rows, of each table.
+
+    Raises:
+        DataError: A column is missing, or a table has more bad rows than allowed; the message
+            names file, line and reason of the first ones.
+    """
+    rows, notes = tables.interactions, list(tables.notes)
+    if tables.items is not None:
+        catalogue, item_notes = _catalogue(tables.items, columns, max_bad_rows)
+        notes += item_notes
+    else:
+        catalogue, item_notes = _catalogue_of_rows(rows, columns)
+        notes += item_notes
+    user_fields: dict[str, dict[str, str]] = {}
+    if tables.users is not None:
+        user_fields, user_notes = _user_fields(tables.users, columns, max_bad_rows)
+        notes += user_notes
+    users = rows.column(columns.user, "data.columns.user")
+    items = _codes(rows.column(columns.item, "data.columns.item"), catalogue)
+    timestamps, ratings = _timestamps(rows, columns), _ratings(rows, columns)
+    bad = _faults(rows, columns, items, {"timestamp": timestamps, "rating": ratings})
+    _check_share(rows, bad, max_bad_rows)
+    faulty = {fault.position for fault in bad}
+    kept = [index for index, at in enumerate(rows.positions) if at not in faulty]
+    return RawInteractions(
+        catalogue=catalogue,
+        users=[users[index] for index in kept],
+        items=items[kept],
+        timestamps=_select(timestamps, kept),
+        ratings=_select(ratings, kept),
+        user_fields=user_fields,
+        num_bad=_count(bad),
+        examples=_examples(rows, bad),
+        notes=tuple(notes),
+    )
+
+
+def _catalogue(
+    table: Table, columns: ColumnsConfig, max_bad_rows: float
+) -> tuple[Catalogue, list[str]]:
+    ids = table.column(columns.item, "data.columns.item")
+    texts = {TITLE: _one_line(table.column(columns.title, "data.columns.title"))}
+    reserved = {columns.item, columns.title, TITLE}
+    texts |= {
+        name: _one_line(values) for name, values in table.columns.items() if name not in reserved
+    }
+    bad = [
+        *table.bad,
+        *_empty(table, ids, "empty item id"),
+        *_empty(table, texts[TITLE], "item without text"),
+    ]
+    _check_share(table, bad, max_bad_rows)
+    faulty = {fault.position for fault in bad}
+    first = {}
+    for index, (item, position) in enumerate(zip(ids, table.positions, strict=True)):
+        if position not in faulty:
+            first.setdefault(item, index)
+    kept = list(first.values())
+    fields = {name: tuple(values[index] for index in kept) for name, values in texts.items()}
+    num_good = len(table.positions) - len(faulty) + len(table.bad)
+    return Catalogue(tuple(first), fields), _table_notes(table, bad, num_good - len(kept))
+
+
+def _catalogue_of_rows(table: Table, columns: ColumnsConfig) -> tuple[Catalogue, list[str]]:
+    """The first title that the rows give each item."""
+    ids = table.column(columns.item, "data.columns.item")
+    titles = _one_line(
+        table.column(
+            columns.title, "data.columns.title", "or name a file of item texts in data.items"
+        )
+    )
+    first: dict[str, str] = {}
+    num_other = 0
+    for item, title in zip(ids, titles, strict=True):
+        if item and title:
+            num_other += first.setdefault(item, title) != title
+    notes = [f"{num_other:,} rows give an item another title than its first row"]
+    return Catalogue(tuple(first), {TITLE: tuple(first.values())}), notes if num_other else []
+
+
+def _user_fields(
+    table: Table, columns: ColumnsConfig, max_bad_rows: float
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    ids = table.column(columns.user, "data.columns.user")
+    bad = [*table.bad, *_empty(table, ids, "empty user id")]
+    _check_share(table, bad, max_bad_rows)
+    fields = {
+        name: dict(zip(ids, values, strict=True))
+        for name, values in table.columns.items()
+        if name != columns.user
+    }
+    return fields, _table_notes(table, bad, num_repeated=0)
+
+
+def _codes(items: list[str], catalogue: Catalogue) -> np.ndarray:
+    """Internal ids, int64 [rows]; -1 for an item without text."""
+    index = {item: code for code, item in enumerate(catalogue.item_ids)}
+    return np.array([index.get(item, -1) for item in items], dtype=np.int64)
+
+
+def _timestamps(table: Table, columns: ColumnsConfig) -> list[Number | None] | None:
+    if columns.timestamp is None:
+        return None
+    key, hint = "data.columns.timestamp", "or to null when the rows are in order"
+    return [_time(text) for text in table.column(columns.timestamp, key, hint)]
+
+
+def _ratings(table: Table, columns: ColumnsConfig) -> list[Number | None] | None:
+    if columns.rating is None:
+        return None
+    key, hint = "data.columns.rating", "or to null when there are none"
+    return [_number(text) for text in table.column(columns.rating, key, hint)]
+
+
+def _faults(
+    table: Table,
+    columns: ColumnsConfig,
+    codes: np.ndarray,
+    numbers: Mapping[str, list[Number | None] | None],
+) -> list[BadRow]:
+    """At most one fault for each row, by position."""
+    items = table.columns[columns.item]
+    faults = {fault.position: fault for fault in table.bad}
+
+    def add(indices: Iterable[int], reason: str, detail: Callable[[int], str]) -> None:
+        for index in indices:
+            position = table.positions[index]
+            faults.setdefault(position, BadRow(position, reason, detail(index)))
+
+    for fault in _empty(table, table.columns[columns.user], "empty user id"):
+        faults.setdefault(fault.position, fault)
+    for fault in _empty(table, items, "empty item id"):
+        faults.setdefault(fault.position, fault)
+    for what, values in numbers.items():
+        if values is not None:
+            name = columns.timestamp if what == "timestamp" else columns.rating
+            texts = table.columns[str(name)]
+            indices = (index for index, value in enumerate(values) if value is None)
+            add(indices, f"{what} is not a number", lambda index, texts=texts: repr(texts[index]))
+    add(np.flatnonzero(codes < 0), "item without text", lambda index: f"item {items[index]!r}")
+    return sorted(faults.values())
+
+
+def _empty(table: Table, values: list[str], reason: str) -> list[BadRow]:
+    return [
+        BadRow(position, reason, "")
+        for position, value in zip(table.positions, values, strict=True)
+        if not value
+    ]
+
+
+def _check_share(table: Table, bad: list[BadRow], max_bad_rows: float) -> None:
+    num_bad = len({fault.position for fault in bad})
+    if num_bad <= max_bad_rows * table.num_rows:
+        return
+    lines = [
+        f"{table.name}: {num_bad:,} of {table.num_rows:,} rows cannot be used, more than "
+        f"data.max_bad_rows: {max_bad_rows:g} allows; correct them or raise it",
+        *(f"{count:,} rows: {reason}" for reason, count in _count(bad).items()),
+        *_examples(table, bad),
+    ]
+    raise DataError("\n  ".join(lines))
+
+
+def _count(bad: list[BadRow]) -> dict[str, int]:
+    return dict(Counter(fault.reason for fault in bad).most_common())
+
+
+def _examples(table: Table, bad: list[BadRow]) -> tuple[str, ...]:
+    return tuple(
+        f"{table.name} {table.unit} {fault.position}: {fault.reason}"
+        + (f": {fault.detail}" if fault.detail else "")
+        for fault in sorted(bad)[:_MAX_EXAMPLES]
+    )
+
+
+def _table_notes(table: Table, bad: list[BadRow], num_repeated: int) -> list[str]:
+    notes = []
+    if bad:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in _count(bad).items())
+        notes.append(f"{table.name}: bad rows left out: {reasons}; {_examples(table, bad)[0]}")
+    if num_repeated:
+        notes.append(f"{table.name}: {num_repeated:,} rows repeat an id; the first row counts")
+    return notes
+
+
+def _one_line(texts: list[str]) -> list[str]:
+    """Prompts hold one item a line: line breaks and runs of blanks become one blank."""
+    return [" ".join(text.split()) for text in texts]
+
+
+def _select(values: list[Number | None] | None, kept: list[int]) -> np.ndarray | None:
+    """The kept numbers; int64 when all are whole, so that no digit is lost, else float64."""
+    if values is None:
+        return None
+    chosen = [values[index] for index in kept]
+    whole = all(isinstance(value, int) for value in chosen)
+    return np.array(chosen, dtype=np.int64 if whole else np.float64)
+
+
+def _time(text: str) -> Number | None:
+    """A number, or the Unix time of an ISO 8601 date (without a zone: UTC)."""
+    number = _number(text)
+    if number is not None:
+        return number
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _number(text: str) -> Number | None:
+    try:
+        number: Number = int(text)
+    except ValueError:
+        try:
+            number = float(text)
+        except ValueError:
+            return None
+        if not math.isfinite(number):
+            return None
+        if number.is_integer():
+            number = int(number)
+    return number if abs(number) < _MAX_INTEGER else None

@@ -1,0 +1,216 @@
+"""``data.source`` to interactions, parsed once and then memory-mapped from a cache."""
+
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from pfm_llm import assets
+from pfm_llm.config import ColumnsConfig, DataConfig
+from pfm_llm.data import movielens
+from pfm_llm.data.arrow import FORMAT_VERSION, from_arrow, read_report, to_arrow
+from pfm_llm.data.interactions import Interactions, build_interactions
+from pfm_llm.data.report import LoadReport
+from pfm_llm.data.rows import SourceTables, validate
+from pfm_llm.data.tables import TABLE_SUFFIXES, Table, from_arrow_table, read_table
+from pfm_llm.errors import CorruptFileError, DataError, StorageError
+from pfm_llm.files import make_private_dir, sha256_of
+
+EMBEDDED = "movielens-100k"
+"""The source that needs no files of the user's."""
+
+_LOG = logging.getLogger(__name__)
+_SAVED_DATASET = ("state.json", "dataset_dict.json")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source that was found but not yet read.
+
+    Attributes:
+        files: All files whose content matters.
+        columns: Which column is what.
+        read: Reads the tables.
+    """
+
+    files: tuple[Path, ...]
+    columns: ColumnsConfig
+    read: Callable[[], SourceTables]
+
+
+def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, LoadReport]:
+    """Load ``data.source``.
+
+    The parsed result is kept in the user's cache under a key of the content of the source's
+    files and of every setting that matters; a damaged entry is rebuilt with a warning, and one
+    that cannot be written costs no more than the time of parsing again.
+
+    Args:
+        config: The section ``data``.
+        seed: The experiment's seed; matters only with ``max_users``.
+
+    Returns:
+        The interactions, and what was dropped and noticed.
+
+    Raises:
+        DataError: The source is missing, has bad rows above the limit, or yields nothing.
+        AssetError: The embedded data set cannot be had.
+    """
+    source = _find(config)
+    folder = assets.cache_dir() / "interactions" / _cache_key(source, config, seed)
+    if folder.exists():
+        try:
+            return from_arrow(folder), read_report(folder)
+        except CorruptFileError as error:
+            _LOG.warning("the cached interactions are damaged and are built again: %s", error)
+    raw = validate(source.read(), source.columns, config.max_bad_rows)
+    interactions, report = build_interactions(raw, config, seed)
+    try:
+        make_private_dir(folder.parent)
+        to_arrow(interactions, folder, report)
+    except StorageError as error:
+        _LOG.warning("the interactions could not be cached: %s", error)
+    return interactions, report
+
+
+def _find(config: DataConfig) -> _Source:
+    path = Path(config.source).expanduser()
+    if config.source == EMBEDDED:
+        return _find_movielens(assets.movielens_100k(), config)
+    if path.is_dir() and movielens.movielens_files(path):
+        return _find_movielens(path, config)
+    _check_source(config.source, path)
+    places = [config.source] if config.items is None else [config.source, config.items]
+    located = [_locate(place) for place in places]
+    return _Source(
+        files=tuple(file for files, _ in located for file in files),
+        columns=config.columns,
+        read=lambda: _read_tables(config.columns, [read for _, read in located]),
+    )
+
+
+def _find_movielens(folder: Path, config: DataConfig) -> _Source:
+    if config.items is not None:
+        raise DataError(
+            f"data.items: {config.items} cannot be used with {config.source}: MovieLens brings "
+            "its own item texts; leave data.items out"
+        )
+    files = movielens.movielens_files(folder)
+    return _Source(files, movielens.COLUMNS, lambda: movielens.read_movielens(folder))
+
+
+_Reader = Callable[[Collection[str] | None], tuple[Table, tuple[str, ...]]]
+"""Reads the wanted columns (None: all) of one table, and returns notes with it."""
+
+
+def _read_tables(columns: ColumnsConfig, readers: list[_Reader]) -> SourceTables:
+    wanted = {columns.user, columns.item, columns.timestamp, columns.rating}
+    if len(readers) == 1:
+        wanted.add(columns.title)
+    rows, notes = readers[0]({name for name in wanted if name is not None})
+    if len(readers) == 1:
+        return SourceTables(rows, notes=notes)
+    items, more_notes = readers[1](None)
+    return SourceTables(rows, items, notes=(*notes, *more_notes))
+
+
+def _locate(place: str) -> tuple[tuple[Path, ...], _Reader]:
+    """The files of one table, and how to read it."""
+    path = Path(place).expanduser()
+    if path.is_file():
+        return (path,), lambda wanted: (read_table(path, wanted), ())
+    if path.is_dir():
+        dataset = _load_saved(path)
+        # What `datasets` computes later it puts beside the data, as cache-*.
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file() and not file.name.startswith("cache-")
+        )
+    else:
+        if path.suffix.lower() in TABLE_SUFFIXES or path.is_absolute():
+            raise DataError(f"{path} does not exist; check data.source and data.items")
+        dataset = _load_from_hub(place)
+        files = [Path(file["filename"]) for file in _one_split(dataset, place)[0].cache_files]
+    return tuple(files), lambda wanted: _dataset_table(dataset, place, wanted)
+
+
+def _check_source(source: str, path: Path) -> None:
+    """Say what a folder lacks, and catch a misspelt name before it is looked up elsewhere."""
+    if path.is_dir() and not any((path / name).is_file() for name in _SAVED_DATASET):
+        found = sorted(file.name for file in path.iterdir())[:8]
+        raise DataError(
+            f"{path} is neither a MovieLens folder (ratings.csv + movies.csv, ratings.dat + "
+            "movies.dat, u.data + u.item) nor one that datasets.save_to_disk wrote; it holds: "
+            f"{', '.join(found) or 'nothing'}. For a CSV, TSV or Parquet file, name the file"
+        )
+    if not path.exists() and difflib.get_close_matches(source.lower(), [EMBEDDED], cutoff=0.8):
+        raise DataError(f"unknown data.source {source!r}; did you mean {EMBEDDED}?")
+
+
+def _load_saved(path: Path) -> Any:
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever Arrow, JSON or datasets make of a damaged folder
+        raise DataError(
+            f"{path} cannot be read as a folder that datasets.save_to_disk wrote: {error}"
+        ) from error
+
+
+def _load_from_hub(name: str) -> Any:
+    try:
+        return datasets.load_dataset(name)
+    except Exception as error:  # whatever the hub, the network or a loader raises
+        raise DataError(
+            f"{name!r} is no file or folder here, and datasets.load_dataset cannot load it "
+            f"({type(error).__name__}: {error}). Either the path is wrong, or the id is unknown, "
+            "or there is no network: save the data set with save_to_disk where there is one, "
+            "and give that folder as data.source"
+        ) from error
+
+
+def _one_split(dataset: Any, name: str) -> tuple[Any, tuple[str, ...]]:
+    """The split ``train``, or the only one; the notes say what was left."""
+    if not isinstance(dataset, dict):
+        return dataset, ()
+    split = next(iter(dataset)) if len(dataset) == 1 else "train"
+    if split not in dataset:
+        raise DataError(
+            f"{name} has the splits {', '.join(dataset)} and no split 'train'; save the one you "
+            "want with save_to_disk, and give that folder"
+        )
+    others = [other for other in dataset if other != split]
+    note = f"{name}: only the split {split!r} is read, not {', '.join(others)}"
+    return dataset[split], (note,) if others else ()
+
+
+def _dataset_table(
+    dataset: Any, name: str, wanted: Collection[str] | None
+) -> tuple[Table, tuple[str, ...]]:
+    rows, notes = _one_split(dataset, name)
+    header = tuple(rows.column_names)
+    names = [column for column in header if wanted is None or column in wanted]
+    content = rows.select_columns(names).with_format("arrow")[:]
+    return from_arrow_table(name, content, header), notes
+
+
+def _cache_key(source: _Source, config: DataConfig, seed: int) -> str:
+    """A hash of all that the result depends on, the names in messages included."""
+    settings = config.model_dump(
+        mode="json",
+        include={"source", "items", "repeats", "min_interactions", "max_users", "max_bad_rows"},
+    )
+    parts = {
+        "format_version": FORMAT_VERSION,
+        "settings": settings,
+        "columns": source.columns.model_dump(mode="json"),
+        "seed": None if config.max_users is None else seed,
+        "files": [(file.name, sha256_of(file)) for file in source.files],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,285 @@
+"""Held-out interactions: what training sees, and what validation and test ask.
+
+Every rule cuts each user's history, which is in time order (ties in file order), into a train
+prefix, a validation middle and a test suffix. Nothing is random. The rules, for a user with n
+events:
+
+- ``leave_last_out``: n >= 3: the last event is the test target, the last but one the validation
+  target, the rest train. n < 3: all train, no query.
+- ``last_fraction``: n >= 3: the last h events are held out, where h is ``held_out * n`` rounded
+  half up, but at least 2 and at most n - 1; the first h // 2 of them are validation, the others
+  test. n < 3: all train, no query.
+- ``global_temporal``: two cut times for everybody, put so that a share of ``held_out / 2`` of all
+  events lies at or after t2, and ``held_out`` at or after t1. Train is t < t1, validation
+  t1 <= t < t2, test t >= t2: events that share the time of a cut stay together, on its later
+  side. Users who first appear at or after t1 have no train events.
+
+At validation a method sees the train history; at test, train and validation.
+
+Seen items are masked when a catalogue is ranked, so a target that the query's history holds
+already (possible with ``repeats: allow``) could never be ranked, and a target that comes twice
+would be counted twice: such repeats are dropped from the targets, not from any history, and
+counted in `HeldOut.num_repeated_targets`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pfm_llm.config import DataConfig, SplitKind
+from pfm_llm.data.interactions import Interactions
+from pfm_llm.errors import ConfigError, DataError
+
+_MIN_EVENTS = 3
+"""One event each for train, validation and test."""
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """All that training may see: no held-out event is reachable from here.
+
+    Attributes:
+        interactions: The train events, with the catalogue and the user indexing of the whole.
+            Its arrays are copies: the base of a view would hold the held-out events. Users may
+            have empty histories.
+    """
+
+    interactions: Interactions
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The queries of one split, one per user who can be asked.
+
+    Attributes:
+        name: ``"validation"`` or ``"test"``.
+        users: Internal user ids, ascending, int64 [Q].
+        histories: Per query the items that a method may see, oldest first, int32 [>= 1].
+        history_ratings: The ratings of ``histories``, float32, or None without ratings.
+        targets: Per query the held-out items to find, oldest first, distinct, none of them in
+            the history, int32 [>= 1].
+        num_dropped: How many users have no query, for want of a history or of targets.
+        num_repeated_targets: How many held-out events are no target because their item is in
+            the history or among the earlier targets.
+    """
+
+    name: str
+    users: np.ndarray
+    histories: tuple[np.ndarray, ...]
+    history_ratings: tuple[np.ndarray, ...] | None
+    targets: tuple[np.ndarray, ...]
+    num_dropped: int
+    num_repeated_targets: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """Interactions, divided.
+
+    Attributes:
+        train: What training sees.
+        validation: Queries to choose settings by; their histories are the train events.
+        test: Queries to report; their histories are the train and validation events.
+        rule: The rule that divided them, in words.
+    """
+
+    train: TrainData
+    validation: HeldOut
+    test: HeldOut
+    rule: str
+
+    def describe(self) -> str:
+        """The rule and the counts of each part, in a few lines for a log or a report."""
+        train = self.train.interactions
+        num_active = int(np.count_nonzero(np.diff(train.offsets)))
+        lines = [self.rule, f"train: {len(train.items):,} interactions of {num_active:,} users"]
+        for held_out in (self.validation, self.test):
+            num_targets = sum(map(len, held_out.targets))
+            lines.append(
+                f"{held_out.name}: {len(held_out.users):,} users, {num_targets:,} targets "
+                f"({held_out.num_dropped:,} users without a query, "
+                f"{held_out.num_repeated_targets:,} repeated targets dropped)"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """Where each user's train and validation parts end: event indices, int64 [num_users]."""
+
+    train_ends: np.ndarray
+    validation_ends: np.ndarray
+    rule: str
+
+
+def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
+    """Divide interactions by the rule ``config.split``; the module says how.
+
+    Args:
+        interactions: All events; they are not changed and not shared with the train part.
+        config: ``split`` and ``held_out`` are read.
+
+    Returns:
+        The three parts. No train event is later than a held-out one of its user.
+
+    Raises:
+        ConfigError: ``held_out`` is 0 with a rule that needs it.
+        DataError: ``global_temporal`` without timestamps or with too few distinct ones, or
+            no user is left to ask at validation or at test.
+    """
+    if config.split is SplitKind.LEAVE_LAST_OUT:
+        cuts = _leave_last_out(interactions)
+    elif config.held_out == 0:
+        raise ConfigError(
+            f"data.held_out: must be above 0 for data.split: {config.split}; "
+            "set it, or use data.split: leave_last_out"
+        )
+    elif config.split is SplitKind.LAST_FRACTION:
+        cuts = _last_fraction(interactions, config.held_out)
+    else:
+        cuts = _global_temporal(interactions, config.held_out)
+    starts, ends = interactions.offsets[:-1], interactions.offsets[1:]
+    return Split(
+        train=_train_data(interactions, cuts.train_ends),
+        validation=_held_out(
+            "validation", interactions, (starts, cuts.train_ends, cuts.validation_ends)
+        ),
+        test=_held_out("test", interactions, (starts, cuts.validation_ends, ends)),
+        rule=cuts.rule,
+    )
+
+
+def _order(interactions: Interactions) -> str:
+    if interactions.timestamps is None:
+        return "in file order, as there are no timestamps"
+    return "in time order, ties in file order"
+
+
+def _leave_last_out(interactions: Interactions) -> _Cuts:
+    ends = interactions.offsets[1:]
+    divided = np.diff(interactions.offsets) >= _MIN_EVENTS
+    return _Cuts(
+        train_ends=np.where(divided, ends - 2, ends),
+        validation_ends=np.where(divided, ends - 1, ends),
+        rule="leave_last_out: each user's last item is the test target, the last but one the "
+        f"validation target ({_order(interactions)})",
+    )
+
+
+def _last_fraction(interactions: Interactions, share: float) -> _Cuts:
+    ends, lengths = interactions.offsets[1:], np.diff(interactions.offsets)
+    num_held_out = np.floor(share * lengths + 0.5).astype(np.int64)
+    num_held_out = np.minimum(np.maximum(num_held_out, 2), lengths - 1)
+    num_held_out = np.where(lengths >= _MIN_EVENTS, num_held_out, 0)
+    train_ends = ends - num_held_out
+    return _Cuts(
+        train_ends=train_ends,
+        validation_ends=train_ends + num_held_out // 2,
+        rule=f"last_fraction: the last {share:.0%} of each user's items, first half validation, "
+        f"second half test ({_order(interactions)})",
+    )
+
+
+def _global_temporal(interactions: Interactions, share: float) -> _Cuts:
+    times = interactions.timestamps
+    if times is None:
+        raise DataError(
+            "data.split: global_temporal needs timestamps and the source has none; set "
+            "data.columns.timestamp, or use data.split: leave_last_out or last_fraction"
+        )
+    if len(times) < _MIN_EVENTS:
+        raise DataError(
+            f"data.split: global_temporal needs {_MIN_EVENTS} interactions at least, "
+            f"found {len(times)}; use another source"
+        )
+    ordered = np.sort(times)
+    num_test = max(1, math.floor(len(times) * share / 2 + 0.5))
+    num_held_out = max(num_test + 1, math.floor(len(times) * share + 0.5))
+    first, second = int(ordered[-num_held_out]), int(ordered[-num_test])
+    if not ordered[0] < first < second:
+        raise DataError(
+            "data.split: global_temporal: too many interactions share a timestamp to cut them "
+            f"into three (cuts at {first} and {second}, earliest {int(ordered[0])}); change "
+            "data.held_out, or use data.split: leave_last_out or last_fraction"
+        )
+    starts = interactions.offsets[:-1]
+    return _Cuts(
+        train_ends=starts + _count_per_user(times < first, interactions.offsets),
+        validation_ends=starts + _count_per_user(times < second, interactions.offsets),
+        rule=f"global_temporal: train before {first}, validation from there to before {second}, "
+        "test from there on",
+    )
+
+
+def _count_per_user(events: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """How many of each user's events are true, int64 [num_users]."""
+    running = np.concatenate(([0], np.cumsum(events, dtype=np.int64)))
+    counts: np.ndarray = running[offsets[1:]] - running[offsets[:-1]]
+    return counts
+
+
+def _train_data(interactions: Interactions, train_ends: np.ndarray) -> TrainData:
+    lengths = np.diff(interactions.offsets)
+    # Indexing with a mask copies, so no held-out event hangs on as the base of a view.
+    kept = np.arange(len(interactions.items)) < np.repeat(train_ends, lengths)
+    train_lengths = train_ends - interactions.offsets[:-1]
+    times, ratings = interactions.timestamps, interactions.ratings
+    return TrainData(
+        replace(
+            interactions,
+            offsets=np.concatenate(([0], np.cumsum(train_lengths, dtype=np.int64))),
+            items=interactions.items[kept],
+            timestamps=None if times is None else times[kept],
+            ratings=None if ratings is None else ratings[kept],
+        )
+    )
+
+
+def _held_out(
+    name: str,
+    interactions: Interactions,
+    bounds: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> HeldOut:
+    """The queries whose history is bounds[0]:bounds[1] and whose targets are bounds[1]:bounds[2].
+
+    Each bound is an event index per user, int64 [num_users].
+    """
+    users, histories, ratings, targets = [], [], [], []
+    num_repeated = 0
+    for user, (start, middle, end) in enumerate(zip(*bounds, strict=True)):
+        history, held_out = interactions.items[start:middle], interactions.items[middle:end]
+        if len(history) == 0 or len(held_out) == 0:
+            continue
+        rankable = _without_repeats(held_out, history)
+        num_repeated += len(held_out) - len(rankable)
+        if len(rankable) == 0:
+            continue
+        users.append(user)
+        histories.append(history.copy())
+        targets.append(rankable)
+        if interactions.ratings is not None:
+            ratings.append(interactions.ratings[start:middle].copy())
+    if not users:
+        raise DataError(
+            f"no user can be asked at {name}: none of {interactions.num_users} has both a history "
+            f"and a held-out item (a user needs {_MIN_EVENTS} interactions); use a source with "
+            "longer histories, or another data.split"
+        )
+    return HeldOut(
+        name=name,
+        users=np.array(users, dtype=np.int64),
+        histories=tuple(histories),
+        history_ratings=None if interactions.ratings is None else tuple(ratings),
+        targets=tuple(targets),
+        num_dropped=interactions.num_users - len(users),
+        num_repeated_targets=num_repeated,
+    )
+
+
+def _without_repeats(targets: np.ndarray, history: np.ndarray) -> np.ndarray:
+    """The targets that the history lacks, each once, in their order; a copy."""
+    fresh = targets[~np.isin(targets, history)]
+    _, first_places = np.unique(fresh, return_index=True)
+    distinct: np.ndarray = fresh[np.sort(first_places)]
+    return distinct

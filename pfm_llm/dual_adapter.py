@@ -1,0 +1,234 @@
+"""Shared and private LoRA on one backbone: creation, the PEFT format, and the PEFT reference.
+
+This is the only module that imports ``peft``. Both adapters are pure LoRA on
+``AutoModelForCausalLM`` made from `peft.LoraConfig`; training runs in the many-clients pass
+(`cohort_model`), and what comes out is a plain PEFT folder.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from pfm_llm import files, seeding
+from pfm_llm.backbone import Backbone
+from pfm_llm.config import AdaptersConfig, LoraAdapterConfig, PrivateKind
+from pfm_llm.errors import BackboneError
+from pfm_llm.types import PRIVATE_PREFIX, Tensors
+
+SHARED = "shared"
+PRIVATE = "private"
+ALL_LINEAR = "all-linear"
+_PEFT_PREFIX = "base_model.model."
+
+
+class DualAdapter:
+    """The adapted modules of a backbone, and everything that has PEFT's format.
+
+    Args:
+        backbone: The frozen model; it is not changed.
+        config: Ranks, targets and the number of adapted layers.
+
+    Attributes:
+        modules: Path in the model to (in_features, out_features) of each adapted layer.
+
+    Raises:
+        BackboneError: The model has no such modules, or they are not linear layers.
+    """
+
+    def __init__(self, backbone: Backbone, config: AdaptersConfig) -> None:
+        self._backbone = backbone
+        self._config = config
+        first = backbone.num_layers - config.num_layers
+        self._layers = list(range(first, backbone.num_layers))
+        self.modules = self._find_modules()
+
+    def top_paths(self) -> dict[str, str]:
+        """Path in the model to path in the backbone's top view of each adapted layer."""
+        first, prefix = self._layers[0], f"{self._backbone.layers_path}."
+        layers_name = self._backbone.layers_path.rpartition(".")[2]
+        paths = {}
+        for name in self.modules:
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            paths[name] = f"{layers_name}.{int(index) - first}.{rest}"
+        return paths
+
+    def scales(self) -> tuple[float, float]:
+        """alpha / rank of the shared and of the private adapter."""
+        shared, private = self._config.shared, self._config.private
+        return shared.alpha / shared.rank, private.alpha / private.rank
+
+    def initial_shared(self, seed: int) -> dict[str, torch.Tensor]:
+        """Shared LoRA before training (and the bases, for ``shared_basis``); B is zero.
+
+        A is drawn as PEFT draws it: Kaiming-uniform with a = sqrt(5), that is uniform in
+        ±1/sqrt(in_features).
+        """
+        tensors = {}
+        rank, private = self._config.shared.rank, self._config.private
+        shared_basis = private.enabled and private.kind is PrivateKind.SHARED_BASIS
+        for name, (fan_in, fan_out) in self.modules.items():
+            tensors[f"lora.{name}.A"] = _random_a(rank, fan_in, seed, f"shared/{name}")
+            tensors[f"lora.{name}.B"] = torch.zeros(fan_out, rank)
+            if shared_basis:
+                tensors[f"basis.{name}.A"] = _random_a(private.rank, fan_in, seed, f"basis/{name}")
+        if shared_basis and private.head_rank:
+            width = self._backbone.hidden_size
+            tensors["basis.head.A"] = _random_a(private.head_rank, width, seed, "basis/head")
+        return tensors
+
+    def initial_private(self, seed: int, client_id: str, head_dim: int) -> dict[str, torch.Tensor]:
+        """A client's private tensors before training; with B zero they change nothing.
+
+        Args:
+            seed: The experiment's seed.
+            client_id: Whose; every client draws its own A.
+            head_dim: Dimensions D of the recommender head.
+        """
+        private, tensors = self._config.private, {}
+        own_a = private.kind is PrivateKind.INDEPENDENT
+        for name, (fan_in, fan_out) in self.modules.items():
+            key = f"{PRIVATE_PREFIX}lora.{name}"
+            if own_a:
+                tensors[f"{key}.A"] = _random_a(private.rank, fan_in, seed, key, client_id)
+            tensors[f"{key}.B"] = torch.zeros(fan_out, private.rank)
+        if private.head_rank:
+            key = f"{PRIVATE_PREFIX}head"
+            if own_a:
+                width = self._backbone.hidden_size
+                tensors[f"{key}.A"] = _random_a(private.head_rank, width, seed, key, client_id)
+            tensors[f"{key}.B"] = torch.zeros(head_dim, private.head_rank)
+        return tensors
+
+    def peft_model(self) -> Any:
+        """A fresh `peft.PeftModel` with both adapters, on modules of its own.
+
+        The base weights are shared with the backbone; adapter weights are float32. Fill it
+        with `load_shared` and `load_private`.
+        """
+        model = _clone_structure(self._backbone.model)
+        peft_model = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
+        peft_model.add_adapter(PRIVATE, self._lora_config(self._config.private))
+        peft_model.base_model.set_adapter([SHARED, PRIVATE])
+        return peft_model
+
+    def load_shared(self, peft_model: Any, shared: Tensors) -> None:
+        """Put the shared LoRA into a model from `peft_model`."""
+        self._load(peft_model, SHARED, {n: shared[n] for n in shared if n.startswith("lora.")})
+
+    def load_private(self, peft_model: Any, private: Tensors, shared: Tensors) -> None:
+        """Put a private LoRA into a model from `peft_model`; a shared basis is folded in."""
+        tensors = {}
+        for name in self.modules:
+            key = f"{PRIVATE_PREFIX}lora.{name}"
+            a = private.get(f"{key}.A", shared.get(f"basis.{name}.A"))
+            assert a is not None
+            tensors[f"lora.{name}.A"], tensors[f"lora.{name}.B"] = a, private[f"{key}.B"]
+        self._load(peft_model, PRIVATE, tensors)
+
+    def export_shared(self, shared: Tensors, folder: Path, base_name: str) -> None:
+        """Write the shared adapter as a PEFT folder, and nothing else.
+
+        Args:
+            shared: The shared state's tensors; only ``lora.`` ones are used.
+            folder: Where to; created as needed.
+            base_name: Portable name of the base model for ``adapter_config.json``.
+        """
+        model = _clone_structure(self._backbone.model)
+        # No private adapter exists in this model, so none can be written by accident.
+        peft_model = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
+        self.load_shared(peft_model, shared)
+        peft_model.peft_config[SHARED].base_model_name_or_path = base_name
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.storage_errors(folder), _peft_subfolder(folder) as scratch:
+            peft_model.save_pretrained(scratch, selected_adapters=[SHARED])
+
+    def _load(self, peft_model: Any, adapter: str, tensors: Tensors) -> None:
+        state = {
+            f"{_PEFT_PREFIX}{name.removeprefix('lora.')[:-2]}.lora_{name[-1]}.weight": value.clone()
+            for name, value in tensors.items()
+        }
+        result = set_peft_model_state_dict(peft_model, state, adapter_name=adapter)
+        if result.unexpected_keys:
+            raise BackboneError(f"PEFT did not take {result.unexpected_keys[0]}")
+
+    def _lora_config(self, adapter: LoraAdapterConfig) -> LoraConfig:
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            target_modules=self._target_names(),
+            layers_to_transform=self._layers,
+            layers_pattern=self._backbone.layers_path.rpartition(".")[2],
+        )
+
+    def _target_names(self) -> list[str]:
+        targets = self._config.targets
+        if targets == ALL_LINEAR:
+            # PEFT's own "all-linear" cannot be combined with layers_to_transform.
+            return self._linear_names()
+        return [targets] if isinstance(targets, str) else list(targets)
+
+    def _linear_names(self) -> list[str]:
+        layers = self._backbone.model.get_submodule(self._backbone.layers_path)
+        modules = layers.named_modules()
+        return sorted({n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)})
+
+    def _find_modules(self) -> dict[str, tuple[int, int]]:
+        model = _clone_structure(self._backbone.model)
+        try:
+            peft_model = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
+        except ValueError as error:
+            raise BackboneError(
+                f"{self._backbone.name} has no modules {self._config.targets!r} to adapt; its "
+                f"linear layers are {', '.join(self._linear_names())}: name some in adapters.targets"
+            ) from error
+        state = get_peft_model_state_dict(peft_model, adapter_name=SHARED)
+        names = [
+            key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
+            for key in state
+            if key.endswith(".lora_A.weight")
+        ]
+        modules = {}
+        for name in names:
+            module = self._backbone.model.get_submodule(name)
+            if not isinstance(module, nn.Linear):
+                raise BackboneError(
+                    f"{name} is a {type(module).__name__}; only linear layers can be adapted: "
+                    "change adapters.targets"
+                )
+            modules[name] = (module.in_features, module.out_features)
+        return modules
+
+
+def _random_a(
+    rank: int, fan_in: int, seed: int, purpose: str, client_id: str = ""
+) -> torch.Tensor:
+    generator = seeding.generator(seed, f"lora/{purpose}", client=client_id)
+    return (torch.rand(rank, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+
+
+def _clone_structure(model: Any) -> Any:
+    """New modules around the same tensors, so that PEFT can replace layers in the copy."""
+    shared: Mapping[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, dict(shared))
+
+
+@contextlib.contextmanager
+def _peft_subfolder(folder: Path) -> Iterator[Path]:
+    """PEFT writes adapter ``x`` to ``<dir>/x``: let it, then move the files up one by one."""
+    scratch = folder / ".peft"
+    yield scratch
+    for file in sorted((scratch / SHARED).iterdir()):
+        file.replace(folder / file.name)
+    (scratch / SHARED).rmdir()
+    for rest in scratch.iterdir():
+        rest.unlink()
+    scratch.rmdir()

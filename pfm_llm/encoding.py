@@ -1,0 +1,195 @@
+"""Histories as token windows with item ends.
+
+An item's text is tokenised by itself and the pieces are concatenated, so the last token of
+each item is known exactly and a text is tokenised once, however often it occurs. Position
+``j`` of a window is its ``j``-th item; the state there predicts the item after it.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pfm_llm.config import WindowConfig
+from pfm_llm.data.interactions import Catalogue
+from pfm_llm.errors import DataError
+from pfm_llm.prompts import Prompt
+
+NO_TARGET = -1
+
+
+@dataclass(frozen=True)
+class Window:
+    """One pass over a stretch of one history.
+
+    Attributes:
+        tokens: int32 [T], the rendered text.
+        item_ends: int32 [L], index in ``tokens`` of each item's last token, ascending.
+        items: int32 [L], the item at each position.
+        targets: int32 [L], the next item, or `NO_TARGET` where there is none to learn from.
+    """
+
+    tokens: np.ndarray
+    item_ends: np.ndarray
+    items: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def num_targets(self) -> int:
+        """How many predictions this window trains."""
+        return int((self.targets != NO_TARGET).sum())
+
+
+def windows_hash(windows: Sequence[Window]) -> str:
+    """Hash of the tokens of some windows, in hex: what a cached trunk state depends on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for window in windows:
+        digest.update(len(window.tokens).to_bytes(4, "little"))
+        digest.update(np.ascontiguousarray(window.tokens, dtype=np.int32).tobytes())
+    return digest.hexdigest()
+
+
+class HistoryEncoder:
+    """Renders and tokenises histories.
+
+    Args:
+        prompt: The template.
+        catalogue: The items.
+        tokenizer: A Hugging Face tokenizer.
+        config: Window lengths.
+        max_tokens: The backbone's context length.
+
+    Raises:
+        DataError: The catalogue lacks a field of the prompt, or a whole window of the longest
+            items does not fit into the context.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        catalogue: Catalogue,
+        tokenizer: Any,
+        config: WindowConfig,
+        max_tokens: int,
+    ) -> None:
+        prompt.check_fields(catalogue)
+        self.config = config
+        self._prompt = prompt
+        self._tokenizer = tokenizer
+        self._fields = [
+            {name: catalogue.fields[name][i] for name in prompt.fields if name in catalogue.fields}
+            for i in range(len(catalogue))
+        ]
+        self._header = self._tokenise([prompt.header])[0] if prompt.header else []
+        self._pieces: dict[tuple[int, float | None], np.ndarray] = {}
+        if not prompt.uses_rating:
+            self._fill_pieces(range(len(catalogue)))
+        longest = len(self._header) + config.items * config.max_item_tokens
+        if longest > max_tokens:
+            raise DataError(
+                f"a window of {config.items} items of up to {config.max_item_tokens} tokens can "
+                f"take {longest} tokens, the backbone reads {max_tokens}; lower window.items or "
+                "window.max_item_tokens"
+            )
+
+    def catalogue_pieces(self) -> list[list[int]]:
+        """Token ids of every item rendered by itself, for the frozen item embeddings."""
+        texts = [self._prompt.render_catalogue_item(fields) for fields in self._fields]
+        return [piece[: self.config.max_item_tokens] for piece in self._tokenise(texts)]
+
+    def window(
+        self,
+        items: np.ndarray,
+        ratings: np.ndarray | None = None,
+        targets: np.ndarray | None = None,
+    ) -> Window:
+        """Encode a stretch of a history as one window.
+
+        Args:
+            items: int [L], oldest first, L >= 1.
+            ratings: float [L], where the prompt shows them.
+            targets: int [L]; all `NO_TARGET` when None.
+
+        Raises:
+            DataError: The stretch is empty.
+        """
+        if len(items) == 0:
+            raise DataError("an empty history cannot be encoded: it has no item to read")
+        pieces = [
+            self._piece(int(item), None if ratings is None else float(ratings[j]))
+            for j, item in enumerate(items)
+        ]
+        header = np.asarray(self._header, dtype=np.int32)
+        ends = len(header) + np.cumsum([len(piece) for piece in pieces]) - 1
+        if targets is None:
+            targets = np.full(len(items), NO_TARGET)
+        return Window(
+            tokens=np.concatenate([header, *pieces]),
+            item_ends=ends.astype(np.int32),
+            items=np.asarray(items, dtype=np.int32),
+            targets=np.asarray(targets, dtype=np.int32),
+        )
+
+    def training_windows(
+        self, items: np.ndarray, ratings: np.ndarray | None = None
+    ) -> tuple[Window, ...]:
+        """Cut a training history into windows that end with its last item.
+
+        Every transition is a target exactly once: the last position of a window predicts the
+        first item of the next. A history of fewer than two items trains nothing and gives no
+        window.
+
+        Args:
+            items: int [n], the training history, oldest first.
+            ratings: float [n], where the prompt shows them.
+
+        Returns:
+            Windows, oldest first; the newest ``max_windows`` of them.
+        """
+        if len(items) < 2:
+            return ()
+        targets = np.append(items[1:], NO_TARGET)
+        size = self.config.items
+        stops = list(range(len(items), 0, -size))
+        if self.config.max_windows is not None:
+            stops = stops[: self.config.max_windows]
+        cut = [slice(max(0, stop - size), stop) for stop in reversed(stops)]
+        return tuple(
+            self.window(items[s], None if ratings is None else ratings[s], targets[s])
+            for s in cut
+            if (targets[s] != NO_TARGET).any()
+        )
+
+    def query_window(self, items: np.ndarray, ratings: np.ndarray | None = None) -> Window:
+        """The newest stretch of a history, whose last state ranks the catalogue."""
+        size = self.config.items
+        return self.window(items[-size:], None if ratings is None else ratings[-size:])
+
+    def _piece(self, item: int, rating: float | None) -> np.ndarray:
+        key = (item, rating if self._prompt.uses_rating else None)
+        if key not in self._pieces:
+            text = self._prompt.render_item(self._fields[item], key[1])
+            self._pieces[key] = self._cut(self._tokenise([text])[0], item)
+        return self._pieces[key]
+
+    def _fill_pieces(self, items: Sequence[int]) -> None:
+        texts = [self._prompt.render_item(self._fields[item], None) for item in items]
+        for item, piece in zip(items, self._tokenise(texts), strict=True):
+            self._pieces[item, None] = self._cut(piece, item)
+
+    def _cut(self, piece: list[int], item: int) -> np.ndarray:
+        if not piece:
+            raise DataError(f"item {item} renders to no token; give it a text")
+        if len(piece) > self.config.max_item_tokens:
+            # Keep the end token of the piece, so that an item always ends alike.
+            piece = [*piece[: self.config.max_item_tokens - 1], piece[-1]]
+        return np.asarray(piece, dtype=np.int32)
+
+    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [list(map(int, ids)) for ids in encoded]

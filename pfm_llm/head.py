@@ -1,0 +1,182 @@
+"""The recommender head: user states and item texts in one whitened space.
+
+Everything here is a plain function of plain tensors of *one* client, so the many-clients pass,
+evaluation and a personal agent run the same code. With ``n`` the whitened user state (all d
+dimensions) and ``z_i`` the whitened text embedding of item i (the first D dimensions)::
+
+    u        = state_proj n  [+ B A n, the private head term]
+    score_i  = scale * ( u . item_proj z_i  [+ u . item_ids_out e_i] ) [+ bias_i]
+
+and, with ``item_ids: both``, ``item_ids_in e_i`` is added to the hidden state at item i's last
+token where the adapted layers begin. ``state_proj`` and ``item_proj`` start as (truncated)
+identities: training starts from the similarity of whitened states.
+
+Shapes: d hidden size, D ``head.dim``, I items, E ``head.id_dim``.
+
+====================  ========  ===========================
+parameter             shape     present with
+====================  ========  ===========================
+head.state_proj       [D, d]    always
+head.item_proj        [D, D]    always
+head.item_bias        [I]       ``item_bias``
+head.item_ids         [I, E]    ``item_ids: output | both``
+head.item_ids_out     [D, E]    ``item_ids: output | both``
+head.item_ids_in      [d, E]    ``item_ids: both``
+====================  ========  ===========================
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from pfm_llm import seeding
+from pfm_llm.config import HeadConfig, ItemIds
+from pfm_llm.errors import ConfigError
+from pfm_llm.types import Tensors
+
+STATE_PROJ = "head.state_proj"
+ITEM_PROJ = "head.item_proj"
+ITEM_BIAS = "head.item_bias"
+ITEM_IDS = "head.item_ids"
+ITEM_IDS_IN = "head.item_ids_in"
+ITEM_IDS_OUT = "head.item_ids_out"
+
+_SHRINKAGE = 0.1
+_ID_STD = 0.1
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Whitening fitted once on a catalogue and kept for ever after; a refit would misalign.
+
+    Attributes:
+        mean: [d] float32.
+        basis: [d, d] float32, columns by falling variance; ``(x - mean) @ basis`` is white.
+    """
+
+    mean: torch.Tensor
+    basis: torch.Tensor
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Whiten states [..., d] to float32 [..., d]."""
+        return (states.float() - self.mean) @ self.basis
+
+    def to(self, device: torch.device) -> "Normaliser":
+        """The same on another device."""
+        return Normaliser(self.mean.to(device), self.basis.to(device))
+
+
+def fit_normaliser(states: torch.Tensor) -> Normaliser:
+    """Fit PCA whitening on item states [I, d].
+
+    Eigenvalues are shrunk towards their mean (by a tenth) so that directions in which the
+    catalogue hardly varies are not blown up.
+    """
+    states = states.double()
+    mean = states.mean(0)
+    centred = states - mean
+    covariance = centred.T @ centred / max(1, len(states) - 1)
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.flip(0).clamp_min(0)
+    shrunk = (1 - _SHRINKAGE) * values + _SHRINKAGE * values.mean()
+    # A catalogue of equal texts has no variance at all; leave it at zero instead of dividing.
+    scale = torch.where(shrunk > 0, shrunk.clamp_min(1e-12).rsqrt(), 0.0)
+    # The sign of an eigenvector is arbitrary: fix it, so that machines agree.
+    vectors = vectors.flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    basis = vectors * torch.where(largest < 0, -1.0, 1.0) * scale
+    return Normaliser(mean.float(), basis.float())
+
+
+def initial_head(
+    config: HeadConfig, hidden_size: int, num_items: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Head parameters before training; float32, shapes as in the module's table.
+
+    Raises:
+        ConfigError: ``head.dim`` exceeds the hidden size.
+    """
+    if config.dim > hidden_size:
+        raise ConfigError(
+            f"head.dim: {config.dim} exceeds the backbone's hidden size {hidden_size}; lower it"
+        )
+    head = {STATE_PROJ: torch.eye(config.dim, hidden_size), ITEM_PROJ: torch.eye(config.dim)}
+    if config.item_bias:
+        head[ITEM_BIAS] = torch.zeros(num_items)
+    if config.item_ids is not ItemIds.NONE:
+        generator = seeding.generator(seed, "head")
+        shape = (num_items, config.id_dim)
+        head[ITEM_IDS] = torch.randn(shape, generator=generator) * _ID_STD
+        head[ITEM_IDS_OUT] = torch.zeros(config.dim, config.id_dim)
+        if config.item_ids is ItemIds.BOTH:
+            head[ITEM_IDS_IN] = torch.zeros(hidden_size, config.id_dim)
+    return head
+
+
+def score_scale(dim: int) -> float:
+    """Factor on the inner product, so that scores of random directions start below one."""
+    return 0.5 / dim**0.5
+
+
+def item_inputs(head: Tensors, items: torch.Tensor) -> torch.Tensor | None:
+    """What is added to the hidden state at the last token of each item.
+
+    Args:
+        head: One client's head parameters.
+        items: int64 [P].
+
+    Returns:
+        float32 [P, d], or None without ``item_ids: both``.
+    """
+    if ITEM_IDS_IN not in head:
+        return None
+    return F.embedding(items, head[ITEM_IDS]) @ head[ITEM_IDS_IN].T
+
+
+def user_vectors(
+    head: Tensors, states: torch.Tensor, private_head: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor:
+    """Project whitened states.
+
+    Args:
+        head: One client's head parameters.
+        states: float32 [P, d], whitened.
+        private_head: The private term's factors A [r, d] and B [D, r], B already weighted.
+
+    Returns:
+        float32 [P, D].
+    """
+    vectors = states @ head[STATE_PROJ].T
+    if private_head is not None:
+        a, b = private_head
+        vectors = vectors + (states @ a.T) @ b.T
+    return vectors
+
+
+def score_items(head: Tensors, vectors: torch.Tensor, item_texts: torch.Tensor) -> torch.Tensor:
+    """Score the whole catalogue.
+
+    The item projection is applied to the (few) users rather than to the (many) items.
+
+    Args:
+        head: One client's head parameters.
+        vectors: float32 [P, D] from `user_vectors`.
+        item_texts: float32 [I, D], whitened text embeddings, the first D dimensions.
+
+    Returns:
+        float32 [P, I].
+    """
+    scores = (vectors @ head[ITEM_PROJ]) @ item_texts.T
+    if ITEM_IDS in head:
+        scores = scores + (vectors @ head[ITEM_IDS_OUT]) @ head[ITEM_IDS].T
+    scores = scores * score_scale(item_texts.shape[1])
+    if ITEM_BIAS in head:
+        scores = scores + head[ITEM_BIAS]
+    return scores
+
+
+def zero_shot_scores(states: torch.Tensor, item_texts: torch.Tensor) -> torch.Tensor:
+    """Cosine of whitened user states [P, d] and item texts [I, D]; float32 [P, I]."""
+    vectors = states[:, : item_texts.shape[1]]
+    return F.normalize(vectors, dim=1) @ F.normalize(item_texts, dim=1).T

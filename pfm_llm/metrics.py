@@ -1,0 +1,294 @@
+"""Ranking metrics: formulas, `evaluate.Metric` classes, and bootstrap intervals over users.
+
+A target's rank (1 is best, see `scoring`) is all that hit rate, NDCG and MRR need, with one
+relevant item per rank: a user with several targets counts once, by the mean over the targets.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import datasets
+import evaluate
+import numpy as np
+import numpy.typing as npt
+
+from pfm_llm.errors import ConfigError, DataError
+from pfm_llm.seeding import numpy_generator
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.integer]
+
+_DRAWS_AT_ONCE = 1 << 20
+
+
+def hit_rate(ranks: IntArray, k: int) -> FloatArray:
+    """1 where the rank is at most ``k``, else 0.
+
+    Args:
+        ranks: [targets], integers from 1.
+        k: Length of the list, at least 1.
+
+    Returns:
+        float64 [targets].
+
+    Raises:
+        ConfigError: ``k`` is below 1.
+        DataError: A rank is below 1.
+    """
+    return _in_list(ranks, k).astype(np.float64)
+
+
+def ndcg(ranks: IntArray, k: int) -> FloatArray:
+    """1 / log2(1 + rank) where the rank is at most ``k``, else 0; see `hit_rate`.
+
+    With one relevant item the ideal gain is 1, so this is normalised as it stands.
+    """
+    return np.where(_in_list(ranks, k), 1.0 / np.log2(1.0 + ranks), 0.0)
+
+
+def mrr(ranks: IntArray, k: int) -> FloatArray:
+    """1 / rank where the rank is at most ``k``, else 0; see `hit_rate`."""
+    return np.where(_in_list(ranks, k), 1.0 / ranks, 0.0)
+
+
+RANK_METRICS: Mapping[str, Callable[[IntArray, int], FloatArray]] = {
+    "hit_rate": hit_rate,
+    "ndcg": ndcg,
+    "mrr": mrr,
+}
+"""Name in ``results.json`` to formula."""
+
+
+def auc(scores: npt.NDArray[np.floating], labels: npt.NDArray[Any]) -> float:
+    """The probability that a liked item scores above one that is not.
+
+    A tie counts one half, as everywhere, so a constant scorer is at chance; NaN always loses.
+
+    Args:
+        scores: [examples].
+        labels: [examples], true or 1 where liked.
+
+    Returns:
+        In [0, 1]; NaN when all labels are equal, where it is not defined.
+
+    Raises:
+        DataError: Lengths differ.
+    """
+    scores, liked = np.asarray(scores), np.asarray(labels).astype(np.bool_)
+    if scores.shape != liked.shape or scores.ndim != 1:
+        raise DataError(f"{scores.shape} scores for {liked.shape} labels: give one each")
+    positives, negatives = scores[liked], scores[~liked]
+    if not positives.size or not negatives.size:
+        return float("nan")
+    positives = positives[~np.isnan(positives)]
+    ordered = np.sort(negatives[~np.isnan(negatives)])
+    below = np.searchsorted(ordered, positives, side="left").sum(dtype=np.float64)
+    below_or_tied = np.searchsorted(ordered, positives, side="right").sum(dtype=np.float64)
+    # Pairs with a NaN are in the denominator alone: lost.
+    return float((below + below_or_tied) / 2 / (liked.sum() * (~liked).sum()))
+
+
+def per_user(values: FloatArray, groups: IntArray) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    """Average within each user.
+
+    Args:
+        values: [targets].
+        groups: [targets], the user of each.
+
+    Returns:
+        The means (float64 [users]) and whose they are (int64 [users], ascending).
+
+    Raises:
+        DataError: Lengths differ.
+    """
+    values, groups = np.asarray(values, np.float64), np.asarray(groups, np.int64)
+    if values.shape != groups.shape or values.ndim != 1:
+        raise DataError(f"{values.shape} values for {groups.shape} users: give one each")
+    users, index = np.unique(groups, return_inverse=True)
+    means = np.bincount(index, values, len(users)) / np.bincount(index, None, len(users))
+    return means, users.astype(np.int64)
+
+
+def bootstrap_interval(
+    per_user_values: FloatArray, num_resamples: int, confidence: float, seed: int
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, resampling users.
+
+    Args:
+        per_user_values: [users], one value each (see `per_user`).
+        num_resamples: At least 1.
+        confidence: Coverage, in (0, 1).
+        seed: The experiment's seed. Equal seeds resample the same users, whatever the values.
+
+    Returns:
+        The lower and the upper end.
+
+    Raises:
+        ConfigError: ``num_resamples`` or ``confidence`` is out of range.
+        DataError: There are no values, or one is not finite.
+    """
+    values = np.asarray(per_user_values, np.float64)
+    if num_resamples < 1:
+        raise ConfigError(f"evaluation.bootstrap is {num_resamples}: at least 1 resample")
+    if not 0 < confidence < 1:
+        raise ConfigError(f"evaluation.confidence is {confidence}: between 0 and 1, say 0.95")
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise DataError("a bootstrap needs one finite value per user, and at least one user")
+    random = numpy_generator(seed, "bootstrap")
+    at_once = max(1, _DRAWS_AT_ONCE // values.size)
+    means = np.empty(num_resamples)
+    for start in range(0, num_resamples, at_once):
+        stop = min(start + at_once, num_resamples)
+        drawn = random.integers(values.size, size=(stop - start, values.size))
+        means[start:stop] = values[drawn].mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def paired_bootstrap(
+    a: FloatArray, b: FloatArray, num_resamples: int, confidence: float, seed: int
+) -> tuple[float, float, float]:
+    """Mean of ``a - b`` over the same users, with its interval.
+
+    Args:
+        a: [users].
+        b: [users], in the same order of users.
+        num_resamples: See `bootstrap_interval`.
+        confidence: See `bootstrap_interval`.
+        seed: See `bootstrap_interval`.
+
+    Returns:
+        The mean difference, and the lower and the upper end of its interval.
+
+    Raises:
+        ConfigError: See `bootstrap_interval`.
+        DataError: Lengths differ, there are no users, or a value is not finite.
+    """
+    if np.shape(a) != np.shape(b):
+        raise DataError(f"cannot pair {np.shape(a)} with {np.shape(b)}: give the same users")
+    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    low, high = bootstrap_interval(difference, num_resamples, confidence, seed)
+    return float(difference.mean()), low, high
+
+
+def mean_over_users(values: FloatArray, groups: IntArray) -> float:
+    """Mean over users of each user's mean; see `per_user`.
+
+    Raises:
+        DataError: Lengths differ, or there is nothing to average.
+    """
+    means, users = per_user(values, groups)
+    if not users.size:
+        raise DataError("nothing to average: no held-out targets; check data.split")
+    return float(means.mean())
+
+
+class _InMemoryMetric(evaluate.Metric):
+    """What the metrics share: made directly, offline, with nothing kept on disk."""
+
+    title: ClassVar[str]
+    columns: ClassVar[Mapping[str, str]]
+
+    def __init__(self) -> None:
+        # A given seed keeps evaluate from reading numpy's global random state.
+        super().__init__(keep_in_memory=True, seed=0)
+
+    def _info(self) -> evaluate.MetricInfo:
+        columns = {name: datasets.Value(dtype) for name, dtype in self.columns.items()}
+        return evaluate.MetricInfo(
+            description=f"{self.title}, averaged within each user and then over users.",
+            citation="",
+            inputs_description="One value per example: " + ", ".join(self.columns),
+            features=datasets.Features(columns),
+        )
+
+
+class RankMetric(_InMemoryMetric):
+    """A metric of ranks: ``compute(ranks=..., groups=...)``, groups being the users.
+
+    Args:
+        k: Length of the list, at least 1.
+
+    Raises:
+        ConfigError: ``k`` is below 1.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {"ranks": "int64", "groups": "int64"}
+    metric: ClassVar[str]
+
+    def __init__(self, k: int) -> None:
+        _check_k(k)
+        self.k = k
+        super().__init__()
+
+    def _compute(self, ranks: list[int], groups: list[int]) -> dict[str, float]:
+        values = RANK_METRICS[self.metric](np.asarray(ranks, np.int64), self.k)
+        return {f"{self.metric}@{self.k}": mean_over_users(values, np.asarray(groups, np.int64))}
+
+
+class HitRate(RankMetric):
+    """`hit_rate` as an `evaluate` metric; the result's key is ``hit_rate@<k>``."""
+
+    title = "Share of targets among the first k"
+    metric = "hit_rate"
+
+
+class Ndcg(RankMetric):
+    """`ndcg` as an `evaluate` metric; the result's key is ``ndcg@<k>``."""
+
+    title = "Normalised discounted cumulative gain of the first k"
+    metric = "ndcg"
+
+
+class Mrr(RankMetric):
+    """`mrr` as an `evaluate` metric; the result's key is ``mrr@<k>``."""
+
+    title = "Reciprocal rank among the first k"
+    metric = "mrr"
+
+
+class Auc(_InMemoryMetric):
+    """`auc` as an `evaluate` metric: ``compute(scores=..., labels=..., groups=...)``.
+
+    A user whose labels are all equal has no AUC and is left out of the mean; the result's keys
+    are ``auc`` and ``auc_users``, the number of users that were averaged.
+    """
+
+    title = "Area under the ROC curve"
+    columns: ClassVar[Mapping[str, str]] = {
+        "scores": "float64",
+        "labels": "int64",
+        "groups": "int64",
+    }
+
+    def _compute(
+        self, scores: list[float], labels: list[int], groups: list[int]
+    ) -> dict[str, float]:
+        users = np.asarray(groups, np.int64)
+        order = np.argsort(users, kind="stable")
+        starts = np.flatnonzero(np.diff(users[order])) + 1
+        by_user = [
+            auc(*pair)
+            for pair in zip(
+                np.split(np.asarray(scores, np.float64)[order], starts),
+                np.split(np.asarray(labels, np.int64)[order], starts),
+                strict=True,
+            )
+        ]
+        defined = [value for value in by_user if not np.isnan(value)]
+        if not defined:
+            raise DataError("AUC: no user has both liked and not liked items; check the labels")
+        return {"auc": float(np.mean(defined)), "auc_users": len(defined)}
+
+
+def _in_list(ranks: IntArray, k: int) -> npt.NDArray[np.bool_]:
+    _check_k(k)
+    ranks = np.asarray(ranks)
+    if ranks.size and ranks.min() < 1:
+        raise DataError(f"rank {ranks.min()}: ranks begin at 1")
+    return ranks <= k
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ConfigError(f"evaluation.ks holds {k}: a list has at least 1 item")

@@ -1,0 +1,137 @@
+"""One live progress bar on a terminal; a few log lines where there is none."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+_LOG = logging.getLogger(__name__)
+_LOG_EVERY_FRACTION = 0.1
+_LOG_AT_LEAST_EVERY_S = 60.0
+_LOG_AT_MOST_EVERY_S = 5.0
+# rate_noinv: always things per second, never seconds per thing.
+_BAR_FORMAT = (
+    "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, "
+    "{rate_noinv_fmt}{postfix}]"
+)
+
+
+class Progress:
+    """Progress through a known number of things, for the main process to show.
+
+    On a terminal: one bar on standard error with count, rate, time left and the figures given
+    to `update`. Elsewhere: INFO log lines, one for each tenth of the way but not more often than
+    every 5 s, at least one a minute, and one at the end.
+
+    Example:
+        >>> with Progress(3, "reading histories", enabled=False, unit="users") as progress:
+        ...     for _ in range(3):
+        ...         progress.update()
+    """
+
+    def __init__(
+        self,
+        total: int,
+        description: str,
+        enabled: bool = True,
+        *,
+        unit: str = "clients",
+        initial: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Show nothing yet; the bar appears on entering the context.
+
+        Args:
+            total: How many things there are; 0 is allowed.
+            description: What is being done.
+            enabled: Whether to show anything: true on the main process alone.
+            unit: What is counted, in the plural.
+            initial: How many were done before, by the run that this one resumes.
+            clock: Seconds that only grow.
+        """
+        self.total = total
+        self.count = initial
+        self._description = description
+        self._enabled = enabled
+        self._unit = unit
+        self._initial = initial
+        self._clock = clock
+        self._bar: tqdm | None = None
+        self._figures: dict[str, str] = {}
+        self._started = self._logged = clock()
+        self._logged_count = initial
+
+    def __enter__(self) -> Self:
+        self._started = self._logged = self._clock()
+        if self._enabled and _is_terminal():
+            self._bar = tqdm(
+                total=self.total,
+                desc=self._description,
+                initial=self._initial,
+                unit=f" {self._unit}",
+                bar_format=_BAR_FORMAT,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._enabled and self._logged_count != self.count:
+            self._log()
+
+    def update(self, n: int = 1, **figures: float | str) -> None:
+        """Count ``n`` more things as done.
+
+        Args:
+            n: How many.
+            figures: Shown beside the count until given anew, such as ``loss=6.1``.
+        """
+        self.count += n
+        if not self._enabled:
+            return
+        self._figures |= {name: _format(value) for name, value in figures.items()}
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._figures_text(), refresh=False)
+            self._bar.update(n)
+        elif self._is_log_due():
+            self._log()
+
+    def _is_log_due(self) -> bool:
+        silence = self._clock() - self._logged
+        if silence < _LOG_AT_MOST_EVERY_S:
+            return False
+        advance = self.count - self._logged_count
+        return advance >= _LOG_EVERY_FRACTION * self.total or silence >= _LOG_AT_LEAST_EVERY_S
+
+    def _log(self) -> None:
+        now = self._clock()
+        self._logged, self._logged_count = now, self.count
+        rate = (self.count - self._initial) / max(now - self._started, 1e-9)
+        left = max(self.total - self.count, 0)
+        parts = [f"{rate:.3g} {self._unit}/s"]
+        if left and rate > 0:
+            parts.append(f"{tqdm.format_interval(left / rate)} left")
+        parts += [self._figures_text()] if self._figures else []
+        _LOG.info("%s: %d/%d, %s", self._description, self.count, self.total, ", ".join(parts))
+
+    def _figures_text(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self._figures.items())
+
+
+def _format(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()

@@ -1,0 +1,289 @@
+r"""Prompt templates: how an item and a history become text.
+
+A prompt is a TOML file named ``<name>.v<version>.toml``. Once used it is never edited: a change
+is a new version, so that a prompt's key always stands for the same text.
+
+    name = "next_item_genres"
+    version = 1
+    description = "Title, year and genres."
+    header = "History:\n"                               # plain text before a window's first item
+    item = "{title}[ ({year})][, {genres}]\n"           # one item of a history
+    catalogue_item = "{title}[ ({year})][, {genres}]\n" # an item by itself, for the catalogue
+    fields = ["title", "year", "genres"]                # exactly the item fields used
+
+In ``item`` and ``catalogue_item``:
+
+- ``{field}`` is an item's field, the empty string where it is unknown. ``{rating}`` (in ``item``
+  only, and not in ``fields``) is what the user gave: a field of the event, not of the item.
+- ``[...]`` is an optional part, left out when any placeholder in it is empty, so that unknown
+  fields leave no litter such as ``()``. Parts do not nest.
+- A literal bracket or brace is doubled: ``[[``, ``]]``, ``{{``, ``}}``.
+
+Items are tokenised one by one and their tokens put in a row, so an item's last token always lies
+at the end of its text, where the user's state is read.
+"""
+
+import difflib
+import functools
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pfm_llm.data.interactions import Catalogue
+from pfm_llm.errors import ConfigError, DataError
+
+RATING = "rating"
+
+_KEYS: dict[str, type] = {
+    "name": str,
+    "version": int,
+    "description": str,
+    "header": str,
+    "item": str,
+    "catalogue_item": str,
+    "fields": list,
+}
+_TYPE_NAMES = {str: "a string", int: "a whole number", list: "a list of strings"}
+_TOKEN = re.compile(r"\[\[|\]\]|\{\{|\}\}|\{(?P<field>\w+)\}|[\[\]{}]|[^\[\]{}]+")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One version of one template, checked.
+
+    Attributes:
+        name: What it is for.
+        version: From 1.
+        header: Plain text before a window's first item; may be empty.
+        item: Template of one item of a history.
+        catalogue_item: Template of an item by itself.
+        fields: The item fields that the templates use.
+    """
+
+    name: str
+    version: int
+    header: str
+    item: str
+    catalogue_item: str
+    fields: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """``<name>.v<version>``: the file's name without ``.toml``."""
+        return f"{self.name}.v{self.version}"
+
+    @property
+    def uses_rating(self) -> bool:
+        """Whether an item of a history shows the user's rating."""
+        return RATING in _placeholders(self.item)
+
+    def content_hash(self) -> str:
+        """SHA-256, in hex, over all that the rendered text depends on."""
+        parts = [self.key, self.header, self.item, self.catalogue_item, *self.fields]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def check_fields(self, catalogue: Catalogue) -> None:
+        """Make sure that a catalogue has the fields of this prompt.
+
+        Raises:
+            DataError: One is missing; the message names it and those there are.
+        """
+        for field in self.fields:
+            if field not in catalogue.fields:
+                raise DataError(
+                    f"prompt {self.key} needs the item field {field!r}; the catalogue has "
+                    f"{', '.join(catalogue.fields)}: add a column of that name to the items, or "
+                    "choose another prompt"
+                )
+
+    def render_item(self, fields: Mapping[str, str], rating: float | None) -> str:
+        """The text of one item of a history.
+
+        Args:
+            fields: The item's fields; see `check_fields`.
+            rating: What the user gave; None or NaN where unknown. Rendered as ``5`` or ``3.5``,
+                and ignored by prompts without ``{rating}``.
+
+        Raises:
+            DataError: The text is empty, so there would be no token to read a state from.
+        """
+        known = rating is not None and not math.isnan(rating)
+        return self._render(self.item, {**fields, RATING: f"{rating:g}" if known else ""})
+
+    def render_catalogue_item(self, fields: Mapping[str, str]) -> str:
+        """The text of an item by itself; see `render_item`."""
+        return self._render(self.catalogue_item, fields)
+
+    def _render(self, template: str, values: Mapping[str, str]) -> str:
+        text = "".join(part.render(values) for part in _parse(template))
+        if not text.strip():
+            raise DataError(
+                f"prompt {self.key} renders an item with no text ({dict(values)}); give the item "
+                "a title, or choose a prompt whose fields it has"
+            )
+        return text
+
+
+def load_prompt(name_or_path: str) -> Prompt:
+    """Read and check a prompt.
+
+    Args:
+        name_or_path: The key of a shipped prompt, such as ``next_item.v1``, or the path of a
+            TOML file (it ends in ``.toml``).
+
+    Raises:
+        ConfigError: No such prompt (the message lists those there are), or the file breaks the
+            format (the message names the file and the key).
+    """
+    if name_or_path.endswith(".toml"):
+        return _read_prompt(Path(name_or_path))
+    shipped = {path.stem: path for path in _prompt_dir().glob("*.toml")}
+    if name_or_path not in shipped:
+        raise ConfigError(
+            f"prompt: unknown prompt {name_or_path!r}; there are {', '.join(sorted(shipped))}; "
+            "or give the path of a .toml file"
+        )
+    return _read_prompt(shipped[name_or_path])
+
+
+def _prompt_dir() -> Path:
+    package = Path(__file__).parent
+    # The build copies the prompts into the wheel; a checkout has them beside the package.
+    packaged = package / "_prompts"
+    return packaged if packaged.is_dir() else package.parent / "prompts"
+
+
+def _read_prompt(path: Path) -> Prompt:
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    try:
+        _check_keys(tree)
+        _check_header(tree["header"])
+        prompt = Prompt(
+            name=tree["name"],
+            version=tree["version"],
+            header=tree["header"],
+            item=tree["item"],
+            catalogue_item=tree["catalogue_item"],
+            fields=tuple(tree["fields"]),
+        )
+        _check_templates(prompt)
+        if prompt.key != path.stem:
+            raise ConfigError(
+                f"name, version: they make {prompt.key!r}; call the file {prompt.key}.toml, or "
+                "correct them (a changed prompt is a new version)"
+            )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return prompt
+
+
+def _check_keys(tree: Mapping[str, Any]) -> None:
+    for key in tree:
+        if key not in _KEYS:
+            nearest = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"valid are {', '.join(_KEYS)}"
+            raise ConfigError(f"unknown key {key}; {hint}")
+    for key, expected in _KEYS.items():
+        if key not in tree:
+            raise ConfigError(f"{key}: missing; set it to {_TYPE_NAMES[expected]}")
+        # type(), not isinstance: a TOML boolean is a Python int.
+        if type(tree[key]) is not expected:
+            raise ConfigError(f"{key}: must be {_TYPE_NAMES[expected]}, not {tree[key]!r}")
+    if not re.fullmatch(r"[a-z0-9_]+", tree["name"]):
+        raise ConfigError(f"name: use a-z, 0-9 and _ only, not {tree['name']!r}")
+    if tree["version"] < 1:
+        raise ConfigError(f"version: counts from 1, not {tree['version']}")
+    _check_field_list(tree["fields"])
+
+
+def _check_field_list(fields: list[Any]) -> None:
+    for field in fields:
+        if not isinstance(field, str) or not re.fullmatch(r"\w+", field):
+            raise ConfigError(f"fields: must be a list of field names, not {field!r}")
+        if fields.count(field) > 1:
+            raise ConfigError(f"fields: {field!r} is listed twice")
+    if RATING in fields:
+        raise ConfigError(f"fields: {RATING!r} belongs to the event; use it in item, unlisted")
+    if not fields:
+        raise ConfigError("fields: empty; an item needs at least one field as its text")
+
+
+def _check_header(header: str) -> None:
+    if "{" in header or "}" in header:
+        raise ConfigError("header: is plain text and has no placeholders; remove the braces")
+
+
+def _check_templates(prompt: Prompt) -> None:
+    allowed = {"item": {*prompt.fields, RATING}, "catalogue_item": set(prompt.fields)}
+    used: set[str] = set()
+    for key, names in allowed.items():
+        try:
+            placeholders = _placeholders(getattr(prompt, key))
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from error
+        if unknown := sorted(placeholders - names):
+            raise ConfigError(f"{key}: placeholder {{{unknown[0]}}} is not in fields; add it")
+        if not placeholders - {RATING}:
+            raise ConfigError(f"{key}: has no item field, so all items would read alike; add one")
+        used |= placeholders
+    for field in prompt.fields:
+        if field not in used:
+            raise ConfigError(f"fields: {field!r} is not used in any template; remove it")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of a template: pieces of (literal text, False) or (field name, True)."""
+
+    pieces: tuple[tuple[str, bool], ...]
+    optional: bool
+
+    def render(self, values: Mapping[str, str]) -> str:
+        """The text, or nothing for an optional part with an empty placeholder."""
+        if self.optional and not all(values[name] for name, is_field in self.pieces if is_field):
+            return ""
+        return "".join(values[text] if is_field else text for text, is_field in self.pieces)
+
+
+def _placeholders(template: str) -> set[str]:
+    return {text for part in _parse(template) for text, is_field in part.pieces if is_field}
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(template: str) -> tuple[_Part, ...]:
+    return tuple(_parts(template))
+
+
+def _parts(template: str) -> Iterator[_Part]:
+    pieces: list[tuple[str, bool]] = []
+    inside = False
+    for match in _TOKEN.finditer(template):
+        token = match[0]
+        if match["field"]:
+            pieces.append((match["field"], True))
+        elif token in {"[", "]"}:
+            if inside is (token == "["):
+                raise ConfigError(f"unmatched {token!r}; double it to mean the character")
+            if inside and not any(is_field for _, is_field in pieces):
+                raise ConfigError("an optional part [...] has no placeholder; [[ means a bracket")
+            yield _Part(tuple(pieces), optional=inside)
+            pieces, inside = [], not inside
+        elif token in {"{", "}"}:
+            raise ConfigError(f"unmatched {token!r}; double it to mean the character")
+        else:
+            is_doubled = token in {"[[", "]]", "{{", "}}"}
+            pieces.append((token[0] if is_doubled else token, False))
+    if inside:
+        raise ConfigError("unmatched '['; double it to mean the character")
+    yield _Part(tuple(pieces), optional=False)

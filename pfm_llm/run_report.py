@@ -1,0 +1,398 @@
+"""What a run leaves to be read: its results, their tables, and what it ran on.
+
+``runs/<name>/`` holds ``config.yaml``, ``environment.json``, ``metrics.jsonl`` (see
+`metrics_log`), ``results.json``, ``results.md`` and ``plots/*.png`` (see `plots`).
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pfm_llm import __version__
+from pfm_llm.errors import ConfigError, CorruptFileError, DataError
+from pfm_llm.files import read_json, write_json
+from pfm_llm.types import Mode
+
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.jsonl"
+RESULTS_FILE = "results.json"
+TABLE_FILE = "results.md"
+PLOTS_FOLDER = "plots"
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate")
+_GIT_TIMEOUT_S = 5.0
+_TEXT_COLUMNS = ("Method", "Mode", "Budget")
+_METRICS = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}
+_FULL = "full"
+_SAMPLED = "sampled"
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One measured number and the circumstances that it depends on.
+
+    Attributes:
+        method: ``pfm``, or a baseline: ``popularity``, ``ease``, ``markov_recency``.
+        mode: A value of `types.Mode`; ``none`` for a baseline.
+        task: What is predicted, such as ``next_item``.
+        protocol: How interactions were held out, such as ``leave_last_out``.
+        budget: What the method was allowed, in words or figures.
+        split: ``validation`` or ``test``.
+        candidates: ``full`` (the whole catalogue) or ``sampled<n>`` (n sampled negatives).
+        metric: ``ndcg``, ``hit_rate`` or ``mrr``.
+        k: The cut-off of the ranked list.
+        value: Mean over users.
+        ci_low: Lower end of the bootstrap interval over users.
+        ci_high: Upper end of it.
+        num_users: How many users the mean is over.
+        seed: The experiment's seed.
+
+    Raises:
+        DataError: The mode is unknown or a number is not finite.
+    """
+
+    method: str
+    mode: str
+    task: str
+    protocol: str
+    budget: str
+    split: str
+    candidates: str
+    metric: str
+    k: int
+    value: float
+    ci_low: float
+    ci_high: float
+    num_users: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        what = f"result {self.method}/{self.mode} {self.metric}@{self.k}"
+        if self.mode not in list(Mode):
+            raise DataError(f"{what}: unknown mode; valid: {', '.join(Mode)}")
+        if not all(map(math.isfinite, (self.value, self.ci_low, self.ci_high))):
+            raise DataError(
+                f"{what}: {self.value} [{self.ci_low}, {self.ci_high}] over {self.num_users} "
+                "users is not finite; evaluate at least one user"
+            )
+
+
+def write_results(path: Path, rows: Sequence[ResultRow], extra: Mapping[str, Any]) -> None:
+    """Write ``results.json``.
+
+    Args:
+        path: The file.
+        rows: The measured numbers.
+        extra: Further top-level keys in plain JSON types: ``config``, ``environment``, ``costs``.
+
+    Raises:
+        DataError: ``extra`` holds ``rows``, or a value that JSON has no form for, such as NaN.
+        StorageError: The file cannot be written.
+    """
+    if "rows" in extra:
+        raise DataError(f"{path}: 'rows' is taken by the results; name the extra key otherwise")
+    try:
+        write_json(path, {"rows": [dataclasses.asdict(row) for row in rows], **extra})
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: rows, config, environment or costs: {error}") from error
+
+
+def read_results(path: Path) -> tuple[list[ResultRow], dict[str, Any]]:
+    """Read ``results.json`` back: its rows, and its other top-level keys.
+
+    Raises:
+        DataError: There is no such file.
+        CorruptFileError: The file is not what `write_results` writes.
+    """
+    if not path.is_file():
+        raise DataError(f"no results at {path}; run scripts/evaluate.py first")
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+        raise CorruptFileError(f"{path} holds no list of rows; run scripts/evaluate.py again")
+    rows = [_parse_row(row, f"{path}, row {n}") for n, row in enumerate(content.pop("rows"), 1)]
+    return rows, content
+
+
+def results_table(
+    rows: Sequence[ResultRow],
+    split: str = "test",
+    ks: Sequence[int] = (10,),
+    confidence: float = 0.95,
+) -> str:
+    """The results as Markdown: baselines first, then the modes; the best of a column in bold.
+
+    Rows of different task, protocol or seed are never put in one table: each such group gets a
+    table of its own. Budgets that differ get a column.
+
+    Args:
+        rows: Measured numbers of any split.
+        split: Which split to show.
+        ks: Cut-offs to show.
+        confidence: What the intervals in the rows cover, for their label.
+
+    Raises:
+        DataError: Two rows fill the same cell.
+    """
+    blocks = []
+    for group in _groups(rows, split):
+        header, body = _grid(group, _columns(group, ks, confidence), "**{}**")
+        rule = ["---" if column in _TEXT_COLUMNS else "---:" for column in header]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
+        blocks.append(f"{_caption(group)} Best in bold.\n\n{table}\n")
+    return "\n".join(blocks) or f"No results on the {split} split.\n"
+
+
+def terminal_table(
+    rows: Sequence[ResultRow],
+    split: str = "test",
+    ks: Sequence[int] = (10,),
+    confidence: float = 0.95,
+) -> str:
+    """`results_table` as aligned plain text; the best of a column is marked with ``*``."""
+    blocks = []
+    for group in _groups(rows, split):
+        header, body = _grid(group, _columns(group, ks, confidence), "*{}")
+        blocks.append(f"{_caption(group)} Best: *\n\n{_align(header, body)}\n")
+    return "\n".join(blocks) or f"No results on the {split} split.\n"
+
+
+def newest_run(output_dir: str | Path) -> Path:
+    """The run in ``output_dir`` that was started or resumed last.
+
+    Args:
+        output_dir: The folder of runs. Private folders (``<name>.private``) are passed over.
+
+    Raises:
+        ConfigError: There is no run.
+    """
+    folders = Path(output_dir).iterdir() if Path(output_dir).is_dir() else ()
+    runs = [
+        folder
+        for folder in folders
+        if not folder.name.endswith(".private") and (folder / CONFIG_FILE).is_file()
+    ]
+    if not runs:
+        raise ConfigError(f"no run in {output_dir}; run scripts/fed_train.py first")
+    return max(runs, key=lambda folder: (_started_ns(folder), folder.name))
+
+
+def environment(
+    *, seed: int, dtype: str, threads: int, num_processes: int, device: str = "cpu"
+) -> dict[str, Any]:
+    """What a run ran on, in plain JSON types; no host name, user name or path.
+
+    Args:
+        seed: The experiment's seed.
+        dtype: Resolved compute dtype of the backbone, such as ``bfloat16``.
+        threads: Threads of each process.
+        num_processes: Processes of the run.
+        device: Type of the device that computes.
+
+    Returns:
+        Versions, machine, launch settings and, when the code is a git checkout, its commit and
+        whether tracked files differ from it (``git: null`` otherwise).
+    """
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "pfm_llm": __version__,
+            **{package: _version(package) for package in _PACKAGES},
+        },
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cpu_cores": os.cpu_count(),
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "num_processes": num_processes,
+        "seed": seed,
+        "git": _git_state(Path(__file__).resolve()),
+    }
+
+
+def _parse_row(row: Any, where: str) -> ResultRow:
+    fields = dataclasses.fields(ResultRow)
+    if not isinstance(row, dict) or set(row) != {field.name for field in fields}:
+        raise CorruptFileError(
+            f"{where}: expected the keys {', '.join(field.name for field in fields)}"
+        )
+    for field in fields:
+        valid = (int, float) if field.type is float else field.type
+        if isinstance(row[field.name], bool) or not isinstance(row[field.name], valid):  # type: ignore[arg-type]
+            raise CorruptFileError(f"{where}: {field.name} is {row[field.name]!r}")
+    try:
+        return ResultRow(**row)
+    except DataError as error:
+        raise CorruptFileError(f"{where}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of numbers: which rows it shows, and under what heading."""
+
+    candidates: str
+    metric: str
+    k: int
+    heading: str
+    with_interval: bool
+
+    def shows(self, row: ResultRow) -> bool:
+        return (row.candidates, row.metric, row.k) == (self.candidates, self.metric, self.k)
+
+
+def _groups(rows: Sequence[ResultRow], split: str) -> list[list[ResultRow]]:
+    """Rows of one split, in groups of equal task, protocol and seed, in order of appearance."""
+    groups: dict[tuple[str, str, int], list[ResultRow]] = {}
+    for row in rows:
+        if row.split == split:
+            groups.setdefault((row.task, row.protocol, row.seed), []).append(row)
+    return list(groups.values())
+
+
+def _columns(rows: Sequence[ResultRow], ks: Sequence[int], confidence: float) -> list[_Column]:
+    """The columns that at least one row fills: the full catalogue first, then samples."""
+    candidates = sorted({row.candidates for row in rows}, key=lambda name: (name != _FULL, name))
+    columns = []
+    for name in candidates:
+        for k in ks:
+            for metric, label in _METRICS.items():
+                heading = f"{label}@{k}"
+                with_interval = name == _FULL and metric == "ndcg"
+                if with_interval:
+                    heading += f" [{confidence * 100:g} %]"
+                elif name != _FULL:
+                    heading += f", {name.removeprefix(_SAMPLED)} neg."
+                columns.append(_Column(name, metric, k, heading, with_interval))
+    return [column for column in columns if any(map(column.shows, rows))]
+
+
+def _grid(
+    rows: Sequence[ResultRow], columns: Sequence[_Column], best: str
+) -> tuple[list[str], list[list[str]]]:
+    """Header and body of one table; ``best`` is the format of a column's largest value."""
+    lines: dict[tuple[str, str, str], dict[_Column, ResultRow]] = {}
+    for row in rows:
+        cells = lines.setdefault((row.method, row.mode, row.budget), {})
+        for column in filter(lambda column: column.shows(row), columns):
+            if column in cells:
+                raise DataError(
+                    f"two results for {row.method}/{row.mode}, {column.heading} on {row.split}; "
+                    "make the table from the rows of one evaluation"
+                )
+            cells[column] = row
+    modes = list(Mode)
+    order = sorted(lines, key=lambda key: (key[1] != Mode.NONE, modes.index(Mode(key[1]))))
+    tops = {
+        column: max(_figure(cells[column]) for cells in lines.values() if column in cells)
+        for column in columns
+    }
+    num_names = 3 if len({row.budget for row in rows}) > 1 else 2
+    header = [*_TEXT_COLUMNS[:num_names], *(column.heading for column in columns)]
+    body = []
+    for key in order:
+        names = [key[0], "-" if key[1] == Mode.NONE else key[1], key[2]][:num_names]
+        body.append([*names, *(_cell(lines[key].get(c), c, tops[c], best) for c in columns)])
+    return header, body
+
+
+def _cell(row: ResultRow | None, column: _Column, top: str, best: str) -> str:
+    if row is None:
+        return "-"
+    figure = _figure(row)
+    text = best.format(figure) if figure == top else figure
+    return f"{text} [{row.ci_low:.4f}, {row.ci_high:.4f}]" if column.with_interval else text
+
+
+def _figure(row: ResultRow) -> str:
+    """The value as shown, so that what looks equal is also marked as equal."""
+    return f"{row.value:.4f}"
+
+
+def _caption(rows: Sequence[ResultRow]) -> str:
+    users = sorted({row.num_users for row in rows})
+    budgets = {row.budget for row in rows}
+    parts = [
+        f"{rows[0].split.capitalize()} split",
+        rows[0].task,
+        rows[0].protocol,
+        *(filter(None, budgets) if len(budgets) == 1 else ()),
+        f"{'-'.join(str(n) for n in sorted({users[0], users[-1]}))} users",
+        f"seed {rows[0].seed}",
+    ]
+    return f"{' · '.join(parts)}; whole catalogue ranked unless negatives are named."
+
+
+def _align(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Columns of text to the left, of numbers to the right, under a rule."""
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if name in _TEXT_COLUMNS else cell.rjust(width)
+            for cell, width, name in zip(cells, widths, header, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, body)])
+
+
+def _started_ns(folder: Path) -> int:
+    files = (folder / ENVIRONMENT_FILE, folder / CONFIG_FILE)
+    return max(file.stat().st_mtime_ns for file in files if file.is_file())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass  # not Linux, or not readable
+    return platform.processor() or None
+
+
+def _git_state(file: Path) -> dict[str, Any] | None:
+    """Commit and dirtiness of the checkout that tracks ``file``.
+
+    A package installed below somebody's checkout is not of that checkout's commit.
+    """
+    if _git(file, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    commit = _git(file, "rev-parse", "HEAD")
+    changes = _git(file, "status", "--porcelain", "--untracked-files=no")
+    if commit is None or changes is None:
+        return None
+    return {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(file: Path, *arguments: str) -> str | None:
+    # Variables such as GIT_DIR, set inside a hook, would point to another checkout.
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(file.parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_S,
+            env=variables | {"GIT_OPTIONAL_LOCKS": "0"},
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

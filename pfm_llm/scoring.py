@@ -1,0 +1,164 @@
+"""From scores to ranks and recommended items.
+
+Rank 1 is best, and every doubt counts against us: a tie, or a score that is not a number. A
+scorer that gives all items the same score, or NaN, therefore ranks every target last.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pfm_llm.errors import DataError
+
+Scores = npt.NDArray[np.floating] | torch.Tensor
+ItemArray = npt.NDArray[np.integer]
+Ranks = npt.NDArray[np.int64]
+
+_ROWS_AT_ONCE = 4096
+
+
+def full_ranks(
+    scores: Scores, histories: Sequence[ItemArray], targets: Sequence[ItemArray]
+) -> Ranks:
+    """Rank every target among the full catalogue.
+
+    The rank is one more than the number of *other* candidates whose score is not below the
+    target's. Candidates are all items that the query has not seen; a query's other targets
+    stay among them.
+
+    Args:
+        scores: [queries, items], any float dtype; higher is better.
+        histories: Per query the items already seen, which are no candidates; repeated items
+            are fine.
+        targets: Per query the item ids to rank.
+
+    Returns:
+        int64 [total targets], from 1, in the order of ``targets``, query by query.
+
+    Raises:
+        DataError: Lengths differ, an item id is outside the catalogue, or a target is in its
+            own history.
+    """
+    matrix = _as_matrix(scores, len(targets))
+    if len(histories) != len(targets):
+        raise DataError(f"{len(histories)} histories for {len(targets)} queries: give one each")
+    ranks = [np.zeros(0, np.int64)]
+    for query, (row, seen, wanted) in enumerate(zip(matrix, histories, targets, strict=True)):
+        ranks.append(_ranks_in_row(row, seen, wanted, query))
+    return np.concatenate(ranks)
+
+
+def sampled_ranks(scores: Scores, targets: Sequence[ItemArray], negatives: ItemArray) -> Ranks:
+    """Rank every target among itself and its own sampled negatives.
+
+    Args:
+        scores: [queries, items], any float dtype; higher is better.
+        targets: Per query the item ids to rank.
+        negatives: [total targets, negatives], item ids; -1 is padding and is ignored. Rows are
+            in the order of ``targets``, query by query.
+
+    Returns:
+        int64 [total targets], from 1, in the order of ``negatives``.
+
+    Raises:
+        DataError: Lengths differ, an item id is outside the catalogue, or a target is among
+            its own negatives.
+    """
+    matrix = _as_matrix(scores, len(targets))
+    counts = np.array([len(wanted) for wanted in targets], np.int64)
+    flat = _concatenate(targets)
+    if negatives.ndim != 2 or len(negatives) != len(flat):
+        raise DataError(
+            f"negatives have shape {negatives.shape}, expected one row for each of the "
+            f"{len(flat)} targets"
+        )
+    _check_ids(flat, matrix.shape[1], "target")
+    _check_ids(negatives, matrix.shape[1], "negative", lowest=-1)
+    if (negatives == flat[:, None]).any():
+        raise DataError("a target is among its own negatives: sample them without the targets")
+    queries = np.repeat(np.arange(len(matrix)), counts)
+    ranks = np.empty(len(flat), np.int64)
+    for start in range(0, len(flat), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        own = matrix[queries[part], flat[part]]
+        others = matrix[queries[part, None], negatives[part]]
+        ranks[part] = 1 + (~(others < own[:, None]) & (negatives[part] >= 0)).sum(axis=1)
+    return ranks
+
+
+def top_items(
+    scores: Scores, seen: ItemArray, n: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.floating]]:
+    """The best unseen items, best first; ties go to the lower item id.
+
+    Args:
+        scores: [items], any float dtype. An item whose score is NaN is never recommended.
+        seen: Item ids to leave out.
+        n: How many items, at least 0.
+
+    Returns:
+        Item ids (int64) and their scores, each [min(n, items that are left)].
+
+    Raises:
+        DataError: ``n`` is negative, or an item id is outside the catalogue.
+    """
+    row = _as_matrix(scores[None, :], 1)[0]
+    if n < 0:
+        raise DataError(f"cannot recommend {n} items: ask for 0 or more")
+    candidates = np.flatnonzero(_unseen(row, seen) & ~np.isnan(row))
+    order = np.argsort(-row[candidates], kind="stable")[:n]
+    best = candidates[order]
+    return best, row[best]
+
+
+def _ranks_in_row(
+    row: npt.NDArray[np.floating], seen: ItemArray, wanted: ItemArray, query: int
+) -> Ranks:
+    _check_ids(wanted, len(row), "target")
+    unseen = _unseen(row, seen)
+    masked = np.asarray(wanted)[~unseen[wanted]]
+    if masked.size:
+        raise DataError(
+            f"query {query}: target item {masked[0]} is in its own history, which is masked; "
+            "leave such repeats out of the targets"
+        )
+    candidates = row[unseen]
+    # "Not below" also catches NaN on either side; the target itself supplies the 1.
+    below = np.count_nonzero(candidates[None, :] < row[wanted][:, None], axis=1)
+    return (len(candidates) - below).astype(np.int64)
+
+
+def _unseen(row: npt.NDArray[np.floating], seen: ItemArray) -> npt.NDArray[np.bool_]:
+    unseen = np.ones(len(row), np.bool_)
+    _check_ids(seen, len(row), "history")
+    if len(seen):
+        unseen[seen] = False
+    return unseen
+
+
+def _as_matrix(scores: Scores, num_queries: int) -> npt.NDArray[np.floating]:
+    if isinstance(scores, torch.Tensor):
+        # numpy knows no bfloat16; float32 holds every bfloat16 and float16 exactly.
+        tensor = scores.detach().cpu()
+        scores = (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()
+    if scores.ndim != 2 or len(scores) != num_queries:
+        raise DataError(
+            f"scores have shape {tuple(scores.shape)}, expected [{num_queries} queries, items]"
+        )
+    return scores
+
+
+def _check_ids(ids: ItemArray, num_items: int, what: str, lowest: int = 0) -> None:
+    ids = np.asarray(ids)
+    if ids.size and (ids.min() < lowest or ids.max() >= num_items):
+        bad = ids.min() if ids.min() < lowest else ids.max()
+        raise DataError(
+            f"{what} item {bad} is outside the catalogue of {num_items} items; scores and ids "
+            "must come from the same catalogue"
+        )
+
+
+def _concatenate(arrays: Sequence[ItemArray]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, np.int64), *arrays]).astype(np.int64)

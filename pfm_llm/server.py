@@ -1,0 +1,212 @@
+"""The server: selects cohorts, judges and sums updates, steps. It sees no private state."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pfm_llm.aggregation import OptimizerState, RunningSum, ServerStep, update_weight
+from pfm_llm.config import FederationConfig
+from pfm_llm.contract import TensorSpec, UpdateContract
+from pfm_llm.errors import CheckpointError, ContractError
+from pfm_llm.participation import select_cohort
+from pfm_llm.types import ClientUpdate, SharedState
+
+_LOG = logging.getLogger(__name__)
+_SHARED, _FIRST, _SECOND, _STEP = "shared/", "first/", "second/", "optimizer/step"
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """What the server knows of a round after its step.
+
+    Attributes:
+        round_number: The round, from 1.
+        num_updates: Updates that were accepted.
+        refusals: Why others were refused, one reason for each.
+        num_examples: Examples behind the accepted updates.
+        loss: Their weighted mean loss (nats) before local training; None when none was accepted.
+        update_norm: Euclidean norm of the aggregated update; 0 when none was accepted.
+        lr_factor: The schedule's factor of this round.
+    """
+
+    round_number: int
+    num_updates: int
+    refusals: tuple[str, ...]
+    num_examples: int
+    loss: float | None
+    update_norm: float
+    lr_factor: float
+
+
+class Server:
+    """Holds the shared state from round to round."""
+
+    def __init__(
+        self,
+        shared: SharedState,
+        contract: UpdateContract,
+        client_ids: Sequence[str],
+        config: FederationConfig,
+        seed: int,
+    ) -> None:
+        """Start before round 1.
+
+        Args:
+            shared: The initial shared state.
+            contract: What updates must look like.
+            client_ids: All clients.
+            config: Cohort size, number of rounds, optimizer.
+            seed: The experiment's seed, for the cohorts.
+
+        Raises:
+            ContractError: The contract is not one of this shared state.
+        """
+        specs = {name: TensorSpec.of(tensor) for name, tensor in shared.tensors.items()}
+        if specs != contract.tensors:
+            names = sorted(
+                n
+                for n in specs.keys() | contract.tensors.keys()
+                if specs.get(n) != contract.tensors.get(n)
+            )
+            raise ContractError(
+                f"the contract does not fit the shared state: {names[0]} differs "
+                f"({len(names)} in all); build it with UpdateContract.from_shared"
+            )
+        self._shared = shared
+        self._contract = contract
+        self._client_ids = tuple(client_ids)
+        self._config = config
+        self._seed = seed
+        self._step = ServerStep(config.server, config.num_rounds)
+        self._optimizer = self._step.initial_state(shared)
+        self._cohort: tuple[int, tuple[str, ...]] = (0, ())
+
+    @property
+    def shared(self) -> SharedState:
+        """The state that clients receive. Never changed in place: each step makes a new one."""
+        return self._shared
+
+    @property
+    def contract(self) -> UpdateContract:
+        """What updates must look like."""
+        return self._contract
+
+    def select_cohort(self, round_number: int) -> tuple[str, ...]:
+        """The clients of a round, a function of (seed, round) alone.
+
+        Raises:
+            ConfigError: The cohort is larger than the number of clients.
+        """
+        if self._cohort[0] != round_number:
+            size = self._config.cohort_size
+            cohort = select_cohort(self._client_ids, size, self._seed, round_number)
+            self._cohort = (round_number, cohort)
+        return self._cohort[1]
+
+    def receive(self, total: RunningSum, update: ClientUpdate, round_number: int) -> bool:
+        """Check one update and add it to a sum, or refuse and count it; the round goes on.
+
+        Args:
+            total: The sum of a chunk or a round.
+            update: What arrived.
+            round_number: The round under way.
+
+        Returns:
+            Whether it was accepted.
+        """
+        try:
+            self._contract.check(update, round_number)
+            if update.client_id not in self.select_cohort(round_number):
+                raise ContractError(
+                    f"client {update.client_id!r} is not in the cohort of round {round_number}"
+                )
+            total.add(update, update_weight(self._config.server.weighting, update.num_examples))
+        except ContractError as error:
+            _LOG.warning("round %d: refused an update: %s", round_number, error)
+            total.refuse(str(error))
+            return False
+        return True
+
+    def aggregate(self, total: RunningSum, round_number: int) -> RoundSummary:
+        """Step from the round's sum to the next shared state.
+
+        When no update was accepted the state stays as it is, with a warning.
+
+        Args:
+            total: The sum over the whole cohort.
+            round_number: The round, from 1.
+
+        Raises:
+            ContractError: The sum holds other tensors than the shared state.
+            TrainingError: The step led to values that are not finite.
+                After either error the state is what it was before.
+        """
+        norm = 0.0
+        if total.num_updates:
+            mean = total.mean()
+            self._shared, self._optimizer = self._step.step(
+                self._shared, mean, self._optimizer, round_number
+            )
+            norms = [torch.linalg.vector_norm(tensor) for tensor in mean.values()]
+            norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        else:
+            _LOG.warning(
+                "round %d: none of %d updates was accepted; the shared state is unchanged",
+                round_number,
+                len(total.refusals),
+            )
+        return RoundSummary(
+            round_number=round_number,
+            num_updates=total.num_updates,
+            refusals=total.refusals,
+            num_examples=total.num_examples,
+            loss=total.loss,
+            update_norm=norm,
+            lr_factor=self._step.lr_factor(round_number),
+        )
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Everything that a checkpoint must hold of the server, for `load_state_tensors`."""
+        groups = {
+            _SHARED: self._shared.tensors,
+            _FIRST: self._optimizer.first,
+            _SECOND: self._optimizer.second,
+        }
+        tensors = {
+            prefix + name: tensor
+            for prefix, group in groups.items()
+            for name, tensor in group.items()
+        }
+        tensors[_STEP] = torch.tensor(self._optimizer.step)
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state_tensors` returned.
+
+        Raises:
+            CheckpointError: It is of another model or optimizer; the state is unchanged.
+        """
+        expected = {name: TensorSpec.of(t) for name, t in self.state_tensors().items()}
+        found = {name: TensorSpec.of(t) for name, t in tensors.items()}
+        if found != expected:
+            differing = sorted(
+                name
+                for name in found.keys() | expected.keys()
+                if found.get(name) != expected.get(name)
+            )
+            name = differing[0]
+            raise CheckpointError(
+                f"the checkpoint is of another model or server optimizer: {name} is "
+                f"{found.get(name, 'missing')}, must be {expected.get(name, 'absent')}; "
+                "resume with the config that it was written under"
+            )
+        groups: dict[str, dict[str, torch.Tensor]] = {_SHARED: {}, _FIRST: {}, _SECOND: {}}
+        for name, tensor in tensors.items():
+            prefix, _, rest = name.partition("/")
+            if name != _STEP:
+                groups[prefix + "/"][rest] = tensor.clone()
+        self._shared = SharedState(groups[_SHARED])
+        step = int(tensors[_STEP])
+        self._optimizer = OptimizerState(step, groups[_FIRST], groups[_SECOND])

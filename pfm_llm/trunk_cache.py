@@ -1,0 +1,134 @@
+"""Trunk states of a client's windows, computed once and kept with the client.
+
+Layers below the lowest adapted one never change, so what they make of a window is a constant.
+It also reproduces the history, so it is private data: the files live in the client's own
+private folder and go when the client goes.
+
+A client's windows are always computed together and alone, in an order that depends on them
+only. The states are therefore the same bits whether they come from the cache, are recomputed
+because the budget is used up, or are computed again after a resume.
+"""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pfm_llm import files
+from pfm_llm.backbone import pad_tokens
+from pfm_llm.encoding import Window, windows_hash
+from pfm_llm.errors import CorruptFileError, DiskSpaceError
+
+_log = logging.getLogger(__name__)
+_FOLDER = "trunk"
+
+
+class TrunkCache:
+    """Computes trunk states and remembers them within a budget.
+
+    Args:
+        trunk: The trunk view of the backbone.
+        identity: Hash of what the states depend on besides the tokens (weights, layers, dtype).
+        max_bytes: Budget for all files together; beyond it states are computed each time.
+        batch_tokens: Bound on padded tokens per forward pass.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, identity: str, max_bytes: int, batch_tokens: int = 8192
+    ) -> None:
+        self._trunk = trunk
+        self._identity = identity
+        self._max_bytes = max_bytes
+        self._batch_tokens = batch_tokens
+        self._bytes_written: int | None = None
+        self.hits = 0
+        self.misses = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trunk runs and states are returned."""
+        return next(self._trunk.parameters()).device
+
+    def states(self, windows: Sequence[Window], client_dir: Path) -> list[torch.Tensor]:
+        """Trunk states of one client's windows.
+
+        Args:
+            windows: The windows; none empty.
+            client_dir: The client's private folder.
+
+        Returns:
+            For each window its states [T, d] in the backbone's dtype.
+        """
+        if not windows:
+            return []
+        lengths = [len(window.tokens) for window in windows]
+        path = client_dir / _FOLDER / f"{self._key(windows)}.safetensors"
+        states = self._read(path, sum(lengths))
+        if states is None:
+            self.misses += 1
+            states = self._compute(windows)
+            self._write(path, states, client_dir.parent)
+        else:
+            self.hits += 1
+        return list(states.to(self.device).split(lengths))
+
+    def _key(self, windows: Sequence[Window]) -> str:
+        text = f"{self._identity}/{windows_hash(windows)}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @torch.no_grad()
+    def _compute(self, windows: Sequence[Window]) -> torch.Tensor:
+        order = sorted(range(len(windows)), key=lambda i: (-len(windows[i].tokens), i))
+        longest = len(windows[order[0]].tokens)
+        rows_per_batch = max(1, self._batch_tokens // longest)
+        states: dict[int, torch.Tensor] = {}
+        for start in range(0, len(order), rows_per_batch):
+            rows = order[start : start + rows_per_batch]
+            tokens = pad_tokens([windows[i].tokens.tolist() for i in rows]).to(self.device)
+            hidden = self._trunk(input_ids=tokens, use_cache=False).last_hidden_state
+            for row, i in enumerate(rows):
+                states[i] = hidden[row, : len(windows[i].tokens)]
+        return torch.cat([states[i] for i in range(len(windows))])
+
+    def _read(self, path: Path, num_tokens: int) -> torch.Tensor | None:
+        if not path.exists():
+            return None
+        try:
+            states = files.read_tensors(path)[0]["states"]
+            if states.shape[0] != num_tokens:
+                raise CorruptFileError(f"{path} holds {states.shape[0]} of {num_tokens} states")
+        except (CorruptFileError, KeyError) as error:
+            _log.warning("trunk cache: %s; computing it again", error)
+            path.unlink()
+            return None
+        return states
+
+    def _write(self, path: Path, states: torch.Tensor, clients_dir: Path) -> None:
+        if self._bytes_written is None:
+            self._bytes_written = sum(
+                file.stat().st_size for file in clients_dir.glob(f"*/{_FOLDER}/*.safetensors")
+            )
+        size = states.numel() * states.element_size()
+        if self._bytes_written + size > self._max_bytes:
+            return
+        files.make_private_dir(path.parent.parent)
+        files.make_private_dir(path.parent)
+        try:
+            files.write_tensors(path, {"states": states})
+        except DiskSpaceError as error:
+            # A cache is a convenience: a full disk costs time, not the run.
+            _log.warning("trunk cache: %s; going on without it", error)
+            self._max_bytes = 0
+            return
+        self._bytes_written += size
+
+
+def forget_client(client_dir: Path) -> None:
+    """Delete a client's cached trunk states."""
+    for path in (client_dir / _FOLDER).glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()

@@ -1,0 +1,344 @@
+"""Aggregation and the server's step, against arithmetic, float64 brute force and torch.optim."""
+
+import itertools
+import math
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pfm_llm.aggregation import RunningSum, ServerStep, update_weight
+from pfm_llm.config import LearningRateSchedule, ServerConfig, ServerOptimizer, Weighting
+from pfm_llm.errors import ContractError, TrainingError
+from pfm_llm.types import ClientUpdate, SharedState
+
+_NAMES = ("lora.m.A", "basis.m.A", "head.user.weight", "head.item_ids.weight", "head.item_bias")
+
+
+def _random(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(3, 2, generator=source) for name in _NAMES}
+
+
+def _update(
+    client_id: str, delta: dict[str, torch.Tensor], num_examples: int = 1, loss: float = 0.0
+) -> ClientUpdate:
+    return ClientUpdate(client_id, 1, "hash", num_examples, loss, delta)
+
+
+def _sum(updates: Sequence[ClientUpdate], weights: Sequence[float]) -> RunningSum:
+    total = RunningSum()
+    for update, weight in zip(updates, weights, strict=True):
+        total.add(update, weight)
+    return total
+
+
+def _step(optimizer: ServerOptimizer, num_rounds: int = 10, **settings: Any) -> ServerStep:
+    settings.setdefault("lr_schedule", LearningRateSchedule.CONSTANT)
+    return ServerStep(ServerConfig(optimizer=optimizer, **settings), num_rounds)
+
+
+def test_weighted_mean_of_two_updates() -> None:
+    updates = [
+        _update("a", {"lora.A": torch.tensor([1.0, 0.0])}, num_examples=3, loss=2.0),
+        _update("b", {"lora.A": torch.tensor([5.0, 8.0])}, num_examples=1, loss=6.0),
+    ]
+    total = _sum(updates, [3.0, 1.0])
+    # (3 * 1 + 1 * 5) / 4 = 2; (3 * 0 + 1 * 8) / 4 = 2; loss (3 * 2 + 1 * 6) / 4 = 3
+    assert total.mean()["lora.A"].tolist() == [2.0, 2.0]
+    assert total.loss == 3.0
+    assert (total.num_updates, total.total_weight, total.num_examples) == (2, 4.0, 4)
+    assert total.client_ids == ("a", "b")
+
+
+def test_weightings() -> None:
+    assert update_weight(Weighting.UNIFORM, 17) == 1.0
+    assert update_weight(Weighting.NUM_EXAMPLES, 17) == 17.0
+
+
+@settings(deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 1000), min_size=1, max_size=9),
+    scale=st.floats(1e-20, 1e20),
+    seed=st.integers(0, 2**16),
+)
+def test_equal_updates_aggregate_to_themselves(weights: list[int], scale: float, seed: int) -> None:
+    delta = _random(seed, scale)
+    updates = [_update(str(index), delta) for index in range(len(weights))]
+    mean = _sum(updates, [float(weight) for weight in weights]).mean()
+    assert all(torch.equal(mean[name], delta[name]) for name in _NAMES)  # to the bit
+
+
+@settings(deadline=None)
+@given(data=st.data(), count=st.integers(1, 8))
+def test_mean_is_brute_force_whatever_the_order_and_grouping(
+    data: st.DataObject, count: int
+) -> None:
+    deltas = [_random(index, 10.0**index) for index in range(count)]
+    weights = [float(index % 3 + 1) for index in range(count)]
+    order = data.draw(st.permutations(range(count)))
+    cuts = sorted(data.draw(st.sets(st.integers(0, count), max_size=3)) | {0, count})
+    total = RunningSum()
+    for start, stop in itertools.pairwise(cuts):
+        chunk = [_update(str(i), deltas[i]) for i in order[start:stop]]
+        partial = _sum(chunk, [weights[i] for i in order[start:stop]])
+        total.merge(RunningSum.from_payload(pickle.loads(pickle.dumps(partial.to_payload()))))
+    for name, mean in total.mean().items():
+        stacked = np.stack([deltas[i][name].double().numpy() for i in range(count)])
+        expected = np.average(stacked, axis=0, weights=weights).astype(np.float32)
+        np.testing.assert_allclose(mean.numpy(), expected, rtol=1e-6)
+        assert mean.dtype is torch.float32
+
+
+def test_sum_survives_cancellation_that_float32_would_lose() -> None:
+    # In float32 1e8 + 1 = 1e8, so the mean of (1e8, 1, -1e8) would be 0 instead of 1/3.
+    values = [1e8, 1.0, -1e8]
+    updates = [_update(str(v), {"lora.A": torch.tensor([v])}) for v in values]
+    assert _sum(updates, [1.0] * 3).mean()["lora.A"].item() == pytest.approx(1 / 3)
+
+
+def test_merge_counts_updates_examples_and_refusals() -> None:
+    first = _sum([_update("a", _random(0), num_examples=2, loss=1.0)], [2.0])
+    first.refuse("client 'x': too late")
+    second = _sum([_update("b", _random(1), num_examples=5, loss=8.0)], [5.0])
+    second.refuse("client 'y': NaN")
+    first.merge(second)
+    first.merge(RunningSum())
+    assert first.client_ids == ("a", "b")
+    assert first.num_examples == 7
+    assert first.loss == pytest.approx((2 * 1 + 5 * 8) / 7)
+    assert first.refusals == ("client 'x': too late", "client 'y': NaN")
+
+
+def test_merging_into_an_empty_sum_leaves_the_other_alone() -> None:
+    other = _sum([_update("a", _random(0))], [1.0])
+    total = RunningSum()
+    total.merge(other)
+    total.add(_update("b", _random(1)), 1.0)
+    assert all(torch.equal(other.mean()[name], _random(0)[name]) for name in _NAMES)
+
+
+def test_payload_round_trips_and_is_not_written_to() -> None:
+    total = _sum([_update("a", _random(0), 3, 1.5)], [3.0])
+    total.refuse("client 'x': late")
+    payload = total.to_payload()
+    copy = RunningSum.from_payload(payload)
+    copy.add(_update("b", _random(1)), 1.0)
+    assert RunningSum.from_payload(payload).to_payload().keys() == payload.keys()
+    assert payload["client_ids"] == ["a"] and payload["refusals"] == ["client 'x': late"]
+    expected = 3 * _random(0)["lora.m.A"].double()
+    assert torch.equal(payload["tensors"]["lora.m.A"], expected)
+
+
+def test_updates_are_not_changed_or_kept() -> None:
+    update = _update("a", _random(0))
+    total = _sum([update], [2.0])
+    for tensor in update.delta.values():
+        tensor.zero_()
+    assert torch.equal(total.mean()["lora.m.A"], _random(0)["lora.m.A"])
+
+
+def test_a_client_is_never_counted_twice() -> None:
+    total = _sum([_update("a", _random(0))], [1.0])
+    with pytest.raises(ContractError, match="'a' would be counted twice"):
+        total.add(_update("a", _random(1)), 1.0)
+    with pytest.raises(ContractError, match="'a' would be counted twice"):
+        total.merge(_sum([_update("b", _random(2)), _update("a", _random(1))], [1.0, 1.0]))
+    assert total.client_ids == ("a",)
+    assert torch.equal(total.mean()["lora.m.A"], _random(0)["lora.m.A"])
+
+
+@pytest.mark.parametrize(
+    ("delta", "message"),
+    [
+        ({"lora.m.A": torch.ones(3, 2)}, "lacks 'basis.m.A'"),
+        (_random(0) | {"lora.z": torch.ones(1)}, "unexpected tensor 'lora.z'"),
+        (_random(0) | {"head.item_bias": torch.ones(6)}, r"shape \[6\], must be \[3, 2\]"),
+    ],
+)
+def test_a_misfit_leaves_the_sum_unchanged(delta: dict[str, torch.Tensor], message: str) -> None:
+    total = _sum([_update("a", _random(0))], [1.0])
+    with pytest.raises(ContractError, match=message):
+        total.add(_update("b", delta), 1.0)
+    assert total.num_updates == 1
+    assert all(torch.equal(total.mean()[name], _random(0)[name]) for name in _NAMES)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_weights_must_be_positive_numbers(weight: float) -> None:
+    with pytest.raises(ContractError, match="is not a positive number"):
+        RunningSum().add(_update("a", _random(0)), weight)
+
+
+def test_empty_sum_has_no_mean() -> None:
+    total = RunningSum()
+    total.refuse("client 'x': NaN")
+    assert total.loss is None
+    with pytest.raises(TrainingError, match="no update was accepted"):
+        total.mean()
+
+
+def test_one_client_with_full_weight_is_local_training() -> None:
+    start, trained = _random(0), _random(1)
+    delta = {name: trained[name] - start[name] for name in _NAMES}
+    mean = _sum([_update("a", delta, num_examples=9)], [9.0]).mean()
+    step, shared = _step(ServerOptimizer.AVERAGE, lr_lora=5.0), SharedState(start)
+    after, state = step.step(shared, mean, step.initial_state(shared), 1)
+    for name in _NAMES:
+        torch.testing.assert_close(after.tensors[name], trained[name], rtol=0, atol=1e-6)
+    assert state.step == 1 and not state.first and not state.second
+
+
+def _assert_equals_torch(step: ServerStep, torch_optimizer: Any, num_rounds: int = 7) -> None:
+    """Run both with aggregate = -gradient; the same points after every round."""
+    shared = SharedState(_random(0))
+    state = step.initial_state(shared)
+    parameters = {name: torch.nn.Parameter(t.clone()) for name, t in shared.tensors.items()}
+    optimizer = torch_optimizer(
+        [{"params": [p], "lr": step.learning_rate(name)} for name, p in parameters.items()]
+    )
+    for round_number in range(1, num_rounds + 1):
+        aggregate = _random(100 + round_number)
+        for name, parameter in parameters.items():
+            parameter.grad = -aggregate[name]
+        optimizer.step()
+        shared, state = step.step(shared, aggregate, state, round_number)
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(shared.tensors[name], parameter.data, rtol=1e-5, atol=1e-6)
+    assert state.step == num_rounds
+
+
+_RATES = {"lr_lora": 0.01, "lr_head": 0.02, "lr_item_ids": 0.04, "lr_item_bias": 0.08}
+
+
+def test_fedadam_is_torch_adam() -> None:
+    step = _step(ServerOptimizer.FEDADAM, momentum=0.8, beta2=0.95, eps=1e-3, **_RATES)
+    _assert_equals_torch(step, lambda groups: torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-3))
+
+
+def test_fedadam_with_weight_decay_is_torch_adamw() -> None:
+    step = _step(ServerOptimizer.FEDADAM, weight_decay=0.3, **_RATES)
+    _assert_equals_torch(
+        step,
+        lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.3),
+    )
+
+
+def test_fedavgm_is_torch_sgd_with_momentum() -> None:
+    step = _step(ServerOptimizer.FEDAVGM, momentum=0.7, **_RATES)
+    _assert_equals_torch(step, lambda groups: torch.optim.SGD(groups, momentum=0.7))
+
+
+def test_fedavgm_without_momentum_and_with_rate_one_is_average() -> None:
+    rates = dict.fromkeys(_RATES, 1.0)
+    shared, aggregate = SharedState(_random(0)), _random(1)
+    average = _step(ServerOptimizer.AVERAGE)
+    plain = _step(ServerOptimizer.FEDAVGM, momentum=0.0, **rates)
+    expected, _ = average.step(shared, aggregate, average.initial_state(shared), 1)
+    found, _ = plain.step(shared, aggregate, plain.initial_state(shared), 1)
+    assert all(torch.equal(found.tensors[n], expected.tensors[n]) for n in _NAMES)
+
+
+def test_first_fedadam_step_is_the_learning_rate_of_each_group() -> None:
+    # After bias correction the first step is lr * sign(aggregate).
+    step = _step(ServerOptimizer.FEDADAM, **_RATES)
+    shared = SharedState({name: torch.zeros(3, 2) for name in _NAMES})
+    ones = {name: torch.full((3, 2), -4.0) for name in _NAMES}
+    after, _ = step.step(shared, ones, step.initial_state(shared), 1)
+    found = {name: after.tensors[name][0, 0].item() for name in _NAMES}
+    expected = {
+        "lora.m.A": -0.01,
+        "basis.m.A": -0.01,
+        "head.user.weight": -0.02,
+        "head.item_ids.weight": -0.04,
+        "head.item_bias": -0.08,
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_weight_decay_shrinks_before_the_step() -> None:
+    # average: lr 1, so 2 * (1 - 0.25) + 0.5 = 2
+    step = _step(ServerOptimizer.AVERAGE, weight_decay=0.25)
+    shared = SharedState({"lora.A": torch.tensor([2.0])})
+    after, _ = step.step(shared, {"lora.A": torch.tensor([0.5])}, step.initial_state(shared), 1)
+    assert after.tensors["lora.A"].tolist() == [2.0]
+
+
+def test_a_name_of_no_group_has_no_learning_rate() -> None:
+    with pytest.raises(ContractError, match="'private.m' is no shared tensor"):
+        _step(ServerOptimizer.AVERAGE).learning_rate("private.m")
+
+
+def test_schedules() -> None:
+    constant = _step(ServerOptimizer.AVERAGE, warmup_rounds=3)
+    assert [constant.lr_factor(r) for r in (1, 2, 3, 4, 9)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    cosine = _step(ServerOptimizer.AVERAGE, 4, lr_schedule=LearningRateSchedule.COSINE)
+    # (1 + cos(pi * (r - 1) / 4)) / 2
+    half = math.sqrt(0.5)
+    expected = [1.0, (1 + half) / 2, 0.5, (1 - half) / 2, 0.0, 0.0]
+    assert [cosine.lr_factor(r) for r in range(1, 7)] == pytest.approx(expected, abs=1e-12)
+
+
+@given(num_rounds=st.integers(1, 50), warmup=st.integers(0, 60))
+def test_schedule_is_never_zero_within_the_run(num_rounds: int, warmup: int) -> None:
+    step = _step(
+        ServerOptimizer.AVERAGE,
+        num_rounds,
+        lr_schedule=LearningRateSchedule.COSINE,
+        warmup_rounds=warmup,
+    )
+    factors = [step.lr_factor(r) for r in range(1, num_rounds + 1)]
+    assert all(0 < factor <= 1 for factor in factors)
+    top = min(warmup, num_rounds)
+    assert factors[:top] == sorted(factors[:top])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
+
+
+@pytest.mark.parametrize("optimizer", list(ServerOptimizer))
+def test_schedule_scales_the_step(optimizer: ServerOptimizer) -> None:
+    step = _step(optimizer, 2, lr_schedule=LearningRateSchedule.COSINE, **_RATES)
+    shared, aggregate = SharedState({n: torch.zeros(3, 2) for n in _NAMES}), _random(1)
+    whole, _ = step.step(shared, aggregate, step.initial_state(shared), 1)
+    half, _ = step.step(shared, aggregate, step.initial_state(shared), 2)  # factor 1/2
+    for name in _NAMES:
+        torch.testing.assert_close(half.tensors[name], whole.tensors[name] / 2)
+
+
+@pytest.mark.parametrize("optimizer", list(ServerOptimizer))
+def test_step_leaves_its_arguments_as_they_are(optimizer: ServerOptimizer) -> None:
+    step, shared, aggregate = _step(optimizer), SharedState(_random(0)), _random(1)
+    state = step.initial_state(shared)
+    _, state = step.step(shared, aggregate, state, 1)
+    before = [
+        {name: tensor.clone() for name, tensor in group.items()}
+        for group in (shared.tensors, aggregate, state.first, state.second)
+    ]
+    once = step.step(shared, aggregate, state, 2)
+    after = [shared.tensors, aggregate, state.first, state.second]
+    for old, new in zip(before, after, strict=True):
+        assert old.keys() == new.keys() and all(torch.equal(old[n], new[n]) for n in old)
+    again = step.step(shared, aggregate, state, 2)
+    assert all(torch.equal(once[0].tensors[n], again[0].tensors[n]) for n in _NAMES)
+
+
+def test_step_refuses_an_aggregate_that_does_not_fit() -> None:
+    step, shared = _step(ServerOptimizer.AVERAGE), SharedState(_random(0))
+    state = step.initial_state(shared)
+    with pytest.raises(ContractError, match="the aggregate has the unexpected tensor 'private.x'"):
+        step.step(shared, _random(1) | {"private.x": torch.ones(1)}, state, 1)
+    with pytest.raises(ContractError, match=r"shape \[1\], must be \[3, 2\]"):
+        step.step(shared, _random(1) | {"lora.m.A": torch.ones(1)}, state, 1)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 1e30])
+def test_step_to_values_that_are_not_finite_is_a_training_error(value: float) -> None:
+    # 1e30 squared overflows the second moment, which would silently stop the tensor.
+    step, shared = _step(ServerOptimizer.FEDADAM), SharedState(_random(0))
+    aggregate = _random(1) | {"head.item_bias": torch.full((3, 2), value)}
+    with pytest.raises(TrainingError, match=r"round 4 made head.item_bias not finite"):
+        step.step(shared, aggregate, step.initial_state(shared), 4)
