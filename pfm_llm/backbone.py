@@ -20,6 +20,7 @@ from pfm_llm.config import BackboneConfig, Dtype
 from pfm_llm.errors import BackboneError
 
 EMBEDDED = {"smollm2-135m": assets.smollm2_135m}
+_HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 _SELF_CHECK_TOKENS = 8
 _SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -45,12 +46,14 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def hidden_size(self) -> int:
@@ -67,6 +70,23 @@ class Backbone:
         """Longest input that the position embeddings allow."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else 1 << 30
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the weights come with a package registry instead of the Hub."""
+        return self.name in EMBEDDED
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """SHA-256 over the vocabulary and its ids, in hex."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+
+    @property
+    def portable_name(self) -> str:
+        """A Hub id where there is one; of a local folder only its own name."""
+        name = _HUB_NAMES.get(self.name, self.name)
+        return Path(name).name if Path(name).exists() else name
 
     @property
     def decoder(self) -> Any:
@@ -187,7 +207,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | None = None) ->
     embedded = EMBEDDED.get(config.name)
     source: str | Path = embedded() if embedded else config.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -199,13 +219,15 @@ def load_backbone(config: BackboneConfig, device: torch.device | None = None) ->
     weights_hash = hash_weights(model)
     device = device or torch.device("cpu")
     dtype = resolve_dtype(config.dtype, device)
-    return Backbone(model.to(device=device, dtype=dtype), tokenizer, config.name, weights_hash)
+    model = model.to(device=device, dtype=dtype)
+    return Backbone(model, tokenizer, config.name, weights_hash)
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The torch dtype; ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
     if dtype is not Dtype.AUTO:
-        return getattr(torch, dtype.value)  # type: ignore[no-any-return]
+        named: torch.dtype = getattr(torch, dtype.value)
+        return named
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

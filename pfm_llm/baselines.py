@@ -153,8 +153,8 @@ class MarkovRecency:
     weight ``distance_decay ** (d - 1)``. A row of counts becomes a distribution by Dirichlet
     smoothing with the items' popularity p: P(j|i) = (count(i, j) + smoothing · p(j)) /
     (Σ count(i, ·) + smoothing), so that rare items fall back on popularity. A history scores
-    Σ ``decay ** age`` · P(j | item of that age), the newest item having age 0; an empty one
-    scores p.
+    Σ ``decay ** age`` · P(j | item of that age), the newest item having age 0, while the weight
+    is at least 0.001; an empty history scores p.
 
     Args:
         decay: Weight of an item relative to the one after it in the scored history, in (0, 1].

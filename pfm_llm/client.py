@@ -9,7 +9,7 @@ import torch
 
 from pfm_llm import seeding
 from pfm_llm.cohort_model import ChunkBatch, CohortModel, HeadDropout, Parts, collate
-from pfm_llm.config import ExperimentConfig, LocalOptimizer, Schedule
+from pfm_llm.config import ExperimentConfig, Schedule
 from pfm_llm.contract import UpdateContract
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
@@ -32,7 +32,6 @@ class ClientHistories:
         train: Training interactions; nothing held out can be reached from here.
         encoder: Renders and tokenises.
         cache: Trunk states.
-        store: The clients' private folders.
     """
 
     def __init__(
@@ -41,13 +40,12 @@ class ClientHistories:
         train: TrainData,
         encoder: HistoryEncoder,
         cache: TrunkCache,
-        store: PrivateStore,
     ) -> None:
         self.clients: Mapping[str, Client] = {client.client_id: client for client in clients}
+        self._client_of = {user: client.client_id for client in clients for user in client.users}
         self._train = train
         self._encoder = encoder
         self._cache = cache
-        self._store = store
         self._windows: dict[str, tuple[Window, ...]] = {}
 
     @property
@@ -59,6 +57,10 @@ class ClientHistories:
             for client_id, client in self.clients.items()
             if any(offsets[user + 1] - offsets[user] >= 2 for user in client.users)
         )
+
+    def client_of(self, user: int) -> str:
+        """The client that holds a user's data."""
+        return self._client_of[user]
 
     def windows(self, client_id: str) -> tuple[Window, ...]:
         """A client's training windows, by user, oldest first."""
@@ -74,7 +76,7 @@ class ClientHistories:
 
     def trunk_states(self, client_id: str) -> list[torch.Tensor]:
         """Trunk states [T, d] of each of a client's training windows."""
-        return self._cache.states(self.windows(client_id), self._store.client_dir(client_id))
+        return self._cache.states(self.windows(client_id), client_id)
 
     def num_tokens(self, client_id: str) -> int:
         """Padded size of a client's windows: their number times the longest."""
@@ -178,13 +180,7 @@ class LocalTrainer:
         self, chunk: Sequence[str], shared: SharedState, round_number: int
     ) -> list[ClientUpdate]:
         """Train some clients for one round; their new private states go to their store."""
-        private_on = self._config.adapters.private.enabled
-        work = LocalWork(
-            self._local.shared_local_steps,
-            self._local.private_local_steps if private_on else 0,
-            self._local.schedule,
-            "round",
-        )
+        work = self.round_work()
         trains_private = any(moves for _, moves in work.plan())
         private = self._load_private(chunk, round_number - 1) if trains_private else {}
         received = self._stack_shared(shared, len(chunk))
@@ -202,6 +198,18 @@ class LocalTrainer:
             )
             for c, client_id in enumerate(chunk)
         ]
+
+    def round_work(self) -> LocalWork:
+        """The steps that a client takes in a round."""
+        local = self._local
+        private_on = self._config.adapters.private.enabled
+        private_in_round = private_on and local.schedule is not Schedule.PRIVATE_AFTER
+        return LocalWork(
+            shared_steps=local.shared_local_steps,
+            private_steps=local.private_local_steps if private_in_round else 0,
+            schedule=local.schedule,
+            purpose="round",
+        )
 
     def personalise(
         self, chunk: Sequence[str], shared: SharedState, round_number: int
@@ -233,7 +241,14 @@ class LocalTrainer:
             private[name] = private[name].index_copy(0, rows, fitted[good])
         return private
 
-    def stack(self, shared: SharedState, private: Tensors, num_clients: int) -> dict[str, torch.Tensor]:
+    def personalise_steps(self, chunk: Sequence[str]) -> int:
+        """How many private steps `personalise` takes, over all clients of the chunk."""
+        able = sum(bool(self._histories.windows(client_id)) for client_id in chunk)
+        return self._local.personalise_steps * able
+
+    def stack(
+        self, shared: SharedState, private: Tensors, num_clients: int
+    ) -> dict[str, torch.Tensor]:
         """Shared tensors repeated per client (no copy) beside stacked private ones."""
         return {**self._stack_shared(shared, num_clients), **private}
 

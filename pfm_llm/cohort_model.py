@@ -137,9 +137,9 @@ class CohortLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [N, T, in] to [N, T, out]; ``factors`` are A^T [N, in, r] and B^T [N, r, out]."""
-        output = self.base(x)
+        output: torch.Tensor = self.base(x)
         if self.factors is None:
-            return output  # type: ignore[no-any-return]
+            return output
         a, b = self.factors
         return torch.baddbmm(output, torch.bmm(x, a), b)
 

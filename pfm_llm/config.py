@@ -22,6 +22,13 @@ class SplitKind(StrEnum):
     GLOBAL_TEMPORAL = "global_temporal"
 
 
+class HeldOutSplit(StrEnum):
+    """A part of the data that is ranked, not trained on."""
+
+    VALIDATION = "validation"
+    TEST = "test"
+
+
 class Repeats(StrEnum):
     """What to do when a user meets an item again."""
 
@@ -155,7 +162,7 @@ class LoraAdapterConfig(_Settings):
     """One LoRA adapter."""
 
     rank: PositiveCount = 8
-    alpha: Positive = 16.0
+    alpha: PositiveCount = 16
     dropout: Fraction = 0.0
 
 
@@ -164,7 +171,7 @@ class PrivateAdapterConfig(LoraAdapterConfig):
 
     enabled: bool = True
     rank: PositiveCount = 4
-    alpha: Positive = 8.0
+    alpha: PositiveCount = 8
     kind: PrivateKind = PrivateKind.INDEPENDENT
     head_rank: Count = Field(4, description="rank of the private head term; 0: none")
     weight: float = Field(1.0, ge=0, le=1.5, description="private_weight at serving time")
@@ -244,6 +251,9 @@ class EvaluationConfig(_Settings):
         None, description="a fixed random sample of users for the validations during training"
     )
     baselines: tuple[str, ...] = ("popularity", "ease", "markov_recency")
+    splits: tuple[HeldOutSplit, ...] = Field(
+        (HeldOutSplit.TEST,), description="what the final results report"
+    )
 
 
 class CacheConfig(_Settings):
@@ -347,9 +357,10 @@ def dump_config(config: ExperimentConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def config_hash(config: BaseModel) -> str:
-    """SHA-256 over the canonical form of (part of) a config, in hex."""
-    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+def training_hash(config: ExperimentConfig) -> str:
+    """SHA-256, in hex, over all settings that the trained tensors depend on."""
+    elsewhere = {"name", "evaluation", "cache", "runtime", "output"}
+    return hashlib.sha256(config.model_dump_json(exclude=elsewhere).encode()).hexdigest()
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

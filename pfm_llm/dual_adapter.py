@@ -113,7 +113,9 @@ class DualAdapter:
         with `load_shared` and `load_private`.
         """
         model = _clone_structure(self._backbone.model)
-        peft_model = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
+        peft_model: Any = get_peft_model(
+            model, self._lora_config(self._config.shared), SHARED
+        )
         peft_model.add_adapter(PRIVATE, self._lora_config(self._config.private))
         peft_model.base_model.set_adapter([SHARED, PRIVATE])
         return peft_model
@@ -147,14 +149,14 @@ class DualAdapter:
         peft_model.peft_config[SHARED].base_model_name_or_path = base_name
         folder.mkdir(parents=True, exist_ok=True)
         with files.storage_errors(folder), _peft_subfolder(folder) as scratch:
-            peft_model.save_pretrained(scratch, selected_adapters=[SHARED])
+            peft_model.save_pretrained(str(scratch), selected_adapters=[SHARED])
 
     def _load(self, peft_model: Any, adapter: str, tensors: Tensors) -> None:
         state = {
             f"{_PEFT_PREFIX}{name.removeprefix('lora.')[:-2]}.lora_{name[-1]}.weight": value.clone()
             for name, value in tensors.items()
         }
-        result = set_peft_model_state_dict(peft_model, state, adapter_name=adapter)
+        result: Any = set_peft_model_state_dict(peft_model, state, adapter_name=adapter)
         if result.unexpected_keys:
             raise BackboneError(f"PEFT did not take {result.unexpected_keys[0]}")
 

@@ -43,9 +43,9 @@ _SETTINGS = {
 _BODY = """
 # {name}
 
-A LoRA adapter that turns {base_link} into a sequential recommender: the model reads a
-user's history as text, and its hidden state at an item's last token, after that item, ranks the
-catalogue. It is the **shared adapter** of a federation, trained by pfm_llm in {rounds} rounds: in
+A LoRA adapter that turns {base_link} into a sequential recommender:
+the model reads a user's history as text, and its hidden state at the last token of an item ranks
+the catalogue for what comes next. It is the **shared adapter** of a federation, trained by pfm_llm in {rounds} rounds: in
 each, some clients train it on histories that they keep, and the server aggregates their updates.
 
 ## How to load it
@@ -60,7 +60,7 @@ base = AutoModelForCausalLM.from_pretrained({base!r})
 model = PeftModel.from_pretrained(base, {adapter!r})
 ```
 
-{base_note}That gives hidden states. To rank a catalogue they go through
+{base_note}This gives hidden states. To rank a catalogue they go through
 `recommender_head.safetensors`, beside the adapter, with histories rendered by the prompt
 `{prompt}`: `pfm_llm` does both.
 
@@ -157,7 +157,7 @@ def model_card(facts: CardFacts) -> str:
         base_link=f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else f"`{base}`",
         rounds=facts.rounds,
         adapter=facts.adapter,
-        base_note=f"{facts.base_note.strip()} " if facts.base_note.strip() else "",
+        base_note=f"{facts.base_note.strip()}\n\n" if facts.base_note.strip() else "",
         prompt=facts.prompt,
         table=facts.results_table,
         settings=_settings_table(facts.config),

@@ -146,7 +146,8 @@ def results_table(
         header, body = _grid(group, _columns(group, ks, confidence), "**{}**")
         rule = ["---" if column in _TEXT_COLUMNS else "---:" for column in header]
         table = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
-        blocks.append(f"{_caption(group)} Best in bold.\n\n{table}\n")
+        how = "whole catalogue ranked unless negatives are named. Best in bold."
+        blocks.append(f"{_caption(group)}; {how}\n\n{table}\n")
     return "\n".join(blocks) or f"No results on the {split} split.\n"
 
 
@@ -160,7 +161,11 @@ def terminal_table(
     blocks = []
     for group in _groups(rows, split):
         header, body = _grid(group, _columns(group, ks, confidence), "*{}")
-        blocks.append(f"{_caption(group)} Best: *\n\n{_align(header, body)}\n")
+        short = [
+            h.replace("Hit rate", "Hit").replace(", ", " /").replace(" neg.", "") for h in header
+        ]
+        how = "whole catalogue ranked; /n: among n sampled negatives; *: best"
+        blocks.append(f"{_caption(group)}\n{how}\n\n{_align(short, body)}\n")
     return "\n".join(blocks) or f"No results on the {split} split.\n"
 
 
@@ -173,11 +178,10 @@ def newest_run(output_dir: str | Path) -> Path:
     Raises:
         ConfigError: There is no run.
     """
-    folders = Path(output_dir).iterdir() if Path(output_dir).is_dir() else ()
     runs = [
-        folder
-        for folder in folders
-        if not folder.name.endswith(".private") and (folder / CONFIG_FILE).is_file()
+        file.parent
+        for file in Path(output_dir).glob(f"*/{CONFIG_FILE}")
+        if not file.parent.name.endswith(".private")
     ]
     if not runs:
         raise ConfigError(f"no run in {output_dir}; run scripts/fed_train.py first")
@@ -219,15 +223,13 @@ def environment(
 
 
 def _parse_row(row: Any, where: str) -> ResultRow:
-    fields = dataclasses.fields(ResultRow)
-    if not isinstance(row, dict) or set(row) != {field.name for field in fields}:
-        raise CorruptFileError(
-            f"{where}: expected the keys {', '.join(field.name for field in fields)}"
-        )
-    for field in fields:
-        valid = (int, float) if field.type is float else field.type
-        if isinstance(row[field.name], bool) or not isinstance(row[field.name], valid):  # type: ignore[arg-type]
-            raise CorruptFileError(f"{where}: {field.name} is {row[field.name]!r}")
+    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(ResultRow)}
+    if not isinstance(row, dict) or row.keys() != fields.keys():
+        raise CorruptFileError(f"{where}: expected the keys {', '.join(fields)}")
+    for name, kind in fields.items():
+        valid = (int, float) if kind is float else kind
+        if isinstance(row[name], bool) or not isinstance(row[name], valid):
+            raise CorruptFileError(f"{where}: {name} is {row[name]!r}")
     try:
         return ResultRow(**row)
     except DataError as error:
@@ -327,7 +329,7 @@ def _caption(rows: Sequence[ResultRow]) -> str:
         f"{'-'.join(str(n) for n in sorted({users[0], users[-1]}))} users",
         f"seed {rows[0].seed}",
     ]
-    return f"{' · '.join(parts)}; whole catalogue ranked unless negatives are named."
+    return " · ".join(parts)
 
 
 def _align(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ from pfm_llm.config import FederationConfig
 from pfm_llm.contract import TensorSpec, UpdateContract
 from pfm_llm.errors import CheckpointError, ContractError
 from pfm_llm.participation import select_cohort
-from pfm_llm.types import ClientUpdate, SharedState
+from pfm_llm.types import ClientUpdate, SharedState, Tensors
 
 _LOG = logging.getLogger(__name__)
 _SHARED, _FIRST, _SECOND, _STEP = "shared/", "first/", "second/", "optimizer/step"
@@ -63,16 +63,11 @@ class Server:
         Raises:
             ContractError: The contract is not one of this shared state.
         """
-        specs = {name: TensorSpec.of(tensor) for name, tensor in shared.tensors.items()}
-        if specs != contract.tensors:
-            names = sorted(
-                n
-                for n in specs.keys() | contract.tensors.keys()
-                if specs.get(n) != contract.tensors.get(n)
-            )
+        difference = _difference(_specs(shared.tensors), contract.tensors)
+        if difference:
             raise ContractError(
-                f"the contract does not fit the shared state: {names[0]} differs "
-                f"({len(names)} in all); build it with UpdateContract.from_shared"
+                f"the contract does not fit the shared state: {difference}; "
+                "build it with UpdateContract.from_shared"
             )
         self._shared = shared
         self._contract = contract
@@ -120,7 +115,7 @@ class Server:
             self._contract.check(update, round_number)
             if update.client_id not in self.select_cohort(round_number):
                 raise ContractError(
-                    f"client {update.client_id!r} is not in the cohort of round {round_number}"
+                    f"client {update.client_id!r:.80} is not in the cohort of round {round_number}"
                 )
             total.add(update, update_weight(self._config.server.weighting, update.num_examples))
         except ContractError as error:
@@ -182,24 +177,16 @@ class Server:
         tensors[_STEP] = torch.tensor(self._optimizer.step)
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state_tensors(self, tensors: Tensors) -> None:
         """Go on from what `state_tensors` returned.
 
         Raises:
             CheckpointError: It is of another model or optimizer; the state is unchanged.
         """
-        expected = {name: TensorSpec.of(t) for name, t in self.state_tensors().items()}
-        found = {name: TensorSpec.of(t) for name, t in tensors.items()}
-        if found != expected:
-            differing = sorted(
-                name
-                for name in found.keys() | expected.keys()
-                if found.get(name) != expected.get(name)
-            )
-            name = differing[0]
+        difference = _difference(_specs(tensors), _specs(self.state_tensors()))
+        if difference:
             raise CheckpointError(
-                f"the checkpoint is of another model or server optimizer: {name} is "
-                f"{found.get(name, 'missing')}, must be {expected.get(name, 'absent')}; "
+                f"the checkpoint is of another model or server optimizer: {difference}; "
                 "resume with the config that it was written under"
             )
         groups: dict[str, dict[str, torch.Tensor]] = {_SHARED: {}, _FIRST: {}, _SECOND: {}}
@@ -210,3 +197,14 @@ class Server:
         self._shared = SharedState(groups[_SHARED])
         step = int(tensors[_STEP])
         self._optimizer = OptimizerState(step, groups[_FIRST], groups[_SECOND])
+
+
+def _specs(tensors: Tensors) -> dict[str, TensorSpec]:
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+
+
+def _difference(found: dict[str, TensorSpec], expected: dict[str, TensorSpec]) -> str | None:
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            return f"{name} is {found.get(name, 'absent')}, must be {expected.get(name, 'absent')}"
+    return None

@@ -9,9 +9,9 @@ only. The states are therefore the same bits whether they come from the cache, a
 because the budget is used up, or are computed again after a resume.
 """
 
-import contextlib
 import hashlib
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,15 +32,22 @@ class TrunkCache:
 
     Args:
         trunk: The trunk view of the backbone.
+        root: Holds a folder per client, private like everything in it.
         identity: Hash of what the states depend on besides the tokens (weights, layers, dtype).
         max_bytes: Budget for all files together; beyond it states are computed each time.
         batch_tokens: Bound on padded tokens per forward pass.
     """
 
     def __init__(
-        self, trunk: nn.Module, identity: str, max_bytes: int, batch_tokens: int = 8192
+        self,
+        trunk: nn.Module,
+        root: Path,
+        identity: str,
+        max_bytes: int,
+        batch_tokens: int = 8192,
     ) -> None:
         self._trunk = trunk
+        self._root = root
         self._identity = identity
         self._max_bytes = max_bytes
         self._batch_tokens = batch_tokens
@@ -53,12 +60,12 @@ class TrunkCache:
         """Where the trunk runs and states are returned."""
         return next(self._trunk.parameters()).device
 
-    def states(self, windows: Sequence[Window], client_dir: Path) -> list[torch.Tensor]:
+    def states(self, windows: Sequence[Window], client_id: str) -> list[torch.Tensor]:
         """Trunk states of one client's windows.
 
         Args:
             windows: The windows; none empty.
-            client_dir: The client's private folder.
+            client_id: Whose; names the private folder that the states are kept in.
 
         Returns:
             For each window its states [T, d] in the backbone's dtype.
@@ -66,15 +73,19 @@ class TrunkCache:
         if not windows:
             return []
         lengths = [len(window.tokens) for window in windows]
-        path = client_dir / _FOLDER / f"{self._key(windows)}.safetensors"
+        path = self._root / client_id / _FOLDER / f"{self._key(windows)}.safetensors"
         states = self._read(path, sum(lengths))
         if states is None:
             self.misses += 1
             states = self._compute(windows)
-            self._write(path, states, client_dir.parent)
+            self._write(path, states)
         else:
             self.hits += 1
         return list(states.to(self.device).split(lengths))
+
+    def forget(self, client_id: str) -> None:
+        """Delete a client's states; they go when the client goes."""
+        shutil.rmtree(self._root / client_id / _FOLDER, ignore_errors=True)
 
     def _key(self, windows: Sequence[Window]) -> str:
         text = f"{self._identity}/{windows_hash(windows)}"
@@ -107,16 +118,16 @@ class TrunkCache:
             return None
         return states
 
-    def _write(self, path: Path, states: torch.Tensor, clients_dir: Path) -> None:
+    def _write(self, path: Path, states: torch.Tensor) -> None:
         if self._bytes_written is None:
             self._bytes_written = sum(
-                file.stat().st_size for file in clients_dir.glob(f"*/{_FOLDER}/*.safetensors")
+                file.stat().st_size for file in self._root.glob(f"*/{_FOLDER}/*.safetensors")
             )
         size = states.numel() * states.element_size()
         if self._bytes_written + size > self._max_bytes:
             return
-        files.make_private_dir(path.parent.parent)
-        files.make_private_dir(path.parent)
+        for folder in (self._root, path.parent.parent, path.parent):
+            files.make_private_dir(folder)
         try:
             files.write_tensors(path, {"states": states})
         except DiskSpaceError as error:
@@ -125,10 +136,3 @@ class TrunkCache:
             self._max_bytes = 0
             return
         self._bytes_written += size
-
-
-def forget_client(client_dir: Path) -> None:
-    """Delete a client's cached trunk states."""
-    for path in (client_dir / _FOLDER).glob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()

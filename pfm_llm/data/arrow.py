@@ -14,10 +14,10 @@ import numpy as np
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.report import LoadReport
 from pfm_llm.errors import CorruptFileError, DataError
-from pfm_llm.files import read_json, storage_errors, write_json
+from pfm_llm.files import read_json, sha256_of, storage_errors, write_json
 
 FORMAT_VERSION = 1
-"""Raise it when the meaning or the layout of what is stored changes."""
+"""Raise it when the layout of what is stored changes, or how a source is parsed."""
 
 _MANIFEST = "manifest.json"
 _FIELD = "field."
@@ -28,8 +28,8 @@ def to_arrow(interactions: Interactions, folder: Path, report: LoadReport | None
     """Store ``interactions`` as ``folder``, replacing what is there in one step.
 
     The folder is readable by its owner alone and holds ``interactions``, ``users`` and
-    ``items``, each loadable with ``datasets.load_from_disk``, and a manifest with the content
-    hash.
+    ``items``, each loadable with ``datasets.load_from_disk``, and a manifest with the SHA-256
+    of every file.
 
     Args:
         interactions: What to store.
@@ -54,17 +54,20 @@ def from_arrow(folder: Path) -> Interactions:
     """The interactions that `to_arrow` stored.
 
     Raises:
-        CorruptFileError: The folder is missing, incomplete, of another format version, or its
-            content does not match its hash.
+        CorruptFileError: The folder is missing, incomplete, of another format version, or a
+            file does not match its checksum.
     """
     manifest = _read_manifest(folder)
     try:
-        interactions = _read(folder, manifest)
-    except (OSError, KeyError, ValueError, TypeError, DataError) as error:
+        # Before Arrow sees them: damaged offsets in a memory-mapped file can crash a process.
+        for name, sha256 in manifest["files"].items():
+            if sha256_of(folder / name) != sha256:
+                raise CorruptFileError(
+                    f"{folder / name} does not match its recorded checksum; delete {folder}"
+                )
+        return _read(folder)
+    except (OSError, AttributeError, KeyError, ValueError, TypeError, DataError) as error:
         raise CorruptFileError(f"{folder} cannot be read ({error}); delete it") from error
-    if interactions.content_hash() != manifest["content_hash"]:
-        raise CorruptFileError(f"{folder} does not match its recorded hash; delete it")
-    return interactions
 
 
 def read_report(folder: Path) -> LoadReport:
@@ -94,12 +97,18 @@ def _write(interactions: Interactions, folder: Path, report: LoadReport | None) 
     }
     with _no_progress_bars():
         for name, columns in tables.items():
-            datasets.Dataset.from_dict(columns).save_to_disk(str(folder / name))
+            table = datasets.Dataset.from_dict(columns)
+            # An empty table left to itself gets no file, and then does not load.
+            table.save_to_disk(str(folder / name), num_shards=1)
     write_json(
         folder / _MANIFEST,
         {
             "format_version": FORMAT_VERSION,
-            "content_hash": interactions.content_hash(),
+            "files": {
+                str(path.relative_to(folder)): sha256_of(path)
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            },
             "report": None if report is None else report.to_json(),
         },
     )
@@ -113,12 +122,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CorruptFileError(f"{path} cannot be read ({error.strerror})") from error
     if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
         raise CorruptFileError(f"{path} is not of format version {FORMAT_VERSION}; delete it")
-    if "content_hash" not in manifest:
-        raise CorruptFileError(f"{path} records no content hash; delete it")
     return manifest
 
 
-def _read(folder: Path, manifest: Mapping[str, Any]) -> Interactions:
+def _read(folder: Path) -> Interactions:
     rows = _columns(folder / "interactions")
     users = _columns(folder / "users")
     items = _columns(folder / "items")

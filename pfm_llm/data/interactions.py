@@ -6,6 +6,7 @@ Users and items have internal ids, 0 to n - 1: the positions of their external i
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -163,44 +164,55 @@ def build_interactions(
     Raises:
         DataError: Fewer than two items, or nothing is left.
     """
+    num_rows = len(raw.users) + sum(raw.num_bad.values())
+    if not raw.users:
+        raise DataError(_nothing_left(num_rows, raw.num_bad, raw.examples))
     if len(raw.catalogue) < _MIN_ITEMS:
         raise DataError(
-            f"the catalogue has {len(raw.catalogue)} item(s); ranking needs at least "
-            f"{_MIN_ITEMS} items with text: check data.source, data.items and data.columns"
+            f"a catalogue of {len(raw.catalogue)} item: ranking needs at least {_MIN_ITEMS} "
+            "items with text; check data.source, data.items and data.columns"
         )
-    user_ids, users = _number(raw.users)
-    order = _time_order(users, raw.timestamps)
-    num_ties = _count_ties(users[order], raw.timestamps, order)
-    order, dropped = _select(order, users, raw, config, seed)
-    kept_users, counts = np.unique(users[order], return_counts=True)
-    dropped = {**raw.num_bad, **dropped}
-    num_rows = len(raw.users) + sum(raw.num_bad.values())
+    user_ids, users = _encode(raw.users)
+    by_time = _time_order(users, raw.timestamps)
+    order, num_dropped = _select(by_time, users, raw, config, seed)
+    dropped = {**raw.num_bad, **num_dropped}
     if not len(order):
         raise DataError(_nothing_left(num_rows, dropped, raw.examples))
-    kept_ids = tuple(user_ids[user] for user in kept_users)
-    interactions = Interactions(
-        catalogue=raw.catalogue,
-        user_ids=kept_ids,
-        offsets=np.concatenate([[0], np.cumsum(counts)]),
-        items=raw.items[order],
-        # Sorted at full resolution, stored in whole units.
-        timestamps=None if raw.timestamps is None else np.floor(raw.timestamps[order]),
-        ratings=None if raw.ratings is None else raw.ratings[order],
-        user_fields={
-            name: tuple(values.get(user, "") for user in kept_ids)
-            for name, values in raw.user_fields.items()
-        },
-    )
+    interactions = _gather(raw, order, user_ids, users)
+    num_ties = _count_ties(users[order], raw.timestamps, order)
     report = LoadReport(
         num_rows=num_rows,
         num_interactions=len(order),
-        num_users=len(kept_ids),
+        num_users=interactions.num_users,
         num_items=len(raw.catalogue),
         dropped=dropped,
         examples=raw.examples,
         notes=(*raw.notes, *_notes(interactions, num_ties)),
     )
     return interactions, report
+
+
+def _gather(
+    raw: RawInteractions, order: np.ndarray, user_ids: list[str], users: np.ndarray
+) -> Interactions:
+    """The rows at the positions ``order``, which lists each user's rows one after another."""
+    kept_users, counts = np.unique(users[order], return_counts=True)
+    kept_ids = tuple(user_ids[user] for user in kept_users)
+    timestamps = None if raw.timestamps is None else raw.timestamps[order]
+    if timestamps is not None and timestamps.dtype.kind == "f":
+        timestamps = np.floor(timestamps)  # sorted at full resolution, held in whole units
+    return Interactions(
+        catalogue=raw.catalogue,
+        user_ids=kept_ids,
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        items=raw.items[order],
+        timestamps=timestamps,
+        ratings=None if raw.ratings is None else raw.ratings[order],
+        user_fields={
+            name: tuple(values.get(user, "") for user in kept_ids)
+            for name, values in raw.user_fields.items()
+        },
+    )
 
 
 def _time_order(users: np.ndarray, timestamps: np.ndarray | None) -> np.ndarray:
@@ -289,7 +301,7 @@ def _nothing_left(num_rows: int, dropped: Mapping[str, int], examples: tuple[str
     return "\n".join([*lines, *(f"  {example}" for example in examples)])
 
 
-def _number(ids: Iterable[str]) -> tuple[list[str], np.ndarray]:
+def _encode(ids: Iterable[str]) -> tuple[list[str], np.ndarray]:
     """Distinct ids by first appearance, and the number of each, int64 [rows]."""
     index: dict[str, int] = {}
     codes = np.array([index.setdefault(value, len(index)) for value in ids], dtype=np.int64)
@@ -298,8 +310,7 @@ def _number(ids: Iterable[str]) -> tuple[list[str], np.ndarray]:
 
 def _check_ids(what: str, ids: tuple[str, ...], fields: Mapping[str, Sequence[str]]) -> None:
     if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(value for value in ids if value in seen or seen.add(value))
+        twice = next(value for value, count in Counter(ids).items() if count > 1)
         raise DataError(f"{what}: id {twice!r} comes twice")
     for name, values in fields.items():
         if len(values) != len(ids):
@@ -325,7 +336,7 @@ def _freeze(interactions: Interactions, name: str, dtype: type) -> None:
     """Hold the array as a read-only view; the caller's own array stays writable."""
     array = getattr(interactions, name)
     if array is not None:
-        view = np.asarray(array, dtype=dtype).view()
+        view: np.ndarray = np.asarray(array, dtype=dtype).view()
         view.flags.writeable = False
         object.__setattr__(interactions, name, view)
 

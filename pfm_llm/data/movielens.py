@@ -31,21 +31,18 @@ _ML100K_GENRES = (
     *("Thriller", "War", "Western"),
 )
 # The codes of ml-1m, from its README.
-_ML1M_AGES = {"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44", "45": "45-49"} | {
-    "50": "50-55",
-    "56": "56+",
+_ML1M_AGES = {
+    **{"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44"},
+    **{"45": "45-49", "50": "50-55", "56": "56+"},
 }
-_ML1M_OCCUPATIONS = dict(
-    enumerate(
-        (
-            *("other", "academic/educator", "artist", "clerical/admin", "college/grad student"),
-            *("customer service", "doctor/health care", "executive/managerial", "farmer"),
-            *("homemaker", "K-12 student", "lawyer", "programmer", "retired", "sales/marketing"),
-            *("scientist", "self-employed", "technician/engineer", "tradesman/craftsman"),
-            *("unemployed", "writer"),
-        )
-    )
-)
+_ML1M_OCCUPATIONS = {
+    **{"0": "other", "1": "academic/educator", "2": "artist", "3": "clerical/admin"},
+    **{"4": "college/grad student", "5": "customer service", "6": "doctor/health care"},
+    **{"7": "executive/managerial", "8": "farmer", "9": "homemaker", "10": "K-12 student"},
+    **{"11": "lawyer", "12": "programmer", "13": "retired", "14": "sales/marketing"},
+    **{"15": "scientist", "16": "self-employed", "17": "technician/engineer"},
+    **{"18": "tradesman/craftsman", "19": "unemployed", "20": "writer"},
+}
 
 
 @dataclass(frozen=True)
@@ -123,10 +120,13 @@ def _edition(folder: Path) -> _Edition | None:
 
 
 def _read_latest(folder: Path) -> SourceTables:
-    names = {"userId": "user_id", "movieId": "item_id"}
     ratings = read_delimited(folder / "ratings.csv", CSV)
     movies = read_delimited(folder / "movies.csv", CSV)
-    return SourceTables(_rename(ratings, names), _with_titles(_rename(movies, names)))
+    ids = {"userId": "user_id", "movieId": "item_id"}
+    return SourceTables(
+        _pick(ratings, {**ids, "rating": "rating", "timestamp": "timestamp"}),
+        _spoken(_pick(movies, {"movieId": "item_id", "title": "title", "genres": "genres"})),
+    )
 
 
 def _read_1m(folder: Path) -> SourceTables:
@@ -136,21 +136,19 @@ def _read_1m(folder: Path) -> SourceTables:
     users = None
     if (folder / "users.dat").is_file():
         users = read("users.dat", "user_id", "gender", "age", "occupation", "zip_code")
-        occupations = {str(code): name for code, name in _ML1M_OCCUPATIONS.items()}
         decoded = {
             "age": [_ML1M_AGES.get(age, "") for age in users.columns["age"]],
-            "occupation": [occupations.get(job, "") for job in users.columns["occupation"]],
+            "occupation": [_ML1M_OCCUPATIONS.get(job, "") for job in users.columns["occupation"]],
         }
-        users = _only(replace(users, columns={**users.columns, **decoded}), _USER_FIELDS)
+        users = _pick(replace(users, columns={**users.columns, **decoded}), _same(_USER_FIELDS))
     return SourceTables(
         read("ratings.dat", *_RATINGS),
-        _with_titles(read("movies.dat", "item_id", "title", "genres")),
+        _spoken(read("movies.dat", "item_id", "title", "genres")),
         users,
     )
 
 
 def _read_100k(folder: Path) -> SourceTables:
-    ratings = read_delimited(folder / "u.data", Layout("\t", _RATINGS))
     flags = [f"genre {index}" for index in range(len(_ML100K_GENRES))]
     header = ("item_id", "title", "release_date", "video_date", "url", *flags)
     movies = read_delimited(folder / "u.item", Layout("|", header, latin1=True))
@@ -164,46 +162,48 @@ def _read_100k(folder: Path) -> SourceTables:
     if (folder / "u.user").is_file():
         header = (*_USER_FIELDS, "zip_code")
         users = read_delimited(folder / "u.user", Layout("|", header, latin1=True), _USER_FIELDS)
-    return SourceTables(ratings, _with_titles(_only(movies, ("item_id", "title", "genres"))), users)
-
-
-def _read_recbole(folder: Path) -> SourceTables:
-    def read(suffix: str, wanted: Sequence[str]) -> Table:
-        table = read_delimited(folder / f"ml-100k.{suffix}", TSV)
-        types = {name: name.partition(":")[0] for name in table.header}
-        names = {"movie_title": "title", "release_year": "year", "class": "genres"}
-        return _only(_rename(_rename(table, types), names), wanted)
-
-    items = read("item", ("item_id", "title", "year", "genres"))
-    columns = {
-        **items.columns,
-        # The file itself misspells the one film without a name.
-        "title": [
-            "unknown" if title == "unkonwn" else article_first(title)
-            for title in items.column("title", "movie_title")
-        ],
-        "year": [
-            year if re.fullmatch(r"\d{4}", year) else ""
-            for year in items.column("year", "release_year")
-        ],
-        "genres": [_genres(text, " ") for text in items.column("genres", "class")],
-    }
-    has_users = (folder / "ml-100k.user").is_file()
     return SourceTables(
-        read("inter", _RATINGS),
-        replace(items, columns=columns),
-        read("user", _USER_FIELDS) if has_users else None,
+        read_delimited(folder / "u.data", Layout("\t", _RATINGS)),
+        _spoken(_pick(movies, _same(("item_id", "title", "genres")))),
+        users,
     )
 
 
-def _with_titles(movies: Table) -> Table:
-    """Titles as they are spoken, the year and the genres apart."""
-    split = [split_year(title) for title in movies.column("title", "title")]
+def _read_recbole(folder: Path) -> SourceTables:
+    def read(suffix: str, names: Mapping[str, str]) -> Table:
+        table = read_delimited(folder / f"ml-100k.{suffix}", TSV)
+        untyped = {name: name.partition(":")[0] for name in table.header}
+        columns = {untyped[name]: values for name, values in table.columns.items()}
+        return _pick(replace(table, header=tuple(columns), columns=columns), names)
+
+    items = read(
+        "item",
+        {"item_id": "item_id", "movie_title": "title", "release_year": "year", "class": "genres"},
+    )
+    titles, years = items.columns["title"], items.columns["year"]
     columns = {
-        "item_id": movies.column("item_id", "movieId"),
+        **items.columns,
+        # The file itself misspells the one film without a name.
+        "title": [article_first("unknown" if text == "unkonwn" else text) for text in titles],
+        "year": [year if re.fullmatch(r"\d{4}", year) else "" for year in years],
+        "genres": [_genres(text, " ") for text in items.columns["genres"]],
+    }
+    has_users = (folder / "ml-100k.user").is_file()
+    return SourceTables(
+        read("inter", _same(_RATINGS)),
+        replace(items, columns=columns),
+        read("user", _same(_USER_FIELDS)) if has_users else None,
+    )
+
+
+def _spoken(movies: Table) -> Table:
+    """Titles as they are spoken, the year and the genres apart."""
+    split = [split_year(title) for title in movies.columns["title"]]
+    columns = {
+        "item_id": movies.columns["item_id"],
         "title": [article_first(title) for title, _ in split],
         "year": [year for _, year in split],
-        "genres": [_genres(text, "|") for text in movies.column("genres", "genres")],
+        "genres": [_genres(text, "|") for text in movies.columns["genres"]],
     }
     return replace(movies, columns=columns)
 
@@ -214,16 +214,13 @@ def _genres(text: str, separator: str) -> str:
     return ", ".join(genre for genre in text.split(separator) if genre)
 
 
-def _rename(table: Table, names: Mapping[str, str]) -> Table:
-    return replace(
-        table,
-        header=tuple(names.get(name, name) for name in table.header),
-        columns={names.get(name, name): values for name, values in table.columns.items()},
-    )
+def _pick(table: Table, names: Mapping[str, str]) -> Table:
+    """The columns ``names``, renamed to its values; each must be there."""
+    return replace(table, columns={new: table.column(old) for old, new in names.items()})
 
 
-def _only(table: Table, names: Sequence[str]) -> Table:
-    return replace(table, columns={n: v for n, v in table.columns.items() if n in names})
+def _same(names: Sequence[str]) -> dict[str, str]:
+    return {name: name for name in names}
 
 
 _EDITIONS = (

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -16,7 +15,19 @@ from pfm_llm.errors import DataError
 _MAX_EXAMPLES = 5
 _MAX_INTEGER = 2**63
 
+NO_TEXT = "item without text"
+NOT_A_TIME = "timestamp is neither a number nor an ISO 8601 date"
+NOT_A_RATING = "rating is not a number"
+
 Number = int | float
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Parsed columns; None for a value that is none, and for a column that is not used."""
+
+    timestamps: list[Number | None] | None
+    ratings: list[Number | None] | None
 
 
 @dataclass(frozen=True)
@@ -51,18 +62,17 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
     rows, notes = tables.interactions, list(tables.notes)
     if tables.items is not None:
         catalogue, item_notes = _catalogue(tables.items, columns, max_bad_rows)
-        notes += item_notes
     else:
         catalogue, item_notes = _catalogue_of_rows(rows, columns)
-        notes += item_notes
+    notes += item_notes
     user_fields: dict[str, dict[str, str]] = {}
     if tables.users is not None:
         user_fields, user_notes = _user_fields(tables.users, columns, max_bad_rows)
         notes += user_notes
     users = rows.column(columns.user, "data.columns.user")
     items = _codes(rows.column(columns.item, "data.columns.item"), catalogue)
-    timestamps, ratings = _timestamps(rows, columns), _ratings(rows, columns)
-    bad = _faults(rows, columns, items, {"timestamp": timestamps, "rating": ratings})
+    parsed = _parse(rows, columns)
+    bad = _faults(rows, columns, items, parsed)
     _check_share(rows, bad, max_bad_rows)
     faulty = {fault.position for fault in bad}
     kept = [index for index, at in enumerate(rows.positions) if at not in faulty]
@@ -70,8 +80,8 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
         catalogue=catalogue,
         users=[users[index] for index in kept],
         items=items[kept],
-        timestamps=_select(timestamps, kept),
-        ratings=_select(ratings, kept),
+        timestamps=_select(parsed.timestamps, kept),
+        ratings=_select(parsed.ratings, kept),
         user_fields=user_fields,
         num_bad=_count(bad),
         examples=_examples(rows, bad),
@@ -91,11 +101,11 @@ def _catalogue(
     bad = [
         *table.bad,
         *_empty(table, ids, "empty item id"),
-        *_empty(table, texts[TITLE], "item without text"),
+        *_empty(table, texts[TITLE], NO_TEXT),
     ]
     _check_share(table, bad, max_bad_rows)
     faulty = {fault.position for fault in bad}
-    first = {}
+    first: dict[str, int] = {}
     for index, (item, position) in enumerate(zip(ids, table.positions, strict=True)):
         if position not in faulty:
             first.setdefault(item, index)
@@ -142,47 +152,50 @@ def _codes(items: list[str], catalogue: Catalogue) -> np.ndarray:
     return np.array([index.get(item, -1) for item in items], dtype=np.int64)
 
 
-def _timestamps(table: Table, columns: ColumnsConfig) -> list[Number | None] | None:
-    if columns.timestamp is None:
-        return None
-    key, hint = "data.columns.timestamp", "or to null when the rows are in order"
-    return [_time(text) for text in table.column(columns.timestamp, key, hint)]
-
-
-def _ratings(table: Table, columns: ColumnsConfig) -> list[Number | None] | None:
-    if columns.rating is None:
-        return None
-    key, hint = "data.columns.rating", "or to null when there are none"
-    return [_number(text) for text in table.column(columns.rating, key, hint)]
+def _parse(table: Table, columns: ColumnsConfig) -> _Numbers:
+    timestamps = ratings = None
+    if columns.timestamp is not None:
+        key, hint = "data.columns.timestamp", "or to null when the rows are in order"
+        timestamps = [_time(text) for text in table.column(columns.timestamp, key, hint)]
+    if columns.rating is not None:
+        key, hint = "data.columns.rating", "or to null when there are none"
+        ratings = [_number(text) for text in table.column(columns.rating, key, hint)]
+    return _Numbers(timestamps, ratings)
 
 
 def _faults(
-    table: Table,
-    columns: ColumnsConfig,
-    codes: np.ndarray,
-    numbers: Mapping[str, list[Number | None] | None],
+    table: Table, columns: ColumnsConfig, codes: np.ndarray, parsed: _Numbers
 ) -> list[BadRow]:
     """At most one fault for each row, by position."""
     items = table.columns[columns.item]
-    faults = {fault.position: fault for fault in table.bad}
+    found = [
+        *table.bad,
+        *_empty(table, table.columns[columns.user], "empty user id"),
+        *_empty(table, items, "empty item id"),
+        *_not_parsed(table, columns.timestamp, parsed.timestamps, NOT_A_TIME),
+        *_not_parsed(table, columns.rating, parsed.ratings, NOT_A_RATING),
+        *(
+            BadRow(table.positions[int(index)], NO_TEXT, repr(items[int(index)]))
+            for index in np.flatnonzero(codes < 0)
+        ),
+    ]
+    first: dict[int, BadRow] = {}
+    for fault in found:
+        first.setdefault(fault.position, fault)
+    return sorted(first.values())
 
-    def add(indices: Iterable[int], reason: str, detail: Callable[[int], str]) -> None:
-        for index in indices:
-            position = table.positions[index]
-            faults.setdefault(position, BadRow(position, reason, detail(index)))
 
-    for fault in _empty(table, table.columns[columns.user], "empty user id"):
-        faults.setdefault(fault.position, fault)
-    for fault in _empty(table, items, "empty item id"):
-        faults.setdefault(fault.position, fault)
-    for what, values in numbers.items():
-        if values is not None:
-            name = columns.timestamp if what == "timestamp" else columns.rating
-            texts = table.columns[str(name)]
-            indices = (index for index, value in enumerate(values) if value is None)
-            add(indices, f"{what} is not a number", lambda index, texts=texts: repr(texts[index]))
-    add(np.flatnonzero(codes < 0), "item without text", lambda index: f"item {items[index]!r}")
-    return sorted(faults.values())
+def _not_parsed(
+    table: Table, column: str | None, values: list[Number | None] | None, reason: str
+) -> list[BadRow]:
+    if column is None or values is None:
+        return []
+    texts = table.columns[column]
+    return [
+        BadRow(table.positions[index], reason, repr(texts[index]))
+        for index, value in enumerate(values)
+        if value is None
+    ]
 
 
 def _empty(table: Table, values: list[str], reason: str) -> list[BadRow]:

@@ -54,12 +54,12 @@ class Table:
         """All rows, good and bad."""
         return len(self.positions) + len(self.bad)
 
-    def column(self, name: str, key: str, hint: str = "") -> list[str]:
+    def column(self, name: str, key: str | None = None, hint: str = "") -> list[str]:
         """The column ``name``.
 
         Args:
             name: A column.
-            key: The config key that names it.
+            key: The config key that names it; None: the format of the file does.
             hint: Another remedy, for the message.
 
         Raises:
@@ -68,11 +68,13 @@ class Table:
         """
         if name in self.columns:
             return self.columns[name]
+        there = f"its columns: {', '.join(self.header)}"
+        if key is None:
+            raise DataError(f"{self.name} has no column {name!r}; {there}; is the file whole?")
         nearest = _nearest(name, self.header)
+        remedy = f": {nearest} (the nearest)" if nearest else " to one of them"
         raise DataError(
-            f"{self.name} has no column {name!r} ({key}); its columns: "
-            f"{', '.join(self.header)}; set {key}"
-            + (f": {nearest} (the nearest)" if nearest else " to one of them")
+            f"{self.name} has no column {name!r} ({key}); {there}; set {key}{remedy}"
             + (f", {hint}" if hint else "")
         )
 

@@ -130,7 +130,8 @@ def test_payload_round_trips_and_is_not_written_to() -> None:
     copy = RunningSum.from_payload(payload)
     copy.add(_update("b", _random(1)), 1.0)
     assert RunningSum.from_payload(payload).to_payload().keys() == payload.keys()
-    assert payload["client_ids"] == ["a"] and payload["refusals"] == ["client 'x': late"]
+    assert payload["client_ids"] == ["a"]
+    assert payload["refusals"] == ["client 'x': late"]
     expected = 3 * _random(0)["lora.m.A"].double()
     assert torch.equal(payload["tensors"]["lora.m.A"], expected)
 
@@ -191,7 +192,7 @@ def test_one_client_with_full_weight_is_local_training() -> None:
     after, state = step.step(shared, mean, step.initial_state(shared), 1)
     for name in _NAMES:
         torch.testing.assert_close(after.tensors[name], trained[name], rtol=0, atol=1e-6)
-    assert state.step == 1 and not state.first and not state.second
+    assert (state.step, state.first, state.second) == (1, {}, {})
 
 
 def _assert_equals_torch(step: ServerStep, torch_optimizer: Any, num_rounds: int = 7) -> None:
@@ -270,7 +271,7 @@ def test_weight_decay_shrinks_before_the_step() -> None:
 
 
 def test_a_name_of_no_group_has_no_learning_rate() -> None:
-    with pytest.raises(ContractError, match="'private.m' is no shared tensor"):
+    with pytest.raises(ContractError, match=r"'private\.m' is no shared tensor"):
         _step(ServerOptimizer.AVERAGE).learning_rate("private.m")
 
 
@@ -321,7 +322,8 @@ def test_step_leaves_its_arguments_as_they_are(optimizer: ServerOptimizer) -> No
     once = step.step(shared, aggregate, state, 2)
     after = [shared.tensors, aggregate, state.first, state.second]
     for old, new in zip(before, after, strict=True):
-        assert old.keys() == new.keys() and all(torch.equal(old[n], new[n]) for n in old)
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[n], new[n]) for n in old)
     again = step.step(shared, aggregate, state, 2)
     assert all(torch.equal(once[0].tensors[n], again[0].tensors[n]) for n in _NAMES)
 
@@ -329,7 +331,7 @@ def test_step_leaves_its_arguments_as_they_are(optimizer: ServerOptimizer) -> No
 def test_step_refuses_an_aggregate_that_does_not_fit() -> None:
     step, shared = _step(ServerOptimizer.AVERAGE), SharedState(_random(0))
     state = step.initial_state(shared)
-    with pytest.raises(ContractError, match="the aggregate has the unexpected tensor 'private.x'"):
+    with pytest.raises(ContractError, match=r"has the unexpected tensor 'private\.x'"):
         step.step(shared, _random(1) | {"private.x": torch.ones(1)}, state, 1)
     with pytest.raises(ContractError, match=r"shape \[1\], must be \[3, 2\]"):
         step.step(shared, _random(1) | {"lora.m.A": torch.ones(1)}, state, 1)

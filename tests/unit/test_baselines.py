@@ -22,6 +22,8 @@ ALL = [Popularity, Ease, MarkovRecency]
 
 @dataclass(frozen=True)
 class Queries:
+    """A validation set."""
+
     histories: tuple[np.ndarray, ...]
     targets: tuple[np.ndarray, ...]
 

@@ -39,18 +39,20 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "pfm_llm":
-            names |= {f"pfm_llm.{alias.name}" for alias in node.names} - {"pfm_llm.__version__"}
         elif isinstance(node, ast.ImportFrom):
-            names.add("pfm_llm.(relative)" if node.level else node.module or "")
-    return names
+            origin = "pfm_llm.(relative)" if node.level else f"{node.module}"
+            names |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
+    return names - {"pfm_llm.__version__"}
 
 
 def module_imports(package: Path) -> dict[str, set[str]]:
     """Module path (``data.splits``) to what it imports."""
     files = [path for path in package.rglob("*.py") if path != package / "__init__.py"]
     dotted = [".".join(path.relative_to(package).with_suffix("").parts) for path in files]
-    return {name: imported(path) for name, path in zip(dotted, files, strict=True)}
+    return {
+        name.removesuffix(".__init__"): imported(path)
+        for name, path in zip(dotted, files, strict=True)
+    }
 
 
 def entry(name: str) -> str:

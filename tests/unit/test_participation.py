@@ -26,7 +26,7 @@ def test_no_client_is_ever_two_rounds_ahead_of_another(
     sizes: tuple[int, int], seed: int, rounds: int
 ) -> None:
     clients = _clients(sizes[0])
-    counts = Counter({client: 0 for client in clients})
+    counts = Counter(dict.fromkeys(clients, 0))
     for round_number in range(1, rounds + 1):
         cohort = select_cohort(clients, sizes[1], seed, round_number)
         assert len(cohort) == len(set(cohort)) == sizes[1]

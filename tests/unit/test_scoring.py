@@ -172,6 +172,10 @@ def test_top_items_are_unseen_best_first_and_ties_go_to_the_lower_id():
     items, values = top_items(scores, ids(0), 4)
     assert items.tolist() == [1, 3, 2, 5]
     assert values.tolist() == [3, 3, 2, 2]
+    # Enough equal scores that a sort which is not stable would mix them.
+    assert top_items(np.tile([1, 2], 500).astype(np.float32), ids(), 500)[0].tolist() == [
+        *range(1, 1000, 2)
+    ]
 
 
 def test_top_items_stop_where_the_catalogue_ends():

@@ -1,0 +1,54 @@
+# `make` lists the targets. Variables: PYTHON (3.11 or newer), TORCH (what pip is asked for).
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Said explicitly, accelerate needs no config file and warns about no defaults.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
+	--mixed_precision no --dynamo_backend no
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## build .venv with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "pfm_llm needs Python 3.11 or newer, and $(PYTHON) is not." >&2; \
+		echo "Name one: make install PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+		echo "No .venv could be made; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
+		rm -rf .venv; exit 1; }
+	# torch first: left to a range, pip may choose another build of several GB
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: install ## run the quickstart: a federated recommender in a few minutes on a CPU
+	$(LAUNCH) scripts/fed_train.py
+
+test: install ## run every test
+	$(BIN)/python -m pytest
+
+check: lint ## lint, check types and run the unit tests
+	$(BIN)/python -m pytest tests/unit
+
+lint: install ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install ## format the code and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install ## race the stacked engine against one client at a time
+	$(BIN)/python benchmarks/engine.py
+
+clean: ## remove tool caches and build output; .venv, runs and assets stay
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

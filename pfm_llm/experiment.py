@@ -1,0 +1,393 @@
+"""A whole run: config -> objects -> rounds -> evaluation -> report. The only place that wires."""
+
+import functools
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pfm_llm import evaluation, files, plots, run_report
+from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
+from pfm_llm.baselines import FittedBaseline, fit_baselines
+from pfm_llm.checkpoint import CheckpointStore, RunEnvironment
+from pfm_llm.config import ExperimentConfig, dump_config, load_config, training_hash
+from pfm_llm.data.splits import HeldOut
+from pfm_llm.errors import CheckpointError, ConfigError
+from pfm_llm.evaluation import OUR_MODES, Measured, Ranks
+from pfm_llm.export import export_shared_adapter
+from pfm_llm.metrics import RANK_METRICS, per_user
+from pfm_llm.metrics_log import MetricsLog
+from pfm_llm.processes import Processes, start_processes
+from pfm_llm.progress import Progress
+from pfm_llm.rounds import Federation, resume_from, run_rounds
+from pfm_llm.run_report import ResultRow
+from pfm_llm.server import Server
+from pfm_llm.types import Mode, SharedState
+
+_log = logging.getLogger(__name__)
+_SERVER_FOLDER = "server"
+_ADAPTER_FOLDER = "shared_adapter"
+_METHOD = "pfm"
+_TASK = "next_item"
+_HEADLINE_K = 10
+
+
+def run_experiment(config: ExperimentConfig, resume: bool = False) -> Path:
+    """Train, evaluate and report.
+
+    Args:
+        config: The experiment. Its ``name`` names the run; when a run of that name exists and
+            is not resumed, the next free ``<name>-<n>`` is taken, so nothing is overwritten.
+        resume: Go on with the run of that name from its last commit.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        PfmError: Something that can be said clearly went wrong; what was committed is intact.
+    """
+    processes = start_processes(
+        config.runtime.threads, config.runtime.trackers, config.output.dir
+    )
+    folders = RunFolders.of(_run_folder(config, resume, processes))
+    if not resume:
+        _write_settings(config, folders, processes)
+    corpus = load_corpus(config)
+    if processes.is_main:
+        _log.info("data: %s\n%s", corpus.report.describe(), corpus.split.describe())
+    assembly = assemble(config, corpus, folders, processes)
+    federation = make_federation(assembly, folders, processes)
+    _write_environment(assembly, folders, processes)
+    first_round = resume_from(federation) if resume else 1
+    processes.accelerator.init_trackers(folders.public.name)
+    shared_on_call = functools.partial(_validate, federation, assembly, processes)
+    started = time.perf_counter()
+    run_rounds(federation, first_round, shared_on_call)
+    seconds = time.perf_counter() - started
+    if first_round > 1:
+        _log.info("resumed at round %d: training time below is of this part alone", first_round)
+    evaluate_and_report(
+        assembly, folders, processes, federation.server.shared, config.federation.num_rounds, seconds
+    )
+    processes.accelerator.end_training()
+    return folders.public
+
+
+def evaluate_run(run: Path) -> Path:
+    """Evaluate a finished or interrupted run anew from its last commit, and rewrite its report.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        CheckpointError: Nothing was ever committed.
+    """
+    config = load_config(run / run_report.CONFIG_FILE)
+    processes = start_processes(config.runtime.threads)
+    folders = RunFolders.of(run)
+    assembly = assemble(config, load_corpus(config), folders, processes)
+    shared, round_number = load_shared(assembly, folders)
+    evaluate_and_report(assembly, folders, processes, shared, round_number, None)
+    return run
+
+
+def make_federation(
+    assembly: Assembly, folders: RunFolders, processes: Processes
+) -> Federation:
+    """The parts of the federated loop for an assembled experiment."""
+    config = assembly.config
+    server = Server(
+        assembly.initial_shared,
+        assembly.contract,
+        assembly.histories.trainable,
+        config.federation,
+        config.seed,
+    )
+    environment = RunEnvironment.here(
+        config_hash=training_hash(config),
+        contract_hash=assembly.contract.hash(),
+        num_processes=processes.count,
+        tokens_per_chunk=config.runtime.tokens_per_chunk,
+        device=processes.device,
+    )
+    return Federation(
+        config=config,
+        server=server,
+        trainer=assembly.trainer,
+        store=assembly.store,
+        checkpoints=CheckpointStore(folders.public / _SERVER_FOLDER),
+        environment=environment,
+        metrics_log=MetricsLog(folders.public / run_report.METRICS_FILE),
+        processes=processes,
+    )
+
+
+def load_shared(assembly: Assembly, folders: RunFolders) -> tuple[SharedState, int]:
+    """The shared state of a run's last commit, and its round.
+
+    Raises:
+        CheckpointError: Nothing was ever committed.
+    """
+    checkpoint = CheckpointStore(folders.public / _SERVER_FOLDER).load()
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{folders.public} has no committed round; run scripts/fed_train.py --resume first"
+        )
+    server = Server(
+        assembly.initial_shared,
+        assembly.contract,
+        assembly.histories.trainable,
+        assembly.config.federation,
+        assembly.config.seed,
+    )
+    server.load_state_tensors(dict(checkpoint.tensors))
+    return server.shared, checkpoint.round_number
+
+
+def measure(
+    assembly: Assembly,
+    processes: Processes,
+    held_out: HeldOut,
+    shared: SharedState,
+    round_number: int,
+    modes: Sequence[Mode] = OUR_MODES,
+    keep: bool = False,
+) -> Measured:
+    """Evaluate our modes on a split, each process its share of the clients."""
+    config = assembly.config
+    negatives = evaluation.draw_negatives(
+        held_out, assembly.model.num_items, config.evaluation, config.seed
+    )
+    parts = evaluation.parts_of(modes, config.adapters.private.weight)
+    chunks = assembly.evaluator.chunks(held_out, config.runtime.tokens_per_chunk)
+    found = []
+    total = sum(map(len, chunks))
+    with Progress(total, f"evaluating on {held_out.name}", processes.is_main) as progress:
+        for index, chunk in processes.share(chunks):
+            part = assembly.evaluator.rank_chunk(
+                chunk, held_out, negatives, shared, round_number, parts, keep
+            )
+            found.append((index, part))
+            progress.update(len(chunk) * processes.count)
+    return evaluation.combine(processes.gather(found))
+
+
+def evaluate_and_report(
+    assembly: Assembly,
+    folders: RunFolders,
+    processes: Processes,
+    shared: SharedState,
+    round_number: int,
+    training_seconds: float | None,
+) -> None:
+    """The final evaluation of every mode and baseline, and everything that a run leaves."""
+    config = assembly.config
+    modes = [
+        mode
+        for mode in OUR_MODES
+        if config.adapters.private.enabled or mode in (Mode.ZERO_SHOT, Mode.SHARED_ONLY)
+    ]
+    started = time.perf_counter()
+    splits = {
+        name: getattr(assembly.corpus.split, name.value) for name in config.evaluation.splits
+    }
+    measured = {
+        name: measure(assembly, processes, held_out, shared, round_number, modes, keep=True)
+        for name, held_out in splits.items()
+    }
+    if not processes.is_main:
+        return
+    rows = []
+    baselines = _fit_baselines(assembly)
+    for name, held_out in splits.items():
+        rows += _rows(assembly, held_out, measured[name], baselines, round_number)
+    costs = _costs(assembly, folders, measured, training_seconds)
+    costs["evaluation_seconds"] = time.perf_counter() - started
+    _write_report(folders, config, rows, costs, baselines)
+    last = measured[next(reversed(splits))]
+    _draw(folders, last)
+    export_shared_adapter(
+        assembly, folders.public / _ADAPTER_FOLDER, shared, round_number, rows
+    )
+
+
+def _validate(
+    federation: Federation, assembly: Assembly, processes: Processes, round_number: int
+) -> Mapping[str, Any]:
+    config = assembly.config
+    held_out = evaluation.sample_users(
+        assembly.corpus.split.validation, config.evaluation.max_users, config.seed
+    )
+    modes = [Mode.SHARED_ONLY]
+    if config.adapters.private.enabled:
+        modes.append(Mode.SHARED_PRIVATE)
+    found = measure(
+        assembly, processes, held_out, federation.server.shared, round_number, modes
+    )
+    return {mode.value: evaluation.headline(found.ranks[mode]) for mode in modes}
+
+
+def _fit_baselines(assembly: Assembly) -> list[FittedBaseline]:
+    train = assembly.corpus.split.train.interactions
+    return fit_baselines(
+        assembly.config.evaluation.baselines,
+        [train.history(user) for user in range(train.num_users)],
+        assembly.model.num_items,
+        assembly.corpus.split.validation,
+    )
+
+
+def _rows(
+    assembly: Assembly,
+    held_out: HeldOut,
+    measured: Measured,
+    baselines: Sequence[FittedBaseline],
+    round_number: int,
+) -> list[ResultRow]:
+    config = assembly.config
+    negatives = evaluation.draw_negatives(
+        held_out, assembly.model.num_items, config.evaluation, config.seed
+    )
+    cohort = config.federation.cohort_size
+    entries: list[tuple[str, Mode, str, Ranks]] = [
+        (
+            baseline.name.value,
+            Mode.NONE,
+            "pooled data",
+            evaluation.rank_baseline(baseline, held_out, negatives),
+        )
+        for baseline in baselines
+    ]
+    for mode, ranks in measured.ranks.items():
+        trained = mode is not Mode.ZERO_SHOT
+        budget = f"{round_number} rounds x {cohort} clients" if trained else "no training"
+        entries.append((_METHOD, mode, budget, ranks))
+    rows: list[ResultRow] = []
+    for method, mode, budget, ranks in entries:
+        describe = functools.partial(
+            ResultRow,
+            method=method,
+            mode=mode.value,
+            task=_TASK,
+            protocol=config.data.split.value,
+            budget=budget,
+            split=held_out.name,
+            seed=config.seed,
+        )
+        rows += evaluation.result_rows(ranks, describe, config.evaluation, config.seed)
+    return rows
+
+
+def _costs(
+    assembly: Assembly,
+    folders: RunFolders,
+    measured: Mapping[Any, Measured],
+    training_seconds: float | None,
+) -> dict[str, Any]:
+    records = MetricsLog(folders.public / run_report.METRICS_FILE).read()
+    clients = sum(record["num_clients"] for record in records)
+    local = assembly.config.federation.local
+    evaluated = next(iter(measured.values()))
+    return {
+        "rounds": len(records),
+        "client_rounds": clients,
+        "shared_client_steps": clients * local.shared_local_steps,
+        "private_client_steps": clients * assembly.trainer.round_work().private_steps,
+        "bytes_up": sum(record["bytes_up"] for record in records),
+        "bytes_down": sum(record["bytes_down"] for record in records),
+        "refused_updates": sum(record["refused"] for record in records),
+        "round_seconds": sum(record["seconds"] for record in records),
+        "training_seconds_of_last_start": training_seconds,
+        "personalise_client_steps": evaluated.private_steps,
+        "share_of_users_with_private_adapter": evaluated.num_personalised / evaluated.num_users,
+        "shared_numbers": sum(t.numel() for t in assembly.initial_shared.tensors.values()),
+    }
+
+
+def _write_report(
+    folders: RunFolders,
+    config: ExperimentConfig,
+    rows: Sequence[ResultRow],
+    costs: Mapping[str, Any],
+    baselines: Sequence[FittedBaseline],
+) -> None:
+    extra = {
+        "config": config.model_dump(mode="json"),
+        "environment": files.read_json(folders.public / run_report.ENVIRONMENT_FILE),
+        "costs": costs,
+        "baselines": {
+            b.name.value: {**b.hyperparameters, "validation_ndcg@10": b.validation_ndcg}
+            for b in baselines
+        },
+    }
+    run_report.write_results(folders.public / run_report.RESULTS_FILE, rows, extra)
+    tables = [
+        run_report.results_table(rows, split.value, confidence=config.evaluation.confidence)
+        for split in config.evaluation.splits
+    ]
+    files.write_text(folders.public / run_report.TABLE_FILE, "\n".join(tables))
+
+
+def _draw(folders: RunFolders, measured: Measured) -> None:
+    plots_folder = folders.public / run_report.PLOTS_FOLDER
+    records = MetricsLog(folders.public / run_report.METRICS_FILE).read()
+    plots.plot_loss(records, plots_folder / "loss.png")
+    plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png")
+    if Mode.SHARED_PRIVATE in measured.ranks:
+        gain = user_values(measured.ranks[Mode.SHARED_PRIVATE]) - user_values(
+            measured.ranks[Mode.SHARED_ONLY]
+        )
+        plots.plot_user_gain(gain, plots_folder / "user_gain.png")
+
+
+def user_values(ranks: Ranks, metric: str = "ndcg", k: int = _HEADLINE_K) -> np.ndarray:
+    """A metric per user, float64 [users], users ascending."""
+    return per_user(RANK_METRICS[metric](ranks.full, k), ranks.users)[0]
+
+
+def _run_folder(config: ExperimentConfig, resume: bool, processes: Processes) -> Path:
+    """The folder of a new run, or of the run to resume; equal on every process."""
+    base = Path(config.output.dir) / config.name
+    if resume:
+        if not (base / run_report.CONFIG_FILE).is_file():
+            raise ConfigError(f"no run at {base} to resume; start it without --resume")
+        return base
+    folder, number = base, 2
+    while folder.exists():
+        folder, number = base.with_name(f"{config.name}-{number}"), number + 1
+    processes.wait()
+    if folder != base and processes.is_main:
+        _log.info("%s exists; this run goes to %s (--resume goes on with a run)", base, folder)
+    return folder
+
+
+def _write_settings(
+    config: ExperimentConfig, folders: RunFolders, processes: Processes
+) -> None:
+    if processes.is_main:
+        settled = config.model_copy(update={"name": folders.public.name})
+        files.write_text(folders.public / run_report.CONFIG_FILE, dump_config(settled))
+        files.make_private_dir(folders.private)
+    processes.wait()
+
+
+def _write_environment(
+    assembly: Assembly, folders: RunFolders, processes: Processes
+) -> None:
+    if not processes.is_main:
+        return
+    here = run_report.environment(
+        seed=assembly.config.seed,
+        dtype=str(assembly.backbone.dtype).removeprefix("torch."),
+        threads=processes.threads,
+        num_processes=processes.count,
+        device=processes.device.type,
+    )
+    data = asdict(assembly.corpus.report)
+    here |= {"data": data, "split": assembly.corpus.split.describe()}
+    files.write_json(folders.public / run_report.ENVIRONMENT_FILE, here)
+    _log.info("%d threads x %d processes, %s", processes.threads, processes.count, here["dtype"])

@@ -1,0 +1,136 @@
+"""The processes of a run: one, or several that share each cohort. A thin layer on accelerate.
+
+What is started wrongly on CPU tends to run all the same, and misleads: one process where two
+were asked for, or two that do not know of each other and train everybody twice. Both end in a
+`LaunchError` here.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from pfm_llm.errors import LaunchError
+
+T = TypeVar("T")
+
+_HOW = (
+    "start several CPU processes with: accelerate launch --multi_gpu --num_processes 2 "
+    "--num_machines 1 --mixed_precision no --dynamo_backend no scripts/fed_train.py … "
+    "(or with torchrun --nproc_per_node 2)"
+)
+
+
+class Processes:
+    """This process among those of the run.
+
+    Args:
+        accelerator: What accelerate set up.
+        threads: Threads of this process.
+
+    Attributes:
+        accelerator: For trackers and the device.
+        threads: As set.
+    """
+
+    def __init__(self, accelerator: Accelerator, threads: int) -> None:
+        self.accelerator = accelerator
+        self.threads = threads
+
+    @property
+    def index(self) -> int:
+        """Number of this process, from 0."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one writes files and shows progress."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def share(self, work: Sequence[T]) -> list[tuple[int, T]]:
+        """The pieces of work of this process, each with its index in ``work``."""
+        return [(i, piece) for i, piece in enumerate(work) if i % self.count == self.index]
+
+    def gather(self, pieces: Sequence[tuple[int, T]]) -> list[T]:
+        """Every process's pieces on every process, in the order of their index."""
+        gathered = list(gather_object(list(pieces))) if self.count > 1 else list(pieces)
+        return [piece for _, piece in sorted(gathered, key=lambda entry: entry[0])]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+
+def start_processes(
+    threads: int | None, trackers: Sequence[str] = (), logging_dir: str | None = None
+) -> Processes:
+    """Join the processes that the launcher started, and set the number of threads.
+
+    Args:
+        threads: Per process; None: cores divided by the processes on this machine. (Plain
+            ``accelerate launch`` exports OMP_NUM_THREADS=1 on CPU, which is not what is meant.)
+        trackers: Names of accelerate trackers.
+        logging_dir: Where trackers write.
+
+    Raises:
+        LaunchError: The processes are not what they seem; the message says how to start them.
+    """
+    check_launch(os.environ)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=list(trackers) or None, project_dir=logging_dir
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != accelerator.num_processes:
+        raise LaunchError(
+            f"WORLD_SIZE is {asked} but accelerate runs {accelerator.num_processes} process: "
+            f"each would train everybody on its own; {_HOW}"
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    chosen = threads or max(1, usable_cores() // max(1, local))
+    torch.set_num_threads(chosen)
+    return Processes(accelerator, chosen)
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Refuse a launch that looks like several processes but is one.
+
+    Args:
+        environment: The process's environment variables.
+
+    Raises:
+        LaunchError: MASTER_ADDR is set without WORLD_SIZE, which is what
+            ``accelerate launch --cpu --num_processes 2`` looks like from inside.
+    """
+    if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise LaunchError(
+            "MASTER_ADDR is set but WORLD_SIZE is not: several processes were asked for and only "
+            f"one was started (accelerate launch --cpu --num_processes does this); {_HOW}"
+        )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def log_to_trackers(processes: Processes, values: Mapping[str, Any], step: int) -> None:
+    """Send a round's numbers to the trackers, if there are any."""
+    processes.accelerator.log(
+        {k: v for k, v in values.items() if isinstance(v, int | float)}, step=step
+    )

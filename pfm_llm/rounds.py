@@ -1,0 +1,187 @@
+"""The federated loop: cohort, local training, aggregation, server step, commit."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pfm_llm.aggregation import RunningSum, SumPayload
+from pfm_llm.checkpoint import CheckpointStore, RunEnvironment, check_resumable
+from pfm_llm.client import LocalTrainer
+from pfm_llm.config import ExperimentConfig
+from pfm_llm.errors import TrainingError
+from pfm_llm.metrics_log import MetricsLog
+from pfm_llm.private_store import PrivateStore
+from pfm_llm.processes import Processes, log_to_trackers
+from pfm_llm.progress import Progress
+from pfm_llm.server import RoundSummary, Server
+
+_log = logging.getLogger(__name__)
+_BYTES_PER_NUMBER = 4
+
+Validate = Callable[[int], Mapping[str, Any]]
+"""Evaluates on validation after the given round; returns figures for the log."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything the loop needs, wired by `experiment`.
+
+    Attributes:
+        config: The experiment.
+        server: Holds the shared state.
+        trainer: The clients' side.
+        store: The clients' private folders.
+        checkpoints: The commit point.
+        environment: What a resumed run must match.
+        metrics_log: A line per round.
+        processes: Who shares the cohort.
+    """
+
+    config: ExperimentConfig
+    server: Server
+    trainer: LocalTrainer
+    store: PrivateStore
+    checkpoints: CheckpointStore
+    environment: RunEnvironment
+    metrics_log: MetricsLog
+    processes: Processes
+
+
+def run_rounds(federation: Federation, first_round: int, validate: Validate) -> None:
+    """Run rounds ``first_round`` to the last one.
+
+    Args:
+        federation: The parts.
+        first_round: 1, or the round after the commit point.
+        validate: Called every ``evaluation.every`` rounds, on every process.
+
+    Raises:
+        TrainingError: A round in which no update was usable, or a step that was not finite. What
+            was committed before stays.
+    """
+    config, server = federation.config, federation.server
+    last_round, every = config.federation.num_rounds, config.evaluation.every
+    progress = Progress(
+        last_round,
+        "federated rounds",
+        federation.processes.is_main,
+        unit="rounds",
+        initial=first_round - 1,
+    )
+    with progress:
+        for round_number in range(first_round, last_round + 1):
+            started = time.perf_counter()
+            cohort = server.select_cohort(round_number)
+            total = train_cohort(federation, cohort, round_number)
+            summary = server.aggregate(total, round_number)
+            _require_usable(summary)
+            record = _record(federation, summary, time.perf_counter() - started)
+            if every and round_number % every == 0 and round_number < last_round:
+                record["validation"] = validate(round_number)
+            _report(federation, record, progress)
+            if round_number % config.output.checkpoint_every == 0 or round_number == last_round:
+                commit(federation, round_number)
+
+
+def train_cohort(
+    federation: Federation, cohort: Sequence[str], round_number: int
+) -> RunningSum:
+    """Train a cohort, each process its chunks, and sum the updates in the order of chunks.
+
+    Args:
+        federation: The parts.
+        cohort: Client ids.
+        round_number: The round.
+
+    Returns:
+        The sum over the whole cohort, equal on every process.
+    """
+    server, trainer, processes = federation.server, federation.trainer, federation.processes
+    pieces: list[tuple[int, SumPayload]] = []
+    for index, chunk in processes.share(trainer.chunks(cohort)):
+        subtotal = RunningSum()
+        for update in trainer.train_chunk(chunk, server.shared, round_number):
+            server.receive(subtotal, update, round_number)
+        pieces.append((index, subtotal.to_payload()))
+    total = RunningSum()
+    for payload in processes.gather(pieces):
+        total.merge(RunningSum.from_payload(payload))
+    return total
+
+
+def commit(federation: Federation, round_number: int) -> None:
+    """Make a round count: once this returns, a resumed run goes on after it."""
+    federation.processes.wait()
+    if federation.processes.is_main:
+        federation.checkpoints.save(
+            round_number, federation.server.state_tensors(), federation.environment
+        )
+        federation.store.prune(min(federation.checkpoints.rounds()))
+    federation.processes.wait()
+
+
+def _require_usable(summary: RoundSummary) -> None:
+    if summary.num_updates == 0:
+        reason = summary.refusals[0] if summary.refusals else "the cohort sent nothing"
+        raise TrainingError(
+            f"round {summary.round_number}: none of {len(summary.refusals)} updates was usable "
+            f"({reason}); lower the learning rates under federation.local and federation.server, "
+            "then go on with --resume from the last commit"
+        )
+
+
+def _record(
+    federation: Federation, summary: RoundSummary, seconds: float
+) -> dict[str, Any]:
+    size = sum(t.numel() for t in federation.server.shared.tensors.values()) * _BYTES_PER_NUMBER
+    num_clients = summary.num_updates + len(summary.refusals)
+    return {
+        "round": summary.round_number,
+        "loss": summary.loss,
+        "num_clients": num_clients,
+        "num_examples": summary.num_examples,
+        "refused": len(summary.refusals),
+        "seconds": seconds,
+        "clients_per_second": num_clients / seconds,
+        "bytes_up": size * num_clients,
+        "bytes_down": size * num_clients,
+        "lr_factor": summary.lr_factor,
+        "aggregated_norm": summary.update_norm,
+    }
+
+
+def _report(federation: Federation, record: Mapping[str, Any], progress: Progress) -> None:
+    figures = {"loss": record["loss"], "clients/s": record["clients_per_second"]}
+    for mode, values in record.get("validation", {}).items():
+        figures[f"{mode} ndcg@10"] = values["ndcg@10"]
+    progress.update(1, **figures)
+    if federation.processes.is_main:
+        federation.metrics_log.append(record)
+        log_to_trackers(federation.processes, record, record["round"])
+
+
+def resume_from(federation: Federation) -> int:
+    """Go back to the commit point; whatever is newer never happened.
+
+    Returns:
+        The first round to run: 1 when nothing was committed.
+
+    Raises:
+        CheckpointError: The run was made under other settings, or in an environment that would
+            not end with the same bits.
+    """
+    checkpoint = federation.checkpoints.load()
+    committed = 0
+    if checkpoint is not None:
+        check_resumable(checkpoint.environment, federation.environment)
+        federation.server.load_state_tensors(dict(checkpoint.tensors))
+        committed = checkpoint.round_number
+    federation.processes.wait()
+    if federation.processes.is_main:
+        discarded = federation.store.discard_newer(committed)
+        federation.metrics_log.truncate_after(committed)
+        _log.info("resuming after round %d (%d newer private states discarded)", committed, discarded)
+    federation.processes.wait()
+    return committed + 1

@@ -1,0 +1,32 @@
+"""What the scripts share: start-up settings, logging, and errors without a traceback."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def run_safely(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
+    """Run a command; a deliberate error is one message and its exit code."""
+    # Before torch starts: waiting threads that spin starve each other on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+    from pfm_llm.errors import PfmError
+
+    try:
+        command(arguments)
+    except PfmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last commit", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def default_config() -> Path:
+    """The config that runs when none is named."""
+    return Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"

@@ -1,0 +1,28 @@
+"""Evaluate a run on held-out data, beside the baselines, and rewrite its results."""
+
+import argparse
+
+from _cli import run_safely
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", default=None, help="run folder (default: the newest in runs/)")
+    parser.add_argument("--runs", default="runs", help="where to look for the newest run")
+    run_safely(evaluate, parser.parse_args())
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from pfm_llm.experiment import evaluate_run
+    from pfm_llm.run_report import RESULTS_FILE, newest_run, read_results, terminal_table
+
+    run = Path(arguments.run) if arguments.run else newest_run(arguments.runs)
+    evaluate_run(run)
+    rows, _ = read_results(run / RESULTS_FILE)
+    print(f"\n{terminal_table(rows)}\nrun folder: {run}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Train a federated dual-adapter recommender, evaluate it, and leave a run folder."""
+
+import argparse
+
+from _cli import run_safely
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default=None, help="YAML file (default: configs/quickstart.yaml)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting, e.g. federation.num_rounds=20; may be repeated",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run of that name")
+    run_safely(train, parser.parse_args())
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from _cli import default_config
+
+    from pfm_llm.config import load_config
+    from pfm_llm.experiment import run_experiment
+    from pfm_llm.run_report import RESULTS_FILE, read_results, terminal_table
+
+    config = load_config(arguments.config or default_config(), arguments.set)
+    run = run_experiment(config, resume=arguments.resume)
+    if run is not None:
+        rows, _ = read_results(run / RESULTS_FILE)
+        print(f"\n{terminal_table(rows)}\nrun folder: {run}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""One strict YAML: what is unknown or impossible is named, what is valid comes back equal."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pfm_llm.config import (
+    Dtype,
+    ExperimentConfig,
+    PrivateKind,
+    Schedule,
+    config_hash,
+    dump_config,
+    load_config,
+    parse_config,
+)
+from pfm_llm.errors import ConfigError, PfmError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def private(**values: Any) -> dict[str, Any]:
+    return {"name": "x", "adapters": {"private": values}}
+
+
+def test_a_name_is_enough_and_defaults_are_typed() -> None:
+    config = parse_config({"name": "x"})
+    assert config.backbone.dtype is Dtype.AUTO
+    assert config.adapters.private.kind is PrivateKind.INDEPENDENT
+    assert config.evaluation.ks == (5, 10, 20)
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        parse_config({"name": "x"}).seed = 1  # type: ignore[misc]
+
+
+@given(
+    st.builds(
+        dict,
+        name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,9}", fullmatch=True),
+        seed=st.integers(),
+        window=st.fixed_dictionaries({"max_windows": st.none() | st.integers(1, 99)}),
+        federation=st.fixed_dictionaries(
+            {"server": st.fixed_dictionaries({"lr_lora": st.floats(1e-9, 1e9)})}
+        ),
+        evaluation=st.fixed_dictionaries({"ks": st.lists(st.integers(1, 50))}),
+        backbone=st.fixed_dictionaries({"dtype": st.sampled_from(list(Dtype))}),
+    )
+)
+def test_dump_and_load_give_an_equal_config(
+    tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]
+) -> None:
+    config = parse_config(tree)
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    assert config_hash(load_config(path)) == config_hash(config)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"sede": 1}, r"unknown key sede; did you mean seed\?"),
+        (
+            {"federation": {"local": {"personalize_steps": 1}}},
+            r"unknown key federation\.local\.personalize_steps; "
+            r"did you mean federation\.local\.personalise_steps\?",
+        ),
+        ({"data": {"columns": {"zzz": 1}}}, r"unknown key data\.columns\.zzz; valid here: user, "),
+        ({"data": {"split": "random"}}, r"data\.split: .*'leave_last_out'"),
+        ({"window": {"items": 0}}, r"window\.items: .*greater than or equal to 1"),
+        ({"adapters": {"private": {"weight": 1.6}}}, r"adapters\.private\.weight: .*1\.5"),
+        ({"adapters": {"private": {"dropout": 1}}}, r"adapters\.private\.dropout: .*less than 1"),
+        ({"federation": {"server": {"lr_head": -1}}}, r"lr_head: .*greater than 0"),
+        ({"data": 3}, r"data: "),
+        ({"name": ""}, r"name: "),
+        ({"name": "../up"}, r"name: "),
+        ({"name": "x.private"}, r"must not end in \.private"),
+    ],
+)
+def test_what_is_wrong_is_named(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"name": "x", **tree})
+
+
+def test_a_missing_name_is_named() -> None:
+    with pytest.raises(ConfigError, match="name: Field required"):
+        parse_config({})
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"name": "x", "sede": 1, "window": {"items": 0}}, origin="my.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "my.yaml:"
+    assert len(lines) == 3
+    assert caught.value.exit_code == 2
+    assert isinstance(caught.value, PfmError)
+
+
+@pytest.mark.parametrize("schedule", [Schedule.JOINT, Schedule.PRIVATE_AFTER])
+def test_shared_basis_needs_alternate(schedule: Schedule) -> None:
+    tree = private(kind="shared_basis") | {"federation": {"local": {"schedule": schedule.value}}}
+    with pytest.raises(ConfigError, match=r"shared_basis needs .*schedule: alternate"):
+        parse_config(tree)
+    parse_config(private(kind="shared_basis", enabled=False) | {"federation": tree["federation"]})
+
+
+def test_shared_basis_needs_a_private_step() -> None:
+    federation = {"local": {"schedule": "alternate", "private_local_steps": 0}}
+    with pytest.raises(ConfigError, match="private_local_steps of at least 1"):
+        parse_config(private(kind="shared_basis") | {"federation": federation})
+    parse_config(private() | {"federation": federation})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected keys and values, found NoneType"),
+        ("- a\n- b", "expected keys and values, found list"),
+        ("name: [", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read config .*none\.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides_are_yaml_applied_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: x\nfederation:\n  num_rounds: 7\n  cohort_size: 3\n")
+    config = load_config(
+        path,
+        [
+            "federation.num_rounds=9",
+            "federation.num_rounds=11",
+            "window.max_windows=null",
+            "runtime.trackers=[tensorboard]",
+            "data.source=a=b.csv",
+            "adapters.private.enabled=false",
+        ],
+    )
+    assert (config.federation.num_rounds, config.federation.cohort_size) == (11, 3)
+    assert config.window.max_windows is None
+    assert config.runtime.trackers == ("tensorboard",)
+    assert config.data.source == "a=b.csv"
+    assert config.adapters.private.enabled is False
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", r"override 'seed': expected dotted\.key=value"),
+        ("seed.deep=1", "seed holds no keys"),
+        ("window.itms=1", r"did you mean window\.items\?"),
+        ("seed=[", "not valid YAML"),
+    ],
+)
+def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, "name: x\nseed: 1\n"), [override])
+
+
+def test_hash_depends_on_values_and_not_on_how_they_were_written() -> None:
+    base = parse_config({"name": "x"})
+    assert config_hash(parse_config({"seed": 0, "name": "x"})) == config_hash(base)
+    assert config_hash(parse_config({"name": "x", "seed": 1})) != config_hash(base)
+    assert config_hash(base.window) != config_hash(base.head)
+
+
+def test_every_key_of_the_tree_is_strict() -> None:
+    """Each nested section refuses an unknown key, so no typo anywhere passes silently."""
+
+    def sections(model: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+        found = [path]
+        for name, field in model.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                found += sections(field.annotation, (*path, name))
+        return found
+
+    paths = sections(ExperimentConfig)
+    assert len(paths) > 12
+    for path in paths:
+        tree: dict[str, Any] = {"no_such_key": 1}
+        for part in reversed(path):
+            tree = {part: tree}
+        dotted = r"\.".join([*path, "no_such_key"])
+        with pytest.raises(ConfigError, match=f"unknown key {dotted}"):
+            parse_config({"name": "x", **tree})

@@ -1,0 +1,179 @@
+"""Files are whole or absent, checksums are kept, and disk errors say what to do."""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pfm_llm import files
+from pfm_llm.errors import CorruptFileError, DiskSpaceError, StorageError
+
+
+def fail_with(number: int) -> Any:
+    def fail(*_: Any) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_write_creates_folders_and_replaces_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    files.write_bytes(path, b"one")
+    files.write_bytes(path, b"")
+    assert path.read_bytes() == b""
+    files.write_text(path, "é\n")
+    assert path.read_bytes() == "é\n".encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_full_disk_keeps_the_old_file_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    path = tmp_path / "file"
+    files.write_bytes(path, b"old")
+    monkeypatch.setattr(files.os, call, fail_with(number))
+    with pytest.raises(DiskSpaceError, match=r"no space left while writing .*file; free some"):
+        files.write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_failures_are_storage_errors_that_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot write .*below") as caught:
+        files.write_bytes(tmp_path / "file" / "below", b"")
+    assert not isinstance(caught.value, DiskSpaceError)
+
+
+def test_interrupt_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    files.write_bytes(path, b"old")
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_sees_one_version_or_another_never_a_mixture(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    versions = [bytes([number]) * 200_000 for number in range(2)]
+    files.write_bytes(path, versions[0])
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(40):
+            files.write_bytes(path, versions[number % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = {path.read_bytes()}
+    while not done.is_set():
+        seen.add(path.read_bytes())
+    writer.join()
+    assert seen <= set(versions)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=8))
+def test_json_round_trip(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    files.write_json(path, value)
+    assert files.read_json(path) == value
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_json_refuses_nan_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe"], ids=["empty", "cut", "bytes"])
+def test_broken_json_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError, match=r"x\.json is not valid JSON"):
+        files.read_json(path)
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
+def test_sha256_around_the_block_size(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * size)
+    assert files.sha256_of(path) == hashlib.sha256(b"x" * size).hexdigest()
+
+
+def test_tensors_round_trip_with_dtype_shape_and_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    tensors = {
+        "bf16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+        "view": torch.arange(6.0).reshape(2, 3).T,  # not contiguous
+        "none": torch.empty(0, 4),
+        "grad": torch.ones(2, requires_grad=True),
+        "one": torch.tensor(7, dtype=torch.int64),
+    }
+    digest = files.write_tensors(path, tensors, {"round": "3"})
+    assert digest == files.sha256_of(path)
+    loaded, metadata = files.read_tensors(path, expected_sha256=digest)
+    assert metadata == {"round": "3"}
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+        assert not loaded[name].requires_grad
+    files.write_tensors(path, {})
+    assert files.read_tensors(path) == ({}, {})
+
+
+def test_equal_tensors_give_equal_bytes_in_any_order(tmp_path: Path) -> None:
+    a, b = torch.ones(2), torch.zeros(3)
+    first = files.write_tensors(tmp_path / "1", {"a": a, "b": b}, {"k": "v"})
+    assert files.write_tensors(tmp_path / "2", {"b": b, "a": a}, {"k": "v"}) == first
+
+
+def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    digest = files.write_tensors(path, {"a": torch.ones(2)})
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError, match="recorded checksum"):
+        files.read_tensors(path, expected_sha256=digest)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -1])
+def test_a_truncated_file_is_found_without_a_checksum(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "t"
+    files.write_tensors(path, {"a": torch.ones(2)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CorruptFileError, match="not a whole safetensors file"):
+        files.read_tensors(path)
+
+
+def test_private_folder_is_the_owners_alone_even_when_it_was_open(tmp_path: Path) -> None:
+    path = tmp_path / "x.private" / "clients"
+    assert files.make_private_dir(path) == path
+    path.chmod(0o755)
+    files.make_private_dir(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def test_storage_errors_lets_other_exceptions_through(tmp_path: Path) -> None:
+    with pytest.raises(json.JSONDecodeError), files.storage_errors(tmp_path):
+        json.loads("{")
