@@ -149,7 +149,9 @@ class DualAdapter:
         peft_model.peft_config[SHARED].base_model_name_or_path = base_name
         folder.mkdir(parents=True, exist_ok=True)
         with files.storage_errors(folder), _peft_subfolder(folder) as scratch:
-            peft_model.save_pretrained(str(scratch), selected_adapters=[SHARED])
+            peft_model.save_pretrained(
+                str(scratch), selected_adapters=[SHARED], save_embedding_layers=False
+            )
 
     def _load(self, peft_model: Any, adapter: str, tensors: Tensors) -> None:
         state = {

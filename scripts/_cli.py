@@ -7,6 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+_HERE = Path(__file__).resolve().parent
+# Python puts this folder first on the path, where evaluate.py would hide the library `evaluate`.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
+
 
 def run_safely(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     """Run a command; a deliberate error is one message and its exit code."""
@@ -29,4 +33,4 @@ def run_safely(command: Callable[[argparse.Namespace], None], arguments: argpars
 
 def default_config() -> Path:
     """The config that runs when none is named."""
-    return Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+    return _HERE.parent / "configs" / "quickstart.yaml"

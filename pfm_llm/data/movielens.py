@@ -18,7 +18,7 @@ COLUMNS = ColumnsConfig(
 _RATINGS = ("user_id", "item_id", "rating", "timestamp")
 _USER_FIELDS = ("user_id", "age", "gender", "occupation")
 
-_YEAR = re.compile(r"\s*\((\d{4})(?:\s*[-–]\s*(?:\d{4})?)?\)\s*(?:\(V\))?\s*$")  # noqa: RUF001
+_YEAR = re.compile(r"\s*\((\d{4})(?:\s*[-\N{EN DASH}]\s*(?:\d{4})?)?\)\s*(?:\(V\))?\s*$")
 _ARTICLE = re.compile(
     r"^(?P<main>.+?), (?P<article>The|A|An|Le|La|Les|L'|Un|Une|Der|Die|Das|Ein|Eine|Il|Lo|Gli"
     r"|Una|Uno|El|Los|Las|Det|Den|De|Het)(?P<rest>(?: \(.*\))?)$"

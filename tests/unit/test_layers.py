@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "pfm_llm"
 # error; an entry without a module is not.
 LAYERS = [line.split() for line in """
     errors types seeding
-    config files
+    config files processes
     assets
     data participation private_store contract metrics metrics_log plots progress model_card
     prompts scoring aggregation run_report personality
@@ -23,9 +23,13 @@ LAYERS = [line.split() for line in """
     head
     dual_adapter local_steps
     cohort_model
-    client server evaluation checkpoint
+    client server checkpoint
+    evaluation
     rounds
+    assembly
+    export
     experiment
+    serving
     agent flower
 """.strip().splitlines()]  # fmt: skip
 HEIGHT = {name: height for height, line in enumerate(LAYERS) for name in line}

@@ -91,7 +91,8 @@ def test_every_edition_reads_to_the_same_titles_years_genres_and_rows(
     assert set(fields) == {"title", "year", "genres"}
     assert list(raw.users) == ["1", "1"]
     assert raw.items.tolist() == [1, 0]
-    assert raw.timestamps is not None and raw.ratings is not None
+    assert raw.timestamps is not None
+    assert raw.ratings is not None
     assert raw.timestamps.tolist() == [900, 800]
     assert raw.ratings.tolist() == [4.5 if make is latest else 4, 3]
 

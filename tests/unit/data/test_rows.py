@@ -38,7 +38,8 @@ def test_good_rows_stay_in_file_order_with_their_numbers() -> None:
     assert raw.catalogue.fields == {"title": ("Ash", "Birch"), "family": ("Olive", "")}
     assert list(raw.users) == ["u", "v", "u"]
     assert raw.items.tolist() == [1, 0, 0]
-    assert raw.timestamps is not None and raw.ratings is not None
+    assert raw.timestamps is not None
+    assert raw.ratings is not None
     assert raw.timestamps.tolist() == [3, 1, 2]
     assert raw.timestamps.dtype == np.int64
     assert raw.ratings.tolist() == [4, 0.5, -1]
@@ -121,7 +122,8 @@ def test_at_most_five_rows_are_shown() -> None:
         f"rows.csv line {line}" for line in (2, 3, 4, 5, 6)
     ]
     assert raw.num_bad == {"empty user id": 9}
-    assert raw.timestamps is None and raw.ratings is None
+    assert raw.timestamps is None
+    assert raw.ratings is None
 
 
 def test_the_items_file_has_the_same_limit_and_its_first_row_for_an_id_counts() -> None:
