@@ -117,12 +117,14 @@ class LocalWork:
         shared_steps, private_steps: How many of each.
         schedule: In which order.
         purpose: Names the random draws.
+        windows_per_step: How many of a client's windows one step reads, in turn; None: all.
     """
 
     shared_steps: int
     private_steps: int
     schedule: Schedule
     purpose: str
+    windows_per_step: int | None
 
     def plan(self) -> list[tuple[bool, bool]]:
         """For each step, whether the shared and whether the private tensors move."""
@@ -167,7 +169,7 @@ class LocalTrainer:
 
     def chunks(self, cohort: Sequence[str]) -> list[tuple[str, ...]]:
         """The cohort's chunks; equal on every process."""
-        limit = self._config.window.per_step
+        limit = self._local.windows_per_step
 
         def num_tokens(client_id: str) -> int:
             windows = self._histories.windows(client_id)
@@ -209,6 +211,7 @@ class LocalTrainer:
             private_steps=local.private_local_steps if private_in_round else 0,
             schedule=local.schedule,
             purpose="round",
+            windows_per_step=local.windows_per_step,
         )
 
     def personalise(
@@ -227,7 +230,13 @@ class LocalTrainer:
         steps = self._local.personalise_steps
         if not steps or not able:
             return private
-        work = LocalWork(0, steps, Schedule.ALTERNATE, "personalise")
+        work = LocalWork(
+            shared_steps=0,
+            private_steps=steps,
+            schedule=Schedule.ALTERNATE,
+            purpose="personalise",
+            windows_per_step=self._local.personalise_windows,
+        )
         stacked = {
             **self._stack_shared(shared, len(able)),
             **{name: value[able] for name, value in private.items()},
@@ -273,7 +282,7 @@ class LocalTrainer:
         # Training fits the private adapter at full strength; `weight` is a serving-time choice.
         parts = Parts(shared_lora=True, private_weight=1.0 if private.enabled else 0.0)
         losses = [math.nan] * len(chunk)
-        batches = _BatchSource(self._config, self._histories, chunk, work.purpose, round_number)
+        batches = _BatchSource(self._config, self._histories, chunk, work, round_number)
         for step, moves in enumerate(work.plan()):
             moving = [
                 {n: v for n, v in stacked.items() if n.startswith(PRIVATE_PREFIX) is is_private}
@@ -327,21 +336,22 @@ class LocalTrainer:
 
 
 class _BatchSource:
-    """The batch of each local step: all windows, or ``window.per_step`` of them in turn."""
+    """The batch of each local step: all windows, or ``windows_per_step`` of them in turn."""
 
     def __init__(
         self,
         config: ExperimentConfig,
         histories: ClientHistories,
         chunk: Sequence[str],
-        purpose: str,
+        work: LocalWork,
         round_number: int,
     ) -> None:
         self._config = config
         self._chunk = chunk
+        self._size = work.windows_per_step
         self._windows = [histories.windows(client_id) for client_id in chunk]
         self._states = [histories.trunk_states(client_id) for client_id in chunk]
-        self._key = (purpose, round_number)
+        self._key = (work.purpose, round_number)
         self._orders = [
             torch.randperm(len(windows), generator=self._generator("windows", client_id)).tolist()
             for client_id, windows in zip(chunk, self._windows, strict=True)
@@ -350,7 +360,7 @@ class _BatchSource:
 
     def batch(self, step: int) -> ChunkBatch:
         """The batch of a step, counted from 0."""
-        size = self._config.window.per_step
+        size = self._size
         if size is None or all(len(windows) <= size for windows in self._windows):
             self._whole = self._whole or collate(self._windows, self._states)
             return self._whole

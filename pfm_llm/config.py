@@ -152,9 +152,6 @@ class WindowConfig(_Settings):
     max_windows: PositiveCount | None = Field(
         None, description="train on the newest so many windows; None: the whole history"
     )
-    per_step: PositiveCount | None = Field(
-        None, description="windows drawn for one local step; None: all"
-    )
     max_item_tokens: PositiveCount = Field(32, description="longer item texts are cut")
 
 
@@ -205,6 +202,12 @@ class LocalConfig(_Settings):
     shared_local_steps: PositiveCount = 1
     private_local_steps: Count = 1
     personalise_steps: Count = Field(4, description="private steps before an evaluation")
+    windows_per_step: PositiveCount | None = Field(
+        None, description="windows that a step in a round reads, in turn; None: all"
+    )
+    personalise_windows: PositiveCount | None = Field(
+        None, description="the same for the steps before an evaluation"
+    )
     shared_optimizer: LocalOptimizer = LocalOptimizer.SGD
     shared_lr: Positive = Field(1.0, description="with sgd, one step and fedadam: irrelevant")
     private_optimizer: LocalOptimizer = LocalOptimizer.ADAMW

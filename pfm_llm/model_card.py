@@ -45,8 +45,9 @@ _BODY = """
 
 A LoRA adapter that turns {base_link} into a sequential recommender:
 the model reads a user's history as text, and its hidden state at the last token of an item ranks
-the catalogue for what comes next. It is the **shared adapter** of a federation, trained by pfm_llm in {rounds} rounds: in
-each, some clients train it on histories that they keep, and the server aggregates their updates.
+the catalogue for what comes next. It is the **shared adapter** of a federation, trained by
+pfm_llm in {rounds} rounds: in each, some clients train it on histories that they keep, and the
+server aggregates their updates.
 
 ## How to load it
 
