@@ -1,6 +1,10 @@
 """From a config to the objects of an experiment: what training, evaluation and serving share."""
 
+import contextlib
 import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +15,7 @@ from pfm_llm import head as recommender_head
 from pfm_llm.backbone import Backbone, load_backbone
 from pfm_llm.client import ClientHistories, LocalTrainer
 from pfm_llm.cohort_model import CohortModel
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config import ExperimentConfig, load_config, training_hash
 from pfm_llm.contract import UpdateContract
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.partition import partition
@@ -20,15 +24,17 @@ from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
 from pfm_llm.dual_adapter import DualAdapter
 from pfm_llm.encoding import HistoryEncoder
-from pfm_llm.errors import CorruptFileError
+from pfm_llm.errors import CheckpointError, ConfigError, CorruptFileError, DataError, StorageError
 from pfm_llm.evaluation import Evaluator
 from pfm_llm.head import Normaliser
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.processes import Processes
 from pfm_llm.prompts import Prompt, load_prompt
+from pfm_llm.run_report import CONFIG_FILE
 from pfm_llm.trunk_cache import TrunkCache
 from pfm_llm.types import SharedState
 
+_log = logging.getLogger(__name__)
 _BYTES_PER_GB = 10**9
 _ITEM_BATCH_TOKENS = 4096
 
@@ -49,6 +55,74 @@ class RunFolders:
     def of(cls, public: Path) -> "RunFolders":
         """The folders of the run at ``public``."""
         return cls(public, public.with_name(f"{public.name}.private"))
+
+    @classmethod
+    def new(cls, config: ExperimentConfig) -> "RunFolders":
+        """Folders that do not exist yet: of ``<name>``, or of the next free ``<name>-<n>``."""
+        base = Path(config.output.dir) / config.name
+        folders, number = cls.of(base), 2
+        while folders.public.exists() or folders.private.exists():
+            folders = cls.of(base.with_name(f"{config.name}-{number}"))
+            number += 1
+        return folders
+
+    @classmethod
+    def to_resume(cls, config: ExperimentConfig) -> "RunFolders":
+        """The folders of the run ``<name>``.
+
+        Raises:
+            ConfigError: There is no such run.
+            CheckpointError: It was started with other settings that training depends on.
+        """
+        folders = cls.of(Path(config.output.dir) / config.name)
+        path = folders.public / CONFIG_FILE
+        if not path.is_file():
+            raise ConfigError(f"no run at {folders.public} to resume; start it without --resume")
+        changed = _changed_settings(load_config(path), config)
+        if changed:
+            raise CheckpointError(
+                f"{folders.public} cannot be resumed with other settings: {'; '.join(changed)}. "
+                "Restore them, or start a new run without --resume"
+            )
+        return folders
+
+    @contextlib.contextmanager
+    def discarded_on_failure(self) -> Iterator[None]:
+        """Delete both folders when the block fails, for a run that never began."""
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(self.public, ignore_errors=True)
+            shutil.rmtree(self.private, ignore_errors=True)
+            raise
+
+
+def _changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list[str]:
+    """One text for each differing setting that training depends on."""
+    changed = []
+    for section in type(saved).model_fields:
+        replaced = saved.model_copy(update={section: getattr(current, section)})
+        if training_hash(replaced) != training_hash(saved):
+            old, new = (
+                _leaves(config.model_dump(mode="json")[section], section)
+                for config in (saved, current)
+            )
+            changed += [
+                f"{key} was {old.get(key)}, is {new.get(key)}"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            ]
+    return changed
+
+
+def _leaves(tree: object, key: str) -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {
+        leaf: value
+        for name, child in tree.items()
+        for leaf, value in _leaves(child, f"{key}.{name}").items()
+    }
 
 
 @dataclass(frozen=True)
@@ -121,10 +195,19 @@ def assemble(
         corpus: From `load_corpus`.
         folders: Where private states and caches go.
         processes: For the device.
+
+    Raises:
+        DataError: The prompt needs what the data lacks, or a window exceeds the context.
+        BackboneError: The model cannot be had or adapted.
     """
     catalogue = corpus.interactions.catalogue
-    backbone = load_backbone(config.backbone, processes.device)
     prompt = load_prompt(config.prompt)
+    if prompt.uses_rating and corpus.interactions.ratings is None:
+        raise DataError(
+            f"prompt {prompt.key} shows ratings and the data has none; set data.columns.rating, "
+            "or choose a prompt without ratings such as next_item.v1"
+        )
+    backbone = load_backbone(config.backbone, processes.device)
     encoder = HistoryEncoder(
         prompt, catalogue, backbone.tokenizer, config.window, backbone.max_tokens
     )
@@ -204,11 +287,23 @@ def item_states(
     )
     key = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
     path = assets.cache_dir() / "items" / f"{key}.safetensors"
-    if path.exists():
-        try:
-            return files.read_tensors(path)[0]["states"].clone()
-        except (CorruptFileError, KeyError):
-            path.unlink(missing_ok=True)
+    try:
+        tensors, header = files.read_tensors(path)
+        if header["sha256"] != _sha256(tensors["states"]):
+            raise CorruptFileError(f"{path} does not match its checksum")
+        return tensors["states"].clone()
+    except FileNotFoundError:
+        pass
+    except (CorruptFileError, KeyError) as error:
+        _log.warning("item states: %s; computing them again", error)
     states = backbone.last_token_states(encoder.catalogue_pieces(), _ITEM_BATCH_TOKENS)
-    files.write_tensors(path, {"states": states})
+    try:
+        files.write_tensors(path, {"states": states}, {"sha256": _sha256(states)})
+    except StorageError as error:
+        # A cache is a convenience: without it they are computed each time.
+        _log.warning("item states: %s; going on without keeping them", error)
     return states
+
+
+def _sha256(states: torch.Tensor) -> str:
+    return hashlib.sha256(states.contiguous().view(torch.uint8).numpy().data).hexdigest()

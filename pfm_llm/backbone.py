@@ -98,6 +98,19 @@ class Backbone:
         """Path of the list of decoder layers in ``model``, such as ``model.layers``."""
         return f"{self._decoder_path}.{self._layers_name}"
 
+    def first_top_layer(self, num_top: int) -> int:
+        """Index of the lowest of the ``num_top`` highest layers.
+
+        Raises:
+            BackboneError: There are fewer layers.
+        """
+        if num_top > self.num_layers:
+            raise BackboneError(
+                f"{self.name} has {self.num_layers} layers, adapters.num_layers asks for "
+                f"{num_top}; lower it"
+            )
+        return self.num_layers - num_top
+
     def split(self, num_top: int) -> tuple[nn.Module, nn.Module]:
         """Make the trunk and the top view.
 
@@ -113,12 +126,7 @@ class Backbone:
             BackboneError: Fewer layers than asked for, or an architecture whose two views do
                 not compose to the whole model.
         """
-        below = self.num_layers - num_top
-        if below < 0:
-            raise BackboneError(
-                f"{self.name} has {self.num_layers} layers; adapters.num_layers: {num_top} "
-                "asks for more"
-            )
+        below = self.first_top_layer(num_top)
         trunk = self._view(slice(0, below))
         setattr(trunk, self._norm_name, nn.Identity())
         top = self._view(slice(below, None))
@@ -142,7 +150,9 @@ class Backbone:
         while start < len(order):
             # Sorted ascending: the last of a batch is its longest, which sets the padding.
             stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * len(pieces[order[stop]]) <= batch_tokens:
+            while (
+                stop < len(order) and (stop + 1 - start) * len(pieces[order[stop]]) <= batch_tokens
+            ):
                 stop += 1
             rows = order[start:stop]
             tokens = pad_tokens([pieces[i] for i in rows]).to(self.device)
@@ -207,7 +217,9 @@ def load_backbone(config: BackboneConfig, device: torch.device | None = None) ->
     embedded = EMBEDDED.get(config.name)
     source: str | Path = embedded() if embedded else config.name
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, revision=config.revision, dtype="auto"
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -33,6 +33,7 @@ class RunEnvironment:
         threads: Threads of each process.
         num_processes: Processes that share the cohort.
         tokens_per_chunk: What defines the chunks.
+        data_hash: Of the interactions.
     """
 
     config_hash: str
@@ -42,6 +43,7 @@ class RunEnvironment:
     threads: int
     num_processes: int
     tokens_per_chunk: int
+    data_hash: str = ""
 
     @classmethod
     def here(
@@ -52,6 +54,7 @@ class RunEnvironment:
         num_processes: int,
         tokens_per_chunk: int,
         device: torch.device,
+        data_hash: str = "",
     ) -> Self:
         """The environment of this process, with its torch and threads."""
         kind = (
@@ -67,6 +70,7 @@ class RunEnvironment:
             threads=torch.get_num_threads(),
             num_processes=num_processes,
             tokens_per_chunk=tokens_per_chunk,
+            data_hash=data_hash,
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pfm_llm import seeding
-from pfm_llm.cohort_model import ChunkBatch, CohortModel, HeadDropout, Parts, collate
+from pfm_llm.cohort_model import ChunkBatch, CohortModel, Dropout, Parts, collate
 from pfm_llm.config import ExperimentConfig, Schedule
 from pfm_llm.contract import UpdateContract
 from pfm_llm.data.partition import Client
@@ -242,13 +242,10 @@ class LocalTrainer:
             **{name: value[able] for name, value in private.items()},
         }
         new, _ = self._train([chunk[c] for c in able], stacked, work, round_number)
-        for name in private:
-            fitted = new[name].detach()
-            # A client whose fit went astray keeps its old adapter.
-            good = fitted.flatten(1).isfinite().all(1)
-            rows = torch.tensor(able, device=fitted.device)[good]
-            private[name] = private[name].index_copy(0, rows, fitted[good])
-        return private
+        # A client whose fit went astray keeps its old adapter.
+        good = torch.stack([new[name].flatten(1).isfinite().all(1) for name in private]).all(0)
+        rows = torch.tensor(able, device=good.device)[good]
+        return {n: value.index_copy(0, rows, new[n][good]) for n, value in private.items()}
 
     def personalise_steps(self, chunk: Sequence[str]) -> int:
         """How many private steps `personalise` takes, over all clients of the chunk."""
@@ -269,8 +266,34 @@ class LocalTrainer:
         round_number: int,
     ) -> tuple[dict[str, torch.Tensor], list[float]]:
         """Take the planned steps; returns the new tensors and the first shared step's losses."""
-        local, private = self._local, self._config.adapters.private
-        optimizers = (
+        shared_optimizer, private_optimizer = self._optimizers()
+        # Training fits the private adapter at full strength; `weight` is a serving-time choice.
+        private_on = self._config.adapters.private.enabled
+        parts = Parts(shared_lora=True, private_weight=1.0 if private_on else 0.0)
+        first_losses: list[float] | None = None
+        batches = _BatchSource(self._config, self._histories, chunk, work, round_number)
+        for step, (moves_shared, moves_private) in enumerate(work.plan()):
+            shared = _leaves(stacked, private=False) if moves_shared else {}
+            private = _leaves(stacked, private=True) if moves_private else {}
+            current = {**stacked, **shared, **private}
+            losses = self._model.losses(batches.batch(step), current, parts, batches.dropout(step))
+            if moves_shared and first_losses is None:
+                first_losses = [float(loss.detach()) for loss in losses]
+            gradients = torch.autograd.grad(
+                torch.stack(losses).sum(),
+                [*shared.values(), *private.values()],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            stacked |= shared_optimizer.step(shared, gradients[: len(shared)])
+            stacked |= private_optimizer.step(private, gradients[len(shared) :])
+        new = {name: value.detach() for name, value in stacked.items()}
+        return new, first_losses or [math.nan] * len(chunk)
+
+    def _optimizers(self) -> tuple[StackedOptimizer, StackedOptimizer]:
+        """For the shared and for the private tensors, with fresh moments."""
+        local = self._local
+        return (
             StackedOptimizer(local.shared_optimizer, local.shared_lr, 0.0, local.max_grad_norm),
             StackedOptimizer(
                 local.private_optimizer,
@@ -279,34 +302,6 @@ class LocalTrainer:
                 local.max_grad_norm,
             ),
         )
-        # Training fits the private adapter at full strength; `weight` is a serving-time choice.
-        parts = Parts(shared_lora=True, private_weight=1.0 if private.enabled else 0.0)
-        losses = [math.nan] * len(chunk)
-        batches = _BatchSource(self._config, self._histories, chunk, work, round_number)
-        for step, moves in enumerate(work.plan()):
-            moving = [
-                {n: v for n, v in stacked.items() if n.startswith(PRIVATE_PREFIX) is is_private}
-                if moves[is_private]
-                else {}
-                for is_private in (False, True)
-            ]
-            leaves = [
-                {n: v.detach().requires_grad_() for n, v in group.items()} for group in moving
-            ]
-            current = {**stacked, **leaves[0], **leaves[1]}
-            step_losses = self._model.losses(
-                batches.batch(step), current, parts, batches.dropout(step)
-            )
-            if moves[0] and math.isnan(losses[0]):
-                losses = [float(loss.detach()) for loss in step_losses]
-            flat = [*leaves[0].values(), *leaves[1].values()]
-            gradients = torch.autograd.grad(
-                torch.stack(step_losses).sum(), flat, allow_unused=True, materialize_grads=True
-            )
-            split = len(leaves[0])
-            stacked |= optimizers[0].step(leaves[0], gradients[:split])
-            stacked |= optimizers[1].step(leaves[1], gradients[split:])
-        return {name: value.detach() for name, value in stacked.items()}, losses
 
     def _stack_shared(self, shared: SharedState, num_clients: int) -> dict[str, torch.Tensor]:
         device = self._model.item_texts.device
@@ -323,9 +318,7 @@ class LocalTrainer:
         device = self._model.item_texts.device
         return {name: torch.stack([s[name] for s in states]).to(device) for name in states[0]}
 
-    def _save_private(
-        self, chunk: Sequence[str], new: Tensors, round_number: int
-    ) -> None:
+    def _save_private(self, chunk: Sequence[str], new: Tensors, round_number: int) -> None:
         names = [name for name in new if name.startswith(PRIVATE_PREFIX)]
         for c, client_id in enumerate(chunk):
             tensors = {name: new[name][c].cpu() for name in names}
@@ -333,6 +326,15 @@ class LocalTrainer:
                 _log.warning("client %s: private step was not finite, kept the old one", client_id)
                 continue
             self._store.save(PrivateState(client_id, round_number, tensors))
+
+
+def _leaves(stacked: Tensors, private: bool) -> dict[str, torch.Tensor]:
+    """The private tensors, or the shared ones, as leaves to take gradients of."""
+    return {
+        name: value.detach().requires_grad_()
+        for name, value in stacked.items()
+        if name.startswith(PRIVATE_PREFIX) is private
+    }
 
 
 class _BatchSource:
@@ -370,12 +372,13 @@ class _BatchSource:
             [[s[i] for i in pick] for s, pick in zip(self._states, picks, strict=True)],
         )
 
-    def dropout(self, step: int) -> HeadDropout | None:
-        """Dropout masks of a step, one generator per client."""
-        rate = self._config.head.dropout
-        if not rate:
+    def dropout(self, step: int) -> Dropout | None:
+        """Dropout of a step, one generator per client."""
+        adapters = self._config.adapters
+        rates = (self._config.head.dropout, adapters.shared.dropout, adapters.private.dropout)
+        if not any(rates):
             return None
-        return HeadDropout(rate, [self._generator(f"dropout/{step}", c) for c in self._chunk])
+        return Dropout(*rates, [self._generator(f"dropout/{step}", c) for c in self._chunk])
 
     def _generator(self, what: str, client_id: str) -> torch.Generator:
         purpose, round_number = self._key

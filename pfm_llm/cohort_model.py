@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 
 from pfm_llm import head as recommender_head
@@ -65,6 +65,12 @@ class ChunkBatch:
     def num_clients(self) -> int:
         """How many clients the chunk has."""
         return len(self.positions_per_client)
+
+    @property
+    def row_lengths(self) -> torch.Tensor:
+        """Tokens of each row without padding, int64 [N]: a row ends with its last item."""
+        nothing = torch.zeros_like(self.row_clients)
+        return nothing.scatter_reduce(0, self.rows, self.ends + 1, "amax")
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,63 @@ def _spans(counts: Sequence[int]) -> list[slice]:
     return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of one training step, from one generator per client.
+
+    What a client draws depends on its own windows alone, not on the padding or on who else is
+    in the chunk.
+
+    Attributes:
+        head: Rate on the user vectors.
+        shared, private: Rates on what the factors A of each adapter read, as in PEFT.
+        generators: By index of the client in the chunk.
+    """
+
+    head: float
+    shared: float
+    private: float
+    generators: Sequence[torch.Generator]
+
+    def keep(self, shape: Sequence[int], rate: float, client: int) -> torch.Tensor:
+        """A client's next factors of a shape: 0 with probability ``rate``, else 1/(1 - rate)."""
+        uniform = torch.rand(*shape, generator=self.generators[client])
+        return (uniform >= rate) / (1 - rate)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One adapter's factors for every client: A [C, r, in], and B [C, out, r] with its scale."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    is_private: bool
+
+
+@dataclass(frozen=True)
+class _LoraInput:
+    """The product with A, of both adapters, with dropout on what it reads."""
+
+    dropout: Dropout
+    batch: ChunkBatch
+    ranks: list[int]
+    rates: list[float]
+
+    def __call__(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """Map x [N, T, in] and A^T [N, in, sum of ranks] to [N, T, sum of ranks]."""
+        parts = zip(a.split(self.ranks, 2), self.rates, strict=True)
+        return torch.cat([torch.bmm(self._dropped(x, rate), part) for part, rate in parts], 2)
+
+    def _dropped(self, x: torch.Tensor, rate: float) -> torch.Tensor:
+        if not rate:
+            return x
+        factors = torch.zeros(x.shape)
+        rows = zip(self.batch.row_clients.tolist(), self.batch.row_lengths.tolist(), strict=True)
+        for row, (client, length) in enumerate(rows):
+            factors[row, :length] = self.dropout.keep((length, x.shape[2]), rate, client)
+        return x * factors.to(x)
+
+
 class CohortLinear(nn.Module):
     """A frozen linear layer plus a low-rank term of its own for each row of the batch."""
 
@@ -134,6 +197,7 @@ class CohortLinear(nn.Module):
         super().__init__()
         self.base = base
         self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.lora_input: _LoraInput | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [N, T, in] to [N, T, out]; ``factors`` are A^T [N, in, r] and B^T [N, r, out]."""
@@ -141,7 +205,8 @@ class CohortLinear(nn.Module):
         if self.factors is None:
             return output
         a, b = self.factors
-        return torch.baddbmm(output, torch.bmm(x, a), b)
+        low = torch.bmm(x, a) if self.lora_input is None else self.lora_input(x, a)
+        return torch.baddbmm(output, low, b)
 
 
 class CohortModel:
@@ -184,7 +249,7 @@ class CohortModel:
         batch: ChunkBatch,
         stacked: Tensors,
         parts: Parts,
-        dropout: "HeadDropout | None" = None,
+        dropout: Dropout | None = None,
     ) -> list[torch.Tensor]:
         """Mean cross-entropy (nats) over the whole catalogue for each client.
 
@@ -192,14 +257,17 @@ class CohortModel:
             batch: The windows, collated to train.
             stacked: Every tensor with a leading client dimension [C, ...], private ones too.
             parts: Which adapters take part.
-            dropout: Applied to the user vectors, when given.
+            dropout: Of this step, when there is any.
 
         Returns:
             C scalars; each depends on its own client's slice of ``stacked`` alone.
         """
-        heads, vectors = self._user_vectors(batch, stacked, parts)
-        if dropout is not None:
-            vectors = [dropout(own, client) for client, own in enumerate(vectors)]
+        heads, vectors = self._user_vectors(batch, stacked, parts, dropout)
+        if dropout is not None and dropout.head:
+            vectors = [
+                own * dropout.keep(own.shape, dropout.head, client).to(own)
+                for client, own in enumerate(vectors)
+            ]
         return [
             F.cross_entropy(
                 recommender_head.score_items(head, own, self.item_texts), batch.targets[span]
@@ -229,14 +297,14 @@ class CohortModel:
         return recommender_head.zero_shot_scores(states, self.item_texts)
 
     def _user_vectors(
-        self, batch: ChunkBatch, stacked: Tensors, parts: Parts
+        self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None = None
     ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
         """Per client its head and its user vectors [K_c, D]."""
         # unbind, not indexing: its backward is one stack instead of C zero-filled scatters.
         slices = {n: v.unbind(0) for n, v in stacked.items() if n.startswith("head.")}
         heads = [{n: v[c] for n, v in slices.items()} for c in range(batch.num_clients)]
         private_heads = _private_heads(stacked, batch.num_clients, parts.private_weight)
-        self._set_factors(stacked, batch.row_clients, parts)
+        self._set_factors(batch, stacked, parts, dropout)
         states = self._output_states(self._with_item_inputs(batch, heads), batch)
         vectors = [
             recommender_head.user_vectors(head, states[span], private_head)
@@ -246,9 +314,7 @@ class CohortModel:
         ]
         return heads, vectors
 
-    def _with_item_inputs(
-        self, batch: ChunkBatch, heads: Sequence[Tensors]
-    ) -> torch.Tensor:
+    def _with_item_inputs(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> torch.Tensor:
         added = [
             recommender_head.item_inputs(head, batch.items[span])
             for head, span in zip(heads, _spans(batch.positions_per_client), strict=True)
@@ -264,40 +330,35 @@ class CohortModel:
         picked = output[batch.rows[batch.outputs], batch.ends[batch.outputs]]
         return self._normaliser(picked)
 
-    def _set_factors(self, stacked: Tensors, row_clients: torch.Tensor, parts: Parts) -> None:
-        shared_scale, private_scale = self._scales
-        private_scale *= parts.private_weight
+    def _set_factors(
+        self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None
+    ) -> None:
         for name, linear in self._linears.items():
-            pairs = []
-            if parts.shared_lora and f"{SHARED_LORA}{name}.A" in stacked:
-                pairs.append(
-                    (stacked[f"{SHARED_LORA}{name}.A"], stacked[f"{SHARED_LORA}{name}.B"] * shared_scale)
-                )
-            if parts.private_weight and f"{PRIVATE_LORA}{name}.B" in stacked:
-                a = stacked.get(f"{PRIVATE_LORA}{name}.A", stacked.get(f"{BASIS}{name}.A"))
-                assert a is not None
-                pairs.append((a, stacked[f"{PRIVATE_LORA}{name}.B"] * private_scale))
+            pairs = self._pairs(name, stacked, parts)
+            linear.factors = linear.lora_input = None
             if not pairs:
-                linear.factors = None
                 continue
             dtype = linear.base.weight.dtype
-            a = torch.cat([a for a, _ in pairs], 1).to(dtype)
-            b = torch.cat([b for _, b in pairs], 2).to(dtype)
-            linear.factors = (a[row_clients].mT, b[row_clients].mT)
+            a = torch.cat([pair.a for pair in pairs], 1).to(dtype)
+            b = torch.cat([pair.b for pair in pairs], 2).to(dtype)
+            linear.factors = (a[batch.row_clients].mT, b[batch.row_clients].mT)
+            if dropout is not None:
+                rates = [dropout.private if pair.is_private else dropout.shared for pair in pairs]
+                ranks = [pair.a.shape[1] for pair in pairs]
+                linear.lora_input = _LoraInput(dropout, batch, ranks, rates)
 
-
-@dataclass(frozen=True)
-class HeadDropout:
-    """Dropout on user vectors, from one generator per client."""
-
-    rate: float
-    generators: Sequence[torch.Generator]
-
-    def __call__(self, vectors: torch.Tensor, client: int) -> torch.Tensor:
-        """Drop entries of ``vectors`` [P, D] of the client at that index of the chunk."""
-        uniform = torch.rand(vectors.shape, generator=self.generators[client])
-        keep = (uniform >= self.rate).to(vectors.device)
-        return vectors * keep / (1 - self.rate)
+    def _pairs(self, name: str, stacked: Tensors, parts: Parts) -> list[_Pair]:
+        """The factors of each adapter that takes part."""
+        shared_scale, private_scale = self._scales
+        pairs = []
+        if parts.shared_lora:
+            a, b = stacked[f"{SHARED_LORA}{name}.A"], stacked[f"{SHARED_LORA}{name}.B"]
+            pairs.append(_Pair(a, b * shared_scale, is_private=False))
+        if parts.private_weight and f"{PRIVATE_LORA}{name}.B" in stacked:
+            own_a, basis = stacked.get(f"{PRIVATE_LORA}{name}.A"), f"{BASIS}{name}.A"
+            b = stacked[f"{PRIVATE_LORA}{name}.B"] * (private_scale * parts.private_weight)
+            pairs.append(_Pair(stacked[basis] if own_a is None else own_a, b, is_private=True))
+        return pairs
 
 
 def _private_heads(

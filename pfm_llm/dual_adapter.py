@@ -39,13 +39,13 @@ class DualAdapter:
         modules: Path in the model to (in_features, out_features) of each adapted layer.
 
     Raises:
-        BackboneError: The model has no such modules, or they are not linear layers.
+        BackboneError: The model has fewer layers or no such modules, or they are not linear.
     """
 
     def __init__(self, backbone: Backbone, config: AdaptersConfig) -> None:
         self._backbone = backbone
         self._config = config
-        first = backbone.num_layers - config.num_layers
+        first = backbone.first_top_layer(config.num_layers)
         self._layers = list(range(first, backbone.num_layers))
         self.modules = self._find_modules()
 
@@ -60,7 +60,7 @@ class DualAdapter:
         return paths
 
     def scales(self) -> tuple[float, float]:
-        """alpha / rank of the shared and of the private adapter."""
+        """The factors alpha / rank of the shared and of the private adapter."""
         shared, private = self._config.shared, self._config.private
         return shared.alpha / shared.rank, private.alpha / private.rank
 
@@ -113,9 +113,7 @@ class DualAdapter:
         with `load_shared` and `load_private`.
         """
         model = _clone_structure(self._backbone.model)
-        peft_model: Any = get_peft_model(
-            model, self._lora_config(self._config.shared), SHARED
-        )
+        peft_model: Any = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
         peft_model.add_adapter(PRIVATE, self._lora_config(self._config.private))
         peft_model.base_model.set_adapter([SHARED, PRIVATE])
         return peft_model
@@ -191,8 +189,9 @@ class DualAdapter:
             peft_model = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
         except ValueError as error:
             raise BackboneError(
-                f"{self._backbone.name} has no modules {self._config.targets!r} to adapt; its "
-                f"linear layers are {', '.join(self._linear_names())}: name some in adapters.targets"
+                f"{self._backbone.name} has no modules {self._config.targets!r} to adapt; name "
+                f"some of its linear layers in adapters.targets: "
+                f"{', '.join(self._linear_names()) or '(it has none)'}"
             ) from error
         state = get_peft_model_state_dict(peft_model, adapter_name=SHARED)
         names = [
@@ -212,9 +211,7 @@ class DualAdapter:
         return modules
 
 
-def _random_a(
-    rank: int, fan_in: int, seed: int, purpose: str, client_id: str = ""
-) -> torch.Tensor:
+def _random_a(rank: int, fan_in: int, seed: int, purpose: str, client_id: str = "") -> torch.Tensor:
     generator = seeding.generator(seed, f"lora/{purpose}", client=client_id)
     return (torch.rand(rank, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
 

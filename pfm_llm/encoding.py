@@ -100,7 +100,7 @@ class HistoryEncoder:
     def catalogue_pieces(self) -> list[list[int]]:
         """Token ids of every item rendered by itself, for the frozen item embeddings."""
         texts = [self._prompt.render_catalogue_item(fields) for fields in self._fields]
-        return [piece[: self.config.max_item_tokens] for piece in self._tokenise(texts)]
+        return [self._cut(piece, item).tolist() for item, piece in enumerate(self._tokenise(texts))]
 
     def window(
         self,
@@ -155,14 +155,12 @@ class HistoryEncoder:
             return ()
         targets = np.append(items[1:], NO_TARGET)
         size = self.config.items
-        stops = list(range(len(items), 0, -size))
-        if self.config.max_windows is not None:
-            stops = stops[: self.config.max_windows]
-        cut = [slice(max(0, stop - size), stop) for stop in reversed(stops)]
+        spans = [slice(max(0, stop - size), stop) for stop in range(len(items), 0, -size)]
+        # The newest window holds no target when a window is one item long.
+        spans = [span for span in spans if targets[span][0] != NO_TARGET]
         return tuple(
             self.window(items[s], None if ratings is None else ratings[s], targets[s])
-            for s in cut
-            if (targets[s] != NO_TARGET).any()
+            for s in reversed(spans[: self.config.max_windows])
         )
 
     def query_window(self, items: np.ndarray, ratings: np.ndarray | None = None) -> Window:

@@ -1,5 +1,6 @@
 """A whole run: config -> objects -> rounds -> evaluation -> report. The only place that wires."""
 
+import contextlib
 import functools
 import logging
 import time
@@ -16,7 +17,7 @@ from pfm_llm.baselines import FittedBaseline, fit_baselines
 from pfm_llm.checkpoint import CheckpointStore, RunEnvironment
 from pfm_llm.config import ExperimentConfig, dump_config, load_config, training_hash
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.errors import CheckpointError, ConfigError
+from pfm_llm.errors import CheckpointError
 from pfm_llm.evaluation import OUR_MODES, Measured, Ranks
 from pfm_llm.export import export_shared_adapter
 from pfm_llm.metrics import RANK_METRICS, per_user
@@ -50,18 +51,19 @@ def run_experiment(config: ExperimentConfig, resume: bool = False) -> Path:
     Raises:
         PfmError: Something that can be said clearly went wrong; what was committed is intact.
     """
-    processes = start_processes(
-        config.runtime.threads, config.runtime.trackers, config.output.dir
-    )
-    folders = RunFolders.of(_run_folder(config, resume, processes))
-    if not resume:
-        _write_settings(config, folders, processes)
-    corpus = load_corpus(config)
-    if processes.is_main:
-        _log.info("data: %s\n%s", corpus.report.describe(), corpus.split.describe())
-    assembly = assemble(config, corpus, folders, processes)
-    federation = make_federation(assembly, folders, processes)
-    _write_environment(assembly, folders, processes)
+    processes = start_processes(config.runtime.threads, config.runtime.trackers, config.output.dir)
+    folders = _run_folders(config, resume, processes)
+    # Bad input shows before the first round; a run that never began leaves nothing.
+    with contextlib.nullcontext() if resume else folders.discarded_on_failure():
+        if not resume:
+            _write_settings(config, folders, processes)
+        corpus = load_corpus(config)
+        if processes.is_main:
+            _log.info("data: %s\n%s", corpus.report.describe(), corpus.split.describe())
+        assembly = assemble(config, corpus, folders, processes)
+        federation = make_federation(assembly, folders, processes)
+        federation.server.select_cohort(1)
+        _write_environment(assembly, folders, processes)
     first_round = resume_from(federation) if resume else 1
     processes.accelerator.init_trackers(folders.public.name)
     shared_on_call = functools.partial(_validate, federation, assembly, processes)
@@ -71,7 +73,12 @@ def run_experiment(config: ExperimentConfig, resume: bool = False) -> Path:
     if first_round > 1:
         _log.info("resumed at round %d: training time below is of this part alone", first_round)
     evaluate_and_report(
-        assembly, folders, processes, federation.server.shared, config.federation.num_rounds, seconds
+        assembly,
+        folders,
+        processes,
+        federation.server.shared,
+        config.federation.num_rounds,
+        seconds,
     )
     processes.accelerator.end_training()
     return folders.public
@@ -95,9 +102,7 @@ def evaluate_run(run: Path) -> Path:
     return run
 
 
-def make_federation(
-    assembly: Assembly, folders: RunFolders, processes: Processes
-) -> Federation:
+def make_federation(assembly: Assembly, folders: RunFolders, processes: Processes) -> Federation:
     """The parts of the federated loop for an assembled experiment."""
     config = assembly.config
     server = Server(
@@ -110,6 +115,7 @@ def make_federation(
     environment = RunEnvironment.here(
         config_hash=training_hash(config),
         contract_hash=assembly.contract.hash(),
+        data_hash=assembly.corpus.interactions.content_hash(),
         num_processes=processes.count,
         tokens_per_chunk=config.runtime.tokens_per_chunk,
         device=processes.device,
@@ -166,7 +172,8 @@ def measure(
     chunks = assembly.evaluator.chunks(held_out, config.runtime.tokens_per_chunk)
     found = []
     total = sum(map(len, chunks))
-    with Progress(total, f"evaluating on {held_out.name}", processes.is_main) as progress:
+    show = Progress(total, f"evaluating on {held_out.name}", processes.is_main)
+    with processes.together(), show as progress:
         for index, chunk in processes.share(chunks):
             part = assembly.evaluator.rank_chunk(
                 chunk, held_out, negatives, shared, round_number, parts, keep
@@ -192,27 +199,24 @@ def evaluate_and_report(
         if config.adapters.private.enabled or mode in (Mode.ZERO_SHOT, Mode.SHARED_ONLY)
     ]
     started = time.perf_counter()
-    splits = {
-        name: getattr(assembly.corpus.split, name.value) for name in config.evaluation.splits
-    }
+    splits = {name: getattr(assembly.corpus.split, name.value) for name in config.evaluation.splits}
     measured = {
         name: measure(assembly, processes, held_out, shared, round_number, modes, keep=True)
         for name, held_out in splits.items()
     }
-    if not processes.is_main:
-        return
-    rows = []
-    baselines = _fit_baselines(assembly)
-    for name, held_out in splits.items():
-        rows += _rows(assembly, held_out, measured[name], baselines, round_number)
-    costs = _costs(assembly, folders, measured, training_seconds)
-    costs["evaluation_seconds"] = time.perf_counter() - started
-    _write_report(folders, config, rows, costs, baselines)
-    last = measured[next(reversed(splits))]
-    _draw(folders, last)
-    export_shared_adapter(
-        assembly, folders.public / _ADAPTER_FOLDER, shared, round_number, rows
-    )
+    with processes.together():
+        if not processes.is_main:
+            return
+        rows = []
+        baselines = _fit_baselines(assembly)
+        for name, held_out in splits.items():
+            rows += _rows(assembly, held_out, measured[name], baselines, round_number)
+        costs = _costs(assembly, folders, measured, training_seconds)
+        costs["evaluation_seconds"] = time.perf_counter() - started
+        _write_report(folders, config, rows, costs, baselines)
+        _draw(folders, measured[next(reversed(splits))])
+        folder = folders.public / _ADAPTER_FOLDER
+        export_shared_adapter(assembly, folder, shared, round_number, rows)
 
 
 def _validate(
@@ -225,9 +229,7 @@ def _validate(
     modes = [Mode.SHARED_ONLY]
     if config.adapters.private.enabled:
         modes.append(Mode.SHARED_PRIVATE)
-    found = measure(
-        assembly, processes, held_out, federation.server.shared, round_number, modes
-    )
+    found = measure(assembly, processes, held_out, federation.server.shared, round_number, modes)
     return {mode.value: evaluation.headline(found.ranks[mode]) for mode in modes}
 
 
@@ -349,25 +351,18 @@ def user_values(ranks: Ranks, metric: str = "ndcg", k: int = _HEADLINE_K) -> np.
     return per_user(RANK_METRICS[metric](ranks.full, k), ranks.users)[0]
 
 
-def _run_folder(config: ExperimentConfig, resume: bool, processes: Processes) -> Path:
-    """The folder of a new run, or of the run to resume; equal on every process."""
-    base = Path(config.output.dir) / config.name
+def _run_folders(config: ExperimentConfig, resume: bool, processes: Processes) -> RunFolders:
+    """Of a new run, or of the run to resume; equal on every process."""
     if resume:
-        if not (base / run_report.CONFIG_FILE).is_file():
-            raise ConfigError(f"no run at {base} to resume; start it without --resume")
-        return base
-    folder, number = base, 2
-    while folder.exists():
-        folder, number = base.with_name(f"{config.name}-{number}"), number + 1
+        return RunFolders.to_resume(config)
+    folders = RunFolders.new(config)
     processes.wait()
-    if folder != base and processes.is_main:
-        _log.info("%s exists; this run goes to %s (--resume goes on with a run)", base, folder)
-    return folder
+    if folders.public.name != config.name and processes.is_main:
+        _log.info("a run %s exists; this one goes to %s", config.name, folders.public)
+    return folders
 
 
-def _write_settings(
-    config: ExperimentConfig, folders: RunFolders, processes: Processes
-) -> None:
+def _write_settings(config: ExperimentConfig, folders: RunFolders, processes: Processes) -> None:
     if processes.is_main:
         settled = config.model_copy(update={"name": folders.public.name})
         files.write_text(folders.public / run_report.CONFIG_FILE, dump_config(settled))
@@ -375,9 +370,7 @@ def _write_settings(
     processes.wait()
 
 
-def _write_environment(
-    assembly: Assembly, folders: RunFolders, processes: Processes
-) -> None:
+def _write_environment(assembly: Assembly, folders: RunFolders, processes: Processes) -> None:
     if not processes.is_main:
         return
     here = run_report.environment(

@@ -18,6 +18,8 @@ from pfm_llm.errors import CorruptFileError, DiskSpaceError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _PRIVATE_DIR_MODE = 0o700
+_TEMPORARY = ".tmp"
+_METADATA_KEY = "pfm_llm"
 
 
 @contextlib.contextmanager
@@ -43,7 +45,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_TEMPORARY)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -54,6 +56,17 @@ def write_bytes(path: Path, content: bytes) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
             raise
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete what killed processes left of their writes below ``folder``, which nobody writes to.
+
+    Raises:
+        StorageError: Something could not be deleted.
+    """
+    with storage_errors(folder):
+        for path in folder.rglob(f".*{_TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,13 +108,15 @@ def write_tensors(
     Args:
         path: Where to.
         tensors: Name to tensor; moved to the CPU and made contiguous as needed.
-        metadata: Strings for the file's header.
+        metadata: Strings for the file's header. They are kept as JSON under one key, since
+            safetensors writes several keys in random order: equal content, equal bytes.
 
     Returns:
         The SHA-256 of the file, in hex.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(ready, dict(metadata) if metadata else None)
+    header = {_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)} if metadata else None
+    content = save(ready, header)
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
 
@@ -126,7 +141,8 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
+            header = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+            return tensors, header
     except (SafetensorError, ValueError) as error:
         raise CorruptFileError(f"{path} is not a whole safetensors file ({error})") from error
 

@@ -28,7 +28,7 @@ head.item_ids_in      [d, E]    ``item_ids: both``
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from pfm_llm import seeding
 from pfm_llm.config import HeadConfig, ItemIds

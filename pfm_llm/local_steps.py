@@ -49,8 +49,10 @@ class StackedOptimizer:
             gradients: Gradients in the same order.
 
         Returns:
-            New leaf tensors that require gradients.
+            New leaf tensors that require gradients. Without tensors no step is counted.
         """
+        if not tensors:
+            return {}
         self._steps += 1
         if self._max_grad_norm is not None:
             gradients = clip_per_client(gradients, self._max_grad_norm)
@@ -59,9 +61,7 @@ class StackedOptimizer:
             for (name, value), gradient in zip(tensors.items(), gradients, strict=True)
         }
 
-    def _stepped(
-        self, name: str, value: torch.Tensor, gradient: torch.Tensor
-    ) -> torch.Tensor:
+    def _stepped(self, name: str, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         if self._kind is LocalOptimizer.SGD:
             return value - self._lr * gradient
         beta1, beta2 = _BETAS

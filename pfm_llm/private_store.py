@@ -18,7 +18,13 @@ from pathlib import Path
 import torch
 
 from pfm_llm.errors import CorruptFileError, StorageError
-from pfm_llm.files import make_private_dir, read_tensors, storage_errors, write_tensors
+from pfm_llm.files import (
+    make_private_dir,
+    read_tensors,
+    remove_temporary,
+    storage_errors,
+    write_tensors,
+)
 from pfm_llm.types import PRIVATE_PREFIX, PrivateState, Tensors
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
@@ -127,6 +133,7 @@ class PrivateStore:
         Returns:
             How many states were deleted.
         """
+        remove_temporary(self._root)
         discarded = 0
         for client_id in self.client_ids():
             for kind in (_TRAINED, _PERSONALISED):
@@ -134,10 +141,6 @@ class PrivateStore:
                     if version > round_number:
                         _unlink(path)
                         discarded += 1
-            directory = self._path(client_id)
-            for name in _entries(directory):
-                if name.startswith((f".{_TRAINED}.r", f".{_PERSONALISED}.r")):
-                    _unlink(directory / name)
         return discarded
 
     def prune(self, oldest_commit: int, client_ids: Iterable[str] | None = None) -> int:

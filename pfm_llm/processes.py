@@ -5,15 +5,16 @@ were asked for, or two that do not know of each other and train everybody twice.
 `LaunchError` here.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from pfm_llm.errors import LaunchError
+from pfm_llm.errors import LaunchError, PfmError
 
 T = TypeVar("T")
 
@@ -73,6 +74,25 @@ class Processes:
     def wait(self) -> None:
         """Until all processes are here."""
         self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that every process enters, and that fails on all when it fails on one.
+
+        Otherwise the others would wait, at the next exchange, for a process that has left. All
+        leave the block at the same time.
+
+        Raises:
+            PfmError: What a process raised, on every process; its own where it has one.
+        """
+        failure: PfmError | None = None
+        try:
+            yield
+        except PfmError as error:
+            failure = error
+        failures = self.gather([] if failure is None else [(self.index, failure)])
+        if failure or failures:
+            raise failure or failures[0]
 
 
 def start_processes(

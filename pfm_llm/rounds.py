@@ -11,6 +11,7 @@ from pfm_llm.checkpoint import CheckpointStore, RunEnvironment, check_resumable
 from pfm_llm.client import LocalTrainer
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.errors import TrainingError
+from pfm_llm.files import remove_temporary
 from pfm_llm.metrics_log import MetricsLog
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.processes import Processes, log_to_trackers
@@ -85,9 +86,7 @@ def run_rounds(federation: Federation, first_round: int, validate: Validate) -> 
                 commit(federation, round_number)
 
 
-def train_cohort(
-    federation: Federation, cohort: Sequence[str], round_number: int
-) -> RunningSum:
+def train_cohort(federation: Federation, cohort: Sequence[str], round_number: int) -> RunningSum:
     """Train a cohort, each process its chunks, and sum the updates in the order of chunks.
 
     Args:
@@ -100,11 +99,12 @@ def train_cohort(
     """
     server, trainer, processes = federation.server, federation.trainer, federation.processes
     pieces: list[tuple[int, SumPayload]] = []
-    for index, chunk in processes.share(trainer.chunks(cohort)):
-        subtotal = RunningSum()
-        for update in trainer.train_chunk(chunk, server.shared, round_number):
-            server.receive(subtotal, update, round_number)
-        pieces.append((index, subtotal.to_payload()))
+    with processes.together():
+        for index, chunk in processes.share(trainer.chunks(cohort)):
+            subtotal = RunningSum()
+            for update in trainer.train_chunk(chunk, server.shared, round_number):
+                server.receive(subtotal, update, round_number)
+            pieces.append((index, subtotal.to_payload()))
     total = RunningSum()
     for payload in processes.gather(pieces):
         total.merge(RunningSum.from_payload(payload))
@@ -112,14 +112,17 @@ def train_cohort(
 
 
 def commit(federation: Federation, round_number: int) -> None:
-    """Make a round count: once this returns, a resumed run goes on after it."""
-    federation.processes.wait()
-    if federation.processes.is_main:
-        federation.checkpoints.save(
-            round_number, federation.server.state_tensors(), federation.environment
-        )
-        federation.store.prune(min(federation.checkpoints.rounds()))
-    federation.processes.wait()
+    """Make a round count: once this returns, a resumed run goes on after it.
+
+    Raises:
+        StorageError: It could not be written, on every process; the commit point is what it was.
+    """
+    with federation.processes.together():
+        if federation.processes.is_main:
+            federation.checkpoints.save(
+                round_number, federation.server.state_tensors(), federation.environment
+            )
+            federation.store.prune(min(federation.checkpoints.rounds()))
 
 
 def _require_usable(summary: RoundSummary) -> None:
@@ -132,9 +135,7 @@ def _require_usable(summary: RoundSummary) -> None:
         )
 
 
-def _record(
-    federation: Federation, summary: RoundSummary, seconds: float
-) -> dict[str, Any]:
+def _record(federation: Federation, summary: RoundSummary, seconds: float) -> dict[str, Any]:
     size = sum(t.numel() for t in federation.server.shared.tensors.values()) * _BYTES_PER_NUMBER
     num_clients = summary.num_updates + len(summary.refusals)
     return {
@@ -157,9 +158,10 @@ def _report(federation: Federation, record: Mapping[str, Any], progress: Progres
     for mode, values in record.get("validation", {}).items():
         figures[f"{mode} ndcg@10"] = values["ndcg@10"]
     progress.update(1, **figures)
-    if federation.processes.is_main:
-        federation.metrics_log.append(record)
-        log_to_trackers(federation.processes, record, record["round"])
+    with federation.processes.together():
+        if federation.processes.is_main:
+            federation.metrics_log.append(record)
+            log_to_trackers(federation.processes, record, record["round"])
 
 
 def resume_from(federation: Federation) -> int:
@@ -178,10 +180,12 @@ def resume_from(federation: Federation) -> int:
         check_resumable(checkpoint.environment, federation.environment)
         federation.server.load_state_tensors(dict(checkpoint.tensors))
         committed = checkpoint.round_number
-    federation.processes.wait()
-    if federation.processes.is_main:
-        discarded = federation.store.discard_newer(committed)
-        federation.metrics_log.truncate_after(committed)
-        _log.info("resuming after round %d (%d newer private states discarded)", committed, discarded)
-    federation.processes.wait()
+    with federation.processes.together():
+        if federation.processes.is_main:
+            discarded = federation.store.discard_newer(committed)
+            federation.metrics_log.truncate_after(committed)
+            remove_temporary(federation.metrics_log.path.parent)
+            _log.info(
+                "resuming after round %d (%d newer private states discarded)", committed, discarded
+            )
     return committed + 1

@@ -12,6 +12,7 @@ because the budget is used up, or are computed again after a resume.
 import hashlib
 import logging
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from pfm_llm.errors import CorruptFileError, DiskSpaceError
 
 _log = logging.getLogger(__name__)
 _FOLDER = "trunk"
+_CHECKSUM = "crc32"
+_HEADER_BYTES = 256
+"""More than a file takes beside the states."""
 
 
 class TrunkCache:
@@ -36,6 +40,11 @@ class TrunkCache:
         identity: Hash of what the states depend on besides the tokens (weights, layers, dtype).
         max_bytes: Budget for all files together; beyond it states are computed each time.
         batch_tokens: Bound on padded tokens per forward pass.
+        num_writers: Processes that write under ``root``; each may use its share of the budget.
+
+    Attributes:
+        hits: How often states were read.
+        misses: How often they were computed.
     """
 
     def __init__(
@@ -45,13 +54,15 @@ class TrunkCache:
         identity: str,
         max_bytes: int,
         batch_tokens: int = 8192,
+        num_writers: int = 1,
     ) -> None:
         self._trunk = trunk
         self._root = root
         self._identity = identity
         self._max_bytes = max_bytes
         self._batch_tokens = batch_tokens
-        self._bytes_written: int | None = None
+        self._num_writers = num_writers
+        self._bytes_left: int | None = None
         self.hits = 0
         self.misses = 0
 
@@ -106,33 +117,40 @@ class TrunkCache:
         return torch.cat([states[i] for i in range(len(windows))])
 
     def _read(self, path: Path, num_tokens: int) -> torch.Tensor | None:
-        if not path.exists():
-            return None
         try:
-            states = files.read_tensors(path)[0]["states"]
-            if states.shape[0] != num_tokens:
-                raise CorruptFileError(f"{path} holds {states.shape[0]} of {num_tokens} states")
-        except (CorruptFileError, KeyError) as error:
+            tensors, header = files.read_tensors(path)
+            states = tensors.get("states", torch.empty(0))
+            if len(states) != num_tokens or header.get(_CHECKSUM) != _checksum(states):
+                raise CorruptFileError(f"{path} is damaged")
+        except FileNotFoundError:
+            return None
+        except (CorruptFileError, OSError) as error:
             _log.warning("trunk cache: %s; computing it again", error)
-            path.unlink()
+            path.unlink(missing_ok=True)
+            self._bytes_left = None  # to be counted anew
             return None
         return states
 
     def _write(self, path: Path, states: torch.Tensor) -> None:
-        if self._bytes_written is None:
-            self._bytes_written = sum(
-                file.stat().st_size for file in self._root.glob(f"*/{_FOLDER}/*.safetensors")
-            )
-        size = states.numel() * states.element_size()
-        if self._bytes_written + size > self._max_bytes:
+        if self._bytes_left is None:
+            present = self._root.glob(f"*/{_FOLDER}/*.safetensors")
+            free = self._max_bytes - sum(file.stat().st_size for file in present)
+            self._bytes_left = free // self._num_writers
+        if states.nbytes + _HEADER_BYTES > self._bytes_left:
             return
-        for folder in (self._root, path.parent.parent, path.parent):
-            files.make_private_dir(folder)
         try:
-            files.write_tensors(path, {"states": states})
+            for folder in (self._root, path.parent.parent, path.parent):
+                files.make_private_dir(folder)
+            files.write_tensors(path, {"states": states}, {_CHECKSUM: _checksum(states)})
         except DiskSpaceError as error:
             # A cache is a convenience: a full disk costs time, not the run.
             _log.warning("trunk cache: %s; going on without it", error)
-            self._max_bytes = 0
+            self._bytes_left = 0
             return
-        self._bytes_written += size
+        self._bytes_left -= path.stat().st_size
+
+
+def _checksum(states: torch.Tensor) -> str:
+    """CRC-32 of the values: it finds what a disk damages, and costs less than the read."""
+    values = states.detach().cpu().contiguous().view(torch.uint8)
+    return f"{zlib.crc32(values.numpy().data):08x}"

@@ -31,6 +31,11 @@ def run_safely(command: Callable[[argparse.Namespace], None], arguments: argpars
         raise SystemExit(130) from None
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that prints, when a launcher started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def default_config() -> Path:
     """The config that runs when none is named."""
     return _HERE.parent / "configs" / "quickstart.yaml"

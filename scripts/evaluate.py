@@ -2,7 +2,7 @@
 
 import argparse
 
-from _cli import run_safely
+from _cli import is_main_process, run_safely
 
 
 def main() -> None:
@@ -20,8 +20,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     run = Path(arguments.run) if arguments.run else newest_run(arguments.runs)
     evaluate_run(run)
-    rows, _ = read_results(run / RESULTS_FILE)
-    print(f"\n{terminal_table(rows)}\nrun folder: {run}")
+    if is_main_process():
+        rows, _ = read_results(run / RESULTS_FILE)
+        print(f"\n{terminal_table(rows)}\nrun folder: {run}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from _cli import default_config
+    from _cli import default_config, is_main_process
 
     from pfm_llm.config import load_config
     from pfm_llm.experiment import run_experiment
@@ -28,7 +28,7 @@ def train(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config or default_config(), arguments.set)
     run = run_experiment(config, resume=arguments.resume)
-    if run is not None:
+    if is_main_process():
         rows, _ = read_results(run / RESULTS_FILE)
         print(f"\n{terminal_table(rows)}\nrun folder: {run}")
 

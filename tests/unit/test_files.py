@@ -177,3 +177,12 @@ def test_private_folder_is_the_owners_alone_even_when_it_was_open(tmp_path: Path
 def test_storage_errors_lets_other_exceptions_through(tmp_path: Path) -> None:
     with pytest.raises(json.JSONDecodeError), files.storage_errors(tmp_path):
         json.loads("{")
+
+
+def test_equal_tensors_and_metadata_give_equal_bytes(tmp_path: Path) -> None:
+    """safetensors alone writes several metadata keys in random order."""
+    metadata = {f"key {i}": f"value {i}" for i in range(6)}
+    tensors = {"a": torch.arange(3.0)}
+    digests = {files.write_tensors(tmp_path / f"{i}", tensors, metadata) for i in range(8)}
+    assert len(digests) == 1
+    assert files.read_tensors(tmp_path / "0")[1] == metadata

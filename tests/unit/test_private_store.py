@@ -110,8 +110,8 @@ def test_discard_newer_goes_back_to_the_commit(store: PrivateStore) -> None:
 def test_discard_newer_removes_what_a_killed_write_left(store: PrivateStore) -> None:
     store.save(_state("u1", 1))
     directory = store.client_dir("u1")
-    (directory / ".private.r000002.safetensors.k3j4").write_bytes(b"half")
-    (directory / ".personalised.r000002.safetensors.x").write_bytes(b"half")
+    (directory / ".private.r000002.safetensors.k3j4.tmp").write_bytes(b"half")
+    (directory / ".personalised.r000002.safetensors.x.tmp").write_bytes(b"half")
     (directory / ".cache").write_bytes(b"another module's")
     assert store.discard_newer(1) == 0
     assert [path.name for path in _files(store, "u1")] == [".cache", "private.r000001.safetensors"]
