@@ -1,6 +1,7 @@
 """From a config to the objects of an experiment: what training, evaluation and serving share."""
 
 import contextlib
+import functools
 import hashlib
 import logging
 import shutil
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pfm_llm import assets, files
 from pfm_llm import head as recommender_head
@@ -17,7 +19,7 @@ from pfm_llm.client import ClientHistories, LocalTrainer
 from pfm_llm.cohort_model import CohortModel
 from pfm_llm.config import ExperimentConfig, load_config, training_hash
 from pfm_llm.contract import UpdateContract
-from pfm_llm.data.interactions import Interactions
+from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import partition
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
@@ -201,55 +203,25 @@ def assemble(
         BackboneError: The model cannot be had or adapted.
     """
     catalogue = corpus.interactions.catalogue
-    prompt = load_prompt(config.prompt)
-    if prompt.uses_rating and corpus.interactions.ratings is None:
-        raise DataError(
-            f"prompt {prompt.key} shows ratings and the data has none; set data.columns.rating, "
-            "or choose a prompt without ratings such as next_item.v1"
-        )
+    prompt = _load_prompt(config.prompt, corpus.interactions)
     backbone = load_backbone(config.backbone, processes.device)
     encoder = HistoryEncoder(
         prompt, catalogue, backbone.tokenizer, config.window, backbone.max_tokens
     )
     adapter = DualAdapter(backbone, config.adapters)
-    initial_shared = SharedState(
-        {
-            **adapter.initial_shared(config.seed),
-            **recommender_head.initial_head(
-                config.head, backbone.hidden_size, len(catalogue), config.seed
-            ),
-        }
-    )
+    initial_shared = _initial_shared(config, adapter, backbone.hidden_size, len(catalogue))
     trunk, top = backbone.split(config.adapters.num_layers)
     states = item_states(backbone, encoder, prompt, catalogue.content_hash())
     normaliser = recommender_head.fit_normaliser(states)
     texts = normaliser(states)[:, : config.head.dim].contiguous()
     model = CohortModel(top, adapter.top_paths(), adapter.scales(), normaliser, texts)
     store = PrivateStore(folders.private)
-    cache_root = Path(config.cache.dir).expanduser() if config.cache.dir else folders.private
-    cache = TrunkCache(
-        trunk,
-        cache_root / "clients",
-        identity=f"{backbone.weights_hash}/{backbone.dtype}/{config.adapters.num_layers}",
-        max_bytes=int(config.cache.max_gb * _BYTES_PER_GB),
-    )
+    cache = _trunk_cache(config, backbone, trunk, folders.private, processes.count)
     clients = partition(corpus.interactions, config.data.users_per_client, config.seed)
     histories = ClientHistories(clients, corpus.split.train, encoder, cache)
-    contract = UpdateContract.from_shared(
-        initial_shared,
-        backbone_hash=backbone.weights_hash,
-        prompt_hash=prompt.content_hash(),
-        catalogue_hash=catalogue.content_hash(),
-    )
-    trainer = LocalTrainer(
-        config,
-        model,
-        histories,
-        store,
-        contract,
-        lambda client_id: adapter.initial_private(config.seed, client_id, config.head.dim),
-    )
-    evaluator = Evaluator(model, trainer, histories, encoder, cache, store)
+    contract = _contract(initial_shared, backbone, prompt, catalogue)
+    private_of = functools.partial(adapter.initial_private, config.seed, head_dim=config.head.dim)
+    trainer = LocalTrainer(config, model, histories, store, contract, private_of)
     return Assembly(
         config=config,
         corpus=corpus,
@@ -263,9 +235,54 @@ def assemble(
         cache=cache,
         store=store,
         trainer=trainer,
-        evaluator=evaluator,
+        evaluator=Evaluator(model, trainer, histories, encoder, cache, store),
         initial_shared=initial_shared,
         contract=contract,
+    )
+
+
+def _load_prompt(name: str, interactions: Interactions) -> Prompt:
+    prompt = load_prompt(name)
+    if prompt.uses_rating and interactions.ratings is None:
+        raise DataError(
+            f"prompt {prompt.key} shows ratings and the data has none; set data.columns.rating, "
+            "or choose a prompt without ratings such as next_item.v1"
+        )
+    return prompt
+
+
+def _initial_shared(
+    config: ExperimentConfig, adapter: DualAdapter, hidden_size: int, num_items: int
+) -> SharedState:
+    head = recommender_head.initial_head(config.head, hidden_size, num_items, config.seed)
+    return SharedState({**adapter.initial_shared(config.seed), **head})
+
+
+def _trunk_cache(
+    config: ExperimentConfig,
+    backbone: Backbone,
+    trunk: nn.Module,
+    private_folder: Path,
+    num_processes: int,
+) -> TrunkCache:
+    root = Path(config.cache.dir).expanduser() if config.cache.dir else private_folder
+    return TrunkCache(
+        trunk,
+        root / "clients",
+        identity=f"{backbone.weights_hash}/{backbone.dtype}/{config.adapters.num_layers}",
+        max_bytes=int(config.cache.max_gb * _BYTES_PER_GB),
+        num_writers=num_processes,
+    )
+
+
+def _contract(
+    shared: SharedState, backbone: Backbone, prompt: Prompt, catalogue: Catalogue
+) -> UpdateContract:
+    return UpdateContract.from_shared(
+        shared,
+        backbone_hash=backbone.weights_hash,
+        prompt_hash=prompt.content_hash(),
+        catalogue_hash=catalogue.content_hash(),
     )
 
 

@@ -28,22 +28,22 @@ class RunEnvironment:
     Attributes:
         config_hash: Of the settings that results depend on.
         contract_hash: Of the update contract (backbone, prompt, catalogue, shapes).
+        data_hash: Of the interactions.
         torch_version: Such as ``2.13.0+cpu``.
         device: Such as ``cpu (AVX512)``: other instructions round differently.
         threads: Threads of each process.
         num_processes: Processes that share the cohort.
         tokens_per_chunk: What defines the chunks.
-        data_hash: Of the interactions.
     """
 
     config_hash: str
     contract_hash: str
+    data_hash: str
     torch_version: str
     device: str
     threads: int
     num_processes: int
     tokens_per_chunk: int
-    data_hash: str = ""
 
     @classmethod
     def here(
@@ -51,10 +51,10 @@ class RunEnvironment:
         *,
         config_hash: str,
         contract_hash: str,
+        data_hash: str,
         num_processes: int,
         tokens_per_chunk: int,
         device: torch.device,
-        data_hash: str = "",
     ) -> Self:
         """The environment of this process, with its torch and threads."""
         kind = (
@@ -65,12 +65,12 @@ class RunEnvironment:
         return cls(
             config_hash=config_hash,
             contract_hash=contract_hash,
+            data_hash=data_hash,
             torch_version=str(torch.__version__),
             device=f"{device.type} ({kind})",
             threads=torch.get_num_threads(),
             num_processes=num_processes,
             tokens_per_chunk=tokens_per_chunk,
-            data_hash=data_hash,
         )
 
 

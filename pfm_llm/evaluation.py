@@ -6,8 +6,9 @@ whether it ever was in a cohort or not. At test every method sees train and vali
 history; nothing is refitted.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from pfm_llm import metrics, scoring
 from pfm_llm.baselines import FittedBaseline
 from pfm_llm.client import ClientHistories, LocalTrainer, plan_chunks
-from pfm_llm.cohort_model import CohortModel, Parts, collate
+from pfm_llm.cohort_model import ChunkBatch, CohortModel, Parts, collate
 from pfm_llm.config import EvaluationConfig
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
@@ -67,13 +68,44 @@ class Measured:
     private_steps: int
 
 
-@dataclass
-class _Part:
-    """What one chunk of clients contributes."""
+@dataclass(frozen=True)
+class EvaluationTask:
+    """What to rank with what.
 
-    ranks: dict[Mode, Ranks] = field(default_factory=dict)
-    num_personalised: int = 0
-    private_steps: int = 0
+    Attributes:
+        held_out: All queries.
+        negatives: From `candidates.sample_negatives` for ``held_out``.
+        shared: The shared state at hand.
+        round_number: After which round it stands.
+        parts: Per mode which adapters take part; None for zero-shot.
+        keep: Store the personalised adapters with their clients, for serving.
+    """
+
+    held_out: HeldOut
+    negatives: np.ndarray
+    shared: SharedState
+    round_number: int
+    parts: Mapping[Mode, Parts | None]
+    keep: bool = False
+
+    @property
+    def uses_private(self) -> bool:
+        """Whether a private adapter takes part in any mode."""
+        return any(parts is not None and parts.private_weight for parts in self.parts.values())
+
+    @functools.cached_property
+    def query_of(self) -> Mapping[int, int]:
+        """User to index of the query in ``held_out``."""
+        return {int(user): index for index, user in enumerate(self.held_out.users)}
+
+
+@dataclass(frozen=True)
+class ChunkRanks:
+    """What one chunk of clients contributes; see `Measured`."""
+
+    ranks: Mapping[Mode, Ranks]
+    num_personalised: int
+    private_steps: int
 
 
 class Evaluator:
@@ -104,77 +136,58 @@ class Evaluator:
         self._cache = cache
         self._store = store
 
-    def chunks(self, held_out: HeldOut, tokens_per_chunk: int) -> list[tuple[str, ...]]:
+    def chunks(self, task: EvaluationTask, tokens_per_chunk: int) -> list[tuple[str, ...]]:
         """The clients to evaluate, grouped; equal on every process."""
-        clients = {self._histories.client_of(int(user)) for user in held_out.users}
-        return plan_chunks(clients, self._histories.num_tokens, tokens_per_chunk)
+        clients = {self._histories.client_of(int(user)) for user in task.held_out.users}
 
-    def rank_chunk(
-        self,
-        chunk: Sequence[str],
-        held_out: HeldOut,
-        negatives: np.ndarray,
-        shared: SharedState,
-        round_number: int,
-        parts: Mapping[Mode, Parts | None],
-        keep: bool = False,
-    ) -> _Part:
-        """Rank the targets of some clients' users.
+        def num_tokens(client_id: str) -> int:
+            lengths = [len(window.tokens) for _, window in self._queries(client_id, task)]
+            return max(self._histories.num_tokens(client_id), len(lengths) * max(lengths))
 
-        Args:
-            chunk: Client ids.
-            held_out: All queries; those of other clients are passed over.
-            negatives: From `candidates.sample_negatives` for ``held_out``.
-            shared: The shared state at hand.
-            round_number: After which round it stands.
-            parts: Per mode which adapters take part; None for zero-shot.
-            keep: Store the personalised adapters with their clients, for serving.
-        """
-        queries = self._queries(chunk, held_out)
+        return plan_chunks(clients, num_tokens, tokens_per_chunk)
+
+    def rank_chunk(self, chunk: Sequence[str], task: EvaluationTask) -> ChunkRanks:
+        """Rank the targets of some clients' users; queries of other clients are passed over."""
+        queries = [self._queries(client_id, task) for client_id in chunk]
+        batch = self._collate(chunk, [[window for _, window in own] for own in queries])
+        private: dict[str, torch.Tensor] = {}
+        if task.uses_private:
+            private = self._trainer.personalise(chunk, task.shared, task.round_number)
+            if task.keep:
+                self._keep(chunk, private, task.round_number)
+        stacked = self._trainer.stack(task.shared, private, len(chunk))
         order = [index for own in queries for index, _ in own]
-        windows = [[window for _, window in own] for own in queries]
+        ranks = {}
+        for mode, parts in task.parts.items():
+            scores = (
+                self._model.zero_shot_scores(batch)
+                if parts is None
+                else self._model.scores(batch, stacked, parts)
+            )
+            ranks[mode] = rank_scores(scores.cpu().numpy(), task.held_out, order, task.negatives)
+        return ChunkRanks(
+            ranks=ranks,
+            num_personalised=_count_non_zero(private, [len(own) for own in queries]),
+            private_steps=self._trainer.personalise_steps(chunk) if private else 0,
+        )
+
+    def _queries(self, client_id: str, task: EvaluationTask) -> list[tuple[int, Window]]:
+        """A client's queries: index in ``held_out``, and window."""
+        histories, ratings = task.held_out.histories, task.held_out.history_ratings
+        users = self._histories.clients[client_id].users
+        indices = [task.query_of[user] for user in users if user in task.query_of]
+        return [
+            (q, self._encoder.query_window(histories[q], ratings[q] if ratings else None))
+            for q in indices
+        ]
+
+    def _collate(self, chunk: Sequence[str], windows: Sequence[Sequence[Window]]) -> ChunkBatch:
+        # A query is a cache entry of its own: it stays when the user's other queries change.
         states = [
             [self._cache.states([window], client_id)[0] for window in own]
             for client_id, own in zip(chunk, windows, strict=True)
         ]
-        batch = collate(windows, states, last_only=True)
-        part = _Part()
-        private: dict[str, torch.Tensor] = {}
-        if any(p is not None and p.private_weight for p in parts.values()):
-            private = self._trainer.personalise(chunk, shared, round_number)
-            part.num_personalised = _count_non_zero(private, [len(own) for own in queries])
-            part.private_steps = self._trainer.personalise_steps(chunk)
-            if keep:
-                self._keep(chunk, private, round_number)
-        stacked = self._trainer.stack(shared, private, len(chunk))
-        for mode, taking_part in parts.items():
-            scores = (
-                self._model.zero_shot_scores(batch)
-                if taking_part is None
-                else self._model.scores(batch, stacked, taking_part)
-            )
-            part.ranks[mode] = rank_scores(scores.cpu().numpy(), held_out, order, negatives)
-        return part
-
-    def _queries(self, chunk: Sequence[str], held_out: HeldOut) -> list[list[tuple[int, Window]]]:
-        index_of = {int(user): index for index, user in enumerate(held_out.users)}
-        queries = []
-        for client_id in chunk:
-            own = []
-            for user in self._histories.clients[client_id].users:
-                index = index_of.get(user)
-                if index is not None:
-                    ratings = held_out.history_ratings
-                    own.append(
-                        (
-                            index,
-                            self._encoder.query_window(
-                                held_out.histories[index], ratings[index] if ratings else None
-                            ),
-                        )
-                    )
-            queries.append(own)
-        return queries
+        return collate(windows, states, last_only=True)
 
     def _keep(
         self, chunk: Sequence[str], private: Mapping[str, torch.Tensor], round_number: int
@@ -200,7 +213,7 @@ def parts_of(modes: Sequence[Mode], private_weight: float) -> dict[Mode, Parts |
     return {mode: table[mode] for mode in modes}
 
 
-def combine(parts: Sequence[_Part]) -> Measured:
+def combine(parts: Sequence[ChunkRanks]) -> Measured:
     """Put the parts of all chunks together."""
     modes = list(parts[0].ranks) if parts else []
     ranks = {mode: _concatenate([part.ranks[mode] for part in parts]) for mode in modes}
@@ -267,7 +280,9 @@ def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut
     )
 
 
-def draw_negatives(held_out: HeldOut, num_items: int, config: EvaluationConfig, seed: int) -> np.ndarray:
+def draw_negatives(
+    held_out: HeldOut, num_items: int, config: EvaluationConfig, seed: int
+) -> np.ndarray:
     """The sampled candidates of a split; see `candidates.sample_negatives`."""
     return sample_negatives(held_out, num_items, config.num_negatives, seed)
 

@@ -18,7 +18,7 @@ from pfm_llm.checkpoint import CheckpointStore, RunEnvironment
 from pfm_llm.config import ExperimentConfig, dump_config, load_config, training_hash
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.errors import CheckpointError
-from pfm_llm.evaluation import OUR_MODES, Measured, Ranks
+from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, Ranks
 from pfm_llm.export import export_shared_adapter
 from pfm_llm.metrics import RANK_METRICS, per_user
 from pfm_llm.metrics_log import MetricsLog
@@ -154,32 +154,38 @@ def load_shared(assembly: Assembly, folders: RunFolders) -> tuple[SharedState, i
     return server.shared, checkpoint.round_number
 
 
-def measure(
+def evaluation_task(
     assembly: Assembly,
-    processes: Processes,
     held_out: HeldOut,
     shared: SharedState,
     round_number: int,
     modes: Sequence[Mode] = OUR_MODES,
     keep: bool = False,
-) -> Measured:
-    """Evaluate our modes on a split, each process its share of the clients."""
+) -> EvaluationTask:
+    """What `measure` takes: our modes on a split; see `EvaluationTask`."""
     config = assembly.config
-    negatives = evaluation.draw_negatives(
-        held_out, assembly.model.num_items, config.evaluation, config.seed
+    return EvaluationTask(
+        held_out=held_out,
+        negatives=evaluation.draw_negatives(
+            held_out, assembly.model.num_items, config.evaluation, config.seed
+        ),
+        shared=shared,
+        round_number=round_number,
+        parts=evaluation.parts_of(modes, config.adapters.private.weight),
+        keep=keep,
     )
-    parts = evaluation.parts_of(modes, config.adapters.private.weight)
-    chunks = assembly.evaluator.chunks(held_out, config.runtime.tokens_per_chunk)
+
+
+def measure(assembly: Assembly, processes: Processes, task: EvaluationTask) -> Measured:
+    """Evaluate, each process its share of the clients; the result is equal on every process."""
+    chunks = assembly.evaluator.chunks(task, assembly.config.runtime.tokens_per_chunk)
     found = []
     total = sum(map(len, chunks))
-    show = Progress(total, f"evaluating on {held_out.name}", processes.is_main)
+    show = Progress(total, f"evaluating on {task.held_out.name}", processes.is_main)
     with processes.together(), show as progress:
         for index, chunk in processes.share(chunks):
-            part = assembly.evaluator.rank_chunk(
-                chunk, held_out, negatives, shared, round_number, parts, keep
-            )
-            found.append((index, part))
-            progress.update(len(chunk) * processes.count)
+            found.append((index, assembly.evaluator.rank_chunk(chunk, task)))
+            progress.update(min(len(chunk) * processes.count, total - progress.count))
     return evaluation.combine(processes.gather(found))
 
 
@@ -201,7 +207,11 @@ def evaluate_and_report(
     started = time.perf_counter()
     splits = {name: getattr(assembly.corpus.split, name.value) for name in config.evaluation.splits}
     measured = {
-        name: measure(assembly, processes, held_out, shared, round_number, modes, keep=True)
+        name: measure(
+            assembly,
+            processes,
+            evaluation_task(assembly, held_out, shared, round_number, modes, keep=True),
+        )
         for name, held_out in splits.items()
     }
     with processes.together():
@@ -229,7 +239,8 @@ def _validate(
     modes = [Mode.SHARED_ONLY]
     if config.adapters.private.enabled:
         modes.append(Mode.SHARED_PRIVATE)
-    found = measure(assembly, processes, held_out, federation.server.shared, round_number, modes)
+    task = evaluation_task(assembly, held_out, federation.server.shared, round_number, modes)
+    found = measure(assembly, processes, task)
     return {mode.value: evaluation.headline(found.ranks[mode]) for mode in modes}
 
 

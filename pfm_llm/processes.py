@@ -133,12 +133,19 @@ def check_launch(environment: Mapping[str, str]) -> None:
 
     Raises:
         LaunchError: MASTER_ADDR is set without WORLD_SIZE, which is what
-            ``accelerate launch --cpu --num_processes 2`` looks like from inside.
+            ``accelerate launch --cpu --num_processes 2`` looks like from inside; or WORLD_SIZE
+            asks for several and there is no MASTER_ADDR at which they could meet.
     """
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise LaunchError(
             "MASTER_ADDR is set but WORLD_SIZE is not: several processes were asked for and only "
             f"one was started (accelerate launch --cpu --num_processes does this); {_HOW}"
+        )
+    size = environment.get("WORLD_SIZE", "1")
+    if size != "1" and "MASTER_ADDR" not in environment:
+        raise LaunchError(
+            f"WORLD_SIZE is {size} but MASTER_ADDR is not set: this process cannot meet the "
+            f"others; unset WORLD_SIZE to run one process, or {_HOW}"
         )
 
 

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,11 @@ def run_safely(command: Callable[[argparse.Namespace], None], arguments: argpars
     # Before torch starts: waiting threads that spin starve each other on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries; ours log lines there
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # From inside the library; nothing that a user could change.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 
     from pfm_llm.errors import PfmError
 

@@ -20,6 +20,7 @@ from pfm_llm.errors import CheckpointError, CorruptFileError, DiskSpaceError
 _ENVIRONMENT = RunEnvironment(
     config_hash="c0ffee",
     contract_hash="beef",
+    data_hash="da7a",
     torch_version="2.13.0+cpu",
     device="cpu (AVX2)",
     threads=2,
@@ -322,6 +323,7 @@ def test_environment_of_this_process() -> None:
     here = RunEnvironment.here(
         config_hash="c",
         contract_hash="h",
+        data_hash="d",
         num_processes=2,
         tokens_per_chunk=64,
         device=torch.device("cpu"),

@@ -1,0 +1,103 @@
+"""The model once more, the plain way: PEFT, one client and one window at a time, no cache.
+
+It shares no code with `cohort_model` and `head`: both adapters are active on a whole
+``AutoModelForCausalLM``, the head is written out as its formula, gradients are autograd's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pfm_llm.encoding import NO_TARGET, Window
+from pfm_llm.types import Tensors
+from tests.tiny_models import TinyCohort
+
+_FACTOR = {"A": "lora_A", "B": "lora_B"}
+
+
+class PeftReference:
+    """One client's scores, loss and gradients.
+
+    Args:
+        cohort: What to refer to; its cohort model and trunk are not used.
+        tensors: The client's shared and private tensors.
+    """
+
+    def __init__(self, cohort: TinyCohort, tensors: Tensors) -> None:
+        self._cohort = cohort
+        self._peft: Any = cohort.adapter.peft_model().eval()
+        cohort.adapter.load_shared(self._peft, tensors)
+        cohort.adapter.load_private(self._peft, tensors, tensors)
+        self._model = self._peft.get_base_model()
+        self._weights = {
+            f"{prefix}.{module}.{factor}": self._model.get_submodule(
+                f"{module}.{_FACTOR[factor]}.{adapter}"
+            ).weight.requires_grad_()
+            for prefix, adapter in (("lora", "shared"), ("private.lora", "private"))
+            for module in cohort.adapter.modules
+            for factor in "AB"
+        }
+        self.head = {
+            name: value.detach().clone().requires_grad_()
+            for name, value in tensors.items()
+            if ".head." in f".{name}"
+        }
+
+    def scores(self, window: Window) -> torch.Tensor:
+        """Scores [L, I] at every item of a window."""
+        head, ends = self.head, torch.from_numpy(window.item_ends).long()
+        decoder = self._model.get_decoder()
+        lowest = decoder.layers[self._cohort.backbone.num_layers - self._cohort.adapters.num_layers]
+
+        def add_item_inputs(_layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = args[0].clone()
+            for end, item in zip(window.item_ends.tolist(), window.items.tolist(), strict=True):
+                added = head["head.item_ids_in"] @ head["head.item_ids"][item]
+                hidden[0, end] = hidden[0, end] + added.to(hidden.dtype)
+            return (hidden, *args[1:])
+
+        hooked = "head.item_ids_in" in head
+        handle = lowest.register_forward_pre_hook(add_item_inputs) if hooked else None
+        tokens = torch.from_numpy(window.tokens).long()[None]
+        hidden = decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        if handle is not None:
+            handle.remove()
+        normaliser, texts = self._cohort.normaliser, self._cohort.item_texts
+        white = (hidden[ends].float() - normaliser.mean) @ normaliser.basis
+        return torch.stack([self._score_row(n, texts) for n in white])
+
+    def _score_row(self, n: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """score_i = 0.5/sqrt(D) (u . P z_i + u . O e_i) + bias_i with u = W n + B A n."""
+        head = self.head
+        u = head["head.state_proj"] @ n
+        if "private.head.B" in head:
+            a = head.get("private.head.A", head.get("basis.head.A"))
+            u = u + head["private.head.B"] @ (a @ n)
+        scores = []
+        for item, z in enumerate(texts):
+            score = u @ (head["head.item_proj"] @ z)
+            if "head.item_ids" in head:
+                score = score + u @ (head["head.item_ids_out"] @ head["head.item_ids"][item])
+            score = score * 0.5 / len(z) ** 0.5
+            if "head.item_bias" in head:
+                score = score + head["head.item_bias"][item]
+            scores.append(score)
+        return torch.stack(scores)
+
+    def loss_and_gradients(
+        self, windows: Sequence[Window]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean negative log-likelihood over all targets, and its gradients by tensor name."""
+        terms = []
+        for window in windows:
+            scores = self.scores(window)
+            for row, target in zip(scores, window.targets.tolist(), strict=True):
+                if target != NO_TARGET:
+                    terms.append(row.logsumexp(0) - row[target])
+        loss = torch.stack(terms).mean()
+        leaves = {**self._weights, **self.head}
+        gradients = torch.autograd.grad(
+            loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        return loss.detach(), dict(zip(leaves, gradients, strict=True))

@@ -1,0 +1,324 @@
+"""The many-clients pass equals PEFT one client at a time, and keeps clients apart."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from pfm_llm.cohort_model import CohortLinear, Dropout, Parts, collate
+from pfm_llm.config import HeadConfig, ItemIds
+from pfm_llm.types import Tensors
+from tests.peft_reference import PeftReference
+from tests.tiny_models import (
+    ARCHITECTURES,
+    CLIENT_WINDOWS,
+    NUM_ITEMS,
+    TinyCohort,
+    make_cohort,
+    random_window,
+    stack,
+    stirred,
+)
+
+TOLERANCE = 1e-5
+PLAIN = HeadConfig(dim=8, item_bias=False, item_ids=ItemIds.NONE)
+FULL = HeadConfig(dim=8, id_dim=4, item_ids=ItemIds.BOTH)
+
+
+def _assert_close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    found, expected = found.detach(), expected.detach()
+    scale = max(1.0, float(expected.abs().max()))
+    assert float((found - expected).abs().max()) <= TOLERANCE * scale, what
+
+
+def _stacked_losses(
+    cohort: TinyCohort, stacked: Tensors, chosen: tuple[int, ...] = (0, 1, 2), parts: Parts = Parts()
+) -> list[torch.Tensor]:
+    windows = [CLIENT_WINDOWS[client] for client in chosen]
+    states = [[cohort.trunk_states(window) for window in own] for own in windows]
+    return cohort.model.losses(collate(windows, states), stacked, parts)
+
+
+def _gradients(losses: list[torch.Tensor], stacked: Tensors) -> Mapping[str, torch.Tensor]:
+    total = torch.stack(losses).sum()
+    found = torch.autograd.grad(
+        total, list(stacked.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(stacked, found, strict=True))
+
+
+@pytest.mark.parametrize("head", [PLAIN, FULL], ids=["item_ids_none", "item_ids_both"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stacked_pass_equals_peft_one_client_at_a_time(
+    architecture: str, head: HeadConfig
+) -> None:
+    """Loss, scores, and every gradient of three clients with unequal windows and adapters."""
+    cohort = make_cohort(architecture, head)
+    clients = [cohort.client_tensors(seed) for seed in (1, 2, 3)]
+    stacked = stack(clients)
+    losses = _stacked_losses(cohort, stacked)
+    gradients = _gradients(losses, stacked)
+    for client, tensors in enumerate(clients):
+        reference = PeftReference(cohort, tensors)
+        windows = CLIENT_WINDOWS[client]
+        loss, expected = reference.loss_and_gradients(windows)
+        _assert_close(losses[client], loss, "loss")
+        assert expected.keys() == stacked.keys()
+        for name, gradient in expected.items():
+            assert float(gradient.abs().max()) > 1e-6, f"{name} is not tested"
+            _assert_close(gradients[name][client], gradient, name)
+        states = [[cohort.trunk_states(window) for window in windows]]
+        batch = collate([windows], states, last_only=True)
+        scores = cohort.model.scores(batch, stack([tensors]), Parts())
+        last = [reference.scores(window)[-1].detach() for window in windows]
+        _assert_close(scores, torch.stack(last), "scores")
+
+
+def test_stacked_pass_equals_peft_with_a_folded_shared_basis() -> None:
+    """With a shared basis the gradient of the private A in PEFT is the basis's."""
+    cohort = make_cohort(private={"rank": 2, "alpha": 5, "head_rank": 2, "kind": "shared_basis"})
+    clients = [cohort.client_tensors(seed) for seed in (1, 2, 3)]
+    assert not any(name.startswith("private.") and name.endswith(".A") for name in clients[0])
+    stacked = stack(clients)
+    losses = _stacked_losses(cohort, stacked)
+    gradients = _gradients(losses, stacked)
+    for client, tensors in enumerate(clients):
+        loss, expected = PeftReference(cohort, tensors).loss_and_gradients(CLIENT_WINDOWS[client])
+        _assert_close(losses[client], loss, "loss")
+        for name, gradient in expected.items():
+            own = name.startswith("private.lora.") and name.endswith(".A")
+            name = f"basis.{name.removeprefix('private.lora.')}" if own else name
+            _assert_close(gradients[name][client], gradient, name)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_shared_basis_learns_only_through_private_parts_that_are_not_zero(zero: bool) -> None:
+    cohort = make_cohort(private={"rank": 2, "alpha": 5, "head_rank": 2, "kind": "shared_basis"})
+    tensors = cohort.client_tensors(1)
+    if zero:
+        tensors |= {n: torch.zeros_like(t) for n, t in tensors.items() if n.startswith("private.")}
+    stacked = stack([tensors])
+    gradients = _gradients(_stacked_losses(cohort, stacked, (1,)), stacked)
+    bases = {name: g for name, g in gradients.items() if name.startswith("basis.")}
+    assert len(bases) == len(cohort.adapter.modules) + 1
+    assert all(bool(g.any()) is not zero for g in bases.values())
+    private = [g for name, g in gradients.items() if name.startswith("private.")]
+    assert all(bool(g.any()) for g in private)
+
+
+def _scores(cohort: TinyCohort, tensors: Tensors, parts: Parts = Parts()) -> torch.Tensor:
+    windows = CLIENT_WINDOWS[1]
+    batch = collate([windows], [[cohort.trunk_states(w) for w in windows]], last_only=True)
+    return cohort.model.scores(batch, stack([tensors]), parts)
+
+
+def test_zero_private_adapter_equals_shared_only() -> None:
+    cohort = make_cohort()
+    tensors = cohort.client_tensors(1)
+    zero = {
+        name: torch.zeros_like(value) if name.startswith("private.") and name[-1] == "B" else value
+        for name, value in tensors.items()
+    }
+    without = {name: value for name, value in tensors.items() if not name.startswith("private.")}
+    shared_only = _scores(cohort, tensors, Parts(private_weight=0.0))
+    _assert_close(_scores(cohort, zero), shared_only, "zero private adapter")
+    assert torch.equal(_scores(cohort, without), shared_only)
+    assert float((_scores(cohort, tensors) - shared_only).abs().max()) > 1e-2
+
+
+def test_private_weight_scales_the_private_parts_alone() -> None:
+    """Weight w with factors B equals weight 1 with factors w B."""
+    cohort = make_cohort()
+    tensors = cohort.client_tensors(1)
+    halved = {
+        name: value * 0.5 if name.startswith("private.") and name[-1] == "B" else value
+        for name, value in tensors.items()
+    }
+    _assert_close(
+        _scores(cohort, tensors, Parts(private_weight=0.5)), _scores(cohort, halved), "weight"
+    )
+
+
+def test_private_only_leaves_the_shared_lora_out() -> None:
+    cohort = make_cohort()
+    tensors = cohort.client_tensors(1)
+    without = {
+        name: torch.zeros_like(value) if name.startswith("lora.") and name[-1] == "B" else value
+        for name, value in tensors.items()
+    }
+    private_only = _scores(cohort, tensors, Parts(shared_lora=False))
+    _assert_close(private_only, _scores(cohort, without), "private only")
+    assert float((private_only - _scores(cohort, tensors)).abs().max()) > 1e-2
+
+
+def test_a_clients_loss_and_gradient_do_not_depend_on_who_else_is_in_the_chunk() -> None:
+    cohort = make_cohort()
+    clients = [cohort.client_tensors(seed) for seed in (1, 2, 3)]
+    together = stack(clients)
+    losses = _stacked_losses(cohort, together)
+    gradients = _gradients(losses, together)
+    for client in range(3):
+        alone = stack([clients[client]])
+        loss = _stacked_losses(cohort, alone, (client,))
+        _assert_close(losses[client], loss[0], "loss")
+        for name, gradient in _gradients(loss, alone).items():
+            _assert_close(gradients[name][client], gradient[0], name)
+
+
+def test_a_loss_depends_on_its_own_clients_tensors_alone() -> None:
+    """The gradient of client 1's loss with respect to the others' slices is exactly zero."""
+    cohort = make_cohort()
+    stacked = stack([cohort.client_tensors(seed) for seed in (1, 2, 3)])
+    gradients = _gradients([_stacked_losses(cohort, stacked)[1]], stacked)
+    for name, gradient in gradients.items():
+        assert not gradient[[0, 2]].any(), name
+        assert gradient[1].any(), name
+
+
+def test_a_client_whose_tensors_are_not_numbers_does_not_spoil_the_others() -> None:
+    cohort = make_cohort()
+    clients = [cohort.client_tensors(seed) for seed in (1, 2, 3)]
+    poison = {n: v * torch.nan if n.startswith("private.") else v for n, v in clients[1].items()}
+    good, bad = stack(clients), stack([clients[0], poison, clients[2]])
+    good_losses, bad_losses = _stacked_losses(cohort, good), _stacked_losses(cohort, bad)
+    expected, found = _gradients(good_losses, good), _gradients(bad_losses, bad)
+    assert bad_losses[1].isnan()
+    for client in (0, 2):
+        assert torch.equal(bad_losses[client], good_losses[client])
+        assert all(torch.equal(found[n][client], expected[n][client]) for n in expected)
+
+
+def test_zero_shot_is_the_cosine_of_whitened_states_without_any_adapter() -> None:
+    """Also right after a pass that had adapters."""
+    cohort = make_cohort()
+    _scores(cohort, cohort.client_tensors(1))
+    windows = CLIENT_WINDOWS[1]
+    batch = collate([windows], [[cohort.trunk_states(w) for w in windows]], last_only=True)
+    found = cohort.model.zero_shot_scores(batch)
+    for row, window in zip(found, windows, strict=True):
+        tokens = torch.from_numpy(window.tokens).long()[None]
+        with torch.no_grad():
+            hidden = cohort.backbone.decoder(input_ids=tokens).last_hidden_state[0, -1]
+        state = ((hidden - cohort.normaliser.mean) @ cohort.normaliser.basis)[: cohort.head.dim]
+        for item, text in enumerate(cohort.item_texts):
+            expected = state @ text / (state.norm() * text.norm())
+            assert float(row[item]) == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_collate_to_train_reads_every_target_and_to_rank_every_last_item() -> None:
+    """Clients of 1, 3 and 2 windows: 3+2+5+2+4+2 = 18 positions, one per window untargeted."""
+    states = [[torch.zeros(len(w.tokens), 5) for w in own] for own in CLIENT_WINDOWS]
+    train = collate(CLIENT_WINDOWS, states)
+    assert train.num_clients == 3
+    assert train.positions_per_client == (3, 9, 6)
+    assert train.outputs_per_client == (2, 6, 4)
+    assert train.row_clients.tolist() == [0, 1, 1, 1, 2, 2]
+    assert train.trunk.shape == (6, 14, 5)  # the longest window has 2 + 5 + 1 + 2 + 3 + 1 tokens
+    assert train.row_lengths.tolist() == [len(w.tokens) for own in CLIENT_WINDOWS for w in own]
+    assert (train.targets >= 0).all()
+    rank = collate(CLIENT_WINDOWS, states, last_only=True)
+    assert rank.outputs_per_client == (1, 3, 2)
+    last = [int(w.item_ends[-1]) for own in CLIENT_WINDOWS for w in own]
+    assert rank.ends[rank.outputs].tolist() == last
+
+
+def test_a_client_without_windows_takes_its_place_in_a_batch() -> None:
+    window = random_window([2, 2], 1)
+    batch = collate([(), (window,)], [[], [torch.zeros(6, 5)]])
+    assert batch.outputs_per_client == (0, 1)
+    assert batch.row_clients.tolist() == [1]
+
+
+def test_bfloat16_adds_the_low_rank_term_in_its_own_type() -> None:
+    cohort = make_cohort(dtype=torch.bfloat16)
+    tensors = cohort.client_tensors(1)
+    scores = _scores(cohort, tensors)
+    assert scores.dtype is torch.float32
+    exact = _scores(make_cohort(), tensors)
+    assert float((scores - exact).abs().mean()) < 0.1 * float(exact.std())
+
+
+def _dropout(shared: float, private: float, head: float = 0.0, clients: int = 3) -> Dropout:
+    generators = [torch.Generator().manual_seed(client) for client in range(clients)]
+    return Dropout(head, shared, private, generators)
+
+
+def test_dropout_keeps_the_expectation() -> None:
+    """Kept entries are divided by 1 - rate; about a share of ``rate`` is zero."""
+    factors = _dropout(0, 0).keep((200, 200), 0.25, client=1)
+    assert factors.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert float((factors == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "parts", "changes"),
+    [
+        (_dropout(0.5, 0.0), Parts(), True),
+        (_dropout(0.0, 0.5), Parts(), True),
+        (_dropout(0.0, 0.0, head=0.5), Parts(), True),
+        (_dropout(0.0, 0.5), Parts(private_weight=0.0), False),
+        (_dropout(0.5, 0.0), Parts(shared_lora=False), False),
+        (_dropout(0.0, 0.0), Parts(), False),
+    ],
+)
+def test_dropout_reaches_exactly_the_adapter_that_has_a_rate(
+    dropout: Dropout, parts: Parts, changes: bool
+) -> None:
+    cohort = make_cohort()
+    stacked = stack([cohort.client_tensors(seed) for seed in (1, 2, 3)])
+    states = [[cohort.trunk_states(window) for window in own] for own in CLIENT_WINDOWS]
+    batch = collate(CLIENT_WINDOWS, states)
+    with torch.no_grad():
+        plain = torch.stack(cohort.model.losses(batch, stacked, parts))
+        dropped = torch.stack(cohort.model.losses(batch, stacked, parts, dropout))
+        again = torch.stack(cohort.model.losses(batch, stacked, parts))
+    assert bool((plain - dropped).abs().max() > 1e-4) is changes
+    assert torch.equal(again, plain)
+
+
+def test_what_a_client_drops_does_not_depend_on_the_chunk() -> None:
+    cohort = make_cohort()
+    clients = [cohort.client_tensors(seed) for seed in (1, 2, 3)]
+    states = [[cohort.trunk_states(window) for window in own] for own in CLIENT_WINDOWS]
+    with torch.no_grad():
+        together = cohort.model.losses(
+            collate(CLIENT_WINDOWS, states), stack(clients), Parts(), _dropout(0.3, 0.4, 0.2)
+        )
+        alone = cohort.model.losses(
+            collate(CLIENT_WINDOWS[2:], states[2:]),
+            stack(clients[2:]),
+            Parts(),
+            Dropout(0.2, 0.3, 0.4, [torch.Generator().manual_seed(2)]),
+        )
+    _assert_close(together[2], alone[0], "loss")
+
+
+def test_dropped_entries_do_not_reach_the_low_rank_product() -> None:
+    """All but dropped: with a rate near one the linear layer is its frozen base."""
+    cohort = make_cohort()
+    tensors = cohort.client_tensors(1)
+    windows = (random_window([1, 1], 8, header=1),)
+    batch = collate([windows], [[cohort.trunk_states(windows[0])]])
+    frozen = {n: torch.zeros_like(t) if n.startswith("lora.") else t for n, t in tensors.items()}
+    parts = Parts(private_weight=0.0)
+    with torch.no_grad():
+        dropped = cohort.model.losses(
+            batch, stack([tensors]), parts, _dropout(0.99999, 0.0, clients=1)
+        )
+        expected = cohort.model.losses(batch, stack([frozen]), parts)
+    _assert_close(dropped[0], expected[0], "loss")
+
+
+def test_cohort_linear_without_factors_is_its_base() -> None:
+    base = torch.nn.Linear(4, 3)
+    x = torch.randn(2, 5, 4)
+    assert torch.equal(CohortLinear(base)(x), base(x))
+
+
+def test_num_items_is_the_size_of_the_catalogue() -> None:
+    assert make_cohort().model.num_items == NUM_ITEMS
+
+
+def test_stirring_is_what_makes_these_tests_bite() -> None:
+    zeros = {"x": torch.zeros(3)}
+    assert stirred(zeros, 1)["x"].ne(0).all()
