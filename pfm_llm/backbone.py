@@ -23,7 +23,7 @@ EMBEDDED = {"smollm2-135m": assets.smollm2_135m}
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 _SELF_CHECK_TOKENS = 8
-_SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 class Backbone:
@@ -182,7 +182,8 @@ class Backbone:
         whole = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
         states = trunk(input_ids=tokens, use_cache=False).last_hidden_state
         composed = top(inputs_embeds=states, use_cache=False).last_hidden_state
-        difference = (whole - composed).abs().max() / whole.abs().max()
+        # Of means: a few huge outlier dimensions would hide a difference in all others.
+        difference = (whole - composed).float().abs().mean() / whole.float().abs().mean()
         if not difference <= _SELF_CHECK_TOLERANCE[self.dtype]:
             raise BackboneError(
                 f"{self.name} ({type(self.model).__name__}) cannot be split into trunk and top: "

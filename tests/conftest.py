@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 import pytest
 
+# Before torch is imported: tiny models gain nothing from a second thread, and spinning ones lose.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Before any Hugging Face library is imported: tests see that the Hub is away, and never ask it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -54,7 +54,7 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         head_dim=8,
         query_pre_attn_scalar=8,
         sliding_window=SLIDING_WINDOW,
-        layer_types=["full_attention", *["sliding_attention", "full_attention"], *["sliding_attention"]],
+        layer_types=["full_attention", "sliding_attention"] * 2,
         **_COMMON,
     ),
     "gpt_neox": lambda: GPTNeoXConfig(**_COMMON),

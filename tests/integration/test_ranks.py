@@ -19,7 +19,7 @@ from tests.integration.tiny import Tiny, leftovers, metrics_of, results_of
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("ranks_driver.py")
 TRAIN = ROOT / "scripts" / "fed_train.py"
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 # Chunks of one to three clients: five of them for a cohort of eight.
 SETTINGS: dict[str, Any] = {"federation__cohort_size": 8, "runtime__tokens_per_chunk": 150}
 

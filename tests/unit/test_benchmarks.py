@@ -1,0 +1,167 @@
+"""The engine benchmark races two ways to compute the same thing, and reports them as said."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import engine
+from benchmarks.sequential_peft import SequentialPeft, relative_difference, stirred
+from pfm_llm import files, head
+from pfm_llm.backbone import Backbone
+from pfm_llm.cohort_model import CohortModel, Parts, collate
+from pfm_llm.config import AdaptersConfig, HeadConfig, LoraAdapterConfig, PrivateAdapterConfig
+from pfm_llm.dual_adapter import DualAdapter
+from pfm_llm.encoding import NO_TARGET, Window
+
+HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2
+HEAD = HeadConfig(dim=8, id_dim=4)
+ADAPTERS = AdaptersConfig(
+    num_layers=ADAPTED,
+    shared=LoraAdapterConfig(rank=3, alpha=6),
+    private=PrivateAdapterConfig(rank=2, alpha=5, head_rank=2),
+)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)  # transformers initialises from the global state
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return Backbone(LlamaForCausalLM(config), tokenizer=None, name="tiny", weights_hash="-")
+
+
+def make_window(client: int, ends: list[int]) -> Window:
+    generator = np.random.default_rng(client)
+    items = generator.integers(0, ITEMS, len(ends))
+    return Window(
+        tokens=generator.integers(0, 40, ends[-1] + 1).astype(np.int32),
+        item_ends=np.array(ends, dtype=np.int32),
+        items=items.astype(np.int32),
+        targets=np.append(items[1:], NO_TARGET).astype(np.int32),
+    )
+
+
+def make_tensors(adapter: DualAdapter, client: int) -> dict[str, torch.Tensor]:
+    shared = adapter.initial_shared(0) | head.initial_head(HEAD, HIDDEN, ITEMS, 0)
+    private = adapter.initial_private(0, f"c{client}", HEAD.dim)
+    return stirred(shared, 0, "shared") | stirred(private, 0, f"c{client}")
+
+
+@pytest.mark.parametrize("adapted", [1, ADAPTED, LAYERS])
+def test_the_reference_computes_what_the_many_clients_pass_computes(
+    backbone: Backbone, adapted: int
+) -> None:
+    adapter = DualAdapter(backbone, ADAPTERS.model_copy(update={"num_layers": adapted}))
+    windows = [make_window(0, [2, 5, 9]), make_window(1, [1, 3]), make_window(2, [4, 5, 6, 12])]
+    tensors = [make_tensors(adapter, client) for client in range(3)]
+    states = torch.randn(ITEMS, HIDDEN, generator=torch.Generator().manual_seed(1))
+    normaliser = head.fit_normaliser(states)
+    texts = normaliser(states)[:, : HEAD.dim]
+    trunk, top = backbone.split(adapted)
+    hidden = [
+        trunk(input_ids=torch.from_numpy(w.tokens).long()[None]).last_hidden_state[0]
+        for w in windows
+    ]
+    model = CohortModel(top, adapter.top_paths(), adapter.scales(), normaliser, texts)
+    leaves = {n: torch.stack([t[n] for t in tensors]).requires_grad_() for n in tensors[0]}
+    losses = model.losses(collate([[w] for w in windows], [[h] for h in hidden]), leaves, Parts())
+    gradients = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()))
+
+    reference = SequentialPeft(backbone, adapter, normaliser, texts)
+    for client, (window, own) in enumerate(zip(windows, tensors, strict=True)):
+        loss, found = reference.client_step(window, own)
+        assert float(loss) == pytest.approx(float(losses[client].detach()), rel=1e-5)
+        assert found.keys() == leaves.keys()
+        for name, stacked in zip(leaves, gradients, strict=True):
+            torch.testing.assert_close(found[name], stacked[client], rtol=1e-4, atol=1e-6)
+            assert found[name].abs().max() > 0, f"{name} takes no part in the comparison"
+
+
+def test_the_reference_carries_nothing_from_one_client_to_the_next(backbone: Backbone) -> None:
+    adapter = DualAdapter(backbone, ADAPTERS)
+    states = torch.randn(ITEMS, HIDDEN, generator=torch.Generator().manual_seed(1))
+    normaliser = head.fit_normaliser(states)
+    reference = SequentialPeft(backbone, adapter, normaliser, normaliser(states)[:, : HEAD.dim])
+    window, own = make_window(0, [2, 5]), make_tensors(adapter, 0)
+    before = reference.client_step(window, own)
+    reference.client_step(make_window(1, [1, 2, 3]), make_tensors(adapter, 1))
+    after = reference.client_step(window, own)
+    assert torch.equal(before[0], after[0])
+    assert relative_difference(after[1], before[1]) == 0
+
+
+def test_relative_difference_is_over_all_tensors_together() -> None:
+    expected = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}  # norm sqrt(9 + 16) = 5
+    found = {"a": torch.tensor([3.0]), "b": torch.tensor([3.0])}  # off by 1
+    assert relative_difference(found, expected) == pytest.approx(1 / 5)
+
+
+def test_race_alternates_and_gives_each_case_its_own_time() -> None:
+    order: list[str] = []
+    ticks = iter([0.0, 1.0, 1.0, 4.0, 10.0, 12.0, 12.0, 16.0])
+    cases = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = engine.race(cases, repeats=2, clock=lambda: next(ticks))
+    assert order == ["a", "b", "a", "b"]
+    assert seconds == {"a": [1.0, 2.0], "b": [3.0, 4.0]}
+
+
+def test_rows_give_the_slowest_repeat_and_the_median() -> None:
+    # 6 clients in 1, 3 and 2 seconds: 6, 2 and 3 client steps a second.
+    (row,) = engine.rows({"stacked_cached": [1.0, 3.0, 2.0]}, num_clients=6)
+    assert row == {
+        "case": "stacked_cached",
+        "unit": "client_steps_per_s",
+        "min": 2.0,
+        "median": 3.0,
+        "repeats": 3,
+        "values": [6.0, 2.0, 3.0],
+    }
+
+
+def test_ratios_are_taken_within_a_repeat() -> None:
+    # 4/1, 6/2, 10/2 = 4, 3, 5; the ratio of the medians would be 6/2 = 3.
+    seconds = {"fast": [1.0, 2.0, 2.0], "slow": [4.0, 6.0, 10.0]}
+    assert engine.ratios(seconds) == {"fast/slow": {"min": 3.0, "median": 4.0}}
+
+
+def test_one_repeat_is_its_own_minimum_and_median() -> None:
+    (row,) = engine.rows({"a": [0.5]}, num_clients=1)
+    assert row["min"] == row["median"] == 2.0
+
+
+def result() -> dict[str, Any]:
+    seconds = {"stacked_cached": [1.0], "peft_same_layers": [4.0], "peft_common_recipe": [12.0]}
+    return {"rows": engine.rows(seconds, 8), "ratios": engine.ratios(seconds)}
+
+
+def test_the_result_is_plain_json_and_its_table_names_every_case(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "engine.json", result())
+    read = json.loads((tmp_path / "engine.json").read_text())
+    assert read == result()
+    table = engine.table(read)
+    for row in read["rows"]:
+        assert row["case"] in table
+    assert "12.0 times" in table
+
+
+@pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--clients", "0"]])
+def test_nothing_to_time_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["engine.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        engine.main()
+    assert stopped.value.code == 2
+    assert "at least 1" in capsys.readouterr().err

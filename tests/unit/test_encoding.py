@@ -1,0 +1,166 @@
+"""Histories as windows: every transition once, exact item ends, and the edges."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pfm_llm.config import WindowConfig
+from pfm_llm.data.interactions import Catalogue
+from pfm_llm.encoding import NO_TARGET, HistoryEncoder, Window, windows_hash
+from pfm_llm.errors import DataError
+from pfm_llm.prompts import Prompt
+
+NEW_LINE = 10
+PROMPT = Prompt("p", 1, "H:\n", "{title}\n", "{title}\n", ("title",))
+RATED = Prompt("p", 1, "H:\n", "{title}[={rating}]\n", "{title}\n", ("title",))
+TITLES = ("a", "bb", "ccc", "a very long title", "é")
+CATALOGUE = Catalogue(tuple(f"i{i}" for i in range(5)), {"title": TITLES})
+
+
+class Characters:
+    """A tokenizer with a token per character."""
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, Any]:
+        assert not add_special_tokens
+        return {"input_ids": [[ord(character) for character in text] for text in texts]}
+
+
+def _encoder(prompt: Prompt = PROMPT, max_tokens: int = 1000, **settings: Any) -> HistoryEncoder:
+    config = WindowConfig(**{"items": 3, "max_item_tokens": 8, **settings})
+    return HistoryEncoder(prompt, CATALOGUE, Characters(), config, max_tokens)
+
+
+def _text(window: Window) -> str:
+    return "".join(map(chr, window.tokens.tolist()))
+
+
+def _history(*items: int) -> np.ndarray:
+    return np.array(items, dtype=np.int32)
+
+
+def test_a_window_is_the_header_and_its_items_and_knows_where_each_ends() -> None:
+    """Header "H:\\n" is tokens 0-2; "a\\n" ends at 4, "ccc\\n" at 8."""
+    window = _encoder().window(_history(0, 2))
+    assert _text(window) == "H:\na\nccc\n"
+    assert window.item_ends.tolist() == [4, 8]
+    assert [window.tokens[end] for end in window.item_ends] == [NEW_LINE, NEW_LINE]
+    assert window.items.tolist() == [0, 2]
+    assert window.targets.tolist() == [NO_TARGET, NO_TARGET]
+    assert (len(window), window.num_targets) == (2, 0)
+    assert {a.dtype for a in (window.tokens, window.item_ends, window.items)} == {np.dtype("int32")}
+
+
+def test_a_long_text_is_cut_but_ends_with_its_end_token() -> None:
+    encoder = _encoder()
+    window = encoder.window(_history(3, 0))
+    assert _text(window) == "H:\na very \na\n"  # 7 characters and the end make 8 tokens
+    assert window.item_ends.tolist() == [10, 12]
+    assert encoder.catalogue_pieces()[3] == [ord(c) for c in "a very \n"]
+    assert encoder.catalogue_pieces()[1] == [ord(c) for c in "bb\n"]
+
+
+def test_ratings_are_read_where_the_prompt_shows_them() -> None:
+    encoder = _encoder(RATED)
+    ratings = np.array([5.0, 3.5], dtype=np.float32)
+    assert _text(encoder.window(_history(0, 1), ratings)) == "H:\na=5\nbb=3.5\n"
+    assert _text(encoder.window(_history(0, 1))) == "H:\na\nbb\n"
+    windows = encoder.training_windows(_history(0, 1, 2, 4), np.array([1, 2, 3, 4.0]))
+    assert [_text(window) for window in windows] == ["H:\na=1\n", "H:\nbb=2\nccc=3\né=4\n"]
+    query = encoder.query_window(_history(0, 1, 2, 4), np.array([1, 2, 3, 4.0]))
+    assert _text(query) == "H:\nbb=2\nccc=3\né=4\n"
+    assert _text(_encoder().window(_history(0), ratings)) == "H:\na\n"
+
+
+@given(
+    items=st.lists(st.integers(0, 4), min_size=2, max_size=20),
+    size=st.integers(1, 6),
+)
+def test_every_transition_is_a_target_exactly_once(items: list[int], size: int) -> None:
+    """The windows tile the history up to its last item; position j predicts item j + 1."""
+    windows = _encoder(items=size).training_windows(_history(*items))
+    pairs = [
+        (item, target)
+        for window in windows
+        for item, target in zip(window.items.tolist(), window.targets.tolist(), strict=True)
+    ]
+    found = [pair for pair in pairs if pair[1] != NO_TARGET]
+    assert found == list(zip(items[:-1], items[1:], strict=True))
+    assert all(1 <= len(window) <= size for window in windows)
+    assert all(len(window) == size for window in windows[1:])
+    assert all(window.num_targets for window in windows)
+    if size > 1:  # else the last item makes a window without target, which is left out
+        assert [item for item, _ in pairs] == items
+    for window in windows:
+        assert window.item_ends[-1] == len(window.tokens) - 1
+        assert all(window.tokens[end] == NEW_LINE for end in window.item_ends)
+
+
+@given(
+    length=st.integers(2, 20),
+    size=st.integers(1, 5),
+    max_windows=st.integers(1, 4),
+)
+def test_max_windows_keeps_the_newest(length: int, size: int, max_windows: int) -> None:
+    history = np.arange(length) % 5
+    every = _encoder(items=size).training_windows(history)
+    newest = _encoder(items=size, max_windows=max_windows).training_windows(history)
+    assert len(newest) == min(max_windows, len(every))
+    kept = every[-max_windows:]
+    assert [w.targets.tolist() for w in newest] == [w.targets.tolist() for w in kept]
+
+
+def test_short_histories_train_nothing_or_little() -> None:
+    encoder = _encoder()
+    assert encoder.training_windows(_history()) == ()
+    assert encoder.training_windows(_history(1)) == ()
+    (window,) = encoder.training_windows(_history(1, 2))
+    assert window.targets.tolist() == [2, NO_TARGET]
+
+
+def test_a_query_is_the_newest_items() -> None:
+    encoder = _encoder()
+    assert encoder.query_window(_history(0, 1, 2, 4, 0)).items.tolist() == [2, 4, 0]
+    assert encoder.query_window(_history(1)).items.tolist() == [1]
+    with pytest.raises(DataError, match="empty history"):
+        encoder.query_window(_history())
+
+
+def test_a_window_that_could_exceed_the_context_is_refused() -> None:
+    """3 header tokens and 3 items of up to 8: 27."""
+    assert _encoder(max_tokens=27)
+    with pytest.raises(DataError, match=r"27 tokens, the backbone reads 26; lower window\.items"):
+        _encoder(max_tokens=26)
+
+
+def test_an_item_without_tokens_is_refused() -> None:
+    class Nothing:
+        def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, Any]:
+            return {"input_ids": [[] for _ in texts]}
+
+    prompt = Prompt("p", 1, "", "{title}", "{title}", ("title",))
+    with pytest.raises(DataError, match="item 0 renders to no token"):
+        HistoryEncoder(prompt, CATALOGUE, Nothing(), WindowConfig(items=2), 1000)
+
+
+def test_a_prompt_field_that_the_catalogue_lacks_is_refused() -> None:
+    prompt = Prompt("p", 1, "", "{genre}\n", "{genre}\n", ("genre",))
+    with pytest.raises(DataError, match="genre"):
+        _encoder(prompt)
+
+
+def test_the_hash_of_windows_depends_on_tokens_and_on_where_windows_end() -> None:
+    encoder = _encoder()
+    one, two = encoder.window(_history(0)), encoder.window(_history(1))
+    again = encoder.window(_history(0), targets=_history(3))
+    assert windows_hash([one]) == windows_hash([again])
+    hashes = {windows_hash(windows) for windows in ([one], [two], [one, two], [two, one], [])}
+    assert len(hashes) == 5
+
+    def bare(*tokens: int) -> Window:
+        empty = np.zeros(0, np.int32)
+        return Window(np.array(tokens, np.int32), empty, empty, empty)
+
+    assert windows_hash([bare(1, 2), bare(3)]) != windows_hash([bare(1), bare(2, 3)])

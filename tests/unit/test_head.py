@@ -1,0 +1,163 @@
+"""The recommender head: whitening, its parameters, and scores as their formula says."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pfm_llm.config import HeadConfig, ItemIds
+from pfm_llm.errors import ConfigError
+from pfm_llm.head import (
+    Normaliser,
+    fit_normaliser,
+    initial_head,
+    item_inputs,
+    score_items,
+    user_vectors,
+    zero_shot_scores,
+)
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_whitening_gives_the_identity_up_to_shrinkage() -> None:
+    """Variance v becomes v / (0.9 v + 0.1 mean v), and no two dimensions are correlated."""
+    variances = torch.tensor([8.0, 4.0, 2.0, 1.0])
+    states = _random(2000, 4) * variances.sqrt() @ torch.linalg.qr(_random(4, 4)).Q + 3
+    white = fit_normaliser(states)(states)
+    covariance = torch.cov(white.T)
+    found = torch.linalg.eigvalsh(torch.cov(states.T)).flip(0)
+    expected = found / (0.9 * found + 0.1 * found.mean())
+    torch.testing.assert_close(covariance, expected.diag(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(white.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+    assert (expected > 0.8).all()
+
+
+def test_dimensions_come_by_falling_variance() -> None:
+    states = _random(500, 3) * torch.tensor([1.0, 5.0, 2.0])
+    basis = fit_normaliser(states).basis
+    assert basis.abs().argmax(0).tolist() == [1, 2, 0]
+
+
+def test_the_sign_of_each_direction_is_fixed() -> None:
+    """Eigenvectors of the same covariance: mirrored states give the same basis."""
+    states = _random(50, 6)
+    basis = fit_normaliser(states).basis
+    largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
+    assert (largest > 0).all()
+    torch.testing.assert_close(fit_normaliser(-states).basis, basis)
+
+
+def test_equal_texts_become_zeros_and_not_infinities() -> None:
+    states = torch.full((7, 5), 0.1)
+    normaliser = fit_normaliser(states)
+    assert torch.equal(normaliser(states), torch.zeros(7, 5))
+    assert normaliser.basis.isfinite().all()
+
+
+def test_fewer_texts_than_dimensions_stay_bounded() -> None:
+    """Directions without variance are scaled by 1/sqrt(a tenth of the mean variance) at most."""
+    states = _random(3, 20)
+    normaliser = fit_normaliser(states)
+    mean_variance = torch.cov(states.T).diag().mean()
+    bound = (0.1 * mean_variance) ** -0.5
+    assert float(normaliser.basis.norm(dim=0).max()) <= float(bound) * 1.001
+    one = fit_normaliser(states[:1])
+    assert torch.equal(one(states[:1]), torch.zeros(1, 20))
+
+
+def test_a_normaliser_moves_and_reads_any_dtype() -> None:
+    normaliser = Normaliser(torch.zeros(2), torch.eye(2)).to(torch.device("cpu"))
+    assert normaliser(torch.ones(3, 2, dtype=torch.bfloat16)).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("item_ids", "bias", "expected"),
+    [
+        (ItemIds.NONE, False, {}),
+        (ItemIds.NONE, True, {"item_bias": (9,)}),
+        (ItemIds.OUTPUT, False, {"item_ids": (9, 4), "item_ids_out": (6, 4)}),
+        (
+            ItemIds.BOTH,
+            True,
+            {"item_bias": (9,), "item_ids": (9, 4), "item_ids_out": (6, 4), "item_ids_in": (16, 4)},
+        ),
+    ],
+)
+def test_parameters_and_shapes(
+    item_ids: ItemIds, bias: bool, expected: dict[str, tuple[int, ...]]
+) -> None:
+    config = HeadConfig(dim=6, id_dim=4, item_ids=item_ids, item_bias=bias)
+    head = initial_head(config, 16, 9, seed=0)
+    shapes = {name.removeprefix("head."): tuple(tensor.shape) for name, tensor in head.items()}
+    assert shapes == {"state_proj": (6, 16), "item_proj": (6, 6), **expected}
+    assert all(tensor.dtype is torch.float32 for tensor in head.values())
+    again, other = initial_head(config, 16, 9, seed=0), initial_head(config, 16, 9, seed=1)
+    assert all(torch.equal(head[name], again[name]) for name in head)
+    if item_ids is not ItemIds.NONE:
+        assert not torch.equal(head["head.item_ids"], other["head.item_ids"])
+
+
+def test_more_dimensions_than_the_backbone_has_are_refused() -> None:
+    assert initial_head(HeadConfig(dim=16), 16, 2, 0)
+    with pytest.raises(ConfigError, match=r"head\.dim: 17 exceeds .* 16; lower it"):
+        initial_head(HeadConfig(dim=17), 16, 2, 0)
+
+
+def test_training_starts_from_the_similarity_of_whitened_states() -> None:
+    head = initial_head(HeadConfig(dim=3, id_dim=2), hidden_size=5, num_items=4, seed=0)
+    states, texts = _random(2, 5), _random(4, 3)
+    scores = score_items(head, user_vectors(head, states, None), texts)
+    torch.testing.assert_close(scores, 0.5 / 3**0.5 * states[:, :3] @ texts.T)
+    assert not item_inputs(head, torch.tensor([0, 3])).any()  # type: ignore[union-attr]
+
+
+@given(
+    num_users=st.integers(0, 3),
+    num_items=st.integers(1, 5),
+    private=st.booleans(),
+    item_ids=st.sampled_from(list(ItemIds)),
+    bias=st.booleans(),
+)
+def test_scores_equal_their_formula(
+    num_users: int, num_items: int, private: bool, item_ids: ItemIds, bias: bool
+) -> None:
+    """score_i = scale (u . P z_i + u . O e_i) + bias_i with u = W n + B A n, item by item."""
+    config = HeadConfig(dim=3, id_dim=2, item_ids=item_ids, item_bias=bias)
+    head = {
+        name: _random(*tensor.shape, seed=seed)
+        for seed, (name, tensor) in enumerate(initial_head(config, 4, num_items, 0).items())
+    }
+    states, texts = _random(num_users, 4, seed=8), _random(num_items, 3, seed=9)
+    a, b = _random(2, 4, seed=10), _random(3, 2, seed=11)
+    found = score_items(head, user_vectors(head, states, (a, b) if private else None), texts)
+    assert found.shape == (num_users, num_items)
+    for row, n in zip(found, states, strict=True):
+        u = head["head.state_proj"] @ n + (b @ (a @ n) if private else 0)
+        for i in range(num_items):
+            text = head["head.item_proj"] @ texts[i]
+            own = (
+                head["head.item_ids_out"] @ head["head.item_ids"][i]
+                if "head.item_ids" in head
+                else 0
+            )
+            expected = 0.5 / 3**0.5 * (u @ (text + own)) + (
+                head["head.item_bias"][i] if bias else 0
+            )
+            torch.testing.assert_close(row[i], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_item_inputs_are_projected_rows_and_absent_without_the_input_path() -> None:
+    head = {"head.item_ids": _random(5, 2), "head.item_ids_in": _random(4, 2, seed=1)}
+    inputs = item_inputs(head, torch.tensor([3, 3, 0]))
+    assert inputs is not None
+    for row, item in zip(inputs, (3, 3, 0), strict=True):
+        torch.testing.assert_close(row, head["head.item_ids_in"] @ head["head.item_ids"][item])
+    assert item_inputs({"head.item_ids": _random(5, 2)}, torch.tensor([1])) is None
+
+
+def test_zero_shot_scores_are_cosines() -> None:
+    scores = zero_shot_scores(torch.tensor([[3.0, 4.0, 9.0]]), torch.tensor([[1.0, 0], [-6, -8]]))
+    torch.testing.assert_close(scores, torch.tensor([[0.6, -1.0]]))
