@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -222,7 +223,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | None = None) ->
             source, revision=config.revision, dtype="auto"
         )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BackboneError(
             f"cannot load backbone {config.name!r}: {first_line} "

@@ -84,7 +84,7 @@ def clip_per_client(gradients: Sequence[torch.Tensor], max_norm: float) -> list[
         gradients: Tensors [C, ...].
         max_norm: The bound.
     """
-    squares = [gradient.flatten(1).square().sum(1) for gradient in gradients]
+    squares = [g.reshape(len(g), -1).square().sum(1) for g in gradients]
     norms = torch.stack(squares).sum(0).sqrt()
     factors = (max_norm / norms.clamp_min(1e-12)).clamp_max(1.0)
     return [g * factors.view(-1, *([1] * (g.dim() - 1))) for g in gradients]
