@@ -330,6 +330,7 @@ def test_a_build_that_leaks_is_caught(
         "evaluation__every": 0,
         "evaluation__splits": ["test"],
         "evaluation__baselines": [],
+        "data__max_users": 6,
         "runtime__trackers": [],
     }
     with watched(tiny.config(tmp_path, **settings), monkeypatch) as watch:

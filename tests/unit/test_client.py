@@ -1,0 +1,408 @@
+"""Local training: what moves and when, chunks that do not matter, and clients kept apart."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pfm_llm import client as client_module
+from pfm_llm.assembly import Assembly
+from pfm_llm.client import LocalWork, plan_chunks
+from pfm_llm.cohort_model import ChunkBatch, collate
+from pfm_llm.config import Schedule
+from pfm_llm.encoding import Window
+from pfm_llm.types import ClientUpdate, PrivateState
+from tests.conftest import TinyAssembly
+
+JOINT, ALTERNATE, AFTER = Schedule.JOINT, Schedule.ALTERNATE, Schedule.PRIVATE_AFTER
+BOTH, SHARED, PRIVATE = (True, True), (True, False), (False, True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shared", "private", "plan"),
+    [
+        (JOINT, 2, 2, [BOTH, BOTH]),
+        (JOINT, 1, 3, [BOTH, PRIVATE, PRIVATE]),
+        (JOINT, 2, 0, [SHARED, SHARED]),
+        (ALTERNATE, 1, 2, [PRIVATE, PRIVATE, SHARED]),
+        (ALTERNATE, 1, 0, [SHARED]),
+        (ALTERNATE, 0, 3, [PRIVATE] * 3),
+        (AFTER, 2, 5, [SHARED, SHARED]),
+    ],
+)
+def test_the_plan_of_each_schedule(
+    schedule: Schedule, shared: int, private: int, plan: list[tuple[bool, bool]]
+) -> None:
+    assert LocalWork(shared, private, schedule, "x", None).plan() == plan
+
+
+@given(
+    sizes=st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(0, 30), max_size=12),
+    limit=st.integers(1, 40),
+    seed=st.randoms(use_true_random=False),
+)
+def test_chunks_hold_every_client_once_within_the_limit(
+    sizes: dict[str, int], limit: int, seed: Any
+) -> None:
+    chunks = plan_chunks(sizes, sizes.__getitem__, limit)
+    assert sorted(client for chunk in chunks for client in chunk) == sorted(sizes)
+    assert all(chunks)
+    for chunk in chunks:
+        assert len(chunk) == 1 or sum(sizes[client] for client in chunk) <= limit
+    order = [sizes[client] for chunk in chunks for client in chunk]
+    assert order == sorted(order)
+    shuffled = list(sizes)
+    seed.shuffle(shuffled)
+    assert plan_chunks(shuffled, sizes.__getitem__, limit) == chunks
+
+
+def _train(
+    assembly: Assembly, chunks: Sequence[Sequence[str]] | None = None, round_number: int = 1
+) -> dict[str, ClientUpdate]:
+    chunks = chunks or assembly.trainer.chunks(assembly.histories.trainable)
+    return {
+        update.client_id: update
+        for chunk in chunks
+        for update in assembly.trainer.train_chunk(chunk, assembly.initial_shared, round_number)
+    }
+
+
+def _private(assembly: Assembly, client_id: str) -> Mapping[str, torch.Tensor] | None:
+    state = assembly.store.load(client_id)
+    return None if state is None else state.tensors
+
+
+def _same(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float
+) -> bool:
+    return found.keys() == expected.keys() and all(
+        torch.allclose(found[n], expected[n], atol=tolerance, rtol=tolerance) for n in expected
+    )
+
+
+DROPOUT = {
+    "head__dropout": 0.2,
+    "adapters__shared__dropout": 0.3,
+    "adapters__private__dropout": 0.1,
+}
+# Plain gradients: an adaptive step would turn the rounding of a zero into a step of full length.
+PLAIN = {"federation__local__private_optimizer": "sgd"}
+
+
+@pytest.mark.parametrize("dropout", [{}, DROPOUT], ids=["plain", "dropout"])
+@pytest.mark.parametrize("schedule", [JOINT, ALTERNATE])
+def test_chunk_size_does_not_matter(
+    schedule: Schedule, dropout: dict[str, float], tiny_assembly: TinyAssembly
+) -> None:
+    """All 24 clients alone, in a few chunks, and in one."""
+    settings = {"federation__local__schedule": schedule.value, **PLAIN, **dropout}
+    runs = []
+    for tokens in (1, 300, 10**6):
+        assembly = tiny_assembly(runtime__tokens_per_chunk=tokens, **settings)
+        chunks = assembly.trainer.chunks(assembly.histories.trainable)
+        private = {c: _private(assembly, c) for c in assembly.histories.trainable}
+        runs.append((len(chunks), _train(assembly, chunks), assembly))
+        assert set(private.values()) == {None}
+    assert [count for count, *_ in runs][::2] == [24, 1]
+    assert 1 < runs[1][0] < 24
+    _, expected, reference = runs[0]
+    for _, found, assembly in runs[1:]:
+        for client_id, update in expected.items():
+            assert _same(found[client_id].delta, update.delta, 1e-5)
+            assert found[client_id].loss == pytest.approx(update.loss, abs=1e-5)
+            assert found[client_id].num_examples == update.num_examples
+            mine, theirs = _private(assembly, client_id), _private(reference, client_id)
+            assert mine is not None
+            assert theirs is not None
+            assert _same(mine, theirs, 1e-5)
+
+
+def test_a_clients_update_and_private_state_do_not_depend_on_the_company(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    first, second = tiny_assembly(**PLAIN), tiny_assembly(**PLAIN)
+    one, *others = first.histories.trainable
+    _train(first, [(one, *others[:3])])
+    _train(second, [(one, *others[5:7])])
+    mine, theirs = _private(first, one), _private(second, one)
+    assert mine is not None
+    assert theirs is not None
+    assert _same(mine, theirs, 1e-5)
+
+
+def test_an_update_says_what_it_was_trained_on(tiny_assembly: TinyAssembly) -> None:
+    """Every transition of the training history is an example."""
+    assembly = tiny_assembly()
+    offsets = assembly.corpus.split.train.interactions.offsets
+    client_id = assembly.histories.trainable[3]
+    (update,) = assembly.trainer.train_chunk([client_id], assembly.initial_shared, 7)
+    user = assembly.histories.clients[client_id].users[0]
+    assert update.num_examples == offsets[user + 1] - offsets[user] - 1
+    assert (update.client_id, update.round_number) == (client_id, 7)
+    assert math.isfinite(update.loss)
+    assert update.delta.keys() == assembly.initial_shared.tensors.keys()
+    assert any(delta.any() for delta in update.delta.values())
+    assembly.contract.check(update, 7)
+
+
+def test_sgd_with_one_joint_step_sends_minus_lr_times_the_gradient(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    """The reference is autograd over one client's loss, without stacks or optimizers."""
+    assembly = tiny_assembly(
+        federation__local__schedule="joint", federation__local__shared_lr=0.5, **PLAIN
+    )
+    client_id = assembly.histories.trainable[0]
+    (update,) = assembly.trainer.train_chunk([client_id], assembly.initial_shared, 1)
+    private = assembly.adapter.initial_private(assembly.config.seed, client_id, 8)
+    leaves = {
+        name: value[None].clone().requires_grad_()
+        for name, value in {**assembly.initial_shared.tensors, **private}.items()
+    }
+    windows = assembly.histories.windows(client_id)
+    batch = collate([windows], [assembly.cache.states(windows, client_id)])
+    (loss,) = assembly.model.losses(batch, leaves, client_module.Parts())
+    loss.backward()
+    assert update.loss == pytest.approx(float(loss.detach()), abs=1e-6)
+    for name, delta in update.delta.items():
+        torch.testing.assert_close(delta, -0.5 * leaves[name].grad[0], atol=1e-6, rtol=1e-4)
+    after = _private(assembly, client_id)
+    assert after is not None
+    for name, value in private.items():
+        expected = value - assembly.config.federation.local.private_lr * leaves[name].grad[0]
+        torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_private_after_and_a_disabled_adapter_leave_the_store_empty(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    for settings in (
+        {"federation__local__schedule": "private_after"},
+        {"adapters__private__enabled": False},
+        {"federation__local__private_local_steps": 0},
+    ):
+        assembly = tiny_assembly(**settings)
+        updates = _train(assembly)
+        assert len(updates) == 24
+        assert assembly.store.client_ids() == tuple(sorted(updates))  # their trunk caches
+        assert all(_private(assembly, client_id) is None for client_id in updates)
+
+
+def test_alternate_fits_the_private_part_before_the_shared_step(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    """The reported loss is the one before the shared step: lower with more private steps."""
+    few, many = (
+        tiny_assembly(
+            federation__local__private_local_steps=steps, federation__local__private_lr=0.02
+        )
+        for steps in (1, 20)
+    )
+    client_id = few.histories.trainable[0]
+    losses = [_train(assembly, [[client_id]])[client_id].loss for assembly in (few, many)]
+    assert losses[1] < losses[0] - 0.1
+
+
+def test_training_goes_on_from_the_newest_private_state_that_counts(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    """Round 3 starts from the state after round 1; one from a discarded future is passed over."""
+    assembly = tiny_assembly(**PLAIN)
+    client_id = assembly.histories.trainable[0]
+    _train(assembly, [[client_id]], round_number=1)
+    first = assembly.store.load(client_id)
+    assert first is not None
+    assert first.version == 1
+    poison = {name: value * torch.nan for name, value in first.tensors.items()}
+    assembly.store.save(PrivateState(client_id, 5, poison))
+    update = _train(assembly, [[client_id]], round_number=3)[client_id]
+    third = assembly.store.load(client_id, version=3)
+    assert third is not None
+    assert math.isfinite(update.loss)
+    change = max(float((third.tensors[n] - v).abs().max()) for n, v in first.tensors.items())
+    assert 0 < change < 0.1
+
+
+def test_a_client_that_diverges_spoils_neither_the_others_nor_its_own_store(
+    tiny_assembly: TinyAssembly, caplog: pytest.LogCaptureFixture
+) -> None:
+    assembly, clean = tiny_assembly(**PLAIN), tiny_assembly(**PLAIN)
+    chunk = assembly.histories.trainable[:3]
+    initial = assembly.adapter.initial_private(assembly.config.seed, chunk[0], 8)
+    poison = {name: torch.full_like(value, torch.nan) for name, value in initial.items()}
+    assembly.store.save(PrivateState(chunk[0], 1, poison))
+    found = _train(assembly, [chunk], round_number=2)
+    expected = _train(clean, [chunk], round_number=2)
+    for client_id in chunk[1:]:
+        assert _same(found[client_id].delta, expected[client_id].delta, 1e-6)
+        assert found[client_id].loss == pytest.approx(expected[client_id].loss)
+        mine, theirs = _private(assembly, client_id), _private(clean, client_id)
+        assert mine is not None
+        assert theirs is not None
+        assert _same(mine, theirs, 1e-6)
+    assert math.isnan(found[chunk[0]].loss)
+    assert assembly.store.versions(chunk[0]) == (1,)
+    assert f"client {chunk[0]}: private step was not finite" in caplog.text
+
+
+def test_losses_of_the_first_shared_step_are_reported_when_the_first_client_diverges(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    """With several shared steps the others' losses stay those of the first."""
+    settings = {**PLAIN, "federation__local__shared_local_steps": 3}
+    assembly, clean = tiny_assembly(**settings), tiny_assembly(**settings)
+    chunk = assembly.histories.trainable[:2]
+    initial = assembly.adapter.initial_private(assembly.config.seed, chunk[0], 8)
+    poison = {name: torch.full_like(value, torch.nan) for name, value in initial.items()}
+    assembly.store.save(PrivateState(chunk[0], 0, poison))
+    found, expected = _train(assembly, [chunk]), _train(clean, [chunk])
+    assert found[chunk[1]].loss == pytest.approx(expected[chunk[1]].loss, abs=1e-6)
+
+
+def test_clipping_and_adaptive_shared_steps_run_in_every_schedule(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    """AdamW's first step moves an entry by lr at most, however many private steps came before."""
+    assembly = tiny_assembly(
+        federation__local__shared_optimizer="adamw",
+        federation__local__shared_lr=0.01,
+        federation__local__private_local_steps=3,
+        federation__local__max_grad_norm=1.0,
+    )
+    client_id = assembly.histories.trainable[0]
+    update = _train(assembly, [[client_id]])[client_id]
+    largest = max(float(delta.abs().max()) for delta in update.delta.values())
+    assert largest == pytest.approx(0.01, rel=1e-3)
+
+
+def test_clients_without_a_transition_are_not_trainable(tiny_assembly: TinyAssembly) -> None:
+    """min_interactions 3 leaves a training history of one item to the shortest users."""
+    assembly = tiny_assembly(data__split="leave_last_out", data__min_interactions=3)
+    offsets = assembly.corpus.split.train.interactions.offsets
+    for client_id, client in assembly.histories.clients.items():
+        lengths = [offsets[user + 1] - offsets[user] for user in client.users]
+        trainable = any(length >= 2 for length in lengths)
+        assert (client_id in assembly.histories.trainable) is trainable
+        assert bool(assembly.histories.windows(client_id)) is trainable
+
+
+def test_windows_of_one_item_still_train_when_only_the_newest_counts(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    assembly = tiny_assembly(window__items=1, window__max_windows=1)
+    updates = _train(assembly)
+    assert {update.num_examples for update in updates.values()} == {1}
+
+
+def test_a_silo_holds_the_windows_of_all_its_users(tiny_assembly: TinyAssembly) -> None:
+    assembly = tiny_assembly(data__users_per_client=5)
+    assert len(assembly.histories.clients) == 5  # 24 users: four of 5 and one of 4
+    train = assembly.corpus.split.train.interactions
+    for client_id, client in assembly.histories.clients.items():
+        windows = assembly.histories.windows(client_id)
+        expected = sum(max(0, len(train.history(user)) - 1) for user in client.users)
+        assert sum(window.num_targets for window in windows) == expected
+        assert all(assembly.histories.client_of(user) == client_id for user in client.users)
+        longest = max(len(window.tokens) for window in windows)
+        assert assembly.histories.num_tokens(client_id) == len(windows) * longest
+    assert len(_train(assembly)) == 5
+
+
+def test_windows_per_step_go_round_all_windows(
+    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 windows, 2 a step, 5 steps: every window is read exactly twice, none twice in a step."""
+    assembly = tiny_assembly(
+        window__items=2,
+        federation__local__windows_per_step=2,
+        federation__local__shared_local_steps=5,
+        federation__local__private_local_steps=0,
+    )
+    client_id = next(
+        c for c in assembly.histories.clients if len(assembly.histories.windows(c)) == 5
+    )
+    seen: list[list[tuple[int, ...]]] = []
+
+    def spy(windows: Sequence[Sequence[Window]], states: Any) -> ChunkBatch:
+        seen.append([tuple(window.items.tolist()) for window in windows[0]])
+        return collate(windows, states)
+
+    monkeypatch.setattr(client_module, "collate", spy)
+    _train(assembly, [[client_id]])
+    assert [len(set(step)) for step in seen] == [2] * 5
+    counts = [sum(key in step for step in seen) for key in {k for step in seen for k in step}]
+    assert counts == [2] * 5
+    first_order = list(seen)
+    seen.clear()
+    _train(assembly, [[client_id]], round_number=2)
+    assert seen != first_order  # another round, another order
+
+
+def test_personalise_fits_a_copy_and_leaves_store_and_shared_state(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    assembly = tiny_assembly(
+        federation__local__personalise_steps=3, federation__local__private_lr=0.05
+    )
+    chunk = assembly.histories.trainable[:3]
+    before = {n: v.clone() for n, v in assembly.initial_shared.tensors.items()}
+    private = assembly.trainer.personalise(chunk, assembly.initial_shared, 4)
+    assert assembly.trainer.personalise_steps(chunk) == 9
+    assert all(assembly.store.load(c) is None for c in chunk)
+    assert all(assembly.store.load_personalised(c) is None for c in chunk)
+    assert _same(assembly.initial_shared.tensors, before, 0.0)
+    assert all(name.startswith("private.") for name in private)
+    for client in range(3):
+        fitted = [v[client] for n, v in private.items() if n.endswith(".B")]
+        assert all(value.any() for value in fitted)
+    names = [n for n in private if n.endswith("head.B")]
+    assert not torch.equal(private[names[0]][0], private[names[0]][1])
+
+
+def test_personalise_without_steps_or_windows_keeps_what_there_is(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    assembly = tiny_assembly(federation__local__personalise_steps=0)
+    chunk = assembly.histories.trainable[:2]
+    private = assembly.trainer.personalise(chunk, assembly.initial_shared, 4)
+    initial = assembly.adapter.initial_private(assembly.config.seed, chunk[1], 8)
+    assert _same({n: v[1] for n, v in private.items()}, initial, 0.0)
+    assert assembly.trainer.personalise_steps(chunk) == 0
+
+
+def test_personalise_keeps_the_whole_old_adapter_of_a_client_whose_fit_diverges(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    """One factor that is not a number must not be mixed with fitted ones."""
+    assembly = tiny_assembly(federation__local__private_lr=0.05, **PLAIN)
+    chunk = assembly.histories.trainable[:2]
+    initial = assembly.adapter.initial_private(assembly.config.seed, chunk[0], 8)
+    state = {n: v * torch.nan if n == "private.head.B" else v for n, v in initial.items()}
+    assembly.store.save(PrivateState(chunk[0], 1, state))
+    private = assembly.trainer.personalise(chunk, assembly.initial_shared, 1)
+    for name, value in state.items():
+        torch.testing.assert_close(private[name][0], value, equal_nan=True, rtol=0, atol=0)
+    assert private["private.head.B"][1].any()
+
+
+def test_a_shared_basis_travels_and_a_private_factor_does_not(tiny_assembly: TinyAssembly) -> None:
+    assembly = tiny_assembly(adapters__private__kind="shared_basis")
+    client_id = assembly.histories.trainable[0]
+    update = _train(assembly, [[client_id]])[client_id]
+    bases = [delta for name, delta in update.delta.items() if name.startswith("basis.")]
+    assert bases
+    assert all(delta.any() for delta in bases)  # B was fitted before
+    state = _private(assembly, client_id)
+    assert state is not None
+    assert all(name.endswith(".B") for name in state)
+
+
+def test_same_seed_same_bits_and_another_seed_other_bits(tiny_assembly: TinyAssembly) -> None:
+    runs = [_train(tiny_assembly(seed=seed, **DROPOUT)) for seed in (0, 0, 1)]
+    for client_id, update in runs[0].items():
+        assert _same(runs[1][client_id].delta, update.delta, 0.0)
+        assert not _same(runs[2][client_id].delta, update.delta, 1e-6)
