@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -206,7 +207,12 @@ def assemble(
     prompt = _load_prompt(config.prompt, corpus.interactions)
     backbone = load_backbone(config.backbone, processes.device)
     encoder = HistoryEncoder(
-        prompt, catalogue, backbone.tokenizer, config.window, backbone.max_tokens
+        prompt,
+        catalogue,
+        backbone.tokenizer,
+        config.window,
+        backbone.max_tokens,
+        _rating_values(corpus.interactions),
     )
     adapter = DualAdapter(backbone, config.adapters)
     initial_shared = _initial_shared(config, adapter, backbone.hidden_size, len(catalogue))
@@ -249,6 +255,11 @@ def _load_prompt(name: str, interactions: Interactions) -> Prompt:
             "or choose a prompt without ratings such as next_item.v1"
         )
     return prompt
+
+
+def _rating_values(interactions: Interactions) -> tuple[float, ...]:
+    ratings = interactions.ratings
+    return () if ratings is None else tuple(np.unique(ratings).tolist())
 
 
 def _initial_shared(

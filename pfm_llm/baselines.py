@@ -278,8 +278,17 @@ def fit_baselines(
         ConfigError: A name is unknown.
         DataError: The catalogue is too large for a method, or validation is empty.
     """
-    chosen = [_parse_name(name) for name in names]
+    chosen = parse_names(names)
     return [_choose(name, train_histories, num_items, validation) for name in chosen]
+
+
+def parse_names(names: Sequence[str]) -> list[BaselineName]:
+    """The baselines of these names.
+
+    Raises:
+        ConfigError: A name is unknown; the message gives the nearest or all valid ones.
+    """
+    return [_parse_name(name) for name in names]
 
 
 def _choose(

@@ -178,9 +178,7 @@ class AdaptersConfig(_Settings):
     """Where and how large the adapters are."""
 
     num_layers: PositiveCount = Field(4, description="adapted layers, counted from the top")
-    targets: tuple[str, ...] | str = Field(
-        "all-linear", description="module names, or all-linear"
-    )
+    targets: tuple[str, ...] | str = Field("all-linear", description="module names, or all-linear")
     shared: LoraAdapterConfig = LoraAdapterConfig()
     private: PrivateAdapterConfig = PrivateAdapterConfig()
 
@@ -272,7 +270,7 @@ class RuntimeConfig(_Settings):
     """The machine."""
 
     threads: PositiveCount | None = Field(None, description="None: cores / local processes")
-    tokens_per_chunk: PositiveCount = Field(6144, description="tokens of one many-clients pass")
+    tokens_per_chunk: PositiveCount = Field(2048, description="tokens of one many-clients pass")
     trackers: tuple[str, ...] = Field((), description="accelerate trackers, e.g. tensorboard")
 
 
@@ -318,9 +316,7 @@ class ExperimentConfig(_Settings):
         return self
 
 
-def load_config(
-    path: str | Path, overrides: typing.Sequence[str] = ()
-) -> ExperimentConfig:
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> ExperimentConfig:
     """Read a YAML config.
 
     Args:

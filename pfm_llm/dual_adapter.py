@@ -8,6 +8,7 @@ This is the only module that imports ``peft``. Both adapters are pure LoRA on
 import contextlib
 import copy
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -226,10 +227,9 @@ def _clone_structure(model: Any) -> Any:
 def _peft_subfolder(folder: Path) -> Iterator[Path]:
     """PEFT writes adapter ``x`` to ``<dir>/x``: let it, then move the files up one by one."""
     scratch = folder / ".peft"
-    yield scratch
-    for file in sorted((scratch / SHARED).iterdir()):
-        file.replace(folder / file.name)
-    (scratch / SHARED).rmdir()
-    for rest in scratch.iterdir():
-        rest.unlink()
-    scratch.rmdir()
+    try:
+        yield scratch
+        for file in sorted((scratch / SHARED).iterdir()):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

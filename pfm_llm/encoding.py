@@ -8,14 +8,17 @@ each item is known exactly and a text is tokenised once, however often it occurs
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pfm_llm import assets
 from pfm_llm.config import WindowConfig
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.errors import DataError
 from pfm_llm.prompts import Prompt
+from pfm_llm.token_table import tokenise
 
 NO_TARGET = -1
 
@@ -63,6 +66,7 @@ class HistoryEncoder:
         tokenizer: A Hugging Face tokenizer.
         config: Window lengths.
         max_tokens: The backbone's context length.
+        rating_values: The ratings that histories may show; others are tokenised when they come.
 
     Raises:
         DataError: The catalogue lacks a field of the prompt, or a whole window of the longest
@@ -76,6 +80,7 @@ class HistoryEncoder:
         tokenizer: Any,
         config: WindowConfig,
         max_tokens: int,
+        rating_values: Sequence[float] = (),
     ) -> None:
         prompt.check_fields(catalogue)
         self.config = config
@@ -85,10 +90,8 @@ class HistoryEncoder:
             {name: catalogue.fields[name][i] for name in prompt.fields if name in catalogue.fields}
             for i in range(len(catalogue))
         ]
-        self._header = self._tokenise([prompt.header])[0] if prompt.header else []
-        self._pieces: dict[tuple[int, float | None], np.ndarray] = {}
-        if not prompt.uses_rating:
-            self._fill_pieces(range(len(catalogue)))
+        self._pieces = self._tokenise_pieces(rating_values if prompt.uses_rating else (None,))
+        self._header = self._encode([prompt.header])[0] if prompt.header else []
         longest = len(self._header) + config.items * config.max_item_tokens
         if longest > max_tokens:
             raise DataError(
@@ -100,7 +103,8 @@ class HistoryEncoder:
     def catalogue_pieces(self) -> list[list[int]]:
         """Token ids of every item rendered by itself, for the frozen item embeddings."""
         texts = [self._prompt.render_catalogue_item(fields) for fields in self._fields]
-        return [self._cut(piece, item).tolist() for item, piece in enumerate(self._tokenise(texts))]
+        table = tokenise(texts, self._tokenizer, _tables_folder())
+        return [self._cut(table[item], item).tolist() for item in range(len(texts))]
 
     def window(
         self,
@@ -172,22 +176,31 @@ class HistoryEncoder:
         key = (item, rating if self._prompt.uses_rating else None)
         if key not in self._pieces:
             text = self._prompt.render_item(self._fields[item], key[1])
-            self._pieces[key] = self._cut(self._tokenise([text])[0], item)
+            self._pieces[key] = self._cut(np.asarray(self._encode([text])[0], np.int32), item)
         return self._pieces[key]
 
-    def _fill_pieces(self, items: Sequence[int]) -> None:
-        texts = [self._prompt.render_item(self._fields[item], None) for item in items]
-        for item, piece in zip(items, self._tokenise(texts), strict=True):
-            self._pieces[item, None] = self._cut(piece, item)
+    def _tokenise_pieces(
+        self, ratings: Sequence[float | None]
+    ) -> dict[tuple[int, float | None], np.ndarray]:
+        keys = [(item, rating) for rating in ratings for item in range(len(self._fields))]
+        if not keys:
+            return {}
+        texts = [self._prompt.render_item(self._fields[item], rating) for item, rating in keys]
+        table = tokenise(texts, self._tokenizer, _tables_folder())
+        return {key: self._cut(table[row], key[0]) for row, key in enumerate(keys)}
 
-    def _cut(self, piece: list[int], item: int) -> np.ndarray:
-        if not piece:
+    def _cut(self, piece: np.ndarray, item: int) -> np.ndarray:
+        if not len(piece):
             raise DataError(f"item {item} renders to no token; give it a text")
         if len(piece) > self.config.max_item_tokens:
             # Keep the end token of the piece, so that an item always ends alike.
-            piece = [*piece[: self.config.max_item_tokens - 1], piece[-1]]
-        return np.asarray(piece, dtype=np.int32)
+            return np.append(piece[: self.config.max_item_tokens - 1], piece[-1])
+        return piece
 
-    def _tokenise(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [list(map(int, ids)) for ids in encoded]
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        encoded: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return encoded
+
+
+def _tables_folder() -> Path:
+    return assets.cache_dir() / "tokens"

@@ -13,7 +13,7 @@ import numpy as np
 
 from pfm_llm import evaluation, files, plots, run_report
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
-from pfm_llm.baselines import FittedBaseline, fit_baselines
+from pfm_llm.baselines import FittedBaseline, fit_baselines, parse_names
 from pfm_llm.checkpoint import CheckpointStore, RunEnvironment
 from pfm_llm.config import ExperimentConfig, dump_config, load_config, training_hash
 from pfm_llm.data.splits import HeldOut
@@ -63,6 +63,7 @@ def run_experiment(config: ExperimentConfig, resume: bool = False) -> Path:
         assembly = assemble(config, corpus, folders, processes)
         federation = make_federation(assembly, folders, processes)
         federation.server.select_cohort(1)
+        parse_names(config.evaluation.baselines)
         _write_environment(assembly, folders, processes)
     first_round = resume_from(federation) if resume else 1
     processes.accelerator.init_trackers(folders.public.name)

@@ -90,9 +90,7 @@ def read_head(folder: Path) -> tuple[dict[str, torch.Tensor], Normaliser]:
     return tensors, normaliser
 
 
-def _manifest(
-    assembly: Assembly, round_number: int, rows: Sequence[ResultRow]
-) -> dict[str, Any]:
+def _manifest(assembly: Assembly, round_number: int, rows: Sequence[ResultRow]) -> dict[str, Any]:
     catalogue = assembly.corpus.interactions.catalogue
     adapters = assembly.config.adapters
     return {

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 
-from pfm_llm.errors import LaunchError, PfmError
+from pfm_llm.errors import ConfigError, LaunchError, PfmError
 
 T = TypeVar("T")
 
@@ -108,8 +109,10 @@ def start_processes(
 
     Raises:
         LaunchError: The processes are not what they seem; the message says how to start them.
+        ConfigError: A tracker is unknown or not installed.
     """
     check_launch(os.environ)
+    check_trackers(trackers)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=list(trackers) or None, project_dir=logging_dir
     )
@@ -123,6 +126,21 @@ def start_processes(
     chosen = threads or max(1, usable_cores() // max(1, local))
     torch.set_num_threads(chosen)
     return Processes(accelerator, chosen)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that accelerate would pass over with a warning.
+
+    Raises:
+        ConfigError: One is unknown or its package is not installed.
+    """
+    available = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise ConfigError(
+                f"runtime.trackers: {name!r} is unknown or not installed; here there are "
+                f"{', '.join(available) or 'none'}"
+            )
 
 
 def check_launch(environment: Mapping[str, str]) -> None:

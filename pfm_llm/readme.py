@@ -19,9 +19,7 @@ from pfm_llm.errors import DataError
 from pfm_llm.files import read_json
 from pfm_llm.run_report import read_results, results_table
 
-_TABLE = re.compile(
-    r"(<!-- table: (?P<path>\S+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL
-)
+_TABLE = re.compile(r"(<!-- table: (?P<path>\S+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 
 
 def with_fresh_tables(text: str, root: Path) -> str:

@@ -27,9 +27,7 @@ def derive_seed(seed: int, purpose: str, round_number: int = 0, client: str = ""
     return int.from_bytes(digest, "little") >> 1
 
 
-def generator(
-    seed: int, purpose: str, round_number: int = 0, client: str = ""
-) -> torch.Generator:
+def generator(seed: int, purpose: str, round_number: int = 0, client: str = "") -> torch.Generator:
     """A fresh CPU ``torch.Generator`` for these parts; see `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, purpose, round_number, client))
 

@@ -13,7 +13,9 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
 
 
-def run_safely(command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
+def run_safely(
+    command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
+) -> None:
     """Run a command; a deliberate error is one message and its exit code."""
     # Before torch starts: waiting threads that spin starve each other on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

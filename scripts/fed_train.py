@@ -7,7 +7,9 @@ from _cli import run_safely
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default=None, help="YAML file (default: configs/quickstart.yaml)")
+    parser.add_argument(
+        "--config", default=None, help="YAML file (default: configs/quickstart.yaml)"
+    )
     parser.add_argument(
         "--set",
         action="append",

@@ -24,11 +24,10 @@ from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
 from pfm_llm.client import LocalTrainer
 from pfm_llm.config import PrivateKind
 from pfm_llm.experiment import run_experiment
-from pfm_llm.processes import Processes
 from pfm_llm.server import Server
 from pfm_llm.types import ClientUpdate
 from tests.integration.leaks import DTYPES, Hunt, files_below
-from tests.integration.tiny import TITLES, Tiny
+from tests.integration.tiny import TITLES, Tiny, alone
 from tests.integration.watch import Watch
 
 ROUNDS = 3
@@ -136,7 +135,7 @@ def history_hunt(tiny: Tiny, run_folder: Path, watch: Watch) -> Hunt:
     config = tiny.config(run_folder.parent)
     corpus = load_corpus(config)
     folders = RunFolders.of(run_folder.with_name("unused"))
-    assembly = assemble(config, corpus, folders, Processes(_Alone(), threads=1))
+    assembly = assemble(config, corpus, folders, alone())
     hunt = Hunt()
     for user in range(corpus.interactions.num_users):
         history = corpus.interactions.history(user)
@@ -148,11 +147,6 @@ def history_hunt(tiny: Tiny, run_folder: Path, watch: Watch) -> Hunt:
         states = files.read_tensors(path)[0]["states"][-2:]
         hunt.learn("trunk", {f"{number}": states})
     return hunt
-
-
-class _Alone:
-    process_index, num_processes, is_main_process = 0, 1, True
-    device = torch.device("cpu")
 
 
 def test_no_history_is_in_the_public_folder(history_hunt: Hunt, run_folder: Path) -> None:
@@ -208,7 +202,9 @@ def under_shared_names(patch: pytest.MonkeyPatch) -> None:
 
     def leak(trainer: LocalTrainer, update: ClientUpdate) -> ClientUpdate:
         private = private_of(trainer, update)
-        delta = {name: private.get(f"private.{name}", value) for name, value in update.delta.items()}
+        delta = {
+            name: private.get(f"private.{name}", value) for name, value in update.delta.items()
+        }
         return dataclasses.replace(update, delta=delta)
 
     after_training(patch, leak)
@@ -302,9 +298,7 @@ def as_base64(tensor: torch.Tensor) -> str:
         pytest.param(logged_as(as_base64), ("log",), id="log as base64"),
         pytest.param(logged_as(torch.Tensor.tolist), ("log",), id="log as numbers"),
         pytest.param(logged_as(repr), ("log",), id="log as torch prints it"),
-        pytest.param(
-            beside_the_export(as_json), ("shared_adapter/notes.json",), id="JSON numbers"
-        ),
+        pytest.param(beside_the_export(as_json), ("shared_adapter/notes.json",), id="JSON numbers"),
         *(
             pytest.param(as_dtype(dtype), ("shared_adapter/optimizer.safetensors",), id=f"{dtype}")
             for dtype in DTYPES

@@ -131,7 +131,9 @@ def test_training_runs_on_two_processes(tiny: Tiny, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert all("validation" in metrics_of(b)[0] for b in both)
     rows = [results_of(b)["rows"] for b in both]
-    describe = [[{k: v for k, v in r.items() if k[:2] not in ("va", "ci")} for r in rs] for rs in rows]
+    describe = [
+        [{k: v for k, v in r.items() if k[:2] not in ("va", "ci")} for r in rs] for rs in rows
+    ]
     assert describe[0] == describe[1]
     untrained = [[r for r in rs if r["mode"] in ("none", "zero_shot")] for rs in rows]
     assert untrained[0] == untrained[1]

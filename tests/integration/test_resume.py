@@ -60,9 +60,7 @@ def stop_after() -> Iterator[Callable[[int], pytest.MonkeyPatch]]:
         yield arm
 
 
-def stopped_run(
-    config: Any, after: int, stop_after: Callable[[int], pytest.MonkeyPatch]
-) -> Path:
+def stopped_run(config: Any, after: int, stop_after: Callable[[int], pytest.MonkeyPatch]) -> Path:
     patch = stop_after(after)
     with pytest.raises(Stopped):
         run_experiment(config)
@@ -114,7 +112,9 @@ def test_private_states_newer_than_the_commit_never_count(
     store = PrivateStore(run.with_name("tiny.private"))
 
     def newer() -> set[str]:
-        return {client for client in store.client_ids() if max(store.versions(client), default=0) > 4}
+        return {
+            client for client in store.client_ids() if max(store.versions(client), default=0) > 4
+        }
 
     # Round 5's cohort of 4 wrote states that the commit point, round 4, does not know.
     assert len(newer()) == 4
@@ -187,9 +187,7 @@ def test_resume_with_another_number_of_processes_is_refused(
 
 def test_resume_on_other_interactions_is_refused(tiny: Tiny, committed_run: Path) -> None:
     source = committed_run.parent / "interactions.csv"
-    config = tiny.config(
-        committed_run.parent, federation__num_rounds=2, data__source=str(source)
-    )
+    config = tiny.config(committed_run.parent, federation__num_rounds=2, data__source=str(source))
     kept = source.read_text()
     try:
         # The same catalogue, so that the contract is equal: another user's first event.

@@ -185,3 +185,12 @@ def leftovers(*folders: Path) -> list[Path]:
         for path in sorted(folder.rglob("*"))
         if path.name.startswith(".") or path.suffix == ".tmp"
     ]
+
+
+def alone() -> Any:
+    """`Processes` of this process by itself, for tests that wire an experiment."""
+    from accelerate import Accelerator
+
+    from pfm_llm.processes import Processes
+
+    return Processes(Accelerator(cpu=True), threads=1)

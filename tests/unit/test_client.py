@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from pfm_llm import client as client_module
 from pfm_llm.assembly import Assembly
 from pfm_llm.client import LocalWork, plan_chunks
-from pfm_llm.cohort_model import ChunkBatch, collate
+from pfm_llm.cohort_model import ChunkBatch, Dropout, collate
 from pfm_llm.config import Schedule
 from pfm_llm.encoding import Window
+from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.types import ClientUpdate, PrivateState
 from tests.conftest import TinyAssembly
 
@@ -71,9 +72,10 @@ def _train(
     }
 
 
-def _private(assembly: Assembly, client_id: str) -> Mapping[str, torch.Tensor] | None:
+def _private(assembly: Assembly, client_id: str) -> Mapping[str, torch.Tensor]:
     state = assembly.store.load(client_id)
-    return None if state is None else state.tensors
+    assert state is not None
+    return state.tensors
 
 
 def _same(
@@ -104,9 +106,7 @@ def test_chunk_size_does_not_matter(
     for tokens in (1, 300, 10**6):
         assembly = tiny_assembly(runtime__tokens_per_chunk=tokens, **settings)
         chunks = assembly.trainer.chunks(assembly.histories.trainable)
-        private = {c: _private(assembly, c) for c in assembly.histories.trainable}
         runs.append((len(chunks), _train(assembly, chunks), assembly))
-        assert set(private.values()) == {None}
     assert [count for count, *_ in runs][::2] == [24, 1]
     assert 1 < runs[1][0] < 24
     _, expected, reference = runs[0]
@@ -115,10 +115,7 @@ def test_chunk_size_does_not_matter(
             assert _same(found[client_id].delta, update.delta, 1e-5)
             assert found[client_id].loss == pytest.approx(update.loss, abs=1e-5)
             assert found[client_id].num_examples == update.num_examples
-            mine, theirs = _private(assembly, client_id), _private(reference, client_id)
-            assert mine is not None
-            assert theirs is not None
-            assert _same(mine, theirs, 1e-5)
+            assert _same(_private(assembly, client_id), _private(reference, client_id), 1e-5)
 
 
 def test_a_clients_update_and_private_state_do_not_depend_on_the_company(
@@ -128,10 +125,7 @@ def test_a_clients_update_and_private_state_do_not_depend_on_the_company(
     one, *others = first.histories.trainable
     _train(first, [(one, *others[:3])])
     _train(second, [(one, *others[5:7])])
-    mine, theirs = _private(first, one), _private(second, one)
-    assert mine is not None
-    assert theirs is not None
-    assert _same(mine, theirs, 1e-5)
+    assert _same(_private(first, one), _private(second, one), 1e-5)
 
 
 def test_an_update_says_what_it_was_trained_on(tiny_assembly: TinyAssembly) -> None:
@@ -171,7 +165,6 @@ def test_sgd_with_one_joint_step_sends_minus_lr_times_the_gradient(
     for name, delta in update.delta.items():
         torch.testing.assert_close(delta, -0.5 * leaves[name].grad[0], atol=1e-6, rtol=1e-4)
     after = _private(assembly, client_id)
-    assert after is not None
     for name, value in private.items():
         expected = value - assembly.config.federation.local.private_lr * leaves[name].grad[0]
         torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-4)
@@ -189,7 +182,7 @@ def test_private_after_and_a_disabled_adapter_leave_the_store_empty(
         updates = _train(assembly)
         assert len(updates) == 24
         assert assembly.store.client_ids() == tuple(sorted(updates))  # their trunk caches
-        assert all(_private(assembly, client_id) is None for client_id in updates)
+        assert not any(assembly.store.versions(client_id) for client_id in updates)
 
 
 def test_alternate_fits_the_private_part_before_the_shared_step(
@@ -240,10 +233,7 @@ def test_a_client_that_diverges_spoils_neither_the_others_nor_its_own_store(
     for client_id in chunk[1:]:
         assert _same(found[client_id].delta, expected[client_id].delta, 1e-6)
         assert found[client_id].loss == pytest.approx(expected[client_id].loss)
-        mine, theirs = _private(assembly, client_id), _private(clean, client_id)
-        assert mine is not None
-        assert theirs is not None
-        assert _same(mine, theirs, 1e-6)
+        assert _same(_private(assembly, client_id), _private(clean, client_id), 1e-6)
     assert math.isnan(found[chunk[0]].loss)
     assert assembly.store.versions(chunk[0]) == (1,)
     assert f"client {chunk[0]}: private step was not finite" in caplog.text
@@ -375,18 +365,35 @@ def test_personalise_without_steps_or_windows_keeps_what_there_is(
 
 
 def test_personalise_keeps_the_whole_old_adapter_of_a_client_whose_fit_diverges(
-    tiny_assembly: TinyAssembly,
+    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One factor that is not a number must not be mixed with fitted ones."""
-    assembly = tiny_assembly(federation__local__private_lr=0.05, **PLAIN)
+    assembly = tiny_assembly(federation__local__personalise_steps=1)
+    step = StackedOptimizer.step
+
+    def diverging(*args: Any) -> dict[str, torch.Tensor]:
+        new = {name: value.detach() for name, value in step(*args).items()}
+        if new:
+            new["private.head.B"][0] = torch.nan
+        return new
+
+    monkeypatch.setattr(StackedOptimizer, "step", diverging)
     chunk = assembly.histories.trainable[:2]
-    initial = assembly.adapter.initial_private(assembly.config.seed, chunk[0], 8)
-    state = {n: v * torch.nan if n == "private.head.B" else v for n, v in initial.items()}
-    assembly.store.save(PrivateState(chunk[0], 1, state))
     private = assembly.trainer.personalise(chunk, assembly.initial_shared, 1)
-    for name, value in state.items():
-        torch.testing.assert_close(private[name][0], value, equal_nan=True, rtol=0, atol=0)
-    assert private["private.head.B"][1].any()
+    initial = assembly.adapter.initial_private(assembly.config.seed, chunk[0], 8)
+    assert _same({name: value[0] for name, value in private.items()}, initial, 0.0)
+    assert all(value[1].any() for value in private.values())
+
+
+def test_every_client_and_step_draws_dropout_of_its_own(
+    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 clients, a private and a shared step."""
+    drawn: list[torch.Generator] = []
+    monkeypatch.setattr(client_module, "Dropout", lambda *a: drawn.extend(a[-1]) or Dropout(*a))
+    assembly = tiny_assembly(**DROPOUT)
+    _train(assembly, [assembly.histories.trainable[:3]])
+    assert len({generator.initial_seed() for generator in drawn}) == 6
 
 
 def test_a_shared_basis_travels_and_a_private_factor_does_not(tiny_assembly: TinyAssembly) -> None:
@@ -396,9 +403,7 @@ def test_a_shared_basis_travels_and_a_private_factor_does_not(tiny_assembly: Tin
     bases = [delta for name, delta in update.delta.items() if name.startswith("basis.")]
     assert bases
     assert all(delta.any() for delta in bases)  # B was fitted before
-    state = _private(assembly, client_id)
-    assert state is not None
-    assert all(name.endswith(".B") for name in state)
+    assert all(name.endswith(".B") for name in _private(assembly, client_id))
 
 
 def test_same_seed_same_bits_and_another_seed_other_bits(tiny_assembly: TinyAssembly) -> None:

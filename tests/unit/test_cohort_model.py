@@ -21,6 +21,7 @@ from tests.tiny_models import (
 )
 
 TOLERANCE = 1e-5
+EVERYTHING = Parts()
 PLAIN = HeadConfig(dim=8, item_bias=False, item_ids=ItemIds.NONE)
 FULL = HeadConfig(dim=8, id_dim=4, item_ids=ItemIds.BOTH)
 
@@ -35,7 +36,7 @@ def _stacked_losses(
     cohort: TinyCohort,
     stacked: Tensors,
     chosen: tuple[int, ...] = (0, 1, 2),
-    parts: Parts = Parts(),
+    parts: Parts = EVERYTHING,
 ) -> list[torch.Tensor]:
     windows = [CLIENT_WINDOWS[client] for client in chosen]
     states = [[cohort.trunk_states(window) for window in own] for own in windows]
@@ -108,7 +109,7 @@ def test_a_shared_basis_learns_only_through_private_parts_that_are_not_zero(zero
     assert all(bool(g.any()) for g in private)
 
 
-def _scores(cohort: TinyCohort, tensors: Tensors, parts: Parts = Parts()) -> torch.Tensor:
+def _scores(cohort: TinyCohort, tensors: Tensors, parts: Parts = EVERYTHING) -> torch.Tensor:
     windows = CLIENT_WINDOWS[1]
     batch = collate([windows], [[cohort.trunk_states(w) for w in windows]], last_only=True)
     return cohort.model.scores(batch, stack([tensors]), parts)

@@ -1,5 +1,6 @@
 """Histories as windows: every transition once, exact item ends, and the edges."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,9 @@ class Characters:
         assert not add_special_tokens
         return {"input_ids": [[ord(character) for character in text] for text in texts]}
 
+    def get_vocab(self) -> dict[str, int]:
+        return {"a character": 0}
+
 
 def _encoder(prompt: Prompt = PROMPT, max_tokens: int = 1000, **settings: Any) -> HistoryEncoder:
     config = WindowConfig(**{"items": 3, "max_item_tokens": 8, **settings})
@@ -42,7 +46,7 @@ def _history(*items: int) -> np.ndarray:
 
 
 def test_a_window_is_the_header_and_its_items_and_knows_where_each_ends() -> None:
-    """Header "H:\\n" is tokens 0-2; "a\\n" ends at 4, "ccc\\n" at 8."""
+    r"""Header "H:\n" is tokens 0-2; "a\n" ends at 4, "ccc\n" at 8."""
     window = _encoder().window(_history(0, 2))
     assert _text(window) == "H:\na\nccc\n"
     assert window.item_ends.tolist() == [4, 8]
@@ -67,6 +71,8 @@ def test_ratings_are_read_where_the_prompt_shows_them() -> None:
     ratings = np.array([5.0, 3.5], dtype=np.float32)
     assert _text(encoder.window(_history(0, 1), ratings)) == "H:\na=5\nbb=3.5\n"
     assert _text(encoder.window(_history(0, 1))) == "H:\na\nbb\n"
+    known = HistoryEncoder(RATED, CATALOGUE, Characters(), encoder.config, 1000, (5.0, 3.5))
+    assert _text(known.window(_history(0, 1), ratings)) == "H:\na=5\nbb=3.5\n"
     windows = encoder.training_windows(_history(0, 1, 2, 4), np.array([1, 2, 3, 4.0]))
     assert [_text(window) for window in windows] == ["H:\na=1\n", "H:\nbb=2\nccc=3\né=4\n"]
     query = encoder.query_window(_history(0, 1, 2, 4), np.array([1, 2, 3, 4.0]))
@@ -87,7 +93,7 @@ def test_every_transition_is_a_target_exactly_once(items: list[int], size: int) 
         for item, target in zip(window.items.tolist(), window.targets.tolist(), strict=True)
     ]
     found = [pair for pair in pairs if pair[1] != NO_TARGET]
-    assert found == list(zip(items[:-1], items[1:], strict=True))
+    assert found == list(itertools.pairwise(items))
     assert all(1 <= len(window) <= size for window in windows)
     assert all(len(window) == size for window in windows[1:])
     assert all(window.num_targets for window in windows)
@@ -139,6 +145,9 @@ def test_an_item_without_tokens_is_refused() -> None:
     class Nothing:
         def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, Any]:
             return {"input_ids": [[] for _ in texts]}
+
+        def get_vocab(self) -> dict[str, int]:
+            return {}
 
     prompt = Prompt("p", 1, "", "{title}", "{title}", ("title",))
     with pytest.raises(DataError, match="item 0 renders to no token"):

@@ -49,31 +49,35 @@ def _measure(assembly: Assembly, task: EvaluationTask, tokens_per_chunk: int = 3
     return evaluation.combine([assembly.evaluator.rank_chunk(chunk, task) for chunk in chunks])
 
 
-def _scores_alone(assembly: Assembly, task: EvaluationTask, mode: Mode, query: int) -> np.ndarray:
-    """Scores of one query, in a pass of its own."""
+def _scores_alone(assembly: Assembly, task: EvaluationTask, query: int) -> dict[Mode, np.ndarray]:
+    """Scores of one query in every mode, in passes of its own."""
     user = int(task.held_out.users[query])
     client_id = assembly.histories.client_of(user)
     window = assembly.encoder.query_window(task.held_out.histories[query])
     batch = collate([[window]], [assembly.cache.states([window], client_id)], last_only=True)
-    parts = task.parts[mode]
-    if parts is None:
-        return assembly.model.zero_shot_scores(batch)[0].numpy()
     private = assembly.trainer.personalise([client_id], task.shared, task.round_number)
     stacked = assembly.trainer.stack(task.shared, private, 1)
-    return assembly.model.scores(batch, stacked, parts)[0].numpy()
+    return {
+        mode: (
+            assembly.model.zero_shot_scores(batch)
+            if parts is None
+            else assembly.model.scores(batch, stacked, parts)
+        )[0].numpy()
+        for mode, parts in task.parts.items()
+    }
 
 
 @pytest.mark.parametrize("split", ["last_fraction", "leave_last_out"])
 def test_ranks_equal_brute_force(split: str, tiny_assembly: TinyAssembly) -> None:
     """One query at a time; rank = 1 + unseen others that score at least as high."""
     assembly = tiny_assembly(data__split=split, data__held_out=0.4, **SETTINGS)
-    task = _task(assembly)
+    held_out = evaluation.sample_users(assembly.corpus.split.test, 10, seed=0)
+    task = _task(assembly, held_out=held_out)
     measured = _measure(assembly, task)
     row = 0
     for query, targets in enumerate(task.held_out.targets):
         seen = set(task.held_out.histories[query].tolist())
-        for mode in OUR_MODES:
-            scores = _scores_alone(assembly, task, mode, query)
+        for mode, scores in _scores_alone(assembly, task, query).items():
             for offset, target in enumerate(targets.tolist()):
                 others = [i for i in range(30) if i != target and i not in seen]
                 negatives = [i for i in task.negatives[row + offset].tolist() if i >= 0]
@@ -145,9 +149,10 @@ def test_personalised_adapters_are_kept_for_serving_when_asked(
     keep: bool, tiny_assembly: TinyAssembly
 ) -> None:
     assembly = tiny_assembly(**SETTINGS)
-    task = _task(assembly, keep=keep)
+    held_out = evaluation.sample_users(assembly.corpus.split.test, 6, seed=0)
+    task = _task(assembly, held_out=held_out, keep=keep)
     _measure(assembly, task, 10**6)
-    for client_id in assembly.histories.clients:
+    for client_id in (assembly.histories.client_of(int(user)) for user in held_out.users):
         state = assembly.store.load_personalised(client_id)
         assert (state is not None) is keep
         if state is not None:

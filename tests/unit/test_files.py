@@ -180,7 +180,7 @@ def test_storage_errors_lets_other_exceptions_through(tmp_path: Path) -> None:
 
 
 def test_equal_tensors_and_metadata_give_equal_bytes(tmp_path: Path) -> None:
-    """safetensors alone writes several metadata keys in random order."""
+    """Alone, safetensors writes several metadata keys in random order."""
     metadata = {f"key {i}": f"value {i}" for i in range(6)}
     tensors = {"a": torch.arange(3.0)}
     digests = {files.write_tensors(tmp_path / f"{i}", tensors, metadata) for i in range(8)}

@@ -17,7 +17,7 @@ LAYERS = [line.split() for line in """
     assets
     data participation private_store contract metrics metrics_log plots progress model_card
     prompts scoring aggregation run_report personality
-    baselines readme
+    baselines readme token_table
     backbone encoding
     trunk_cache
     head

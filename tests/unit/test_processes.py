@@ -51,6 +51,11 @@ def test_one_process_where_several_were_asked_for_is_refused() -> None:
         check_launch({"MASTER_ADDR": "127.0.0.1"})
 
 
+def test_a_process_that_cannot_meet_the_others_is_refused() -> None:
+    with pytest.raises(LaunchError, match=r"WORLD_SIZE is 2 but MASTER_ADDR is not .*unset"):
+        check_launch({"WORLD_SIZE": "2"})
+
+
 @pytest.mark.parametrize(
     "environment", [{}, {"MASTER_ADDR": "x", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "1"}]
 )
@@ -64,9 +69,9 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     """WORLD_SIZE says two, accelerate runs one: each would train everybody."""
     monkeypatch.setattr(processes_module, "Accelerator", lambda **_: FakeAccelerator())
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(LaunchError, match=r"WORLD_SIZE is 2 but accelerate runs 1 .*torchrun"):
         start_processes(threads=1)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(LaunchError, match="MASTER_ADDR"):
         start_processes(threads=1)

@@ -230,10 +230,18 @@ def test_a_full_disk_costs_time_and_not_the_run(
     assert cache.misses == 2  # it does not try again
 
 
-def test_the_number_of_windows_in_a_batch_is_bounded(tmp_path: Path) -> None:
-    """One token per batch: each window by itself, and the states in the windows' order."""
+@pytest.mark.parametrize(("batch_tokens", "sizes"), [(1, [14, 6, 4]), (30, [28, 4]), (99, [42])])
+def test_the_tokens_of_a_batch_are_bounded(
+    batch_tokens: int, sizes: list[int], tmp_path: Path
+) -> None:
+    """Windows of 6, 14 and 4 tokens, padded to the longest of their batch, longest first."""
     trunk, _ = make_backbone().split(NUM_TOP)
-    one_by_one = TrunkCache(trunk, tmp_path, "x", 0, batch_tokens=1)
+    seen: list[int] = []
+    trunk.register_forward_pre_hook(
+        lambda _module, _args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    states = TrunkCache(trunk, tmp_path, "x", 0, batch_tokens).states(WINDOWS, "u")
+    assert seen == sizes
     together = _cache(tmp_path, max_bytes=0).states(WINDOWS, "u")
-    for alone, states in zip(one_by_one.states(WINDOWS, "u"), together, strict=True):
-        torch.testing.assert_close(alone, states, atol=1e-5, rtol=1e-5)
+    for own, expected in zip(states, together, strict=True):
+        torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,285 @@
+"""No held-out item is visible to training: not in a window, a token, a cache or a statistic.
+
+The strongest form comes first: change every held-out item, and training gives the same bits.
+Training takes its cross-entropy over the whole catalogue, so there are no training negatives
+that could give a held-out item away by never being drawn; the last test holds that.
+"""
+
+import ast
+import gc
+import random
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pfm_llm import experiment
+from pfm_llm.assembly import Assembly, Corpus, RunFolders, assemble, load_corpus
+from pfm_llm.client import ClientHistories, LocalTrainer
+from pfm_llm.config import ExperimentConfig, SplitKind
+from pfm_llm.data.splits import HeldOut, Split, TrainData
+from pfm_llm.encoding import NO_TARGET
+from pfm_llm.experiment import make_federation
+from pfm_llm.rounds import run_rounds
+from tests.integration.leaks import files_below
+from tests.integration.tiny import TITLES, Tiny, alone, write_interactions, write_items
+
+NUM_ITEMS, NUM_USERS = 50, 12
+CANARIES = range(30, NUM_ITEMS)
+PACKAGE = Path(__file__).parents[2] / "pfm_llm"
+
+
+def config_of(
+    tiny: Tiny, folder: Path, histories: dict[str, list[int]], **settings: Any
+) -> ExperimentConfig:
+    folder.mkdir(parents=True, exist_ok=True)
+    titles = [*TITLES, *(f"zebra {number}" for number in CANARIES)]
+    return tiny.config(
+        folder,
+        data__source=str(write_interactions(folder / "interactions.csv", histories)),
+        data__items=str(write_items(folder / "items.csv", titles)),
+        federation__num_rounds=3,
+        federation__local__private_local_steps=2,
+        **settings,
+    )
+
+
+def wired(config: ExperimentConfig) -> Assembly:
+    folders = RunFolders.of(Path(config.output.dir) / config.name)
+    return assemble(config, load_corpus(config), folders, alone())
+
+
+def trained(config: ExperimentConfig) -> tuple[Assembly, dict[str, torch.Tensor], dict[str, bytes]]:
+    """After the rounds and nothing else: the server's tensors and the clients' files."""
+    assembly = wired(config)
+    folders = RunFolders.of(Path(config.output.dir) / config.name)
+    federation = make_federation(assembly, folders, alone())
+    run_rounds(federation, 1, lambda _: {})
+    private = files_below(folders.private)
+    return assembly, federation.server.state_tensors(), private
+
+
+def distinct_histories(seed: int = 0) -> dict[str, list[int]]:
+    draw = random.Random(seed)
+    return {
+        f"u{u:02d}": draw.sample(range(NUM_ITEMS), draw.randint(8, 14)) for u in range(NUM_USERS)
+    }
+
+
+def with_other_held_out_items(
+    histories: dict[str, list[int]], split: Split
+) -> dict[str, list[int]]:
+    """The same train events, and in place of every held-out item one that the user never met."""
+    offsets = split.train.interactions.offsets
+    swapped = {}
+    for user, (user_id, items) in enumerate(histories.items()):
+        kept = int(offsets[user + 1] - offsets[user])
+        fresh = [item for item in range(NUM_ITEMS) if item not in items]
+        swapped[user_id] = items[:kept] + fresh[: len(items) - kept]
+    return swapped
+
+
+@pytest.mark.parametrize("kind", list(SplitKind))
+def test_training_gives_the_same_bits_whatever_is_held_out(
+    kind: SplitKind, tiny: Tiny, tmp_path: Path
+) -> None:
+    histories = distinct_histories()
+    settings = {"data__split": kind.value, "data__held_out": 0.3}
+    config = config_of(tiny, tmp_path / "a", histories, **settings)
+    split = load_corpus(config).split
+    swapped = with_other_held_out_items(histories, split)
+    other_config = config_of(tiny, tmp_path / "b", swapped, **settings)
+    other_split = load_corpus(other_config).split
+    for name in ("validation", "test"):
+        ours, theirs = getattr(split, name), getattr(other_split, name)
+        pairs = zip(ours.targets, theirs.targets, strict=True)
+        assert all(not np.isin(a, b).any() for a, b in pairs)
+
+    assembly, server, private = trained(config)
+    other, other_server, other_private = trained(other_config)
+    assert server.keys() == other_server.keys()
+    assert all(torch.equal(server[name], other_server[name]) for name in server)
+    assert any(name.endswith(".safetensors") and "private.r" in name for name in private)
+    assert any("trunk" in name for name in private)  # cache entries are named by their content
+    assert private == other_private
+    assert assembly.histories.trainable == other.histories.trainable
+
+
+def test_another_train_item_does_change_the_bits(tiny: Tiny, tmp_path: Path) -> None:
+    histories = distinct_histories()
+    changed = {**histories}
+    for user_id, items in histories.items():
+        fresh = next(item for item in range(NUM_ITEMS) if item not in items)
+        changed[user_id] = [fresh, *items[1:]]
+    _, server, _ = trained(config_of(tiny, tmp_path / "a", histories))
+    _, other, _ = trained(config_of(tiny, tmp_path / "b", changed))
+    assert not all(torch.equal(server[name], other[name]) for name in server)
+
+
+# --- canaries: items that nobody has but as a held-out one -----------------------------------
+
+
+@pytest.fixture(scope="module")
+def canaries(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
+    """Each user's last two items are canaries, so no training may hold any of them."""
+    draw = random.Random(1)
+    histories = {
+        f"u{u:02d}": draw.sample(range(30), draw.randint(5, 11)) + draw.sample(CANARIES, 2)
+        for u in range(NUM_USERS)
+    }
+    return wired(config_of(tiny, tmp_path_factory.mktemp("canaries"), histories))
+
+
+def test_training_windows_hold_the_train_history_and_nothing_else(canaries: Assembly) -> None:
+    corpus, histories = canaries.corpus, canaries.histories
+    for user in range(NUM_USERS):
+        history = corpus.interactions.history(user)
+        windows = histories.windows(histories.client_of(user))
+        read = np.concatenate([window.items for window in windows])
+        targets = np.concatenate([window.targets for window in windows])
+        assert read.tolist() == history[:-2].tolist()
+        assert targets[targets != NO_TARGET].tolist() == history[1:-2].tolist()
+        assert not np.isin([*read, *targets], CANARIES).any()
+        for window in windows:
+            text = canaries.backbone.tokenizer.decode(window.tokens.tolist())
+            assert "zebra" not in text
+            assert len(window.items) == text.count("\n") - 1  # less the header's line
+
+
+def test_validation_reads_train_and_test_reads_validation_too(canaries: Assembly) -> None:
+    corpus = canaries.corpus
+    for user in range(NUM_USERS):
+        history = corpus.interactions.history(user).tolist()
+        validation, test = corpus.split.validation, corpus.split.test
+        assert validation.histories[user].tolist() == history[:-2]
+        assert validation.targets[user].tolist() == history[-2:-1]
+        assert test.histories[user].tolist() == history[:-1]
+        assert test.targets[user].tolist() == history[-1:]
+
+
+def reachable_from(*roots: Any) -> Iterator[Any]:
+    """Every object that some objects lead to, by attributes, items, closures and bases."""
+    seen: set[int] = set()
+    to_do = list(roots)
+    while to_do:
+        item = to_do.pop()
+        if id(item) in seen or isinstance(item, type | types.ModuleType | str | bytes):
+            continue
+        seen.add(id(item))
+        yield item
+        if isinstance(item, types.FunctionType):
+            # Not its globals, from which every module is reached.
+            to_do += [cell.cell_contents for cell in item.__closure__ or ()]
+            to_do += item.__defaults__ or ()
+        elif isinstance(item, np.ndarray):
+            to_do.append(item.base)
+        else:
+            to_do += gc.get_referents(item)
+
+
+def held_out_things(corpus: Corpus, *roots: Any) -> list[Any]:
+    """What is reachable and is, or shares memory with, held-out data."""
+    arrays = [corpus.interactions.items, corpus.interactions.offsets]
+    for held_out in (corpus.split.validation, corpus.split.test):
+        arrays += [held_out.users, *held_out.histories, *held_out.targets]
+    found = []
+    for item in reachable_from(*roots):
+        if isinstance(item, HeldOut | Split) or item is corpus.interactions:
+            found.append(item)
+        elif isinstance(item, np.ndarray):
+            found += [item for array in arrays if np.shares_memory(item, array)]
+    return found
+
+
+def test_no_held_out_data_can_be_reached_from_training(canaries: Assembly) -> None:
+    corpus = canaries.corpus
+    for client_id in canaries.histories.clients:
+        canaries.histories.windows(client_id)
+    roots = (canaries.trainer, canaries.histories, corpus.split.train)
+    walked = list(reachable_from(*roots))
+    assert any(isinstance(item, TrainData) for item in walked)
+    assert any(item is canaries.model for item in walked)
+    assert held_out_things(corpus, *roots) == []
+
+
+def test_a_trainer_that_sees_everything_is_caught(canaries: Assembly) -> None:
+    corpus = canaries.corpus
+    histories = ClientHistories(
+        list(canaries.histories.clients.values()),
+        TrainData(corpus.interactions),
+        canaries.encoder,
+        canaries.cache,
+    )
+    trainer = LocalTrainer(
+        canaries.config,
+        canaries.model,
+        histories,
+        canaries.store,
+        canaries.contract,
+        lambda _: {},
+    )
+    assert held_out_things(corpus, trainer)
+    view = corpus.interactions.items[:5]  # an innocent look, and all the rest behind it
+    assert held_out_things(corpus, [view])
+    assert held_out_things(corpus, lambda: corpus)
+
+
+def test_baselines_know_nothing_of_held_out_items(canaries: Assembly) -> None:
+    fitted = experiment._fit_baselines(canaries)
+    assert [baseline.name for baseline in fitted] == ["popularity", "ease", "markov_recency"]
+    train = canaries.corpus.split.train.interactions
+    histories = [train.history(user) for user in range(NUM_USERS)]
+    for baseline in fitted:
+        scores = np.asarray(baseline.score(histories))
+        canary_scores = scores[:, CANARIES.start :]
+        # Nobody met them in training, so all canaries score alike, for every user.
+        assert np.ptp(canary_scores) == 0, baseline.name
+    popularity = np.asarray(fitted[0].score(histories))
+    assert (popularity[:, CANARIES.start :] <= popularity.min(axis=1, keepdims=True)).all()
+
+
+def test_choices_of_baselines_do_not_depend_on_test_items(tiny: Tiny, tmp_path: Path) -> None:
+    histories = distinct_histories()
+    other = {
+        user: [*items[:-1], next(i for i in range(NUM_ITEMS) if i not in items)]
+        for user, items in histories.items()
+    }
+    chosen = [
+        [
+            (baseline.name, dict(baseline.hyperparameters), baseline.validation_ndcg)
+            for baseline in experiment._fit_baselines(wired(config_of(tiny, tmp_path / name, h)))
+        ]
+        for name, h in (("a", histories), ("b", other))
+    ]
+    assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize("module", ["client", "cohort_model", "local_steps", "rounds", "server"])
+def test_training_draws_no_candidates(module: str) -> None:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    imported = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert not [name for name in imported if "candidates" in name or "evaluation" in name]
+
+
+def test_an_update_pushes_all_unseen_items_alike(canaries: Assembly) -> None:
+    # With one gradient step the bias moves by one-hot minus softmax: up for the client's own
+    # training targets, down for all others. A held-out item is among the others.
+    client_id = canaries.histories.client_of(0)
+    update = canaries.trainer.train_chunk((client_id,), canaries.initial_shared, 1)[0]
+    bias = update.delta["head.item_bias"].numpy()
+    history = canaries.corpus.interactions.history(0)
+    targets = set(history[1:-2].tolist())
+    assert all((bias[item] > 0) == (item in targets) for item in range(NUM_ITEMS))
+    held_out = bias[history[-2:]]
+    others = bias[[item for item in CANARIES if item not in history]]
+    assert others.min() < held_out.max()
+    assert held_out.min() < others.max()

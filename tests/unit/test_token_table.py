@@ -1,0 +1,66 @@
+"""Tokenised texts: equal to the tokenizer's own, kept as Arrow, rebuilt when damaged."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pfm_llm.token_table import tokenise
+
+
+class Lengths:
+    """Counts its calls; a text becomes its characters' code points."""
+
+    def __init__(self, offset: int = 0) -> None:
+        self.calls = 0
+        self.offset = offset
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, Any]:
+        assert not add_special_tokens
+        self.calls += 1
+        return {"input_ids": [[ord(c) + self.offset for c in text] for text in texts]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"offset": self.offset}
+
+
+def test_rows_are_the_tokens_of_each_text(tmp_path: Path) -> None:
+    table = tokenise(["ab", "", "c"], Lengths(), tmp_path)
+    assert len(table) == 3
+    assert [table[i].tolist() for i in range(3)] == [[97, 98], [], [99]]
+    assert table[0].dtype == np.int32
+
+
+def test_a_second_time_nothing_is_tokenised(tmp_path: Path) -> None:
+    tokenise(["ab", "c"], Lengths(), tmp_path)
+    again = Lengths()
+    assert tokenise(["ab", "c"], again, tmp_path)[0].tolist() == [97, 98]
+    assert again.calls == 0
+
+
+def test_other_texts_or_another_tokenizer_are_other_tables(tmp_path: Path) -> None:
+    tokenise(["ab", "c"], Lengths(), tmp_path)
+    assert tokenise(["ab", "d"], Lengths(), tmp_path)[1].tolist() == [100]
+    assert tokenise(["ab", "c"], Lengths(offset=1), tmp_path)[1].tolist() == [100]
+    assert len(list(tmp_path.glob("*.arrow"))) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"not arrow at all"])
+def test_a_damaged_table_is_made_again(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenise(["ab", "c"], Lengths(), tmp_path)
+    (path,) = tmp_path.glob("*.arrow")
+    path.write_bytes(content)
+    assert tokenise(["ab", "c"], Lengths(), tmp_path)[1].tolist() == [99]
+    assert "damaged" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert tokenise(["ab"], Lengths(), blocked / "tokens")[0].tolist() == [97, 98]
+    assert "not kept" in caplog.text
