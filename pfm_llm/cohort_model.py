@@ -23,6 +23,7 @@ from torch import nn
 from pfm_llm import head as recommender_head
 from pfm_llm.encoding import NO_TARGET, Window
 from pfm_llm.head import Normaliser
+from pfm_llm.readout import Readout, read_last_mlp_only
 from pfm_llm.types import Tensors
 
 SHARED_LORA = "lora."
@@ -235,6 +236,7 @@ class CohortModel:
             linear = CohortLinear(top.get_submodule(path))
             top.set_submodule(path, linear)
             self._linears[name] = linear
+        self._last_mlp = read_last_mlp_only(top)
         device = next(top.parameters()).device
         self._normaliser = normaliser.to(device)
         self.item_texts = item_texts.to(device)
@@ -305,7 +307,7 @@ class CohortModel:
         heads = [{n: v[c] for n, v in slices.items()} for c in range(batch.num_clients)]
         private_heads = _private_heads(stacked, batch.num_clients, parts.private_weight)
         self._set_factors(batch, stacked, parts, dropout)
-        states = self._output_states(self._with_item_inputs(batch, heads), batch)
+        states = self._output_states(self._with_item_inputs(batch, heads), batch, dropout)
         vectors = [
             recommender_head.user_vectors(head, states[span], private_head)
             for head, private_head, span in zip(
@@ -325,10 +327,16 @@ class CohortModel:
         inputs = torch.cat(values).to(batch.trunk.dtype)
         return batch.trunk.index_put((batch.rows, batch.ends), inputs, accumulate=True)
 
-    def _output_states(self, hidden: torch.Tensor, batch: ChunkBatch) -> torch.Tensor:
+    def _output_states(
+        self, hidden: torch.Tensor, batch: ChunkBatch, dropout: Dropout | None = None
+    ) -> torch.Tensor:
+        rows, ends = batch.rows[batch.outputs], batch.ends[batch.outputs]
+        if self._last_mlp is not None:
+            # Dropout on LoRA inputs is drawn for whole rows.
+            whole = dropout is not None and bool(dropout.shared or dropout.private)
+            self._last_mlp.readout = None if whole else Readout.of(rows, ends, len(hidden))
         output = self._top(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        picked = output[batch.rows[batch.outputs], batch.ends[batch.outputs]]
-        return self._normaliser(picked)
+        return self._normaliser(output[rows, ends])
 
     def _set_factors(
         self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None

@@ -4,7 +4,6 @@ Usage: ranks_driver.py CONFIG OUT, where OUT is a folder for what each process f
 """
 
 import errno
-import json
 import os
 import sys
 from pathlib import Path
@@ -70,4 +69,3 @@ def failure_of(federation: Federation, where: int) -> str:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
-    print(json.dumps("done"))

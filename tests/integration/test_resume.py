@@ -211,6 +211,6 @@ def test_what_training_does_not_depend_on_may_change(tiny: Tiny, committed_run: 
 
 
 def test_nothing_to_resume_says_so(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run at .*tiny to resume; start it without --resume"):
+    with pytest.raises(ConfigError, match=r"no run at .*tiny to resume; start it without --resume"):
         run_experiment(tiny.config(tmp_path), resume=True)
     assert list(tmp_path.iterdir()) == []

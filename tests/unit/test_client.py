@@ -123,8 +123,9 @@ def test_a_clients_update_and_private_state_do_not_depend_on_the_company(
 ) -> None:
     first, second = tiny_assembly(**PLAIN), tiny_assembly(**PLAIN)
     one, *others = first.histories.trainable
-    _train(first, [(one, *others[:3])])
-    _train(second, [(one, *others[5:7])])
+    mine = _train(first, [(one, *others[:3])])[one]
+    theirs = _train(second, [(one, *others[5:7])])[one]
+    assert _same(mine.delta, theirs.delta, 1e-5)
     assert _same(_private(first, one), _private(second, one), 1e-5)
 
 
@@ -181,7 +182,6 @@ def test_private_after_and_a_disabled_adapter_leave_the_store_empty(
         assembly = tiny_assembly(**settings)
         updates = _train(assembly)
         assert len(updates) == 24
-        assert assembly.store.client_ids() == tuple(sorted(updates))  # their trunk caches
         assert not any(assembly.store.versions(client_id) for client_id in updates)
 
 
@@ -280,14 +280,6 @@ def test_clients_without_a_transition_are_not_trainable(tiny_assembly: TinyAssem
         assert bool(assembly.histories.windows(client_id)) is trainable
 
 
-def test_windows_of_one_item_still_train_when_only_the_newest_counts(
-    tiny_assembly: TinyAssembly,
-) -> None:
-    assembly = tiny_assembly(window__items=1, window__max_windows=1)
-    updates = _train(assembly)
-    assert {update.num_examples for update in updates.values()} == {1}
-
-
 def test_a_silo_holds_the_windows_of_all_its_users(tiny_assembly: TinyAssembly) -> None:
     assembly = tiny_assembly(data__users_per_client=5)
     assert len(assembly.histories.clients) == 5  # 24 users: four of 5 and one of 4
@@ -342,15 +334,13 @@ def test_personalise_fits_a_copy_and_leaves_store_and_shared_state(
     before = {n: v.clone() for n, v in assembly.initial_shared.tensors.items()}
     private = assembly.trainer.personalise(chunk, assembly.initial_shared, 4)
     assert assembly.trainer.personalise_steps(chunk) == 9
-    assert all(assembly.store.load(c) is None for c in chunk)
-    assert all(assembly.store.load_personalised(c) is None for c in chunk)
+    assert not any(assembly.store.load(c) or assembly.store.load_personalised(c) for c in chunk)
     assert _same(assembly.initial_shared.tensors, before, 0.0)
     assert all(name.startswith("private.") for name in private)
     for client in range(3):
         fitted = [v[client] for n, v in private.items() if n.endswith(".B")]
         assert all(value.any() for value in fitted)
-    names = [n for n in private if n.endswith("head.B")]
-    assert not torch.equal(private[names[0]][0], private[names[0]][1])
+    assert not torch.equal(*private["private.head.B"][:2])
 
 
 def test_personalise_without_steps_or_windows_keeps_what_there_is(

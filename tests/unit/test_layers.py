@@ -21,7 +21,7 @@ LAYERS = [line.split() for line in """
     backbone encoding
     trunk_cache
     head
-    dual_adapter local_steps
+    dual_adapter local_steps readout
     cohort_model
     client server checkpoint
     evaluation

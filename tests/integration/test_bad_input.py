@@ -1,0 +1,578 @@
+"""Bad input: a typed error that names the thing and the remedy, and nothing half-written."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pfm_llm.checkpoint import CheckpointStore
+from pfm_llm.client import LocalTrainer
+from pfm_llm.errors import (
+    BackboneError,
+    CheckpointError,
+    ConfigError,
+    CorruptFileError,
+    DataError,
+    DiskSpaceError,
+    PfmError,
+    StorageError,
+    TrainingError,
+)
+from pfm_llm.experiment import evaluate_run, run_experiment
+from pfm_llm.serving import RunRecommender
+from pfm_llm.types import ClientUpdate
+from tests.integration.scripts import run_script
+from tests.integration.tiny import (
+    TITLES,
+    Tiny,
+    leftovers,
+    metrics_of,
+    random_histories,
+    results_of,
+    tensor_files,
+    write_interactions,
+    write_items,
+)
+
+COLUMNS = "data__columns"
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "names"),
+    [
+        pytest.param(
+            {COLUMNS: {"user": "uid"}}, DataError, ["'uid'", "data.columns.user"], id="column"
+        ),
+        pytest.param({"data__source": "/none/x.csv"}, DataError, ["/none/x.csv"], id="no file"),
+        pytest.param(
+            {"data__source": "nobody/nothing", "data__items": None},
+            DataError,
+            ["'nobody/nothing'", "no network", "save_to_disk"],
+            id="data set without network",
+        ),
+        pytest.param(
+            {"data__min_interactions": 100}, DataError, ["data.min_interactions"], id="all dropped"
+        ),
+        pytest.param(
+            {"window__items": 64}, DataError, ["2056", "512", "window.items"], id="context"
+        ),
+        pytest.param(
+            {"data__split": "global_temporal", COLUMNS: {"timestamp": None}},
+            DataError,
+            ["global_temporal needs timestamps", "data.columns.timestamp"],
+            id="split by time without times",
+        ),
+        pytest.param(
+            {"prompt": "next_item_ratings.v1"},
+            DataError,
+            ["next_item_ratings.v1", "data.columns.rating"],
+            id="prompt with ratings",
+        ),
+        pytest.param(
+            {"prompt": "next_item_genres.v1"},
+            DataError,
+            ["next_item_genres.v1", "'year'", "choose another prompt"],
+            id="prompt with genres",
+        ),
+        pytest.param({"prompt": "next_itm.v1"}, ConfigError, ["'next_itm.v1'"], id="no prompt"),
+        pytest.param(
+            {"backbone__name": "nobody/nothing"},
+            BackboneError,
+            ["'nobody/nothing'", "local folder"],
+            id="backbone without network",
+        ),
+        pytest.param(
+            {"adapters__targets": ["q_proj", "nonsense"], "adapters__num_layers": 1},
+            BackboneError,
+            ["nonsense", "q_proj", "adapters.targets"],
+            id="one module of two missing",
+        ),
+        pytest.param(
+            {"adapters__targets": "nonsense"},
+            BackboneError,
+            ["nonsense", "q_proj", "adapters.targets"],
+            id="modules missing",
+        ),
+        pytest.param(
+            {"adapters__targets": ["input_layernorm"]},
+            BackboneError,
+            ["input_layernorm", "adapters.targets"],
+            id="modules that are not linear",
+        ),
+        pytest.param(
+            {"adapters__num_layers": 4},
+            BackboneError,
+            ["3 layers", "adapters.num_layers"],
+            id="layers",
+        ),
+        pytest.param({"head__dim": 33}, ConfigError, ["head.dim", "32"], id="head"),
+        pytest.param(
+            {"federation__cohort_size": 25},
+            ConfigError,
+            ["federation.cohort_size", "between 1 and 24"],
+            id="cohort",
+        ),
+        pytest.param(
+            {"evaluation__baselines": ["poplarity"]},
+            ConfigError,
+            ["'poplarity'", "did you mean popularity?"],
+            id="baseline",
+        ),
+        pytest.param(
+            {"runtime__trackers": ["carrier_pigeon"]},
+            ConfigError,
+            ["runtime.trackers", "'carrier_pigeon'", "tensorboard"],
+            id="tracker",
+        ),
+    ],
+)
+def test_bad_setting_is_named_before_anything_is_written(
+    settings: dict[str, Any],
+    error: type[PfmError],
+    names: list[str],
+    tiny: Tiny,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error) as raised:
+        run_experiment(tiny.config(tmp_path, **settings))
+    assert [name for name in names if name not in str(raised.value)] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        pytest.param("user_id,item_id,timestamp\n", ["no interactions left"], id="header alone"),
+        pytest.param("", ["interactions.csv"], id="empty file"),
+        pytest.param(
+            "user_id,item_id,timestamp\nu1,i1,1\nu1,i2,soon\n",
+            ["interactions.csv line 3", "'soon'", "data.max_bad_rows"],
+            id="bad row",
+        ),
+        pytest.param(
+            "user_id,item_id,timestamp\nu1,i1,1\nu1,i999,2\n",
+            ["interactions.csv line 3", "item without text", "'i999'"],
+            id="unknown item",
+        ),
+    ],
+)
+def test_bad_interactions_are_named_by_file_and_line(
+    content: str, names: list[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    source = tmp_path / "interactions.csv"
+    source.write_text(content)
+    with pytest.raises(DataError) as raised:
+        run_experiment(tiny.config(tmp_path / "runs", data__source=str(source)))
+    assert [name for name in names if name not in str(raised.value)] == []
+    assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []
+
+
+def test_catalogue_of_one_item(tiny: Tiny, tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.csv", TITLES[:1])
+    source = write_interactions(tmp_path / "interactions.csv", {"u0": [0, 0, 0]})
+    config = tiny.config(
+        tmp_path / "runs", data__source=str(source), data__items=str(items), data__repeats="allow"
+    )
+    with pytest.raises(DataError, match="catalogue of 1 item: ranking needs at least 2"):
+        run_experiment(config)
+
+
+def test_prompt_with_ratings_runs_on_data_that_has_them(tiny: Tiny, tmp_path: Path) -> None:
+    source = write_interactions(tmp_path / "rated.csv", random_histories(), ratings=True)
+    config = tiny.config(
+        tmp_path,
+        data__source=str(source),
+        data__columns={"rating": "rating"},
+        prompt="next_item_ratings.v1",
+        federation__num_rounds=1,
+    )
+    assert results_of(run_experiment(config))["rows"]
+
+
+def test_clients_with_one_or_two_interactions(tiny: Tiny, tmp_path: Path) -> None:
+    histories = {**random_histories(), "single": [3], "pair": [4, 9]}
+    source = write_interactions(tmp_path / "interactions.csv", histories)
+    config = tiny.config(
+        tmp_path,
+        data__source=str(source),
+        data__min_interactions=1,
+        # Everybody who can be is trained in each of the rounds.
+        federation__cohort_size=25,
+        federation__num_rounds=2,
+    )
+    run = run_experiment(config)
+    assert {row["num_users"] for row in results_of(run)["rows"]} == {24}
+    assert [record["num_clients"] for record in metrics_of(run)] == [25, 25]
+    clients = run.with_name("tiny.private") / "clients"
+    assert not list(clients.glob("user-single/private.r*"))
+    assert list(clients.glob("user-pair/private.r*"))
+    # Who cannot train can still be served, by the shared adapter.
+    seen = {"i3"}
+    listed = RunRecommender(run).recommend("single", 5)
+    assert len(listed) == 5
+    assert not seen & {item.item_id for item in listed}
+
+
+# --- a loss that is not a number --------------------------------------------------------------
+
+
+def poisoned(
+    patch: pytest.MonkeyPatch, from_round: int, poison: Callable[[int, ClientUpdate], ClientUpdate]
+) -> None:
+    """Change the updates of later rounds; ``poison`` also gets the place in the chunk."""
+    train_chunk = LocalTrainer.train_chunk
+
+    def poisonous(trainer: LocalTrainer, chunk: Any, shared: Any, number: int) -> Any:
+        updates = train_chunk(trainer, chunk, shared, number)
+        if number < from_round:
+            return updates
+        return [poison(place, update) for place, update in enumerate(updates)]
+
+    patch.setattr(LocalTrainer, "train_chunk", poisonous)
+
+
+def test_nan_loss_of_all_stops_with_the_last_commit_intact(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(tmp_path, federation__num_rounds=4)
+    with monkeypatch.context() as patch:
+        poisoned(patch, 3, lambda _, update: replace(update, loss=float("nan")))
+        with pytest.raises(TrainingError, match=r"round 3: none of 4 updates.*lower the learning"):
+            run_experiment(config)
+    run = tmp_path / "tiny"
+    assert CheckpointStore(run / "server").rounds() == (2,)
+    assert [record["round"] for record in metrics_of(run)] == [1, 2]
+    assert leftovers(run, run.with_name("tiny.private")) == []
+    # The remedy that the message gives.
+    run_experiment(config, resume=True)
+    whole = run_experiment(tiny.config(tmp_path / "whole", federation__num_rounds=4))
+    assert tensor_files(run) == tensor_files(whole)
+
+
+def test_nan_of_one_client_is_refused_and_the_round_goes_on(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_is_nan(place: int, update: ClientUpdate) -> ClientUpdate:
+        if place:
+            return update
+        delta = {name: value * float("nan") for name, value in update.delta.items()}
+        return replace(update, delta=delta)
+
+    poisoned(monkeypatch, 1, first_is_nan)
+    run = run_experiment(tiny.config(tmp_path, federation__num_rounds=2))
+    assert [(m["refused"], m["num_clients"]) for m in metrics_of(run)] == [(1, 4), (1, 4)]
+    assert results_of(run)["costs"]["refused_updates"] == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"federation__server__lr_lora": 1e38}, id="server"),
+        pytest.param({"federation__local__shared_lr": 1e300}, id="clients"),
+    ],
+)
+def test_absurd_learning_rates_end_in_an_error(
+    settings: dict[str, Any], tiny: Tiny, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="lower"):
+        run_experiment(tiny.config(tmp_path, **settings))
+    assert leftovers(tmp_path / "tiny", tmp_path / "tiny.private") == []
+
+
+def test_backbone_with_nan_weights(tiny: Tiny, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny.model)
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny.model).save_pretrained(tmp_path / "model")
+    with pytest.raises(BackboneError, match=str(tmp_path / "model")):
+        run_experiment(tiny.config(tmp_path / "runs", backbone__name=str(tmp_path / "model")))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+# --- what is damaged on disk ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pristine(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that no test changes."""
+    return run_experiment(tiny.config(tmp_path_factory.mktemp("pristine")))
+
+
+@pytest.fixture
+def copied(pristine: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage, with its private folder."""
+    shutil.copytree(pristine.parent, tmp_path / "runs")
+    return tmp_path / "runs" / "tiny"
+
+
+def flip(path: Path, position: int = -5) -> None:
+    """Change one bit."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    """Keep the first half."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = [pytest.param(flip, id="a bit flipped"), pytest.param(cut, id="cut off")]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> None:
+    damage(copied / "server" / "round_000004.safetensors")
+    results = (copied / "results.json").read_bytes()
+    for use in (evaluate_run, RunRecommender):
+        with pytest.raises(
+            CorruptFileError, match=r"checkpoint of round 4.*round 2, which is kept"
+        ):
+            use(copied)
+    assert (copied / "results.json").read_bytes() == results
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "match"),
+    [
+        ("server/commit.json", "{", CorruptFileError, r"commit\.json is damaged.*start again"),
+        ("server/commit.json", None, CheckpointError, r"no committed round; run .*--resume"),
+        ("config.yaml", None, ConfigError, r"cannot read config .*config\.yaml"),
+        ("config.yaml", "name: [", ConfigError, r"config\.yaml: not valid YAML"),
+        ("metrics.jsonl", "{}\n{}\n", CorruptFileError, r"metrics\.jsonl, line 1.*delete the line"),
+        ("environment.json", "{", CorruptFileError, r"environment\.json is not valid JSON"),
+    ],
+)
+def test_corrupt_or_missing_file_of_a_run(
+    name: str, content: str | None, error: type[PfmError], match: str, copied: Path
+) -> None:
+    (copied / name).unlink() if content is None else (copied / name).write_text(content)
+    with pytest.raises(error, match=match):
+        evaluate_run(copied)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_corrupt_private_state_names_the_client(
+    damage: Callable[[Path], None], copied: Path
+) -> None:
+    path = sorted(copied.with_name("tiny.private").glob("clients/*/private.r*"))[0]
+    damage(path)
+    client_id = path.parent.name
+    with pytest.raises(CorruptFileError, match=rf"client '{client_id}'.*delete the file"):
+        evaluate_run(copied)
+    path.unlink()  # the remedy
+    evaluate_run(copied)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_corrupt_caches_are_built_again(
+    damage: Callable[[Path], None],
+    tiny: Tiny,
+    tmp_path: Path,
+    pristine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("PFM_LLM_CACHE", str(tmp_path / "cache"))
+    run = run_experiment(tiny.config(tmp_path / "runs"))
+    kinds = {
+        "trunk cache": run.with_name("tiny.private").rglob("trunk/*.safetensors"),
+        "item states": (tmp_path / "cache" / "items").iterdir(),
+        "cached interactions": (tmp_path / "cache" / "interactions").rglob("*.arrow"),
+    }
+    for paths in kinds.values():
+        damaged = [damage(path) for path in list(paths)]
+        assert damaged
+    caplog.clear()
+    evaluate_run(run)
+    assert [kind for kind in kinds if kind not in caplog.text] == []
+    assert results_of(run)["rows"] == results_of(pristine)["rows"]
+    caplog.clear()
+    evaluate_run(run)
+    assert [kind for kind in kinds if kind in caplog.text] == []
+
+
+# --- a full disk ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Callable[[], None]]]:
+    """Makes every write fail of which the file's path has a given part; returns the remedy."""
+    fsync = os.fsync
+
+    def fill(part: str, after: int = 0) -> Callable[[], None]:
+        seen = 0
+
+        def full(handle: int) -> None:
+            nonlocal seen
+            if part in os.readlink(f"/proc/self/fd/{handle}"):
+                seen += 1
+                if seen > after:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            fsync(handle)
+
+        monkeypatch.setattr(os, "fsync", full)
+        return lambda: monkeypatch.setattr(os, "fsync", fsync)
+
+    yield fill
+
+
+@pytest.fixture(scope="module")
+def whole_results(pristine: Path) -> Any:
+    return results_of(pristine)["rows"]
+
+
+@pytest.mark.parametrize("part", ["config.yaml", "environment.json"])
+def test_disk_full_before_the_first_round_leaves_nothing(
+    part: str, tiny: Tiny, tmp_path: Path, full_disk: Callable[..., Any]
+) -> None:
+    full_disk(part)
+    with pytest.raises(DiskSpaceError, match=rf"{part}.*free some disk space"):
+        run_experiment(tiny.config(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "after", "committed"),
+    [
+        ("private.r000003", 1, 2),
+        ("metrics.jsonl", 2, 2),
+        ("round_000002", 0, 0),
+        ("round_000004", 0, 2),
+        ("commit.json", 1, 2),
+        ("personalised.r", 3, 4),
+        ("results.json", 0, 4),
+        ("loss.png", 0, 4),
+        ("recommender_head", 0, 4),
+        ("README.md", 0, 4),
+    ],
+)
+def test_disk_full_in_a_run_loses_nothing_that_was_committed(
+    part: str,
+    after: int,
+    committed: int,
+    tiny: Tiny,
+    tmp_path: Path,
+    full_disk: Callable[..., Any],
+    whole_results: Any,
+) -> None:
+    config = tiny.config(tmp_path)
+    free = full_disk(part, after)
+    with pytest.raises(DiskSpaceError, match=rf"{part}.*free some disk space and run again"):
+        run_experiment(config)
+    run = tmp_path / "tiny"
+    assert (CheckpointStore(run / "server").rounds() or (0,))[-1] == committed
+    assert leftovers(run, run.with_name("tiny.private")) == []
+    free()
+    run_experiment(config, resume=True)
+    assert results_of(run)["rows"] == whole_results
+
+
+def test_disk_full_while_peft_writes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: Any, folder: str, **_: Any) -> None:
+        half = Path(folder) / "shared"
+        half.mkdir(parents=True)
+        (half / "adapter_model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("peft.PeftModel.save_pretrained", full)
+    with pytest.raises(DiskSpaceError, match="shared_adapter"):
+        run_experiment(tiny.config(tmp_path, federation__num_rounds=1))
+    assert leftovers(tmp_path / "tiny") == []
+    assert not list((tmp_path / "tiny").rglob("adapter_model*"))
+
+
+@pytest.mark.parametrize("part", ["/trunk/", "/items/"])
+def test_disk_too_full_for_caches_costs_time_alone(
+    part: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    full_disk: Callable[..., Any],
+    whole_results: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("PFM_LLM_CACHE", str(tmp_path / "cache"))
+    full_disk(part)
+    run = run_experiment(tiny.config(tmp_path / "runs"))
+    assert "going on without" in caplog.text
+    assert results_of(run)["rows"] == whole_results
+    assert leftovers(tmp_path) == []
+
+
+def test_output_folder_that_is_a_file(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(StorageError, match=f"cannot write {tmp_path / 'runs' / 'tiny'}"):
+        run_experiment(tiny.config(tmp_path / "runs"))
+    assert (tmp_path / "runs").read_text() == "a file"
+
+
+# --- what the scripts make of it --------------------------------------------------------------
+
+
+def test_script_says_one_message_and_exits_with_2(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.config_file(tmp_path / "c.yaml", tmp_path / "runs", federation__num_round=3)
+    done = run_script("fed_train.py", "--config", config, capsys=capsys)
+    assert done.code == 2
+    assert done.err.startswith(f"error: {config}:\n")
+    assert "unknown key federation.num_round; did you mean federation.num_rounds?" in done.err
+    assert "Traceback" not in done.err + done.out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("fed_train.py", ["--config", "/none.yaml"], "error: cannot read config /none.yaml"),
+        ("fed_train.py", ["--config", "CONFIG", "--set", "seed"], "expected dotted.key=value"),
+        ("fed_train.py", ["--config", "CONFIG", "--set", "seed=x"], "seed: Input should be"),
+        ("fed_train.py", ["--config", "CONFIG", "--resume"], "no run at"),
+        ("evaluate.py", ["--run", "/none"], "error: cannot read config /none/config.yaml"),
+        ("evaluate.py", ["--runs", "RUNS"], "error: "),
+        ("recommend.py", ["--runs", "RUNS", "--user", "u1"], "error: "),
+        ("recommend.py", [], "--user"),
+    ],
+)
+def test_wrong_arguments_of_scripts(
+    script: str,
+    arguments: list[str],
+    message: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tiny.config_file(tmp_path / "c.yaml", tmp_path / "runs")
+    places = {"CONFIG": str(config), "RUNS": str(tmp_path / "runs")}
+    done = run_script(script, *(places.get(a, a) for a in arguments), capsys=capsys)
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err + done.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_script_interrupted_from_the_keyboard(
+    tiny: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalTrainer, "train_chunk", interrupt)
+    config = tiny.config_file(tmp_path / "c.yaml", tmp_path / "runs")
+    done = run_script("fed_train.py", "--config", config, capsys=capsys)
+    assert done.code == 130
+    assert "--resume goes on from the last commit" in done.err
