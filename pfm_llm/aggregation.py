@@ -14,6 +14,9 @@ from pfm_llm.config import LearningRateSchedule, ServerConfig, ServerOptimizer, 
 from pfm_llm.errors import ContractError, TrainingError
 from pfm_llm.types import ClientUpdate, SharedState, Tensors
 
+_MAX_RATE = 1e30
+"""Beyond it a learning rate, divided by Adam's bias correction, may not fit into float32."""
+
 
 class SumPayload(TypedDict):
     """A `RunningSum` as plain data, to cross a process boundary."""
@@ -278,7 +281,7 @@ class ServerStep:
         factor, count = self.lr_factor(round_number), state.step + 1
         tensors = {}
         for name, tensor in shared.tensors.items():
-            rate = factor * self.learning_rate(name)
+            rate = self._rate(name, factor)
             moved = tensor * (1 - rate * self.config.weight_decay)
             if name in second:
                 correction1 = 1 - self.config.momentum**count
@@ -291,6 +294,15 @@ class ServerStep:
         for results in (tensors, first, second):
             _check_finite(results, round_number)
         return SharedState(tensors), OptimizerState(count, first, second)
+
+    def _rate(self, name: str, factor: float) -> float:
+        rate = factor * self.learning_rate(name)
+        if rate > _MAX_RATE:
+            raise TrainingError(
+                f"the server's learning rate of {name} is {rate:g}, beyond float32; "
+                "lower the learning rates in federation.server"
+            )
+        return rate
 
     def _moments(
         self, aggregate: Tensors, state: OptimizerState

@@ -206,14 +206,7 @@ def assemble(
     catalogue = corpus.interactions.catalogue
     prompt = _load_prompt(config.prompt, corpus.interactions)
     backbone = load_backbone(config.backbone, processes.device)
-    encoder = HistoryEncoder(
-        prompt,
-        catalogue,
-        backbone.tokenizer,
-        config.window,
-        backbone.max_tokens,
-        _rating_values(corpus.interactions),
-    )
+    encoder = _encoder(config, corpus.interactions, prompt, backbone)
     adapter = DualAdapter(backbone, config.adapters)
     initial_shared = _initial_shared(config, adapter, backbone.hidden_size, len(catalogue))
     trunk, top = backbone.split(config.adapters.num_layers)
@@ -255,6 +248,19 @@ def _load_prompt(name: str, interactions: Interactions) -> Prompt:
             "or choose a prompt without ratings such as next_item.v1"
         )
     return prompt
+
+
+def _encoder(
+    config: ExperimentConfig, interactions: Interactions, prompt: Prompt, backbone: Backbone
+) -> HistoryEncoder:
+    return HistoryEncoder(
+        prompt,
+        interactions.catalogue,
+        backbone.tokenizer,
+        config.window,
+        backbone.max_tokens,
+        _rating_values(interactions),
+    )
 
 
 def _rating_values(interactions: Interactions) -> tuple[float, ...]:

@@ -1,5 +1,6 @@
 """The clients' side: histories, private states, and local training in the many-clients pass."""
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,10 +79,11 @@ class ClientHistories:
         """Trunk states [T, d] of each of a client's training windows."""
         return self._cache.states(self.windows(client_id), client_id)
 
-    def num_tokens(self, client_id: str) -> int:
-        """Padded size of a client's windows: their number times the longest."""
+    def num_tokens(self, client_id: str, limit: int | None = None) -> int:
+        """Padded size of a client's (at most ``limit``) windows: number times longest."""
         windows = self.windows(client_id)
-        return len(windows) * max((len(window.tokens) for window in windows), default=0)
+        rows = len(windows) if limit is None else min(limit, len(windows))
+        return rows * max((len(window.tokens) for window in windows), default=0)
 
 
 def plan_chunks(
@@ -170,13 +172,8 @@ class LocalTrainer:
     def chunks(self, cohort: Sequence[str]) -> list[tuple[str, ...]]:
         """The cohort's chunks; equal on every process."""
         limit = self._local.windows_per_step
-
-        def num_tokens(client_id: str) -> int:
-            windows = self._histories.windows(client_id)
-            rows = min(len(windows), limit or len(windows))
-            return rows * max((len(window.tokens) for window in windows), default=0)
-
-        return plan_chunks(cohort, num_tokens, self._config.runtime.tokens_per_chunk)
+        size = functools.partial(self._histories.num_tokens, limit=limit)
+        return plan_chunks(cohort, size, self._config.runtime.tokens_per_chunk)
 
     def train_chunk(
         self, chunk: Sequence[str], shared: SharedState, round_number: int
@@ -246,6 +243,10 @@ class LocalTrainer:
         good = torch.stack([new[name].flatten(1).isfinite().all(1) for name in private]).all(0)
         rows = torch.tensor(able, device=good.device)[good]
         return {n: value.index_copy(0, rows, new[n][good]) for n, value in private.items()}
+
+    def personalise_tokens(self, client_id: str) -> int:
+        """Padded tokens that one step of `personalise` reads of a client."""
+        return self._histories.num_tokens(client_id, self._local.personalise_windows)
 
     def personalise_steps(self, chunk: Sequence[str]) -> int:
         """How many private steps `personalise` takes, over all clients of the chunk."""

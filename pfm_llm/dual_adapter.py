@@ -189,17 +189,19 @@ class DualAdapter:
         try:
             peft_model = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
         except ValueError as error:
-            raise BackboneError(
-                f"{self._backbone.name} has no modules {self._config.targets!r} to adapt; name "
-                f"some of its linear layers in adapters.targets: "
-                f"{', '.join(self._linear_names()) or '(it has none)'}"
-            ) from error
+            raise self._missing(self._target_names()) from error
         state = get_peft_model_state_dict(peft_model, adapter_name=SHARED)
         names = [
             key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
             for key in state
             if key.endswith(".lora_A.weight")
         ]
+        # PEFT is content when one of several names matches.
+        missing = [
+            t for t in self._target_names() if not any(f".{n}".endswith(f".{t}") for n in names)
+        ]
+        if missing:
+            raise self._missing(missing)
         modules = {}
         for name in names:
             module = self._backbone.model.get_submodule(name)
@@ -210,6 +212,13 @@ class DualAdapter:
                 )
             modules[name] = (module.in_features, module.out_features)
         return modules
+
+    def _missing(self, targets: list[str]) -> BackboneError:
+        return BackboneError(
+            f"{self._backbone.name} has no modules {', '.join(targets)} to adapt in its top "
+            f"{self._config.num_layers} layers; name some of its linear layers in "
+            f"adapters.targets: {', '.join(self._linear_names()) or '(it has none)'}"
+        )
 
 
 def _random_a(rank: int, fan_in: int, seed: int, purpose: str, client_id: str = "") -> torch.Tensor:

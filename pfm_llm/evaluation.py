@@ -142,7 +142,7 @@ class Evaluator:
 
         def num_tokens(client_id: str) -> int:
             lengths = [len(window.tokens) for _, window in self._queries(client_id, task)]
-            return max(self._histories.num_tokens(client_id), len(lengths) * max(lengths))
+            return max(self._trainer.personalise_tokens(client_id), len(lengths) * max(lengths))
 
         return plan_chunks(clients, num_tokens, tokens_per_chunk)
 

@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ COLUMNS = "data__columns"
             {"data__min_interactions": 100}, DataError, ["data.min_interactions"], id="all dropped"
         ),
         pytest.param(
-            {"window__items": 64}, DataError, ["2056", "512", "window.items"], id="context"
+            {"window__items": 64}, DataError, ["64 items", "512", "window.items"], id="context"
         ),
         pytest.param(
             {"data__split": "global_temporal", COLUMNS: {"timestamp": None}},
@@ -91,7 +91,7 @@ COLUMNS = "data__columns"
         pytest.param(
             {"adapters__targets": ["q_proj", "nonsense"], "adapters__num_layers": 1},
             BackboneError,
-            ["nonsense", "q_proj", "adapters.targets"],
+            ["no modules nonsense to adapt in its top 1 layers", "q_proj", "adapters.targets"],
             id="one module of two missing",
         ),
         pytest.param(
@@ -274,7 +274,8 @@ def test_nan_of_one_client_is_refused_and_the_round_goes_on(
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({"federation__server__lr_lora": 1e38}, id="server"),
+        pytest.param({"federation__server__lr_lora": 1e38}, id="server, beyond float32"),
+        pytest.param({"federation__server__lr_lora": 1e25}, id="server"),
         pytest.param({"federation__local__shared_lr": 1e300}, id="clients"),
     ],
 )
@@ -404,7 +405,7 @@ def test_corrupt_caches_are_built_again(
 
 
 @pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Callable[[], None]]]:
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], None]]:
     """Makes every write fail of which the file's path has a given part; returns the remedy."""
     fsync = os.fsync
 
@@ -422,7 +423,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Callabl
         monkeypatch.setattr(os, "fsync", full)
         return lambda: monkeypatch.setattr(os, "fsync", fsync)
 
-    yield fill
+    return fill
 
 
 @pytest.fixture(scope="module")

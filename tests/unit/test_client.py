@@ -1,6 +1,7 @@
 """Local training: what moves and when, chunks that do not matter, and clients kept apart."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ DROPOUT = {
     "adapters__shared__dropout": 0.3,
     "adapters__private__dropout": 0.1,
 }
-# Plain gradients: an adaptive step would turn the rounding of a zero into a step of full length.
+# An adaptive step would turn the rounding of a zero into a step of full length.
 PLAIN = {"federation__local__private_optimizer": "sgd"}
 
 
@@ -189,11 +190,9 @@ def test_alternate_fits_the_private_part_before_the_shared_step(
     tiny_assembly: TinyAssembly,
 ) -> None:
     """The reported loss is the one before the shared step: lower with more private steps."""
+    local = "federation__local__private_"
     few, many = (
-        tiny_assembly(
-            federation__local__private_local_steps=steps, federation__local__private_lr=0.02
-        )
-        for steps in (1, 20)
+        tiny_assembly(**{f"{local}local_steps": steps, f"{local}lr": 0.02}) for steps in (1, 20)
     )
     client_id = few.histories.trainable[0]
     losses = [_train(assembly, [[client_id]])[client_id].loss for assembly in (few, many)]
@@ -316,8 +315,7 @@ def test_windows_per_step_go_round_all_windows(
     monkeypatch.setattr(client_module, "collate", spy)
     _train(assembly, [[client_id]])
     assert [len(set(step)) for step in seen] == [2] * 5
-    counts = [sum(key in step for step in seen) for key in {k for step in seen for k in step}]
-    assert counts == [2] * 5
+    assert list(Counter(key for step in seen for key in step).values()) == [2] * 5
     first_order = list(seen)
     seen.clear()
     _train(assembly, [[client_id]], round_number=2)
@@ -343,9 +341,7 @@ def test_personalise_fits_a_copy_and_leaves_store_and_shared_state(
     assert not torch.equal(*private["private.head.B"][:2])
 
 
-def test_personalise_without_steps_or_windows_keeps_what_there_is(
-    tiny_assembly: TinyAssembly,
-) -> None:
+def test_personalise_without_steps_keeps_what_there_is(tiny_assembly: TinyAssembly) -> None:
     assembly = tiny_assembly(federation__local__personalise_steps=0)
     chunk = assembly.histories.trainable[:2]
     private = assembly.trainer.personalise(chunk, assembly.initial_shared, 4)
