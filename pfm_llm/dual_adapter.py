@@ -215,7 +215,7 @@ class DualAdapter:
 
     def _missing(self, targets: list[str]) -> BackboneError:
         return BackboneError(
-            f"{self._backbone.name} has no modules {', '.join(targets)} to adapt in its top "
+            f"{self._backbone.name} has no modules {', '.join(map(repr, targets))} to adapt in its top "
             f"{self._config.num_layers} layers; name some of its linear layers in "
             f"adapters.targets: {', '.join(self._linear_names()) or '(it has none)'}"
         )

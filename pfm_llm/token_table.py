@@ -6,6 +6,7 @@ history. What a history is made of is looked up in the table.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,7 @@ def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> TokenTable:
 def _rows(chunk: Any) -> Iterator[np.ndarray]:
     values = chunk.values.to_numpy(zero_copy_only=True)
     offsets = chunk.offsets.to_numpy()
-    return (values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+    return (values[start:stop] for start, stop in itertools.pairwise(offsets))
 
 
 def _key(texts: Sequence[str], tokenizer: Any) -> str:

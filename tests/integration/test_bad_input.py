@@ -91,7 +91,7 @@ COLUMNS = "data__columns"
         pytest.param(
             {"adapters__targets": ["q_proj", "nonsense"], "adapters__num_layers": 1},
             BackboneError,
-            ["no modules nonsense to adapt in its top 1 layers", "q_proj", "adapters.targets"],
+            ["no modules 'nonsense' to adapt in its top 1 layers", "q_proj", "adapters.targets"],
             id="one module of two missing",
         ),
         pytest.param(

@@ -1,0 +1,201 @@
+"""Every setting that changes what is trained or evaluated, from data to report, in small."""
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pfm_llm.config import PrivateKind, Schedule, ServerOptimizer, load_config
+from pfm_llm.errors import ConfigError
+from pfm_llm.experiment import evaluate_run, run_experiment
+from pfm_llm.serving import RunRecommender
+from tests.integration.leaks import files_below
+from tests.integration.tiny import Tiny, metrics_of, results_of
+
+SMALL: dict[str, Any] = {
+    "federation__num_rounds": 2,
+    "data__max_users": 8,
+    "evaluation__baselines": [],
+}
+KINDS = [
+    (schedule, kind)
+    for schedule, kind in itertools.product(Schedule, PrivateKind)
+    if kind is PrivateKind.INDEPENDENT or schedule is Schedule.ALTERNATE
+]
+
+
+def values(run: Path, mode: str) -> list[float]:
+    """All values of a mode, in the order of the rows."""
+    return [row["value"] for row in results_of(run)["rows"] if row["mode"] == mode]
+
+
+def modes(run: Path) -> set[str]:
+    return {row["mode"] for row in results_of(run)["rows"]} - {"none"}
+
+
+@pytest.mark.parametrize("optimizer", list(ServerOptimizer))
+@pytest.mark.parametrize(("schedule", "kind"), KINDS)
+def test_every_schedule_kind_and_server_optimizer(
+    schedule: Schedule, kind: PrivateKind, optimizer: ServerOptimizer, tiny: Tiny, tmp_path: Path
+) -> None:
+    run = run_experiment(
+        tiny.config(
+            tmp_path,
+            **SMALL,
+            federation__local={"schedule": schedule.value, "personalise_steps": 1},
+            adapters__private__kind=kind.value,
+            federation__server__optimizer=optimizer.value,
+        )
+    )
+    assert all(np.isfinite(record["loss"]) for record in metrics_of(run))
+    assert modes(run) == {"zero_shot", "shared_only", "private_only", "shared_private"}
+    trained = list(run.with_name("tiny.private").rglob("private.r*"))
+    # After the rounds, that schedule trains private adapters for evaluation alone.
+    assert bool(trained) is (schedule is not Schedule.PRIVATE_AFTER)
+    assert len(list(run.with_name("tiny.private").rglob("personalised.r*"))) == 8
+    has_basis = (run / "shared_adapter" / "private_basis.safetensors").exists()
+    assert has_basis is (kind is PrivateKind.SHARED_BASIS)
+    assert RunRecommender(run).recommend(
+        RunRecommender(run)._assembly.corpus.interactions.user_ids[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"federation__local__shared_optimizer": "adamw"}, id="adamw"),
+        pytest.param(
+            {"federation__local__shared_local_steps": 3, "federation__local__max_grad_norm": 0.1},
+            id="local steps and clipping",
+        ),
+        pytest.param({"federation__server__weighting": "num_examples"}, id="weighting"),
+        pytest.param({"federation__server__lr_schedule": "constant"}, id="constant"),
+        pytest.param({"federation__local__private_local_steps": 0}, id="no private steps"),
+        pytest.param({"federation__local__personalise_steps": 0}, id="no personalisation"),
+        pytest.param({"head__dropout": 0.3, "adapters__shared__dropout": 0.2}, id="dropout"),
+        pytest.param({"head__item_bias": False}, id="no bias"),
+        pytest.param({"adapters__private__head_rank": 0}, id="no private head"),
+        pytest.param({"adapters__targets": ["q_proj", "v_proj"]}, id="two modules"),
+        pytest.param({"adapters__num_layers": 3}, id="all layers"),
+        pytest.param({"window__max_windows": 1}, id="newest window"),
+        pytest.param({"window__items": 1}, id="one item to a window"),
+        pytest.param({"cache__max_gb": 0}, id="no trunk cache"),
+        pytest.param({"backbone__dtype": "bfloat16"}, id="bfloat16"),
+        pytest.param({"evaluation__max_users": 3, "evaluation__every": 1}, id="few validated"),
+    ],
+)
+def test_every_other_switch(settings: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    run = run_experiment(tiny.config(tmp_path, **{**SMALL, **settings}))
+    assert all(np.isfinite(record["loss"]) for record in metrics_of(run))
+    assert {row["num_users"] for row in results_of(run)["rows"]} == {8}
+
+
+@pytest.mark.parametrize(
+    ("split", "targets_per_user"), [("last_fraction", (1, 2)), ("global_temporal", (1, 10))]
+)
+def test_other_splits(
+    split: str, targets_per_user: tuple[int, int], tiny: Tiny, tmp_path: Path
+) -> None:
+    config = tiny.config(tmp_path, data__split=split, data__held_out=0.3, federation__num_rounds=2)
+    run = run_experiment(config)
+    rows = results_of(run)["rows"]
+    assert {row["protocol"] for row in rows} == {split}
+    assert len({row["num_users"] for row in rows}) == 1
+    assert modes(run) == {"zero_shot", "shared_only", "private_only", "shared_private"}
+    assert {row["method"] for row in rows} == {"pfm", "popularity", "ease", "markov_recency"}
+
+
+def test_repeats_are_kept_when_allowed(tiny: Tiny, tmp_path: Path) -> None:
+    once = run_experiment(tiny.config(tmp_path / "once", **SMALL))
+    again = run_experiment(tiny.config(tmp_path / "again", **SMALL, data__repeats="allow"))
+
+    def environment(run: Path) -> Any:
+        return results_of(run)["environment"]["data"]
+
+    repeated = next(n for what, n in environment(once)["dropped"].items() if "repeat" in what)
+    assert repeated > 0
+    assert not [what for what in environment(again)["dropped"] if "repeat" in what]
+    assert results_of(again)["rows"]
+
+
+@pytest.mark.parametrize(
+    ("item_ids", "parameters"),
+    [
+        ("none", set()),
+        ("output", {"head.item_ids", "head.item_ids_out"}),
+        ("both", {"head.item_ids", "head.item_ids_out", "head.item_ids_in"}),
+    ],
+)
+def test_item_ids(item_ids: str, parameters: set[str], tiny: Tiny, tmp_path: Path) -> None:
+    from pfm_llm.export import read_head
+
+    run = run_experiment(tiny.config(tmp_path, **SMALL, head__item_ids=item_ids))
+    head, _ = read_head(run / "shared_adapter")
+    always = {"head.state_proj", "head.item_proj", "head.item_bias"}
+    assert set(head) == always | parameters
+
+
+def test_without_private_adapters_there_is_nothing_private(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, **SMALL, adapters__private__enabled=False)
+    run = run_experiment(config)
+    assert modes(run) == {"zero_shot", "shared_only"}
+    assert not (run / "plots" / "user_gain.png").exists()
+    kept = files_below(run.with_name("tiny.private"))
+    assert kept
+    assert all("/trunk/" in name for name in kept)
+    costs = results_of(run)["costs"]
+    assert costs["share_of_users_with_private_adapter"] == 0
+    assert costs["private_client_steps"] == costs["personalise_client_steps"] == 0
+    user = RunRecommender(run)._assembly.corpus.interactions.user_ids[0]
+    assert RunRecommender(run).recommend(user, 3)
+
+
+def test_silos_of_three_users(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, data__users_per_client=3, federation__num_rounds=2)
+    run = run_experiment(config)
+    assert {row["num_users"] for row in results_of(run)["rows"]} == {24}
+    clients = run.with_name("tiny.private") / "clients"
+    names = sorted(path.name for path in clients.iterdir())
+    assert names == [f"silo-{number:04d}" for number in range(8)]
+    assert results_of(run)["costs"]["personalise_client_steps"] == 8 * 2
+    recommender = RunRecommender(run)
+    lists = [
+        [item.item_id for item in recommender.recommend(user, 5)] for user in ("u0", "u1", "u2")
+    ]
+    assert all(len(items) == 5 for items in lists)
+
+
+def test_private_weight_scales_the_private_adapter_at_serving_time(
+    finished: Path, tmp_path: Path
+) -> None:
+    def weighted(weight: float) -> Path:
+        folder = tmp_path / str(weight)
+        shutil.copytree(finished.parent, folder)
+        config = load_config(folder / "tiny" / "config.yaml", [f"adapters.private.weight={weight}"])
+        from pfm_llm.config import dump_config
+
+        (folder / "tiny" / "config.yaml").write_text(dump_config(config))
+        return evaluate_run(folder / "tiny")
+
+    off, strong = weighted(0.0), weighted(1.5)
+    assert values(off, "shared_private") == values(off, "shared_only")
+    assert values(strong, "shared_private") != values(finished, "shared_private")
+    for run in (off, strong):
+        for mode in ("zero_shot", "shared_only"):
+            assert values(run, mode) == values(finished, mode)
+    with pytest.raises(ConfigError, match=r"adapters\.private\.weight"):
+        weighted(1.6)
+
+
+def test_same_seed_same_bits_other_seed_other_cohort(tiny: Tiny, tmp_path: Path) -> None:
+    runs = [
+        run_experiment(tiny.config(tmp_path / name, **SMALL, seed=seed))
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    states = [(run / "server" / "round_000002.safetensors").read_bytes() for run in runs]
+    assert states[0] == states[1] != states[2]
+    rows = [results_of(run)["rows"] for run in runs]
+    assert rows[0] == rows[1] != rows[2]
