@@ -215,8 +215,8 @@ class DualAdapter:
 
     def _missing(self, targets: list[str]) -> BackboneError:
         return BackboneError(
-            f"{self._backbone.name} has no modules {', '.join(map(repr, targets))} to adapt in its top "
-            f"{self._config.num_layers} layers; name some of its linear layers in "
+            f"{self._backbone.name} has no modules {', '.join(map(repr, targets))} to adapt in its "
+            f"top {self._config.num_layers} layers; name some of its linear layers in "
             f"adapters.targets: {', '.join(self._linear_names()) or '(it has none)'}"
         )
 

@@ -120,6 +120,10 @@ def test_training_runs_on_two_processes(tiny: Tiny, tmp_path: Path) -> None:
     assert done.stdout.count("run folder:") == 1
     alone = run([sys.executable, TRAIN, "--config", config, "--set", "name=alone"])
     assert alone.returncode == 0, alone.stderr[-3000:]
+    for output in (done.stderr, alone.stderr):  # no terminal: log lines, no bars
+        assert "federated rounds: 2/2" in output
+        assert "%|" not in output
+        assert "\r" not in output
 
     both = [tmp_path / "tiny", tmp_path / "alone"]
     names = [{str(p.relative_to(b)) for p in b.rglob("*") if p.is_file()} for b in both]

@@ -145,7 +145,7 @@ def committed_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("changed", "named"),
     [
         ({"runtime__threads": 2}, "threads was 1, is 2"),
-        ({"runtime__tokens_per_chunk": 300}, "tokens_per_chunk was 6144, is 300"),
+        ({"runtime__tokens_per_chunk": 300}, "tokens_per_chunk was 2048, is 300"),
         ({"federation__server__lr_lora": 0.5}, "federation.server.lr_lora was 0.001, is 0.5"),
         ({"federation__num_rounds": 3}, "federation.num_rounds was 2, is 3"),
         ({"seed": 1}, "seed was 0, is 1"),
