@@ -177,7 +177,7 @@ class PrivateAdapterConfig(LoraAdapterConfig):
 class AdaptersConfig(_Settings):
     """Where and how large the adapters are."""
 
-    num_layers: PositiveCount = Field(4, description="adapted layers, counted from the top")
+    num_layers: PositiveCount = Field(2, description="adapted layers, counted from the top")
     targets: tuple[str, ...] | str = Field("all-linear", description="module names, or all-linear")
     shared: LoraAdapterConfig = LoraAdapterConfig()
     private: PrivateAdapterConfig = PrivateAdapterConfig()
