@@ -45,8 +45,25 @@ def _table(path: Path) -> str:
     content = read_json(path)
     if "ratios" in content:
         return _race_table(content)
-    rows, _ = read_results(path)
-    return results_table(rows).strip()
+    rows, extra = read_results(path)
+    return f"{results_table(rows).strip()}\n\n{_costs(extra)}"
+
+
+def _costs(extra: Mapping[str, Any]) -> str:
+    """What the run cost and where, in a sentence or two."""
+    costs, here = extra["costs"], extra["environment"]
+    per_update = 4 * costs["shared_numbers"] / 1e6
+    return (
+        f"Costs: {costs['rounds']:,} rounds, {costs['shared_client_steps']:,} client steps on the "
+        f"shared state and {costs['private_client_steps']:,} on private ones, "
+        f"{per_update:.1f} MB a client and round each way ({costs['bytes_up'] / 1e9:.2f} GB up, "
+        f"{costs['bytes_down'] / 1e9:.2f} GB down in all); before the evaluation "
+        f"{costs['personalise_client_steps']:,} more private steps, after which "
+        f"{costs['share_of_users_with_private_adapter']:.0%} of the users have a private adapter "
+        f"that is not zero. Measured on {here['threads']} threads of {here['cpu']}, "
+        f"{here['dtype']}: {costs['round_seconds'] / 60:.0f} min of rounds, "
+        f"{costs['evaluation_seconds'] / 60:.0f} min of evaluation."
+    )
 
 
 def _race_table(content: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from pfm_llm.errors import DataError
 from pfm_llm.readme import with_fresh_tables
+from pfm_llm.run_report import ResultRow, write_results
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,3 +35,32 @@ def test_a_stale_table_is_replaced_and_the_text_around_it_stays(tmp_path: Path) 
 def test_a_missing_result_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.json"):
         with_fresh_tables("<!-- table: nothing.json -->\n<!-- end of table -->", tmp_path)
+
+
+def test_costs_stand_below_a_table_of_results(tmp_path: Path) -> None:
+    """A million shared numbers of four bytes are 4 MB; 120 s are 2 min and 61 s are 1."""
+    costs = {
+        "rounds": 3,
+        "shared_client_steps": 24,
+        "private_client_steps": 12,
+        "shared_numbers": 1_000_000,
+        "bytes_up": 96_000_000,
+        "bytes_down": 96_000_000,
+        "personalise_client_steps": 40,
+        "share_of_users_with_private_adapter": 0.5,
+        "round_seconds": 120.0,
+        "evaluation_seconds": 61.0,
+    }
+    row = ResultRow(
+        method="pfm", mode="shared_only", task="next_item", protocol="leave_last_out",
+        budget="3 rounds", split="test", candidates="full", metric="ndcg", k=10,
+        value=0.5, ci_low=0.4, ci_high=0.6, num_users=2, seed=0,
+    )  # fmt: skip
+    here = {"threads": 2, "cpu": "a CPU", "dtype": "bfloat16"}
+    write_results(tmp_path / "r.json", [row], {"costs": costs, "environment": here})
+    fresh = with_fresh_tables("<!-- table: r.json -->\n<!-- end of table -->", tmp_path)
+    assert "0.5000" in fresh
+    assert "4.0 MB a client and round each way (0.10 GB up, 0.10 GB down in all)" in fresh
+    assert "24 client steps on the shared state and 12 on private ones" in fresh
+    assert "50% of the users" in fresh
+    assert "2 min of rounds, 1 min of evaluation" in fresh
