@@ -393,6 +393,7 @@ def _write_environment(assembly: Assembly, folders: RunFolders, processes: Proce
         device=processes.device.type,
     )
     data = asdict(assembly.corpus.report)
+    del data["examples"]  # rows of somebody's data; the run folder may be shown to anybody
     here |= {"data": data, "split": assembly.corpus.split.describe()}
     files.write_json(folders.public / run_report.ENVIRONMENT_FILE, here)
     _log.info("%d threads x %d processes, %s", processes.threads, processes.count, here["dtype"])
