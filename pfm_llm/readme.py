@@ -75,4 +75,13 @@ def _race_table(content: Mapping[str, Any]) -> str:
         ratio = content["ratios"].get(f"stacked_cached/{row['case']}")
         faster = f"{ratio['median']:.1f}×" if ratio else ""
         lines.append(f"| `{row['case']}` | {row['median']:.2f} | {row['min']:.2f} | {faster} |")
+    layers, blocks = content["config"]["adapters"]["num_layers"], content["config"]["blocks"]
+    tokens, here = content["config"]["tokens_per_window"]["median"], content["environment"]
+    lines += [
+        "",
+        f"{layers} of {blocks} layers adapted, {content['config']['clients']} clients, windows of "
+        f"{content['config']['items_per_window']} items ({tokens:g} tokens at the median), "
+        f"{here['threads']} threads of {here['cpu']}, {here['dtype']}. Filling the trunk cache "
+        f"took {content['trunk_cache_fill_s_per_client']:.2f} s a window, once.",
+    ]
     return "\n".join(lines)

@@ -21,7 +21,11 @@ def test_a_stale_table_is_replaced_and_the_text_around_it_stays(tmp_path: Path) 
     (tmp_path / "race.json").write_text(
         '{"rows": [{"case": "stacked_cached", "median": 8.0, "min": 7.5},'
         ' {"case": "slow", "median": 2.0, "min": 1.9}],'
-        ' "ratios": {"stacked_cached/slow": {"min": 3.9, "median": 4.0}}}'
+        ' "ratios": {"stacked_cached/slow": {"min": 3.9, "median": 4.0}},'
+        ' "config": {"adapters": {"num_layers": 2}, "blocks": 30, "clients": 16,'
+        ' "items_per_window": 32, "tokens_per_window": {"median": 171.5}},'
+        ' "environment": {"threads": 2, "cpu": "a CPU", "dtype": "bfloat16"},'
+        ' "trunk_cache_fill_s_per_client": 0.123}'
     )
     text = "before\n<!-- table: race.json -->\nold\n<!-- end of table -->\nafter\n"
     fresh = with_fresh_tables(text, tmp_path)
@@ -29,6 +33,9 @@ def test_a_stale_table_is_replaced_and_the_text_around_it_stays(tmp_path: Path) 
     assert fresh.startswith("before\n")
     assert fresh.endswith("<!-- end of table -->\nafter\n")
     assert "| `slow` | 2.00 | 1.90 | 4.0× |" in fresh
+    assert "2 of 30 layers adapted, 16 clients" in fresh
+    assert "(171.5 tokens at the median)" in fresh
+    assert "took 0.12 s a window" in fresh
     assert with_fresh_tables(fresh, tmp_path) == fresh
 
 
