@@ -69,9 +69,9 @@ class ClientHistories:
             interactions = self._train.interactions
             found: list[Window] = []
             for user in self.clients[client_id].users:
-                span = slice(*interactions.offsets[user : user + 2])
-                ratings = None if interactions.ratings is None else interactions.ratings[span]
-                found += self._encoder.training_windows(interactions.items[span], ratings)
+                found += self._encoder.training_windows(
+                    interactions.history(user), interactions.ratings_of(user)
+                )
             self._windows[client_id] = tuple(found)
         return self._windows[client_id]
 
@@ -234,10 +234,8 @@ class LocalTrainer:
             purpose="personalise",
             windows_per_step=self._local.personalise_windows,
         )
-        stacked = {
-            **self._stack_shared(shared, len(able)),
-            **{name: value[able] for name, value in private.items()},
-        }
+        fitted = {name: value[able] for name, value in private.items()}
+        stacked = self.stack(shared, fitted, len(able))
         new, _ = self._train([chunk[c] for c in able], stacked, work, round_number)
         # A client whose fit went astray keeps its old adapter.
         good = torch.stack([new[name].flatten(1).isfinite().all(1) for name in private]).all(0)

@@ -6,6 +6,7 @@ whether it ever was in a cohort or not. At test every method sees train and vali
 history; nothing is refitted.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from pfm_llm.baselines import FittedBaseline
 from pfm_llm.client import ClientHistories, LocalTrainer, plan_chunks
 from pfm_llm.cohort_model import ChunkBatch, CohortModel, Parts, collate
 from pfm_llm.config import EvaluationConfig
-from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.encoding import HistoryEncoder, Window
 from pfm_llm.private_store import PrivateStore
@@ -269,22 +269,13 @@ def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut
     generator = numpy_generator(seed, f"evaluated users/{held_out.name}")
     kept = np.sort(generator.choice(count, max_users, replace=False))
     ratings = held_out.history_ratings
-    return HeldOut(
-        name=held_out.name,
+    return dataclasses.replace(
+        held_out,
         users=held_out.users[kept],
         histories=tuple(held_out.histories[q] for q in kept),
         history_ratings=tuple(ratings[q] for q in kept) if ratings else None,
         targets=tuple(held_out.targets[q] for q in kept),
-        num_dropped=held_out.num_dropped,
-        num_repeated_targets=held_out.num_repeated_targets,
     )
-
-
-def draw_negatives(
-    held_out: HeldOut, num_items: int, config: EvaluationConfig, seed: int
-) -> np.ndarray:
-    """The sampled candidates of a split; see `candidates.sample_negatives`."""
-    return sample_negatives(held_out, num_items, config.num_negatives, seed)
 
 
 def headline(ranks: Ranks, k: int = 10) -> dict[str, float]:

@@ -16,6 +16,7 @@ from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
 from pfm_llm.baselines import FittedBaseline, fit_baselines, parse_names
 from pfm_llm.checkpoint import CheckpointStore, RunEnvironment
 from pfm_llm.config import ExperimentConfig, dump_config, load_config, training_hash
+from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.errors import CheckpointError
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, Ranks
@@ -106,13 +107,6 @@ def evaluate_run(run: Path) -> Path:
 def make_federation(assembly: Assembly, folders: RunFolders, processes: Processes) -> Federation:
     """The parts of the federated loop for an assembled experiment."""
     config = assembly.config
-    server = Server(
-        assembly.initial_shared,
-        assembly.contract,
-        assembly.histories.trainable,
-        config.federation,
-        config.seed,
-    )
     environment = RunEnvironment.here(
         config_hash=training_hash(config),
         contract_hash=assembly.contract.hash(),
@@ -123,13 +117,24 @@ def make_federation(assembly: Assembly, folders: RunFolders, processes: Processe
     )
     return Federation(
         config=config,
-        server=server,
+        server=_new_server(assembly),
         trainer=assembly.trainer,
         store=assembly.store,
         checkpoints=CheckpointStore(folders.public / _SERVER_FOLDER),
         environment=environment,
         metrics_log=MetricsLog(folders.public / run_report.METRICS_FILE),
         processes=processes,
+    )
+
+
+def _new_server(assembly: Assembly) -> Server:
+    """The server before round 1."""
+    return Server(
+        assembly.initial_shared,
+        assembly.contract,
+        assembly.histories.trainable,
+        assembly.config.federation,
+        assembly.config.seed,
     )
 
 
@@ -144,13 +149,7 @@ def load_shared(assembly: Assembly, folders: RunFolders) -> tuple[SharedState, i
         raise CheckpointError(
             f"{folders.public} has no committed round; run scripts/fed_train.py --resume first"
         )
-    server = Server(
-        assembly.initial_shared,
-        assembly.contract,
-        assembly.histories.trainable,
-        assembly.config.federation,
-        assembly.config.seed,
-    )
+    server = _new_server(assembly)
     server.load_state_tensors(dict(checkpoint.tensors))
     return server.shared, checkpoint.round_number
 
@@ -167,8 +166,8 @@ def evaluation_task(
     config = assembly.config
     return EvaluationTask(
         held_out=held_out,
-        negatives=evaluation.draw_negatives(
-            held_out, assembly.model.num_items, config.evaluation, config.seed
+        negatives=sample_negatives(
+            held_out, assembly.model.num_items, config.evaluation.num_negatives, config.seed
         ),
         shared=shared,
         round_number=round_number,
@@ -206,26 +205,23 @@ def evaluate_and_report(
         if config.adapters.private.enabled or mode in (Mode.ZERO_SHOT, Mode.SHARED_ONLY)
     ]
     started = time.perf_counter()
-    splits = {name: getattr(assembly.corpus.split, name.value) for name in config.evaluation.splits}
-    measured = {
-        name: measure(
-            assembly,
-            processes,
-            evaluation_task(assembly, held_out, shared, round_number, modes, keep=True),
-        )
-        for name, held_out in splits.items()
-    }
+    splits = [getattr(assembly.corpus.split, name.value) for name in config.evaluation.splits]
+    tasks = [
+        evaluation_task(assembly, held_out, shared, round_number, modes, keep=True)
+        for held_out in splits
+    ]
+    measured = [measure(assembly, processes, task) for task in tasks]
     with processes.together():
         if not processes.is_main:
             return
         rows = []
         baselines = _fit_baselines(assembly)
-        for name, held_out in splits.items():
-            rows += _rows(assembly, held_out, measured[name], baselines, round_number)
-        costs = _costs(assembly, folders, measured, training_seconds)
+        for task, found in zip(tasks, measured, strict=True):
+            rows += _rows(assembly, task, found, baselines)
+        costs = _costs(assembly, folders, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
         _write_report(folders, config, rows, costs, baselines)
-        _draw(folders, measured[next(reversed(splits))])
+        _draw(folders, measured[-1])
         folder = folders.public / _ADAPTER_FOLDER
         export_shared_adapter(assembly, folder, shared, round_number, rows)
 
@@ -257,22 +253,19 @@ def _fit_baselines(assembly: Assembly) -> list[FittedBaseline]:
 
 def _rows(
     assembly: Assembly,
-    held_out: HeldOut,
+    task: EvaluationTask,
     measured: Measured,
     baselines: Sequence[FittedBaseline],
-    round_number: int,
 ) -> list[ResultRow]:
     config = assembly.config
-    negatives = evaluation.draw_negatives(
-        held_out, assembly.model.num_items, config.evaluation, config.seed
-    )
+    held_out, round_number = task.held_out, task.round_number
     cohort = config.federation.cohort_size
     entries: list[tuple[str, Mode, str, Ranks]] = [
         (
             baseline.name.value,
             Mode.NONE,
             "pooled data",
-            evaluation.rank_baseline(baseline, held_out, negatives),
+            evaluation.rank_baseline(baseline, held_out, task.negatives),
         )
         for baseline in baselines
     ]
@@ -299,13 +292,12 @@ def _rows(
 def _costs(
     assembly: Assembly,
     folders: RunFolders,
-    measured: Mapping[Any, Measured],
+    evaluated: Measured,
     training_seconds: float | None,
 ) -> dict[str, Any]:
     records = MetricsLog(folders.public / run_report.METRICS_FILE).read()
     clients = sum(record["num_clients"] for record in records)
     local = assembly.config.federation.local
-    evaluated = next(iter(measured.values()))
     return {
         "rounds": len(records),
         "client_rounds": clients,

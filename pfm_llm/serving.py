@@ -65,10 +65,8 @@ class RunRecommender:
         except ValueError:
             first = ", ".join(interactions.user_ids[:3])
             raise DataError(f"no user {user_id!r} in the data; users are {first}, …") from None
-        span = slice(*interactions.offsets[user : user + 2])
-        items = interactions.items[span]
-        ratings = None if interactions.ratings is None else interactions.ratings[span]
-        window = self._assembly.encoder.query_window(items, ratings)
+        items = interactions.history(user)
+        window = self._assembly.encoder.query_window(items, interactions.ratings_of(user))
         client_id = self._assembly.histories.client_of(user)
         states = self._assembly.cache.states([window], client_id)
         batch = collate([[window]], [states], last_only=True)

@@ -105,6 +105,12 @@ class Interactions:
         """The items of internal user ``user``, oldest first: a view, int32 [length]."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
+    def ratings_of(self, user: int) -> np.ndarray | None:
+        """The ratings beside `history`: a view, float32 [length]; None without ratings."""
+        if self.ratings is None:
+            return None
+        return self.ratings[self.offsets[user] : self.offsets[user + 1]]
+
     def content_hash(self) -> str:
         """SHA-256 over all that this holds, the catalogue included, in hex."""
         digest = _text_hash("interactions", self.user_ids, self.user_fields)

@@ -12,6 +12,7 @@ from pfm_llm import evaluation
 from pfm_llm.assembly import Assembly
 from pfm_llm.cohort_model import Parts, collate
 from pfm_llm.config import EvaluationConfig
+from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, Ranks
 from pfm_llm.run_report import ResultRow
@@ -34,8 +35,8 @@ def _task(
     config = assembly.config
     return EvaluationTask(
         held_out=held_out,
-        negatives=evaluation.draw_negatives(
-            held_out, assembly.model.num_items, config.evaluation, config.seed
+        negatives=sample_negatives(
+            held_out, assembly.model.num_items, config.evaluation.num_negatives, config.seed
         ),
         shared=SharedState(stirred(assembly.initial_shared.tensors, 1, 0.1)),
         round_number=4,

@@ -236,6 +236,15 @@ def test_a_history_is_a_read_only_view() -> None:
     mine[0] = 2  # the caller's own array stays writable
 
 
+def test_ratings_stand_beside_their_history() -> None:
+    """Three events: two of the first user, one of the second."""
+    ratings = np.array([1.0, 2.5, 4.0], dtype=np.float32)
+    offsets, items = np.array([0, 2, 3]), np.array([4, 0, 1])
+    rated = Interactions(LETTERS, ("u", "v"), offsets, items, ratings=ratings)
+    assert [rated.ratings_of(user).tolist() for user in (0, 1)] == [[1.0, 2.5], [4.0]]
+    assert Interactions(LETTERS, ("u", "v"), offsets, items).ratings_of(0) is None
+
+
 def test_users_may_have_empty_histories() -> None:
     interactions = Interactions(LETTERS, ("u", "v"), np.zeros(3), np.zeros(0))
     assert interactions.num_interactions == 0
