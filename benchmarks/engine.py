@@ -59,8 +59,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.repeats, arguments.clients) < 1:
         parser.error("--repeats and --clients must be at least 1")
-    # As the scripts do, before torch starts: spinning threads starve each other on a busy machine.
+    # As the scripts do, before torch starts.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
@@ -98,7 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
         "agreement": agreement,
         "trunk_cache_fill_s_per_client": round(seconds_to_fill / arguments.clients, 4),
         "config": bench.describe(),
-        "environment": here | {"omp_wait_policy": os.environ["OMP_WAIT_POLICY"]},
+        "environment": here
+        | {name.lower(): os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")},
     }
     files.write_json(arguments.out, result)
     print(table(result))

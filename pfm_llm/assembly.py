@@ -64,7 +64,7 @@ class RunFolders:
         """Folders that do not exist yet: of ``<name>``, or of the next free ``<name>-<n>``."""
         base = Path(config.output.dir) / config.name
         folders, number = cls.of(base), 2
-        while folders.public.exists() or folders.private.exists():
+        while _is_taken(folders.public) or folders.private.exists():
             folders = cls.of(base.with_name(f"{config.name}-{number}"))
             number += 1
         return folders
@@ -98,6 +98,11 @@ class RunFolders:
             shutil.rmtree(self.public, ignore_errors=True)
             shutil.rmtree(self.private, ignore_errors=True)
             raise
+
+
+def _is_taken(folder: Path) -> bool:
+    """Whether a folder holds anything but what a start killed at its first write leaves."""
+    return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def _changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list[str]:

@@ -167,7 +167,7 @@ class CheckpointStore:
         if commits and round_number <= commits[-1].round_number:
             raise CheckpointError(
                 f"{self._directory}: round {commits[-1].round_number} is committed, so round "
-                f"{round_number} cannot be; roll back first, or resume from it"
+                f"{round_number} cannot be; resume from it"
             )
         header = {
             "round": str(round_number),
@@ -250,7 +250,7 @@ class CheckpointStore:
         except (CorruptFileError, OSError) as error:
             older = [c.round_number for c in commits if c.round_number < commit.round_number]
             remedy = (
-                f"roll back to round {older[-1]}, which is kept"
+                f"round {older[-1]} is kept, go back to it with --resume --from-round {older[-1]}"
                 if older
                 else "no older round is kept: start the run again"
             )

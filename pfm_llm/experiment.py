@@ -38,13 +38,16 @@ _TASK = "next_item"
 _HEADLINE_K = 10
 
 
-def run_experiment(config: ExperimentConfig, resume: bool = False) -> Path:
+def run_experiment(
+    config: ExperimentConfig, resume: bool = False, from_round: int | None = None
+) -> Path:
     """Train, evaluate and report.
 
     Args:
         config: The experiment. Its ``name`` names the run; when a run of that name exists and
             is not resumed, the next free ``<name>-<n>`` is taken, so nothing is overwritten.
         resume: Go on with the run of that name from its last commit.
+        from_round: When resuming, go back to this kept commit first; later rounds are lost.
 
     Returns:
         The run's folder.
@@ -66,7 +69,7 @@ def run_experiment(config: ExperimentConfig, resume: bool = False) -> Path:
         federation.server.select_cohort(1)
         parse_names(config.evaluation.baselines)
         _write_environment(assembly, folders, processes)
-    first_round = resume_from(federation) if resume else 1
+    first_round = resume_from(federation, from_round) if resume else 1
     processes.accelerator.init_trackers(folders.public.name)
     shared_on_call = functools.partial(_validate, federation, assembly, processes)
     started = time.perf_counter()

@@ -164,17 +164,22 @@ def _report(federation: Federation, record: Mapping[str, Any], progress: Progres
             log_to_trackers(federation.processes, record, record["round"])
 
 
-def resume_from(federation: Federation) -> int:
+def resume_from(federation: Federation, from_round: int | None = None) -> int:
     """Go back to the commit point; whatever is newer never happened.
+
+    Args:
+        federation: The parts.
+        from_round: An older round that is kept, to be made the commit point; None: the newest.
 
     Returns:
         The first round to run: 1 when nothing was committed.
 
     Raises:
         CheckpointError: The run was made under other settings, or in an environment that would
-            not end with the same bits.
+            not end with the same bits; or ``from_round`` is not kept.
+        CorruptFileError: The checkpoint is damaged; the message names the round to go back to.
     """
-    checkpoint = federation.checkpoints.load()
+    checkpoint = federation.checkpoints.load(from_round)
     committed = 0
     if checkpoint is not None:
         check_resumable(checkpoint.environment, federation.environment)
@@ -182,6 +187,8 @@ def resume_from(federation: Federation) -> int:
         committed = checkpoint.round_number
     with federation.processes.together():
         if federation.processes.is_main:
+            if from_round is not None:
+                federation.checkpoints.rollback(from_round)
             discarded = federation.store.discard_newer(committed)
             federation.metrics_log.truncate_after(committed)
             remove_temporary(federation.metrics_log.path.parent)

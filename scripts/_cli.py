@@ -17,8 +17,10 @@ def run_safely(
     command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
 ) -> None:
     """Run a command; a deliberate error is one message and its exit code."""
-    # Before torch starts: waiting threads that spin starve each other on a busy machine.
+    # Before torch starts: waiting threads that spin for long starve each other on a busy machine,
+    # and those that sleep at once are late for the next of many small operations.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries; ours log lines there

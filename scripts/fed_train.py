@@ -18,7 +18,16 @@ def main() -> None:
         help="override a setting, e.g. federation.num_rounds=20; may be repeated",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run of that name")
-    run_safely(train, parser.parse_args())
+    parser.add_argument(
+        "--from-round",
+        type=int,
+        metavar="N",
+        help="with --resume: go back to the kept commit of round N first; later rounds are lost",
+    )
+    arguments = parser.parse_args()
+    if arguments.from_round is not None and not arguments.resume:
+        parser.error("--from-round goes with --resume")
+    run_safely(train, arguments)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -29,7 +38,7 @@ def train(arguments: argparse.Namespace) -> None:
     from pfm_llm.run_report import RESULTS_FILE, read_results, terminal_table
 
     config = load_config(arguments.config or default_config(), arguments.set)
-    run = run_experiment(config, resume=arguments.resume)
+    run = run_experiment(config, resume=arguments.resume, from_round=arguments.from_round)
     if is_main_process():
         rows, _ = read_results(run / RESULTS_FILE)
         print(f"\n{terminal_table(rows)}\nrun folder: {run}")

@@ -10,7 +10,7 @@ import pytest
 
 from pfm_llm import experiment
 from pfm_llm.checkpoint import CheckpointStore, RunEnvironment
-from pfm_llm.errors import CheckpointError, ConfigError
+from pfm_llm.errors import CheckpointError, ConfigError, CorruptFileError
 from pfm_llm.experiment import run_experiment
 from pfm_llm.metrics_log import MetricsLog
 from pfm_llm.private_store import PrivateStore
@@ -94,6 +94,22 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert "validation" in metrics[2]
     assert results_of(run)["rows"] == results_of(uninterrupted)["rows"]
     assert leftovers(run, run.with_name("tiny.private")) == []
+
+
+def test_resume_from_an_older_kept_round_ends_bit_identical(
+    tiny: Tiny, tmp_path: Path, uninterrupted: Path
+) -> None:
+    config = tiny.config(tmp_path, **SETTINGS)
+    run = run_experiment(config)
+    (run / "server" / f"round_{ROUNDS:06d}.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CorruptFileError, match=r"round 6, .*damaged.*--resume --from-round 4"):
+        run_experiment(config, resume=True)
+    with pytest.raises(CheckpointError, match="round 3 is not kept; kept rounds: 4, 6"):
+        run_experiment(config, resume=True, from_round=3)
+    run_experiment(config, resume=True, from_round=4)
+    assert tensor_files(run) == tensor_files(uninterrupted)
+    assert metrics_of(run) == metrics_of(uninterrupted)
+    assert results_of(run)["rows"] == results_of(uninterrupted)["rows"]
 
 
 def test_a_run_that_ended_resumes_to_the_same(tiny: Tiny, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_damaged_round_is_named_with_the_way_on(
     else:
         content[-1] ^= 1
         path.write_bytes(content)
-    with pytest.raises(CorruptFileError, match=r"round 20, .*; roll back to round 10"):
+    with pytest.raises(CorruptFileError, match=r"round 20, .*round 10 is kept.*--from-round 10"):
         store.load()
     _assert_whole(store.rollback(10), 10)
     _assert_whole(store.load(), 10)
