@@ -62,9 +62,7 @@ def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> Non
     damage(copied / "server" / "round_000004.safetensors")
     results = (copied / "results.json").read_bytes()
     for use in (evaluate_run, RunRecommender):
-        with pytest.raises(
-            CorruptFileError, match=r"checkpoint of round 4.*round 2 is kept"
-        ):
+        with pytest.raises(CorruptFileError, match=r"checkpoint of round 4.*round 2 is kept"):
             use(copied)
     assert (copied / "results.json").read_bytes() == results
 
