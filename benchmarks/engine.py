@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         seconds = race(bench.cases(), arguments.repeats)
     here = run_report.environment(
         seed=config.seed,
-        dtype=str(bench.assembly.backbone.dtype).removeprefix("torch."),
+        dtype=str(bench.assembly.parts.backbone.dtype).removeprefix("torch."),
         threads=processes.threads,
         num_processes=processes.count,
         device=processes.device.type,
@@ -160,20 +160,22 @@ class Bench:
         assembly = assemble(config, load_corpus(config), folders, processes)
         clients = choose_clients(assembly, num_clients)
         wide = DualAdapter(
-            assembly.backbone,
-            config.adapters.model_copy(update={"num_layers": assembly.backbone.num_layers}),
+            assembly.parts.backbone,
+            config.adapters.model_copy(update={"num_layers": assembly.parts.backbone.num_layers}),
         )
-        items = assembly.model.item_texts
+        items = assembly.parts.model.item_texts
         return cls(
             assembly=assembly,
             clients=clients,
             windows=tuple(assembly.histories.windows(client)[0] for client in clients),
-            tensors=client_tensors(assembly, assembly.adapter, clients),
+            tensors=client_tensors(assembly, assembly.parts.adapter, clients),
             wide_tensors=client_tensors(assembly, wide, clients),
             same_layers=SequentialPeft(
-                assembly.backbone, assembly.adapter, assembly.normaliser, items
+                assembly.parts.backbone, assembly.parts.adapter, assembly.parts.normaliser, items
             ),
-            common_recipe=SequentialPeft(assembly.backbone, wide, assembly.normaliser, items),
+            common_recipe=SequentialPeft(
+                assembly.parts.backbone, wide, assembly.parts.normaliser, items
+            ),
         )
 
     def cases(self) -> dict[str, Callable[[], object]]:
@@ -241,8 +243,8 @@ class Bench:
             "prompt": config.prompt,
             "adapters": config.adapters.model_dump(mode="json"),
             "head": config.head.model_dump(mode="json"),
-            "blocks": self.assembly.backbone.num_layers,
-            "items_in_catalogue": self.assembly.model.num_items,
+            "blocks": self.assembly.parts.backbone.num_layers,
+            "items_in_catalogue": self.assembly.parts.model.num_items,
             "clients": len(self.clients),
             "chunks": len(self.assembly.trainer.chunks(self.clients)),
             "items_per_window": config.window.items,
@@ -276,7 +278,7 @@ class Bench:
             ).requires_grad_()
             for name, value in own[0].items()
         }
-        losses = self.assembly.model.losses(batch, leaves, Parts())
+        losses = self.assembly.parts.model.losses(batch, leaves, Parts())
         gradients = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()))
         return [
             (loss.detach(), {n: g[c] for n, g in zip(leaves, gradients, strict=True)})
@@ -321,7 +323,7 @@ def client_tensors(
     """
     from benchmarks.sequential_peft import stirred
 
-    head = {n: t for n, t in assembly.initial_shared.tensors.items() if n.startswith("head.")}
+    head = {n: t for n, t in assembly.parts.shared.tensors.items() if n.startswith("head.")}
     shared = stirred({**adapter.initial_shared(_SEED), **head}, _SEED, "shared")
     dim = assembly.config.head.dim
     own = (adapter.initial_private(_SEED, client, dim) for client in clients)

@@ -2,44 +2,28 @@
 
 import contextlib
 import functools
-import hashlib
-import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import nn
-
-from pfm_llm import assets, files
-from pfm_llm import head as recommender_head
-from pfm_llm.backbone import Backbone, load_backbone
+from pfm_llm.artefact import Artefact, read_artefact
 from pfm_llm.client import ClientHistories, LocalTrainer
-from pfm_llm.cohort_model import CohortModel
 from pfm_llm.config import ExperimentConfig, load_config, training_hash
-from pfm_llm.contract import UpdateContract
-from pfm_llm.data.interactions import Catalogue, Interactions
+from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.partition import partition
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
-from pfm_llm.dual_adapter import DualAdapter
-from pfm_llm.encoding import HistoryEncoder
-from pfm_llm.errors import CheckpointError, ConfigError, CorruptFileError, DataError, StorageError
+from pfm_llm.errors import CheckpointError, ConfigError
 from pfm_llm.evaluation import Evaluator
-from pfm_llm.head import Normaliser
+from pfm_llm.model_parts import ModelParts, build_model
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.processes import Processes
-from pfm_llm.prompts import Prompt, load_prompt
 from pfm_llm.run_report import CONFIG_FILE
 from pfm_llm.trunk_cache import TrunkCache
-from pfm_llm.types import SharedState
 
-_log = logging.getLogger(__name__)
 _BYTES_PER_GB = 10**9
-_ITEM_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -53,6 +37,16 @@ class RunFolders:
 
     public: Path
     private: Path
+
+    @property
+    def initial_adapter(self) -> Path:
+        """The run's own copy of the published adapter that it started from."""
+        return self.public / "initial_adapter"
+
+    @property
+    def shared_adapter(self) -> Path:
+        """The exported shared adapter."""
+        return self.public / "shared_adapter"
 
     @classmethod
     def of(cls, public: Path) -> "RunFolders":
@@ -155,36 +149,24 @@ class Assembly:
     Attributes:
         config: The experiment.
         corpus: Its data.
-        backbone: The frozen model.
-        prompt: The template.
-        adapter: Shared and private LoRA in PEFT's terms.
-        normaliser: The catalogue's whitening.
-        model: The many-clients model.
+        parts: The model over its catalogue.
+        artefact: The published adapter that it started from, if it did.
         histories: The clients and their windows.
-        encoder: Renders histories.
         cache: Trunk states.
         store: The clients' private folders.
         trainer: Local training.
         evaluator: Ranking.
-        initial_shared: The shared state before round 1.
-        contract: What updates may hold.
     """
 
     config: ExperimentConfig
     corpus: Corpus
-    backbone: Backbone
-    prompt: Prompt
-    adapter: DualAdapter
-    normaliser: Normaliser
-    model: CohortModel
+    parts: ModelParts
+    artefact: Artefact | None
     histories: ClientHistories
-    encoder: HistoryEncoder
     cache: TrunkCache
     store: PrivateStore
     trainer: LocalTrainer
     evaluator: Evaluator
-    initial_shared: SharedState
-    contract: UpdateContract
 
 
 def load_corpus(config: ExperimentConfig) -> Corpus:
@@ -207,142 +189,42 @@ def assemble(
     Raises:
         DataError: The prompt needs what the data lacks, or a window exceeds the context.
         BackboneError: The model cannot be had or adapted.
+        ArtefactError: The adapter to start from does not fit.
     """
-    catalogue = corpus.interactions.catalogue
-    prompt = _load_prompt(config.prompt, corpus.interactions)
-    backbone = load_backbone(config.backbone, processes.device)
-    encoder = _encoder(config, corpus.interactions, prompt, backbone)
-    adapter = DualAdapter(backbone, config.adapters)
-    initial_shared = _initial_shared(config, adapter, backbone.hidden_size, len(catalogue))
-    trunk, top = backbone.split(config.adapters.num_layers)
-    states = item_states(backbone, encoder, prompt, catalogue.content_hash())
-    normaliser = recommender_head.fit_normaliser(states)
-    texts = normaliser(states)[:, : config.head.dim].contiguous()
-    model = CohortModel(top, adapter.top_paths(), adapter.scales(), normaliser, texts)
+    interactions = corpus.interactions
+    artefact = read_artefact(folders.initial_adapter) if config.init_from else None
+    parts = build_model(
+        config, interactions.catalogue, interactions.ratings, processes.device, artefact
+    )
     store = PrivateStore(folders.private)
-    cache = _trunk_cache(config, backbone, trunk, folders.private, processes.count)
-    clients = partition(corpus.interactions, config.data.users_per_client, config.seed)
-    histories = ClientHistories(clients, corpus.split.train, encoder, cache)
-    contract = _contract(initial_shared, backbone, prompt, catalogue)
-    private_of = functools.partial(adapter.initial_private, config.seed, head_dim=config.head.dim)
-    trainer = LocalTrainer(config, model, histories, store, contract, private_of)
+    cache = _trunk_cache(config, parts, folders.private, processes.count)
+    clients = partition(interactions, config.data.users_per_client, config.seed)
+    histories = ClientHistories(clients, corpus.split.train, parts.encoder, cache)
+    private_of = functools.partial(
+        parts.adapter.initial_private, config.seed, head_dim=config.head.dim
+    )
+    trainer = LocalTrainer(config, parts.model, histories, store, parts.contract, private_of)
     return Assembly(
         config=config,
         corpus=corpus,
-        backbone=backbone,
-        prompt=prompt,
-        adapter=adapter,
-        normaliser=normaliser,
-        model=model,
+        parts=parts,
+        artefact=artefact,
         histories=histories,
-        encoder=encoder,
         cache=cache,
         store=store,
         trainer=trainer,
-        evaluator=Evaluator(model, trainer, histories, encoder, cache, store),
-        initial_shared=initial_shared,
-        contract=contract,
+        evaluator=Evaluator(parts.model, trainer, histories, parts.encoder, cache, store),
     )
-
-
-def _load_prompt(name: str, interactions: Interactions) -> Prompt:
-    prompt = load_prompt(name)
-    if prompt.uses_rating and interactions.ratings is None:
-        raise DataError(
-            f"prompt {prompt.key} shows ratings and the data has none; set data.columns.rating, "
-            "or choose a prompt without ratings such as next_item.v1"
-        )
-    return prompt
-
-
-def _encoder(
-    config: ExperimentConfig, interactions: Interactions, prompt: Prompt, backbone: Backbone
-) -> HistoryEncoder:
-    return HistoryEncoder(
-        prompt,
-        interactions.catalogue,
-        backbone.tokenizer,
-        config.window,
-        backbone.max_tokens,
-        _rating_values(interactions),
-    )
-
-
-def _rating_values(interactions: Interactions) -> tuple[float, ...]:
-    ratings = interactions.ratings
-    return () if ratings is None else tuple(np.unique(ratings).tolist())
-
-
-def _initial_shared(
-    config: ExperimentConfig, adapter: DualAdapter, hidden_size: int, num_items: int
-) -> SharedState:
-    head = recommender_head.initial_head(config.head, hidden_size, num_items, config.seed)
-    return SharedState({**adapter.initial_shared(config.seed), **head})
 
 
 def _trunk_cache(
-    config: ExperimentConfig,
-    backbone: Backbone,
-    trunk: nn.Module,
-    private_folder: Path,
-    num_processes: int,
+    config: ExperimentConfig, parts: ModelParts, private_folder: Path, num_processes: int
 ) -> TrunkCache:
     root = Path(config.cache.dir).expanduser() if config.cache.dir else private_folder
     return TrunkCache(
-        trunk,
+        parts.trunk,
         root / "clients",
-        identity=f"{backbone.weights_hash}/{backbone.dtype}/{config.adapters.num_layers}",
+        identity=f"{parts.backbone.weights_hash}/{parts.backbone.dtype}/{config.adapters.num_layers}",
         max_bytes=int(config.cache.max_gb * _BYTES_PER_GB),
         num_writers=num_processes,
     )
-
-
-def _contract(
-    shared: SharedState, backbone: Backbone, prompt: Prompt, catalogue: Catalogue
-) -> UpdateContract:
-    return UpdateContract.from_shared(
-        shared,
-        backbone_hash=backbone.weights_hash,
-        prompt_hash=prompt.content_hash(),
-        catalogue_hash=catalogue.content_hash(),
-    )
-
-
-def item_states(
-    backbone: Backbone, encoder: HistoryEncoder, prompt: Prompt, catalogue_hash: str
-) -> torch.Tensor:
-    """Frozen states of the catalogue's texts, [I, d] float32, kept between runs.
-
-    They depend on the catalogue alone, not on any user, so they are kept in the public cache
-    under a key of all that they depend on.
-    """
-    parts = (
-        backbone.weights_hash,
-        str(backbone.dtype),
-        backbone.device.type,
-        prompt.content_hash(),
-        str(encoder.config.max_item_tokens),
-        catalogue_hash,
-    )
-    key = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
-    path = assets.cache_dir() / "items" / f"{key}.safetensors"
-    try:
-        tensors, header = files.read_tensors(path)
-        if header["sha256"] != _sha256(tensors["states"]):
-            raise CorruptFileError(f"{path} does not match its checksum")
-        return tensors["states"].clone()
-    except FileNotFoundError:
-        pass
-    except (CorruptFileError, KeyError) as error:
-        _log.warning("item states: %s; computing them again", error)
-    states = backbone.last_token_states(encoder.catalogue_pieces(), _ITEM_BATCH_TOKENS)
-    try:
-        files.write_tensors(path, {"states": states}, {"sha256": _sha256(states)})
-    except StorageError as error:
-        # A cache is a convenience: without it they are computed each time.
-        _log.warning("item states: %s; going on without keeping them", error)
-    return states
-
-
-def _sha256(states: torch.Tensor) -> str:
-    return hashlib.sha256(states.contiguous().view(torch.uint8).numpy().data).hexdigest()

@@ -1,8 +1,6 @@
 """One YAML, one frozen tree of settings. Unknown keys and impossible combinations are errors."""
 
-import difflib
 import hashlib
-import types
 import typing
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pfm_llm.config_text import apply_override, explain
 from pfm_llm.errors import ConfigError
 
 
@@ -274,6 +273,25 @@ class RuntimeConfig(_Settings):
     trackers: tuple[str, ...] = Field((), description="accelerate trackers, e.g. tensorboard")
 
 
+class InitFromConfig(_Settings):
+    """A published adapter to go on from."""
+
+    adapter: str = Field(description="Hub id, or a folder that was exported or pulled")
+    revision: str | None = Field(None, description="commit, tag or branch of a Hub id")
+    allow_base_mismatch: bool = Field(
+        False, description="go on although the adapter was trained on other base weights"
+    )
+
+
+class PushToHubConfig(_Settings):
+    """Publishing the shared adapter while and after training."""
+
+    repo: str = Field(description="user/name")
+    every: Count = Field(0, description="push every so many rounds; 0: at the end only")
+    private: bool = Field(True, description="make the repository private when it is created")
+    tag: str | None = Field(None, description="tag of the last push")
+
+
 class OutputConfig(_Settings):
     """Where a run leaves its files."""
 
@@ -297,6 +315,8 @@ class ExperimentConfig(_Settings):
     cache: CacheConfig = CacheConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()
+    init_from: InitFromConfig | None = None
+    push_to_hub: PushToHubConfig | None = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "ExperimentConfig":
@@ -310,6 +330,12 @@ class ExperimentConfig(_Settings):
         if shared_basis and local.private_local_steps == 0:
             raise ValueError(
                 "adapters.private.kind: shared_basis needs private_local_steps of at least 1"
+            )
+        push = self.push_to_hub
+        if push is not None and push.every % self.output.checkpoint_every:
+            raise ValueError(
+                f"push_to_hub.every: {push.every} is not a multiple of output.checkpoint_every "
+                f"({self.output.checkpoint_every}): only committed rounds are pushed"
             )
         if self.name.endswith(".private"):
             raise ValueError("name must not end in .private: that is the private folder's name")
@@ -336,7 +362,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Exper
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
         for override in overrides:
-            _apply_override(tree, override)
+            apply_override(tree, override)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     return parse_config(tree, origin=str(path))
@@ -347,7 +373,7 @@ def parse_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConf
     try:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        lines = "\n".join(f"  {explain(problem, ExperimentConfig)}" for problem in error.errors())
         raise ConfigError(f"{origin}:\n{lines}") from error
 
 
@@ -358,41 +384,5 @@ def dump_config(config: ExperimentConfig) -> str:
 
 def training_hash(config: ExperimentConfig) -> str:
     """SHA-256, in hex, over all settings that the trained tensors depend on."""
-    elsewhere = {"name", "evaluation", "cache", "runtime", "output"}
+    elsewhere = {"name", "evaluation", "cache", "runtime", "output", "push_to_hub"}
     return hashlib.sha256(config.model_dump_json(exclude=elsewhere).encode()).hexdigest()
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, value = override.partition("=")
-    if not separator:
-        raise ConfigError(f"override {override!r}: expected dotted.key=value")
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = tree.get(parent)
-        if child is None:
-            child = tree[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent} holds no keys")
-        tree = child
-    tree[last] = yaml.safe_load(value)
-
-
-def _explain(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    if problem["type"] != "extra_forbidden":
-        return f"{'.'.join(location) or 'config'}: {problem['msg']}"
-    message = f"unknown key {'.'.join(location)}"
-    valid = _keys_at(location[:-1])
-    nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
-    if not nearest:
-        return f"{message}; valid here: {', '.join(valid)}"
-    return f"{message}; did you mean {'.'.join([*location[:-1], nearest[0]])}?"
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    model: Any = ExperimentConfig
-    for part in location:
-        annotation = model.model_fields[part].annotation
-        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
-        model = next((o for o in options if isinstance(o, type)), annotation)
-    return list(model.model_fields)

@@ -8,6 +8,7 @@ This is the only module that imports ``peft``. Both adapters are pure LoRA on
 import contextlib
 import copy
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,13 +21,15 @@ from torch import nn
 from pfm_llm import files, seeding
 from pfm_llm.backbone import Backbone
 from pfm_llm.config import AdaptersConfig, LoraAdapterConfig, PrivateKind
-from pfm_llm.errors import BackboneError
+from pfm_llm.errors import BackboneError, CorruptFileError
 from pfm_llm.types import PRIVATE_PREFIX, Tensors
 
 SHARED = "shared"
 PRIVATE = "private"
+PERSONAL = "personal"
 ALL_LINEAR = "all-linear"
 _PEFT_PREFIX = "base_model.model."
+_PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
 class DualAdapter:
@@ -133,6 +136,25 @@ class DualAdapter:
             tensors[f"lora.{name}.A"], tensors[f"lora.{name}.B"] = a, private[f"{key}.B"]
         self._load(peft_model, PRIVATE, tensors)
 
+    def personal_model(self, shared: Tensors, private: Tensors, weight: float = 1.0) -> Any:
+        """A `peft.PeftModel` whose one active adapter, ``personal``, is both adapters in one.
+
+        Their factors are concatenated along the rank (PEFT's ``cat``), which is exact. The
+        recommender head and its private term are not in it: they are in the head's file and in
+        the private store.
+
+        Args:
+            shared: The shared state's tensors.
+            private: A client's private tensors.
+            weight: Factor on the private adapter.
+        """
+        model = self.peft_model()
+        self.load_shared(model, shared)
+        self.load_private(model, private, shared)
+        model.add_weighted_adapter([SHARED, PRIVATE], [1.0, weight], PERSONAL, "cat")
+        model.set_adapter(PERSONAL)
+        return model
+
     def export_shared(self, shared: Tensors, folder: Path, base_name: str) -> None:
         """Write the shared adapter as a PEFT folder, and nothing else.
 
@@ -219,6 +241,24 @@ class DualAdapter:
             f"top {self._config.num_layers} layers; name some of its linear layers in "
             f"adapters.targets: {', '.join(self._linear_names()) or '(it has none)'}"
         )
+
+
+def tensors_from_peft(state: Tensors) -> dict[str, torch.Tensor]:
+    """The tensors of a PEFT folder under our names; the inverse of how an export writes them.
+
+    Args:
+        state: Content of ``adapter_model.safetensors``.
+
+    Raises:
+        CorruptFileError: A tensor is not a factor of a LoRA.
+    """
+    tensors = {}
+    for key, value in state.items():
+        match = _PEFT_KEY.fullmatch(key)
+        if match is None:
+            raise CorruptFileError(f"{key} is no factor of a LoRA: not a folder of ours")
+        tensors[f"lora.{match['module']}.{match['factor']}"] = value
+    return tensors
 
 
 def _random_a(rank: int, fan_in: int, seed: int, purpose: str, client_id: str = "") -> torch.Tensor:

@@ -11,6 +11,9 @@ PfmError
 ├── ContractError          an update that the server refuses
 ├── TrainingError          training that cannot go on (a loss that is not finite)
 ├── CheckpointError        a run that cannot be resumed
+├── ArtefactError          a folder that is not, or must not become, a published adapter
+│   └── PrivateLeakError   something private in what is about to be published
+├── HubError               the Hub refused, or cannot be reached
 └── LaunchError            processes that were started in a way that would mislead
 
 Each message names the thing and the remedy. Scripts print it without a traceback and exit
@@ -62,6 +65,18 @@ class TrainingError(PfmError):
 
 class CheckpointError(PfmError):
     """A run that cannot be resumed from what is on disk."""
+
+
+class ArtefactError(PfmError):
+    """A folder that is not a shared adapter, or that does not fit what it is used with."""
+
+
+class PrivateLeakError(ArtefactError):
+    """Something private was found in what is about to be published; nothing was sent."""
+
+
+class HubError(PfmError):
+    """The Hub refused a request, or cannot be reached."""
 
 
 class LaunchError(PfmError):

@@ -1,32 +1,40 @@
-"""The shared adapter as an artefact: a plain PEFT folder, our head beside it, a manifest, a card.
+"""The shared adapter of a run as an artefact: a plain PEFT folder, our head, a manifest, a card.
 
 Built from an allow-list; nothing that is private is ever at hand here.
 """
 
-import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pfm_llm import __version__, files
+from pfm_llm.artefact import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    BASIS_FILE,
+    CARD_FILE,
+    FORMAT,
+    HEAD_FILE,
+    ITEM_KEYS_FILE,
+    MANIFEST_FILE,
+    TRAINING_CONFIG_FILE,
+    Base,
+    Manifest,
+    Metric,
+    Parent,
+    item_keys,
+    prompt_file,
+    write_head,
+)
 from pfm_llm.assembly import Assembly
 from pfm_llm.cohort_model import BASIS, SHARED_LORA
-from pfm_llm.errors import CorruptFileError
-from pfm_llm.head import Normaliser
-from pfm_llm.model_card import CardFacts, model_card
-from pfm_llm.run_report import ResultRow, results_table
+from pfm_llm.config import ExperimentConfig, dump_config
+from pfm_llm.model_card import CardFacts, model_card, shown_name
+from pfm_llm.run_report import PLOTS_FOLDER, ResultRow, results_table
 from pfm_llm.types import SharedState
 
-HEAD_FILE = "recommender_head.safetensors"
-BASIS_FILE = "private_basis.safetensors"
-MANIFEST_FILE = "pfm_manifest.json"
-CARD_FILE = "README.md"
-FORMAT = 1
-
-_MEAN, _BASIS = "normaliser.mean", "normaliser.basis"
 _EMBEDDED_NOTE = (
     "The weights that it was trained on are those of this model's Q4_1 GGUF file, dequantised "
     "(`pfm_llm.assets.smollm2_135m()` rebuilds them); the manifest holds their hash."
@@ -47,81 +55,123 @@ def export_shared_adapter(
         folder: Where to.
         shared: The shared state.
         round_number: After which round it stands.
-        rows: Results for the card.
+        rows: Results for manifest and card; none before the evaluation.
     """
+    parts, config = assembly.parts, assembly.config
     lora = {n: t for n, t in shared.tensors.items() if n.startswith(SHARED_LORA)}
     head = {n: t for n, t in shared.tensors.items() if n.startswith("head.")}
     basis = {n: t for n, t in shared.tensors.items() if n.startswith(BASIS)}
-    assembly.adapter.export_shared(lora, folder, assembly.backbone.portable_name)
-    head |= {_MEAN: assembly.normaliser.mean, _BASIS: assembly.normaliser.basis}
-    hashes = {HEAD_FILE: files.write_tensors(folder / HEAD_FILE, head)}
+    names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, ITEM_KEYS_FILE, TRAINING_CONFIG_FILE]
+    names.append(prompt_file(parts.prompt.key))
+    parts.adapter.export_shared(lora, folder, parts.backbone.portable_name)
+    write_head(folder, head, parts.normaliser)
     if basis:
-        hashes[BASIS_FILE] = files.write_tensors(folder / BASIS_FILE, basis)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        hashes[name] = files.sha256_of(folder / name)
-    manifest = _manifest(assembly, round_number, rows)
-    files.write_json(folder / MANIFEST_FILE, {**manifest, "files": hashes})
-    config = assembly.config
+        files.write_tensors(folder / BASIS_FILE, basis)
+        names.append(BASIS_FILE)
+    keys = item_keys(assembly.corpus.interactions.catalogue, parts.prompt)
+    files.write_text(folder / ITEM_KEYS_FILE, json.dumps(keys) + "\n")
+    files.write_text(folder / TRAINING_CONFIG_FILE, dump_config(public_config(config)))
+    files.write_text(folder / names[5], parts.prompt.toml)
+    names += _copy_plots(folder.parent / PLOTS_FOLDER, folder)
+    hashes = {name: files.sha256_of(folder / name) for name in names}
+    manifest = _manifest(assembly, round_number, rows, hashes)
+    files.write_bytes(folder / MANIFEST_FILE, manifest.to_bytes())
+    files.write_text(folder / CARD_FILE, _card(assembly, round_number, rows))
+
+
+def public_config(config: ExperimentConfig) -> ExperimentConfig:
+    """The config without what names places on this machine: paths become their last part."""
+    tree: dict[str, Any] = config.model_dump(mode="json")
+    tree["data"]["source"] = shown_name(tree["data"]["source"])
+    tree["data"]["items"] = tree["data"]["items"] and shown_name(tree["data"]["items"])
+    tree["backbone"]["name"] = shown_name(tree["backbone"]["name"])
+    tree["prompt"] = shown_name(tree["prompt"])
+    if tree["init_from"]:
+        tree["init_from"]["adapter"] = shown_name(tree["init_from"]["adapter"])
+    for section in ("cache", "output", "push_to_hub"):
+        tree.pop(section)
+    return ExperimentConfig.model_validate(tree)
+
+
+def _copy_plots(source: Path, folder: Path) -> list[str]:
+    """Bring the run's plots into the folder; their names in it."""
+    shutil.rmtree(folder / PLOTS_FOLDER, ignore_errors=True)
+    names = []
+    for plot in sorted(source.glob("*.png")):
+        names.append(f"{PLOTS_FOLDER}/{plot.name}")
+        files.write_bytes(folder / names[-1], plot.read_bytes())
+    return names
+
+
+def _card(assembly: Assembly, round_number: int, rows: Sequence[ResultRow]) -> str:
+    config, backbone = assembly.config, assembly.parts.backbone
     facts = CardFacts(
         name=config.name,
-        base_model=assembly.backbone.portable_name,
-        prompt=assembly.prompt.key,
+        base_model=backbone.portable_name,
+        prompt=assembly.parts.prompt.key,
         dataset=config.data.source,
         rounds=round_number,
         scores=rows,
-        results_table=results_table(rows, confidence=config.evaluation.confidence),
+        results_table=results_table(rows, confidence=config.evaluation.confidence) if rows else "",
         config=config.model_dump(mode="json"),
-        base_note=_EMBEDDED_NOTE if assembly.backbone.is_embedded else "",
+        base_note=_EMBEDDED_NOTE if backbone.is_embedded else "",
     )
-    files.write_text(folder / CARD_FILE, model_card(facts))
+    return model_card(facts)
 
 
-def read_head(folder: Path) -> tuple[dict[str, torch.Tensor], Normaliser]:
-    """The recommender head of an exported folder, and the whitening that it was trained with.
-
-    Raises:
-        CorruptFileError: The file is damaged or lacks the normaliser.
-    """
-    tensors, _ = files.read_tensors(folder / HEAD_FILE)
-    try:
-        normaliser = Normaliser(tensors.pop(_MEAN), tensors.pop(_BASIS))
-    except KeyError as error:
-        raise CorruptFileError(f"{folder / HEAD_FILE} lacks {error}; export it again") from error
-    return tensors, normaliser
-
-
-def _manifest(assembly: Assembly, round_number: int, rows: Sequence[ResultRow]) -> dict[str, Any]:
-    catalogue = assembly.corpus.interactions.catalogue
-    adapters = assembly.config.adapters
-    return {
-        "format": FORMAT,
-        "pfm_llm": __version__,
-        "round": round_number,
-        "base": {
-            "name": assembly.backbone.portable_name,
-            "weights_sha256": assembly.backbone.weights_hash,
-            "tokenizer_sha256": assembly.backbone.tokenizer_hash,
-        },
-        "adapter": {
-            "rank": adapters.shared.rank,
-            "alpha": adapters.shared.alpha,
-            "modules": list(assembly.adapter.modules),
-        },
-        "prompt": {
-            "key": assembly.prompt.key,
-            "sha256": assembly.prompt.content_hash(),
-        },
-        "catalogue": {
-            "sha256": catalogue.content_hash(),
-            "num_items": len(catalogue),
-            "item_ids_sha256": hashlib.sha256(
-                json.dumps(list(catalogue.item_ids)).encode()
-            ).hexdigest(),
-        },
-        "contract_sha256": assembly.contract.hash(),
-        "metrics": [
-            {"mode": row.mode, "metric": f"{row.metric}@{row.k}", "value": row.value}
+def _manifest(
+    assembly: Assembly, round_number: int, rows: Sequence[ResultRow], hashes: dict[str, str]
+) -> Manifest:
+    config, parts = assembly.config, assembly.parts
+    catalogue, backbone = assembly.corpus.interactions.catalogue, parts.backbone
+    return Manifest(
+        format=FORMAT,
+        pfm_llm=__version__,
+        name=config.name,
+        round=round_number,
+        base=Base(
+            name=backbone.portable_name,
+            embedded=backbone.name if backbone.is_embedded else None,
+            revision=config.backbone.revision,
+            dtype=config.backbone.dtype,
+            weights_sha256=backbone.weights_hash,
+            tokenizer_sha256=backbone.tokenizer_hash,
+        ),
+        adapters=config.adapters,
+        modules=tuple(parts.adapter.modules),
+        head=config.head,
+        window=config.window,
+        prompt=parts.prompt.key,
+        prompt_sha256=parts.prompt.content_hash(),
+        data_source=shown_name(config.data.source),
+        catalogue_sha256=catalogue.content_hash(),
+        num_items=len(catalogue),
+        contract_sha256=parts.contract.hash(),
+        parents=_parents(assembly),
+        metrics=tuple(
+            Metric(
+                mode=row.mode,
+                metric=f"{row.metric}@{row.k}",
+                value=row.value,
+                ci_low=row.ci_low,
+                ci_high=row.ci_high,
+            )
             for row in rows
             if row.method == "pfm" and row.split == "test" and row.candidates == "full"
-        ],
-    }
+        ),
+        files=hashes,
+    )
+
+
+def _parents(assembly: Assembly) -> tuple[Parent, ...]:
+    artefact, started = assembly.artefact, assembly.config.init_from
+    if artefact is None or started is None:
+        return ()
+    return (
+        Parent(
+            relation="trained_from",
+            manifest_sha256=artefact.manifest_sha256,
+            repo=shown_name(started.adapter),
+            revision=started.revision,
+        ),
+    )

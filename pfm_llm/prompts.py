@@ -23,6 +23,7 @@ Items are tokenised one by one and their tokens put in a row, so an item's last 
 at the end of its text, where the user's state is read.
 """
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -64,6 +65,7 @@ class Prompt:
         item: Template of one item of a history.
         catalogue_item: Template of an item by itself.
         fields: The item fields that the templates use.
+        toml: The file's text, to pass the prompt on.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Prompt:
     item: str
     catalogue_item: str
     fields: tuple[str, ...]
+    toml: str = dataclasses.field(default="", compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -161,7 +164,8 @@ def _prompt_dir() -> Path:
 
 def _read_prompt(path: Path) -> Prompt:
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -176,6 +180,7 @@ def _read_prompt(path: Path) -> Prompt:
             item=tree["item"],
             catalogue_item=tree["catalogue_item"],
             fields=tuple(tree["fields"]),
+            toml=text,
         )
         _check_templates(prompt)
         if prompt.key != path.stem:

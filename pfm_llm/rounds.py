@@ -24,6 +24,9 @@ _BYTES_PER_NUMBER = 4
 Validate = Callable[[int], Mapping[str, Any]]
 """Evaluates on validation after the given round; returns figures for the log."""
 
+OnCommit = Callable[[int], None]
+"""Told of each round that has been committed."""
+
 
 @dataclass(frozen=True)
 class Federation:
@@ -50,13 +53,19 @@ class Federation:
     processes: Processes
 
 
-def run_rounds(federation: Federation, first_round: int, validate: Validate) -> None:
+def run_rounds(
+    federation: Federation,
+    first_round: int,
+    validate: Validate,
+    on_commit: OnCommit = lambda _: None,
+) -> None:
     """Run rounds ``first_round`` to the last one.
 
     Args:
         federation: The parts.
         first_round: 1, or the round after the commit point.
         validate: Called every ``evaluation.every`` rounds, on every process.
+        on_commit: Called after every commit, on every process.
 
     Raises:
         TrainingError: A round in which no update was usable, or a step that was not finite. What
@@ -84,6 +93,7 @@ def run_rounds(federation: Federation, first_round: int, validate: Validate) -> 
             _report(federation, record, progress)
             if round_number % config.output.checkpoint_every == 0 or round_number == last_round:
                 commit(federation, round_number)
+                on_commit(round_number)
 
 
 def train_cohort(federation: Federation, cohort: Sequence[str], round_number: int) -> RunningSum:

@@ -61,7 +61,7 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
     """
     rows, notes = tables.interactions, list(tables.notes)
     if tables.items is not None:
-        catalogue, item_notes = _catalogue(tables.items, columns, max_bad_rows)
+        catalogue, item_notes = read_catalogue(tables.items, columns, max_bad_rows)
     else:
         catalogue, item_notes = _catalogue_of_rows(rows, columns)
     notes += item_notes
@@ -89,9 +89,14 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
     )
 
 
-def _catalogue(
+def read_catalogue(
     table: Table, columns: ColumnsConfig, max_bad_rows: float
 ) -> tuple[Catalogue, list[str]]:
+    """The items of a table, the first of equal ids, and notes on what was passed over.
+
+    Raises:
+        DataError: A column is missing, or more rows than allowed have no id or no text.
+    """
     ids = table.column(columns.item, "data.columns.item")
     texts = {TITLE: _one_line(table.column(columns.title, "data.columns.title"))}
     reserved = {columns.item, columns.title, TITLE}

@@ -15,9 +15,9 @@ from pfm_llm import assets
 from pfm_llm.config import ColumnsConfig, DataConfig
 from pfm_llm.data import movielens
 from pfm_llm.data.arrow import FORMAT_VERSION, from_arrow, read_report, to_arrow
-from pfm_llm.data.interactions import Interactions, build_interactions
+from pfm_llm.data.interactions import Catalogue, Interactions, build_interactions
 from pfm_llm.data.report import LoadReport
-from pfm_llm.data.rows import SourceTables, validate
+from pfm_llm.data.rows import SourceTables, read_catalogue, validate
 from pfm_llm.data.tables import TABLE_SUFFIXES, Table, from_arrow_table, read_table
 from pfm_llm.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.files import make_private_dir, sha256_of
@@ -77,6 +77,24 @@ def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, Load
     except StorageError as error:
         _LOG.warning("the interactions could not be cached: %s", error)
     return interactions, report
+
+
+def load_catalogue(source: str, columns: ColumnsConfig | None = None) -> Catalogue:
+    """Load items alone: those of a data source, or of a CSV, TSV or Parquet file of items.
+
+    Args:
+        source: ``movielens-100k``, a MovieLens folder, or a file with a column of ids, one of
+            titles and any further text.
+        columns: Names of the first two; ``item_id`` and ``title`` when None.
+
+    Raises:
+        DataError: The source is missing, or an item has no text.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        bad_rows_allowed = DataConfig().max_bad_rows
+        return read_catalogue(read_table(path), columns or ColumnsConfig(), bad_rows_allowed)[0]
+    return load_interactions(DataConfig(source=source), seed=0)[0].catalogue
 
 
 def _find(config: DataConfig) -> _Source:

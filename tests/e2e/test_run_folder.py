@@ -16,11 +16,11 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from pfm_llm import files
+from pfm_llm.artefact import read_head
 from pfm_llm.assembly import RunFolders, assemble, load_corpus
 from pfm_llm.cohort_model import Parts, collate
 from pfm_llm.config import load_config, training_hash
 from pfm_llm.experiment import load_shared, run_experiment
-from pfm_llm.export import read_head
 from pfm_llm.head import score_items, user_vectors
 from tests.integration.leaks import files_below
 from tests.integration.scripts import run_script
@@ -50,8 +50,14 @@ def test_every_promised_file_is_there_and_no_other(finished: Path) -> None:
         "shared_adapter/README.md",
         "shared_adapter/adapter_config.json",
         "shared_adapter/adapter_model.safetensors",
+        "shared_adapter/item_keys.json",
         "shared_adapter/pfm_manifest.json",
+        "shared_adapter/plots/loss.png",
+        "shared_adapter/plots/ndcg_by_round.png",
+        "shared_adapter/plots/user_gain.png",
+        "shared_adapter/prompts/next_item.v1.toml",
         "shared_adapter/recommender_head.safetensors",
+        "shared_adapter/training_config.yaml",
     }
     assert leftovers(finished) == []
     assert sorted(path.name for path in finished.parent.iterdir()) == ["tiny", "tiny.private"]
@@ -173,15 +179,10 @@ def test_manifest_identifies_all_parts(finished: Path) -> None:
     folder = finished / "shared_adapter"
     manifest = files.read_json(folder / "pfm_manifest.json")
     assert manifest["round"] == 4
-    assert manifest["files"] == {
-        name: files.sha256_of(folder / name)
-        for name in (
-            "adapter_config.json",
-            "adapter_model.safetensors",
-            "recommender_head.safetensors",
-        )
-    }
-    assert manifest["catalogue"]["num_items"] == 30
+    # Everything in the folder but the manifest itself and the card, which may be edited.
+    listed = set(files_below(folder)) - {"pfm_manifest.json", "README.md"}
+    assert manifest["files"] == {name: files.sha256_of(folder / name) for name in listed}
+    assert manifest["num_items"] == 30
     assert all(len(manifest["base"][key]) == 64 for key in ("weights_sha256", "tokenizer_sha256"))
 
 
@@ -196,9 +197,9 @@ def test_adapter_loads_by_plain_peft_to_equal_hidden_states(finished: Path, tiny
     folders = RunFolders.of(finished)
     assembly = assemble(config, load_corpus(config), folders, alone())
     shared, _ = load_shared(assembly, folders)
-    ours = assembly.adapter.peft_model().eval()
-    assembly.adapter.load_shared(ours, shared.tensors)
-    window = assembly.encoder.query_window(assembly.corpus.interactions.history(0))
+    ours = assembly.parts.adapter.peft_model().eval()
+    assembly.parts.adapter.load_shared(ours, shared.tensors)
+    window = assembly.parts.encoder.query_window(assembly.corpus.interactions.history(0))
     tokens = torch.from_numpy(window.tokens).long()[None]
     plain = plain_peft(finished, tiny)
     with torch.no_grad():
@@ -217,11 +218,11 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
     folders = RunFolders.of(run)
     assembly = assemble(config, load_corpus(config), folders, alone())
     shared, _ = load_shared(assembly, folders)
-    window = assembly.encoder.query_window(assembly.corpus.interactions.history(3))
+    window = assembly.parts.encoder.query_window(assembly.corpus.interactions.history(3))
     states = assembly.cache.states([window], "user-of-this-test")
     batch = collate([[window]], [states], last_only=True)
     stacked = assembly.trainer.stack(shared, {}, 1)
-    ours = assembly.model.scores(batch, stacked, Parts(shared_lora=True, private_weight=0.0))
+    ours = assembly.parts.model.scores(batch, stacked, Parts(shared_lora=True, private_weight=0.0))
 
     plain = plain_peft(run, tiny)
     head, normaliser = read_head(run / "shared_adapter")
@@ -229,7 +230,7 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
         tokens = torch.from_numpy(window.tokens).long()[None]
         hidden = plain(input_ids=tokens, output_hidden_states=True).hidden_states[-1][:, -1]
         vectors = user_vectors(head, normaliser(hidden), None)
-        theirs = score_items(head, vectors, assembly.model.item_texts)
+        theirs = score_items(head, vectors, assembly.parts.model.item_texts)
     assert torch.allclose(theirs, ours, atol=1e-5)
 
 

@@ -140,7 +140,7 @@ def history_hunt(tiny: Tiny, run_folder: Path, watch: Watch) -> Hunt:
     for user in range(corpus.interactions.num_users):
         history = corpus.interactions.history(user)
         hunt.learn_integers(f"items of {user}", history)
-        hunt.learn_integers(f"tokens of {user}", assembly.encoder.window(history).tokens)
+        hunt.learn_integers(f"tokens of {user}", assembly.parts.encoder.window(history).tokens)
     private = run_folder.with_name("tiny.private")
     for number, path in enumerate(sorted(private.rglob("trunk/*.safetensors"))):
         # The first states are those of the header, alike for everybody; the last are the user's.
@@ -275,8 +275,8 @@ def naive_push(folder: Path, assembly: Assembly, client_id: str) -> None:
     """What `save_pretrained` and `push_to_hub` write unless they are told otherwise."""
     state = assembly.store.load_personalised(client_id)
     assert state is not None
-    model = assembly.adapter.peft_model()
-    assembly.adapter.load_private(model, state.tensors, assembly.initial_shared.tensors)
+    model = assembly.parts.adapter.peft_model()
+    assembly.parts.adapter.load_private(model, state.tensors, assembly.parts.shared.tensors)
     model.save_pretrained(str(folder))
 
 

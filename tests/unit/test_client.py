@@ -69,7 +69,7 @@ def _train(
     return {
         update.client_id: update
         for chunk in chunks
-        for update in assembly.trainer.train_chunk(chunk, assembly.initial_shared, round_number)
+        for update in assembly.trainer.train_chunk(chunk, assembly.parts.shared, round_number)
     }
 
 
@@ -135,14 +135,14 @@ def test_an_update_says_what_it_was_trained_on(tiny_assembly: TinyAssembly) -> N
     assembly = tiny_assembly()
     offsets = assembly.corpus.split.train.interactions.offsets
     client_id = assembly.histories.trainable[3]
-    (update,) = assembly.trainer.train_chunk([client_id], assembly.initial_shared, 7)
+    (update,) = assembly.trainer.train_chunk([client_id], assembly.parts.shared, 7)
     user = assembly.histories.clients[client_id].users[0]
     assert update.num_examples == offsets[user + 1] - offsets[user] - 1
     assert (update.client_id, update.round_number) == (client_id, 7)
     assert math.isfinite(update.loss)
-    assert update.delta.keys() == assembly.initial_shared.tensors.keys()
+    assert update.delta.keys() == assembly.parts.shared.tensors.keys()
     assert any(delta.any() for delta in update.delta.values())
-    assembly.contract.check(update, 7)
+    assembly.parts.contract.check(update, 7)
 
 
 def test_sgd_with_one_joint_step_sends_minus_lr_times_the_gradient(
@@ -153,15 +153,15 @@ def test_sgd_with_one_joint_step_sends_minus_lr_times_the_gradient(
         federation__local__schedule="joint", federation__local__shared_lr=0.5, **PLAIN
     )
     client_id = assembly.histories.trainable[0]
-    (update,) = assembly.trainer.train_chunk([client_id], assembly.initial_shared, 1)
-    private = assembly.adapter.initial_private(assembly.config.seed, client_id, 8)
+    (update,) = assembly.trainer.train_chunk([client_id], assembly.parts.shared, 1)
+    private = assembly.parts.adapter.initial_private(assembly.config.seed, client_id, 8)
     leaves = {
         name: value[None].clone().requires_grad_()
-        for name, value in {**assembly.initial_shared.tensors, **private}.items()
+        for name, value in {**assembly.parts.shared.tensors, **private}.items()
     }
     windows = assembly.histories.windows(client_id)
     batch = collate([windows], [assembly.cache.states(windows, client_id)])
-    (loss,) = assembly.model.losses(batch, leaves, client_module.Parts())
+    (loss,) = assembly.parts.model.losses(batch, leaves, client_module.Parts())
     loss.backward()
     assert update.loss == pytest.approx(float(loss.detach()), abs=1e-6)
     for name, delta in update.delta.items():
@@ -224,7 +224,7 @@ def test_a_client_that_diverges_spoils_neither_the_others_nor_its_own_store(
 ) -> None:
     assembly, clean = tiny_assembly(**PLAIN), tiny_assembly(**PLAIN)
     chunk = assembly.histories.trainable[:3]
-    initial = assembly.adapter.initial_private(assembly.config.seed, chunk[0], 8)
+    initial = assembly.parts.adapter.initial_private(assembly.config.seed, chunk[0], 8)
     poison = {name: torch.full_like(value, torch.nan) for name, value in initial.items()}
     assembly.store.save(PrivateState(chunk[0], 1, poison))
     found = _train(assembly, [chunk], round_number=2)
@@ -245,7 +245,7 @@ def test_losses_of_the_first_shared_step_are_reported_when_the_first_client_dive
     settings = {**PLAIN, "federation__local__shared_local_steps": 3}
     assembly, clean = tiny_assembly(**settings), tiny_assembly(**settings)
     chunk = assembly.histories.trainable[:2]
-    initial = assembly.adapter.initial_private(assembly.config.seed, chunk[0], 8)
+    initial = assembly.parts.adapter.initial_private(assembly.config.seed, chunk[0], 8)
     poison = {name: torch.full_like(value, torch.nan) for name, value in initial.items()}
     assembly.store.save(PrivateState(chunk[0], 0, poison))
     found, expected = _train(assembly, [chunk]), _train(clean, [chunk])
@@ -329,11 +329,11 @@ def test_personalise_fits_a_copy_and_leaves_store_and_shared_state(
         federation__local__personalise_steps=3, federation__local__private_lr=0.05
     )
     chunk = assembly.histories.trainable[:3]
-    before = {n: v.clone() for n, v in assembly.initial_shared.tensors.items()}
-    private = assembly.trainer.personalise(chunk, assembly.initial_shared, 4)
+    before = {n: v.clone() for n, v in assembly.parts.shared.tensors.items()}
+    private = assembly.trainer.personalise(chunk, assembly.parts.shared, 4)
     assert assembly.trainer.personalise_steps(chunk) == 9
     assert not any(assembly.store.load(c) or assembly.store.load_personalised(c) for c in chunk)
-    assert _same(assembly.initial_shared.tensors, before, 0.0)
+    assert _same(assembly.parts.shared.tensors, before, 0.0)
     assert all(name.startswith("private.") for name in private)
     for client in range(3):
         fitted = [v[client] for n, v in private.items() if n.endswith(".B")]
@@ -344,8 +344,8 @@ def test_personalise_fits_a_copy_and_leaves_store_and_shared_state(
 def test_personalise_without_steps_keeps_what_there_is(tiny_assembly: TinyAssembly) -> None:
     assembly = tiny_assembly(federation__local__personalise_steps=0)
     chunk = assembly.histories.trainable[:2]
-    private = assembly.trainer.personalise(chunk, assembly.initial_shared, 4)
-    initial = assembly.adapter.initial_private(assembly.config.seed, chunk[1], 8)
+    private = assembly.trainer.personalise(chunk, assembly.parts.shared, 4)
+    initial = assembly.parts.adapter.initial_private(assembly.config.seed, chunk[1], 8)
     assert _same({n: v[1] for n, v in private.items()}, initial, 0.0)
     assert assembly.trainer.personalise_steps(chunk) == 0
 
@@ -365,8 +365,8 @@ def test_personalise_keeps_the_whole_old_adapter_of_a_client_whose_fit_diverges(
 
     monkeypatch.setattr(StackedOptimizer, "step", diverging)
     chunk = assembly.histories.trainable[:2]
-    private = assembly.trainer.personalise(chunk, assembly.initial_shared, 1)
-    initial = assembly.adapter.initial_private(assembly.config.seed, chunk[0], 8)
+    private = assembly.trainer.personalise(chunk, assembly.parts.shared, 1)
+    initial = assembly.parts.adapter.initial_private(assembly.config.seed, chunk[0], 8)
     assert _same({name: value[0] for name, value in private.items()}, initial, 0.0)
     assert all(value[1].any() for value in private.values())
 

@@ -36,9 +36,9 @@ def _task(
     return EvaluationTask(
         held_out=held_out,
         negatives=sample_negatives(
-            held_out, assembly.model.num_items, config.evaluation.num_negatives, config.seed
+            held_out, assembly.parts.model.num_items, config.evaluation.num_negatives, config.seed
         ),
-        shared=SharedState(stirred(assembly.initial_shared.tensors, 1, 0.1)),
+        shared=SharedState(stirred(assembly.parts.shared.tensors, 1, 0.1)),
         round_number=4,
         parts=evaluation.parts_of(modes, config.adapters.private.weight),
         keep=keep,
@@ -54,15 +54,15 @@ def _scores_alone(assembly: Assembly, task: EvaluationTask, query: int) -> dict[
     """Scores of one query in every mode, in passes of its own."""
     user = int(task.held_out.users[query])
     client_id = assembly.histories.client_of(user)
-    window = assembly.encoder.query_window(task.held_out.histories[query])
+    window = assembly.parts.encoder.query_window(task.held_out.histories[query])
     batch = collate([[window]], [assembly.cache.states([window], client_id)], last_only=True)
     private = assembly.trainer.personalise([client_id], task.shared, task.round_number)
     stacked = assembly.trainer.stack(task.shared, private, 1)
     return {
         mode: (
-            assembly.model.zero_shot_scores(batch)
+            assembly.parts.model.zero_shot_scores(batch)
             if parts is None
-            else assembly.model.scores(batch, stacked, parts)
+            else assembly.parts.model.scores(batch, stacked, parts)
         )[0].numpy()
         for mode, parts in task.parts.items()
     }

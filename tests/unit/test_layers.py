@@ -13,9 +13,11 @@ PACKAGE = Path(__file__).parents[2] / "pfm_llm"
 # error; an entry without a module is not.
 LAYERS = [line.split() for line in """
     errors types seeding
+    config_text
     config files processes
     assets
     data participation private_store contract metrics metrics_log plots progress model_card
+    signing leak_search
     prompts scoring aggregation run_report personality
     baselines readme token_table
     backbone encoding
@@ -23,12 +25,15 @@ LAYERS = [line.split() for line in """
     head
     dual_adapter local_steps readout
     cohort_model
-    client server checkpoint
-    evaluation
+    artefact
+    model_parts client server checkpoint hub staging
+    evaluation versions
     rounds
     assembly
-    export
+    export publishing
+    reporting
     experiment
+    recommender_model
     serving
     agent flower
 """.strip().splitlines()]  # fmt: skip

@@ -1,0 +1,398 @@
+"""A published shared adapter: what its folder may hold, its manifest, and reading it back.
+
+``pfm_manifest.json`` lists every other file with its SHA-256 (the card, ``README.md``, excepted:
+its owner may edit it on the Hub) and says on what the adapter stands: the base model's weights and
+tokenizer, the prompt, the catalogue and the adapter or version that came before. A signature,
+where there is one, is over the manifest's bytes and so covers everything.
+
+====================================  ==================================================
+file                                  holds
+====================================  ==================================================
+``adapter_config.json``               PEFT's
+``adapter_model.safetensors``         PEFT's: the shared LoRA
+``recommender_head.safetensors``      the head, and the catalogue's whitening
+``private_basis.safetensors``         with ``shared_basis``: the basis that all have in common
+``item_keys.json``                    a key per item, to align what belongs to items
+``prompts/<key>.toml``                the prompt
+``training_config.yaml``              the resolved config, paths reduced to names
+``plots/*.png``                       of the run
+``pfm_manifest.json``                 the manifest
+``pfm_manifest.sig``                  its signature, when it was signed
+``README.md``                         the model card
+====================================  ==================================================
+"""
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pfm_llm import files
+from pfm_llm.config import AdaptersConfig, Dtype, HeadConfig, WindowConfig
+from pfm_llm.data.interactions import Catalogue
+from pfm_llm.dual_adapter import tensors_from_peft
+from pfm_llm.errors import ArtefactError, CorruptFileError
+from pfm_llm.head import ITEM_BIAS, ITEM_IDS, Normaliser
+from pfm_llm.prompts import Prompt, load_prompt
+from pfm_llm.types import Tensors
+
+FORMAT = 2
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+HEAD_FILE = "recommender_head.safetensors"
+BASIS_FILE = "private_basis.safetensors"
+ITEM_KEYS_FILE = "item_keys.json"
+PROMPT_FILES = "prompts/*.toml"
+TRAINING_CONFIG_FILE = "training_config.yaml"
+PLOT_FILES = "plots/*.png"
+MANIFEST_FILE = "pfm_manifest.json"
+SIGNATURE_FILE = "pfm_manifest.sig"
+CARD_FILE = "README.md"
+
+REQUIRED_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, ITEM_KEYS_FILE)
+LISTED_FILES = (*REQUIRED_FILES, BASIS_FILE, PROMPT_FILES, TRAINING_CONFIG_FILE, PLOT_FILES)
+"""Patterns of what a manifest may list; a published folder holds nothing else but these,
+the manifest, its signature and the card."""
+
+_MEAN, _BASIS = "normaliser.mean", "normaliser.basis"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Base(_Part):
+    """The frozen model that an adapter was trained on.
+
+    Attributes:
+        name: Hub id, or the last part of a local folder's name.
+        embedded: Its embedded name, when the weights came with a package registry.
+        revision: The Hub revision that was asked for.
+        dtype: The compute type that was asked for; ``auto`` depends on the machine.
+        weights_sha256: See `backbone.hash_weights`.
+        tokenizer_sha256: Over the vocabulary.
+    """
+
+    name: str
+    embedded: str | None
+    revision: str | None
+    dtype: Dtype
+    weights_sha256: str
+    tokenizer_sha256: str
+
+
+class Parent(_Part):
+    """What an adapter came from.
+
+    Attributes:
+        relation: ``previous``: the version before it in the same repository; ``trained_from``:
+            the adapter that its training started from; ``restored``: the version that a rollback
+            brought back.
+        manifest_sha256: Of the parent's manifest.
+        repo: Hub id or folder name.
+        revision: The commit, where it is known.
+    """
+
+    relation: Literal["previous", "trained_from", "restored"]
+    manifest_sha256: str
+    repo: str
+    revision: str | None = None
+
+
+class Metric(_Part):
+    """One figure of the evaluation, on test, over the full catalogue.
+
+    Attributes:
+        mode: Value of `types.Mode`.
+        metric: Such as ``ndcg@10``.
+        value: Mean over users.
+        ci_low, ci_high: Bootstrap interval over users.
+    """
+
+    mode: str
+    metric: str
+    value: float
+    ci_low: float
+    ci_high: float
+
+
+class Manifest(_Part):
+    """``pfm_manifest.json``.
+
+    Attributes:
+        format: `FORMAT`.
+        pfm_llm: Version of this library.
+        name: Of the run.
+        round: After which round the adapter stands.
+        base: The frozen model.
+        adapters: Rank, alpha, targets and layers of both adapters, so that a user can
+            personalise it.
+        modules: Paths of the adapted modules.
+        head: Settings of the recommender head.
+        window: How histories are cut.
+        prompt: Its key.
+        prompt_sha256: Hash of its content.
+        data_source: Name of the data; of a path the last part.
+        catalogue_sha256: Hash of ids and texts.
+        num_items: Size of the catalogue.
+        contract_sha256: Of the federation's update contract.
+        parents: What came before; empty for a first version.
+        metrics: Of the evaluation; empty before the first.
+        files: Name to SHA-256 of every listed file.
+    """
+
+    format: Literal[2]
+    pfm_llm: str
+    name: str
+    round: int
+    base: Base
+    adapters: AdaptersConfig
+    modules: tuple[str, ...]
+    head: HeadConfig
+    window: WindowConfig
+    prompt: str
+    prompt_sha256: str
+    data_source: str
+    catalogue_sha256: str
+    num_items: int
+    contract_sha256: str
+    parents: tuple[Parent, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+    files: dict[str, str]
+
+    def to_bytes(self) -> bytes:
+        """The file's content: what is hashed, signed and published."""
+        tree = self.model_dump(mode="json")
+        return (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, origin: str) -> "Manifest":
+        """Parse a manifest.
+
+        Args:
+            content: The file's bytes.
+            origin: Where it is from, for messages.
+
+        Raises:
+            CorruptFileError: It is no manifest of this format.
+        """
+        try:
+            tree = json.loads(content)
+        except ValueError as error:
+            raise CorruptFileError(f"{origin} is not valid JSON ({error})") from error
+        found = tree.get("format") if isinstance(tree, dict) else None
+        if found != FORMAT:
+            raise CorruptFileError(
+                f"{origin} has format {found!r}, this version of pfm_llm reads {FORMAT}: "
+                "use the version of pfm_llm that wrote it, or export the run again"
+            )
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            raise CorruptFileError(
+                f"{origin} is damaged at {where}: {error.errors()[0]['msg']}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A folder whose files are those that its manifest lists.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What it says.
+        manifest_sha256: Its identity.
+        origin: Where it came from, for people: a Hub id with revision, or a folder.
+    """
+
+    folder: Path
+    manifest: Manifest
+    manifest_sha256: str
+    origin: str
+
+    def shared_tensors(self) -> dict[str, torch.Tensor]:
+        """LoRA, basis and head, float32, under the names of `types`."""
+        lora, _ = files.read_tensors(self.folder / ADAPTER_FILE)
+        tensors = tensors_from_peft(lora)
+        if (self.folder / BASIS_FILE).is_file():
+            tensors |= files.read_tensors(self.folder / BASIS_FILE)[0]
+        head, _ = read_head(self.folder)
+        return {name: value.float() for name, value in {**tensors, **head}.items()}
+
+    def normaliser(self) -> Normaliser:
+        """The whitening that the head was trained with; never refitted."""
+        return read_head(self.folder)[1]
+
+    def item_keys(self) -> tuple[str, ...]:
+        """A key per item of the catalogue that it was trained on; see `item_keys`."""
+        keys = files.read_json(self.folder / ITEM_KEYS_FILE)
+        if not isinstance(keys, list) or len(keys) != self.manifest.num_items:
+            raise CorruptFileError(
+                f"{self.folder / ITEM_KEYS_FILE} does not hold {self.manifest.num_items} keys"
+            )
+        return tuple(map(str, keys))
+
+    def prompt(self) -> Prompt:
+        """The prompt that it was trained with."""
+        return load_prompt(str(self.folder / prompt_file(self.manifest.prompt)))
+
+
+def read_artefact(folder: Path, origin: str | None = None) -> Artefact:
+    """Read a folder and check every file against the manifest.
+
+    Args:
+        folder: An exported or pulled folder.
+        origin: Where it came from, for messages; the folder itself when None.
+
+    Raises:
+        ArtefactError: There is no manifest, or it lists what has no place in such a folder.
+        CorruptFileError: A file is missing or is not what the manifest lists.
+    """
+    origin = origin or str(folder)
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ArtefactError(
+            f"{origin} has no {MANIFEST_FILE}: it is not a shared adapter that pfm_llm exported"
+        )
+    content = path.read_bytes()
+    manifest = Manifest.from_bytes(content, f"{origin}: {MANIFEST_FILE}")
+    check_listing(manifest, origin)
+    for name, expected in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise CorruptFileError(f"{origin}: {name} is missing; pull or export it again")
+        if files.sha256_of(file) != expected:
+            raise CorruptFileError(
+                f"{origin}: {name} is not the file that the manifest lists (its SHA-256 differs); "
+                "pull or export it again"
+            )
+    return Artefact(folder, manifest, hashlib.sha256(content).hexdigest(), origin)
+
+
+def check_listing(manifest: Manifest, origin: str) -> None:
+    """Check that a manifest lists what it must, and nothing that has no place there.
+
+    Raises:
+        ArtefactError: It does not.
+    """
+    for name in (*REQUIRED_FILES, prompt_file(manifest.prompt)):
+        if name not in manifest.files:
+            raise ArtefactError(f"{origin}: the manifest does not list {name}")
+    for name in manifest.files:
+        if not is_listed(name):
+            raise ArtefactError(f"{origin}: {name} has no place in a shared adapter's folder")
+
+
+def prompt_file(key: str) -> str:
+    """Where a folder keeps the prompt of that key."""
+    return f"prompts/{key}.toml"
+
+
+def is_listed(name: str) -> bool:
+    """Whether a relative path may be listed by a manifest."""
+    return any(
+        fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
+        for pattern in LISTED_FILES
+    )
+
+
+def write_head(folder: Path, head: Tensors, normaliser: Normaliser) -> None:
+    """Write the recommender head and the whitening that it was trained with."""
+    tensors = {**head, _MEAN: normaliser.mean, _BASIS: normaliser.basis}
+    files.write_tensors(folder / HEAD_FILE, tensors)
+
+
+def read_head(folder: Path) -> tuple[dict[str, torch.Tensor], Normaliser]:
+    """The recommender head of a folder, and the whitening that it was trained with.
+
+    Raises:
+        CorruptFileError: The file is damaged or lacks the normaliser.
+    """
+    tensors, _ = files.read_tensors(folder / HEAD_FILE)
+    try:
+        normaliser = Normaliser(tensors.pop(_MEAN), tensors.pop(_BASIS))
+    except KeyError as error:
+        raise CorruptFileError(f"{folder / HEAD_FILE} lacks {error}; export it again") from error
+    return tensors, normaliser
+
+
+def item_keys(catalogue: Catalogue, prompt: Prompt) -> tuple[str, ...]:
+    """A key per item: a hash of its id and of its text as the prompt renders it.
+
+    Two catalogues mean the same item exactly when both agree. The texts themselves, which may
+    not be ours to pass on, do not go into the folder.
+    """
+    keys = []
+    for index, item_id in enumerate(catalogue.item_ids):
+        fields = {name: catalogue.fields[name][index] for name in prompt.fields}
+        text = prompt.render_catalogue_item(fields)
+        keys.append(hashlib.sha256(json.dumps([item_id, text]).encode()).hexdigest()[:32])
+    return tuple(keys)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the items of a catalogue are in an artefact's.
+
+    Attributes:
+        rows: For each item its row in the artefact, or None where it was never seen.
+        num_known: How many of the artefact's items there are.
+    """
+
+    rows: tuple[int | None, ...]
+    num_known: int
+
+    @property
+    def num_kept(self) -> int:
+        """Items whose parameters are carried over."""
+        return sum(row is not None for row in self.rows)
+
+    def describe(self) -> str:
+        """For people: what is carried over and what is not."""
+        new, dropped = len(self.rows) - self.num_kept, self.num_known - self.num_kept
+        return (
+            f"{self.num_kept} of the adapter's {self.num_known} items are in this catalogue; the "
+            f"biases and ID embeddings of {dropped} others are dropped, and {new} items that it "
+            "never saw start from their text alone"
+        )
+
+
+def align_items(known: Sequence[str], wanted: Sequence[str]) -> Alignment:
+    """Find the items of a catalogue, by key, in an artefact's.
+
+    Args:
+        known: Keys of the artefact's items.
+        wanted: Keys of the catalogue's items.
+    """
+    row_of = {key: row for row, key in enumerate(known)}
+    return Alignment(tuple(row_of.get(key) for key in wanted), len(known))
+
+
+def aligned_tensors(tensors: Tensors, alignment: Alignment) -> dict[str, torch.Tensor]:
+    """Shared tensors for another catalogue: rows that belong to items follow their items.
+
+    An item that was never seen gets the mean bias and a zero ID embedding: it is ranked by its
+    text, neither favoured nor held back.
+
+    Args:
+        tensors: Shared tensors over the artefact's items.
+        alignment: From `align_items`.
+    """
+    aligned = dict(tensors)
+    rows = torch.tensor([-1 if row is None else row for row in alignment.rows])
+    for name in (ITEM_BIAS, ITEM_IDS):
+        if name not in tensors:
+            continue
+        old = tensors[name]
+        default = old.mean() if name == ITEM_BIAS else torch.zeros(old.shape[1])
+        new = default.expand(len(rows), *old.shape[1:]).clone()
+        new[rows >= 0] = old[rows[rows >= 0]]
+        aligned[name] = new
+    return aligned

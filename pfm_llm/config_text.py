@@ -1,0 +1,58 @@
+"""What a config says about itself in text: overrides, and what is wrong with a key."""
+
+import difflib
+import types
+import typing
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from pfm_llm.errors import ConfigError
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one ``dotted.key=value``, the value in YAML, in a tree of settings.
+
+    Raises:
+        ConfigError: It has another form, or goes through something that holds no keys.
+    """
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r}: expected dotted.key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = tree.get(parent)
+        if child is None:
+            child = tree[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} holds no keys")
+        tree = child
+    tree[last] = yaml.safe_load(value)
+
+
+def explain(problem: Any, root: type[BaseModel]) -> str:
+    """One of pydantic's problems in a sentence; for an unknown key, the nearest valid one.
+
+    Args:
+        problem: An entry of ``ValidationError.errors()``.
+        root: The model of the whole tree.
+    """
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] != "extra_forbidden":
+        return f"{'.'.join(location) or 'config'}: {problem['msg']}"
+    message = f"unknown key {'.'.join(location)}"
+    valid = _keys_at(location[:-1], root)
+    nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+    if not nearest:
+        return f"{message}; valid here: {', '.join(valid)}"
+    return f"{message}; did you mean {'.'.join([*location[:-1], nearest[0]])}?"
+
+
+def _keys_at(location: list[str], root: type[BaseModel]) -> list[str]:
+    model: Any = root
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
+        model = next((o for o in options if isinstance(o, type)), annotation)
+    return list(model.model_fields)

@@ -1,0 +1,29 @@
+"""The Hub: publishing a folder, and getting it back. Only this package uses its client."""
+
+from pfm_llm.hub.calls import check_repo_id, hub_errors
+from pfm_llm.hub.reading import (
+    MANAGED_FILES,
+    Commit,
+    head_manifest,
+    list_commits,
+    list_tags,
+    pull,
+    pull_named,
+    read_file,
+)
+from pfm_llm.hub.sending import Pushed, push_folder
+
+__all__ = [
+    "MANAGED_FILES",
+    "Commit",
+    "Pushed",
+    "check_repo_id",
+    "head_manifest",
+    "hub_errors",
+    "list_commits",
+    "list_tags",
+    "pull",
+    "pull_named",
+    "push_folder",
+    "read_file",
+]

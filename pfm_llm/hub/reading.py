@@ -1,0 +1,254 @@
+"""Reading from the Hub: pulling an adapter, its manifest, and what versions there are.
+
+The client checks only the size of a download. In its cache a file is a link to a blob that is
+named by the hash the Hub announced, so content is compared with that name here, and what differs
+is deleted: the client would otherwise hand it out for ever.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from pfm_llm import files
+from pfm_llm.artefact import (
+    CARD_FILE,
+    LISTED_FILES,
+    MANIFEST_FILE,
+    PLOT_FILES,
+    SIGNATURE_FILE,
+    Artefact,
+    Manifest,
+    is_listed,
+    read_artefact,
+)
+from pfm_llm.errors import ArtefactError, CorruptFileError, HubError
+from pfm_llm.hub.calls import check_repo_id, hub_api, hub_errors, is_cut, retried
+
+MANAGED_FILES = (*LISTED_FILES, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE)
+"""Patterns of all that is pushed and pulled; whatever else a repository holds is left alone."""
+
+_SHA256_DIGITS, _GIT_DIGITS = 64, 40
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit of a repository.
+
+    Attributes:
+        oid: 40 hexadecimal digits.
+        date: When it was made.
+        title: First line of its message.
+    """
+
+    oid: str
+    date: datetime
+    title: str
+
+
+def pull(source: str, revision: str | None = None) -> Artefact:
+    """Get a shared adapter, whole and checked.
+
+    Without a connection, what was pulled before under this revision serves again.
+
+    Args:
+        source: A folder on this machine, or ``user/name`` on the Hub.
+        revision: Commit, tag or branch on the Hub; None: the head of its main branch.
+
+    Raises:
+        ArtefactError: It is not a shared adapter's folder, or a revision of a local folder.
+        CorruptFileError: A file is damaged; it is deleted from the client's cache.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ArtefactError(
+                f"{source} is a folder on this machine and has no revision {revision}: leave the "
+                "revision out, or run where there is no such folder to have it from the Hub"
+            )
+        return read_artefact(Path(source))
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise HubError(f"{source} is neither a folder here nor a repository (user/name) on the Hub")
+    check_repo_id(source)
+    with hub_errors(source, "pull"):
+        api = hub_api()
+        commit = retried(lambda: api.resolve_revision(source, revision=revision).resolved)
+        got = retried(
+            lambda: api.snapshot_download(
+                source, revision=commit, allow_patterns=list(MANAGED_FILES)
+            ),
+            is_cut,
+        )
+    return _checked(Path(got), f"{source}@{commit[:12]}")
+
+
+def pull_named(text: str) -> Artefact:
+    """`pull` of what a person wrote: a folder, ``user/name`` or ``user/name@revision``.
+
+    Raises:
+        ArtefactError: It is not a shared adapter's folder.
+        CorruptFileError: A file is damaged; it is deleted from the client's cache.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    source, _, revision = text.partition("@")
+    return pull(text) if Path(text).is_dir() else pull(source, revision or None)
+
+
+def read_file(repo: str, revision: str, name: str) -> bytes | None:
+    """A small file of a commit.
+
+    Args:
+        repo: ``user/name``.
+        revision: Which commit, tag or branch.
+        name: Path of the file.
+
+    Returns:
+        Its content; None when there is no such file there.
+
+    Raises:
+        CorruptFileError: It is damaged; it is deleted from the client's cache.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    check_repo_id(repo)
+    with hub_errors(repo, "read"):
+        try:
+            got = retried(lambda: hub_api().hf_hub_download(repo, name, revision=revision), is_cut)
+        except RemoteEntryNotFoundError:
+            return None
+    _check_downloads([Path(got)], f"{repo}@{revision[:12]}")
+    return Path(got).read_bytes()
+
+
+def head_manifest(repo: str, revision: str | None = None) -> tuple[Manifest, str, str] | None:
+    """The manifest that a push to a branch would follow.
+
+    Args:
+        repo: ``user/name``.
+        revision: The branch; one that does not exist yet would start from the main branch.
+
+    Returns:
+        The manifest, its SHA-256 and the commit; None without such a repository (or one that
+        this token may see), or without a manifest in it.
+
+    Raises:
+        CorruptFileError: There is a manifest that this version cannot read.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    check_repo_id(repo)
+    with hub_errors(repo, "read"):
+        head = _head(repo, revision)
+    content = None if head is None else read_file(repo, head, MANIFEST_FILE)
+    if head is None or content is None:
+        return None
+    manifest = Manifest.from_bytes(content, f"{repo}@{head[:12]}: {MANIFEST_FILE}")
+    return manifest, hashlib.sha256(content).hexdigest(), head
+
+
+def list_commits(repo: str, revision: str | None = None) -> list[Commit]:
+    """The commits that led to a revision, newest first.
+
+    Raises:
+        HubError: The Hub refused, or cannot be reached.
+    """
+    check_repo_id(repo)
+    with hub_errors(repo, "list the commits of"):
+        found = hub_api().list_repo_commits(repo, revision=revision)
+    return [Commit(commit.commit_id, commit.created_at, commit.title) for commit in found]
+
+
+def list_tags(repo: str) -> dict[str, str]:
+    """Tag to commit.
+
+    Raises:
+        HubError: The Hub refused, or cannot be reached.
+    """
+    check_repo_id(repo)
+    with hub_errors(repo, "list the tags of"):
+        refs = retried(lambda: hub_api().list_repo_refs(repo))
+    return {tag.name: tag.target_commit for tag in refs.tags}
+
+
+def git_oid(content: bytes) -> str:
+    """The name that git, and so the Hub, gives a file that it keeps itself."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _head(repo: str, revision: str | None) -> str | None:
+    api = hub_api()
+    try:
+        return retried(lambda: api.model_info(repo, revision=revision)).sha
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        return None
+    except RevisionNotFoundError:
+        return retried(lambda: api.model_info(repo)).sha
+
+
+def _checked(folder: Path, origin: str) -> Artefact:
+    downloads = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    _check_downloads(downloads, origin)
+    try:
+        artefact = read_artefact(folder, origin)
+    except CorruptFileError as error:
+        # Where the cache holds no links, nothing says which file is the damaged one.
+        _discard(path for path in downloads if not path.is_symlink())
+        raise CorruptFileError(
+            f"{error}. What was downloaded is what the Hub holds: if it stays so, the repository "
+            "was changed after it was published; pull another revision, or ask its owner"
+        ) from error
+    for path in downloads:
+        name = path.relative_to(folder).as_posix()
+        if _carries_meaning(name) and name not in artefact.manifest.files:
+            raise ArtefactError(
+                f"{origin}: {name} is not in the manifest, somebody put it there afterwards: pull "
+                "another revision, or ask its owner"
+            )
+    return artefact
+
+
+def _carries_meaning(name: str) -> bool:
+    """Whether what this file holds must be covered by the manifest; a plot may be added."""
+    return is_listed(name) and not fnmatchcase(name, PLOT_FILES)
+
+
+def _check_downloads(paths: Iterable[Path], origin: str) -> None:
+    damaged = [path for path in paths if path.is_symlink() and not _is_whole(path)]
+    if not damaged:
+        return
+    _discard(damaged)
+    raise CorruptFileError(
+        f"{origin}: {', '.join(path.name for path in damaged)} was damaged on its way or on this "
+        "disk, and is deleted from the cache: run again to fetch it anew"
+    )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a link of the cache leads to the content that the Hub announced."""
+    name = path.readlink().name
+    if not path.exists():  # another commit's file with this content was damaged, and deleted
+        return False
+    if len(name) == _SHA256_DIGITS:
+        return files.sha256_of(path) == name
+    return len(name) != _GIT_DIGITS or git_oid(path.read_bytes()) == name
+
+
+def _discard(paths: Iterable[Path]) -> None:
+    """Delete files of the cache, and all that they are links to."""
+    for path in paths:
+        with files.storage_errors(path):
+            while True:
+                target = path.parent / path.readlink() if path.is_symlink() else None
+                path.unlink(missing_ok=True)
+                if target is None:
+                    break
+                path = target

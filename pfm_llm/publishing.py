@@ -1,0 +1,167 @@
+"""Publishing a run's shared adapter: checked as `staging` does, linked, signed and pushed.
+
+Nothing is pushed from a run's folder, and nothing in it is changed.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pfm_llm import files, hub, signing
+from pfm_llm.artefact import CARD_FILE, MANIFEST_FILE, SIGNATURE_FILE, Artefact, Manifest, Parent
+from pfm_llm.assembly import RunFolders
+from pfm_llm.config import load_config
+from pfm_llm.model_card import addressed_card
+from pfm_llm.run_report import CONFIG_FILE
+from pfm_llm.staging import stage
+
+__all__ = ["PlannedFile", "PublishRequest", "Published", "plan", "publish", "stage"]
+
+
+@dataclass(frozen=True)
+class PublishRequest:
+    """What is to be published where.
+
+    Attributes:
+        run: The run's folder.
+        repo: ``user/name``.
+        private: Make the repository private when it is created.
+        tag: For this version.
+        revision: Branch.
+        signing_key: PEM file; None: not signed.
+    """
+
+    run: Path
+    repo: str
+    private: bool = True
+    tag: str | None = None
+    revision: str = "main"
+    signing_key: Path | None = None
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file that would be pushed.
+
+    Attributes:
+        name: Path in the repository.
+        size: In bytes.
+        sha256: Of its content.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """What `publish` did.
+
+    Attributes:
+        manifest: Of the version that is now the branch's newest.
+        pushed: Where it is, and whether anything was new.
+    """
+
+    manifest: Manifest
+    pushed: hub.Pushed
+
+
+def plan(request: PublishRequest, exported: Path | None = None) -> list[PlannedFile]:
+    """The files that `publish` would push, after all of its checks; without network or token.
+
+    The manifest will also name the version before it in the repository, which only the Hub knows.
+
+    Args:
+        request: What and where.
+        exported: The folder; None: the run's ``shared_adapter``.
+
+    Raises:
+        PfmError: As `publish`, but for what only the Hub can say.
+    """
+    hub.check_repo_id(request.repo)
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = _stage(request, exported, Path(scratch) / "staged")
+        _finish(staged.folder, staged.manifest, request)
+        paths = sorted(path for path in staged.folder.rglob("*") if path.is_file())
+        return [
+            PlannedFile(
+                path.relative_to(staged.folder).as_posix(),
+                path.stat().st_size,
+                files.sha256_of(path),
+            )
+            for path in paths
+        ]
+
+
+def publish(request: PublishRequest, exported: Path | None = None) -> Published:
+    """Check a run's shared adapter and push it; the run's folder is not touched.
+
+    When the branch holds it already, nothing is sent but a missing tag or signature.
+
+    Args:
+        request: What and where.
+        exported: The folder; None: the run's ``shared_adapter``.
+
+    Raises:
+        PrivateLeakError: Something private is in the folder.
+        ArtefactError: The folder is no shared adapter, or holds what has no place in one, or
+            there is no private store to compare it with.
+        CorruptFileError: A file is not what the manifest lists, or a private state is damaged.
+        StorageError: A file cannot be read or written, or the signing key not be used.
+        HubError: The Hub refused, or cannot be reached.
+    """
+    hub.check_repo_id(request.repo)
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = _stage(request, exported, Path(scratch) / "staged")
+        manifest = _placed(staged, request)
+        _finish(staged.folder, manifest, request)
+        pushed = hub.push_folder(
+            staged.folder,
+            request.repo,
+            private=request.private,
+            tag=request.tag,
+            revision=request.revision,
+            message=f"{manifest.name}, round {manifest.round}",
+        )
+    return Published(manifest, pushed)
+
+
+def _stage(request: PublishRequest, exported: Path | None, into: Path) -> Artefact:
+    """`stage` of a run's folder, with the private store that belongs to the run."""
+    # The private folder lies beside the run itself, not beside a link to it.
+    folders = RunFolders.of(request.run.resolve())
+    private_root: Path | None = folders.private
+    if not folders.private.is_dir():
+        config = load_config(request.run / CONFIG_FILE)
+        private_root = folders.private if config.adapters.private.enabled else None
+    return stage(exported or folders.shared_adapter, into, private_root)
+
+
+def _placed(staged: Artefact, request: PublishRequest) -> Manifest:
+    """The manifest as the next version after the branch's newest; that itself if it is equal."""
+    manifest, repo = staged.manifest, request.repo
+    head = hub.head_manifest(repo, request.revision)
+    if head is None:
+        return manifest
+    newest, sha256, commit = head
+    if newest.model_copy(update={"parents": manifest.parents}) == manifest:
+        # Its card may have been edited there, and it may be signed.
+        for name in (CARD_FILE, SIGNATURE_FILE):
+            if (content := hub.read_file(repo, commit, name)) is not None:
+                files.write_bytes(staged.folder / name, content)
+        return newest
+    trained_from = [parent for parent in manifest.parents if parent.relation == "trained_from"]
+    previous = Parent(relation="previous", manifest_sha256=sha256, repo=repo, revision=commit)
+    return manifest.model_copy(update={"parents": (previous, *trained_from)})
+
+
+def _finish(folder: Path, manifest: Manifest, request: PublishRequest) -> None:
+    """Bring manifest, card and signature up to what is known about the repository."""
+    content = manifest.to_bytes()
+    files.write_bytes(folder / MANIFEST_FILE, content)
+    card = (folder / CARD_FILE).read_text()
+    files.write_text(folder / CARD_FILE, addressed_card(card, request.repo))
+    if request.signing_key is not None:
+        signature = signing.sign(content, signing.load_key(request.signing_key))
+        files.write_bytes(folder / SIGNATURE_FILE, signature)

@@ -1,0 +1,213 @@
+"""The end of a run: every mode and baseline measured, and everything that a run leaves."""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pfm_llm import evaluation, files, plots, run_report
+from pfm_llm.assembly import Assembly, RunFolders
+from pfm_llm.baselines import FittedBaseline, fit_baselines
+from pfm_llm.config import ExperimentConfig
+from pfm_llm.data.candidates import sample_negatives
+from pfm_llm.data.splits import HeldOut
+from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, Ranks
+from pfm_llm.export import export_shared_adapter
+from pfm_llm.metrics import RANK_METRICS, per_user
+from pfm_llm.metrics_log import MetricsLog
+from pfm_llm.processes import Processes
+from pfm_llm.progress import Progress
+from pfm_llm.run_report import ResultRow
+from pfm_llm.types import Mode, SharedState
+
+_METHOD = "pfm"
+_TASK = "next_item"
+_HEADLINE_K = 10
+
+
+def evaluation_task(
+    assembly: Assembly,
+    held_out: HeldOut,
+    shared: SharedState,
+    round_number: int,
+    modes: Sequence[Mode] = OUR_MODES,
+    keep: bool = False,
+) -> EvaluationTask:
+    """What `measure` takes: our modes on a split; see `EvaluationTask`."""
+    config = assembly.config
+    return EvaluationTask(
+        held_out=held_out,
+        negatives=sample_negatives(
+            held_out, assembly.parts.model.num_items, config.evaluation.num_negatives, config.seed
+        ),
+        shared=shared,
+        round_number=round_number,
+        parts=evaluation.parts_of(modes, config.adapters.private.weight),
+        keep=keep,
+    )
+
+
+def measure(assembly: Assembly, processes: Processes, task: EvaluationTask) -> Measured:
+    """Evaluate, each process its share of the clients; the result is equal on every process."""
+    chunks = assembly.evaluator.chunks(task, assembly.config.runtime.tokens_per_chunk)
+    found = []
+    total = sum(map(len, chunks))
+    show = Progress(total, f"evaluating on {task.held_out.name}", processes.is_main)
+    with processes.together(), show as progress:
+        for index, chunk in processes.share(chunks):
+            found.append((index, assembly.evaluator.rank_chunk(chunk, task)))
+            progress.update(min(len(chunk) * processes.count, total - progress.count))
+    return evaluation.combine(processes.gather(found))
+
+
+def evaluate_and_report(
+    assembly: Assembly,
+    folders: RunFolders,
+    processes: Processes,
+    shared: SharedState,
+    round_number: int,
+    training_seconds: float | None,
+) -> None:
+    """The final evaluation of every mode and baseline, and everything that a run leaves."""
+    config = assembly.config
+    modes = [
+        mode
+        for mode in OUR_MODES
+        if config.adapters.private.enabled or mode in (Mode.ZERO_SHOT, Mode.SHARED_ONLY)
+    ]
+    started = time.perf_counter()
+    splits = [getattr(assembly.corpus.split, name.value) for name in config.evaluation.splits]
+    tasks = [
+        evaluation_task(assembly, held_out, shared, round_number, modes, keep=True)
+        for held_out in splits
+    ]
+    measured = [measure(assembly, processes, task) for task in tasks]
+    with processes.together():
+        if not processes.is_main:
+            return
+        rows = []
+        baselines = _fit_baselines(assembly)
+        for task, found in zip(tasks, measured, strict=True):
+            rows += _rows(assembly, task, found, baselines)
+        costs = _costs(assembly, folders, measured[0], training_seconds)
+        costs["evaluation_seconds"] = time.perf_counter() - started
+        _write_report(folders, config, rows, costs, baselines)
+        _draw(folders, measured[-1])
+        folder = folders.shared_adapter
+        export_shared_adapter(assembly, folder, shared, round_number, rows)
+
+
+def _fit_baselines(assembly: Assembly) -> list[FittedBaseline]:
+    train = assembly.corpus.split.train.interactions
+    return fit_baselines(
+        assembly.config.evaluation.baselines,
+        [train.history(user) for user in range(train.num_users)],
+        assembly.parts.model.num_items,
+        assembly.corpus.split.validation,
+    )
+
+
+def _rows(
+    assembly: Assembly,
+    task: EvaluationTask,
+    measured: Measured,
+    baselines: Sequence[FittedBaseline],
+) -> list[ResultRow]:
+    config = assembly.config
+    held_out, round_number = task.held_out, task.round_number
+    cohort = config.federation.cohort_size
+    entries: list[tuple[str, Mode, str, Ranks]] = [
+        (
+            baseline.name.value,
+            Mode.NONE,
+            "pooled data",
+            evaluation.rank_baseline(baseline, held_out, task.negatives),
+        )
+        for baseline in baselines
+    ]
+    for mode, ranks in measured.ranks.items():
+        trained = mode is not Mode.ZERO_SHOT
+        budget = f"{round_number} rounds x {cohort} clients" if trained else "no training"
+        entries.append((_METHOD, mode, budget, ranks))
+    rows: list[ResultRow] = []
+    for method, mode, budget, ranks in entries:
+        describe = functools.partial(
+            ResultRow,
+            method=method,
+            mode=mode.value,
+            task=_TASK,
+            protocol=config.data.split.value,
+            budget=budget,
+            split=held_out.name,
+            seed=config.seed,
+        )
+        rows += evaluation.result_rows(ranks, describe, config.evaluation, config.seed)
+    return rows
+
+
+def _costs(
+    assembly: Assembly,
+    folders: RunFolders,
+    evaluated: Measured,
+    training_seconds: float | None,
+) -> dict[str, Any]:
+    records = MetricsLog(folders.public / run_report.METRICS_FILE).read()
+    clients = sum(record["num_clients"] for record in records)
+    local = assembly.config.federation.local
+    return {
+        "rounds": len(records),
+        "client_rounds": clients,
+        "shared_client_steps": clients * local.shared_local_steps,
+        "private_client_steps": clients * assembly.trainer.round_work().private_steps,
+        "bytes_up": sum(record["bytes_up"] for record in records),
+        "bytes_down": sum(record["bytes_down"] for record in records),
+        "refused_updates": sum(record["refused"] for record in records),
+        "round_seconds": sum(record["seconds"] for record in records),
+        "training_seconds_of_last_start": training_seconds,
+        "personalise_client_steps": evaluated.private_steps,
+        "share_of_users_with_private_adapter": evaluated.num_personalised / evaluated.num_users,
+        "shared_numbers": sum(t.numel() for t in assembly.parts.shared.tensors.values()),
+    }
+
+
+def _write_report(
+    folders: RunFolders,
+    config: ExperimentConfig,
+    rows: Sequence[ResultRow],
+    costs: Mapping[str, Any],
+    baselines: Sequence[FittedBaseline],
+) -> None:
+    extra = {
+        "config": config.model_dump(mode="json"),
+        "environment": files.read_json(folders.public / run_report.ENVIRONMENT_FILE),
+        "costs": costs,
+        "baselines": {
+            b.name.value: {**b.hyperparameters, "validation_ndcg@10": b.validation_ndcg}
+            for b in baselines
+        },
+    }
+    run_report.write_results(folders.public / run_report.RESULTS_FILE, rows, extra)
+    tables = [
+        run_report.results_table(rows, split.value, confidence=config.evaluation.confidence)
+        for split in config.evaluation.splits
+    ]
+    files.write_text(folders.public / run_report.TABLE_FILE, "\n".join(tables))
+
+
+def _draw(folders: RunFolders, measured: Measured) -> None:
+    plots_folder = folders.public / run_report.PLOTS_FOLDER
+    records = MetricsLog(folders.public / run_report.METRICS_FILE).read()
+    plots.plot_loss(records, plots_folder / "loss.png")
+    plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png")
+    if Mode.SHARED_PRIVATE in measured.ranks:
+        gain = user_values(measured.ranks[Mode.SHARED_PRIVATE]) - user_values(
+            measured.ranks[Mode.SHARED_ONLY]
+        )
+        plots.plot_user_gain(gain, plots_folder / "user_gain.png")
+
+
+def user_values(ranks: Ranks, metric: str = "ndcg", k: int = _HEADLINE_K) -> np.ndarray:
+    """A metric per user, float64 [users], users ascending."""
+    return per_user(RANK_METRICS[metric](ranks.full, k), ranks.users)[0]

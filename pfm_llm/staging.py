@@ -1,0 +1,306 @@
+"""The folder that is about to be published: copied file by file, and each file checked.
+
+`stage` copies the files that the manifest lists into an empty folder, checks that each of them
+holds what it should and nothing else, and searches all of them for every private tensor of the
+run. A private adapter has the format and the names of a shared one, so it is told by its content.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import stat
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+
+from pfm_llm import files
+from pfm_llm.artefact import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    BASIS_FILE,
+    CARD_FILE,
+    HEAD_FILE,
+    ITEM_KEYS_FILE,
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    TRAINING_CONFIG_FILE,
+    Artefact,
+    Manifest,
+    check_listing,
+    read_artefact,
+    read_head,
+)
+from pfm_llm.cohort_model import BASIS, BASIS_HEAD_A, SHARED_LORA
+from pfm_llm.config import PrivateKind
+from pfm_llm.dual_adapter import tensors_from_peft
+from pfm_llm.errors import ArtefactError, PrivateLeakError, StorageError
+from pfm_llm.head import initial_head
+from pfm_llm.leak_search import find_private
+from pfm_llm.private_store import PrivateStore
+from pfm_llm.types import PrivateState, Tensors
+
+_AGAIN = "export the run again (scripts/evaluate.py)"
+_NOTHING_SENT = "nothing was sent"
+_PATH = re.compile(r"/|~|\\\\|[A-Za-z]:[\\/]|file:")
+_KEY = re.compile(r"[0-9a-f]{32}")
+_LAYER = re.compile(r"\.(\d+)\.")
+_PNG = b"\x89PNG\r\n\x1a\n"
+# What else PEFT could save with an adapter, or read differently. Absent counts as None.
+_PLAIN_LORA: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters")),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "layer_replication")),
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "auto_mapping")),
+}
+
+_Shapes = dict[str, tuple[int | None, ...]]
+
+
+def stage(exported: Path, into: Path, private_root: Path | None) -> Artefact:
+    """Copy what may be published into an empty folder, and check all of it.
+
+    Args:
+        exported: An exported folder; links are not followed.
+        into: A folder that is empty or not there yet; on failure nothing is left in it.
+        private_root: The run's private store; None when the run has nothing that is private.
+
+    Returns:
+        The copy.
+
+    Raises:
+        PrivateLeakError: A private tensor is in it.
+        ArtefactError: ``exported`` is no shared adapter, or holds what has no place in one;
+            ``into`` is not empty; or there is no private store.
+        CorruptFileError: A file is not what the manifest lists, or a private state is damaged.
+        StorageError: A file cannot be read or written.
+    """
+    if private_root is not None and not private_root.is_dir():
+        raise ArtefactError(
+            f"there is no private store at {private_root} to compare {exported} with, so nobody "
+            f"can tell whether something private is in it; {_NOTHING_SENT}. Push from where the "
+            "run was trained, or bring its private folder back"
+        )
+    with _emptied_on_failure(into):
+        try:
+            _copy(exported, into)
+        except ArtefactError:
+            if private_root is not None:
+                _search(exported, private_root, exported)  # if it is that, it is to be said
+            raise
+        staged = read_artefact(into, origin=str(exported))
+        if private_root is not None:
+            _search(into, private_root, exported)
+        _check_texts(staged)
+        _check_adapter_config(staged)
+        _check_tensors(staged)
+    return staged
+
+
+@contextlib.contextmanager
+def _emptied_on_failure(folder: Path) -> Iterator[None]:
+    is_new = not folder.exists()
+    if not is_new and (folder.is_symlink() or any(folder.iterdir())):
+        raise ArtefactError(f"{folder} is not empty; stage into a new folder")
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not is_new:
+            folder.mkdir()
+        raise
+
+
+def _copy(exported: Path, into: Path) -> None:
+    """Copy exactly what the manifest lists, the manifest and the card."""
+    if exported.is_symlink() or not exported.is_dir():
+        raise ArtefactError(f"there is no exported adapter at {exported}; {_AGAIN}")
+    if not (exported / MANIFEST_FILE).exists():
+        raise ArtefactError(
+            f"{exported} has no {MANIFEST_FILE}: it is not a shared adapter that pfm_llm "
+            f"exported; {_AGAIN}"
+        )
+    content = _content(exported / MANIFEST_FILE)
+    manifest = Manifest.from_bytes(content, f"{exported}: {MANIFEST_FILE}")
+    check_listing(manifest, str(exported))
+    allowed = {*manifest.files, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE}
+    for parent, folder_names, names in os.walk(exported):
+        for path in sorted(Path(parent, name) for name in folder_names + names):
+            name = path.relative_to(exported).as_posix()
+            if path.is_symlink():
+                raise ArtefactError(f"{path} is a link; {_NOTHING_SENT}: {_AGAIN}")
+            if not path.is_dir() and name not in allowed:
+                raise ArtefactError(
+                    f"{exported} holds {name}, which has no place in a shared adapter's folder; "
+                    f"{_NOTHING_SENT}. Remove it after a look at what it is"
+                )
+    files.write_bytes(into / MANIFEST_FILE, content)
+    for name in (*manifest.files, CARD_FILE):
+        files.write_bytes(into / name, _content(exported / name))
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes, if it is a plain file."""
+    try:
+        # A pipe in its place must not block.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}; {_AGAIN}") from error
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ArtefactError(f"{path} is not a plain file; {_NOTHING_SENT}: {_AGAIN}")
+        return file.read()
+
+
+def _refusal(staged: Artefact, file: str, problem: str) -> ArtefactError:
+    return ArtefactError(f"{staged.origin}: {file} {problem}; {_NOTHING_SENT}: {_AGAIN}")
+
+
+def _check_texts(staged: Artefact) -> None:
+    """No path of this machine in what names things; card, keys, prompt and plots are such."""
+    manifest, folder = staged.manifest, staged.folder
+    trees = {MANIFEST_FILE: manifest.model_dump(mode="json")}
+    for name in (ADAPTER_CONFIG_FILE, TRAINING_CONFIG_FILE, CARD_FILE):
+        if (folder / name).is_file():
+            try:
+                text = (folder / name).read_text()
+                trees[name] = None if name == CARD_FILE else yaml.safe_load(text)  # so is JSON
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise _refusal(staged, name, f"cannot be read ({error})") from error
+    for name, tree in trees.items():
+        for key, text in _texts(tree):
+            if _PATH.match(text):
+                raise _refusal(staged, name, f"names a path of this machine at {key}: {text}")
+    if not all(map(_KEY.fullmatch, staged.item_keys())):
+        raise _refusal(staged, ITEM_KEYS_FILE, "holds something else than keys")
+    if staged.prompt().content_hash() != manifest.prompt_sha256:
+        raise _refusal(staged, f"prompt {manifest.prompt}", "is not the one that was trained with")
+    for name in manifest.files:
+        if name.endswith(".png") and not (folder / name).read_bytes().startswith(_PNG):
+            raise _refusal(staged, name, "is no PNG image")
+
+
+def _texts(tree: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a tree, keys included, with the dotted key of where it is."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, Mapping):
+        for name, child in tree.items():
+            yield key, str(name)
+            yield from _texts(child, f"{key}.{name}".lstrip("."))
+    elif isinstance(tree, list):
+        for child in tree:
+            yield from _texts(child, key)
+
+
+def _check_adapter_config(staged: Artefact) -> None:
+    """A plain LoRA, of the rank and on the modules of the manifest, upon a portable base."""
+    manifest, shared = staged.manifest, staged.manifest.adapters.shared
+    tree = files.read_json(staged.folder / ADAPTER_CONFIG_FILE)
+    if not isinstance(tree, dict):
+        raise _refusal(staged, ADAPTER_CONFIG_FILE, "holds no settings")
+    wanted = {
+        **_PLAIN_LORA,
+        "base_model_name_or_path": manifest.base.name,
+        "r": shared.rank,
+        "lora_alpha": shared.alpha,
+    }
+    for key, value in wanted.items():
+        if (tree.get(key) or None) != value:
+            raise _refusal(
+                staged, ADAPTER_CONFIG_FILE, f"has {key}: {tree.get(key)!r}, expected {value!r}"
+            )
+    base = manifest.base.name
+    # A name alone is what an export leaves of a local folder's path.
+    if base.startswith(".") or base.count("/") > 1 or ("/" in base and Path(base).is_dir()):
+        raise _refusal(
+            staged, ADAPTER_CONFIG_FILE, f"names a base on this machine, {base}, not a Hub id"
+        )
+    targets, layers = tree.get("target_modules"), tree.get("layers_to_transform")
+    targets = set(targets) if isinstance(targets, list) else {targets}
+    used = {t for t in targets for m in manifest.modules if f".{m}".endswith(f".{t}")}
+    adapted = {m for m in manifest.modules for t in targets if f".{m}".endswith(f".{t}")}
+    found = {int(match[1]) for m in manifest.modules if (match := _LAYER.search(m))}
+    if used != targets or adapted != {*manifest.modules} or found != set(layers or ()):
+        raise _refusal(
+            staged, ADAPTER_CONFIG_FILE, "adapts other modules or layers than the manifest says"
+        )
+
+
+def _check_tensors(staged: Artefact) -> None:
+    """Every tensor that belongs into a file, of its shape and in float32, and nothing else."""
+    manifest, folder = staged.manifest, staged.folder
+    rank, private = manifest.adapters.shared.rank, manifest.adapters.private
+    lora = tensors_from_peft(files.read_tensors(folder / ADAPTER_FILE)[0])
+    factors: _Shapes = {f"{SHARED_LORA}{module}.A": (rank, None) for module in manifest.modules}
+    factors |= {f"{SHARED_LORA}{module}.B": (None, rank) for module in manifest.modules}
+    _check_shapes(staged, ADAPTER_FILE, lora, factors)
+
+    head, normaliser = read_head(folder)
+    width = normaliser.mean.numel()
+    initial = initial_head(manifest.head, width, manifest.num_items, seed=0)
+    shapes: _Shapes = {name: tuple(value.shape) for name, value in initial.items()}
+    shapes |= {"normaliser.mean": (width,), "normaliser.basis": (width, width)}
+    whitening = {"normaliser.mean": normaliser.mean, "normaliser.basis": normaliser.basis}
+    _check_shapes(staged, HEAD_FILE, {**head, **whitening}, shapes)
+
+    has_basis = private.enabled and private.kind is PrivateKind.SHARED_BASIS
+    if has_basis != (BASIS_FILE in manifest.files):
+        raise _refusal(staged, BASIS_FILE, f"is {'missing' if has_basis else 'of no use here'}")
+    if has_basis:
+        bases: _Shapes = {
+            f"{BASIS}{module}.A": (private.rank, lora[f"{SHARED_LORA}{module}.A"].shape[1])
+            for module in manifest.modules
+        }
+        bases |= {BASIS_HEAD_A: (private.head_rank, width)} if private.head_rank else {}
+        _check_shapes(staged, BASIS_FILE, files.read_tensors(folder / BASIS_FILE)[0], bases)
+
+
+def _check_shapes(staged: Artefact, file: str, found: Tensors, wanted: _Shapes) -> None:
+    with safe_open(staged.folder / file, framework="pt") as opened:
+        if (opened.metadata() or {"format": "pt"}) != {"format": "pt"}:
+            raise _refusal(staged, file, "holds more than tensors in its header")
+    for name in sorted(found.keys() | wanted.keys()):
+        if name not in wanted or name not in found:
+            verb = "lacks" if name in wanted else "holds"
+            raise _refusal(staged, file, f"{verb} {name}, other than the manifest says")
+        shape, tensor = wanted[name], found[name]
+        fits = tensor.dim() == len(shape) and all(
+            size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits or tensor.dtype is not torch.float32:
+            actual = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+            expected = (
+                f"float32[{', '.join('any' if size is None else str(size) for size in shape)}]"
+            )
+            raise _refusal(staged, file, f"holds {name} as {actual}, expected {expected}")
+
+
+def _search(folder: Path, private_root: Path, origin: Path) -> None:
+    clients: dict[str, set[str]] = defaultdict(set)
+    for finding in find_private(folder, _states(PrivateStore(private_root))):
+        clients[finding.file].add(finding.client_id)
+    if clients:
+        found = ", ".join(
+            f"{file} of {len(ids)} client{'s' * (len(ids) > 1)}" for file, ids in clients.items()
+        )
+        raise PrivateLeakError(
+            f"{origin} holds private tensors ({found}); {_NOTHING_SENT}, and the folder is not "
+            f"to be shared in any other way. Delete it and {_AGAIN}"
+        )
+
+
+def _states(store: PrivateStore) -> Iterator[PrivateState]:
+    """Every version of every client's private state, and the personalised ones."""
+    for client_id in store.client_ids():
+        for version in store.versions(client_id):
+            if (state := store.load(client_id, version)) is not None:
+                yield state
+        if (state := store.load_personalised(client_id)) is not None:
+            yield state

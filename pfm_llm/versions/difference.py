@@ -1,0 +1,267 @@
+"""What changed from one version of a shared adapter to another.
+
+An adapted module computes with W + (alpha / r) B A, so the effective change of its weights is the
+difference of two such products. They are never formed: with A and B padded with zeros to one rank,
+
+    s' B' A' - s B A = [s' B', s' B' - s B] [A' - A; A] = P Q,
+
+and the squared Frobenius norm of P Q is the sum over (PᵀP) * (QQᵀ), two small Gram matrices.
+Written with differences of the factors, nearby versions lose no digits, and equal ones give zero.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+
+from pfm_llm.artefact import TRAINING_CONFIG_FILE, Artefact, Metric, align_items
+from pfm_llm.errors import CorruptFileError
+from pfm_llm.head import ITEM_BIAS, ITEM_IDS
+from pfm_llm.types import Tensors
+
+_FACTOR = re.compile(r"lora\.(?P<module>.+)\.A")
+_LAYER = re.compile(r".*?\.\d+(?=\.|$)")
+_NOT_SETTINGS = {"files", "parents", "metrics", "modules"}
+_IN_BOTH = {"adapters", "head", "window", "prompt", "name"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """How much something changed.
+
+    Attributes:
+        name: Of a module, a layer or a tensor.
+        norm: Frobenius norm of the change; None when the two cannot be compared.
+        older_norm: Frobenius norm of what it was.
+        relative: Their ratio; None when there is none.
+        note: What to know about the comparison; empty for nothing.
+    """
+
+    name: str
+    norm: float | None
+    older_norm: float
+    relative: float | None
+    note: str = ""
+
+    @classmethod
+    def of(cls, name: str, norm: float | None, older_norm: float, note: str = "") -> "Change":
+        """With the ratio of the two norms."""
+        known = norm is not None and older_norm > 0
+        relative = norm / older_norm if known and norm is not None else None
+        return cls(name, norm, older_norm, relative, note)
+
+
+@dataclass(frozen=True)
+class MetricChange:
+    """A figure of the evaluation, before and after; None where it was not measured."""
+
+    mode: str
+    metric: str
+    older: Metric | None
+    newer: Metric | None
+
+    @property
+    def difference(self) -> float | None:
+        """Newer minus older."""
+        if self.older is None or self.newer is None:
+            return None
+        return self.newer.value - self.older.value
+
+
+@dataclass(frozen=True)
+class SettingChange:
+    """A setting, before and after; None where it was not set."""
+
+    name: str
+    older: Any
+    newer: Any
+
+
+@dataclass(frozen=True)
+class VersionDiff:
+    """What changed.
+
+    Attributes:
+        older, newer: Where the two came from.
+        modules: Effective weight change of each adapted module.
+        layers: The same, modules of a layer taken together.
+        tensors: Change of each tensor of the head and of a shared basis; rows that belong to
+            items are compared item by item.
+        num_items: Items that both know.
+        num_new, num_gone: Items that only the newer, only the older one knows.
+        metrics: Figures of the evaluation.
+        settings: Those that differ.
+    """
+
+    older: str
+    newer: str
+    modules: tuple[Change, ...]
+    layers: tuple[Change, ...]
+    tensors: tuple[Change, ...]
+    num_items: int
+    num_new: int
+    num_gone: int
+    metrics: tuple[MetricChange, ...]
+    settings: tuple[SettingChange, ...]
+
+
+def diff_versions(older: Artefact, newer: Artefact) -> VersionDiff:
+    """Compare two shared adapters, whose ranks, modules and catalogues may differ.
+
+    Args:
+        older: What it was.
+        newer: What it is.
+
+    Raises:
+        CorruptFileError: A file of one of them is damaged.
+    """
+    before, after = older.shared_tensors(), newer.shared_tensors()
+    rows = align_items(older.item_keys(), newer.item_keys()).rows
+    common = [(row, place) for place, row in enumerate(rows) if row is not None]
+    modules = tuple(_module_changes(older, newer, before, after))
+    return VersionDiff(
+        older=older.origin,
+        newer=newer.origin,
+        modules=modules,
+        layers=tuple(_layer_changes(modules)),
+        tensors=tuple(_tensor_changes(before, after, common)),
+        num_items=len(common),
+        num_new=newer.manifest.num_items - len(common),
+        num_gone=older.manifest.num_items - len(common),
+        metrics=tuple(_metric_changes(older.manifest.metrics, newer.manifest.metrics)),
+        settings=tuple(_setting_changes(_settings(older), _settings(newer))),
+    )
+
+
+def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Frobenius norm of ``left @ right`` from their Gram matrices, without forming the product."""
+    squared = ((left.T @ left) * (right @ right.T)).sum().item()
+    return math.sqrt(max(squared, 0.0))  # rounding may leave a little less than nothing
+
+
+def _module_changes(
+    older: Artefact, newer: Artefact, before: Tensors, after: Tensors
+) -> Iterator[Change]:
+    for module in sorted(_modules(before) | _modules(after), key=_in_order):
+        b_old, a_old = _factors(older, before, module)
+        b_new, a_new = _factors(newer, after, module)
+        note = ""
+        if b_old is None or a_old is None:
+            assert b_new is not None
+            assert a_new is not None
+            b_old, a_old, note = torch.zeros_like(b_new), torch.zeros_like(a_new), "new"
+        if b_new is None or a_new is None:
+            b_new, a_new, note = torch.zeros_like(b_old), torch.zeros_like(a_old), "gone"
+        was = product_norm(b_old, a_old)
+        if (b_old.shape[0], a_old.shape[1]) != (b_new.shape[0], a_new.shape[1]):
+            yield Change.of(module, None, was, "of another shape")
+            continue
+        rank = max(len(a_old), len(a_new))
+        b_old, b_new = (F.pad(b, (0, rank - b.shape[1])) for b in (b_old, b_new))
+        a_old, a_new = (F.pad(a, (0, 0, 0, rank - len(a))) for a in (a_old, a_new))
+        left = torch.cat([b_new, b_new - b_old], dim=1)
+        right = torch.cat([a_new - a_old, a_old])
+        yield Change.of(module, product_norm(left, right), was, note)
+
+
+def _factors(
+    artefact: Artefact, tensors: Tensors, module: str
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Scaled B and A in float64; None where the module is not adapted."""
+    if f"lora.{module}.A" not in tensors:
+        return None, None
+    lora = artefact.manifest.adapters.shared
+    b, a = tensors[f"lora.{module}.B"], tensors[f"lora.{module}.A"]
+    return b.double() * (lora.alpha / lora.rank), a.double()
+
+
+def _modules(tensors: Tensors) -> set[str]:
+    return {match["module"] for name in tensors if (match := _FACTOR.fullmatch(name))}
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """So that layer 9 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _layer_changes(modules: Iterable[Change]) -> Iterator[Change]:
+    layers: dict[str, list[Change]] = defaultdict(list)
+    for change in modules:
+        layer = _LAYER.match(change.name)
+        layers[layer[0] if layer else change.name].append(change)
+    for name, changes in layers.items():
+        norms = [change.norm for change in changes if change.norm is not None]
+        norm = math.hypot(*norms) if len(norms) == len(changes) else None
+        older_norm = math.hypot(*(change.older_norm for change in changes))
+        yield Change.of(name, norm, older_norm, "" if norm is not None else "of another shape")
+
+
+def _tensor_changes(
+    before: Tensors, after: Tensors, common: list[tuple[int, int]]
+) -> Iterator[Change]:
+    """Of all but the LoRA; ``common`` are the rows of the items that both know."""
+    names = {name for name in (*before, *after) if not name.startswith("lora.")}
+    for name in sorted(names):
+        if name not in before:
+            yield Change.of(name, _norm(after[name]), 0.0, "new")
+            continue
+        old = before[name]
+        if name not in after:
+            yield Change.of(name, _norm(old), _norm(old), "gone")
+            continue
+        new, note = after[name], ""
+        if name in (ITEM_BIAS, ITEM_IDS):
+            kept = torch.tensor(common, dtype=torch.int64).reshape(-1, 2)
+            old, new = old[kept[:, 0]], new[kept[:, 1]]
+            note = f"over the {len(common)} items that both know"
+        if old.shape != new.shape:
+            yield Change.of(name, None, _norm(old), "of another shape")
+            continue
+        yield Change.of(name, _norm(new.double() - old.double()), _norm(old), note)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return tensor.double().norm().item()
+
+
+def _metric_changes(older: Iterable[Metric], newer: Iterable[Metric]) -> Iterator[MetricChange]:
+    before = {(metric.mode, metric.metric): metric for metric in older}
+    after = {(metric.mode, metric.metric): metric for metric in newer}
+    for key in {**before, **after}:
+        yield MetricChange(*key, older=before.get(key), newer=after.get(key))
+
+
+def _settings(artefact: Artefact) -> dict[str, Any]:
+    """Dotted key to value, from the manifest and, where it is there, the training config."""
+    manifest = artefact.manifest.model_dump(mode="json", exclude=_NOT_SETTINGS)
+    settings = dict(_flat(manifest))
+    path = artefact.folder / TRAINING_CONFIG_FILE
+    if path.is_file():
+        try:
+            tree = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CorruptFileError(f"{path} is not valid YAML; pull or export it again") from error
+        if isinstance(tree, dict):
+            own = {key: value for key, value in tree.items() if key not in _IN_BOTH}
+            settings |= {f"training.{key}": value for key, value in _flat(own)}
+    return settings
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _setting_changes(older: dict[str, Any], newer: dict[str, Any]) -> Iterator[SettingChange]:
+    for name in sorted({*older, *newer}):
+        if older.get(name) != newer.get(name):
+            yield SettingChange(name, older.get(name), newer.get(name))

@@ -1,0 +1,146 @@
+"""What versions a repository has: a commit with a manifest is a version."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from pfm_llm import hub, signing
+from pfm_llm.artefact import MANIFEST_FILE, SIGNATURE_FILE, Manifest, Metric, Parent
+from pfm_llm.errors import ArtefactError, CorruptFileError, HubError
+from pfm_llm.types import Mode
+
+_HEADLINE = (Mode.SHARED_ONLY.value, "ndcg@10")
+_PREFIX = re.compile("[0-9a-f]{4,40}")
+_OID_DIGITS = 40
+
+
+@dataclass(frozen=True)
+class Version:
+    """A commit that has a manifest.
+
+    Attributes:
+        commit: 40 hexadecimal digits.
+        date: When it was pushed.
+        title: First line of the commit's message.
+        tags: That name it.
+        manifest_sha256: Identity of the adapter; a commit that edits the card alone keeps it.
+        manifest: None when it cannot be read.
+        signed_by: The public key of a valid signature; None without one.
+        problem: What is wrong with the manifest or the signature; empty when nothing is.
+    """
+
+    commit: str
+    date: datetime
+    title: str
+    tags: tuple[str, ...]
+    manifest_sha256: str
+    manifest: Manifest | None
+    signed_by: str | None
+    problem: str
+
+    @property
+    def name(self) -> str:
+        """Of the run; empty when the manifest cannot be read."""
+        return self.manifest.name if self.manifest else ""
+
+    @property
+    def round(self) -> int | None:
+        """After which the adapter stands."""
+        return self.manifest.round if self.manifest else None
+
+    @property
+    def parents(self) -> tuple[Parent, ...]:
+        """What the adapter came from."""
+        return self.manifest.parents if self.manifest else ()
+
+    @property
+    def headline(self) -> Metric | None:
+        """NDCG@10 of the shared adapter alone; None before an evaluation."""
+        metrics = self.manifest.metrics if self.manifest else ()
+        return next((m for m in metrics if (m.mode, m.metric) == _HEADLINE), None)
+
+
+def list_versions(repo: str, revision: str | None = None) -> list[Version]:
+    """The versions of a branch, newest first.
+
+    A manifest or signature that is damaged does not hide the others: see `Version.problem`.
+
+    Args:
+        repo: ``user/name``.
+        revision: Branch, tag or commit to go back from; None: the main branch.
+
+    Raises:
+        HubError: The Hub refused, or cannot be reached.
+    """
+    tags = hub.list_tags(repo)
+    commits = hub.list_commits(repo, revision)
+    versions = [_read_version(repo, commit, tags) for commit in commits]
+    return [version for version in versions if version is not None]
+
+
+def find_commit(repo: str, wanted: str, revision: str | None = None) -> str:
+    """The commit that a tag, a commit or a unique start of one names.
+
+    Args:
+        repo: ``user/name``.
+        wanted: What a person named it.
+        revision: In the history of which branch a start of a commit is looked for.
+
+    Raises:
+        HubError: There is none, or more than one; the Hub refused, or cannot be reached.
+    """
+    tags = hub.list_tags(repo)
+    if wanted in tags:
+        return tags[wanted]
+    known = [commit.oid for commit in hub.list_commits(repo, revision)]
+    return _by_prefix(repo, wanted, sorted({*known, *tags.values()}))
+
+
+def _by_prefix(repo: str, wanted: str, known: Sequence[str]) -> str:
+    lowered = wanted.lower()
+    if not _PREFIX.fullmatch(lowered):
+        raise HubError(
+            f"{repo} has no tag {wanted!r}, and it is no commit (4 to 40 hexadecimal digits); "
+            f"`scripts/adapter_versions.py list {repo}` shows what there is"
+        )
+    found = [oid for oid in known if oid.startswith(lowered)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise HubError(f"{wanted} may be {' or '.join(found)} in {repo}: write more of it")
+    if len(lowered) == _OID_DIGITS:
+        return lowered  # of another branch; the Hub knows
+    raise HubError(
+        f"{repo} has no commit {wanted}; "
+        f"`scripts/adapter_versions.py list {repo}` shows what there is"
+    )
+
+
+def _read_version(repo: str, commit: hub.Commit, tags: dict[str, str]) -> Version | None:
+    origin = f"{repo}@{commit.oid[:12]}"
+    manifest, signed_by, problems = None, None, []
+    try:
+        content = hub.read_file(repo, commit.oid, MANIFEST_FILE)
+        if content is None:
+            return None
+        manifest = Manifest.from_bytes(content, f"{origin}: {MANIFEST_FILE}")
+    except CorruptFileError as error:
+        problems.append(str(error))
+    try:
+        signature = hub.read_file(repo, commit.oid, SIGNATURE_FILE)
+        if signature is not None and content is not None:
+            signed_by = signing.verify(content, signature, None)
+    except (ArtefactError, CorruptFileError) as error:
+        problems.append(str(error))
+    return Version(
+        commit=commit.oid,
+        date=commit.date,
+        title=commit.title,
+        tags=tuple(sorted(tag for tag, oid in tags.items() if oid == commit.oid)),
+        manifest_sha256=hashlib.sha256(content).hexdigest() if content else "",
+        manifest=manifest,
+        signed_by=signed_by,
+        problem="; ".join(problems),
+    )

@@ -1,0 +1,109 @@
+"""Exported folders, changed on purpose, for the tests of what may be published."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from pfm_llm import files
+from pfm_llm.artefact import ADAPTER_FILE, MANIFEST_FILE, Manifest
+from pfm_llm.private_store import PrivateStore
+from pfm_llm.types import PrivateState
+
+
+def copy_of(exported: Path, to: Path) -> Path:
+    """A copy of an exported folder, to be changed."""
+    return Path(shutil.copytree(exported, to))
+
+
+def manifest_of(folder: Path) -> Manifest:
+    """A folder's manifest."""
+    return Manifest.from_bytes((folder / MANIFEST_FILE).read_bytes(), str(folder))
+
+
+def seal(folder: Path, listed: tuple[str, ...] = (), **changes: Any) -> None:
+    """Make the manifest fit the folder's files as they are now.
+
+    Args:
+        folder: The folder.
+        listed: Further files to list.
+        changes: Other fields of the manifest.
+    """
+    manifest = manifest_of(folder)
+    names = sorted({*changes.pop("names", manifest.files), *listed})
+    hashes = {name: files.sha256_of(folder / name) for name in names}
+    changed = manifest.model_copy(update={"files": hashes, **changes})
+    (folder / MANIFEST_FILE).write_bytes(changed.to_bytes())
+
+
+def change_json(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
+    """Change the tree of a JSON file; ``change`` works in place or returns another."""
+    tree = files.read_json(folder / name)
+    files.write_json(folder / name, change(tree) or tree)
+
+
+def change_yaml(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
+    """`change_json` for YAML."""
+    tree = yaml.safe_load((folder / name).read_text())
+    (folder / name).write_text(yaml.safe_dump(change(tree) or tree))
+
+
+def change_tensors(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the tensors of a file in place."""
+    tensors = {key: value.clone() for key, value in load_file(folder / name).items()}
+    change(tensors)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
+
+
+def a_private_state(private_root: Path) -> PrivateState:
+    """The personalised state of some client."""
+    store = PrivateStore(private_root)
+    state = store.load_personalised(store.client_ids()[-1])
+    assert state is not None
+    return state
+
+
+def some_b(state: PrivateState) -> torch.Tensor:
+    """A private factor B, which is none of its initial zeros."""
+    return next(v for name, v in state.tensors.items() if name.endswith("down_proj.B"))
+
+
+def numbers_as(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
+    """A tensor's bytes in a dtype."""
+    return tensor.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def put_into(target: torch.Tensor, content: bytes) -> None:
+    """Overwrite the end of a tensor's memory."""
+    flat = target.view(torch.uint8).reshape(-1)
+    flat[-len(content) :] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def write_private_adapter(folder: Path, state: PrivateState) -> None:
+    """A private adapter under the shared adapter's names, as PEFT would write it."""
+    tensors = load_file(folder / ADAPTER_FILE)
+    for key in tensors:
+        module, factor = key.removeprefix("base_model.model.").split(".lora_")
+        tensors[key] = state.tensors[f"private.lora.{module}.{factor[0]}"].contiguous()
+    save_file(tensors, folder / ADAPTER_FILE, {"format": "pt"})
+
+
+def save_both_with_peft(assembly: Any, state: PrivateState, folder: Path) -> None:
+    """What `save_pretrained` writes of a model with both adapters unless it is told otherwise."""
+    model = assembly.parts.adapter.peft_model()
+    assembly.parts.adapter.load_shared(model, assembly.parts.shared.tensors)
+    assembly.parts.adapter.load_private(model, state.tensors, assembly.parts.shared.tensors)
+    model.save_pretrained(str(folder))
+
+
+def state_files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of change of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,286 @@
+"""A published adapter elsewhere: equal scores, other catalogues, other bases, going on."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pfm_llm import files
+from pfm_llm.artefact import MANIFEST_FILE, Manifest, read_artefact
+from pfm_llm.assembly import RunFolders, assemble, load_corpus
+from pfm_llm.cohort_model import Parts, collate
+from pfm_llm.config import load_config
+from pfm_llm.data.interactions import Catalogue
+from pfm_llm.errors import ArtefactError, CheckpointError, ConfigError, CorruptFileError, DataError
+from pfm_llm.experiment import load_shared, run_experiment
+from pfm_llm.private_store import PrivateStore
+from pfm_llm.recommender_model import RecommenderModel
+from pfm_llm.serving import RunRecommender
+from tests.integration.tiny import TITLES, Tiny, alone, metrics_of, results_of, tensor_files
+
+HISTORY = ["i3", "i4", "i6"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("published")
+    return run_experiment(tiny.config(output, federation__server__lr_lora=0.02))
+
+
+@pytest.fixture(scope="module")
+def model(run: Path, tiny: Tiny) -> RecommenderModel:
+    return from_folder(run / "shared_adapter", tiny)
+
+
+def from_folder(
+    folder: Path, tiny: Tiny, catalogue: Catalogue | str | None = None, allow: bool = False
+) -> RecommenderModel:
+    return RecommenderModel.from_pretrained(
+        folder, catalogue or str(tiny.items), backbone=str(tiny.model), allow_base_mismatch=allow
+    )
+
+
+def catalogue_of(*numbers: int, extra: tuple[str, ...] = ()) -> Catalogue:
+    ids = [f"i{number}" for number in numbers] + [f"new{k}" for k in range(len(extra))]
+    return Catalogue(tuple(ids), {"title": (*(TITLES[number] for number in numbers), *extra)})
+
+
+def test_scores_are_those_of_the_run(run: Path, tiny: Tiny, model: RecommenderModel) -> None:
+    config = load_config(run / "config.yaml")
+    assembly = assemble(config, load_corpus(config), RunFolders.of(run), alone())
+    shared, _ = load_shared(assembly, RunFolders.of(run))
+    items = assembly.corpus.interactions.history(5)
+    window = assembly.parts.encoder.query_window(items)
+    batch = collate([[window]], [assembly.cache.states([window], "x")], last_only=True)
+    stacked = assembly.trainer.stack(shared, {}, 1)
+    expected = assembly.parts.model.scores(batch, stacked, Parts(private_weight=0.0))[0]
+    ids = [assembly.corpus.interactions.catalogue.item_ids[i] for i in items]
+    np.testing.assert_allclose(model.score(ids), expected.numpy(), atol=1e-5)
+    assert model.alignment.num_kept == len(TITLES)
+
+
+def test_recommends_unseen_items_best_first(model: RecommenderModel) -> None:
+    listed = model.recommend(HISTORY, n=5)
+    scores = [item.score for item in listed]
+    assert scores == sorted(scores, reverse=True)
+    assert not {item.item_id for item in listed} & set(HISTORY)
+
+
+def test_a_user_of_the_run_gets_the_same_list_with_their_private_adapter(
+    run: Path, model: RecommenderModel
+) -> None:
+    recommender = RunRecommender(run)
+    config = load_config(run / "config.yaml")
+    interactions = load_corpus(config).interactions
+    items = [interactions.catalogue.item_ids[i] for i in interactions.history(0)]
+    store = RunFolders.of(run).private
+    private = PrivateStore(store).load_personalised(f"user-{interactions.user_ids[0]}")
+    ours = model.recommend(items, private=private)
+    theirs = recommender.recommend(interactions.user_ids[0])
+    assert [item.item_id for item in ours] == [item.item_id for item in theirs]
+
+
+def test_items_follow_their_keys_to_another_catalogue(
+    model: RecommenderModel, run: Path, tiny: Tiny
+) -> None:
+    numbers = [7, 3, 4, 6, 20, 11]
+    other = from_folder(run / "shared_adapter", tiny, catalogue_of(*numbers, extra=("old moon",)))
+    assert other.alignment.num_kept == 6
+    assert "24 others are dropped, and 1 items that it never saw" in other.alignment.describe()
+    np.testing.assert_allclose(other.score(HISTORY)[:6], model.score(HISTORY)[numbers], atol=1e-5)
+    bias = other.parts.shared.tensors["head.item_bias"]
+    assert torch.isclose(bias[6], model.parts.shared.tensors["head.item_bias"].mean())
+
+
+def test_the_whitening_is_never_refitted(model: RecommenderModel, run: Path, tiny: Tiny) -> None:
+    other = from_folder(run / "shared_adapter", tiny, catalogue_of(1, 2, 3))
+    assert torch.equal(other.parts.normaliser.mean, model.parts.normaliser.mean)
+    assert torch.equal(other.parts.normaliser.basis, model.parts.normaliser.basis)
+
+
+def test_another_text_under_the_same_id_is_another_item(run: Path, tiny: Tiny) -> None:
+    catalogue = Catalogue(("i0", "i1"), {"title": ("something else", TITLES[1])})
+    assert from_folder(run / "shared_adapter", tiny, catalogue).alignment.rows == (None, 1)
+
+
+def test_a_new_user_makes_it_personal(model: RecommenderModel, tmp_path: Path) -> None:
+    private = model.personalise(HISTORY, tmp_path / "me", steps=3)
+    assert (tmp_path / "me").stat().st_mode & 0o777 == 0o700
+    kept = model.load_private(tmp_path / "me")
+    assert kept is not None
+    assert all(torch.equal(kept.tensors[n], private.tensors[n]) for n in private.tensors)
+    shared_only = model.score(HISTORY)
+    assert np.abs(model.score(HISTORY, private=private) - shared_only).max() > 1e-4
+    np.testing.assert_array_equal(model.score(HISTORY, private=private, weight=0.0), shared_only)
+    assert model.load_private(tmp_path / "nobody") is None
+
+
+def test_personal_model_is_both_adapters_in_plain_peft(
+    model: RecommenderModel, tmp_path: Path
+) -> None:
+    private = model.personalise(HISTORY, tmp_path / "me", steps=3).tensors
+    adapter, shared = model.parts.adapter, model.parts.shared.tensors
+    personal = adapter.personal_model(shared, private).eval()
+    both = adapter.peft_model().eval()
+    adapter.load_shared(both, shared)
+    adapter.load_private(both, private, shared)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = both(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
+        found = personal(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
+        merged = personal.merge_and_unload()
+        folded = merged(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(folded, expected, atol=1e-4)
+
+
+def test_unknown_items_and_short_histories_are_refused(
+    model: RecommenderModel, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="no item 'zzz' in the catalogue of 30 items"):
+        model.recommend(["i1", "zzz"])
+    with pytest.raises(DataError, match="empty history"):
+        model.recommend([])
+    with pytest.raises(DataError, match="no next item"):
+        model.personalise(["i1"], tmp_path / "me")
+
+
+def test_catalogue_and_base_that_nobody_else_has_must_be_given(run: Path, tiny: Tiny) -> None:
+    folder = run / "shared_adapter"
+    with pytest.raises(DataError, match=r"trained on 'interactions\.csv'.*pass catalogue"):
+        RecommenderModel.from_pretrained(folder, backbone=str(tiny.model))
+    with pytest.raises(ArtefactError, match="local model called 'model'; pass backbone"):
+        RecommenderModel.from_pretrained(folder, str(tiny.items))
+
+
+def other_weights(tiny: Tiny, folder: Path) -> Tiny:
+    """The same model with one number changed."""
+    shutil.copytree(tiny.model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return dataclasses.replace(tiny, model=folder)
+
+
+def test_other_base_weights_are_refused_by_both_names(
+    run: Path, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed = other_weights(tiny, tmp_path / "base-b")
+    with pytest.raises(ArtefactError, match=r"weights of model have SHA-256 .*those of .*base-b"):
+        from_folder(run / "shared_adapter", changed)
+    allowed = from_folder(run / "shared_adapter", changed, allow=True)
+    assert "going on, as asked" in caplog.text
+    assert len(allowed.recommend(HISTORY)) == 10
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "recommender_head.safetensors", "item_keys.json"]
+)
+def test_a_damaged_file_is_named(name: str, run: Path, tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(run / "shared_adapter", tmp_path / "copy")
+    content = bytearray((tmp_path / "copy" / name).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "copy" / name).write_bytes(content)
+    with pytest.raises(CorruptFileError, match=f"{name} is not the file that the manifest lists"):
+        from_folder(tmp_path / "copy", tiny)
+    (tmp_path / "copy" / name).unlink()
+    with pytest.raises(CorruptFileError, match=f"{name} is missing"):
+        from_folder(tmp_path / "copy", tiny)
+
+
+def test_a_folder_without_manifest_is_none_of_ours(tmp_path: Path, tiny: Tiny) -> None:
+    with pytest.raises(ArtefactError, match=r"no pfm_manifest\.json"):
+        from_folder(tmp_path, tiny)
+
+
+def test_manifest_says_what_it_stands_on(run: Path, tiny: Tiny) -> None:
+    manifest = read_artefact(run / "shared_adapter").manifest
+    assert manifest.base.name == "model"
+    assert manifest.round == 4
+    assert {metric.mode for metric in manifest.metrics} >= {"shared_only", "shared_private"}
+    text = (run / "shared_adapter" / MANIFEST_FILE).read_text()
+    text += (run / "shared_adapter" / "training_config.yaml").read_text()
+    assert str(tiny.model.parent) not in text
+    assert str(run.parent) not in text
+
+
+# --- going on ---------------------------------------------------------------------------------
+
+
+def continued(tiny: Tiny, output: Path, adapter: Path, **more: object) -> Path:
+    settings = {"federation__num_rounds": 2, "evaluation__every": 1, **more}
+    config = tiny.config(output, name="more", init_from__adapter=str(adapter), **settings)
+    return run_experiment(config)
+
+
+def test_going_on_starts_where_the_adapter_stands(run: Path, tiny: Tiny, tmp_path: Path) -> None:
+    # A step so small that nothing moves: the evaluation must be the parent's.
+    rates = {
+        f"federation__server__lr_{n}": 1e-12 for n in ("lora", "head", "item_ids", "item_bias")
+    }
+    more = continued(tiny, tmp_path, run / "shared_adapter", **rates)
+    ndcg = {
+        (row["mode"], row["metric"], row["k"]): row["value"]
+        for row in results_of(run)["rows"]
+        if row["method"] == "pfm" and row["candidates"] == "full" and row["mode"] == "shared_only"
+    }
+    for row in results_of(more)["rows"]:
+        key = (row["mode"], row["metric"], row["k"])
+        if row["method"] == "pfm" and row["candidates"] == "full" and key in ndcg:
+            assert row["value"] == pytest.approx(ndcg[key], abs=1e-6)
+    parent = read_artefact(run / "shared_adapter")
+    [link] = read_artefact(more / "shared_adapter").manifest.parents
+    assert (link.relation, link.manifest_sha256) == ("trained_from", parent.manifest_sha256)
+    assert link.repo == "shared_adapter"
+
+
+def test_going_on_learns_and_needs_the_parent_no_more(
+    run: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    shutil.copytree(run / "shared_adapter", tmp_path / "parent")
+    more = continued(tiny, tmp_path / "a", tmp_path / "parent")
+    shutil.rmtree(tmp_path / "parent")
+    config = load_config(more / "config.yaml")
+    before = tensor_files(more), metrics_of(more)
+    run_experiment(config, resume=True, from_round=2)
+    assert (tensor_files(more), metrics_of(more)) == before
+    changed = read_artefact(more / "shared_adapter").shared_tensors()
+    started = read_artefact(more / "initial_adapter").shared_tensors()
+    assert all(not torch.equal(changed[name], started[name]) for name in started)
+
+
+def test_going_on_with_other_shapes_names_the_settings(
+    run: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtefactError, match=r"does not fit the config: lora.*shared\.rank 2"):
+        continued(tiny, tmp_path, run / "shared_adapter", adapters__shared__rank=4)
+    with pytest.raises(ArtefactError, match=r"head\.item_bias is \[30\] there and absent here"):
+        continued(tiny, tmp_path, run / "shared_adapter", head__item_bias=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_from_another_adapter_cannot_be_resumed_as_this_one(
+    run: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    more = continued(tiny, tmp_path, run / "shared_adapter")
+    config = load_config(more / "config.yaml").model_copy(update={"init_from": None})
+    with pytest.raises(CheckpointError, match="init_from"):
+        run_experiment(config, resume=True)
+
+
+def test_push_at_rounds_that_are_not_committed_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"push_to_hub\.every: 3 is not a multiple"):
+        tiny.config(tmp_path, push_to_hub__repo="a/b", push_to_hub__every=3)
+
+
+def test_tampered_manifest_fails(run: Path, tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(run / "shared_adapter", tmp_path / "copy")
+    path = tmp_path / "copy" / MANIFEST_FILE
+    manifest = Manifest.from_bytes(path.read_bytes(), "it")
+    files.write_bytes(path, manifest.model_copy(update={"num_items": 29}).to_bytes())
+    with pytest.raises(CorruptFileError, match="does not hold 29 keys"):
+        from_folder(tmp_path / "copy", tiny)

@@ -1,0 +1,142 @@
+"""The published folder: what its manifest may list, and items that follow their keys."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from pfm_llm import artefact
+from pfm_llm.artefact import Manifest, align_items, aligned_tensors, check_listing, item_keys
+from pfm_llm.data.interactions import Catalogue
+from pfm_llm.dual_adapter import tensors_from_peft
+from pfm_llm.errors import ArtefactError, CorruptFileError
+from pfm_llm.prompts import load_prompt
+
+PROMPT = load_prompt("next_item.v1")
+HASH = "0" * 64
+
+
+def catalogue(**titles: str) -> Catalogue:
+    return Catalogue(tuple(titles), {"title": tuple(titles.values())})
+
+
+def manifest_tree(**changes: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {
+        "format": 2,
+        "pfm_llm": "0",
+        "name": "run",
+        "round": 3,
+        "base": {
+            "name": "some/base",
+            "embedded": None,
+            "revision": None,
+            "dtype": "auto",
+            "weights_sha256": HASH,
+            "tokenizer_sha256": HASH,
+        },
+        "adapters": {},
+        "modules": ["model.layers.1.mlp.up_proj"],
+        "head": {},
+        "window": {},
+        "prompt": "next_item.v1",
+        "prompt_sha256": HASH,
+        "data_source": "films",
+        "catalogue_sha256": HASH,
+        "num_items": 2,
+        "contract_sha256": HASH,
+        "files": dict.fromkeys(
+            [*artefact.REQUIRED_FILES, artefact.prompt_file("next_item.v1")], HASH
+        ),
+    }
+    return {**tree, **changes}
+
+
+def parse(tree: Any) -> Manifest:
+    return Manifest.from_bytes(json.dumps(tree).encode(), "it")
+
+
+def test_manifest_survives_its_own_bytes() -> None:
+    manifest = parse(manifest_tree())
+    assert Manifest.from_bytes(manifest.to_bytes(), "it") == manifest
+    assert manifest.to_bytes() == parse(manifest_tree()).to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"{", "it is not valid JSON"),
+        (b"[]", "format None, this version of pfm_llm reads 2"),
+        (json.dumps(manifest_tree(format=1)).encode(), "format 1, .*export the run again"),
+        (json.dumps(manifest_tree(round="x")).encode(), "damaged at round"),
+        (json.dumps(manifest_tree(extra=1)).encode(), "damaged at extra"),
+    ],
+)
+def test_manifest_that_is_none_is_refused(content: bytes, match: str) -> None:
+    with pytest.raises(CorruptFileError, match=match):
+        Manifest.from_bytes(content, "it")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "private.r000012.safetensors",
+        "private/adapter_model.safetensors",
+        "../adapter_model.safetensors",
+        "/etc/passwd",
+        "plots/../../secret.png",
+        "plots/deep/loss.png",
+        "metrics.jsonl",
+    ],
+)
+def test_listing_refuses_what_has_no_place(name: str) -> None:
+    files = {**manifest_tree()["files"], name: HASH}
+    with pytest.raises(ArtefactError, match="has no place"):
+        check_listing(parse(manifest_tree(files=files)), "it")
+
+
+@pytest.mark.parametrize("name", manifest_tree()["files"])
+def test_listing_misses_nothing_required(name: str) -> None:
+    files = {key: value for key, value in manifest_tree()["files"].items() if key != name}
+    with pytest.raises(ArtefactError, match="does not list"):
+        check_listing(parse(manifest_tree(files=files)), "it")
+
+
+def test_item_keys_depend_on_id_and_text() -> None:
+    keys = item_keys(catalogue(a="Fargo", b="Heat"), PROMPT)
+    assert keys == item_keys(catalogue(a="Fargo", b="Heat"), PROMPT)
+    assert len(set(keys)) == 2
+    other_text = item_keys(catalogue(a="Fargo II", b="Heat"), PROMPT)
+    other_id = item_keys(catalogue(c="Fargo", b="Heat"), PROMPT)
+    assert other_text[0] != keys[0] != other_id[0]
+    assert other_text[1] == keys[1] == other_id[1]
+
+
+def test_rows_follow_their_items() -> None:
+    alignment = align_items(["a", "b", "c"], ["c", "new", "a"])
+    assert alignment.rows == (2, None, 0)
+    assert "2 of the adapter's 3 items are in this catalogue" in alignment.describe()
+    assert "1 others are dropped, and 1 items that it never saw" in alignment.describe()
+    tensors = {
+        "head.item_bias": torch.tensor([1.0, 2.0, 6.0]),
+        "head.item_ids": torch.arange(6.0).view(3, 2) + 1,
+        "head.state_proj": torch.eye(3),
+    }
+    aligned = aligned_tensors(tensors, alignment)
+    assert aligned["head.item_bias"].tolist() == [6.0, 3.0, 1.0]
+    assert aligned["head.item_ids"].tolist() == [[5.0, 6.0], [0.0, 0.0], [1.0, 2.0]]
+    assert torch.equal(aligned["head.state_proj"], torch.eye(3))
+
+
+def test_equal_catalogues_change_nothing() -> None:
+    tensors = {"head.item_bias": torch.randn(4), "head.item_ids": torch.randn(4, 2)}
+    aligned = aligned_tensors(tensors, align_items(["a", "b", "c", "d"], ["a", "b", "c", "d"]))
+    assert all(torch.equal(aligned[name], tensors[name]) for name in tensors)
+
+
+def test_tensors_from_peft_takes_lora_factors_only() -> None:
+    key = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
+    assert list(tensors_from_peft({key: torch.ones(1)})) == ["lora.model.layers.3.mlp.up_proj.A"]
+    for wrong in ("base_model.model.lm_head.modules_to_save.weight", "private.lora.x.A"):
+        with pytest.raises(CorruptFileError, match="no factor of a LoRA"):
+            tensors_from_peft({wrong: torch.ones(1)})
