@@ -6,7 +6,7 @@ tensor. Eight numbers that hold a zero or hardly differ prove nothing and are pa
 The files are indexed once, by the eight bytes at every offset; the private states stream past the
 index. A stretch of eight numbers of b bytes holds 8 - 8/b + 1 keys of eight bytes, so that it is
 enough to look up every so-manieth key of a tensor; a bitmap answers nearly all of these look-ups.
-Memory is about 20 bytes for each byte of the files, and that of one state.
+Memory is about 50 bytes for each byte of the files, and that of one state.
 """
 
 import base64
@@ -145,8 +145,8 @@ class _ByteIndex:
         order = np.argsort(keys)
         self._keys = keys[order]
         self._places = np.concatenate(places)[order]
-        # 64 bits or more for each key: one look-up in a hundred goes on in vain.
-        self._bits = max(16, (64 * len(keys)).bit_length())
+        # 128 bits or more for each key: one look-up in a hundred or fewer goes on in vain.
+        self._bits = max(16, (128 * len(keys)).bit_length())
         self._bitmap = np.zeros(1 << (self._bits - 3), np.uint8)
         np.bitwise_or.at(self._bitmap, *self._slots(self._keys))
 
@@ -154,16 +154,19 @@ class _ByteIndex:
         """Places of numbers (unsigned, as wide as the dtype) that belong to a found stretch."""
         per_key = _KEY_BYTES // numbers.itemsize
         step = RUN - per_key + 1
-        if len(numbers) < RUN:
+        if len(numbers) < RUN or not len(self._keys):
             return
         keys = np.ascontiguousarray(sliding_window_view(numbers, per_key)[::step])
         keys = keys.view(np.uint64).reshape(-1)
         slots, masks = self._slots(keys)
         maybe = np.flatnonzero(self._bitmap[slots] & masks)
-        first = np.searchsorted(self._keys, keys[maybe], side="left")
+        first = np.searchsorted(self._keys, keys[maybe])
+        is_there = self._keys[np.minimum(first, len(self._keys) - 1)] == keys[maybe]
+        if not is_there.any():
+            return
+        maybe, first = maybe[is_there], first[is_there]
         count = np.searchsorted(self._keys, keys[maybe], side="right") - first
-        is_there = count > 0
-        maybe, first, count = maybe[is_there] * step, first[is_there], count[is_there]
+        maybe *= step
         # Zeros at the ends, which are in no stretch.
         numbers = np.pad(numbers, RUN)
         telling = _is_telling(_around(numbers, maybe + RUN, per_key)).any(1)
@@ -257,7 +260,7 @@ def _around(numbers: np.ndarray, places: np.ndarray, per_key: int) -> np.ndarray
 
 
 def _is_telling(stretches: np.ndarray) -> np.ndarray:
-    """Which stretches [..., RUN], of the bits of numbers or of their first bits, prove something."""
+    """Which stretches [..., RUN], of the bits of numbers or their first bits, prove something."""
     magnitudes = stretches << stretches.dtype.type(1)  # without the sign, which is the first bit
     num_distinct = 1 + (np.diff(np.sort(stretches, axis=-1), axis=-1) != 0).sum(-1)
     return (magnitudes != 0).all(-1) & (num_distinct >= MIN_DISTINCT)

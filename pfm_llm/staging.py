@@ -165,7 +165,7 @@ def _refusal(staged: Artefact, file: str, problem: str) -> ArtefactError:
 def _check_texts(staged: Artefact) -> None:
     """No path of this machine in what names things; card, keys, prompt and plots are such."""
     manifest, folder = staged.manifest, staged.folder
-    trees = {MANIFEST_FILE: manifest.model_dump(mode="json")}
+    trees: dict[str, Any] = {MANIFEST_FILE: manifest.model_dump(mode="json")}
     for name in (ADAPTER_CONFIG_FILE, TRAINING_CONFIG_FILE, CARD_FILE):
         if (folder / name).is_file():
             try:

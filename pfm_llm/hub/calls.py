@@ -80,9 +80,8 @@ def is_passing(error: BaseException | None) -> bool:
 
 
 def is_cut(error: BaseException | None) -> bool:
-    """Whether a connection broke in the middle, which the client gives up at."""
-    cut = (httpx2.ReadError, httpx2.WriteError)
-    return isinstance(error, cut) or (error is not None and isinstance(error.__cause__, cut))
+    """Whether a download was reset in the middle, which the client gives up at."""
+    return isinstance(error, httpx2.ReadError)
 
 
 def retried(

@@ -177,6 +177,25 @@ def list_tags(repo: str) -> dict[str, str]:
     return {tag.name: tag.target_commit for tag in refs.tags}
 
 
+def check_complete(artefact: Artefact, names: Iterable[str]) -> None:
+    """Check that the manifest covers all that a folder holds and that says anything.
+
+    Args:
+        artefact: The folder's.
+        names: Of its files. A plot may be there without being listed.
+
+    Raises:
+        ArtefactError: It does not.
+    """
+    for name in names:
+        meaningful = is_listed(name) and not fnmatchcase(name, PLOT_FILES)
+        if meaningful and name not in artefact.manifest.files:
+            raise ArtefactError(
+                f"{artefact.origin}: {name} is not in the manifest, so it was put there "
+                "afterwards: remove it, or take another revision"
+            )
+
+
 def git_oid(content: bytes) -> str:
     """The name that git, and so the Hub, gives a file that it keeps itself."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -206,19 +225,8 @@ def _checked(folder: Path, origin: str) -> Artefact:
             f"{error}. What was downloaded is what the Hub holds: if it stays so, the repository "
             "was changed after it was published; pull another revision, or ask its owner"
         ) from error
-    for path in downloads:
-        name = path.relative_to(folder).as_posix()
-        if _carries_meaning(name) and name not in artefact.manifest.files:
-            raise ArtefactError(
-                f"{origin}: {name} is not in the manifest, somebody put it there afterwards: pull "
-                "another revision, or ask its owner"
-            )
+    check_complete(artefact, (path.relative_to(folder).as_posix() for path in downloads))
     return artefact
-
-
-def _carries_meaning(name: str) -> bool:
-    """Whether what this file holds must be covered by the manifest; a plot may be added."""
-    return is_listed(name) and not fnmatchcase(name, PLOT_FILES)
 
 
 def _check_downloads(paths: Iterable[Path], origin: str) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from huggingface_hub.hf_api import GitRefs, RepoFile
 
 from pfm_llm import files
-from pfm_llm.artefact import MANIFEST_FILE, Manifest
+from pfm_llm.artefact import MANIFEST_FILE, Manifest, read_artefact
 from pfm_llm.errors import ArtefactError, HubError
 from pfm_llm.hub.calls import (
     PUSHING,
@@ -19,13 +19,12 @@ from pfm_llm.hub.calls import (
     check_repo_id,
     hub_api,
     hub_errors,
-    is_cut,
     is_passing,
     pause,
     retried,
     status_of,
 )
-from pfm_llm.hub.reading import MANAGED_FILES, git_oid, read_file
+from pfm_llm.hub.reading import MANAGED_FILES, check_complete, git_oid, read_file
 
 _Operations = list[CommitOperationAdd | CommitOperationDelete]
 _OID = re.compile("[0-9a-f]{40}")
@@ -88,12 +87,16 @@ def push_folder(
         message: Of the commit.
 
     Raises:
-        ArtefactError: The folder holds something that has no place there; nothing was sent.
+        ArtefactError: It is no shared adapter's folder, or holds what has no place in one;
+            nothing was sent.
+        CorruptFileError: A file is not what the manifest lists; nothing was sent.
         HubError: The Hub refused or cannot be reached, the tag names another commit, or somebody
             else pushed in the meantime.
     """
     check_repo_id(repo)
     contents = _contents(folder)
+    artefact = read_artefact(folder)
+    check_complete(artefact, contents)
     with hub_errors(repo, PUSHING):
         refs = _refs_of_repo(repo, private)
         head = _ensure_branch(repo, revision, refs)
@@ -101,7 +104,7 @@ def push_folder(
         _check_tag(repo, tag, refs, None if operations else head)
         commit = head
         if operations:
-            _check_previous(folder, repo, head)
+            _check_previous(artefact.manifest, repo, head)
             commit = _commit(repo, revision, contents, operations, head, message)
         if tag is not None:
             _ensure_tag(repo, tag, commit)
@@ -123,10 +126,6 @@ def _contents(folder: Path) -> dict[str, _Content]:
             content = path.read_bytes()
             sha256 = hashlib.sha256(content).hexdigest()
             found[name] = _Content(path, len(content), sha256, git_oid(content))
-    if MANIFEST_FILE not in found:
-        raise ArtefactError(
-            f"{folder} has no {MANIFEST_FILE}: it is not a shared adapter that pfm_llm exported"
-        )
     return found
 
 
@@ -195,10 +194,9 @@ def _check_tag(repo: str, tag: str | None, refs: GitRefs, commit: str | None) ->
         raise _tag_conflict(repo, tag, there, commit)
 
 
-def _check_previous(folder: Path, repo: str, head: str) -> None:
+def _check_previous(manifest: Manifest, repo: str, head: str) -> None:
     """Refuse a manifest that names another version than the head as the one before it."""
-    path = folder / MANIFEST_FILE
-    for parent in Manifest.from_bytes(path.read_bytes(), str(path)).parents:
+    for parent in manifest.parents:
         if parent.relation != "previous" or parent.repo != repo or parent.revision == head:
             continue
         there = read_file(repo, head, MANIFEST_FILE)
@@ -219,9 +217,7 @@ def _commit(
     api = hub_api()
     added = [change for change in operations if isinstance(change, CommitOperationAdd)]
     # By itself first: the client tries uploads again, but not the commit.
-    retried(
-        lambda: api.preupload_lfs_files(repo, added, revision=revision, free_memory=False), is_cut
-    )
+    api.preupload_lfs_files(repo, added, revision=revision, free_memory=False)
     for wait in (*WAITS, None):
         try:
             made = api.create_commit(

@@ -1,13 +1,15 @@
 """Publishing through the real client, against the double of the Hub."""
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 
 from pfm_llm import hub as the_hub
-from pfm_llm.artefact import CARD_FILE, MANIFEST_FILE, Artefact
-from pfm_llm.errors import ArtefactError, HubError
+from pfm_llm.artefact import BASIS_FILE, CARD_FILE, MANIFEST_FILE, Artefact
+from pfm_llm.errors import ArtefactError, CorruptFileError, HubError
 from pfm_llm.hub import pull, push_folder, sending
 from tests.hub_double import OWNER, HubDouble
 from tests.integration.pushes import api
@@ -133,6 +135,17 @@ def test_hub_gets_no_folder_without_a_manifest(hub: HubDouble, small: Artefact) 
     assert hub.requests == []
 
 
+def test_hub_gets_nothing_that_its_manifest_does_not_cover(hub: HubDouble, small: Artefact) -> None:
+    (small.folder / BASIS_FILE).write_bytes(b"")
+    with pytest.raises(ArtefactError, match=f"{BASIS_FILE} is not in the manifest"):
+        push(small)
+    (small.folder / BASIS_FILE).unlink()
+    (small.folder / "item_keys.json").write_text("[]")
+    with pytest.raises(CorruptFileError, match=r"item_keys\.json is not the file"):
+        push(small)
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize(
     "repo", ["small", "a/b/c", "alice/", "/small", "alice/two--dashes", "alice/a.git", "alice/ä"]
 )
@@ -219,19 +232,24 @@ def test_hub_push_upon_a_head_whose_card_was_edited_is_fine(
     assert stored(hub) == contents(newer.folder)
 
 
+def before_the_commit(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> None:
+    """Call once when the next push has uploaded its files, and is about to commit."""
+    upload = HfApi.preupload_lfs_files
+
+    def late(self: HfApi, *arguments: Any, **options: Any) -> None:
+        upload(self, *arguments, **options)
+        monkeypatch.setattr(HfApi, "preupload_lfs_files", upload)
+        call()
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", late)
+
+
 def test_hub_push_during_another_push_is_refused(
     hub: HubDouble, small: Artefact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(small)
     mine, theirs = upon_head(tmp_path / "mine", 1), upon_head(tmp_path / "theirs", 2)
-    check = sending._check_previous
-
-    def late(folder: Path, repo: str, head: str) -> None:
-        check(folder, repo, head)
-        if folder == mine.folder:
-            push(theirs)
-
-    monkeypatch.setattr(sending, "_check_previous", late)
+    before_the_commit(monkeypatch, lambda: push(theirs))
     with pytest.raises(HubError, match="somebody else has pushed"):
         push(mine)
     assert [request.status for request in hub.asked("POST", "/commit/")] == [200, 200, 412]
@@ -243,15 +261,6 @@ def test_hub_push_of_what_somebody_else_just_pushed_is_done(
 ) -> None:
     push(small)
     mine = upon_head(tmp_path / "mine", 1)
-    same = tmp_path / "same"
-    shutil.copytree(mine.folder, same)
-    check = sending._check_previous
-
-    def late(folder: Path, repo: str, head: str) -> None:
-        check(folder, repo, head)
-        if folder == mine.folder:
-            push_folder(same, repo, message="push")
-
-    monkeypatch.setattr(sending, "_check_previous", late)
+    before_the_commit(monkeypatch, lambda: push(mine))
     assert push(mine).revision == hub.repo(REPO).at("main").oid
     assert num_commits(hub) == 2

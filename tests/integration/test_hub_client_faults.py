@@ -2,13 +2,14 @@
 
 import json
 
+import httpx2
 import pytest
 from huggingface_hub import constants
 
 from pfm_llm import hub as the_hub
 from pfm_llm.artefact import CARD_FILE, Artefact
 from pfm_llm.errors import HubError
-from pfm_llm.hub import pull
+from pfm_llm.hub import calls, pull
 from tests.hub_double import OTHER_TOKEN, READ_TOKEN, HubDouble
 from tests.integration.pushes import api
 from tests.integration.small_hub import (
@@ -200,3 +201,10 @@ def test_hub_that_leaves_out_a_file_is_found_out(hub: HubDouble, small: Artefact
     hub.fail_next("POST", "/preupload/", 200, body=json.dumps({"files": answer}).encode())
     with pytest.raises(HubError, match=r"does not hold item_keys\.json.*gitignore"):
         push(small)
+
+
+def test_hub_client_tries_again_only_what_may_pass() -> None:
+    for passing in (httpx2.ConnectError("x"), httpx2.ReadTimeout("x"), httpx2.ReadError("x")):
+        assert calls.is_passing(passing)
+    for lasting in (httpx2.ProxyError("x"), httpx2.UnsupportedProtocol("x"), ValueError(), None):
+        assert not calls.is_passing(lasting)

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from pfm_llm.config import ExperimentConfig
-from pfm_llm.model_card import CardFacts, model_card
+from pfm_llm.model_card import NO_REPO, CardFacts, addressed_card, model_card
 from pfm_llm.run_report import ResultRow, results_table
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -26,7 +27,8 @@ def score(mode: str, value: float, **other) -> ResultRow:
         "num_users": 943,
         "seed": 0,
     }
-    return ResultRow(mode=mode, value=value, ci_low=value, ci_high=value, **(fields | other))
+    interval = {"ci_low": value - 0.01, "ci_high": value + 0.02}
+    return ResultRow(mode=mode, value=value, **(fields | interval | other))
 
 
 SCORES = [
@@ -78,6 +80,34 @@ def test_the_hub_s_reader_finds_the_scores_of_the_folder_alone(facts) -> None:
     }
 
 
+def test_every_figure_of_the_metadata_has_its_interval(facts) -> None:
+    results = ModelCard(model_card(facts)).data.eval_results
+    assert [r.metric_args for r in results] == [
+        {"ci_low": 0.075, "ci_high": 0.105, "confidence": 0.95},
+        {"ci_low": 0.65, "ci_high": 0.68, "confidence": 0.95},
+    ]
+    config = ExperimentConfig(name="x", evaluation={"confidence": 0.9}).model_dump(mode="json")
+    card = ModelCard(model_card(dataclasses.replace(facts, config=config)))
+    assert {r.metric_args["confidence"] for r in card.data.eval_results} == {0.9}
+
+
+def test_the_metadata_come_back_from_the_client_as_they_were(facts) -> None:
+    text = model_card(facts)
+    card = ModelCard(text)
+    index = front_matter(text)["model-index"]
+    assert eval_results_to_model_index(card.data.model_name, card.data.eval_results) == index
+    assert card.data.to_dict() == front_matter(text)
+
+
+def test_metadata_say_that_it_is_an_adapter_without_differential_privacy(facts) -> None:
+    front = front_matter(model_card(facts))
+    assert front["base_model_relation"] == "adapter"
+    assert "no-differential-privacy" in front["tags"]
+    assert "base_model_relation" not in front_matter(
+        model_card(dataclasses.replace(facts, base_model="/models/tiny"))
+    )
+
+
 def test_without_scores_there_is_no_model_index(facts) -> None:
     card = model_card(dataclasses.replace(facts, scores=[], results_table="No results.\n"))
     assert "model-index" not in front_matter(card)
@@ -92,6 +122,137 @@ def test_text_shows_how_to_load_and_the_loading_example_is_python(facts) -> None
     assert "PeftModel.from_pretrained(base, 'someone/ml100k')" in snippet
     assert "recommender_head.safetensors" in card
     assert "`next_item.v1`" in card
+
+
+def test_the_repository_is_put_in_when_it_is_known(facts) -> None:
+    card = addressed_card(model_card(facts), "someone/ml100k")
+    assert "PeftModel.from_pretrained(base, 'someone/ml100k')" in card
+    assert "RecommenderModel.from_pretrained('someone/ml100k')" in card
+    assert NO_REPO not in card
+    assert addressed_card(card, "another/name") == card
+
+
+def test_use_with_pfm_llm_names_what_has_to_be_told(facts) -> None:
+    for changes, arguments in (
+        ({}, ""),
+        ({"dataset": "/data/mine.csv"}, ', catalogue="items.csv"'),
+        ({"base_model": "tiny"}, ', backbone="path/to/the/base/model"'),
+    ):
+        card = model_card(dataclasses.replace(facts, adapter="a/b", **changes))
+        snippet = card.split("```python\n")[2].split("```")[0]
+        compile(snippet, "card", "exec")
+        assert f"RecommenderModel.from_pretrained('a/b'{arguments})" in snippet
+
+
+def test_the_command_that_repeats_the_training_is_whole(facts) -> None:
+    (command,) = [
+        block for block in model_card(facts).split("```console\n") if block.startswith("accelerate")
+    ]
+    assert command.split("\n```")[0] == (
+        "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no scripts/fed_train.py --config training_config.yaml"
+    )
+
+
+def test_plots_are_shown_that_are_there(facts) -> None:
+    assert "![" not in model_card(facts)
+    card = model_card(dataclasses.replace(facts, plots=("plots/loss.png", "plots/other.png")))
+    assert "![Training loss by round](plots/loss.png)\n" in card
+    assert "![other](plots/other.png)\n" in card
+    assert "user_gain" not in card
+
+
+def test_before_the_evaluation_it_says_so(facts) -> None:
+    card = model_card(
+        dataclasses.replace(facts, scores=(), results_table="", plots=("plots/loss.png",))
+    )
+    assert "It has not been evaluated yet.\n" in card
+    assert "shared_only" not in card
+    assert "(plots/loss.png)" in card
+
+
+def test_formulas_name_the_head_s_tensors_and_only_those_there_are(facts) -> None:
+    names = ("state_proj", "item_proj", "item_bias", "item_ids", "item_ids_out", "item_ids_in")
+    for head, absent in (
+        ({}, ()),
+        ({"item_ids": "output"}, ("item_ids_in",)),
+        ({"item_ids": "none", "item_bias": False}, ("item_ids", "item_bias")),
+    ):
+        config = ExperimentConfig(name="x", head=head).model_dump(mode="json")
+        card = model_card(dataclasses.replace(facts, config=config))
+        for name in names:
+            missing = any(name.startswith(start) for start in absent)
+            assert (f"head.{name}" in card) is not missing, name
+    assert "item_keys.json[i]" in model_card(facts)
+    assert "newest 32 items" in model_card(facts)
+
+
+def test_the_formulas_are_those_of_the_head(facts) -> None:
+    # The card's lines, read as Python.
+    import torch
+
+    from pfm_llm import head as ours
+
+    settings = ExperimentConfig(name="x", head={"dim": 4, "id_dim": 3})
+    generator = torch.Generator().manual_seed(0)
+    head = {
+        name: torch.randn(tensor.shape, generator=generator)
+        for name, tensor in ours.initial_head(settings.head, 6, 5, 0).items()
+    }
+    normaliser = ours.Normaliser(
+        torch.randn(6, generator=generator), torch.randn(6, 6, generator=generator)
+    )
+    x, t = torch.randn(6, generator=generator), torch.randn(5, 6, generator=generator)
+    expected = ours.score_items(
+        head, ours.user_vectors(head, normaliser(x)[None], None), normaliser(t)[:, :4]
+    )[0]
+
+    config = settings.model_dump(mode="json")
+    card = model_card(dataclasses.replace(facts, config=config))
+    lines = card.split("## From hidden states to scores")[1].split("```")[1].strip()
+    for name in sorted(head, key=len, reverse=True):
+        lines = lines.replace(name, name.replace(".", "_"))
+    for written, meant in (
+        ("head_state_proj (", "head_state_proj @ ("),
+        ("head_item_proj z", "head_item_proj @ z"),
+        ("head_item_ids_out e", "head_item_ids_out @ e"),
+        ("·", "@"),
+        ("sqrt(D)", "D ** 0.5"),
+        ("\nz_i   = ((t_i", "\nz_i   = ((t[i]"),
+    ):
+        assert written in lines
+        lines = lines.replace(written, meant)
+    for i in range(5):
+        scope = {name.replace(".", "_"): value for name, value in head.items()}
+        scope |= {"x": x, "t": t, "i": i, "D": 4, "normaliser": normaliser}
+        exec(lines, scope)  # noqa: S102
+        torch.testing.assert_close(scope["score"], expected[i])
+
+
+def test_the_embedded_base_is_explained_and_no_other(facts) -> None:
+    assert "Q4_1 GGUF file, dequantised" in model_card(facts)
+    assert "from pfm_llm.assets import smollm2_135m" in model_card(facts)
+    other = ExperimentConfig(name="x", backbone={"name": BASE}).model_dump(mode="json")
+    assert "Q4_1" not in model_card(dataclasses.replace(facts, config=other))
+
+
+def test_terms_of_movielens_are_told_when_it_is_the_data(facts) -> None:
+    for dataset in ("movielens-100k", "/data/ml-1m"):
+        card = model_card(dataclasses.replace(facts, dataset=dataset))
+        assert "GroupLens" in card
+        assert "not to be\nredistributed" in card
+    card = model_card(dataclasses.replace(facts, dataset="/data/mine.csv"))
+    assert "GroupLens" not in card
+    assert "The data, mine.csv, are not in this folder" in card
+    assert "Paths in the config are reduced to names" in card
+
+
+def test_an_adapter_that_it_went_on_from_is_named(facts) -> None:
+    config = ExperimentConfig(name="x", init_from={"adapter": "bob/films"}).model_dump(mode="json")
+    assert "went on from another adapter, `bob/films`" in model_card(
+        dataclasses.replace(facts, config=config)
+    )
+    assert "went on from" not in model_card(facts)
 
 
 def test_text_says_what_privacy_there_is_and_is_not(facts) -> None:
