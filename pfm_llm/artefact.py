@@ -221,7 +221,7 @@ class Artefact:
         """LoRA, basis and head, float32, under the names of `types`."""
         lora, _ = files.read_tensors(self.folder / ADAPTER_FILE)
         tensors = tensors_from_peft(lora)
-        if (self.folder / BASIS_FILE).is_file():
+        if BASIS_FILE in self.manifest.files:
             tensors |= files.read_tensors(self.folder / BASIS_FILE)[0]
         head, _ = read_head(self.folder)
         return {name: value.float() for name, value in {**tensors, **head}.items()}

@@ -24,7 +24,7 @@ class CheckedVersion:
     Attributes:
         version: Which.
         problems: What is wrong with it; empty when nothing is.
-        notes: What could not be checked, or is worth knowing.
+        notes: What could not be checked.
     """
 
     version: Version
@@ -97,8 +97,6 @@ def verify_chain(
                 problem, note = _check_origin(parent)
                 problems += problem
                 notes += note
-        if version.signed_by is None and not problems:
-            notes.append("it is not signed")
         checked.append(CheckedVersion(version, tuple(problems), tuple(notes)))
     return ChainReport(repo, revision or "main", trusted_key, tuple(checked))
 

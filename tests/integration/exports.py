@@ -5,14 +5,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from pfm_llm import files
 from pfm_llm.artefact import ADAPTER_FILE, MANIFEST_FILE, Manifest
+from pfm_llm.assembly import RunFolders
+from pfm_llm.experiment import run_experiment
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.types import PrivateState
+from tests.integration.tiny import Tiny
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with a private state of every client."""
+    output = tmp_path_factory.mktemp("publishing") / "runs"
+    return run_experiment(tiny.config(output, evaluation__every=2))
+
+
+@pytest.fixture
+def private(run: Path) -> Path:
+    return RunFolders.of(run).private
+
+
+@pytest.fixture
+def exported(run: Path, tmp_path: Path) -> Path:
+    """A copy of the run's export, to be changed."""
+    return copy_of(run / "shared_adapter", tmp_path / "exported")
 
 
 def copy_of(exported: Path, to: Path) -> Path:
@@ -107,3 +129,9 @@ def state_files(folder: Path) -> dict[str, tuple[bytes, int]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def in_a_plot(folder: Path, content: bytes) -> None:
+    """Put something at the end of a plot's bytes."""
+    plot = folder / "plots" / "loss.png"
+    plot.write_bytes(plot.read_bytes() + b"x" + content)

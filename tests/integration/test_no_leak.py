@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from pfm_llm import experiment
+from pfm_llm import reporting
 from pfm_llm.assembly import Assembly, Corpus, RunFolders, assemble, load_corpus
 from pfm_llm.client import ClientHistories, LocalTrainer
 from pfm_llm.config import ExperimentConfig, SplitKind
@@ -145,7 +145,7 @@ def test_training_windows_hold_the_train_history_and_nothing_else(canaries: Asse
         assert targets[targets != NO_TARGET].tolist() == history[1:-2].tolist()
         assert not np.isin([*read, *targets], CANARIES).any()
         for window in windows:
-            text = canaries.backbone.tokenizer.decode(window.tokens.tolist())
+            text = canaries.parts.backbone.tokenizer.decode(window.tokens.tolist())
             assert "zebra" not in text
             assert len(window.items) == text.count("\n") - 1  # less the header's line
 
@@ -202,7 +202,7 @@ def test_no_held_out_data_can_be_reached_from_training(canaries: Assembly) -> No
     roots = (canaries.trainer, canaries.histories, corpus.split.train)
     walked = list(reachable_from(*roots))
     assert any(isinstance(item, TrainData) for item in walked)
-    assert any(item is canaries.model for item in walked)
+    assert any(item is canaries.parts.model for item in walked)
     assert held_out_things(corpus, *roots) == []
 
 
@@ -211,15 +211,15 @@ def test_a_trainer_that_sees_everything_is_caught(canaries: Assembly) -> None:
     histories = ClientHistories(
         list(canaries.histories.clients.values()),
         TrainData(corpus.interactions),
-        canaries.encoder,
+        canaries.parts.encoder,
         canaries.cache,
     )
     trainer = LocalTrainer(
         canaries.config,
-        canaries.model,
+        canaries.parts.model,
         histories,
         canaries.store,
-        canaries.contract,
+        canaries.parts.contract,
         lambda _: {},
     )
     assert held_out_things(corpus, trainer)
@@ -229,7 +229,7 @@ def test_a_trainer_that_sees_everything_is_caught(canaries: Assembly) -> None:
 
 
 def test_baselines_know_nothing_of_held_out_items(canaries: Assembly) -> None:
-    fitted = experiment._fit_baselines(canaries)
+    fitted = reporting._fit_baselines(canaries)
     assert [baseline.name for baseline in fitted] == ["popularity", "ease", "markov_recency"]
     train = canaries.corpus.split.train.interactions
     histories = [train.history(user) for user in range(NUM_USERS)]
@@ -251,7 +251,7 @@ def test_choices_of_baselines_do_not_depend_on_test_items(tiny: Tiny, tmp_path: 
     chosen = [
         [
             (baseline.name, dict(baseline.hyperparameters), baseline.validation_ndcg)
-            for baseline in experiment._fit_baselines(wired(config_of(tiny, tmp_path / name, h)))
+            for baseline in reporting._fit_baselines(wired(config_of(tiny, tmp_path / name, h)))
         ]
         for name, h in (("a", histories), ("b", other))
     ]
@@ -274,7 +274,7 @@ def test_an_update_pushes_all_unseen_items_alike(canaries: Assembly) -> None:
     # With one gradient step the bias moves by one-hot minus softmax: up for the client's own
     # training targets, down for all others. A held-out item is among the others.
     client_id = canaries.histories.client_of(0)
-    update = canaries.trainer.train_chunk((client_id,), canaries.initial_shared, 1)[0]
+    update = canaries.trainer.train_chunk((client_id,), canaries.parts.shared, 1)[0]
     bias = update.delta["head.item_bias"].numpy()
     history = canaries.corpus.interactions.history(0)
     targets = set(history[1:-2].tolist())

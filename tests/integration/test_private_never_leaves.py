@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from pfm_llm import experiment, files
+from pfm_llm import files, reporting
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
 from pfm_llm.client import LocalTrainer
 from pfm_llm.config import PrivateKind
@@ -243,13 +243,13 @@ def logged_as(form: Callable[[torch.Tensor], Any]) -> Leak:
 
 def beside_the_export(write: Callable[[Path, Assembly, str], Any]) -> Leak:
     def install(patch: pytest.MonkeyPatch) -> None:
-        export = experiment.export_shared_adapter
+        export = reporting.export_shared_adapter
 
         def leaky(assembly: Assembly, folder: Path, *args: Any) -> None:
             export(assembly, folder, *args)
             write(folder, assembly, assembly.store.client_ids()[0])
 
-        patch.setattr(experiment, "export_shared_adapter", leaky)
+        patch.setattr(reporting, "export_shared_adapter", leaky)
 
     return install
 
