@@ -72,11 +72,12 @@ def export_shared_adapter(
     files.write_text(folder / ITEM_KEYS_FILE, json.dumps(keys) + "\n")
     files.write_text(folder / TRAINING_CONFIG_FILE, dump_config(public_config(config)))
     files.write_text(folder / names[5], parts.prompt.toml)
-    names += _copy_plots(folder.parent / PLOTS_FOLDER, folder)
+    plots = _copy_plots(folder.parent / PLOTS_FOLDER, folder)
+    names += plots
     hashes = {name: files.sha256_of(folder / name) for name in names}
     manifest = _manifest(assembly, round_number, rows, hashes)
     files.write_bytes(folder / MANIFEST_FILE, manifest.to_bytes())
-    files.write_text(folder / CARD_FILE, _card(assembly, round_number, rows))
+    files.write_text(folder / CARD_FILE, _card(assembly, round_number, rows, plots))
 
 
 def public_config(config: ExperimentConfig) -> ExperimentConfig:
@@ -103,7 +104,9 @@ def _copy_plots(source: Path, folder: Path) -> list[str]:
     return names
 
 
-def _card(assembly: Assembly, round_number: int, rows: Sequence[ResultRow]) -> str:
+def _card(
+    assembly: Assembly, round_number: int, rows: Sequence[ResultRow], plots: Sequence[str]
+) -> str:
     config, backbone = assembly.config, assembly.parts.backbone
     facts = CardFacts(
         name=config.name,
@@ -115,6 +118,7 @@ def _card(assembly: Assembly, round_number: int, rows: Sequence[ResultRow]) -> s
         results_table=results_table(rows, confidence=config.evaluation.confidence) if rows else "",
         config=config.model_dump(mode="json"),
         base_note=_EMBEDDED_NOTE if backbone.is_embedded else "",
+        plots=tuple(plots),
     )
     return model_card(facts)
 

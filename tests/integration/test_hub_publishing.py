@@ -173,6 +173,9 @@ def test_hub_branch_gets_its_own_version(
     assert second.manifest.parents[0].revision == first.pushed.revision
     branches = logged_in.repo(REPO).branches
     assert branches == {"main": first.pushed.revision, "trial": second.pushed.revision}
+    seal(exported, round=9)
+    third = publish(on_branch, exported)
+    assert third.manifest.parents[0].revision == second.pushed.revision
 
 
 def test_hub_signature_is_of_what_was_pushed(

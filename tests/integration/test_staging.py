@@ -1,5 +1,6 @@
 """What may be published is staged; private tensors and what has no place are refused."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -27,7 +28,8 @@ from pfm_llm.errors import (
     PrivateLeakError,
 )
 from pfm_llm.private_store import PrivateStore
-from pfm_llm.publishing import stage
+from pfm_llm.staging import stage
+from pfm_llm.types import PrivateState
 from tests.integration.exports import (
     a_private_state,
     change_json,
@@ -146,24 +148,20 @@ def test_private_numbers_that_are_spelt_out_are_found(
         stage(exported, tmp_path / "staged", private)
 
 
-def test_every_version_of_every_client_is_looked_for(
-    exported: Path, private: Path, tmp_path: Path
-) -> None:
-    store, num_versions = PrivateStore(private), 0
-    for client_id in store.client_ids():
-        states = [store.load(client_id, version) for version in store.versions(client_id)]
-        for number, state in enumerate([*states, store.load_personalised(client_id)]):
-            folder = copy_of(exported, tmp_path / f"{client_id}-{number}")
-            assert state is not None
-            in_a_plot(folder, numbers_as(some_b(state), torch.float32))
-            seal(folder)
-            with pytest.raises(PrivateLeakError):
-                stage(folder, tmp_path / "staged", private)
-            num_versions += 1
-        if num_versions > 8:
-            break
-    assert len(store.client_ids()) == 24
-    assert any(store.versions(client_id) for client_id in store.client_ids())
+def test_every_version_of_every_client_is_looked_for(exported: Path, tmp_path: Path) -> None:
+    store, states = PrivateStore(tmp_path / "x.private"), []
+    for number, (client_id, version) in enumerate(itertools.product(("a", "b"), (1, 2, 3))):
+        generator = torch.Generator().manual_seed(number)
+        tensors = {"private.head.B": torch.randn(4, 8, generator=generator)}
+        states.append(PrivateState(client_id, version, tensors))
+        (store.save_personalised if version == 3 else store.save)(states[-1])
+    stage(exported, tmp_path / "staged", tmp_path / "x.private")
+    for number, state in enumerate(states):
+        folder = copy_of(exported, tmp_path / f"leaky-{number}")
+        in_a_plot(folder, numbers_as(state.tensors["private.head.B"], torch.float32))
+        seal(folder)
+        with pytest.raises(PrivateLeakError, match="of 1 client"):
+            stage(folder, tmp_path / f"staged-{number}", tmp_path / "x.private")
 
 
 def test_a_damaged_private_state_stops_it_since_nothing_can_be_compared(
@@ -265,6 +263,13 @@ def extra(name: str) -> Callable[[dict[str, Any]], Any]:
         pytest.param(adapter_config(use_dora=True), "use_dora", id="DoRA"),
         pytest.param(adapter_config(bias="all"), "bias: 'all'", id="bias"),
         pytest.param(adapter_config(target_modules=["q_proj"]), "other modules", id="targets"),
+        pytest.param(
+            lambda folder: change_json(
+                folder, ADAPTER_CONFIG_FILE, lambda t: t["target_modules"].append("lm_head")
+            ),
+            "other modules",
+            id="another target",
+        ),
         pytest.param(adapter_config(target_modules=".*"), "other modules", id="expression"),
         pytest.param(adapter_config(layers_to_transform=[0, 1]), "other modules", id="layers"),
         pytest.param(adapter_config(layers_to_transform=None), "other modules", id="all layers"),

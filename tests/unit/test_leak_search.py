@@ -91,6 +91,7 @@ def test_stretches_do_not_run_from_one_file_into_the_next() -> None:
         pytest.param(torch.tensor([5e-4, -5e-4] * 24), id="signs of a first step"),
         pytest.param(torch.tensor([0.5, 0.25, 0.125] * 16), id="three values"),
         pytest.param(torch.tensor([0.0, *range(1, 8)] * 6), id="a zero in every eight"),
+        pytest.param(torch.tensor([-0.0, *range(1, 8)] * 6), id="a negative zero in every eight"),
     ],
 )
 def test_zeros_and_stretches_that_hardly_vary_prove_nothing(
