@@ -12,7 +12,6 @@ first two compute the same thing, which is checked before the clock starts.
 """
 
 import argparse
-import logging
 import os
 import statistics
 import sys
@@ -59,13 +58,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.repeats, arguments.clients) < 1:
         parser.error("--repeats and --clients must be at least 1")
-    # As the scripts do, before torch starts.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-
     from pfm_llm.errors import PfmError
+    from scripts._cli import prepare
+
+    prepare()  # before torch starts
 
     try:
         run(arguments)

@@ -295,11 +295,11 @@ def prompt_file(key: str) -> str:
     return f"prompts/{key}.toml"
 
 
-def is_listed(name: str) -> bool:
-    """Whether a relative path may be listed by a manifest."""
+def is_listed(name: str, patterns: Sequence[str] = LISTED_FILES) -> bool:
+    """Whether a relative path may be listed by a manifest, or fits other patterns than its."""
     return any(
         fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
-        for pattern in LISTED_FILES
+        for pattern in patterns
     )
 
 

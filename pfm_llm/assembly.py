@@ -200,10 +200,7 @@ def assemble(
     cache = _trunk_cache(config, parts, folders.private, processes.count)
     clients = partition(interactions, config.data.users_per_client, config.seed)
     histories = ClientHistories(clients, corpus.split.train, parts.encoder, cache)
-    private_of = functools.partial(
-        parts.adapter.initial_private, config.seed, head_dim=config.head.dim
-    )
-    trainer = LocalTrainer(config, parts.model, histories, store, parts.contract, private_of)
+    trainer = make_trainer(config, parts, histories, store)
     return Assembly(
         config=config,
         corpus=corpus,
@@ -217,14 +214,25 @@ def assemble(
     )
 
 
+def make_trainer(
+    config: ExperimentConfig, parts: ModelParts, histories: ClientHistories, store: PrivateStore
+) -> LocalTrainer:
+    """Local training of a model on some clients' histories."""
+    private_of = functools.partial(
+        parts.adapter.initial_private, config.seed, head_dim=config.head.dim
+    )
+    return LocalTrainer(config, parts.model, histories, store, parts.contract, private_of)
+
+
 def _trunk_cache(
     config: ExperimentConfig, parts: ModelParts, private_folder: Path, num_processes: int
 ) -> TrunkCache:
+    backbone = parts.backbone
     root = Path(config.cache.dir).expanduser() if config.cache.dir else private_folder
     return TrunkCache(
         parts.trunk,
         root / "clients",
-        identity=f"{parts.backbone.weights_hash}/{parts.backbone.dtype}/{config.adapters.num_layers}",
+        identity=f"{backbone.weights_hash}/{backbone.dtype}/{config.adapters.num_layers}",
         max_bytes=int(config.cache.max_gb * _BYTES_PER_GB),
         num_writers=num_processes,
     )

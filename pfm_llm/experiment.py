@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm import evaluation, files, hub, run_report
-from pfm_llm.artefact import MANIFEST_FILE
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
 from pfm_llm.baselines import parse_names
 from pfm_llm.checkpoint import CheckpointStore, RunEnvironment
@@ -25,6 +24,7 @@ from pfm_llm.reporting import evaluate_and_report, evaluation_task, measure
 from pfm_llm.rounds import Federation, resume_from, run_rounds
 from pfm_llm.server import Server
 from pfm_llm.types import Mode, SharedState
+from pfm_llm.versions import copy_artefact
 
 _log = logging.getLogger(__name__)
 _SERVER_FOLDER = "server"
@@ -248,9 +248,7 @@ def _fetch_initial_adapter(
             return
         artefact = hub.pull(config.init_from.adapter, config.init_from.revision)
         _log.info("starting from %s, round %d", artefact.origin, artefact.manifest.round)
-        for name in (*artefact.manifest.files, MANIFEST_FILE):
-            target = folders.initial_adapter / name
-            files.write_bytes(target, (artefact.folder / name).read_bytes())
+        copy_artefact(artefact, folders.initial_adapter)
 
 
 def _push_when_due(

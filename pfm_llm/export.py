@@ -29,6 +29,7 @@ from pfm_llm.artefact import (
     write_head,
 )
 from pfm_llm.assembly import Assembly
+from pfm_llm.backbone import Backbone
 from pfm_llm.cohort_model import BASIS, SHARED_LORA
 from pfm_llm.config import ExperimentConfig, dump_config
 from pfm_llm.model_card import CardFacts, model_card, shown_name
@@ -61,19 +62,21 @@ def export_shared_adapter(
     lora = {n: t for n, t in shared.tensors.items() if n.startswith(SHARED_LORA)}
     head = {n: t for n, t in shared.tensors.items() if n.startswith("head.")}
     basis = {n: t for n, t in shared.tensors.items() if n.startswith(BASIS)}
-    names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, ITEM_KEYS_FILE, TRAINING_CONFIG_FILE]
-    names.append(prompt_file(parts.prompt.key))
     parts.adapter.export_shared(lora, folder, parts.backbone.portable_name)
     write_head(folder, head, parts.normaliser)
     if basis:
         files.write_tensors(folder / BASIS_FILE, basis)
-        names.append(BASIS_FILE)
     keys = item_keys(assembly.corpus.interactions.catalogue, parts.prompt)
-    files.write_text(folder / ITEM_KEYS_FILE, json.dumps(keys) + "\n")
-    files.write_text(folder / TRAINING_CONFIG_FILE, dump_config(public_config(config)))
-    files.write_text(folder / names[5], parts.prompt.toml)
+    texts = {
+        ITEM_KEYS_FILE: json.dumps(keys) + "\n",
+        TRAINING_CONFIG_FILE: dump_config(public_config(config)),
+        prompt_file(parts.prompt.key): parts.prompt.toml,
+    }
+    for name, text in texts.items():
+        files.write_text(folder / name, text)
     plots = _copy_plots(folder.parent / PLOTS_FOLDER, folder)
-    names += plots
+    names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, *([BASIS_FILE] if basis else ())]
+    names += [*texts, *plots]
     hashes = {name: files.sha256_of(folder / name) for name in names}
     manifest = _manifest(assembly, round_number, rows, hashes)
     files.write_bytes(folder / MANIFEST_FILE, manifest.to_bytes())
@@ -127,20 +130,13 @@ def _manifest(
     assembly: Assembly, round_number: int, rows: Sequence[ResultRow], hashes: dict[str, str]
 ) -> Manifest:
     config, parts = assembly.config, assembly.parts
-    catalogue, backbone = assembly.corpus.interactions.catalogue, parts.backbone
+    catalogue = assembly.corpus.interactions.catalogue
     return Manifest(
         format=FORMAT,
         pfm_llm=__version__,
         name=config.name,
         round=round_number,
-        base=Base(
-            name=backbone.portable_name,
-            embedded=backbone.name if backbone.is_embedded else None,
-            revision=config.backbone.revision,
-            dtype=config.backbone.dtype,
-            weights_sha256=backbone.weights_hash,
-            tokenizer_sha256=backbone.tokenizer_hash,
-        ),
+        base=_base(config, parts.backbone),
         adapters=config.adapters,
         modules=tuple(parts.adapter.modules),
         head=config.head,
@@ -152,18 +148,33 @@ def _manifest(
         num_items=len(catalogue),
         contract_sha256=parts.contract.hash(),
         parents=_parents(assembly),
-        metrics=tuple(
-            Metric(
-                mode=row.mode,
-                metric=f"{row.metric}@{row.k}",
-                value=row.value,
-                ci_low=row.ci_low,
-                ci_high=row.ci_high,
-            )
-            for row in rows
-            if row.method == "pfm" and row.split == "test" and row.candidates == "full"
-        ),
+        metrics=_metrics(rows),
         files=hashes,
+    )
+
+
+def _base(config: ExperimentConfig, backbone: Backbone) -> Base:
+    return Base(
+        name=backbone.portable_name,
+        embedded=backbone.name if backbone.is_embedded else None,
+        revision=config.backbone.revision,
+        dtype=config.backbone.dtype,
+        weights_sha256=backbone.weights_hash,
+        tokenizer_sha256=backbone.tokenizer_hash,
+    )
+
+
+def _metrics(rows: Sequence[ResultRow]) -> tuple[Metric, ...]:
+    return tuple(
+        Metric(
+            mode=row.mode,
+            metric=f"{row.metric}@{row.k}",
+            value=row.value,
+            ci_low=row.ci_low,
+            ci_high=row.ci_high,
+        )
+        for row in rows
+        if row.method == "pfm" and row.split == "test" and row.candidates == "full"
     )
 
 

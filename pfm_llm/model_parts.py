@@ -86,10 +86,7 @@ def build_model(
     backbone = load_backbone(config.backbone, device)
     if artefact is not None:
         _check_base(artefact, backbone, config)
-    values = () if ratings is None else tuple(np.unique(ratings).tolist())
-    encoder = HistoryEncoder(
-        prompt, catalogue, backbone.tokenizer, config.window, backbone.max_tokens, values
-    )
+    encoder = _encoder(config, catalogue, ratings, prompt, backbone)
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
     states = item_states(backbone, encoder, prompt, catalogue.content_hash())
@@ -111,12 +108,7 @@ def build_model(
         normaliser=normaliser,
         model=CohortModel(top, adapter.top_paths(), adapter.scales(), normaliser, texts),
         shared=shared,
-        contract=UpdateContract.from_shared(
-            shared,
-            backbone_hash=backbone.weights_hash,
-            prompt_hash=prompt.content_hash(),
-            catalogue_hash=catalogue.content_hash(),
-        ),
+        contract=_contract(shared, backbone, prompt, catalogue),
         alignment=alignment,
     )
 
@@ -129,6 +121,30 @@ def _load_prompt(name: str, ratings: np.ndarray | None) -> Prompt:
             "or choose a prompt without ratings such as next_item.v1"
         )
     return prompt
+
+
+def _encoder(
+    config: ExperimentConfig,
+    catalogue: Catalogue,
+    ratings: np.ndarray | None,
+    prompt: Prompt,
+    backbone: Backbone,
+) -> HistoryEncoder:
+    values = () if ratings is None else tuple(np.unique(ratings).tolist())
+    return HistoryEncoder(
+        prompt, catalogue, backbone.tokenizer, config.window, backbone.max_tokens, values
+    )
+
+
+def _contract(
+    shared: SharedState, backbone: Backbone, prompt: Prompt, catalogue: Catalogue
+) -> UpdateContract:
+    return UpdateContract.from_shared(
+        shared,
+        backbone_hash=backbone.weights_hash,
+        prompt_hash=prompt.content_hash(),
+        catalogue_hash=catalogue.content_hash(),
+    )
 
 
 def _initial_shared(

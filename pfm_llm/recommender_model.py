@@ -1,6 +1,5 @@
 """A published shared adapter at work: recommend, personalise, without the run that made it."""
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from pfm_llm import evaluation, hub, scoring
 from pfm_llm.artefact import Alignment, Artefact, prompt_file
+from pfm_llm.assembly import make_trainer
 from pfm_llm.client import ClientHistories, LocalTrainer
 from pfm_llm.cohort_model import Parts, collate
 from pfm_llm.config import ExperimentConfig, InitFromConfig, parse_config
@@ -21,11 +21,10 @@ from pfm_llm.data.splits import TrainData
 from pfm_llm.errors import ArtefactError, DataError
 from pfm_llm.model_parts import ModelParts, build_model
 from pfm_llm.private_store import PrivateStore
-from pfm_llm.trunk_cache import TrunkCache
+from pfm_llm.trunk_cache import TrunkCache, trunk_states
 from pfm_llm.types import Mode, PrivateState
 
 _USER = "me"
-_NO_CACHE = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class RecommenderModel:
         self.catalogue = catalogue
         self._config = config
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        ratings = np.arange(0.5, 5.5, 0.5) if artefact.prompt().uses_rating else None
+        ratings = np.empty(0) if artefact.prompt().uses_rating else None
         self.parts: ModelParts = build_model(config, catalogue, ratings, device, artefact)
         self._index = {item_id: index for index, item_id in enumerate(catalogue.item_ids)}
 
@@ -157,8 +156,7 @@ class RecommenderModel:
     ) -> np.ndarray:
         """Scores of the whole catalogue after a history, float32 [I]; see `recommend`."""
         window = self.parts.encoder.query_window(self._items(history), _as_floats(ratings))
-        with tempfile.TemporaryDirectory() as folder:
-            states = self._cache(Path(folder)).states([window], _USER)
+        states = trunk_states(self.parts.trunk, [window])
         batch = collate([[window]], [states], last_only=True)
         tensors = {} if private is None else dict(private.tensors)
         device = self.parts.model.item_texts.device
@@ -223,21 +221,10 @@ class RecommenderModel:
             config = config.model_copy(update={"federation": federation})
         store = PrivateStore(folder)
         clients = partition(interactions, 1, config.seed)
-        histories = ClientHistories(
-            clients, TrainData(interactions), parts.encoder, self._cache(folder)
-        )
-
-        def initial_private(client_id: str) -> dict[str, torch.Tensor]:
-            return parts.adapter.initial_private(config.seed, client_id, config.head.dim)
-
-        trainer = LocalTrainer(
-            config, parts.model, histories, store, parts.contract, initial_private
-        )
-        return trainer, clients[0].client_id, store
-
-    def _cache(self, folder: Path) -> TrunkCache:
-        """States of a single user are computed when they are needed, and not kept."""
-        return TrunkCache(self.parts.trunk, folder / "clients", "", max_bytes=_NO_CACHE)
+        # A single user's states are computed when they are needed, and not kept.
+        cache = TrunkCache(parts.trunk, folder / "clients", "", max_bytes=0)
+        histories = ClientHistories(clients, TrainData(interactions), parts.encoder, cache)
+        return make_trainer(config, parts, histories, store), clients[0].client_id, store
 
     def _items(self, history: Sequence[str]) -> np.ndarray:
         unknown = [item for item in history if item not in self._index]

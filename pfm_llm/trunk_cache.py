@@ -31,6 +31,34 @@ _HEADER_BYTES = 256
 """More than a file takes beside the states."""
 
 
+@torch.no_grad()
+def trunk_states(
+    trunk: nn.Module, windows: Sequence[Window], batch_tokens: int = 8192
+) -> list[torch.Tensor]:
+    """Compute trunk states, longest windows first.
+
+    Args:
+        trunk: The trunk view of the backbone.
+        windows: At least one; none empty.
+        batch_tokens: Bound on padded tokens per forward pass.
+
+    Returns:
+        For each window its states [T, d] in the backbone's dtype.
+    """
+    device = next(trunk.parameters()).device
+    order = sorted(range(len(windows)), key=lambda i: (-len(windows[i].tokens), i))
+    longest = len(windows[order[0]].tokens)
+    rows_per_batch = max(1, batch_tokens // longest)
+    states: dict[int, torch.Tensor] = {}
+    for start in range(0, len(order), rows_per_batch):
+        rows = order[start : start + rows_per_batch]
+        tokens = pad_tokens([windows[i].tokens.tolist() for i in rows]).to(device)
+        hidden = trunk(input_ids=tokens, use_cache=False).last_hidden_state
+        for row, i in enumerate(rows):
+            states[i] = hidden[row, : len(windows[i].tokens)]
+    return [states[i] for i in range(len(windows))]
+
+
 class TrunkCache:
     """Computes trunk states and remembers them within a budget.
 
@@ -88,7 +116,7 @@ class TrunkCache:
         states = self._read(path, sum(lengths))
         if states is None:
             self.misses += 1
-            states = self._compute(windows)
+            states = torch.cat(trunk_states(self._trunk, windows, self._batch_tokens))
             self._write(path, states)
         else:
             self.hits += 1
@@ -101,20 +129,6 @@ class TrunkCache:
     def _key(self, windows: Sequence[Window]) -> str:
         text = f"{self._identity}/{windows_hash(windows)}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-    @torch.no_grad()
-    def _compute(self, windows: Sequence[Window]) -> torch.Tensor:
-        order = sorted(range(len(windows)), key=lambda i: (-len(windows[i].tokens), i))
-        longest = len(windows[order[0]].tokens)
-        rows_per_batch = max(1, self._batch_tokens // longest)
-        states: dict[int, torch.Tensor] = {}
-        for start in range(0, len(order), rows_per_batch):
-            rows = order[start : start + rows_per_batch]
-            tokens = pad_tokens([windows[i].tokens.tolist() for i in rows]).to(self.device)
-            hidden = self._trunk(input_ids=tokens, use_cache=False).last_hidden_state
-            for row, i in enumerate(rows):
-                states[i] = hidden[row, : len(windows[i].tokens)]
-        return torch.cat([states[i] for i in range(len(windows))])
 
     def _read(self, path: Path, num_tokens: int) -> torch.Tensor | None:
         try:

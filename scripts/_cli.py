@@ -17,16 +17,7 @@ def run_safely(
     command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
 ) -> None:
     """Run a command; a deliberate error is one message and its exit code."""
-    # Before torch starts: waiting threads that spin for long starve each other on a busy machine,
-    # and those that sleep at once are late for the next of many small operations.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries; ours log lines there
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # From inside the library; nothing that a user could change.
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    prepare()
 
     from pfm_llm.errors import PfmError
 
@@ -38,6 +29,20 @@ def run_safely(
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last commit", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def prepare() -> None:
+    """Set what torch and its companions read when they start, and where messages go."""
+    # Before torch starts: waiting threads that spin for long starve each other on a busy machine,
+    # and those that sleep at once are late for the next of many small operations.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries; ours log lines there
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # From inside the library; nothing that a user could change.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 
 
 def is_main_process() -> bool:

@@ -3,7 +3,6 @@
 import hashlib
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -11,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from huggingface_hub.hf_api import GitRefs, RepoFile
 
 from pfm_llm import files
-from pfm_llm.artefact import MANIFEST_FILE, Manifest, read_artefact
+from pfm_llm.artefact import MANIFEST_FILE, Manifest, is_listed, read_artefact
 from pfm_llm.errors import ArtefactError, HubError
 from pfm_llm.hub.calls import (
     PUSHING,
@@ -118,7 +117,7 @@ def _contents(folder: Path) -> dict[str, _Content]:
     with files.storage_errors(folder):
         for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
             name = path.relative_to(folder).as_posix()
-            if not _is_managed(name):
+            if not is_listed(name, MANAGED_FILES):
                 raise ArtefactError(
                     f"{path} has no place in a shared adapter's folder: nothing was sent; "
                     "push a folder that holds the adapter alone"
@@ -127,13 +126,6 @@ def _contents(folder: Path) -> dict[str, _Content]:
             sha256 = hashlib.sha256(content).hexdigest()
             found[name] = _Content(path, len(content), sha256, git_oid(content))
     return found
-
-
-def _is_managed(name: str) -> bool:
-    return any(
-        fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
-        for pattern in MANAGED_FILES
-    )
 
 
 def _refs_of_repo(repo: str, private: bool) -> GitRefs:
@@ -183,7 +175,8 @@ def _operations(contents: dict[str, _Content], there: dict[str, RepoFile]) -> _O
         for name, content in contents.items()
         if not content.is_in(there.get(name))
     ]
-    gone = [name for name in sorted(there) if _is_managed(name) and name not in contents]
+    managed = [name for name in sorted(there) if is_listed(name, MANAGED_FILES)]
+    gone = [name for name in managed if name not in contents]
     return changes + [CommitOperationDelete(name, is_folder=False) for name in gone]
 
 

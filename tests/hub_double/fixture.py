@@ -12,10 +12,13 @@ def talk_to(hub: HubDouble, patch: pytest.MonkeyPatch) -> None:
     """Let huggingface_hub, in this process and in those it starts, talk to the double.
 
     The client keeps at import what the environment said, so both are changed. Nobody is logged
-    in. Retries come at once; `HubDouble.waits` has the seconds that the client meant to wait.
+    in. Retries come at once; `HubDouble.waits` has the seconds that the client
+    and we meant to wait.
     """
     from huggingface_hub import constants, file_download, hf_api
     from huggingface_hub.utils import _http
+
+    from pfm_llm.hub import calls
 
     for variable, text in hub.environ().items():
         patch.setenv(variable, text)
@@ -37,7 +40,7 @@ def talk_to(hub: HubDouble, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(constants, name, value)
     # The functions of the module are methods of this object, which was made at import.
     patch.setattr(hf_api.api, "endpoint", hub.url)
-    for module in (_http, file_download):
+    for module in (_http, file_download, calls):
         patch.setattr(module, "time", SimpleNamespace(sleep=hub.waits.append))
 
 

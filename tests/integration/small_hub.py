@@ -2,14 +2,12 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from pfm_llm import hub as the_hub
 from pfm_llm import signing
 from pfm_llm.artefact import Artefact, Parent
-from pfm_llm.hub import calls
 from tests.hub_double import OWNER, WRITE_TOKEN, HubDouble
 from tests.integration.pushes import api, without_the_hubs
 from tests.small_artefacts import follows, make_artefact
@@ -20,9 +18,8 @@ LARGE = ["adapter_model.safetensors", "recommender_head.safetensors"]
 
 @pytest.fixture
 def logged_in(hub: HubDouble, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody who may write; our own waits are noted beside the client's."""
+    """Somebody who may write."""
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-    monkeypatch.setattr(calls, "time", SimpleNamespace(sleep=hub.waits.append))
 
 
 @pytest.fixture
