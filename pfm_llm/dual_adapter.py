@@ -173,6 +173,10 @@ class DualAdapter:
             peft_model.save_pretrained(
                 str(scratch), selected_adapters=[SHARED], save_embedding_layers=False
             )
+            # PEFT keeps a set: sorted, equal adapters make equal files in every process.
+            path = scratch / SHARED / "adapter_config.json"
+            tree = files.read_json(path)
+            files.write_json(path, {**tree, "target_modules": sorted(tree["target_modules"])})
 
     def _load(self, peft_model: Any, adapter: str, tensors: Tensors) -> None:
         state = {

@@ -221,6 +221,16 @@ def _our_states(
     return hidden
 
 
+def test_an_export_does_not_depend_on_the_order_of_a_set(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    adapter = DualAdapter(tiny_backbone, AdaptersConfig(num_layers=2))
+    adapter.export_shared(adapter.initial_shared(0), tmp_path / "out", "org/base")
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert len(settings["target_modules"]) == 7
+    assert settings["target_modules"] == sorted(settings["target_modules"])
+
+
 def test_an_exported_folder_holds_the_shared_adapter_and_nothing_else(
     tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
