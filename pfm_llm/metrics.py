@@ -4,7 +4,7 @@ A target's rank (1 is best, see `scoring`) is all that hit rate, NDCG and MRR ne
 relevant item per rank: a user with several targets counts once, by the mean over the targets.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import datasets
@@ -62,7 +62,9 @@ RANK_METRICS: Mapping[str, Callable[[IntArray, int], FloatArray]] = {
 def auc(scores: npt.NDArray[np.floating], labels: npt.NDArray[Any]) -> float:
     """The probability that a liked item scores above one that is not.
 
-    A tie counts one half, as everywhere, so a constant scorer is at chance; NaN always loses.
+    The area under the ROC curve by the definition of Mann and Whitney (1947): the share of pairs
+    (liked, not liked) that are in order. A tie counts one half, so a constant scorer is at
+    chance; a pair with a NaN is lost.
 
     Args:
         scores: [examples].
@@ -86,6 +88,27 @@ def auc(scores: npt.NDArray[np.floating], labels: npt.NDArray[Any]) -> float:
     below_or_tied = np.searchsorted(ordered, positives, side="right").sum(dtype=np.float64)
     # Pairs with a NaN are in the denominator alone: lost.
     return float((below + below_or_tied) / 2 / (liked.sum() * (~liked).sum()))
+
+
+def per_user_auc(
+    scores: Sequence[npt.NDArray[np.floating]], liked: Sequence[npt.NDArray[np.bool_]]
+) -> FloatArray:
+    """`auc` of each user's held-out items.
+
+    Args:
+        scores: Per user [items].
+        liked: Per user [items], beside ``scores``.
+
+    Returns:
+        float64 [users]; NaN for users without both classes, who have no AUC. They can be counted
+        and must be left out of a mean.
+
+    Raises:
+        DataError: Lengths differ.
+    """
+    if len(scores) != len(liked):
+        raise DataError(f"scores of {len(scores)} users, likes of {len(liked)}: give both of each")
+    return np.array([auc(*pair) for pair in zip(scores, liked, strict=True)], np.float64)
 
 
 def per_user(values: FloatArray, groups: IntArray) -> tuple[FloatArray, npt.NDArray[np.int64]]:
@@ -247,11 +270,12 @@ class Mrr(RankMetric):
     metric = "mrr"
 
 
-class Auc(_InMemoryMetric):
-    """`auc` as an `evaluate` metric: ``compute(scores=..., labels=..., groups=...)``.
+class UserAuc(_InMemoryMetric):
+    """`per_user_auc` as an `evaluate` metric: ``compute(scores=..., labels=..., groups=...)``.
 
-    A user whose labels are all equal has no AUC and is left out of the mean; the result's keys
-    are ``auc`` and ``auc_users``, the number of users that were averaged.
+    A value per held-out item, groups being the users. A user whose labels are all equal has no
+    AUC and is left out of the mean; the result's keys are ``auc``, ``auc_users``, the number of
+    users that were averaged, and ``auc_users_left_out``.
     """
 
     title = "Area under the ROC curve"
@@ -267,18 +291,19 @@ class Auc(_InMemoryMetric):
         users = np.asarray(groups, np.int64)
         order = np.argsort(users, kind="stable")
         starts = np.flatnonzero(np.diff(users[order])) + 1
-        by_user = [
-            auc(*pair)
-            for pair in zip(
-                np.split(np.asarray(scores, np.float64)[order], starts),
-                np.split(np.asarray(labels, np.int64)[order], starts),
-                strict=True,
-            )
-        ]
-        defined = [value for value in by_user if not np.isnan(value)]
-        if not defined:
+        values = per_user_auc(
+            np.split(np.asarray(scores, np.float64)[order], starts),
+            np.split(np.asarray(labels, np.bool_)[order], starts),
+        )
+        defined = values[~np.isnan(values)]
+        if not defined.size:
             raise DataError("AUC: no user has both liked and not liked items; check the labels")
-        return {"auc": float(np.mean(defined)), "auc_users": len(defined)}
+        left_out = values.size - defined.size
+        return {
+            "auc": float(defined.mean()),
+            "auc_users": defined.size,
+            "auc_users_left_out": left_out,
+        }
 
 
 def _in_list(ranks: IntArray, k: int) -> npt.NDArray[np.bool_]:

@@ -16,7 +16,7 @@ from pfm_llm.data.report import LoadReport
 from pfm_llm.errors import CorruptFileError, DataError
 from pfm_llm.files import read_json, sha256_of, storage_errors, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when the layout of what is stored changes, or how a source is parsed."""
 
 _MANIFEST = "manifest.json"

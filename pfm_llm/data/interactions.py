@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pfm_llm.config import DataConfig, Repeats
+from pfm_llm.choices import Repeats
+from pfm_llm.config import DataConfig
 from pfm_llm.data.report import LoadReport
 from pfm_llm.errors import DataError
 from pfm_llm.seeding import numpy_generator

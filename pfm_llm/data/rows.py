@@ -1,6 +1,8 @@
 """From tables of text to usable rows: every fault has a place, a reason and a limit."""
 
+import html
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +22,8 @@ NOT_A_TIME = "timestamp is neither a number nor an ISO 8601 date"
 NOT_A_RATING = "rating is not a number"
 
 Number = int | float
+
+_ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 
 
 @dataclass(frozen=True)
@@ -247,8 +251,12 @@ def _table_notes(table: Table, bad: list[BadRow], num_repeated: int) -> list[str
 
 
 def _one_line(texts: list[str]) -> list[str]:
-    """Prompts hold one item a line: line breaks and runs of blanks become one blank."""
-    return [" ".join(text.split()) for text in texts]
+    """Prompts hold one item a line: line breaks and runs of blanks become one blank.
+
+    Scraped titles hold HTML's names of characters, which become the characters.
+    """
+    characters = (_ENTITY.sub(lambda entity: html.unescape(entity[0]), text) for text in texts)
+    return [" ".join(text.split()) for text in characters]
 
 
 def _select(values: list[Number | None] | None, kept: list[int]) -> np.ndarray | None:

@@ -13,7 +13,7 @@ import datasets
 
 from pfm_llm import assets
 from pfm_llm.config import ColumnsConfig, DataConfig
-from pfm_llm.data import movielens
+from pfm_llm.data import groceries, movielens
 from pfm_llm.data.arrow import FORMAT_VERSION, from_arrow, read_report, to_arrow
 from pfm_llm.data.interactions import Catalogue, Interactions, build_interactions
 from pfm_llm.data.report import LoadReport
@@ -23,7 +23,9 @@ from pfm_llm.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.files import make_private_dir, sha256_of
 
 EMBEDDED = "movielens-100k"
-"""The source that needs no files of the user's."""
+GROCERIES = "completejourney"
+EMBEDDED_SOURCES = (EMBEDDED, GROCERIES)
+"""The sources that need no files of the user's."""
 
 _LOG = logging.getLogger(__name__)
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
@@ -83,8 +85,8 @@ def load_catalogue(source: str, columns: ColumnsConfig | None = None) -> Catalog
     """Load items alone: those of a data source, or of a CSV, TSV or Parquet file of items.
 
     Args:
-        source: ``movielens-100k``, a MovieLens folder, or a file with a column of ids, one of
-            titles and any further text.
+        source: ``movielens-100k``, ``completejourney``, a MovieLens folder, or a file with a
+            column of ids, one of titles and any further text.
         columns: Names of the first two; ``item_id`` and ``title`` when None.
 
     Raises:
@@ -101,6 +103,8 @@ def _find(config: DataConfig) -> _Source:
     path = Path(config.source).expanduser()
     if config.source == EMBEDDED:
         return _find_movielens(assets.movielens_100k(), config)
+    if config.source == GROCERIES:
+        return _find_groceries(config)
     if path.is_dir() and movielens.movielens_files(path):
         return _find_movielens(path, config)
     _check_source(config.source, path)
@@ -114,13 +118,24 @@ def _find(config: DataConfig) -> _Source:
 
 
 def _find_movielens(folder: Path, config: DataConfig) -> _Source:
-    if config.items is not None:
-        raise DataError(
-            f"data.items: {config.items} cannot be used with {config.source}: MovieLens brings "
-            "its own item texts; leave data.items out"
-        )
+    _check_no_items(config)
     files = movielens.movielens_files(folder)
     return _Source(files, movielens.COLUMNS, lambda: movielens.read_movielens(folder))
+
+
+def _find_groceries(config: DataConfig) -> _Source:
+    _check_no_items(config)
+    folder = assets.completejourney()
+    files = groceries.grocery_files(folder)
+    return _Source(files, groceries.COLUMNS, lambda: groceries.read_groceries(folder))
+
+
+def _check_no_items(config: DataConfig) -> None:
+    if config.items is not None:
+        raise DataError(
+            f"data.items: {config.items} cannot be used with {config.source}, which brings its "
+            "own item texts; leave data.items out"
+        )
 
 
 _Reader = Callable[[Collection[str] | None], tuple[Table, tuple[str, ...]]]
@@ -168,8 +183,9 @@ def _check_source(source: str, path: Path) -> None:
             "movies.dat, u.data + u.item) nor one that datasets.save_to_disk wrote; it holds: "
             f"{', '.join(found) or 'nothing'}. For a CSV, TSV or Parquet file, name the file"
         )
-    if not path.exists() and difflib.get_close_matches(source.lower(), [EMBEDDED], cutoff=0.8):
-        raise DataError(f"unknown data.source {source!r}; did you mean {EMBEDDED}?")
+    nearest = difflib.get_close_matches(source.lower(), EMBEDDED_SOURCES, n=1, cutoff=0.8)
+    if nearest and not path.exists():
+        raise DataError(f"unknown data.source {source!r}; did you mean {nearest[0]}?")
 
 
 def _load_saved(path: Path) -> Any:

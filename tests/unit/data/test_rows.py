@@ -174,6 +174,21 @@ def test_texts_are_brought_to_one_line() -> None:
     assert raw.catalogue.fields == {"title": ("A sh", "B"), "note": ("x y", "")}
 
 
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [
+        ("Ratchet &amp; Clank", "Ratchet & Clank"),
+        ("PlayStation&reg; 2&nbsp;pad", "PlayStation® 2 pad"),
+        ("Assassin&#39;s Creed &#x27;07", "Assassin's Creed '07"),
+        ("Me&my, Q&A; &copy 2, AT&T &amp", "Me&my, Q&A; &copy 2, AT&T &amp"),
+    ],
+)
+def test_names_of_characters_become_the_characters(title: str, expected: str) -> None:
+    items = table("items.csv", item_id=["a", "b"], title=["Ash", title])
+    raw = validate(SourceTables(rows(), items), COLUMNS, max_bad_rows=0)
+    assert raw.catalogue.fields["title"][1] == expected
+
+
 def test_a_mapped_title_wins_over_a_column_called_title() -> None:
     items = table("items.csv", item_id=["a", "b"], title=["Dr", "Mr"], name=["Ash", "Birch"])
     columns = ColumnsConfig(title="name")

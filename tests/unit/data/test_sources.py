@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 
-from pfm_llm.config import ColumnsConfig, DataConfig
+from pfm_llm.config import ColumnsConfig, DataConfig, ExperimentConfig, load_config
 from pfm_llm.data import sources
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.report import LoadReport
@@ -15,6 +15,8 @@ from pfm_llm.data.sources import load_interactions
 from pfm_llm.errors import DataError
 
 ROWS = "user_id,item_id,timestamp,title\nu,b,3,Birch\nu,a,1,Ash\nv,a,2,Ash\nu,c,2,Cedar\n"
+CONFIGS = Path(__file__).parents[3] / "configs"
+GAMES_FILES = {"source": "interactions", "items": "items"}
 EXPECTED = {"u": ["a", "c", "b"], "v": ["a"]}
 
 
@@ -316,3 +318,43 @@ def test_one_item_and_no_rows_are_refused(tmp_path: Path) -> None:
     path.write_text("user_id,item_id,timestamp,title\n")
     with pytest.raises(DataError, match="no interactions left of 0 rows"):
         load(path)
+
+
+def test_the_config_for_games_reads_its_two_files_wherever_they_are(tmp_path: Path) -> None:
+    (tmp_path / "interactions.tsv").write_text(
+        "user_id\titem_id\tposition\n0\t1\t1\n0\t0\t0\n0\t2\t2\n1\t0\t0\n1\t2\t1\n1\t1\t2\n"
+    )
+    (tmp_path / "items.tsv").write_text('item_id\ttitle\n0\tPong\n1\tR&amp;C\n2\t"Zork" I\n')
+    config = load_config(
+        CONFIGS / "games.yaml",
+        [f"data.{name}={tmp_path / file}.tsv" for name, file in GAMES_FILES.items()],
+    )
+    interactions, report = load_interactions(config.data, config.seed)
+    assert histories(interactions) == {"0": ["0", "1", "2"], "1": ["0", "2", "1"]}
+    assert interactions.catalogue.fields == {"title": ("Pong", "R&C", '"Zork" I')}
+    assert interactions.timestamps is not None
+    assert report.dropped == {}
+
+
+def settings_but_length(config: ExperimentConfig) -> dict[str, Any]:
+    """All but the data and what follows from their size: how long to train, when to look."""
+    apart = dict.fromkeys(("name", "data", "evaluation", "output"), True)
+    tree: dict[str, Any] = config.model_dump(
+        exclude={**apart, "federation": {"num_rounds", "cohort_size"}}
+    )
+    return tree
+
+
+def test_the_configs_of_the_other_domains_train_as_that_of_films_does() -> None:
+    films, games, groceries = (
+        load_config(CONFIGS / f"{name}.yaml") for name in ("ml100k", "games", "groceries")
+    )
+    films_settings = settings_but_length(films)
+    assert settings_but_length(games) == films_settings
+    assert settings_but_length(groceries) == films_settings
+    assert (games.data.source, games.data.items) == (
+        "data/games/interactions.tsv", "data/games/items.tsv",
+    )  # fmt: skip
+    assert groceries.data.source == "completejourney"
+    assert groceries.data.repeats == "first_only"
+    assert groceries.data.keep_ties

@@ -1,55 +1,33 @@
 """Tests of pfm_llm.data.splits."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, reject
+from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.config import DataConfig, SplitKind
-from pfm_llm.data.interactions import Catalogue, Interactions
-from pfm_llm.data.splits import HeldOut, Split, TrainData, split_interactions
+from pfm_llm.choices import SplitKind
+from pfm_llm.config import DataConfig
+from pfm_llm.data.interactions import Interactions
+from pfm_llm.data.splits import HeldOut, TrainData, split_interactions
 from pfm_llm.errors import ConfigError, DataError
+from tests.unit.data.split_cases import (
+    FIRST_ITEM,
+    FRACTION,
+    KINDS,
+    LAST_OUT,
+    SHARES,
+    coded_interactions,
+    make,
+    queries,
+    train_histories,
+    try_split,
+)
 
-LAST_OUT = DataConfig(split=SplitKind.LEAVE_LAST_OUT)
-FRACTION = DataConfig(split=SplitKind.LAST_FRACTION, held_out=0.2)
 TEMPORAL = DataConfig(split=SplitKind.GLOBAL_TEMPORAL, held_out=0.4)
-_FIRST_ITEM = 100
-"""Items of coded data start here, above every offset (at most 8 users of 12 events)."""
-
-
-def make(
-    histories: Sequence[Sequence[int]],
-    times: Sequence[Sequence[int]] | None = None,
-    ratings: bool = False,
-) -> Interactions:
-    """Interactions with these items per user; an event's rating is its index plus one half."""
-    items = np.array([item for history in histories for item in history], dtype=np.int32)
-    num_items = int(items.max(initial=0)) + 1
-    item_ids = tuple(f"i{item}" for item in range(num_items))
-    flat = None if times is None else np.array([t for u in times for t in u], dtype=np.int64)
-    return Interactions(
-        catalogue=Catalogue(item_ids, {"title": item_ids}),
-        user_ids=tuple(f"u{user}" for user in range(len(histories))),
-        offsets=np.cumsum([0, *map(len, histories)], dtype=np.int64),
-        items=items,
-        timestamps=flat,
-        ratings=np.arange(len(items), dtype=np.float32) + 0.5 if ratings else None,
-    )
-
-
-def queries(held_out: HeldOut) -> dict[int, tuple[list[int], list[int]]]:
-    """User to (history, targets)."""
-    triples = zip(held_out.users, held_out.histories, held_out.targets, strict=True)
-    return {int(user): (history.tolist(), found.tolist()) for user, history, found in triples}
-
-
-def train_histories(split: Split) -> list[list[int]]:
-    train = split.train.interactions
-    return [train.history(user).tolist() for user in range(train.num_users)]
 
 
 def reachable_arrays(thing: Any) -> Iterator[np.ndarray]:
@@ -78,40 +56,15 @@ def leaked_values(train: TrainData, whole: Interactions, held_out: np.ndarray) -
     return secrets & {v for array in reachable_arrays(train) for v in array.ravel().tolist()}
 
 
-@st.composite
-def coded_interactions(draw: st.DrawFn) -> Interactions:
-    """Random interactions where each item and rating stands for one event; times have ties."""
-    lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=8))
-    total = sum(lengths)
-    times = draw(st.lists(st.integers(0, 30), min_size=total, max_size=total))
-    items = iter(range(_FIRST_ITEM, _FIRST_ITEM + total))
-    histories = [[next(items) for _ in range(length)] for length in lengths]
-    source = iter(times)
-    ordered = [sorted(1_000_000 + next(source) for _ in range(length)) for length in lengths]
-    return make(histories, ordered, ratings=True)
-
-
-kinds = st.sampled_from(list(SplitKind))
-shares = st.floats(0.05, 0.95)
-
-
-def try_split(interactions: Interactions, kind: SplitKind, share: float) -> Split:
-    """Split, or skip the example where the rule rightly finds nothing to ask."""
-    try:
-        return split_interactions(interactions, DataConfig(split=kind, held_out=share))
-    except DataError:
-        reject()
-
-
 # --- properties of every rule
 
 
-@given(coded_interactions(), kinds, shares)
+@given(coded_interactions(), KINDS, SHARES, st.booleans())
 def test_parts_make_up_each_history_in_order(
-    interactions: Interactions, kind: SplitKind, share: float
+    interactions: Interactions, kind: SplitKind, share: float, keep_ties: bool
 ) -> None:
     """Train + validation + test is the user's history, event for event, in its order."""
-    split = try_split(interactions, kind, share)
+    split = try_split(interactions, kind, share, keep_ties)
     validation, test = queries(split.validation), queries(split.test)
     for user, train in enumerate(train_histories(split)):
         whole = interactions.history(user).tolist()
@@ -131,12 +84,12 @@ def test_parts_make_up_each_history_in_order(
             assert train in (whole, [])
 
 
-@given(coded_interactions(), kinds, shares)
+@given(coded_interactions(), KINDS, SHARES, st.booleans())
 def test_nothing_held_out_is_reachable_from_train(
-    interactions: Interactions, kind: SplitKind, share: float
+    interactions: Interactions, kind: SplitKind, share: float, keep_ties: bool
 ) -> None:
     """No array hanging on split.train, views' bases included, has a held-out event's values."""
-    split = try_split(interactions, kind, share)
+    split = try_split(interactions, kind, share, keep_ties)
     held_out = ~np.isin(interactions.items, split.train.interactions.items)
     assert held_out.any(), "a split that holds nothing out would make this test hollow"
     assert leaked_values(split.train, interactions, held_out) == set()
@@ -154,7 +107,7 @@ def test_search_for_leaks_finds_a_view() -> None:
     assert leaked_values(TrainData(view), whole, held_out) == {102, 103}
 
 
-@given(coded_interactions(), kinds, shares)
+@given(coded_interactions(), KINDS, SHARES)
 def test_train_keeps_catalogue_users_times_and_ratings(
     interactions: Interactions, kind: SplitKind, share: float
 ) -> None:
@@ -162,15 +115,17 @@ def test_train_keeps_catalogue_users_times_and_ratings(
     train = try_split(interactions, kind, share).train.interactions
     assert train.catalogue is interactions.catalogue
     assert train.user_ids == interactions.user_ids
-    events = train.items - _FIRST_ITEM  # the item's code is the event's index
+    events = train.items - FIRST_ITEM  # the item's code is the event's index
     np.testing.assert_array_equal(train.timestamps, interactions.timestamps[events])
     np.testing.assert_array_equal(train.ratings, events + 0.5)
 
 
-@given(coded_interactions(), kinds, shares)
-def test_queries_are_well_formed(interactions: Interactions, kind: SplitKind, share: float) -> None:
+@given(coded_interactions(), KINDS, SHARES, st.booleans())
+def test_queries_are_well_formed(
+    interactions: Interactions, kind: SplitKind, share: float, keep_ties: bool
+) -> None:
     """Ascending users, nothing empty, ratings beside the history, everybody accounted for."""
-    split = try_split(interactions, kind, share)
+    split = try_split(interactions, kind, share, keep_ties)
     for held_out in (split.validation, split.test):
         assert np.all(np.diff(held_out.users) > 0)
         assert held_out.users.dtype == np.int64
@@ -182,10 +137,14 @@ def test_queries_are_well_formed(interactions: Interactions, kind: SplitKind, sh
         ):
             assert len(history) > 0 < len(targets)
             assert history.dtype == targets.dtype == np.int32
-            np.testing.assert_array_equal(ratings, history - _FIRST_ITEM + 0.5)
+            np.testing.assert_array_equal(ratings, history - FIRST_ITEM + 0.5)
+        assert held_out.target_ratings is not None
+        for targets, ratings in zip(held_out.targets, held_out.target_ratings, strict=True):
+            assert ratings.dtype == np.float32
+            np.testing.assert_array_equal(ratings, targets - FIRST_ITEM + 0.5)
 
 
-@given(coded_interactions(), kinds, shares)
+@given(coded_interactions(), KINDS, SHARES)
 def test_splitting_is_deterministic_and_shares_no_memory(
     interactions: Interactions, kind: SplitKind, share: float
 ) -> None:
@@ -304,7 +263,7 @@ def test_global_temporal_keeps_ties_together() -> None:
     assert queries(split.test)[0][1] == [7, 8, 9]
 
 
-@given(coded_interactions(), shares)
+@given(coded_interactions(), SHARES)
 def test_global_temporal_divides_by_time_alone(interactions: Interactions, share: float) -> None:
     """Every train time is before every validation time, and those before every test time."""
     split = try_split(interactions, SplitKind.GLOBAL_TEMPORAL, share)

@@ -1,0 +1,56 @@
+"""Abbreviations in the product table of the Complete Journey, and what they stand for.
+
+A language model reads the spelt-out words; only abbreviations whose meaning the table itself
+makes plain are listed.
+"""
+
+WORDS = {
+    **{"ACCS": "accessories", "ACCSS": "accessories", "ACCES": "accessories"},
+    **{"BEV": "beverage", "BG": "bags", "BKD": "baked", "BN": "beans", "BNDGES": "bandages"},
+    **{"BRD": "breaded", "BRKFST": "breakfast", "BTL": "bottle", "BTLS": "bottles"},
+    **{"BTR": "butter", "CARB": "carbonated", "CATFD": "cat food", "CHIX": "chicken"},
+    **{"CHOC": "chocolate", "CHOCOCLATE": "chocolate", "CHP": "chopped", "CHS": "cheese"},
+    **{"CKE": "cake", "CKTLS": "cocktails", "CKYS": "cookies", "CLEANG": "cleaning"},
+    **{"CND": "canned", "CNDLES": "candles", "CNDY": "candy", "COFF": "coffee"},
+    **{"CONC": "concentrate", "CRBNTD": "carbonated", "CRKR": "crackers", "CRMD": "creamed"},
+    **{"CRYSTL": "crystal", "DECAF": "decaffeinated", "DECAFFINATED": "decaffeinated"},
+    **{"DISPOSIBLE": "disposable", "DNR": "dinner", "DNRS": "dinners", "DOGFD": "dog food"},
+    **{"DPS": "dips", "DRNK": "drink", "DRNKING": "drinking", "DRNKNG": "drinking"},
+    **{"DRNKS": "drinks", "DRP": "drops", "DRSNG": "dressing", "DSH": "dishes"},
+    **{"ELSTC": "elastic", "EXC": "except", "EXCP": "except", "FD": "food", "FDS": "foods"},
+    **{"FEM": "feminine", "FLAV": "flavored", "FLV": "flavored", "FLVR": "flavored"},
+    **{"FLVRD": "flavored", "FRD": "fried", "FRE": "fresh", "FRZ": "frozen", "FRZN": "frozen"},
+    **{"GDS": "goods", "GM": "general merchandise", "GNGR": "ginger", "GRND": "ground"},
+    **{"HBC": "health and beauty care", "HYGN": "hygiene", "INCL": "including"},
+    **{"IQF": "individually frozen", "IWS": "individually wrapped slices", "JCE": "juice"},
+    **{"LIQ": "liquid", "LOZNG": "lozenges", "LRG": "large", "LTR": "litter", "MACH": "machine"},
+    **{"MERCH": "merchandise", "MFG": "manufacturer", "MINWTR": "mineral water"},
+    **{
+        "MISC": "miscellaneous",
+        "MISC.": "miscellaneous ",
+        "MIXS": "mixes",
+        "MLK": "milk",
+        "MLT": "multi",
+    },
+    **{"MNERAL": "mineral", "MNRL": "mineral", "MX": "mix", "MXS": "mixes", "NATRL": "natural"},
+    **{"OCCAS": "occasion", "OJ": "orange juice", "ORGNZRS": "organizers", "OTH": "other"},
+    **{"OTYHER": "other", "PCKGD": "packaged", "PERSNL": "personal", "PICKLD": "pickled"},
+    **{"PK": "pack", "PKG": "packaged", "PKGD": "packaged", "PKLD": "pickled"},
+    **{"PLSTC": "plastic", "PNCH": "punch", "PNT": "peanut", "PREM": "premium"},
+    **{"PREPORTND": "portioned", "PRESLCD": "sliced", "PRPCK": "prepacked", "PRSLC": "sliced"},
+    **{"PWDR": "powder", "PWDRS": "powders", "REFIGERATED": "refrigerated"},
+    **{"REFRGRATD": "refrigerated", "REFRIG": "refrigerated", "REG": "regular"},
+    **{"RETL": "retail", "RTD": "ready to drink", "RTS": "ready to serve", "SALD": "salad"},
+    **{"SAUCESSALSAPICANTEE": "sauces salsa picante", "SAUS": "sausage", "SBT": "substitute"},
+    **{"SCE": "sauce", "SFT": "soft", "SGL": "single", "SHERBTS": "sherbets", "SHLDR": "shoulder"},
+    **{"SHLFSH": "shellfish", "SHRED": "shredded", "SLC": "slices", "SMI": "semi"},
+    **{"SNDWCH": "sandwich", "SNGL": "single", "SNKS": "snacks", "SPECILATY": "specialty"},
+    **{"SPLY": "supplies", "SPRD": "spread", "SRV": "serve", "SS": "single serve"},
+    **{"STK": "sticks", "STRP": "strips", "STW": "stew", "SUP": "super", "SUPP": "supplement"},
+    **{"SUPPPLIES": "supplies", "SUPRT": "support", "SV": "served", "SW": "sweet"},
+    **{"SWEETNERS": "sweeteners", "SWT": "sweet", "SYRP": "syrup", "TISS": "tissue"},
+    **{"TORT": "tortilla", "TRSH": "trash", "VEG": "vegetables", "VEND": "vending"},
+    **{"WHL": "whole", "WHLSM": "wholesome", "WTR": "water", "XMAS": "Christmas"},
+    **{"XPCTRNT": "expectorant"},
+}
+"""A word of the source, in capitals, to what it stands for."""
