@@ -9,15 +9,18 @@ from pfm_llm.baselines import (
     MAX_DENSE_ITEMS,
     BaselineName,
     Ease,
+    EaseMarkov,
+    ItemKnn,
     MarkovRecency,
     Popularity,
     fit_baselines,
+    selection,
 )
 from pfm_llm.errors import ConfigError, DataError, TrainingError
 from pfm_llm.metrics import ndcg
 from pfm_llm.scoring import full_ranks
 
-ALL = [Popularity, Ease, MarkovRecency]
+ALL = [Popularity, Ease, MarkovRecency, ItemKnn]
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,70 @@ def test_markov_takes_a_window_longer_than_all_histories_and_repeats():
     assert model.score([ids(0)]) == pytest.approx(np.array([[1, 0]]), abs=1e-5)
 
 
+def test_item_knn_by_hand():
+    # Items 0 and 1 have both users 0 and 1, item 2 has users 0 and 2, item 3 has user 2.
+    # s(0, 1) = 2 / (√(2·2) + 1) = 2/3, s(0, 2) = s(1, 2) = 1/3, s(2, 3) = 1 / (√2 + 1).
+    histories = [ids(0, 1, 2, 1), ids(0, 1), ids(2, 3)]
+    model = ItemKnn(neighbours=9, shrinkage=1.0).fit(histories, 5)
+    near = 1 / (2**0.5 + 1)
+    assert model.score([ids(0), ids(2), ids(2, 0, 2), ids(4)]) == pytest.approx(
+        np.array(
+            [
+                [0, 2 / 3, 1 / 3, 0, 0],
+                [1 / 3, 1 / 3, 0, near, 0],
+                [1 / 3, 1, 1 / 3, near, 0],
+                [0, 0, 0, 0, 0],
+            ]
+        )
+    )
+    # With one neighbour each, 0 and 1 have only each other, and 2 and 3 too.
+    one = ItemKnn(neighbours=1, shrinkage=1.0).fit(histories, 5)
+    assert one.score([ids(2)]) == pytest.approx(np.array([[0, 0, 0, near, 0]]))
+
+
+def test_item_knn_counts_the_neighbours_of_the_candidate():
+    # Item 1 is nearest to 0, but the only one that item 2 is near to is 1.
+    histories = [ids(0, 1), ids(0, 1), ids(1, 2)]
+    scores = ItemKnn(neighbours=1, shrinkage=0.0).fit(histories, 3).score([ids(1)])
+    assert scores == pytest.approx(np.array([[2 / 6**0.5, 0, 1 / 3**0.5]]))
+
+
+def test_item_knn_does_not_break_ties_by_the_order_of_ids():
+    # Items 1, 2, 3 are equally near to item 0, which has room for one neighbour.
+    model = ItemKnn(neighbours=1, shrinkage=0.0).fit([ids(0, 1), ids(0, 2), ids(0, 3)], 4)
+    scores = model.score([ids(1), ids(2), ids(3)])[:, 0]
+    assert scores == pytest.approx(np.full(3, 3**-0.5))
+
+
+def test_ease_markov_adds_scores_of_one_scale():
+    train = random_histories()
+    ease, markov = Ease().fit(train, 12), MarkovRecency().fit(train, 12)
+    queries = [*random_histories(seed=1), ids(3)]
+
+    def standard(scores):
+        centred = scores - scores.mean(axis=1, keepdims=True)
+        return centred / centred.std(axis=1, keepdims=True)
+
+    expected = 0.3 * standard(ease.score(queries)) + 0.7 * standard(markov.score(queries))
+    mixed = EaseMarkov(ease, markov, 0.3).score(queries)
+    assert mixed.dtype == np.float32
+    assert mixed == pytest.approx(expected, abs=1e-5)
+
+
+def test_ease_markov_of_an_empty_history_is_markov_alone():
+    train = random_histories()
+    markov = MarkovRecency().fit(train, 12)
+    mixed = EaseMarkov(Ease().fit(train, 12), markov, 0.9).score([ids()])
+    assert np.isfinite(mixed).all()
+    assert (mixed[0].argsort() == markov.score([ids()])[0].argsort()).all()
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
+def test_a_weight_outside_of_0_to_1_is_refused(weight):
+    with pytest.raises(ConfigError, match="weight of EASE"):
+        EaseMarkov(Ease(), MarkovRecency(), weight)
+
+
 @pytest.mark.parametrize("method", ALL)
 def test_scores_are_float32_and_do_not_depend_on_the_other_queries(method):
     histories = [*random_histories(), ids()]
@@ -155,7 +222,7 @@ def test_what_does_not_fit_is_refused(method):
         method().score([ids(0)])
 
 
-@pytest.mark.parametrize("method", [Ease, MarkovRecency])
+@pytest.mark.parametrize("method", [Ease, MarkovRecency, ItemKnn])
 def test_scored_histories_must_be_of_the_fitted_catalogue(method):
     with pytest.raises(DataError, match="history item 5 is outside"):
         method().fit([ids(0, 1)], 3).score([ids(5)])
@@ -171,6 +238,9 @@ def test_scored_histories_must_be_of_the_fitted_catalogue(method):
         (MarkovRecency, {"distance_decay": 0.0}),
         (MarkovRecency, {"window": 0}),
         (MarkovRecency, {"smoothing": 0.0}),
+        (ItemKnn, {"neighbours": 0}),
+        (ItemKnn, {"shrinkage": -1.0}),
+        (ItemKnn, {"shrinkage": float("nan")}),
     ],
 )
 def test_hyperparameters_out_of_range_are_refused(method, settings):
@@ -218,6 +288,37 @@ def test_the_choice_follows_validation():
     assert chosen == [50.0, 1000.0]
 
 
+def test_the_mixture_stands_on_what_was_chosen_alone(monkeypatch):
+    """Its parts are the chosen ones, fitted once; its weight is the best of the grid."""
+    fits = []
+    fit_ease = Ease.fit
+    monkeypatch.setattr(Ease, "fit", lambda self, *args: fits.append(self) or fit_ease(self, *args))
+    train, validation = split_of(random_histories(num_users=60, seed=3))
+    mixed, ease, markov = fit_baselines(
+        ["ease_markov", "ease", "markov_recency"], train, 12, validation
+    )
+    assert len(fits) == 5  # the grid of EASE, once
+    assert mixed.hyperparameters == {
+        "weight": mixed.hyperparameters["weight"],
+        "ease_l2": ease.hyperparameters["l2"],
+        **{f"markov_{name}": value for name, value in markov.hyperparameters.items()},
+    }
+
+    def value_of(weight):
+        scores = EaseMarkov(ease, markov, weight).score(validation.histories)
+        ranks = full_ranks(scores, validation.histories, validation.targets)
+        return ndcg(ranks, 10).mean()
+
+    values = {weight: value_of(weight) for weight in selection.EASE_WEIGHTS}
+    assert mixed.validation_ndcg == pytest.approx(max(values.values()))
+    assert values[mixed.hyperparameters["weight"]] == max(values.values())
+    assert values[selection.EASE_WEIGHTS[0]] < max(values.values())
+    assert np.array_equal(
+        mixed.score(validation.histories),
+        EaseMarkov(ease, markov, mixed.hyperparameters["weight"]).score(validation.histories),
+    )
+
+
 def test_validation_in_several_batches_counts_each_user_once():
     """600 queries, more than one batch; user 0 has two targets that average to one value."""
     train = [ids(0)] * 600
@@ -232,9 +333,13 @@ def test_validation_in_several_batches_counts_each_user_once():
 
 def test_an_unknown_baseline_is_refused_with_the_nearest_name():
     train, validation = split_of(random_histories())
-    with pytest.raises(ConfigError, match="unknown baseline 'markov'; did you mean markov_rec"):
-        fit_baselines(["popularity", "markov"], train, 12, validation)
-    with pytest.raises(ConfigError, match="valid: popularity, ease, markov_recency"):
+    with pytest.raises(
+        ConfigError, match="unknown baseline 'markov_rec'; did you mean markov_recency"
+    ):
+        fit_baselines(["popularity", "markov_rec"], train, 12, validation)
+    with pytest.raises(
+        ConfigError, match="valid: popularity, ease, markov_recency, item_knn, ease_m"
+    ):
         fit_baselines(["zzz"], train, 12, validation)
     assert fit_baselines([], train, 12, validation) == []
 
@@ -247,4 +352,4 @@ def test_an_empty_validation_set_is_refused():
 def test_every_name_can_be_fitted():
     train, validation = split_of(random_histories())
     fitted = fit_baselines([name.value for name in BaselineName], train, 12, validation)
-    assert len(fitted) == len(BaselineName) == 3
+    assert len(fitted) == len(BaselineName) == 5

@@ -1,0 +1,31 @@
+"""Train SASRec on the pooled training data, and measure it as our runs are measured.
+
+The epoch, and with --grid the setting, is the one with the best NDCG@10 on validation. The
+equations are in sasrec_model.py. A run takes minutes: one that was killed is started again.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # so that `benchmarks` is a package however this is started
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+
+def main() -> None:
+    from benchmarks.baselines.cli import make_parser, run_safely
+
+    run_safely(run, make_parser(__doc__).parse_args())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from benchmarks.baselines import measuring
+    from benchmarks.baselines.sasrec_training import GRID, train
+
+    settings = GRID if arguments.grid else GRID[:1]
+    print(measuring.run(arguments, functools.partial(train, settings=settings)))
+
+
+if __name__ == "__main__":
+    main()
