@@ -1,4 +1,4 @@
-"""The pictures of a run: loss, quality of each mode by round, gain of each user.
+"""The pictures of a run and of a suite: loss, quality by round and by bytes, gains, curves.
 
 Figures are drawn by matplotlib's objects on an Agg canvas, never by ``pyplot``: no global state,
 no display. Every function returns whether it had something to draw; without data it writes
@@ -8,7 +8,8 @@ series also has a marker of its own.
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,53 @@ _MODE_STYLES = {
     Mode.PRIVATE_ONLY: (_PURPLE, "^", "private only"),
     Mode.SHARED_PRIVATE: (_ORANGE, "D", "shared + private"),
 }
+_SERIES_STYLES = (
+    (_BLUE, "o"), (_ORANGE, "D"), ("#009E73", "s"), (_PURPLE, "^"),
+    ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"), (_GREY, "*"),
+)  # fmt: skip
 _METRIC_NAMES = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}
 _REFERENCE_LINES = ("--", ":", "-.")
 _SIZE_INCHES = (7.2, 4.2)
 _DPI = 150
 _SMOOTH_FROM = 20
 """Shorter runs are shown as they are; longer ones with a moving mean on top."""
+_LOG_BYTES_FROM = 20
+"""Methods that send so many times what another sends stand on a logarithmic axis."""
+_BYTES_PER_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured value with its interval.
+
+    Attributes:
+        x: Where it stands on the horizontal axis.
+        value: The mean.
+        low: Lower end of the interval.
+        high: Upper end of it.
+    """
+
+    x: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's quality by number of items, with its private adapters and without.
+
+    Attributes:
+        label: The run.
+        gain: What the private adapters add, paired over users.
+        own: Quality with them; may be empty.
+        shared: Quality without; may be empty.
+    """
+
+    label: str
+    gain: Sequence[Point]
+    own: Sequence[Point] = ()
+    shared: Sequence[Point] = ()
 
 
 def plot_loss(records: Iterable[Record], path: Path) -> bool:
@@ -157,6 +199,143 @@ def plot_user_gain(gains: np.ndarray, path: Path, *, metric: str = "ndcg@10") ->
     return True
 
 
+def plot_quality_by_bytes(
+    methods: Mapping[str, Point], path: Path, *, y_label: str, references: Mapping[str, float]
+) -> bool:
+    """Draw what each method reaches against what it sends.
+
+    Args:
+        methods: Label to quality; ``x`` is in bytes, up and down, over all clients and rounds.
+        path: The PNG to write.
+        y_label: What the quality is.
+        references: Name to value of baselines, which send nothing, as horizontal lines.
+
+    Returns:
+        Whether there was anything to draw.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    if not methods:
+        return False
+    figure, axes = _new_axes("Quality against communication", "Sent in all (GB)", y_label)
+    for index, (label, point) in enumerate(methods.items()):
+        gigabytes = Point(point.x / _BYTES_PER_GB, point.value, point.low, point.high)
+        _draw_points(axes, [gigabytes], index, label, line="none")
+    for index, (label, value) in enumerate(references.items()):
+        dashes = _REFERENCE_LINES[index % len(_REFERENCE_LINES)]
+        axes.axhline(value, color="black", linewidth=1, linestyle=dashes, label=label)
+    sent = [point.x for point in methods.values()]
+    if min(sent) > 0 and max(sent) / min(sent) > _LOG_BYTES_FROM:
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0 if max(sent) > 0 else None)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, path)
+    return True
+
+
+def plot_gain_histogram(gains: np.ndarray, path: Path, *, title: str, x_label: str) -> bool:
+    """Draw how many users gain how much.
+
+    Args:
+        gains: Shape [users], float; positive is better. Values that are not finite are left out.
+        path: The PNG to write.
+        title: Whose gains they are.
+        x_label: What they are measured in.
+
+    Returns:
+        Whether there was anything to draw.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    finite = np.asarray(gains, dtype=float).ravel()
+    finite = finite[np.isfinite(finite)]
+    if finite.size == 0:
+        return False
+    figure, axes = _new_axes(title, x_label, "Users")
+    # Bins of equal width with an edge at 0, so that no bar holds both winners and losers.
+    reach = max(float(np.abs(finite).max()), 1e-9)
+    edges = np.linspace(-reach, reach, 2 * min(20, max(4, math.isqrt(finite.size))) + 1)
+    for values, color, label in (
+        (finite[finite < 0], _ORANGE, "worse"),
+        (finite[finite > 0], _BLUE, "better"),
+    ):
+        share = 100 * values.size / finite.size
+        axes.hist(
+            values, bins=edges.tolist(), color=color, label=f"{label}: {share:.0f} % of users"
+        )
+    mean = float(finite.mean())
+    axes.axvline(mean, color="black", linewidth=1, linestyle="--", label=f"mean {mean:+.4f}")
+    axes.legend(frameon=False)
+    _save(figure, path)
+    return True
+
+
+def plot_curves(
+    curves: Sequence[Curve], path: Path, *, title: str, x_label: str, quality: str
+) -> bool:
+    """Draw quality with and without private adapters, and the gain, by number of items.
+
+    Args:
+        curves: One for each run; those without points are left out.
+        path: The PNG to write.
+        title: What varies.
+        x_label: The number that varies.
+        quality: What is measured.
+
+    Returns:
+        Whether there was anything to draw.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    curves = [curve for curve in curves if curve.gain]
+    if not curves:
+        return False
+    has_quality = any(curve.own or curve.shared for curve in curves)
+    figure = _new_figure(1.6 if has_quality else 1.0)
+    *first, last = figure.subplots(1, 1 + has_quality, squeeze=False)[0]
+    _style(last, title, x_label, f"Gain in {quality}, with interval")
+    last.axhline(0, color="black", linewidth=1)
+    for axes in first:
+        _style(axes, "With (—) and without (- -) private adapters", x_label, quality)
+    for index, curve in enumerate(curves):
+        _draw_points(last, curve.gain, index, curve.label)
+        for axes in first:
+            _draw_points(axes, curve.own, index, None)
+            _draw_points(axes, curve.shared, index, None, line="--")
+    for axes in (*first, last):
+        axes.set_xticks(sorted({point.x for curve in curves for point in curve.gain}))
+    last.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, path)
+    return True
+
+
+def _draw_points(
+    axes: Axes, points: Sequence[Point], index: int, label: str | None, line: str = "-"
+) -> None:
+    """A series in the style of its index; nothing when it is empty."""
+    if not points:
+        return
+    color, marker = _SERIES_STYLES[index % len(_SERIES_STYLES)]
+    # Rounding may leave a mean a hair outside its interval, which matplotlib refuses.
+    below = [max(point.value - point.low, 0.0) for point in points]
+    above = [max(point.high - point.value, 0.0) for point in points]
+    axes.errorbar(
+        [point.x for point in points],
+        [point.value for point in points],
+        yerr=[below, above],
+        color=color,
+        marker=marker,
+        markersize=6,
+        linestyle=line,
+        capsize=3,
+        label=label,
+    )
+
+
 def _points(records: Iterable[Record], mode: Mode, metric: str) -> list[tuple[int, float]]:
     found = ((r["round"], r["validation"].get(mode, {}).get(metric)) for r in records)
     return [(number, value) for number, value in found if _is_number(value)]
@@ -172,16 +351,26 @@ def _metric_name(metric: str) -> str:
 
 
 def _new_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure()
     axes = figure.add_subplot()
+    _style(axes, title, x_label, y_label)
+    return figure, axes
+
+
+def _new_figure(widths: float = 1.0) -> Figure:
+    width, height = _SIZE_INCHES
+    figure = Figure(figsize=(width * widths, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,13 +1,17 @@
 """Tables of README.md, rebuilt from result files so that no figure is typed by hand.
 
-A table stands between two comments, the first of which names its file::
+A table stands between two comments, the first of which names its file or its suite's folder::
 
     <!-- table: results/ml100k/results.json -->
     ...
     <!-- end of table -->
 
+    <!-- suite: results/ml100k/small -->
+    ...
+    <!-- end of table -->
+
 A file with ``ratios`` (of ``benchmarks/engine.py``) becomes a table of the race, any other a
-table of results.
+table of results; a suite's folder becomes a table of its methods.
 """
 
 import re
@@ -17,9 +21,14 @@ from typing import Any
 
 from pfm_llm.errors import DataError
 from pfm_llm.files import read_json
-from pfm_llm.run_report import read_results, results_table
+from pfm_llm.result_tables import results_table
+from pfm_llm.run_report import read_results
+from pfm_llm.suite_report.tables import markdown_table
 
-_TABLE = re.compile(r"(<!-- table: (?P<path>\S+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- (?P<kind>table|suite): (?P<path>\S+) -->\n).*?(?P<end><!-- end of table -->)",
+    flags=re.DOTALL,
+)
 
 
 def with_fresh_tables(text: str, root: Path) -> str:
@@ -30,11 +39,12 @@ def with_fresh_tables(text: str, root: Path) -> str:
         root: What the named files are relative to.
 
     Raises:
-        DataError: A named file does not exist.
+        DataError: A named file does not exist, or a named folder holds no results.
     """
 
     def rebuilt(match: re.Match[str]) -> str:
-        return f"{match[1]}{_table(root / match['path'])}\n{match[3]}"
+        make = markdown_table if match["kind"] == "suite" else _table
+        return f"{match[1]}{make(root / match['path'])}\n{match['end']}"
 
     return _TABLE.sub(rebuilt, text)
 

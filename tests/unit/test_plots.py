@@ -9,7 +9,26 @@ from matplotlib.figure import Figure
 
 from pfm_llm import plots
 from pfm_llm.errors import StorageError
-from pfm_llm.plots import plot_loss, plot_modes_by_round, plot_user_gain
+from pfm_llm.plots import (
+    Curve,
+    Point,
+    plot_curves,
+    plot_gain_histogram,
+    plot_loss,
+    plot_modes_by_round,
+    plot_quality_by_bytes,
+    plot_user_gain,
+)
+
+GAIN = (Point(4, 0.2, 0.1, 0.3), Point(32, 0.1, 0.0, 0.2))
+HISTOGRAM = {"title": "Gains", "x_label": "Gain"}
+CURVES = {"title": "Memory", "x_label": "Items", "quality": "NDCG@10"}
+
+
+def by_bytes(path: Path, *sent: float, references: dict[str, float] | None = None) -> bool:
+    methods = {f"m{n}": Point(x, 0.1, 0.05, 0.2) for n, x in enumerate(sent)}
+    return plot_quality_by_bytes(methods, path, y_label="NDCG@10", references=references or {})
+
 
 MODES = ("zero_shot", "shared_only", "private_only", "shared_private")
 
@@ -54,6 +73,10 @@ def drawn_lines(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
         lambda path: plot_loss(losses(7.0, 6.5), path),
         lambda path: plot_modes_by_round(validated(2), path),
         lambda path: plot_user_gain(np.array([0.1, -0.1, 0.0]), path),
+        lambda path: by_bytes(path, 1e9),
+        lambda path: plot_gain_histogram(np.array([0.1, -0.1, 0.0]), path, **HISTOGRAM),
+        lambda path: plot_curves([Curve("pfm", GAIN)], path, **CURVES),
+        lambda path: plot_curves([Curve("pfm", GAIN, GAIN, GAIN)], path, **CURVES),
     ],
 )
 def test_a_plot_is_a_png_with_a_picture_title_and_labelled_axes(tmp_path, figures, draw) -> None:
@@ -79,6 +102,11 @@ def test_a_plot_is_a_png_with_a_picture_title_and_labelled_axes(tmp_path, figure
         lambda path: plot_modes_by_round(validated(2), path, metric="mrr@3"),
         lambda path: plot_user_gain(np.array([]), path),
         lambda path: plot_user_gain(np.array([np.nan]), path),
+        lambda path: by_bytes(path),
+        lambda path: plot_gain_histogram(np.array([np.nan]), path, **HISTOGRAM),
+        lambda path: plot_gain_histogram(np.array([]), path, **HISTOGRAM),
+        lambda path: plot_curves([], path, **CURVES),
+        lambda path: plot_curves([Curve("pfm", ())], path, **CURVES),
     ],
 )
 def test_nothing_to_draw_writes_nothing(tmp_path, draw) -> None:
@@ -146,6 +174,59 @@ def test_user_gain_counts_who_gains_and_who_loses(tmp_path, figures) -> None:
 
 def test_one_user_is_enough(tmp_path) -> None:
     assert plot_user_gain(np.array([0.0]), tmp_path / "gain.png")
+
+
+@pytest.mark.parametrize(
+    ("sent", "scale"), [([1e9, 30e9], "log"), ([1e9, 3e9], "linear"), ([0.0, 30e9], "linear"),
+                        ([0.0], "linear")]
+)  # fmt: skip
+def test_bytes_of_very_different_size_stand_on_a_logarithmic_axis(
+    tmp_path, figures, sent, scale
+) -> None:
+    assert by_bytes(tmp_path / "a.png", *sent, references={"ease": 0.08})
+    axes = figures[0].axes[0]
+    assert axes.get_xscale() == scale
+    # In GB, with the interval as an error bar.
+    assert [float(c.lines[0].get_xdata()[0]) for c in axes.containers] == [x / 1e9 for x in sent]
+    assert axes.containers[0].has_yerr
+    (ends,) = axes.containers[0].lines[2][0].get_segments()
+    assert ends[:, 1].tolist() == pytest.approx([0.05, 0.2])
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(labels) == sorted([*(f"m{n}" for n in range(len(sent))), "ease"])
+
+
+def test_a_histogram_holds_every_user_once_and_parts_at_zero(tmp_path, figures) -> None:
+    """1 of 4 worse, 2 of 4 better, 1 unchanged and in no bar; mean 0.05."""
+    gains = np.array([0.3, -0.2, 0.0, 0.1, np.nan])
+    plot_gain_histogram(gains, tmp_path / "a.png", **HISTOGRAM)
+    axes = figures[0].axes[0]
+    worse, better = axes.containers
+    assert sum(bar.get_height() for bar in worse) == 1
+    assert sum(bar.get_height() for bar in better) == 2
+    edges = {round(bar.get_x(), 6) for bar in worse}
+    assert 0.0 in edges
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
+        "worse: 25 % of users",
+        "better: 50 % of users",
+        "mean +0.0500",
+    }
+
+
+def test_curves_show_the_gain_and_beside_it_both_qualities(tmp_path, figures) -> None:
+    own, shared = (Point(4, 0.6, 0.5, 0.7),), (Point(4, 0.4, 0.3, 0.5),)
+    curves = [Curve("a", GAIN, own, shared), Curve("b", GAIN[:1]), Curve("c", ())]
+    plot_curves(curves, tmp_path / "a.png", **CURVES)
+    quality, gain = figures[0].axes
+    assert [container.get_label() for container in gain.containers] == ["a", "b"]
+    assert gain.get_xticks().tolist() == [4, 32]
+    with_private, without = (container.lines[0] for container in quality.containers)
+    assert (with_private.get_ydata().tolist(), with_private.get_linestyle()) == ([0.6], "-")
+    assert (without.get_ydata().tolist(), without.get_linestyle()) == ([0.4], "--")
+
+
+def test_a_mean_a_hair_outside_its_interval_is_drawn(tmp_path) -> None:
+    points = [Point(1, 0.1, 0.1000001, 0.2)]
+    assert plot_curves([Curve("a", points)], tmp_path / "a.png", **CURVES)
 
 
 def test_a_plot_that_cannot_be_written_is_a_storage_error(tmp_path) -> None:

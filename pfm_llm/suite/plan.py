@@ -1,0 +1,350 @@
+"""One YAML, expanded into experiments: for every run, seed and grid value one config.
+
+Later settings win: the base config, then ``set`` of the suite, of the budget and of the run, then
+the grid's value. A run's ``method`` overrules what the levels above the run say of the settings
+that it fixes, so that one base serves all methods. Unknown keys, in the suite as in the settings,
+are errors that name the nearest valid one.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
+
+from pfm_llm.config import ExperimentConfig, parse_config
+from pfm_llm.config_text import explain, set_setting
+from pfm_llm.errors import ConfigError
+from pfm_llm.methods import SPECS, Method
+
+Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+POPULARITY = "popularity"
+VALIDATION, TEST = "validation", "test"
+_OWN_KEYS = ("name", "seed")
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class SelectConfig(_Settings):
+    """What chooses a grid value: a figure on validation, over the full catalogue."""
+
+    metric: str = "ndcg"
+    k: int = Field(10, ge=0, description="cut-off of the ranked list; 0 for metrics without one")
+    task: str = "next_item"
+
+
+class BudgetConfig(_Settings):
+    """How much is spent, and on which runs."""
+
+    set: dict[str, Any] = {}
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    runs: tuple[str, ...] | None = Field(None, description="names; None: all runs")
+
+
+class GridConfig(_Settings):
+    """Values of one setting, among which validation chooses."""
+
+    key: str = Field(description="dotted key of the config")
+    values: tuple[Scalar, ...] = Field(min_length=1)
+
+
+class RunConfig(_Settings):
+    """One line of the table: settings, or a baseline's script."""
+
+    name: Name
+    set: dict[str, Any] = {}
+    grid: str | None = Field(None, description="name of a grid; None: one experiment")
+    seeds: tuple[int, ...] | None = Field(
+        None, min_length=1, description="with every budget; None: the budget's"
+    )
+    script: str | None = Field(
+        None, description="called with --config FILE --seed N --output FILE instead of training"
+    )
+    arguments: tuple[str, ...] = Field((), description="further ones, for the script")
+
+
+class SuiteConfig(_Settings):
+    """The whole file."""
+
+    name: Name
+    base: str = Field(description="a config, relative to the suite's file")
+    set: dict[str, Any] = {}
+    select: SelectConfig = SelectConfig()
+    budgets: dict[Name, BudgetConfig] = Field(min_length=1)
+    grids: dict[str, GridConfig] = {}
+    runs: tuple[RunConfig, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One experiment.
+
+    Attributes:
+        value: Of the grid's key; None without a grid.
+        config: What it runs with; its name is the run folder's.
+    """
+
+    value: Scalar | None
+    config: ExperimentConfig
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output.dir) / self.config.name
+
+    @property
+    def record(self) -> Path:
+        """What is kept of it when its folder is gone: the validation figures."""
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """A run with one seed: its grid of experiments, of which one is chosen.
+
+    Attributes:
+        name: As in the suite.
+        seed: Of all its experiments.
+        position: Where the suite lists it, from 0.
+        key: The grid's dotted key; None without a grid.
+        points: The experiments, in the grid's order.
+        script: A baseline's script and its further arguments; None for an experiment.
+    """
+
+    name: str
+    seed: int
+    position: int
+    key: str | None
+    points: tuple[Point, ...]
+    script: tuple[str, ...] | None
+
+    @property
+    def label(self) -> str:
+        """Name and seed: the result's file without its suffix."""
+        return f"{self.name}-s{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """What holds the folders of its experiments."""
+        return self.points[0].folder.parent
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a suite runs with one budget.
+
+    Attributes:
+        suite: The suite's name.
+        budget: The budget's name.
+        select: What chooses.
+        runs: Each run with each seed, in the suite's order.
+    """
+
+    suite: str
+    budget: str
+    select: SelectConfig
+    runs: tuple[SuiteRun, ...]
+
+    def result(self, run: SuiteRun, results: Path) -> Path:
+        """The file of a run's result below the folder of all results."""
+        return results / self.suite / self.budget / f"{run.label}.json"
+
+
+def load_suite(path: Path) -> SuiteConfig:
+    """Read a suite's YAML.
+
+    Raises:
+        ConfigError: The file cannot be read, a key or value is wrong, or something is named that
+            is not there.
+    """
+    tree = _read_tree(path)
+    try:
+        suite = SuiteConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        raise ConfigError(f"{path}:\n{lines}") from error
+    names = [run.name for run in suite.runs]
+    _refuse_twice(names, f"{path}: run")
+    for run in suite.runs:
+        if run.grid is not None:
+            _look_up(run.grid, list(suite.grids), f"{path}, run {run.name}: grid")
+        if run.arguments and run.script is None:
+            raise ConfigError(f"{path}, run {run.name}: arguments are for a script; name one")
+        if run.grid is not None and run.script is not None:
+            raise ConfigError(
+                f"{path}, run {run.name}: a script takes no grid; it chooses on validation itself"
+            )
+    for budget, settings in suite.budgets.items():
+        for name in settings.runs or ():
+            _look_up(name, names, f"{path}, budget {budget}: run")
+    return suite
+
+
+def make_plan(path: Path, budget: str, only: Sequence[str] = ()) -> Plan:
+    """Everything that a suite runs with a budget, every config validated.
+
+    Args:
+        path: The suite's YAML.
+        budget: One of its budgets.
+        only: Names of runs to leave the others out; empty: all of the budget.
+
+    Raises:
+        ConfigError: As `load_suite`; or a setting is wrong, is the suite's own to make, or leaves
+            nothing to choose by.
+    """
+    suite = load_suite(path)
+    _look_up(budget, list(suite.budgets), f"{path}: budget")
+    settings = suite.budgets[budget]
+    names = [run.name for run in suite.runs if settings.runs is None or run.name in settings.runs]
+    for name in only:
+        _look_up(name, names, f"{path}, budget {budget}: run")
+    base = _read_tree(path.parent / suite.base)
+    runs = tuple(
+        _suite_run(_Source(path, suite, budget, base), position, seed)
+        for position, run in enumerate(suite.runs)
+        if run.name in (only or names)
+        for seed in run.seeds or settings.seeds
+    )
+    points = [point.config.name for run in runs for point in run.points]
+    _refuse_twice([*points, *(run.label for run in runs if run.key)], f"{path}: run folder")
+    return Plan(suite.name, budget, suite.select, runs)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What configs are made from."""
+
+    path: Path
+    suite: SuiteConfig
+    budget: str
+    base: Mapping[str, Any]
+
+
+def _suite_run(source: _Source, position: int, seed: int) -> SuiteRun:
+    run = source.suite.runs[position]
+    grid = None if run.grid is None else source.suite.grids[run.grid]
+    label = f"{run.name}-s{seed}"
+    if grid is None:
+        points = [Point(None, _config(source, run, label, {"seed": seed}))]
+    else:
+        points = [
+            Point(
+                value,
+                _config(source, run, f"{label}-{_text(value)}", {"seed": seed, grid.key: value}),
+            )
+            for value in grid.values
+        ]
+    key = None if grid is None else grid.key
+    script = None if run.script is None else (run.script, *run.arguments)
+    return SuiteRun(run.name, seed, position, key, tuple(points), script)
+
+
+def _config(source: _Source, run: RunConfig, name: str, own: Mapping[str, Any]) -> ExperimentConfig:
+    origin = f"{source.path}, run {run.name}"
+    suite, budget = source.suite, source.suite.budgets[source.budget]
+    tree = copy.deepcopy(dict(source.base))
+    for settings in (suite.set, budget.set, run.set):
+        _refuse_own(settings, origin)
+    _apply(tree, suite.set)
+    _apply(tree, budget.set)
+    if run.set.get("method") in list(Method):
+        _apply(tree, SPECS[Method(run.set["method"])].settings)
+    _apply(tree, run.set)
+    _apply(tree, own)
+    tree["name"] = name
+    # The losing values are never looked at on test; a script has one go at both.
+    splits = [VALIDATION, TEST] if run.script else [VALIDATION]
+    _apply(tree, {"evaluation.splits": splits})
+    config = parse_config(tree, origin)
+    folder = Path(config.output.dir) / f"{suite.name}-{source.budget}"
+    config = config.model_copy(
+        update={"output": config.output.model_copy(update={"dir": str(folder)})}
+    )
+    if config.push_to_hub is not None:
+        raise ConfigError(f"{origin}: push_to_hub: a suite publishes nothing; remove it")
+    if run.script is None and POPULARITY not in config.evaluation.baselines:
+        raise ConfigError(
+            f"{origin}: evaluation.baselines lacks {POPULARITY}, against which it shows whether a "
+            "run learned; add it"
+        )
+    return config
+
+
+def _refuse_own(settings: Mapping[str, Any], origin: str) -> None:
+    for key, value in settings.items():
+        if key in _OWN_KEYS:
+            raise ConfigError(f"{origin}: {key} is set by the suite; remove it")
+        if key == "evaluation.splits" and value != [VALIDATION]:
+            raise ConfigError(
+                f"{origin}: evaluation.splits: a suite chooses on [{VALIDATION}] and shows test "
+                "of the chosen run alone; remove it"
+            )
+
+
+def _apply(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        set_setting(tree, key, copy.deepcopy(value))
+
+
+def _text(value: Scalar) -> str:
+    """A grid value as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", str(value))
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return tree
+
+
+_PARTS: dict[str, tuple[int, type[BaseModel]]] = {
+    "select": (1, SelectConfig),
+    "budgets": (2, BudgetConfig),
+    "grids": (2, GridConfig),
+    "runs": (2, RunConfig),
+}
+
+
+def _explain(problem: Any) -> str:
+    """One of pydantic's problems; parts of the suite are looked into one by one."""
+    location = problem["loc"]
+    depth, model = _PARTS.get(str(location[0]) if location else "", (0, SuiteConfig))
+    if len(location) <= depth:
+        return explain(problem, SuiteConfig)
+    where = ".".join(map(str, location[:depth]))
+    text = explain({**problem, "loc": location[depth:]}, model)
+    return f"{where}: {text}" if where else text
+
+
+def _look_up(name: str, valid: Sequence[str], what: str) -> None:
+    if name not in valid:
+        raise ConfigError(f"{what} {name!r} is unknown; there is {', '.join(valid) or 'none'}")
+
+
+def _refuse_twice(names: Sequence[str], what: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{what} {name!r} is there twice; give one another name")

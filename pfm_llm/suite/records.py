@@ -1,0 +1,234 @@
+"""What the runs of a suite leave: a record of each experiment, and one result of each run.
+
+A record stands beside the experiment's folder and outlives it: its figures on validation. A result
+is what tables and reports are made of. Both are in the format of `run_report.write_results`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pfm_llm.config import ExperimentConfig, training_hash
+from pfm_llm.errors import DataError, TrainingError
+from pfm_llm.run_report import ResultRow, read_results, write_results
+from pfm_llm.suite.plan import POPULARITY, VALIDATION, Plan, Point, SelectConfig, SuiteRun
+from pfm_llm.types import Mode
+
+_FULL = "full"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of one experiment.
+
+    Attributes:
+        rows: Its figures on validation; none when it failed.
+        failed: Why it cannot be chosen: training went wrong with this value.
+        seconds: It took so long, without the final evaluation; None when it was resumed.
+    """
+
+    rows: tuple[ResultRow, ...]
+    failed: str | None = None
+    seconds: float | None = None
+
+
+def write_record(point: Point, record: Record) -> None:
+    """Keep an experiment's record, with the settings that it belongs to.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    extra = {
+        **_settings(point.config),
+        "value": point.value,
+        "failed": record.failed,
+        "seconds": record.seconds,
+    }
+    write_results(point.record, record.rows, extra)
+
+
+def read_record(point: Point) -> Record:
+    """An experiment's record; see `status.is_recorded`.
+
+    Raises:
+        DataError: There is none.
+        CorruptFileError: It is not what `write_record` writes.
+    """
+    rows, extra = read_results(point.record)
+    return Record(tuple(rows), extra.get("failed"), extra.get("seconds"))
+
+
+def mode_of(config: ExperimentConfig) -> Mode:
+    """The mode that a method is judged by: all that it trains."""
+    return Mode.SHARED_PRIVATE if config.adapters.private.enabled else Mode.SHARED_ONLY
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The experiment of a run with the best figure.
+
+    Attributes:
+        index: Which of the run's points.
+        figures: Per point: the figure; None where training failed.
+        popularity: The same figure of popularity, None where it was not measured.
+    """
+
+    index: int
+    figures: tuple[float | None, ...]
+    popularity: float | None
+
+    @property
+    def did_not_learn(self) -> bool | None:
+        """Whether it does not beat popularity; None when that is not known."""
+        best = self.figures[self.index]
+        if best is None or self.popularity is None:
+            return None
+        return best <= self.popularity
+
+
+def choose(run: SuiteRun, records: Sequence[Record], select: SelectConfig) -> Choice:
+    """The best experiment of a run on validation; of equals, the first.
+
+    Args:
+        run: The run.
+        records: Of its points, in their order.
+        select: What chooses.
+
+    Raises:
+        TrainingError: Training failed with every value.
+        DataError: A record lacks the figure that chooses.
+    """
+    figures = tuple(
+        None if record.failed else _figure(record.rows, select, mode_of(point.config), point)
+        for point, record in zip(run.points, records, strict=True)
+    )
+    learned = [index for index, figure in enumerate(figures) if figure is not None]
+    if not learned:
+        reasons = "; ".join(
+            f"{point.value}: {record.failed}" if run.key else str(record.failed)
+            for point, record in zip(run.points, records, strict=True)
+        )
+        raise TrainingError(f"{run.label}: training failed with every value: {reasons}")
+    best = max(learned, key=lambda index: (figures[index], -index))
+    return Choice(best, figures, popularity_of(records[best].rows, select))
+
+
+def choose_script(run: SuiteRun, rows: Sequence[ResultRow], select: SelectConfig) -> Choice:
+    """A script has chosen already: its best method's figure, for whether it learned.
+
+    Raises:
+        DataError: No row holds the figure.
+    """
+    found = [row.value for row in _matching(rows, select, Mode.NONE) if row.method != POPULARITY]
+    if not found:
+        raise DataError(f"{run.label}: {_lacks(select)}")
+    return Choice(0, (max(found),), popularity_of(rows, select))
+
+
+def popularity_of(rows: Iterable[ResultRow], select: SelectConfig) -> float | None:
+    """Popularity's figure on validation."""
+    found = (r.value for r in _matching(rows, select, Mode.NONE) if r.method == POPULARITY)
+    return next(found, None)
+
+
+def result_extra(
+    plan: Plan, run: SuiteRun, choice: Choice, records: Sequence[Record]
+) -> dict[str, Any]:
+    """What stands in a result beside rows, environment and costs."""
+    return {
+        **_heading(plan, run),
+        **_settings(run.points[choice.index].config),
+        "grid": {
+            "key": run.key,
+            "chosen": run.points[choice.index].value,
+            "values": [
+                {
+                    "value": point.value,
+                    "figure": figure,
+                    "failed": record.failed,
+                    "training_hash": training_hash(point.config),
+                }
+                for point, figure, record in zip(run.points, choice.figures, records, strict=True)
+            ],
+        },
+        "popularity": choice.popularity,
+        "did_not_learn": choice.did_not_learn,
+    }
+
+
+def write_failure(plan: Plan, run: SuiteRun, path: Path, message: str) -> None:
+    """Write a result that says why there is none.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    values = [
+        {"value": p.value, "figure": None, "failed": None, "training_hash": training_hash(p.config)}
+        for p in run.points
+    ]
+    extra = {
+        **_heading(plan, run),
+        **_settings(run.points[0].config),
+        "grid": {"key": run.key, "chosen": None, "values": values},
+        "failed": message,
+    }
+    write_results(path, [], extra)
+
+
+def merged(first: Iterable[ResultRow], second: Iterable[ResultRow]) -> list[ResultRow]:
+    """All rows of the first, and those of the second that say something else."""
+    rows = {_identity(row): row for row in first}
+    for row in second:
+        rows.setdefault(_identity(row), row)
+    return list(rows.values())
+
+
+def _identity(row: ResultRow) -> tuple[object, ...]:
+    numbers = {"value", "ci_low", "ci_high", "num_users", "budget"}
+    return tuple(value for name, value in vars(row).items() if name not in numbers)
+
+
+def _heading(plan: Plan, run: SuiteRun) -> dict[str, Any]:
+    return {
+        "suite": plan.suite,
+        "budget": plan.budget,
+        "run": run.name,
+        "seed": run.seed,
+        "position": run.position,
+        "script": None if run.script is None else list(run.script),
+        "select": plan.select.model_dump(),
+    }
+
+
+def _settings(config: ExperimentConfig) -> dict[str, Any]:
+    return {
+        "training_hash": training_hash(config),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _figure(rows: Iterable[ResultRow], select: SelectConfig, mode: Mode, point: Point) -> float:
+    found = [row.value for row in _matching(rows, select, mode)]
+    if len(found) != 1:
+        raise DataError(
+            f"{point.record}: {len(found)} rows in mode {mode}; {_lacks(select)}, and delete the "
+            "file to evaluate again"
+        )
+    return found[0]
+
+
+def _matching(rows: Iterable[ResultRow], select: SelectConfig, mode: Mode) -> list[ResultRow]:
+    return [
+        row
+        for row in rows
+        if (row.split, row.candidates, row.metric, row.k, row.task, row.mode)
+        == (VALIDATION, _FULL, select.metric, select.k, select.task, mode)
+    ]
+
+
+def _lacks(select: SelectConfig) -> str:
+    return (
+        f"expected one row with metric {select.metric}, k {select.k}, task {select.task} on the "
+        "full catalogue of validation; correct `select` or what is evaluated"
+    )

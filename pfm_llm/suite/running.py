@@ -1,0 +1,262 @@
+"""Runs what a suite is missing, one experiment after the other; may be stopped at any moment.
+
+For each run and seed: every grid value is trained and evaluated on validation; the best is
+evaluated on test; its result is written; the folders of the others are deleted. Each step leaves
+a file, written whole, and a new start goes on with the first step that has none. An experiment that
+was interrupted goes on from its last commit.
+"""
+
+import contextlib
+import fcntl
+import gc
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pfm_llm import files
+from pfm_llm.config import ExperimentConfig, dump_config, load_config, training_hash
+from pfm_llm.errors import (
+    CheckpointError,
+    ConfigError,
+    LaunchError,
+    PfmError,
+    TrainingError,
+)
+from pfm_llm.run_report import CONFIG_FILE, RESULTS_FILE, ResultRow, read_results, write_results
+from pfm_llm.suite import records
+from pfm_llm.suite.pace import Pace
+from pfm_llm.suite.plan import Plan, Point, SuiteRun
+from pfm_llm.suite.records import Record
+from pfm_llm.suite.scripts import ScriptCall, call_script
+from pfm_llm.suite.status import State, changes, figure_name, is_recorded, read_tree, status_of
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a suite is run with.
+
+    Attributes:
+        train: Config, and whether to resume, to the run's folder: trains and evaluates on the
+            config's splits.
+        evaluate: Run folder and budget to the rows of the final evaluation.
+        script: Calls a baseline's script.
+    """
+
+    train: Callable[[ExperimentConfig, bool], Path]
+    evaluate: Callable[[Path, str], Sequence[ResultRow]]
+    script: Callable[[ScriptCall], None] = call_script
+
+    @classmethod
+    def real(cls) -> "Tools":
+        """Those of the library."""
+        from pfm_llm.experiment import run_experiment
+        from pfm_llm.study import study_run
+
+        def train(config: ExperimentConfig, resume: bool) -> Path:
+            gc.collect()  # the last model hangs in cycles, and two may not fit
+            return run_experiment(config, resume)
+
+        return cls(train, study_run)
+
+
+def run_suite(
+    plan: Plan,
+    results: Path,
+    tools: Tools,
+    keep: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, str]:
+    """Run whatever has no result yet.
+
+    Args:
+        plan: What to run.
+        results: The folder of all results.
+        tools: What to run it with.
+        keep: Leave the folders of the values that lost.
+        clock: Seconds that only grow.
+
+    Returns:
+        Name and seed of each run that failed, with its message; the others are done.
+
+    Raises:
+        LaunchError: Several processes were started.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise LaunchError("a suite runs on one process; start it with --num_processes 1")
+    done = [status_of(plan, run, results).state is State.DONE for run in plan.runs]
+    pace = Pace(plan.runs, done, clock)
+    runner = _Runner(plan, results, tools, keep, pace)
+    failures = {}
+    for run in plan.runs:
+        message = runner.settle(run)
+        if message is not None:
+            pace.gave_up(run)
+            failures[run.label] = message
+            _log.warning("%s failed: %s", run.label, message)
+    return failures
+
+
+class _Runner:
+    """See `run_suite`."""
+
+    def __init__(self, plan: Plan, results: Path, tools: Tools, keep: bool, pace: Pace) -> None:
+        self._plan, self._results, self._tools = plan, results, tools
+        self._keep, self._pace = keep, pace
+
+    def settle(self, run: SuiteRun) -> str | None:
+        """Do what is missing of a run; the message if it failed."""
+        path = self._plan.result(run, self._results)
+        try:
+            with _alone(run):
+                try:
+                    self._run(run)
+                except PfmError as error:
+                    records.write_failure(self._plan, run, path, str(error))
+                    return str(error)
+        except PfmError as error:  # another process has it, or the failure cannot be written
+            return str(error)
+        return None
+
+    def _run(self, run: SuiteRun) -> None:
+        status = status_of(self._plan, run, self._results)
+        if status.state is State.STALE:
+            _log.info("%s is run anew: %s", run.label, status.detail)
+        if status.state is State.DONE:
+            stored = read_tree(self._plan.result(run, self._results))
+            assert stored is not None
+            value = stored["grid"]["chosen"]
+            self._tidy(run, next(point for point in run.points if point.value == value))
+        elif run.script is not None:
+            self._run_script(run)
+        else:
+            self._run_experiments(run)
+
+    def _run_experiments(self, run: SuiteRun) -> None:
+        found = [self._record(run, point) for point in run.points]
+        try:
+            choice = records.choose(run, found, self._plan.select)
+        except TrainingError:
+            self._tidy(run, None)
+            raise
+        chosen = run.points[choice.index]
+        if not _is_begun(chosen):
+            _log.info("%s: its folder is gone; it is trained again", chosen.config.name)
+            with files.storage_errors(chosen.record):
+                chosen.record.unlink()  # or a kill would leave half a run that seems whole
+            self._train(run, chosen)
+        with self._pace.evaluating(run):
+            rows = self._tools.evaluate(chosen.folder, self._plan.budget)
+        _, extra = read_results(chosen.folder / RESULTS_FILE)
+        extra |= records.result_extra(self._plan, run, choice, found)
+        path = self._plan.result(run, self._results)
+        write_results(path, records.merged(rows, found[choice.index].rows), extra)
+        self._tidy(run, chosen)
+
+    def _record(self, run: SuiteRun, point: Point) -> Record:
+        """The experiment's figures on validation; trained now if that was not done."""
+        if is_recorded(point):
+            return records.read_record(point)
+        return self._train(run, point)
+
+    def _train(self, run: SuiteRun, point: Point) -> Record:
+        resume = self._prepare(point)
+        name = point.config.name
+        _log.info("%s %s", "going on with" if resume else "training", name)
+        started = self._pace.now()
+        try:
+            folder = self._tools.train(point.config, resume)
+        except TrainingError as error:
+            record = Record((), failed=str(error))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; or delete {point.folder} to train it anew") from error
+        else:
+            rows, _ = read_results(folder / RESULTS_FILE)
+            seconds = None if resume else self._pace.now() - started
+            record = Record(tuple(rows), None, seconds)
+        records.write_record(point, record)
+        _log.info("%s", self._pace.trained(point, record, self._describe(run, point, record)))
+        return record
+
+    def _describe(self, run: SuiteRun, point: Point, record: Record) -> str:
+        if record.failed:
+            return f"training failed: {record.failed}"
+        one = SuiteRun(run.name, run.seed, run.position, run.key, (point,), None)
+        (figure,) = records.choose(one, [record], self._plan.select).figures
+        return f"{figure_name(self._plan)} {figure:.4f} on validation"
+
+    def _prepare(self, point: Point) -> bool:
+        """Make way for an experiment; whether one was begun that is to be resumed."""
+        name = point.config.name
+        stored = read_tree(point.record)
+        if stored is not None and (differing := changes(stored, point.config)):
+            _log.info("%s is trained anew: %s", name, "; ".join(differing))
+        if _is_begun(point):
+            return True
+        _discard(point)
+        return False
+
+    def _run_script(self, run: SuiteRun) -> None:
+        (point,) = run.points
+        assert run.script is not None
+        config = point.folder.with_name(f"{point.config.name}.{CONFIG_FILE}")
+        output = point.folder.with_name(f"{point.config.name}.output.json")
+        files.write_text(config, dump_config(point.config))
+        script, *arguments = run.script
+        _log.info("calling %s for %s", " ".join(run.script), run.label)
+        started = self._pace.now()
+        self._tools.script(ScriptCall(Path(script), config, run.seed, output, tuple(arguments)))
+        rows, extra = read_results(output)
+        choice = records.choose_script(run, rows, self._plan.select)
+        record = Record(tuple(rows), None, self._pace.now() - started)
+        extra |= records.result_extra(self._plan, run, choice, [record])
+        write_results(self._plan.result(run, self._results), rows, extra)
+        figure = f"{figure_name(self._plan)} {choice.figures[0]:.4f} on validation"
+        _log.info("%s", self._pace.trained(point, record, figure))
+
+    def _tidy(self, run: SuiteRun, winner: Point | None) -> None:
+        """Delete the folders of the values that lost."""
+        if self._keep or run.script is not None:
+            return
+        for point in run.points:
+            if point != winner:
+                _discard(point)
+
+
+def _is_begun(point: Point) -> bool:
+    """Whether the folder holds a run with the point's settings, which can be gone on with."""
+    try:
+        config = load_config(point.folder / CONFIG_FILE)
+    except ConfigError:  # none, cut off, or of another version
+        return False
+    return training_hash(config) == training_hash(point.config)
+
+
+def _discard(point: Point) -> None:
+    for folder in (point.folder, point.folder.with_name(f"{point.folder.name}.private")):
+        with files.storage_errors(folder), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _alone(run: SuiteRun) -> Iterator[None]:
+    """Hold a run against other processes of the same suite; a killed one lets go by itself.
+
+    Raises:
+        LaunchError: Another process has it.
+    """
+    path = run.folder / f"{run.label}.lock"
+    with files.storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LaunchError(f"{run.label} is being run by another process") from error
+        yield

@@ -1,0 +1,173 @@
+"""What of a suite is done, stale, failed, begun or missing, from files alone and without torch.
+
+A result belongs to the settings that it was made with: it counts as long as the settings that
+training depends on (`config.training_hash`), the grid, the script and what chooses are still the
+same. A setting that the config has gained since stands at its default in older results.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pfm_llm.config import ExperimentConfig, parse_config, training_hash
+from pfm_llm.errors import ConfigError
+from pfm_llm.suite.plan import Plan, Point, SuiteRun
+
+
+class State(StrEnum):
+    """How far a run with one seed is."""
+
+    DONE = "done"
+    STALE = "stale"
+    FAILED = "failed"
+    BEGUN = "begun"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Status:
+    """A state, and what there is to say about it.
+
+    Attributes:
+        state: How far it is.
+        detail: The chosen value and figure, the reason, or the count.
+    """
+
+    state: State
+    detail: str
+
+
+def status_of(plan: Plan, run: SuiteRun, results: Path) -> Status:
+    """How far a run is.
+
+    Args:
+        plan: What it belongs to.
+        run: One of the plan's.
+        results: The folder of all results.
+    """
+    stored = read_tree(plan.result(run, results))
+    if stored is not None:
+        reasons = _differences(stored, plan, run)
+        if reasons:
+            return Status(State.STALE, "; ".join(reasons))
+        if "failed" in stored:
+            return Status(State.FAILED, str(stored["failed"]))
+        return Status(State.DONE, _summary(stored, plan))
+    done = sum(is_recorded(point) for point in run.points)
+    if done or any(point.folder.exists() for point in run.points):
+        return Status(State.BEGUN, f"{done} of {len(run.points)} trained")
+    return Status(State.MISSING, f"{len(run.points)} to train" if run.script is None else "")
+
+
+def list_text(plan: Plan, results: Path) -> str:
+    """One line for each run and seed: name, state, detail; and the sums."""
+    found = [(run.label, status_of(plan, run, results)) for run in plan.runs]
+    width = max(len(label) for label, _ in found)
+    lines = [f"{label:{width}}  {s.state:7}  {s.detail}".rstrip() for label, s in found]
+    counts = {state: sum(s.state is state for _, s in found) for state in State}
+    total = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    return "\n".join([*lines, f"{plan.suite}, budget {plan.budget}: {total}"])
+
+
+def is_recorded(point: Point) -> bool:
+    """Whether an experiment was trained with these settings, and its figures are kept."""
+    stored = read_tree(point.record)
+    return stored is not None and not changes(stored, point.config)
+
+
+def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
+    """What differs, of all that training depends on; empty when nothing does.
+
+    Args:
+        stored: Holds the ``config`` and the ``training_hash`` of an earlier run.
+        config: What would be run now.
+
+    Returns:
+        One text for each setting.
+    """
+    if stored.get("training_hash") == training_hash(config):
+        return []
+    try:
+        old = parse_config(dict(stored["config"]))
+    except (ConfigError, KeyError, TypeError, ValueError):
+        return ["it was made with settings that this version does not know"]
+    found = []
+    for section in type(config).model_fields:
+        replaced = old.model_copy(update={section: getattr(config, section)})
+        if training_hash(replaced) != training_hash(old):
+            before, now = (
+                _leaves(c.model_dump(mode="json")[section], section) for c in (old, config)
+            )
+            found += [
+                f"{key} was {before.get(key)}, is {now.get(key)}"
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key)
+            ]
+    return found
+
+
+def read_tree(path: Path) -> dict[str, Any] | None:
+    """A file of JSON keys and values; None when there is none, or no whole one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _differences(stored: Mapping[str, Any], plan: Plan, run: SuiteRun) -> list[str]:
+    """Why a result is not that of the plan; empty when it is."""
+    grid = stored.get("grid")
+    if not isinstance(grid, dict) or not isinstance(grid.get("values"), list):
+        return ["its file lacks the grid"]
+    now = {
+        "select": plan.select.model_dump(),
+        "script": None if run.script is None else list(run.script),
+        "grid key": run.key,
+        "grid values": [point.value for point in run.points],
+    }
+    before = {
+        "select": stored.get("select"),
+        "script": stored.get("script"),
+        "grid key": grid.get("key"),
+        "grid values": [entry.get("value") for entry in grid["values"]],
+    }
+    found = [
+        f"{what} was {before[what]}, is {now[what]}" for what in now if before[what] != now[what]
+    ]
+    if found:
+        return found
+    # The others differ from this one by the grid's value alone.
+    chosen = next((p for p in run.points if p.value == grid.get("chosen")), run.points[0])
+    return changes(stored, chosen.config)
+
+
+def _summary(stored: Mapping[str, Any], plan: Plan) -> str:
+    grid = stored["grid"]
+    parts = []
+    if grid["key"] is not None:
+        parts.append(f"{grid['key']} {grid['chosen']}")
+    figure = next((e["figure"] for e in grid["values"] if e["value"] == grid["chosen"]), None)
+    if figure is not None:
+        parts.append(f"{figure_name(plan)} {figure:.4f} on validation")
+    if stored.get("did_not_learn"):
+        parts.append("did not learn")
+    return ", ".join(parts)
+
+
+def figure_name(plan: Plan) -> str:
+    """What chooses, such as ``ndcg@10``."""
+    return plan.select.metric + (f"@{plan.select.k}" if plan.select.k else "")
+
+
+def _leaves(tree: object, key: str) -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {
+        leaf: value
+        for name, child in tree.items()
+        for leaf, value in _leaves(child, f"{key}.{name}").items()
+    }

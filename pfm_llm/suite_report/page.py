@@ -1,0 +1,237 @@
+"""One HTML page with everything that a suite found; it needs no other file and no network."""
+
+import base64
+import importlib.resources
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from pfm_llm import files
+from pfm_llm.suite_report import pictures
+from pfm_llm.suite_report.reading import SuiteResult, by_run, read_suite
+from pfm_llm.suite_report.tables import (
+    COLUMNS,
+    Cell,
+    Column,
+    caption,
+    figure_text,
+    mean_figures,
+    summary_cells,
+)
+from pfm_llm.types import Mode
+
+REPORT_FILE = "report.html"
+PLOTS_FOLDER = "plots"
+
+_TEMPLATE = "report.html.j2"
+_RANKING = {"ndcg", "hit_rate", "mrr", "auc"}
+_DIFFERENCE = re.compile(r"(gain|swap|harm)_.*|(memory|cold_start)_.*\d")
+_MODES = (Mode.ZERO_SHOT, Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
+_COSTS = {
+    "rounds": ("Rounds", 1.0),
+    "shared_client_steps": ("Client steps, shared", 1.0),
+    "private_client_steps": ("Client steps, private", 1.0),
+    "personalise_client_steps": ("Steps before evaluation", 1.0),
+    "bytes_up": ("MB up", 1e6),
+    "bytes_down": ("MB down", 1e6),
+    "round_seconds": ("Minutes of rounds", 60.0),
+    "evaluation_seconds": ("Minutes of evaluation", 60.0),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page.
+
+    Attributes:
+        title: Its heading.
+        note: What the figures are.
+        header: Of each column.
+        rows: Cells.
+        num_names: So many columns from the left are text.
+    """
+
+    title: str
+    note: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    num_names: int = 1
+
+
+def write_report(folder: Path) -> Path:
+    """Draw the plots of a suite's results and write the page beside them.
+
+    Args:
+        folder: ``results/<suite>/<budget>``.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: The folder holds no result.
+        CorruptFileError: A file is not what the suite writes.
+        StorageError: A plot or the page cannot be written.
+    """
+    results = read_suite(folder)
+    drawn = pictures.draw(results, folder / PLOTS_FOLDER)
+    files.write_text(folder / REPORT_FILE, render(results, drawn))
+    return folder / REPORT_FILE
+
+
+def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
+    """The page's HTML.
+
+    Args:
+        results: Of a suite with one budget.
+        drawn: PNG files to show.
+    """
+    header, body = summary_cells(results)
+    tables = [
+        _modes_table(results),
+        _personality_table(results),
+        _grid_table(results),
+        _costs_table(results),
+        _environment_table(results),
+    ]
+    source = importlib.resources.files(__package__).joinpath(_TEMPLATE).read_text("utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(source).render(
+        title=f"{results[0].extra['suite']}, budget {results[0].extra['budget']}",
+        summary=Table("Methods", caption(results), header, body, num_names=2),
+        failures=[(f"{r.run}, seed {r.seed}", r.failed) for r in results if r.failed is not None],
+        pictures=[
+            (path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode())
+            for path in drawn
+        ],
+        tables=[table for table in tables if table.rows],
+    )
+
+
+def _modes_table(results: Sequence[SuiteResult]) -> Table:
+    """Every mode of every run: what is shared, what is private, and both."""
+    columns = [column for column in COLUMNS if column.metric in _RANKING]
+    rows = []
+    for run, own in by_run(results).items():
+        for mode in _MODES:
+            figures = [mean_figures(own, mode, column) for column in columns]
+            if any(figures):
+                cells = [_figure_cell(f, c) for f, c in zip(figures, columns, strict=True)]
+                rows.append([Cell(run), Cell(mode.replace("_", " ")), *cells])
+    return Table(
+        "Modes",
+        "What the shared part reaches alone, the private part alone, and both together; test.",
+        ["Run", "Mode", *(column.heading for column in columns)],
+        rows,
+        num_names=2,
+    )
+
+
+def _personality_table(results: Sequence[SuiteResult]) -> Table:
+    """Every other figure, a column for each run that has one."""
+    keys = {
+        (row.metric, row.task): None
+        for result in results
+        for row in result.own_rows
+        if row.metric not in _RANKING
+    }
+    names = {row.metric for r in results for row in r.own_rows if row.metric not in _RANKING}
+    runs = {
+        run: own
+        for run, own in by_run(results).items()
+        if any(row.metric in names for result in own for row in result.own_rows)
+    }
+    rows = []
+    for metric, task in keys:
+        column = Column("", metric, (task,))
+        figures = [mean_figures(own, None, column) for own in runs.values()]
+        cells = [_figure_cell(figure, column) for figure in figures]
+        rows.append([Cell(metric), Cell(task.replace("_", " ")), *cells])
+    note = (
+        "Positive is better. Differences in bold where the interval excludes 0. Means over users "
+        "with bootstrap intervals; with several seeds, means of both."
+    )
+    return Table("Personality", note, ["Measure", "Task", *runs], rows, num_names=2)
+
+
+def _grid_table(results: Sequence[SuiteResult]) -> Table:
+    rows = []
+    for result in results:
+        grid = result.extra["grid"]
+        for entry in grid["values"]:
+            is_chosen = result.failed is None and entry["value"] == grid["chosen"]
+            figure = "-" if entry["figure"] is None else f"{entry['figure']:.4f}"
+            popularity = result.extra.get("popularity")
+            rows.append(
+                [
+                    Cell(result.run),
+                    Cell(grid["key"] or "-"),
+                    Cell(str(result.seed)),
+                    Cell("-" if entry["value"] is None else str(entry["value"]), is_chosen),
+                    Cell(entry.get("failed") or figure, is_chosen),
+                    Cell("-" if popularity is None else f"{popularity:.4f}"),
+                ]
+            )
+    select = results[0].extra["select"]
+    figure_name = select["metric"] + (f"@{select['k']}" if select["k"] else "")
+    header = ["Run", "Setting", "Seed", "Value", f"{figure_name} on validation", "Popularity"]
+    return Table(
+        "Grids",
+        f"Chosen on validation by {figure_name} of {select['task']}, in bold; only the chosen "
+        "one was evaluated on test.",
+        header,
+        rows,
+        num_names=2,
+    )
+
+
+def _costs_table(results: Sequence[SuiteResult]) -> Table:
+    rows = []
+    for result in results:
+        costs = result.extra.get("costs")
+        if costs:
+            cells = [
+                Cell(f"{costs[name] / unit:,.0f}" if name in costs else "-")
+                for name, (_, unit) in _COSTS.items()
+            ]
+            rows.append([Cell(result.run), Cell(str(result.seed)), *cells])
+    header = ["Run", "Seed", *(heading for heading, _ in _COSTS.values())]
+    return Table("Costs", "Of the chosen value; sums over all clients and rounds.", header, rows)
+
+
+def _environment_table(results: Sequence[SuiteResult]) -> Table:
+    """Each environment once, with the runs that were made in it."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        environment = result.extra.get("environment")
+        if environment:
+            same = {k: v for k, v in environment.items() if k not in ("seed", "data", "split")}
+            found.setdefault(json.dumps(same), []).append(f"{result.run}-s{result.seed}")
+    rows = []
+    for text, runs in found.items():
+        rows.append([Cell("runs", True), Cell(", ".join(runs), True)])
+        rows += [[Cell(name), Cell(value)] for name, value in _flat(json.loads(text)).items()]
+    return Table("Environment", "Where it was measured.", ["What", "Is"], rows, num_names=2)
+
+
+def _figure_cell(figure: Any, column: Column) -> Cell:
+    if figure is None:
+        return Cell("-")
+    is_sure = _DIFFERENCE.fullmatch(column.metric) and (figure.low > 0 or figure.high < 0)
+    return Cell(figure_text(figure, column), bool(is_sure))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = str(value)
+    return flat

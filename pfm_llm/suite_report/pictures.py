@@ -1,0 +1,117 @@
+"""The plots of a suite's results."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pfm_llm import files, plots
+from pfm_llm.suite_report.reading import SuiteResult, by_run
+from pfm_llm.suite_report.tables import NDCG, Column, mean_figures, summary_lines
+
+_CURVE = re.compile(
+    r"(?P<name>memory|cold_start)(_(?P<quality>[a-z_]+?))?_(?P<x>\d+)(_(?P<part>shared|own))?"
+)
+_CURVE_TEXTS = {
+    "memory": ("Memory: fewer items in the prompt", "Items that the prompt shows"),
+    "cold_start": ("Cold start: fewer interactions known", "Interactions given"),
+}
+_QUALITY_TEXTS = {"": "-log rank", "log_rank": "-log rank", "ndcg": "NDCG@10", "auc": "AUC"}
+_GAIN = "gain_log_rank"
+_MAX_REFERENCES = 3
+
+
+def draw(results: Sequence[SuiteResult], folder: Path) -> list[Path]:
+    """Draw all plots that there are figures for, and delete older ones that there are none for.
+
+    Args:
+        results: Of a suite with one budget.
+        folder: Where the PNG files go.
+
+    Returns:
+        The files, in the order to show them.
+
+    Raises:
+        StorageError: A file cannot be written or deleted.
+    """
+    drawn = [folder / "quality_by_bytes.png"] if _draw_bytes(results, folder) else []
+    drawn += _draw_histograms(results, folder)
+    drawn += _draw_curves(results, folder)
+    with files.storage_errors(folder):
+        for path in set(folder.glob("*.png")) - set(drawn):
+            path.unlink()
+    return drawn
+
+
+def _draw_bytes(results: Sequence[SuiteResult], folder: Path) -> bool:
+    lines = [line for line in summary_lines(results) if NDCG in line.figures]
+    methods: dict[str, plots.Point] = {}
+    baselines: dict[str, float] = {}
+    for line in lines:
+        sent, figure = line.mean_cost("bytes_up", "bytes_down"), line.figures[NDCG]
+        label = f"{line.label}, {line.regime}" if line.regime else line.label
+        if sent is None:
+            baselines[label] = figure.value
+        else:
+            methods[label] = plots.Point(sent, figure.value, figure.low, figure.high)
+    best = sorted(baselines, key=lambda name: -baselines[name])[:_MAX_REFERENCES]
+    return plots.plot_quality_by_bytes(
+        methods,
+        folder / "quality_by_bytes.png",
+        y_label="NDCG@10 on test",
+        references={name: baselines[name] for name in best},
+    )
+
+
+def _draw_histograms(results: Sequence[SuiteResult], folder: Path) -> list[Path]:
+    drawn = []
+    for run, own in by_run(results).items():
+        gains = _per_user(own[0].extra, _GAIN)
+        path = folder / f"gain_{run}.png"
+        title = f"{run}, seed {own[0].seed}: what each user gains"
+        label = "Gain in log rank: shared + private over shared only"
+        if plots.plot_gain_histogram(gains, path, title=title, x_label=label):
+            drawn.append(path)
+    return drawn
+
+
+def _per_user(extra: Mapping[str, Any], metric: str) -> np.ndarray:
+    """float64 [users]; empty when the result does not hold them. None stands for no value."""
+    values = (extra.get("per_user") or {}).get(metric, [])
+    values = values.values() if isinstance(values, Mapping) else values
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+def _draw_curves(results: Sequence[SuiteResult], folder: Path) -> list[Path]:
+    metrics: dict[tuple[str, str, str], dict[str, dict[int, str]]] = {}
+    for result in results:
+        for row in result.own_rows:
+            match = _CURVE.fullmatch(row.metric)
+            if match:
+                key = match["name"], match["quality"] or "", row.task
+                parts = metrics.setdefault(key, {})
+                parts.setdefault(match["part"] or "gain", {})[int(match["x"])] = row.metric
+    drawn = []
+    for (name, quality, task), parts in sorted(metrics.items()):
+        curves = [
+            plots.Curve(run, **{part: _points(own, task, xs) for part, xs in parts.items()})
+            for run, own in by_run(results).items()
+        ]
+        title, x_label = _CURVE_TEXTS[name]
+        path = folder / f"{'_'.join(filter(None, (name, quality, task)))}.png"
+        what = f"{_QUALITY_TEXTS.get(quality, quality)} ({task.replace('_', ' ')})"
+        if plots.plot_curves(curves, path, title=title, x_label=x_label, quality=what):
+            drawn.append(path)
+    return drawn
+
+
+def _points(own: Sequence[SuiteResult], task: str, metrics: Mapping[int, str]) -> list[plots.Point]:
+    """By ascending number of items, means over seeds."""
+    points = []
+    for x in sorted(metrics):
+        figure = mean_figures(own, None, Column("", metrics[x], (task,)))
+        if figure is not None:
+            points.append(plots.Point(x, figure.value, figure.low, figure.high))
+    return points

@@ -1,0 +1,103 @@
+"""The results of a suite, read back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pfm_llm.errors import CorruptFileError, DataError
+from pfm_llm.files import read_json
+from pfm_llm.run_report import ResultRow, read_results
+from pfm_llm.types import Mode
+
+TEST = "test"
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """The result of one run with one seed.
+
+    Attributes:
+        run: The run's name.
+        seed: Its seed.
+        position: Where the suite lists it.
+        mode: The mode that it is judged by.
+        rows: All that was measured, with the baselines.
+        extra: Everything else in its file: config, grid, costs, environment.
+    """
+
+    run: str
+    seed: int
+    position: int
+    mode: Mode
+    rows: tuple[ResultRow, ...]
+    extra: Mapping[str, Any]
+
+    @property
+    def failed(self) -> str | None:
+        """Why there is no result; None when there is one."""
+        return self.extra.get("failed")
+
+    @property
+    def own_rows(self) -> list[ResultRow]:
+        """The full-catalogue test rows of its own method, without baselines."""
+        return [row for row in self.test_rows if row.mode != Mode.NONE]
+
+    @property
+    def test_rows(self) -> list[ResultRow]:
+        """All full-catalogue test rows."""
+        return [row for row in self.rows if (row.split, row.candidates) == (TEST, FULL)]
+
+
+def read_suite(folder: Path) -> list[SuiteResult]:
+    """All results of a suite with one budget, in the suite's order, seeds ascending.
+
+    Args:
+        folder: ``results/<suite>/<budget>``.
+
+    Raises:
+        DataError: It holds no result.
+        CorruptFileError: A file is not what the suite writes.
+    """
+    results = [_read(path) for path in sorted(folder.glob("*.json"))]
+    if not results:
+        raise DataError(f"no results in {folder}; run scripts/benchmark.py first")
+    return sorted(results, key=lambda result: (result.position, result.run, result.seed))
+
+
+def suite_folders(results: Path) -> list[Path]:
+    """The folders below ``results`` that hold a suite's results, by name.
+
+    Raises:
+        CorruptFileError: A file two folders below ``results`` is not JSON.
+    """
+    trees = ((path.parent, read_json(path)) for path in results.glob("*/*/*.json"))
+    return sorted({parent for parent, tree in trees if isinstance(tree, dict) and "suite" in tree})
+
+
+def by_run(results: Sequence[SuiteResult]) -> dict[str, list[SuiteResult]]:
+    """Run to its results that did not fail, one for each seed."""
+    runs: dict[str, list[SuiteResult]] = {}
+    for result in results:
+        if result.failed is None:
+            runs.setdefault(result.run, []).append(result)
+    return runs
+
+
+def _read(path: Path) -> SuiteResult:
+    rows, extra = read_results(path)
+    try:
+        has_private = extra["config"]["adapters"]["private"]["enabled"]
+        return SuiteResult(
+            run=str(extra["run"]),
+            seed=int(extra["seed"]),
+            position=int(extra["position"]),
+            mode=Mode.SHARED_PRIVATE if has_private else Mode.SHARED_ONLY,
+            rows=tuple(rows),
+            extra=extra,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path} is not a result of a suite ({error}); delete it and run scripts/benchmark.py"
+        ) from error

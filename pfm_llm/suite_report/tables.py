@@ -1,0 +1,305 @@
+"""The suite's main table: a line for each method, means over seeds, as cells and as Markdown."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pfm_llm.run_report import ResultRow
+from pfm_llm.suite_report.reading import SuiteResult, by_run, read_suite
+from pfm_llm.types import Mode
+
+_NEXT_ITEM, _LIKE = "next_item", "like"
+_POPULARITY, _POOLED = "popularity", "central"
+_BYTES_PER_MB = 1e6
+_QUALITIES = ("ndcg", "hit_rate", "auc")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its interval, means over seeds.
+
+    Attributes:
+        value: The mean over users, and over seeds.
+        low: Lower end of the interval over users; with several seeds the mean of their ends.
+        high: Upper end of it.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure that the table shows.
+
+    Attributes:
+        heading: Without the interval's label.
+        metric: As in the rows.
+        tasks: Tasks to look in, the first that has it counts.
+        k: Cut-off; None: any.
+        form: Format of a number.
+        has_interval: Show it.
+        is_difference: Bold where the interval excludes 0, instead of the column's best.
+    """
+
+    heading: str
+    metric: str
+    tasks: tuple[str, ...] = (_NEXT_ITEM, _LIKE)
+    k: int | None = None
+    form: str = "{:.4f}"
+    has_interval: bool = True
+    is_difference: bool = False
+
+
+NDCG = Column("NDCG@10", "ndcg", (_NEXT_ITEM,), 10)
+COLUMNS = (
+    NDCG,
+    Column("Hit rate@10", "hit_rate", (_NEXT_ITEM,), 10, has_interval=False),
+    Column("Like AUC", "auc", (_LIKE,)),
+    Column("Gain, log rank", "gain_log_rank", form="{:+.3f}", is_difference=True),
+    Column("Gain, NDCG@10", "gain_ndcg", form="{:+.4f}", is_difference=True),
+    Column("Gain, like AUC", "gain_auc", form="{:+.4f}", is_difference=True),
+    Column("Identification", "identification", form="{:.2f}"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: What it says.
+        is_bold: Whether it stands out.
+    """
+
+    text: str
+    is_bold: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method in the main table.
+
+    Attributes:
+        method: Its name.
+        run: The suite's name for it; empty for a baseline.
+        regime: How it was trained; empty for a baseline.
+        figures: Column to figure, where there is one.
+        num_seeds: How many seeds the figures are means over.
+        did_not_learn: It does not beat popularity on validation, with one seed at least.
+        results: What it is from; empty for a baseline.
+    """
+
+    method: str
+    run: str
+    regime: str
+    figures: Mapping[Column, Figure]
+    num_seeds: int
+    did_not_learn: bool
+    results: tuple[SuiteResult, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The method, and the run where its name says more."""
+        says_it = self.run in ("", self.method, f"{self.method}-{self.regime}")
+        return self.method if says_it else f"{self.method} ({self.run})"
+
+    def mean_cost(self, *names: str) -> float | None:
+        """The mean over seeds of a sum of costs; None where one is not known.
+
+        Bytes are not known of pooled training: there, the rounds that send them are only a way
+        to draw minibatches.
+        """
+        if self.method == _POOLED and any(name.startswith("bytes") for name in names):
+            return None
+        costs = [result.extra.get("costs", {}) for result in self.results]
+        if not costs or any(name not in cost for cost in costs for name in names):
+            return None
+        return statistics.fmean(sum(cost[name] for name in names) for cost in costs)
+
+
+def summary_lines(results: Sequence[SuiteResult]) -> list[Line]:
+    """A line for each baseline, then one for each run.
+
+    Args:
+        results: Of a suite with one budget.
+    """
+    lines = _baseline_lines(results)
+    for run, own in by_run(results).items():
+        rows = [row for result in own for row in result.own_rows]
+        described = next((row for row in rows if row.mode == own[0].mode), None)
+        if described is None:
+            continue  # a script's, whose methods are among the baselines
+        figures = {column: mean_figures(own, own[0].mode, column) for column in COLUMNS}
+        lines.append(
+            Line(
+                method=described.method,
+                run=run,
+                regime=described.regime,
+                figures={column: figure for column, figure in figures.items() if figure},
+                num_seeds=len(own),
+                did_not_learn=any(result.extra.get("did_not_learn") for result in own),
+                results=tuple(own),
+            )
+        )
+    return lines
+
+
+def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[Cell]]]:
+    """Header and body of the main table; the first two columns are text.
+
+    Args:
+        results: Of a suite with one budget.
+    """
+    lines = summary_lines(results)
+    columns = [c for c in COLUMNS if any(c in line.figures for line in lines)]
+    interval = f" [{_confidence(results) * 100:g} %]"
+    header = ["Method", "Regime"]
+    header += [column.heading + (interval if column.has_interval else "") for column in columns]
+    header += ["MB a client and round, up / down", "Client steps, shared + private"]
+    tops = {
+        column: max(
+            column.form.format(line.figures[column].value)
+            for line in lines
+            if column in line.figures
+        )
+        for column in columns
+    }
+    body = []
+    for line in lines:
+        name = line.label + (f", {line.num_seeds} seeds" if line.num_seeds > 1 and line.run else "")
+        name += " (did not learn)" if line.did_not_learn else ""
+        cells = [Cell(name), Cell(line.regime or "-")]
+        cells += [_cell(line.figures.get(column), column, tops[column]) for column in columns]
+        body.append([*cells, *_cost_cells(line)])
+    return header, body
+
+
+def markdown_table(folder: Path) -> str:
+    """The main table of a suite's results with a caption, as Markdown.
+
+    Args:
+        folder: ``results/<suite>/<budget>``.
+
+    Raises:
+        DataError: It holds no result.
+        CorruptFileError: A file is not what the suite writes.
+    """
+    results = read_suite(folder)
+    header, body = summary_cells(results)
+    lines = [_line(header), _line(["---", "---", *["---:"] * (len(header) - 2)])]
+    lines += [_line([f"**{c.text}**" if c.is_bold else c.text for c in cells]) for cells in body]
+    parts = [caption(results), "\n".join(lines)]
+    failed = [f"{r.run}, seed {r.seed}: {r.failed}" for r in results if r.failed is not None]
+    if failed:
+        parts.append("Failed: " + "; ".join(text.replace("\n", " ") for text in failed))
+    return "\n\n".join(parts)
+
+
+def caption(results: Sequence[SuiteResult]) -> str:
+    """What the main table's figures are, in a few words."""
+    rows = [row for result in results for row in result.test_rows]
+    users = sorted({row.num_users for row in rows if row.metric == NDCG.metric})
+    seeds = sorted({result.seed for result in results})
+    extra = results[0].extra
+    parts = [
+        f"{extra['suite']}, budget {extra['budget']}",
+        "test split",
+        *sorted({row.protocol for row in rows}),
+        f"{'-'.join(str(n) for n in sorted({users[0], users[-1]}))} users" if users else "no users",
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
+    ]
+    text = (
+        "whole catalogue ranked, learning rates chosen on validation. Best in bold, gains in bold "
+        "where the interval excludes 0"
+    )
+    if len(seeds) > 1:
+        text += "; over several seeds, values and ends of intervals are means"
+    return f"{' · '.join(parts)}; {text}."
+
+
+def mean_figures(
+    results: Iterable[SuiteResult], mode: Mode | None, column: Column
+) -> Figure | None:
+    """A figure in one mode (None: in any), its mean over results; None where one lacks it."""
+    return _mean(_found(result.own_rows, column, mode) for result in results)
+
+
+def figure_text(figure: Figure, column: Column) -> str:
+    """The figure as shown, with its interval where the column has one."""
+    text = column.form.format(figure.value)
+    if column.has_interval:
+        text += f" [{column.form.format(figure.low)}, {column.form.format(figure.high)}]"
+    return text
+
+
+def _baseline_lines(results: Sequence[SuiteResult]) -> list[Line]:
+    """Each baseline once for each seed, whichever run it was measured beside."""
+    found: dict[str, dict[int, list[ResultRow]]] = {}
+    weak: set[str] = set()
+    for result in results:
+        methods: dict[str, list[ResultRow]] = {}
+        for row in result.test_rows:
+            if row.mode == Mode.NONE:
+                methods.setdefault(row.method, []).append(row)
+        if result.extra.get("script") and result.extra.get("did_not_learn"):
+            weak |= methods.keys() - {_POPULARITY}  # the best of them does not beat it
+        for method, rows in methods.items():
+            found.setdefault(method, {}).setdefault(result.seed, rows)
+    lines = []
+    for method, seeds in found.items():
+        figures = {c: _mean(_found(rows, c, None) for rows in seeds.values()) for c in COLUMNS}
+        kept = {column: figure for column, figure in figures.items() if figure}
+        lines.append(Line(method, "", "", kept, len(seeds), method in weak))
+    return lines
+
+
+def _found(rows: Sequence[ResultRow], column: Column, mode: Mode | None) -> ResultRow | None:
+    for task in column.tasks:
+        for row in rows:
+            fits = (row.metric, row.task) == (column.metric, task) and column.k in (None, row.k)
+            # Quality in another mode is another quality; a difference of modes is of the run.
+            if fits and (mode in (None, row.mode) or column.metric not in _QUALITIES):
+                return row
+    return None
+
+
+def _mean(rows: Iterable[ResultRow | None]) -> Figure | None:
+    found = list(rows)
+    whole = [row for row in found if row is not None]
+    if not whole or len(whole) < len(found):
+        return None
+    return Figure(
+        statistics.fmean(row.value for row in whole),
+        statistics.fmean(row.ci_low for row in whole),
+        statistics.fmean(row.ci_high for row in whole),
+    )
+
+
+def _cell(figure: Figure | None, column: Column, top: str) -> Cell:
+    if figure is None:
+        return Cell("-")
+    if column.is_difference:
+        return Cell(figure_text(figure, column), figure.low > 0 or figure.high < 0)
+    return Cell(figure_text(figure, column), column.form.format(figure.value) == top)
+
+
+def _cost_cells(line: Line) -> list[Cell]:
+    clients, up, down = map(line.mean_cost, ("client_rounds", "bytes_up", "bytes_down"))
+    shared, private = map(line.mean_cost, ("shared_client_steps", "private_client_steps"))
+    traffic, steps = "-", "-"
+    if clients and up is not None and down is not None:
+        traffic = f"{up / clients / _BYTES_PER_MB:.2f} / {down / clients / _BYTES_PER_MB:.2f}"
+    if shared is not None and private is not None:
+        steps = f"{shared:,.0f} + {private:,.0f}"
+    return [Cell(traffic), Cell(steps)]
+
+
+def _confidence(results: Sequence[SuiteResult]) -> float:
+    return float(results[0].extra["config"]["evaluation"]["confidence"])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
