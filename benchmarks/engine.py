@@ -256,7 +256,8 @@ class Bench:
     ) -> list[Step]:
         import torch
 
-        from pfm_llm.cohort_model import Parts, collate
+        from pfm_llm.batches import collate
+        from pfm_llm.cohort_model import Parts
         from pfm_llm.types import PRIVATE_PREFIX
 
         histories, own = self.assembly.histories, [tensors[client] for client in chunk]

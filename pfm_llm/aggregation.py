@@ -10,7 +10,8 @@ from typing import Self, TypedDict
 
 import torch
 
-from pfm_llm.config import LearningRateSchedule, ServerConfig, ServerOptimizer, Weighting
+from pfm_llm.choices import LearningRateSchedule, ServerOptimizer, Weighting
+from pfm_llm.config import ServerConfig
 from pfm_llm.errors import ContractError, TrainingError
 from pfm_llm.types import ClientUpdate, SharedState, Tensors
 
@@ -198,8 +199,8 @@ class ServerStep:
 
     With Δ the aggregated update, η the group's learning rate times `lr_factor`:
 
-    - ``average``: w ← w + η Δ, η = `lr_factor` alone: ``lr_*`` do not apply. With a constant
-      schedule that is FedAvg (arXiv 1602.05629, algorithm 1).
+    - ``average``: w ← w + η Δ, η = `lr_factor` times ``lr_scale``: ``lr_*`` do not apply. With a
+      constant schedule and ``lr_scale: 1`` that is FedAvg (arXiv 1602.05629, algorithm 1).
     - ``fedavgm``: v ← momentum · v + Δ; w ← w + η v (arXiv 1909.06335).
     - ``fedadam``: m ← momentum · m + (1 - momentum) Δ; v ← beta2 · v + (1 - beta2) Δ²;
       w ← w + η m̂ / (√v̂ + eps) (arXiv 2003.00295, algorithm 2). Unlike there, m̂ and v̂ are
@@ -248,14 +249,18 @@ class ServerStep:
         """
         groups = {
             "lora.": self.config.lr_lora,
+            "basis.taste.": self.config.lr_taste,
             "basis.": self.config.lr_lora,
             "head.item_ids": self.config.lr_item_ids,
             "head.item_bias": self.config.lr_item_bias,
-            "head.": self.config.lr_head,  # after its special cases: the first match counts
+            "head.like_bias": self.config.lr_item_bias,
+            "head.like_ids": self.config.lr_item_bias,
+            "head.": self.config.lr_head,  # the first match counts: special cases stand before
         }
         for prefix, rate in groups.items():
             if name.startswith(prefix):
-                return 1.0 if self.config.optimizer is ServerOptimizer.AVERAGE else rate
+                averages = self.config.optimizer is ServerOptimizer.AVERAGE
+                return self.config.lr_scale * (1.0 if averages else rate)
         raise ContractError(f"{name!r} is no shared tensor: it has no learning rate")
 
     def step(

@@ -34,7 +34,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pfm_llm import files
-from pfm_llm.config import AdaptersConfig, Dtype, HeadConfig, WindowConfig
+from pfm_llm.choices import Dtype
+from pfm_llm.config import AdaptersConfig, HeadConfig, WindowConfig
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.errors import ArtefactError, CorruptFileError

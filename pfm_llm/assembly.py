@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfm_llm.artefact import Artefact, read_artefact
-from pfm_llm.client import ClientHistories, LocalTrainer
+from pfm_llm.choices import Task
+from pfm_llm.client import LocalTrainer
 from pfm_llm.config import ExperimentConfig, load_config, training_hash
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.partition import partition
@@ -17,7 +18,8 @@ from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
 from pfm_llm.errors import CheckpointError, ConfigError
 from pfm_llm.evaluation import Evaluator
-from pfm_llm.model_parts import ModelParts, build_model
+from pfm_llm.histories import ClientHistories
+from pfm_llm.model_parts import ModelParts, build_model, initial_private
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.processes import Processes
 from pfm_llm.run_report import CONFIG_FILE
@@ -199,7 +201,9 @@ def assemble(
     store = PrivateStore(folders.private)
     cache = _trunk_cache(config, parts, folders.private, processes.count)
     clients = partition(interactions, config.data.users_per_client, config.seed)
-    histories = ClientHistories(clients, corpus.split.train, parts.encoder, cache)
+    histories = ClientHistories(
+        clients, corpus.split.train, parts.encoder, cache, _like_threshold(config)
+    )
     trainer = make_trainer(config, parts, histories, store)
     return Assembly(
         config=config,
@@ -218,10 +222,12 @@ def make_trainer(
     config: ExperimentConfig, parts: ModelParts, histories: ClientHistories, store: PrivateStore
 ) -> LocalTrainer:
     """Local training of a model on some clients' histories."""
-    private_of = functools.partial(
-        parts.adapter.initial_private, config.seed, head_dim=config.head.dim
-    )
+    private_of = functools.partial(initial_private, config, parts.adapter)
     return LocalTrainer(config, parts.model, histories, store, parts.contract, private_of)
+
+
+def _like_threshold(config: ExperimentConfig) -> float | None:
+    return config.data.like_threshold if Task.LIKE in config.tasks else None
 
 
 def _trunk_cache(

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pfm_llm import assets
-from pfm_llm.config import BackboneConfig, Dtype
+from pfm_llm.choices import Dtype
+from pfm_llm.config import BackboneConfig
 from pfm_llm.errors import BackboneError
 
 EMBEDDED = {"smollm2-135m": assets.smollm2_135m}

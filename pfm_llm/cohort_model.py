@@ -10,19 +10,19 @@ B, and ``torch.baddbmm`` adds the low-rank product onto the frozen output::
 which equals PEFT with both adapters active, one client at a time (a test holds it).
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from pfm_llm import head as recommender_head
-from pfm_llm.encoding import NO_TARGET, Window
+from pfm_llm import taste
+from pfm_llm.batches import ChunkBatch, Dropout, spans
+from pfm_llm.choices import Task
 from pfm_llm.head import Normaliser
+from pfm_llm.objective import Objective, Outputs
 from pfm_llm.readout import Readout, read_last_mlp_only
 from pfm_llm.types import Tensors
 
@@ -32,46 +32,7 @@ PRIVATE_LORA = "private.lora."
 PRIVATE_HEAD_A = "private.head.A"
 PRIVATE_HEAD_B = "private.head.B"
 BASIS_HEAD_A = "basis.head.A"
-
-
-@dataclass(frozen=True)
-class ChunkBatch:
-    """Windows of a chunk of clients, ready for the top.
-
-    A *position* is an item end. All positions receive the item's ID input; the *outputs* among
-    them are read out, to train or to rank.
-
-    Attributes:
-        trunk: [N, T, d] in the backbone's dtype, right-padded with zeros.
-        row_clients: int64 [N], index of each row's client in the chunk; ascending.
-        rows, ends: int64 [P], row and token index of every position, by client, then row.
-        items: int64 [P], the item at each position.
-        positions_per_client: How many of the P positions belong to each client.
-        outputs: int64 [K], which positions are read out, ascending.
-        targets: int64 [K], the next item at each output, or `NO_TARGET`.
-        outputs_per_client: How many of the K outputs belong to each client.
-    """
-
-    trunk: torch.Tensor
-    row_clients: torch.Tensor
-    rows: torch.Tensor
-    ends: torch.Tensor
-    items: torch.Tensor
-    positions_per_client: tuple[int, ...]
-    outputs: torch.Tensor
-    targets: torch.Tensor
-    outputs_per_client: tuple[int, ...]
-
-    @property
-    def num_clients(self) -> int:
-        """How many clients the chunk has."""
-        return len(self.positions_per_client)
-
-    @property
-    def row_lengths(self) -> torch.Tensor:
-        """Tokens of each row without padding, int64 [N]: a row ends with its last item."""
-        nothing = torch.zeros_like(self.row_clients)
-        return nothing.scatter_reduce(0, self.rows, self.ends + 1, "amax")
+_SLICED = ("head.", "basis.taste.", "private.taste.")
 
 
 @dataclass(frozen=True)
@@ -85,77 +46,6 @@ class Parts:
 
     shared_lora: bool = True
     private_weight: float = 1.0
-
-
-def collate(
-    windows: Sequence[Sequence[Window]],
-    states: Sequence[Sequence[torch.Tensor]],
-    last_only: bool = False,
-) -> ChunkBatch:
-    """Put the windows of several clients into one batch.
-
-    Args:
-        windows: Per client its windows.
-        states: Per client and window the trunk states [T, d].
-        last_only: Read out the last position of each window (to rank) instead of every
-            position that has a target (to train).
-    """
-    flat = [(c, w) for c, own in enumerate(windows) for w in own]
-    lengths = torch.tensor([len(w) for _, w in flat])
-    row_clients = torch.tensor([c for c, _ in flat])
-    position_clients = row_clients.repeat_interleave(lengths)
-    targets = _joined([w.targets for _, w in flat])
-    outputs = lengths.cumsum(0) - 1 if last_only else (targets != NO_TARGET).nonzero()[:, 0]
-    trunk = nn.utils.rnn.pad_sequence([s for own in states for s in own], batch_first=True)
-    device = trunk.device
-    return ChunkBatch(
-        trunk=trunk,
-        row_clients=row_clients.to(device),
-        rows=torch.arange(len(flat)).repeat_interleave(lengths).to(device),
-        ends=_joined([w.item_ends for _, w in flat]).to(device),
-        items=_joined([w.items for _, w in flat]).to(device),
-        positions_per_client=_counts(position_clients, len(windows)),
-        outputs=outputs.to(device),
-        targets=targets[outputs].to(device),
-        outputs_per_client=_counts(position_clients[outputs], len(windows)),
-    )
-
-
-def _joined(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(arrays)).long()
-
-
-def _counts(clients: torch.Tensor, num_clients: int) -> tuple[int, ...]:
-    return tuple(clients.bincount(minlength=num_clients).tolist())
-
-
-def _spans(counts: Sequence[int]) -> list[slice]:
-    stops = list(itertools.accumulate(counts))
-    return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Dropout of one training step, from one generator per client.
-
-    What a client draws depends on its own windows alone, not on the padding or on who else is
-    in the chunk.
-
-    Attributes:
-        head: Rate on the user vectors.
-        shared, private: Rates on what the factors A of each adapter read, as in PEFT.
-        generators: By index of the client in the chunk.
-    """
-
-    head: float
-    shared: float
-    private: float
-    generators: Sequence[torch.Generator]
-
-    def keep(self, shape: Sequence[int], rate: float, client: int) -> torch.Tensor:
-        """A client's next factors of a shape: 0 with probability ``rate``, else 1/(1 - rate)."""
-        uniform = torch.rand(*shape, generator=self.generators[client])
-        return (uniform >= rate) / (1 - rate)
 
 
 @dataclass(frozen=True)
@@ -218,7 +108,7 @@ class CohortModel:
         modules: Path in the full model to path in ``top`` of each adapted layer.
         scales: alpha / rank of the shared and of the private adapter.
         normaliser: The catalogue's whitening.
-        item_texts: float32 [I, D], whitened text embeddings.
+        objective: What is minimised, over the catalogue's whitened texts.
     """
 
     def __init__(
@@ -227,7 +117,7 @@ class CohortModel:
         modules: dict[str, str],
         scales: tuple[float, float],
         normaliser: Normaliser,
-        item_texts: torch.Tensor,
+        objective: Objective,
     ) -> None:
         self._top = top
         self._scales = scales
@@ -239,7 +129,12 @@ class CohortModel:
         self._last_mlp = read_last_mlp_only(top)
         device = next(top.parameters()).device
         self._normaliser = normaliser.to(device)
-        self.item_texts = item_texts.to(device)
+        self.objective = objective.to(device)
+
+    @property
+    def item_texts(self) -> torch.Tensor:
+        """Whitened text embeddings of the catalogue, float32 [I, D]."""
+        return self.objective.item_texts
 
     @property
     def num_items(self) -> int:
@@ -253,7 +148,7 @@ class CohortModel:
         parts: Parts,
         dropout: Dropout | None = None,
     ) -> list[torch.Tensor]:
-        """Mean cross-entropy (nats) over the whole catalogue for each client.
+        """The loss (nats) of each client; see `Objective`.
 
         Args:
             batch: The windows, collated to train.
@@ -264,31 +159,60 @@ class CohortModel:
         Returns:
             C scalars; each depends on its own client's slice of ``stacked`` alone.
         """
-        heads, vectors = self._user_vectors(batch, stacked, parts, dropout)
+        owns, vectors = self._user_vectors(batch, stacked, parts, dropout)
         if dropout is not None and dropout.head:
             vectors = [
                 own * dropout.keep(own.shape, dropout.head, client).to(own)
                 for client, own in enumerate(vectors)
             ]
+        personal = bool(parts.private_weight)
         return [
-            F.cross_entropy(
-                recommender_head.score_items(head, own, self.item_texts), batch.targets[span]
-            )
-            for head, own, span in zip(
-                heads, vectors, _spans(batch.outputs_per_client), strict=True
-            )
+            self.objective.loss(own, outputs, personal)
+            for own, outputs in zip(owns, _outputs(batch, vectors), strict=True)
         ]
+
+    @torch.no_grad()
+    def fit_taste(self, batch: ChunkBatch, stacked: Tensors) -> dict[str, torch.Tensor]:
+        """Each client's taste vectors for the shared state at hand, stacked [C, ...]."""
+        parts = Parts(shared_lora=True, private_weight=0.0)
+        owns, vectors = self._user_vectors(batch, stacked, parts)
+        fitted = [
+            self.objective.fit_taste(own, outputs)
+            for own, outputs in zip(owns, _outputs(batch, vectors), strict=True)
+        ]
+        return {name: torch.stack([one[name] for one in fitted]) for name in fitted[0]}
 
     @torch.no_grad()
     def scores(self, batch: ChunkBatch, stacked: Tensors, parts: Parts) -> torch.Tensor:
         """Scores [K, I] of the catalogue at every output of the batch, float32."""
-        heads, vectors = self._user_vectors(batch, stacked, parts)
-        return torch.cat(
-            [
-                recommender_head.score_items(head, own, self.item_texts)
-                for head, own in zip(heads, vectors, strict=True)
-            ]
-        )
+        owns, vectors = self._user_vectors(batch, stacked, parts)
+        found = []
+        for own, states in zip(owns, vectors, strict=True):
+            scores = recommender_head.score_items(own, states, self.item_texts)
+            added = self._taste_scores(own, Task.NEXT_ITEM, parts.private_weight)
+            found.append(scores if added is None else scores + added)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def like_logits(self, stacked: Tensors, parts: Parts) -> torch.Tensor:
+        """Log-odds [C, I] that each client likes each item, float32.
+
+        They depend on no state: what a client likes is in its taste vector, if anywhere.
+        """
+        num_clients = len(stacked[recommender_head.LIKE_TEXT])
+        found = []
+        for own in _slices(stacked, num_clients):
+            logits = recommender_head.like_logits(own, self.item_texts)
+            added = self._taste_scores(own, Task.LIKE, parts.private_weight)
+            found.append(logits if added is None else logits + added)
+        return torch.stack(found)
+
+    def _taste_scores(self, own: Tensors, task: Task, weight: float) -> torch.Tensor | None:
+        """What a client's taste vector adds to the scores of the catalogue [I]."""
+        vector = own.get(taste.vector_name(task))
+        if vector is None or not weight:
+            return None
+        return self.objective.features(own, task) @ (vector * weight)
 
     @torch.no_grad()
     def zero_shot_scores(self, batch: ChunkBatch) -> torch.Tensor:
@@ -301,25 +225,23 @@ class CohortModel:
     def _user_vectors(
         self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None = None
     ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
-        """Per client its head and its user vectors [K_c, D]."""
-        # unbind, not indexing: its backward is one stack instead of C zero-filled scatters.
-        slices = {n: v.unbind(0) for n, v in stacked.items() if n.startswith("head.")}
-        heads = [{n: v[c] for n, v in slices.items()} for c in range(batch.num_clients)]
+        """Per client its head, basis and taste vectors, and its user vectors [K_c, D]."""
+        owns = _slices(stacked, batch.num_clients)
         private_heads = _private_heads(stacked, batch.num_clients, parts.private_weight)
         self._set_factors(batch, stacked, parts, dropout)
-        states = self._output_states(self._with_item_inputs(batch, heads), batch, dropout)
+        states = self._output_states(self._with_item_inputs(batch, owns), batch, dropout)
         vectors = [
-            recommender_head.user_vectors(head, states[span], private_head)
-            for head, private_head, span in zip(
-                heads, private_heads, _spans(batch.outputs_per_client), strict=True
+            recommender_head.user_vectors(own, states[span], private_head)
+            for own, private_head, span in zip(
+                owns, private_heads, spans(batch.outputs_per_client), strict=True
             )
         ]
-        return heads, vectors
+        return owns, vectors
 
     def _with_item_inputs(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> torch.Tensor:
         added = [
             recommender_head.item_inputs(head, batch.items[span])
-            for head, span in zip(heads, _spans(batch.positions_per_client), strict=True)
+            for head, span in zip(heads, spans(batch.positions_per_client), strict=True)
         ]
         values = [value for value in added if value is not None]
         if not values:
@@ -367,6 +289,20 @@ class CohortModel:
             b = stacked[f"{PRIVATE_LORA}{name}.B"] * (private_scale * parts.private_weight)
             pairs.append(_Pair(stacked[basis] if own_a is None else own_a, b, is_private=True))
         return pairs
+
+
+def _slices(stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:
+    """Per client its slice of what is not LoRA: head, taste basis, taste vectors."""
+    # unbind, not indexing: its backward is one stack instead of C zero-filled scatters.
+    slices = {n: v.unbind(0) for n, v in stacked.items() if n.startswith(_SLICED)}
+    return [{n: v[c] for n, v in slices.items()} for c in range(num_clients)]
+
+
+def _outputs(batch: ChunkBatch, vectors: Sequence[torch.Tensor]) -> list[Outputs]:
+    return [
+        Outputs(own, batch.targets[span], batch.liked[span])
+        for own, span in zip(vectors, spans(batch.outputs_per_client), strict=True)
+    ]
 
 
 def _private_heads(

@@ -2,103 +2,38 @@
 
 import hashlib
 import typing
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pfm_llm.choices import (
+    Dtype,
+    HeldOutSplit,
+    ItemIds,
+    LearningRateSchedule,
+    LocalOptimizer,
+    PrivateKind,
+    Regime,
+    Repeats,
+    Schedule,
+    ServerOptimizer,
+    SplitKind,
+    Task,
+    Weighting,
+)
 from pfm_llm.config_text import apply_override, explain
 from pfm_llm.errors import ConfigError
-
-
-class SplitKind(StrEnum):
-    """How held-out interactions are chosen."""
-
-    LEAVE_LAST_OUT = "leave_last_out"
-    LAST_FRACTION = "last_fraction"
-    GLOBAL_TEMPORAL = "global_temporal"
-
-
-class HeldOutSplit(StrEnum):
-    """A part of the data that is ranked, not trained on."""
-
-    VALIDATION = "validation"
-    TEST = "test"
-
-
-class Repeats(StrEnum):
-    """What to do when a user meets an item again."""
-
-    FIRST_ONLY = "first_only"
-    ALLOW = "allow"
-
-
-class ItemIds(StrEnum):
-    """Where a learned embedding per item is used."""
-
-    NONE = "none"
-    OUTPUT = "output"
-    BOTH = "both"
-
-
-class PrivateKind(StrEnum):
-    """What a private adapter is made of."""
-
-    INDEPENDENT = "independent"
-    SHARED_BASIS = "shared_basis"
-
-
-class Schedule(StrEnum):
-    """When the private adapter is trained relative to the shared one."""
-
-    JOINT = "joint"
-    ALTERNATE = "alternate"
-    PRIVATE_AFTER = "private_after"
-
-
-class Weighting(StrEnum):
-    """How much each client's update counts."""
-
-    UNIFORM = "uniform"
-    NUM_EXAMPLES = "num_examples"
-
-
-class ServerOptimizer(StrEnum):
-    """What the server does with the aggregated update."""
-
-    AVERAGE = "average"
-    FEDAVGM = "fedavgm"
-    FEDADAM = "fedadam"
-
-
-class LearningRateSchedule(StrEnum):
-    """How the server's learning rates change over the rounds."""
-
-    CONSTANT = "constant"
-    COSINE = "cosine"
-
-
-class LocalOptimizer(StrEnum):
-    """What a client steps with."""
-
-    SGD = "sgd"
-    ADAMW = "adamw"
-
-
-class Dtype(StrEnum):
-    """Compute type of the frozen backbone."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
+from pfm_llm.methods import Method, with_method
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+
+_FEDAVG_STEPS = 4
+"""Fewer local steps are hardly an average of models."""
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -122,14 +57,16 @@ class DataConfig(_Settings):
 
     source: str = Field(
         "movielens-100k",
-        description="movielens-100k (embedded), a MovieLens folder, a CSV/TSV/Parquet file, "
-        "a `datasets` id, or a save_to_disk folder",
+        description="movielens-100k or completejourney (embedded), a MovieLens folder, a "
+        "CSV/TSV/Parquet file, a `datasets` id, or a save_to_disk folder",
     )
     items: str | None = Field(None, description="file of item texts, when apart from source")
     columns: ColumnsConfig = ColumnsConfig()
     repeats: Repeats = Repeats.FIRST_ONLY
     split: SplitKind = SplitKind.LEAVE_LAST_OUT
     held_out: Fraction = Field(0.2, description="share held out by the other two splits")
+    keep_ties: bool = Field(False, description="never cut between a user's events of one time")
+    like_threshold: float = Field(4.0, description="ratings from here on count as liked")
     min_interactions: PositiveCount = Field(3, description="users with fewer are dropped")
     max_users: PositiveCount | None = Field(None, description="keep a random sample of users")
     max_bad_rows: Fraction = Field(0.01, description="stop above this share of bad rows")
@@ -162,6 +99,14 @@ class LoraAdapterConfig(_Settings):
     dropout: Fraction = 0.0
 
 
+class TasteConfig(_Settings):
+    """The private taste vector; see taste.py."""
+
+    rank: PositiveCount = Field(16, description="numbers a user and task")
+    precision: Positive = Field(30.0, description="of the prior, before training")
+    folds: Annotated[int, Field(ge=2)] = Field(4, description="of the cross-fitting")
+
+
 class PrivateAdapterConfig(LoraAdapterConfig):
     """The adapter that never leaves its client."""
 
@@ -169,6 +114,8 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     rank: PositiveCount = 4
     alpha: PositiveCount = 8
     kind: PrivateKind = PrivateKind.INDEPENDENT
+    on_layers: bool = Field(True, description="false: on the head alone (not of kind taste)")
+    taste: TasteConfig = TasteConfig()
     head_rank: Count = Field(4, description="rank of the private head term; 0: none")
     weight: float = Field(1.0, ge=0, le=1.5, description="private_weight at serving time")
 
@@ -222,6 +169,8 @@ class ServerConfig(_Settings):
     lr_head: Positive = 3e-3
     lr_item_ids: Positive = 3e-3
     lr_item_bias: Positive = 3e-2
+    lr_taste: Positive = Field(1e-2, description="of the basis of private taste vectors")
+    lr_scale: Positive = Field(1.0, description="factor on all of them, and on an average")
     lr_schedule: LearningRateSchedule = LearningRateSchedule.COSINE
     warmup_rounds: Count = 0
     momentum: Fraction = 0.9
@@ -305,6 +254,11 @@ class ExperimentConfig(_Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
     prompt: str = "next_item.v1"
+    method: Method | None = Field(
+        None, description="see pfm_llm/methods; None: as the settings say"
+    )
+    regime: Regime | None = Field(None, description="a label that the settings must fit")
+    tasks: tuple[Task, ...] = Field((Task.NEXT_ITEM,), description="next_item, and like beside it")
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
     window: WindowConfig = WindowConfig()
@@ -320,26 +274,77 @@ class ExperimentConfig(_Settings):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "ExperimentConfig":
-        private, local = self.adapters.private, self.federation.local
-        shared_basis = private.enabled and private.kind is PrivateKind.SHARED_BASIS
-        if shared_basis and local.schedule is not Schedule.ALTERNATE:
-            raise ValueError(
-                "adapters.private.kind: shared_basis needs federation.local.schedule: alternate "
-                "(the private part is fitted before the basis takes its gradient)"
-            )
-        if shared_basis and local.private_local_steps == 0:
-            raise ValueError(
-                "adapters.private.kind: shared_basis needs private_local_steps of at least 1"
-            )
-        push = self.push_to_hub
-        if push is not None and push.every % self.output.checkpoint_every:
-            raise ValueError(
-                f"push_to_hub.every: {push.every} is not a multiple of output.checkpoint_every "
-                f"({self.output.checkpoint_every}): only committed rounds are pushed"
-            )
-        if self.name.endswith(".private"):
-            raise ValueError("name must not end in .private: that is the private folder's name")
+        for problem in (
+            _private_problem(self),
+            _task_problem(self),
+            _regime_problem(self),
+            _output_problem(self),
+        ):
+            if problem is not None:
+                raise ValueError(problem)
         return self
+
+
+def _private_problem(config: ExperimentConfig) -> str | None:
+    private, local = config.adapters.private, config.federation.local
+    if not private.enabled:
+        return None
+    shared_basis = private.kind is PrivateKind.SHARED_BASIS
+    if shared_basis and local.schedule is not Schedule.ALTERNATE:
+        return (
+            "adapters.private.kind: shared_basis needs federation.local.schedule: alternate "
+            "(the private part is fitted before the basis takes its gradient)"
+        )
+    if shared_basis and local.private_local_steps == 0:
+        return "adapters.private.kind: shared_basis needs private_local_steps of at least 1"
+    if not private.on_layers and not private.head_rank:
+        return "adapters.private: on_layers: false with head_rank: 0 leaves nothing private"
+    return None
+
+
+def _task_problem(config: ExperimentConfig) -> str | None:
+    if Task.NEXT_ITEM not in config.tasks or len(set(config.tasks)) != len(config.tasks):
+        return "tasks must hold next_item, and like at most once beside it"
+    if Task.LIKE in config.tasks and config.data.split is SplitKind.LEAVE_LAST_OUT:
+        return (
+            "tasks: like needs data.split: last_fraction (or global_temporal): one held-out event "
+            "a user has no AUC"
+        )
+    return None
+
+
+def _regime_problem(config: ExperimentConfig) -> str | None:
+    local, optimizer = config.federation.local, config.federation.server.optimizer
+    if config.regime is Regime.FEDSGD and (
+        local.shared_local_steps != 1
+        or local.shared_optimizer is not LocalOptimizer.SGD
+        or optimizer is not ServerOptimizer.FEDADAM
+    ):
+        return (
+            "regime: fedsgd is one local gradient and an optimizer at the server: it needs "
+            "federation.local.shared_local_steps: 1, shared_optimizer: sgd and "
+            "federation.server.optimizer: fedadam"
+        )
+    if config.regime is Regime.FEDAVG and (
+        local.shared_local_steps < _FEDAVG_STEPS or optimizer is ServerOptimizer.FEDADAM
+    ):
+        return (
+            f"regime: fedavg needs federation.local.shared_local_steps of at least {_FEDAVG_STEPS} "
+            "and federation.server.optimizer: average or fedavgm"
+        )
+    return None
+
+
+def _output_problem(config: ExperimentConfig) -> str | None:
+    push = config.push_to_hub
+    if push is not None and push.every % config.output.checkpoint_every:
+        return (
+            f"push_to_hub.every: {push.every} is not a multiple of output.checkpoint_every "
+            f"({config.output.checkpoint_every}): only committed rounds are pushed"
+        )
+    if config.name.endswith(".private"):
+        return "name must not end in .private: that is the private folder's name"
+    return None
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> ExperimentConfig:
@@ -370,6 +375,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Exper
 
 def parse_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConfig:
     """Validate a tree of settings; see `load_config`."""
+    tree = with_method(tree, origin)
     try:
         return ExperimentConfig.model_validate(tree)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -20,15 +21,34 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator:
         raise ConfigError(f"override {override!r}: expected dotted.key=value")
+    set_setting(tree, key, yaml.safe_load(value))
+
+
+def set_setting(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in a tree of settings, which is changed.
+
+    Raises:
+        ConfigError: The key goes through something that holds no keys.
+    """
     *parents, last = key.split(".")
     for parent in parents:
         child = tree.get(parent)
         if child is None:
             child = tree[parent] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: {parent} holds no keys")
+            raise ConfigError(f"setting {key}: {parent} holds no keys")
         tree = child
-    tree[last] = yaml.safe_load(value)
+    tree[last] = value
+
+
+def find_setting(tree: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key in a tree of settings, or None."""
+    found: Any = tree
+    for part in key.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            return None
+        found = found[part]
+    return found
 
 
 def explain(problem: Any, root: type[BaseModel]) -> str:

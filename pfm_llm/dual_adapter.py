@@ -20,7 +20,8 @@ from torch import nn
 
 from pfm_llm import files, seeding
 from pfm_llm.backbone import Backbone
-from pfm_llm.config import AdaptersConfig, LoraAdapterConfig, PrivateKind
+from pfm_llm.choices import PrivateKind
+from pfm_llm.config import AdaptersConfig, LoraAdapterConfig
 from pfm_llm.errors import BackboneError, CorruptFileError
 from pfm_llm.types import PRIVATE_PREFIX, Tensors
 
@@ -80,7 +81,7 @@ class DualAdapter:
         for name, (fan_in, fan_out) in self.modules.items():
             tensors[f"lora.{name}.A"] = _random_a(rank, fan_in, seed, f"shared/{name}")
             tensors[f"lora.{name}.B"] = torch.zeros(fan_out, rank)
-            if shared_basis:
+            if shared_basis and private.on_layers:
                 tensors[f"basis.{name}.A"] = _random_a(private.rank, fan_in, seed, f"basis/{name}")
         if shared_basis and private.head_rank:
             width = self._backbone.hidden_size
@@ -88,7 +89,9 @@ class DualAdapter:
         return tensors
 
     def initial_private(self, seed: int, client_id: str, head_dim: int) -> dict[str, torch.Tensor]:
-        """A client's private tensors before training; with B zero they change nothing.
+        """A client's private LoRA before training; with B zero it changes nothing.
+
+        Taste vectors are no LoRA: see `taste.initial_vectors`.
 
         Args:
             seed: The experiment's seed.
@@ -96,8 +99,11 @@ class DualAdapter:
             head_dim: Dimensions D of the recommender head.
         """
         private, tensors = self._config.private, {}
+        if private.kind is PrivateKind.TASTE:
+            return {}
         own_a = private.kind is PrivateKind.INDEPENDENT
-        for name, (fan_in, fan_out) in self.modules.items():
+        modules = self.modules if private.on_layers else {}
+        for name, (fan_in, fan_out) in modules.items():
             key = f"{PRIVATE_PREFIX}lora.{name}"
             if own_a:
                 tensors[f"{key}.A"] = _random_a(private.rank, fan_in, seed, key, client_id)
@@ -131,6 +137,8 @@ class DualAdapter:
         tensors = {}
         for name in self.modules:
             key = f"{PRIVATE_PREFIX}lora.{name}"
+            if f"{key}.B" not in private:
+                continue  # the private part is in the head alone
             a = private.get(f"{key}.A", shared.get(f"basis.{name}.A"))
             assert a is not None
             tensors[f"lora.{name}.A"], tensors[f"lora.{name}.B"] = a, private[f"{key}.B"]

@@ -21,6 +21,7 @@ from pfm_llm.prompts import Prompt
 from pfm_llm.token_table import tokenise
 
 NO_TARGET = -1
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Window:
         item_ends: int32 [L], index in ``tokens`` of each item's last token, ascending.
         items: int32 [L], the item at each position.
         targets: int32 [L], the next item, or `NO_TARGET` where there is none to learn from.
+        liked: int8 [L], whether the user liked that next item, 0 or 1, or `NO_LABEL`.
     """
 
     tokens: np.ndarray
     item_ends: np.ndarray
     items: np.ndarray
     targets: np.ndarray
+    liked: np.ndarray
 
     def __len__(self) -> int:
         return len(self.items)
@@ -111,6 +114,7 @@ class HistoryEncoder:
         items: np.ndarray,
         ratings: np.ndarray | None = None,
         targets: np.ndarray | None = None,
+        liked: np.ndarray | None = None,
     ) -> Window:
         """Encode a stretch of a history as one window.
 
@@ -118,6 +122,7 @@ class HistoryEncoder:
             items: int [L], oldest first, L >= 1.
             ratings: float [L], where the prompt shows them.
             targets: int [L]; all `NO_TARGET` when None.
+            liked: int [L], labels of the targets; all `NO_LABEL` when None.
 
         Raises:
             DataError: The stretch is empty.
@@ -132,15 +137,21 @@ class HistoryEncoder:
         ends = len(header) + np.cumsum([len(piece) for piece in pieces]) - 1
         if targets is None:
             targets = np.full(len(items), NO_TARGET)
+        if liked is None:
+            liked = np.full(len(items), NO_LABEL)
         return Window(
             tokens=np.concatenate([header, *pieces]),
             item_ends=ends.astype(np.int32),
             items=np.asarray(items, dtype=np.int32),
             targets=np.asarray(targets, dtype=np.int32),
+            liked=np.asarray(liked, dtype=np.int8),
         )
 
     def training_windows(
-        self, items: np.ndarray, ratings: np.ndarray | None = None
+        self,
+        items: np.ndarray,
+        ratings: np.ndarray | None = None,
+        liked: np.ndarray | None = None,
     ) -> tuple[Window, ...]:
         """Cut a training history into windows that end with its last item.
 
@@ -151,6 +162,7 @@ class HistoryEncoder:
         Args:
             items: int [n], the training history, oldest first.
             ratings: float [n], where the prompt shows them.
+            liked: bool [n], whether the user liked each item, where likes are learned.
 
         Returns:
             Windows, oldest first; the newest ``max_windows`` of them.
@@ -158,12 +170,18 @@ class HistoryEncoder:
         if len(items) < 2:
             return ()
         targets = np.append(items[1:], NO_TARGET)
+        labels = None if liked is None else np.append(liked[1:].astype(np.int8), NO_LABEL)
         size = self.config.items
         spans = [slice(max(0, stop - size), stop) for stop in range(len(items), 0, -size)]
         # The newest window holds no target when a window is one item long.
         spans = [span for span in spans if targets[span][0] != NO_TARGET]
         return tuple(
-            self.window(items[s], None if ratings is None else ratings[s], targets[s])
+            self.window(
+                items[s],
+                None if ratings is None else ratings[s],
+                targets[s],
+                None if labels is None else labels[s],
+            )
             for s in reversed(spans[: self.config.max_windows])
         )
 

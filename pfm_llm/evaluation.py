@@ -6,49 +6,27 @@ whether it ever was in a cohort or not. At test every method sees train and vali
 history; nothing is refitted.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pfm_llm import metrics, scoring
-from pfm_llm.baselines import FittedBaseline
-from pfm_llm.client import ClientHistories, LocalTrainer, plan_chunks
-from pfm_llm.cohort_model import ChunkBatch, CohortModel, Parts, collate
-from pfm_llm.config import EvaluationConfig
+from pfm_llm import metrics
+from pfm_llm.batches import ChunkBatch, collate
+from pfm_llm.client import LocalTrainer, plan_chunks
+from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.encoding import HistoryEncoder, Window
+from pfm_llm.histories import ClientHistories
 from pfm_llm.private_store import PrivateStore
-from pfm_llm.run_report import ResultRow
+from pfm_llm.ranking import Ranks, concatenate, rank_scores
 from pfm_llm.seeding import numpy_generator
 from pfm_llm.trunk_cache import TrunkCache
 from pfm_llm.types import Mode, PrivateState, SharedState
 
-FULL = "full"
-METRICS: dict[str, type[metrics.RankMetric]] = {
-    "ndcg": metrics.Ndcg,
-    "hit_rate": metrics.HitRate,
-    "mrr": metrics.Mrr,
-}
 OUR_MODES = (Mode.ZERO_SHOT, Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Ranks of all targets of some queries, from 1.
-
-    Attributes:
-        users: int64 [T], whose target each is.
-        full: int64 [T], rank among the full catalogue without seen items.
-        sampled: int64 [T], rank among the target and its sampled negatives.
-    """
-
-    users: np.ndarray
-    full: np.ndarray
-    sampled: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -57,12 +35,15 @@ class Measured:
 
     Attributes:
         ranks: Per mode.
+        aucs: Per mode each user's AUC of likes, float64 [num_users], users ascending, NaN
+            without both classes; empty without the task ``like``.
         num_personalised: Users whose private adapter is not zero.
         num_users: Users evaluated.
         private_steps: Private gradient steps that were taken for it, over all clients.
     """
 
     ranks: Mapping[Mode, Ranks]
+    aucs: Mapping[Mode, np.ndarray]
     num_personalised: int
     num_users: int
     private_steps: int
@@ -79,6 +60,8 @@ class EvaluationTask:
         round_number: After which round it stands.
         parts: Per mode which adapters take part; None for zero-shot.
         keep: Store the personalised adapters with their clients, for serving.
+        liked: Per query whether each target was liked; None: likes are not measured.
+        window_items: Queries show so many of the newest items; None: as many as a window holds.
     """
 
     held_out: HeldOut
@@ -87,6 +70,8 @@ class EvaluationTask:
     round_number: int
     parts: Mapping[Mode, Parts | None]
     keep: bool = False
+    liked: tuple[np.ndarray, ...] | None = None
+    window_items: int | None = None
 
     @property
     def uses_private(self) -> bool:
@@ -101,11 +86,32 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class ChunkRanks:
-    """What one chunk of clients contributes; see `Measured`."""
+    """What one chunk of clients contributes; see `Measured`. ``users`` are those of ``aucs``."""
 
     ranks: Mapping[Mode, Ranks]
+    users: np.ndarray
+    aucs: Mapping[Mode, np.ndarray]
     num_personalised: int
     private_steps: int
+
+
+@dataclass(frozen=True)
+class ChunkScores:
+    """Scores of the queries of one chunk of clients.
+
+    Attributes:
+        order: The queries' indices in the held-out split, by client.
+        queries_per_client: How many of them each client of the chunk has.
+        scores: Per mode float32 [Q, I].
+        private: Stacked private tensors [C, ...] that took part; empty without any.
+        stacked: These beside the shared ones.
+    """
+
+    order: tuple[int, ...]
+    queries_per_client: tuple[int, ...]
+    scores: Mapping[Mode, np.ndarray]
+    private: Mapping[str, torch.Tensor]
+    stacked: Mapping[str, torch.Tensor]
 
 
 class Evaluator:
@@ -146,38 +152,92 @@ class Evaluator:
 
         return plan_chunks(clients, num_tokens, tokens_per_chunk)
 
-    def rank_chunk(self, chunk: Sequence[str], task: EvaluationTask) -> ChunkRanks:
-        """Rank the targets of some clients' users; queries of other clients are passed over."""
+    def rank_chunk(
+        self,
+        chunk: Sequence[str],
+        task: EvaluationTask,
+        private: Mapping[str, torch.Tensor] | None = None,
+    ) -> ChunkRanks:
+        """Rank the targets of some clients' users; queries of other clients are passed over.
+
+        Args:
+            chunk: Client ids.
+            task: What to rank with what.
+            private: Stacked private tensors [C, ...] to serve them with; None: each client's own,
+                personalised now.
+        """
+        scored = self.score_chunk(chunk, task, private)
+        counts = scored.queries_per_client
+        ranks, aucs = {}, {}
+        for mode, parts in task.parts.items():
+            scores = scored.scores[mode]
+            ranks[mode] = rank_scores(scores, task.held_out, scored.order, task.negatives)
+            if task.liked is not None and parts is not None:
+                aucs[mode] = self._like_aucs(task, scored, parts)
+        personalised = private is None and bool(scored.private)
+        return ChunkRanks(
+            ranks=ranks,
+            users=task.held_out.users[list(scored.order)],
+            aucs=aucs,
+            num_personalised=_count_non_zero(scored.private, counts),
+            private_steps=self._trainer.personalise_steps(chunk) if personalised else 0,
+        )
+
+    def score_chunk(
+        self,
+        chunk: Sequence[str],
+        task: EvaluationTask,
+        private: Mapping[str, torch.Tensor] | None = None,
+    ) -> ChunkScores:
+        """Score the catalogue for the queries of some clients; see `rank_chunk`."""
         queries = [self._queries(client_id, task) for client_id in chunk]
         batch = self._collate(chunk, [[window for _, window in own] for own in queries])
-        private: dict[str, torch.Tensor] = {}
-        if task.uses_private:
-            private = self._trainer.personalise(chunk, task.shared, task.round_number)
-            if task.keep:
-                self._keep(chunk, private, task.round_number)
+        if private is None:
+            private = {}
+            if task.uses_private:
+                private = self._trainer.personalise(chunk, task.shared, task.round_number)
+                if task.keep:
+                    self._keep(chunk, private, task.round_number)
         stacked = self._trainer.stack(task.shared, private, len(chunk))
-        order = [index for own in queries for index, _ in own]
-        ranks = {}
+        scores = {}
         for mode, parts in task.parts.items():
-            scores = (
+            found = (
                 self._model.zero_shot_scores(batch)
                 if parts is None
                 else self._model.scores(batch, stacked, parts)
             )
-            ranks[mode] = rank_scores(scores.cpu().numpy(), task.held_out, order, task.negatives)
-        return ChunkRanks(
-            ranks=ranks,
-            num_personalised=_count_non_zero(private, [len(own) for own in queries]),
-            private_steps=self._trainer.personalise_steps(chunk) if private else 0,
+            scores[mode] = found.cpu().numpy()
+        return ChunkScores(
+            order=tuple(index for own in queries for index, _ in own),
+            queries_per_client=tuple(len(own) for own in queries),
+            scores=scores,
+            private=private,
+            stacked=stacked,
         )
+
+    def _like_aucs(self, task: EvaluationTask, scored: ChunkScores, parts: Parts) -> np.ndarray:
+        """AUC of each query, in the order in which they were scored."""
+        assert task.liked is not None
+        logits = self._model.like_logits(scored.stacked, parts).cpu().numpy()
+        counts = scored.queries_per_client
+        rows = np.repeat(np.arange(len(counts)), counts)
+        targets = task.held_out.targets
+        scores = [logits[c][targets[q]] for c, q in zip(rows, scored.order, strict=True)]
+        return metrics.per_user_auc(scores, [task.liked[q] for q in scored.order])
 
     def _queries(self, client_id: str, task: EvaluationTask) -> list[tuple[int, Window]]:
         """A client's queries: index in ``held_out``, and window."""
         histories, ratings = task.held_out.histories, task.held_out.history_ratings
         users = self._histories.clients[client_id].users
         indices = [task.query_of[user] for user in users if user in task.query_of]
+        newest = slice(-task.window_items if task.window_items else None, None)
         return [
-            (q, self._encoder.query_window(histories[q], ratings[q] if ratings else None))
+            (
+                q,
+                self._encoder.query_window(
+                    histories[q][newest], ratings[q][newest] if ratings else None
+                ),
+            )
             for q in indices
         ]
 
@@ -216,49 +276,19 @@ def parts_of(modes: Sequence[Mode], private_weight: float) -> dict[Mode, Parts |
 def combine(parts: Sequence[ChunkRanks]) -> Measured:
     """Put the parts of all chunks together."""
     modes = list(parts[0].ranks) if parts else []
-    ranks = {mode: _concatenate([part.ranks[mode] for part in parts]) for mode in modes}
+    ranks = {mode: concatenate([part.ranks[mode] for part in parts]) for mode in modes}
+    aucs = {}
+    for mode in parts[0].aucs if parts else ():
+        by_user = np.argsort(np.concatenate([part.users for part in parts]))
+        aucs[mode] = np.concatenate([part.aucs[mode] for part in parts])[by_user]
     num_users = len(np.unique(next(iter(ranks.values())).users)) if ranks else 0
     return Measured(
         ranks=ranks,
+        aucs=aucs,
         num_personalised=sum(part.num_personalised for part in parts),
         num_users=num_users,
         private_steps=sum(part.private_steps for part in parts),
     )
-
-
-def rank_scores(
-    scores: np.ndarray, held_out: HeldOut, queries: Sequence[int], negatives: np.ndarray
-) -> Ranks:
-    """Rank the targets of some queries.
-
-    Args:
-        scores: float [Q, I], a row per query.
-        held_out: Where the queries are from.
-        queries: int [Q], their indices in it.
-        negatives: int [all targets of ``held_out``, num_negatives].
-    """
-    histories = [held_out.histories[q] for q in queries]
-    targets = [held_out.targets[q] for q in queries]
-    starts = np.concatenate([[0], np.cumsum([len(t) for t in held_out.targets])])
-    rows = np.concatenate([np.arange(starts[q], starts[q + 1]) for q in queries])
-    users = np.concatenate([np.full(len(held_out.targets[q]), held_out.users[q]) for q in queries])
-    return Ranks(
-        users=users.astype(np.int64),
-        full=scoring.full_ranks(scores, histories, targets),
-        sampled=scoring.sampled_ranks(scores, targets, negatives[rows]),
-    )
-
-
-def rank_baseline(
-    baseline: FittedBaseline, held_out: HeldOut, negatives: np.ndarray, batch: int = 1024
-) -> Ranks:
-    """Rank all targets with a baseline."""
-    parts = []
-    for start in range(0, len(held_out.users), batch):
-        queries = range(start, min(start + batch, len(held_out.users)))
-        scores = baseline.score([held_out.histories[q] for q in queries])
-        parts.append(rank_scores(np.asarray(scores), held_out, queries, negatives))
-    return _concatenate(parts)
 
 
 def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut:
@@ -268,75 +298,14 @@ def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut
         return held_out
     generator = numpy_generator(seed, f"evaluated users/{held_out.name}")
     kept = np.sort(generator.choice(count, max_users, replace=False))
-    ratings = held_out.history_ratings
-    return dataclasses.replace(
-        held_out,
-        users=held_out.users[kept],
-        histories=tuple(held_out.histories[q] for q in kept),
-        history_ratings=tuple(ratings[q] for q in kept) if ratings else None,
-        targets=tuple(held_out.targets[q] for q in kept),
-    )
-
-
-def headline(ranks: Ranks, k: int = 10) -> dict[str, float]:
-    """NDCG and hit rate at k over the full catalogue, for the log of a run."""
-    figures: dict[str, float] = {}
-    for metric in (metrics.Ndcg(k), metrics.HitRate(k)):
-        figures |= metric.compute(ranks=ranks.full, groups=ranks.users) or {}
-    return figures
-
-
-def result_rows(
-    ranks: Ranks, describe: Callable[..., ResultRow], config: EvaluationConfig, seed: int
-) -> list[ResultRow]:
-    """Rows for ``results.json``: every metric, k and set of candidates, with intervals.
-
-    Args:
-        ranks: What was measured.
-        describe: Makes a row from ``candidates, metric, k, value, ci_low, ci_high, num_users``.
-        config: Cut-offs and bootstrap.
-        seed: The experiment's seed.
-    """
-    rows = []
-    for candidates, values in (
-        (FULL, ranks.full),
-        (f"sampled{config.num_negatives}", ranks.sampled),
-    ):
-        for name, metric in METRICS.items():
-            for k in config.ks:
-                computed = metric(k).compute(ranks=values, groups=ranks.users)
-                assert computed is not None
-                own, users = metrics.per_user(metrics.RANK_METRICS[name](values, k), ranks.users)
-                low, high = metrics.bootstrap_interval(
-                    own, config.bootstrap, config.confidence, seed
-                )
-                rows.append(
-                    describe(
-                        candidates=candidates,
-                        metric=name,
-                        k=k,
-                        value=computed[f"{name}@{k}"],
-                        ci_low=low,
-                        ci_high=high,
-                        num_users=len(users),
-                    )
-                )
-    return rows
-
-
-def _concatenate(parts: Sequence[Ranks]) -> Ranks:
-    users = np.concatenate([part.users for part in parts])
-    # By user, so that the result does not depend on how the work was divided.
-    order = np.argsort(users, kind="stable")
-    return Ranks(
-        users=users[order],
-        full=np.concatenate([part.full for part in parts])[order],
-        sampled=np.concatenate([part.sampled for part in parts])[order],
-    )
+    return held_out.take(kept)
 
 
 def _count_non_zero(private: Mapping[str, torch.Tensor], users: Sequence[int]) -> int:
-    changes = [value.flatten(1).ne(0).any(1) for n, value in private.items() if n.endswith(".B")]
+    # Without B, or with a taste vector of zero, nothing changes; A alone is random.
+    changes = [
+        value.flatten(1).ne(0).any(1) for name, value in private.items() if not name.endswith(".A")
+    ]
     if not changes:
         return 0
     active = torch.stack(changes).any(0).tolist()

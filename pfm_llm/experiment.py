@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pfm_llm import evaluation, files, hub, run_report
+from pfm_llm import evaluation, files, hub, ranking, run_report
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
 from pfm_llm.baselines import parse_names
-from pfm_llm.checkpoint import CheckpointStore, RunEnvironment
+from pfm_llm.checkpoint import Checkpoint, CheckpointStore, RunEnvironment
 from pfm_llm.config import ExperimentConfig, dump_config, load_config, training_hash
 from pfm_llm.errors import CheckpointError, HubError
 from pfm_llm.export import export_shared_adapter
@@ -27,7 +27,7 @@ from pfm_llm.types import Mode, SharedState
 from pfm_llm.versions import copy_artefact
 
 _log = logging.getLogger(__name__)
-_SERVER_FOLDER = "server"
+SERVER_FOLDER = "server"
 
 
 def run_experiment(
@@ -152,7 +152,7 @@ def make_federation(assembly: Assembly, folders: RunFolders, processes: Processe
         server=_new_server(assembly),
         trainer=assembly.trainer,
         store=assembly.store,
-        checkpoints=CheckpointStore(folders.public / _SERVER_FOLDER),
+        checkpoints=CheckpointStore(folders.public / SERVER_FOLDER),
         environment=environment,
         metrics_log=MetricsLog(folders.public / run_report.METRICS_FILE),
         processes=processes,
@@ -176,14 +176,19 @@ def load_shared(assembly: Assembly, folders: RunFolders) -> tuple[SharedState, i
     Raises:
         CheckpointError: Nothing was ever committed.
     """
-    checkpoint = CheckpointStore(folders.public / _SERVER_FOLDER).load()
+    checkpoint = CheckpointStore(folders.public / SERVER_FOLDER).load()
     if checkpoint is None:
         raise CheckpointError(
             f"{folders.public} has no committed round; run scripts/fed_train.py --resume first"
         )
+    return shared_state(assembly, checkpoint), checkpoint.round_number
+
+
+def shared_state(assembly: Assembly, checkpoint: Checkpoint) -> SharedState:
+    """The shared state that a commit of the experiment holds."""
     server = _new_server(assembly)
     server.load_state_tensors(dict(checkpoint.tensors))
-    return server.shared, checkpoint.round_number
+    return server.shared
 
 
 def _validate(
@@ -198,7 +203,7 @@ def _validate(
         modes.append(Mode.SHARED_PRIVATE)
     task = evaluation_task(assembly, held_out, federation.server.shared, round_number, modes)
     found = measure(assembly, processes, task)
-    return {mode.value: evaluation.headline(found.ranks[mode]) for mode in modes}
+    return {mode.value: ranking.headline(found.ranks[mode]) for mode in modes}
 
 
 def _run_folders(config: ExperimentConfig, resume: bool, processes: Processes) -> RunFolders:

@@ -33,8 +33,9 @@ from pfm_llm.backbone import Backbone
 from pfm_llm.cohort_model import BASIS, SHARED_LORA
 from pfm_llm.config import ExperimentConfig, dump_config
 from pfm_llm.model_card import CardFacts, model_card, shown_name
-from pfm_llm.run_report import PLOTS_FOLDER, ResultRow, results_table
-from pfm_llm.types import SharedState
+from pfm_llm.result_tables import results_table
+from pfm_llm.run_report import PLOTS_FOLDER, ResultRow
+from pfm_llm.types import Mode, SharedState
 
 _EMBEDDED_NOTE = (
     "The weights that it was trained on are those of this model's Q4_1 GGUF file, dequantised "
@@ -174,7 +175,7 @@ def _metrics(rows: Sequence[ResultRow]) -> tuple[Metric, ...]:
             ci_high=row.ci_high,
         )
         for row in rows
-        if row.method == "pfm" and row.split == "test" and row.candidates == "full"
+        if row.mode != Mode.NONE and row.split == "test" and row.candidates == "full"
     )
 
 

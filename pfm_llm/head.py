@@ -11,6 +11,13 @@ and, with ``item_ids: both``, ``item_ids_in e_i`` is added to the hidden state a
 token where the adapted layers begin. ``state_proj`` and ``item_proj`` start as (truncated)
 identities: training starts from the similarity of whitened states.
 
+With the task ``like`` an item also has log-odds of being liked, equal for all users::
+
+    like_i = like_text . z_i / sqrt(D) [+ like_ids . e'_i / sqrt(E)] [+ like_bias_i]
+
+with e'_i the standardised ID embedding (`standard_ids`). What one user likes beyond that is a
+private matter (`taste`).
+
 Shapes: d hidden size, D ``head.dim``, I items, E ``head.id_dim``.
 
 ====================  ========  ===========================
@@ -22,6 +29,9 @@ head.item_bias        [I]       ``item_bias``
 head.item_ids         [I, E]    ``item_ids: output | both``
 head.item_ids_out     [D, E]    ``item_ids: output | both``
 head.item_ids_in      [d, E]    ``item_ids: both``
+head.like_text        [D]       task ``like``
+head.like_ids         [E]       the same, and ``item_ids``
+head.like_bias        [I]       task ``like`` and ``item_bias``
 ====================  ========  ===========================
 """
 
@@ -31,7 +41,8 @@ import torch
 import torch.nn.functional as F
 
 from pfm_llm import seeding
-from pfm_llm.config import HeadConfig, ItemIds
+from pfm_llm.choices import ItemIds, Task
+from pfm_llm.config import HeadConfig
 from pfm_llm.errors import ConfigError
 from pfm_llm.types import Tensors
 
@@ -41,6 +52,9 @@ ITEM_BIAS = "head.item_bias"
 ITEM_IDS = "head.item_ids"
 ITEM_IDS_IN = "head.item_ids_in"
 ITEM_IDS_OUT = "head.item_ids_out"
+LIKE_TEXT = "head.like_text"
+LIKE_IDS = "head.like_ids"
+LIKE_BIAS = "head.like_bias"
 
 _SHRINKAGE = 0.1
 _ID_STD = 0.1
@@ -90,7 +104,11 @@ def fit_normaliser(states: torch.Tensor) -> Normaliser:
 
 
 def initial_head(
-    config: HeadConfig, hidden_size: int, num_items: int, seed: int
+    config: HeadConfig,
+    hidden_size: int,
+    num_items: int,
+    seed: int,
+    tasks: tuple[Task, ...] = (Task.NEXT_ITEM,),
 ) -> dict[str, torch.Tensor]:
     """Head parameters before training; float32, shapes as in the module's table.
 
@@ -111,6 +129,12 @@ def initial_head(
         head[ITEM_IDS_OUT] = torch.zeros(config.dim, config.id_dim)
         if config.item_ids is ItemIds.BOTH:
             head[ITEM_IDS_IN] = torch.zeros(hidden_size, config.id_dim)
+    if Task.LIKE in tasks:
+        head[LIKE_TEXT] = torch.zeros(config.dim)
+        if config.item_ids is not ItemIds.NONE:
+            head[LIKE_IDS] = torch.zeros(config.id_dim)
+        if config.item_bias:
+            head[LIKE_BIAS] = torch.zeros(num_items)
     return head
 
 
@@ -174,6 +198,31 @@ def score_items(head: Tensors, vectors: torch.Tensor, item_texts: torch.Tensor) 
     if ITEM_BIAS in head:
         scores = scores + head[ITEM_BIAS]
     return scores
+
+
+def like_logits(head: Tensors, item_texts: torch.Tensor) -> torch.Tensor:
+    """Log-odds that an item is liked by whoever meets it, float32 [I].
+
+    Args:
+        head: One client's head parameters, with those of the task ``like``.
+        item_texts: float32 [I, D], whitened.
+    """
+    logits = item_texts @ head[LIKE_TEXT] / item_texts.shape[1] ** 0.5
+    if LIKE_IDS in head:
+        ids = standard_ids(head[ITEM_IDS])
+        logits = logits + ids @ head[LIKE_IDS] / ids.shape[1] ** 0.5
+    return logits + head[LIKE_BIAS] if LIKE_BIAS in head else logits
+
+
+def standard_ids(ids: torch.Tensor) -> torch.Tensor:
+    """ID embeddings [I, E] as features: centred, of unit variance, and without a gradient.
+
+    They are learned from what is met next; what is liked and what one user prefers only reads
+    them.
+    """
+    ids = ids.detach()
+    centred: torch.Tensor = (ids - ids.mean(0)) / ids.std().clamp_min(1e-6)
+    return centred
 
 
 def zero_shot_scores(states: torch.Tensor, item_texts: torch.Tensor) -> torch.Tensor:

@@ -301,7 +301,7 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
 
 
 def _is_of_this_folder(score: Score) -> bool:
-    return (score.method, score.mode, score.split) == ("pfm", Mode.SHARED_ONLY, "test")
+    return (score.mode, score.split) == (Mode.SHARED_ONLY, "test")
 
 
 def _index_entry(score: Score, confidence: float | None) -> dict[str, Any]:

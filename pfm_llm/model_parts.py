@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfm_llm import assets, files
+from pfm_llm import assets, files, taste
 from pfm_llm import head as recommender_head
 from pfm_llm.artefact import Alignment, Artefact, align_items, aligned_tensors, item_keys
 from pfm_llm.backbone import Backbone, load_backbone
+from pfm_llm.choices import PrivateKind
 from pfm_llm.cohort_model import BASIS, CohortModel
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.contract import UpdateContract
@@ -25,6 +26,8 @@ from pfm_llm.dual_adapter import DualAdapter
 from pfm_llm.encoding import HistoryEncoder
 from pfm_llm.errors import ArtefactError, CorruptFileError, DataError, StorageError
 from pfm_llm.head import Normaliser
+from pfm_llm.methods import SPECS
+from pfm_llm.objective import Objective
 from pfm_llm.prompts import Prompt, load_prompt
 from pfm_llm.types import SharedState
 
@@ -106,9 +109,11 @@ def build_model(
         encoder=encoder,
         adapter=adapter,
         normaliser=normaliser,
-        model=CohortModel(top, adapter.top_paths(), adapter.scales(), normaliser, texts),
+        model=CohortModel(
+            top, adapter.top_paths(), adapter.scales(), normaliser, _objective(config, texts)
+        ),
         shared=shared,
-        contract=_contract(shared, backbone, prompt, catalogue),
+        contract=_contract(_trained(config, shared), backbone, prompt, catalogue),
         alignment=alignment,
     )
 
@@ -136,6 +141,19 @@ def _encoder(
     )
 
 
+def _objective(config: ExperimentConfig, texts: torch.Tensor) -> Objective:
+    folds = config.adapters.private.taste.folds if uses_taste(config) else None
+    return Objective(texts, config.tasks, folds)
+
+
+def _trained(config: ExperimentConfig, shared: SharedState) -> SharedState:
+    """The part of the shared state that the method trains and that is sent."""
+    if config.method is None:
+        return shared
+    spec = SPECS[config.method]
+    return SharedState({n: value for n, value in shared.tensors.items() if spec.trains(n)})
+
+
 def _contract(
     shared: SharedState, backbone: Backbone, prompt: Prompt, catalogue: Catalogue
 ) -> UpdateContract:
@@ -150,8 +168,31 @@ def _contract(
 def _initial_shared(
     config: ExperimentConfig, adapter: DualAdapter, hidden_size: int, num_items: int
 ) -> SharedState:
-    head = recommender_head.initial_head(config.head, hidden_size, num_items, config.seed)
-    return SharedState({**adapter.initial_shared(config.seed), **head})
+    head = recommender_head.initial_head(
+        config.head, hidden_size, num_items, config.seed, config.tasks
+    )
+    tensors = {**adapter.initial_shared(config.seed), **head}
+    if uses_taste(config):
+        id_dim = config.head.id_dim if recommender_head.ITEM_IDS in head else None
+        widths = (config.head.dim, id_dim)
+        private = config.adapters.private
+        tensors |= taste.initial_basis(private.taste, config.tasks, widths, config.seed)
+    return SharedState(tensors)
+
+
+def uses_taste(config: ExperimentConfig) -> bool:
+    """Whether the private part is a taste vector."""
+    private = config.adapters.private
+    return private.enabled and private.kind is PrivateKind.TASTE
+
+
+def initial_private(
+    config: ExperimentConfig, adapter: DualAdapter, client_id: str
+) -> dict[str, torch.Tensor]:
+    """A client's private tensors before it has trained any; they change nothing."""
+    if uses_taste(config):
+        return taste.initial_vectors(config.adapters.private.taste, config.tasks)
+    return adapter.initial_private(config.seed, client_id, config.head.dim)
 
 
 def _check_base(artefact: Artefact, backbone: Backbone, config: ExperimentConfig) -> None:

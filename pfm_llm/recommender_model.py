@@ -11,14 +11,16 @@ import torch
 from pfm_llm import evaluation, hub, scoring
 from pfm_llm.artefact import Alignment, Artefact, prompt_file
 from pfm_llm.assembly import make_trainer
-from pfm_llm.client import ClientHistories, LocalTrainer
-from pfm_llm.cohort_model import Parts, collate
+from pfm_llm.batches import collate
+from pfm_llm.client import LocalTrainer
+from pfm_llm.cohort_model import Parts
 from pfm_llm.config import ExperimentConfig, InitFromConfig, parse_config
 from pfm_llm.data import sources
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import partition
 from pfm_llm.data.splits import TrainData
 from pfm_llm.errors import ArtefactError, DataError
+from pfm_llm.histories import ClientHistories
 from pfm_llm.model_parts import ModelParts, build_model
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.trunk_cache import TrunkCache, trunk_states

@@ -7,23 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from pfm_llm import evaluation, files, plots, run_report
+from pfm_llm import evaluation, files, plots, ranking, result_tables, run_report
 from pfm_llm.assembly import Assembly, RunFolders
 from pfm_llm.baselines import FittedBaseline, fit_baselines
+from pfm_llm.choices import Task
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, Ranks
+from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.export import export_shared_adapter
 from pfm_llm.metrics import RANK_METRICS, per_user
 from pfm_llm.metrics_log import MetricsLog
 from pfm_llm.processes import Processes
 from pfm_llm.progress import Progress
+from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
 from pfm_llm.types import Mode, SharedState
 
-_METHOD = "pfm"
-_TASK = "next_item"
+_CUSTOM = "custom"
+_POOLED = "pooled data"
 _HEADLINE_K = 10
 
 
@@ -46,7 +48,15 @@ def evaluation_task(
         round_number=round_number,
         parts=evaluation.parts_of(modes, config.adapters.private.weight),
         keep=keep,
+        liked=liked_targets(config, held_out),
     )
+
+
+def liked_targets(config: ExperimentConfig, held_out: HeldOut) -> tuple[np.ndarray, ...] | None:
+    """Per query which targets were liked, bool; None without the task ``like``."""
+    if Task.LIKE not in config.tasks:
+        return None
+    return held_out.liked(config.data.like_threshold)
 
 
 def measure(assembly: Assembly, processes: Processes, task: EvaluationTask) -> Measured:
@@ -90,7 +100,7 @@ def evaluate_and_report(
         rows = []
         baselines = _fit_baselines(assembly)
         for task, found in zip(tasks, measured, strict=True):
-            rows += _rows(assembly, task, found, baselines)
+            rows += rows_of(assembly, task, found, baselines)
         costs = _costs(assembly, folders, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
         _write_report(folders, config, rows, costs, baselines)
@@ -109,42 +119,51 @@ def _fit_baselines(assembly: Assembly) -> list[FittedBaseline]:
     )
 
 
-def _rows(
+def rows_of(
     assembly: Assembly,
     task: EvaluationTask,
     measured: Measured,
     baselines: Sequence[FittedBaseline],
 ) -> list[ResultRow]:
+    """Rows for ``results.json``: of the baselines, and of every mode that was measured."""
     config = assembly.config
     held_out, round_number = task.held_out, task.round_number
     cohort = config.federation.cohort_size
-    entries: list[tuple[str, Mode, str, Ranks]] = [
-        (
-            baseline.name.value,
-            Mode.NONE,
-            "pooled data",
-            evaluation.rank_baseline(baseline, held_out, task.negatives),
+    circumstances = functools.partial(
+        ResultRow, protocol=config.data.split.value, split=held_out.name, seed=config.seed
+    )
+    rows: list[ResultRow] = []
+    for baseline in baselines:
+        describe = functools.partial(
+            circumstances,
+            method=baseline.name.value,
+            mode=Mode.NONE.value,
+            budget=_POOLED,
+            task=Task.NEXT_ITEM.value,
         )
-        for baseline in baselines
-    ]
+        ranks = ranking.rank_baseline(baseline, held_out, task.negatives)
+        rows += ranking.result_rows(ranks, describe, config.evaluation, config.seed)
     for mode, ranks in measured.ranks.items():
         trained = mode is not Mode.ZERO_SHOT
-        budget = f"{round_number} rounds x {cohort} clients" if trained else "no training"
-        entries.append((_METHOD, mode, budget, ranks))
-    rows: list[ResultRow] = []
-    for method, mode, budget, ranks in entries:
         describe = functools.partial(
-            ResultRow,
-            method=method,
+            circumstances,
+            method=method_name(config),
             mode=mode.value,
-            task=_TASK,
-            protocol=config.data.split.value,
-            budget=budget,
-            split=held_out.name,
-            seed=config.seed,
+            budget=f"{round_number} rounds x {cohort} clients" if trained else "no training",
+            regime=(config.regime or "") if trained else "",
         )
-        rows += evaluation.result_rows(ranks, describe, config.evaluation, config.seed)
+        next_item = functools.partial(describe, task=Task.NEXT_ITEM.value)
+        rows += ranking.result_rows(ranks, next_item, config.evaluation, config.seed)
+        if mode in measured.aucs:
+            like = functools.partial(describe, task=Task.LIKE.value)
+            aucs = measured.aucs[mode]
+            rows.append(ranking.auc_row(aucs, like, config.evaluation, config.seed))
     return rows
+
+
+def method_name(config: ExperimentConfig) -> str:
+    """The method's name in results: ``custom`` for settings that are none of `methods`."""
+    return config.method.value if config.method else _CUSTOM
 
 
 def _costs(
@@ -190,7 +209,7 @@ def _write_report(
     }
     run_report.write_results(folders.public / run_report.RESULTS_FILE, rows, extra)
     tables = [
-        run_report.results_table(rows, split.value, confidence=config.evaluation.confidence)
+        result_tables.results_table(rows, split.value, confidence=config.evaluation.confidence)
         for split in config.evaluation.splits
     ]
     files.write_text(folders.public / run_report.TABLE_FILE, "\n".join(tables))

@@ -1,13 +1,16 @@
 """The federated loop: cohort, local training, aggregation, server step, commit."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pfm_llm.aggregation import RunningSum, SumPayload
+from pfm_llm.aggregation_error import Factors, aggregation_error, factors_of
 from pfm_llm.checkpoint import CheckpointStore, RunEnvironment, check_resumable
+from pfm_llm.choices import ServerOptimizer
 from pfm_llm.client import LocalTrainer
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.errors import TrainingError
@@ -84,10 +87,12 @@ def run_rounds(
         for round_number in range(first_round, last_round + 1):
             started = time.perf_counter()
             cohort = server.select_cohort(round_number)
-            total = train_cohort(federation, cohort, round_number)
+            total, error = train_cohort(federation, cohort, round_number)
             summary = server.aggregate(total, round_number)
             _require_usable(summary)
             record = _record(federation, summary, time.perf_counter() - started)
+            if error is not None:
+                record["aggregation_error"] = error
             if every and round_number % every == 0 and round_number < last_round:
                 record["validation"] = validate(round_number)
             _report(federation, record, progress)
@@ -96,7 +101,9 @@ def run_rounds(
                 on_commit(round_number)
 
 
-def train_cohort(federation: Federation, cohort: Sequence[str], round_number: int) -> RunningSum:
+def train_cohort(
+    federation: Federation, cohort: Sequence[str], round_number: int
+) -> tuple[RunningSum, float | None]:
     """Train a cohort, each process its chunks, and sum the updates in the order of chunks.
 
     Args:
@@ -105,20 +112,30 @@ def train_cohort(federation: Federation, cohort: Sequence[str], round_number: in
         round_number: The round.
 
     Returns:
-        The sum over the whole cohort, equal on every process.
+        The sum over the whole cohort, equal on every process; and, where models are averaged, by
+        how much the mean of the LoRA factors misses the mean of their products.
     """
     server, trainer, processes = federation.server, federation.trainer, federation.processes
     pieces: list[tuple[int, SumPayload]] = []
+    averages = federation.config.federation.server.optimizer is not ServerOptimizer.FEDADAM
+    factors: list[tuple[int, list[tuple[float, Factors]]]] = []
     with processes.together():
         for index, chunk in processes.share(trainer.chunks(cohort)):
             subtotal = RunningSum()
+            own: list[tuple[float, Factors]] = []
             for update in trainer.train_chunk(chunk, server.shared, round_number):
-                server.receive(subtotal, update, round_number)
+                if server.receive(subtotal, update, round_number) and averages:
+                    weight = server.weight_of(update)
+                    own.append((weight, factors_of(server.shared.tensors, update.delta)))
             pieces.append((index, subtotal.to_payload()))
+            factors.append((index, own))
     total = RunningSum()
     for payload in processes.gather(pieces):
         total.merge(RunningSum.from_payload(payload))
-    return total
+    if not averages:
+        return total, None
+    clients = [client for part in processes.gather(factors) for client in part]
+    return total, aggregation_error(clients)
 
 
 def commit(federation: Federation, round_number: int) -> None:
@@ -146,7 +163,8 @@ def _require_usable(summary: RoundSummary) -> None:
 
 
 def _record(federation: Federation, summary: RoundSummary, seconds: float) -> dict[str, Any]:
-    size = sum(t.numel() for t in federation.server.shared.tensors.values()) * _BYTES_PER_NUMBER
+    sent = federation.server.contract.tensors.values()
+    size = sum(math.prod(spec.shape) for spec in sent) * _BYTES_PER_NUMBER
     num_clients = summary.num_updates + len(summary.refusals)
     return {
         "round": summary.round_number,

@@ -1,6 +1,7 @@
 """The server: selects cohorts, judges and sums updates, steps. It sees no private state."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,8 @@ class Server:
 
         Args:
             shared: The initial shared state.
-            contract: What updates must look like.
+            contract: What updates must look like. Shared tensors that it does not list are not
+                trained and stay as they are.
             client_ids: All clients.
             config: Cohort size, number of rounds, optimizer.
             seed: The experiment's seed, for the cohorts.
@@ -63,7 +65,8 @@ class Server:
         Raises:
             ContractError: The contract is not one of this shared state.
         """
-        difference = _difference(_specs(shared.tensors), contract.tensors)
+        trained = {n: t for n, t in shared.tensors.items() if n in contract.tensors}
+        difference = _difference(_specs(trained), contract.tensors)
         if difference:
             raise ContractError(
                 f"the contract does not fit the shared state: {difference}; "
@@ -75,7 +78,7 @@ class Server:
         self._config = config
         self._seed = seed
         self._step = ServerStep(config.server, config.num_rounds)
-        self._optimizer = self._step.initial_state(shared)
+        self._optimizer = self._step.initial_state(SharedState(trained))
         self._cohort: tuple[int, tuple[str, ...]] = (0, ())
 
     @property
@@ -117,12 +120,16 @@ class Server:
                 raise ContractError(
                     f"client {update.client_id!r:.80} is not in the cohort of round {round_number}"
                 )
-            total.add(update, update_weight(self._config.server.weighting, update.num_examples))
+            total.add(update, self.weight_of(update))
         except ContractError as error:
             _LOG.warning("round %d: refused an update: %s", round_number, error)
             total.refuse(str(error))
             return False
         return True
+
+    def weight_of(self, update: ClientUpdate) -> float:
+        """How much an update counts; see `aggregation.update_weight`."""
+        return update_weight(self._config.server.weighting, update.num_examples)
 
     def aggregate(self, total: RunningSum, round_number: int) -> RoundSummary:
         """Step from the round's sum to the next shared state.
@@ -141,11 +148,11 @@ class Server:
         norm = 0.0
         if total.num_updates:
             mean = total.mean()
-            self._shared, self._optimizer = self._step.step(
-                self._shared, mean, self._optimizer, round_number
+            moved, self._optimizer = self._step.step(
+                self._trained(), mean, self._optimizer, round_number
             )
-            norms = [torch.linalg.vector_norm(tensor) for tensor in mean.values()]
-            norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+            self._shared = SharedState({**self._shared.tensors, **moved.tensors})
+            norm = math.hypot(*(float(torch.linalg.vector_norm(t)) for t in mean.values()))
         else:
             _LOG.warning(
                 "round %d: none of %d updates was accepted; the shared state is unchanged",
@@ -161,6 +168,10 @@ class Server:
             update_norm=norm,
             lr_factor=self._step.lr_factor(round_number),
         )
+
+    def _trained(self) -> SharedState:
+        """The part of the shared state that the contract lists."""
+        return SharedState({name: self._shared.tensors[name] for name in self._contract.tensors})
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint must hold of the server, for `load_state_tensors`."""

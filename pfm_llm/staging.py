@@ -36,8 +36,8 @@ from pfm_llm.artefact import (
     read_artefact,
     read_head,
 )
+from pfm_llm.choices import PrivateKind
 from pfm_llm.cohort_model import BASIS, BASIS_HEAD_A, SHARED_LORA
-from pfm_llm.config import PrivateKind
 from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.errors import ArtefactError, PrivateLeakError, StorageError
 from pfm_llm.head import initial_head

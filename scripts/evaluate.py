@@ -16,7 +16,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from pfm_llm.experiment import evaluate_run
-    from pfm_llm.run_report import RESULTS_FILE, newest_run, read_results, terminal_table
+    from pfm_llm.result_tables import terminal_table
+    from pfm_llm.run_report import RESULTS_FILE, newest_run, read_results
 
     run = Path(arguments.run) if arguments.run else newest_run(arguments.runs)
     evaluate_run(run)

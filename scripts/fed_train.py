@@ -35,7 +35,8 @@ def train(arguments: argparse.Namespace) -> None:
 
     from pfm_llm.config import load_config
     from pfm_llm.experiment import run_experiment
-    from pfm_llm.run_report import RESULTS_FILE, read_results, terminal_table
+    from pfm_llm.result_tables import terminal_table
+    from pfm_llm.run_report import RESULTS_FILE, read_results
 
     config = load_config(arguments.config or default_config(), arguments.set)
     run = run_experiment(config, resume=arguments.resume, from_round=arguments.from_round)

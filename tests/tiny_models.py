@@ -16,11 +16,13 @@ from transformers import (
 )
 
 from pfm_llm.backbone import Backbone
+from pfm_llm.choices import ItemIds, Task
 from pfm_llm.cohort_model import CohortModel
-from pfm_llm.config import AdaptersConfig, HeadConfig, ItemIds
+from pfm_llm.config import AdaptersConfig, HeadConfig
 from pfm_llm.dual_adapter import DualAdapter
-from pfm_llm.encoding import NO_TARGET, Window
+from pfm_llm.encoding import NO_LABEL, NO_TARGET, Window
 from pfm_llm.head import Normaliser, initial_head
+from pfm_llm.objective import Objective
 from pfm_llm.types import Tensors
 
 VOCABULARY = 97
@@ -100,6 +102,7 @@ def random_window(item_lengths: Sequence[int], seed: int, header: int = 2) -> Wi
         item_ends=(header - 1 + lengths.cumsum(0)).int().numpy(),
         items=items[:-1].int().numpy(),
         targets=targets.int().numpy(),
+        liked=torch.where(targets == NO_TARGET, NO_LABEL, items[:-1] % 2).numpy().astype("int8"),
     )
 
 
@@ -175,7 +178,13 @@ def make_cohort(
     item_texts = torch.randn(NUM_ITEMS, head.dim, generator=generator)
     adapter = DualAdapter(backbone, config)
     trunk, top = backbone.split(config.num_layers)
-    model = CohortModel(top, adapter.top_paths(), adapter.scales(), normaliser, item_texts)
+    model = CohortModel(
+        top,
+        adapter.top_paths(),
+        adapter.scales(),
+        normaliser,
+        Objective(item_texts, (Task.NEXT_ITEM,), None),
+    )
     return TinyCohort(backbone, config, adapter, normaliser, item_texts, trunk, model, head)
 
 

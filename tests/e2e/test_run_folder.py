@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from pfm_llm import files
 from pfm_llm.artefact import read_head
 from pfm_llm.assembly import RunFolders, assemble, load_corpus
-from pfm_llm.cohort_model import Parts, collate
+from pfm_llm.batches import collate
+from pfm_llm.cohort_model import Parts
 from pfm_llm.config import load_config, training_hash
 from pfm_llm.experiment import load_shared, run_experiment
 from pfm_llm.head import score_items, user_vectors

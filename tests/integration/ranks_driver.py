@@ -29,7 +29,7 @@ def main(config_file: str, out: Path) -> None:
     mine = out / f"{processes.index}-of-{processes.count}"
     cohort = federation.server.select_cohort(1)
     chunks = federation.trainer.chunks(cohort)
-    total = train_cohort(federation, cohort, 1)
+    total, _ = train_cohort(federation, cohort, 1)
     files.write_tensors(mine.with_suffix(".safetensors"), total.mean())
     found = {
         "chunks": len(chunks),

@@ -21,8 +21,8 @@ import torch
 
 from pfm_llm import files, reporting
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
+from pfm_llm.choices import PrivateKind
 from pfm_llm.client import LocalTrainer
-from pfm_llm.config import PrivateKind
 from pfm_llm.experiment import run_experiment
 from pfm_llm.server import Server
 from pfm_llm.types import ClientUpdate

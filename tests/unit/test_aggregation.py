@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pfm_llm.aggregation import RunningSum, ServerStep, update_weight
-from pfm_llm.config import LearningRateSchedule, ServerConfig, ServerOptimizer, Weighting
+from pfm_llm.choices import LearningRateSchedule, ServerOptimizer, Weighting
+from pfm_llm.config import ServerConfig
 from pfm_llm.errors import ContractError, TrainingError
 from pfm_llm.types import ClientUpdate, SharedState
 

@@ -14,7 +14,8 @@ from pfm_llm.backbone import (
     pad_tokens,
     resolve_dtype,
 )
-from pfm_llm.config import BackboneConfig, Dtype
+from pfm_llm.choices import Dtype
+from pfm_llm.config import BackboneConfig
 from pfm_llm.errors import BackboneError
 from tests.integration.tiny import Tiny
 from tests.tiny_models import (

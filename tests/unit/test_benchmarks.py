@@ -13,10 +13,13 @@ from benchmarks import engine
 from benchmarks.sequential_peft import SequentialPeft, relative_difference, stirred
 from pfm_llm import files, head
 from pfm_llm.backbone import Backbone
-from pfm_llm.cohort_model import CohortModel, Parts, collate
+from pfm_llm.batches import collate
+from pfm_llm.choices import Task
+from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.config import AdaptersConfig, HeadConfig, LoraAdapterConfig, PrivateAdapterConfig
 from pfm_llm.dual_adapter import DualAdapter
-from pfm_llm.encoding import NO_TARGET, Window
+from pfm_llm.encoding import NO_LABEL, NO_TARGET, Window
+from pfm_llm.objective import Objective
 
 HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2
 HEAD = HeadConfig(dim=8, id_dim=4)
@@ -50,6 +53,7 @@ def make_window(client: int, ends: list[int]) -> Window:
         item_ends=np.array(ends, dtype=np.int32),
         items=items.astype(np.int32),
         targets=np.append(items[1:], NO_TARGET).astype(np.int32),
+        liked=np.full(len(items), NO_LABEL, np.int8),
     )
 
 
@@ -74,7 +78,13 @@ def test_the_reference_computes_what_the_many_clients_pass_computes(
         trunk(input_ids=torch.from_numpy(w.tokens).long()[None]).last_hidden_state[0]
         for w in windows
     ]
-    model = CohortModel(top, adapter.top_paths(), adapter.scales(), normaliser, texts)
+    model = CohortModel(
+        top,
+        adapter.top_paths(),
+        adapter.scales(),
+        normaliser,
+        Objective(texts, (Task.NEXT_ITEM,), None),
+    )
     leaves = {n: torch.stack([t[n] for t in tensors]).requires_grad_() for n in tensors[0]}
     losses = model.losses(collate([[w] for w in windows], [[h] for h in hidden]), leaves, Parts())
     gradients = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()))

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm import client as client_module
+from pfm_llm import histories as histories_module
 from pfm_llm.assembly import Assembly
-from pfm_llm.client import LocalWork, plan_chunks
-from pfm_llm.cohort_model import ChunkBatch, Dropout, collate
-from pfm_llm.config import Schedule
+from pfm_llm.batches import ChunkBatch, Dropout, collate
+from pfm_llm.choices import Schedule
+from pfm_llm.client import plan_chunks
+from pfm_llm.cohort_model import Parts
 from pfm_llm.encoding import Window
+from pfm_llm.histories import LocalWork
 from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.types import ClientUpdate, PrivateState
 from tests.conftest import TinyAssembly
@@ -161,7 +163,7 @@ def test_sgd_with_one_joint_step_sends_minus_lr_times_the_gradient(
     }
     windows = assembly.histories.windows(client_id)
     batch = collate([windows], [assembly.cache.states(windows, client_id)])
-    (loss,) = assembly.parts.model.losses(batch, leaves, client_module.Parts())
+    (loss,) = assembly.parts.model.losses(batch, leaves, Parts())
     loss.backward()
     assert update.loss == pytest.approx(float(loss.detach()), abs=1e-6)
     for name, delta in update.delta.items():
@@ -312,7 +314,7 @@ def test_windows_per_step_go_round_all_windows(
         seen.append([tuple(window.items.tolist()) for window in windows[0]])
         return collate(windows, states)
 
-    monkeypatch.setattr(client_module, "collate", spy)
+    monkeypatch.setattr(histories_module, "collate", spy)
     _train(assembly, [[client_id]])
     assert [len(set(step)) for step in seen] == [2] * 5
     assert list(Counter(key for step in seen for key in step).values()) == [2] * 5
@@ -376,7 +378,7 @@ def test_every_client_and_step_draws_dropout_of_its_own(
 ) -> None:
     """3 clients, a private and a shared step."""
     drawn: list[torch.Generator] = []
-    monkeypatch.setattr(client_module, "Dropout", lambda *a: drawn.extend(a[-1]) or Dropout(*a))
+    monkeypatch.setattr(histories_module, "Dropout", lambda *a: drawn.extend(a[-1]) or Dropout(*a))
     assembly = tiny_assembly(**DROPOUT)
     _train(assembly, [assembly.histories.trainable[:3]])
     assert len({generator.initial_seed() for generator in drawn}) == 6

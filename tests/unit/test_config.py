@@ -8,16 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pfm_llm.config import (
-    Dtype,
-    ExperimentConfig,
-    PrivateKind,
-    Schedule,
-    dump_config,
-    load_config,
-    parse_config,
-    training_hash,
-)
+from pfm_llm.choices import Dtype, PrivateKind, Schedule
+from pfm_llm.config import ExperimentConfig, dump_config, load_config, parse_config, training_hash
 from pfm_llm.errors import ConfigError, PfmError
 
 

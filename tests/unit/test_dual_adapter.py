@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pfm_llm.backbone import Backbone, load_backbone
-from pfm_llm.cohort_model import Parts, collate
-from pfm_llm.config import AdaptersConfig, BackboneConfig, Dtype
+from pfm_llm.batches import collate
+from pfm_llm.choices import Dtype
+from pfm_llm.cohort_model import Parts
+from pfm_llm.config import AdaptersConfig, BackboneConfig
 from pfm_llm.dual_adapter import DualAdapter
 from pfm_llm.errors import BackboneError
 from tests.integration.tiny import Tiny

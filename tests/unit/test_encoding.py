@@ -170,6 +170,6 @@ def test_the_hash_of_windows_depends_on_tokens_and_on_where_windows_end() -> Non
 
     def bare(*tokens: int) -> Window:
         empty = np.zeros(0, np.int32)
-        return Window(np.array(tokens, np.int32), empty, empty, empty)
+        return Window(np.array(tokens, np.int32), empty, empty, empty, empty)
 
     assert windows_hash([bare(1, 2), bare(3)]) != windows_hash([bare(1), bare(2, 3)])

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from pfm_llm import evaluation
+from pfm_llm import evaluation, ranking
 from pfm_llm.assembly import Assembly
-from pfm_llm.cohort_model import Parts, collate
+from pfm_llm.batches import collate
+from pfm_llm.cohort_model import Parts
 from pfm_llm.config import EvaluationConfig
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, Ranks
+from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured
+from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
 from pfm_llm.types import Mode, SharedState
 from tests.conftest import TinyAssembly
@@ -230,7 +232,7 @@ def test_rank_scores_takes_each_querys_own_negatives() -> None:
     held_out = _held_out(histories=[[0], [1]], targets=[[4, 1], [2]])
     negatives = np.array([[3, 3], [2, 3], [4, -1]])
     scores = np.array([[5.0, 4, 3, 2, 1]] * 2)
-    ranks = evaluation.rank_scores(scores, held_out, [1, 0], negatives)
+    ranks = ranking.rank_scores(scores, held_out, [1, 0], negatives)
     assert ranks.users.tolist() == [1, 0, 0]
     assert ranks.full.tolist() == [2, 4, 1]
     assert ranks.sampled.tolist() == [1, 3, 1]
@@ -246,7 +248,7 @@ def test_rank_baseline_does_not_depend_on_its_batches() -> None:
     held_out = _held_out([[0], [1, 2], [5], [3]], [[4, 1], [5], [0], [5]])
     negatives = np.full((5, 1), -1)
     small, large = (
-        evaluation.rank_baseline(Longest(), held_out, negatives, batch)  # type: ignore[arg-type]
+        ranking.rank_baseline(Longest(), held_out, negatives, batch)  # type: ignore[arg-type]
         for batch in (1, 100)
     )
     assert _equal(small, large)
@@ -256,13 +258,20 @@ def test_rank_baseline_does_not_depend_on_its_batches() -> None:
 def test_combine_orders_by_user_and_adds_up() -> None:
     def part(users: list[int], count: int) -> evaluation.ChunkRanks:
         ranks = Ranks(np.array(users), np.array(users) + 1, np.array(users) + 2)
-        return evaluation.ChunkRanks({Mode.SHARED_ONLY: ranks}, count, 10 * count)
+        return evaluation.ChunkRanks(
+            ranks={Mode.SHARED_ONLY: ranks},
+            users=np.unique(users),
+            aucs={Mode.SHARED_ONLY: np.unique(users) / 10},
+            num_personalised=count,
+            private_steps=10 * count,
+        )
 
     measured = evaluation.combine([part([4, 1, 1], 2), part([3, 0], 1)])
     ranks = measured.ranks[Mode.SHARED_ONLY]
     assert ranks.users.tolist() == [0, 1, 1, 3, 4]
     assert ranks.full.tolist() == [1, 2, 2, 4, 5]
     assert (measured.num_users, measured.num_personalised, measured.private_steps) == (4, 3, 30)
+    assert measured.aucs[Mode.SHARED_ONLY].tolist() == [0.0, 0.1, 0.3, 0.4]
     assert evaluation.combine([]).num_users == 0
 
 
@@ -292,7 +301,7 @@ def test_result_rows_hold_every_metric_cut_off_and_candidate_set() -> None:
             **values,
         )
 
-    rows = evaluation.result_rows(ranks, describe, config, seed=0)
+    rows = ranking.result_rows(ranks, describe, config, seed=0)
     table = {(row.candidates, row.metric, row.k): row for row in rows}
     assert len(table) == len(rows) == 2 * 3 * 2
     assert table["full", "hit_rate", 2].value == pytest.approx(0.75)
@@ -305,5 +314,5 @@ def test_result_rows_hold_every_metric_cut_off_and_candidate_set() -> None:
 
 def test_the_headline_is_ndcg_and_hit_rate_over_the_full_catalogue() -> None:
     """Ranks 1 and 3: NDCG is (1 + 1/log2(4)) / 2 = 0.75."""
-    figures = evaluation.headline(Ranks(np.array([0, 1]), np.array([1, 3]), np.array([9, 9])), k=5)
+    figures = ranking.headline(Ranks(np.array([0, 1]), np.array([1, 3]), np.array([9, 9])), k=5)
     assert figures == {"ndcg@5": pytest.approx(0.75), "hit_rate@5": pytest.approx(1.0)}

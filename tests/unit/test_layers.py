@@ -12,19 +12,23 @@ PACKAGE = Path(__file__).parents[2] / "pfm_llm"
 # is one entry: its modules may import each other, without loops. A module missing here is an
 # error; an entry without a module is not.
 LAYERS = [line.split() for line in """
-    errors types seeding
+    errors types seeding choices
     config_text
+    methods
     config files processes
     assets
     data participation private_store contract metrics metrics_log plots progress model_card
     signing leak_search
-    prompts scoring aggregation run_report personality
-    baselines readme token_table
+    prompts scoring aggregation aggregation_error run_report personality
+    baselines token_table result_tables
+    ranking suite_report
+    readme
     backbone encoding
     trunk_cache
     head
-    dual_adapter local_steps readout
-    cohort_model
+    dual_adapter local_steps readout taste batches
+    objective
+    cohort_model histories
     artefact
     model_parts client server checkpoint hub staging
     evaluation versions
@@ -33,7 +37,8 @@ LAYERS = [line.split() for line in """
     export publishing
     reporting
     experiment
-    recommender_model
+    recommender_model study
+    suite
     serving
     agent flower
 """.strip().splitlines()]  # fmt: skip

@@ -205,7 +205,7 @@ def test_a_window_shortened_on_the_left_is_its_own_entry(tmp_path: Path) -> None
     long = random_window([3, 3, 3], 1, header=0)
     cut = Window(
         np.ascontiguousarray(long.tokens[3:]), long.item_ends[1:] - 3, long.items[1:],
-        long.targets[1:],
+        long.targets[1:], long.liked[1:],
     )  # fmt: skip
     cache = _cache(tmp_path)
     (whole,), (shortened,) = cache.states([long], "u"), cache.states([cut], "u")

@@ -1,0 +1,126 @@
+"""Windows of many clients as one batch, and the dropout that is drawn for it."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from pfm_llm.encoding import NO_TARGET, Window
+
+
+@dataclass(frozen=True)
+class ChunkBatch:
+    """Windows of a chunk of clients, ready for the top.
+
+    A *position* is an item end. All positions receive the item's ID input; the *outputs* among
+    them are read out, to train or to rank.
+
+    Attributes:
+        trunk: [N, T, d] in the backbone's dtype, right-padded with zeros.
+        row_clients: int64 [N], index of each row's client in the chunk; ascending.
+        rows, ends: int64 [P], row and token index of every position, by client, then row.
+        items: int64 [P], the item at each position.
+        positions_per_client: How many of the P positions belong to each client.
+        outputs: int64 [K], which positions are read out, ascending.
+        targets: int64 [K], the next item at each output, or `NO_TARGET`.
+        liked: int64 [K], whether it was liked, 0 or 1, or `encoding.NO_LABEL`.
+        outputs_per_client: How many of the K outputs belong to each client.
+    """
+
+    trunk: torch.Tensor
+    row_clients: torch.Tensor
+    rows: torch.Tensor
+    ends: torch.Tensor
+    items: torch.Tensor
+    positions_per_client: tuple[int, ...]
+    outputs: torch.Tensor
+    targets: torch.Tensor
+    liked: torch.Tensor
+    outputs_per_client: tuple[int, ...]
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients the chunk has."""
+        return len(self.positions_per_client)
+
+    @property
+    def row_lengths(self) -> torch.Tensor:
+        """Tokens of each row without padding, int64 [N]: a row ends with its last item."""
+        nothing = torch.zeros_like(self.row_clients)
+        return nothing.scatter_reduce(0, self.rows, self.ends + 1, "amax")
+
+
+def collate(
+    windows: Sequence[Sequence[Window]],
+    states: Sequence[Sequence[torch.Tensor]],
+    last_only: bool = False,
+) -> ChunkBatch:
+    """Put the windows of several clients into one batch.
+
+    Args:
+        windows: Per client its windows.
+        states: Per client and window the trunk states [T, d].
+        last_only: Read out the last position of each window (to rank) instead of every
+            position that has a target (to train).
+    """
+    flat = [(c, w) for c, own in enumerate(windows) for w in own]
+    lengths = torch.tensor([len(w) for _, w in flat])
+    row_clients = torch.tensor([c for c, _ in flat])
+    position_clients = row_clients.repeat_interleave(lengths)
+    targets = _joined([w.targets for _, w in flat])
+    outputs = lengths.cumsum(0) - 1 if last_only else (targets != NO_TARGET).nonzero()[:, 0]
+    trunk = nn.utils.rnn.pad_sequence([s for own in states for s in own], batch_first=True)
+    device = trunk.device
+    return ChunkBatch(
+        trunk=trunk,
+        row_clients=row_clients.to(device),
+        rows=torch.arange(len(flat)).repeat_interleave(lengths).to(device),
+        ends=_joined([w.item_ends for _, w in flat]).to(device),
+        items=_joined([w.items for _, w in flat]).to(device),
+        positions_per_client=_counts(position_clients, len(windows)),
+        outputs=outputs.to(device),
+        targets=targets[outputs].to(device),
+        liked=_joined([w.liked for _, w in flat])[outputs].to(device),
+        outputs_per_client=_counts(position_clients[outputs], len(windows)),
+    )
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(arrays)).long()
+
+
+def _counts(clients: torch.Tensor, num_clients: int) -> tuple[int, ...]:
+    return tuple(clients.bincount(minlength=num_clients).tolist())
+
+
+def spans(counts: Sequence[int]) -> list[slice]:
+    """The slice of each client, from how many entries each has."""
+    stops = list(itertools.accumulate(counts))
+    return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of one training step, from one generator per client.
+
+    What a client draws depends on its own windows alone, not on the padding or on who else is
+    in the chunk.
+
+    Attributes:
+        head: Rate on the user vectors.
+        shared, private: Rates on what the factors A of each adapter read, as in PEFT.
+        generators: By index of the client in the chunk.
+    """
+
+    head: float
+    shared: float
+    private: float
+    generators: Sequence[torch.Generator]
+
+    def keep(self, shape: Sequence[int], rate: float, client: int) -> torch.Tensor:
+        """A client's next factors of a shape: 0 with probability ``rate``, else 1/(1 - rate)."""
+        uniform = torch.rand(*shape, generator=self.generators[client])
+        return (uniform >= rate) / (1 - rate)

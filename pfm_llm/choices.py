@@ -1,0 +1,101 @@
+"""The choices that settings offer; unknown names are errors."""
+
+from enum import StrEnum
+
+
+class Task(StrEnum):
+    """What is predicted."""
+
+    NEXT_ITEM = "next_item"
+    LIKE = "like"
+
+
+class Regime(StrEnum):
+    """How local training and the server share the work."""
+
+    FEDSGD = "fedsgd"
+    FEDAVG = "fedavg"
+
+
+class SplitKind(StrEnum):
+    """How held-out interactions are chosen."""
+
+    LEAVE_LAST_OUT = "leave_last_out"
+    LAST_FRACTION = "last_fraction"
+    GLOBAL_TEMPORAL = "global_temporal"
+
+
+class HeldOutSplit(StrEnum):
+    """A part of the data that is ranked, not trained on."""
+
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+class Repeats(StrEnum):
+    """What to do when a user meets an item again."""
+
+    FIRST_ONLY = "first_only"
+    ALLOW = "allow"
+
+
+class ItemIds(StrEnum):
+    """Where a learned embedding per item is used."""
+
+    NONE = "none"
+    OUTPUT = "output"
+    BOTH = "both"
+
+
+class PrivateKind(StrEnum):
+    """What a private adapter is made of."""
+
+    INDEPENDENT = "independent"
+    SHARED_BASIS = "shared_basis"
+    TASTE = "taste"
+
+
+class Schedule(StrEnum):
+    """When the private adapter is trained relative to the shared one."""
+
+    JOINT = "joint"
+    ALTERNATE = "alternate"
+    PRIVATE_AFTER = "private_after"
+
+
+class Weighting(StrEnum):
+    """How much each client's update counts."""
+
+    UNIFORM = "uniform"
+    NUM_EXAMPLES = "num_examples"
+
+
+class ServerOptimizer(StrEnum):
+    """What the server does with the aggregated update."""
+
+    AVERAGE = "average"
+    FEDAVGM = "fedavgm"
+    FEDADAM = "fedadam"
+
+
+class LearningRateSchedule(StrEnum):
+    """How the server's learning rates change over the rounds."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+
+
+class LocalOptimizer(StrEnum):
+    """What a client steps with."""
+
+    SGD = "sgd"
+    ADAMW = "adamw"
+
+
+class Dtype(StrEnum):
+    """Compute type of the frozen backbone."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"

@@ -1,0 +1,165 @@
+"""What the simulated clients hold, and the batches of their local steps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pfm_llm import seeding
+from pfm_llm.batches import ChunkBatch, Dropout, collate
+from pfm_llm.choices import Schedule
+from pfm_llm.config import ExperimentConfig
+from pfm_llm.data.partition import Client
+from pfm_llm.data.splits import TrainData
+from pfm_llm.encoding import HistoryEncoder, Window
+from pfm_llm.trunk_cache import TrunkCache
+
+
+class ClientHistories:
+    """What the simulated clients hold: training windows and their trunk states.
+
+    Args:
+        clients: The federation's clients.
+        train: Training interactions; nothing held out can be reached from here.
+        encoder: Renders and tokenises.
+        cache: Trunk states.
+        like_threshold: Ratings from here on are likes to learn from; None: none are.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        train: TrainData,
+        encoder: HistoryEncoder,
+        cache: TrunkCache,
+        like_threshold: float | None = None,
+    ) -> None:
+        self.clients: Mapping[str, Client] = {client.client_id: client for client in clients}
+        self._client_of = {user: client.client_id for client in clients for user in client.users}
+        self._train = train
+        self._encoder = encoder
+        self._cache = cache
+        self._like_threshold = like_threshold
+        self._windows: dict[str, tuple[Window, ...]] = {}
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Ids of the clients that have something to learn from: at least one transition."""
+        offsets = self._train.interactions.offsets
+        return tuple(
+            client_id
+            for client_id, client in self.clients.items()
+            if any(offsets[user + 1] - offsets[user] >= 2 for user in client.users)
+        )
+
+    def client_of(self, user: int) -> str:
+        """The client that holds a user's data."""
+        return self._client_of[user]
+
+    def windows(self, client_id: str) -> tuple[Window, ...]:
+        """A client's training windows, by user, oldest first."""
+        if client_id not in self._windows:
+            interactions = self._train.interactions
+            found: list[Window] = []
+            for user in self.clients[client_id].users:
+                ratings = interactions.ratings_of(user)
+                liked = None
+                if self._like_threshold is not None and ratings is not None:
+                    liked = ratings >= self._like_threshold
+                found += self._encoder.training_windows(interactions.history(user), ratings, liked)
+            self._windows[client_id] = tuple(found)
+        return self._windows[client_id]
+
+    def trunk_states(self, client_id: str) -> list[torch.Tensor]:
+        """Trunk states [T, d] of each of a client's training windows."""
+        return self._cache.states(self.windows(client_id), client_id)
+
+    def num_tokens(self, client_id: str, limit: int | None = None) -> int:
+        """Padded size of a client's (at most ``limit``) windows: number times longest."""
+        windows = self.windows(client_id)
+        rows = len(windows) if limit is None else min(limit, len(windows))
+        return rows * max((len(window.tokens) for window in windows), default=0)
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """The steps that one call of local training takes.
+
+    Attributes:
+        shared_steps, private_steps: How many of each.
+        schedule: In which order.
+        purpose: Names the random draws.
+        windows_per_step: How many of a client's windows one step reads, in turn; None: all.
+    """
+
+    shared_steps: int
+    private_steps: int
+    schedule: Schedule
+    purpose: str
+    windows_per_step: int | None
+
+    def plan(self) -> list[tuple[bool, bool]]:
+        """For each step, whether the shared and whether the private tensors move."""
+        if self.schedule is Schedule.JOINT:
+            longest = max(self.shared_steps, self.private_steps)
+            return [(s < self.shared_steps, s < self.private_steps) for s in range(longest)]
+        private = [(False, True)] * self.private_steps
+        shared = [(True, False)] * self.shared_steps
+        if self.schedule is Schedule.PRIVATE_AFTER:
+            return shared
+        return private + shared
+
+
+class BatchSource:
+    """The batch of each local step: all windows, or ``windows_per_step`` of them in turn."""
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        histories: ClientHistories,
+        chunk: Sequence[str],
+        work: LocalWork,
+        round_number: int,
+    ) -> None:
+        self._config = config
+        self._chunk = chunk
+        self._size = work.windows_per_step
+        self._windows = [histories.windows(client_id) for client_id in chunk]
+        self._states = [histories.trunk_states(client_id) for client_id in chunk]
+        self._key = (work.purpose, round_number)
+        self._orders = [
+            torch.randperm(len(windows), generator=self._generator("windows", client_id)).tolist()
+            for client_id, windows in zip(chunk, self._windows, strict=True)
+        ]
+        self._whole: ChunkBatch | None = None
+
+    def batch(self, step: int) -> ChunkBatch:
+        """The batch of a step, counted from 0."""
+        size = self._size
+        if size is None or all(len(windows) <= size for windows in self._windows):
+            self._whole = self._whole or collate(self._windows, self._states)
+            return self._whole
+        picks = [_turn(order, step, size) for order in self._orders]
+        return collate(
+            [[w[i] for i in pick] for w, pick in zip(self._windows, picks, strict=True)],
+            [[s[i] for i in pick] for s, pick in zip(self._states, picks, strict=True)],
+        )
+
+    def dropout(self, step: int) -> Dropout | None:
+        """Dropout of a step, one generator per client."""
+        adapters = self._config.adapters
+        rates = (self._config.head.dropout, adapters.shared.dropout, adapters.private.dropout)
+        if not any(rates):
+            return None
+        return Dropout(*rates, [self._generator(f"dropout/{step}", c) for c in self._chunk])
+
+    def _generator(self, what: str, client_id: str) -> torch.Generator:
+        purpose, round_number = self._key
+        return seeding.generator(self._config.seed, f"{purpose}/{what}", round_number, client_id)
+
+
+def _turn(order: Sequence[int], step: int, size: int) -> list[int]:
+    """``size`` entries of ``order`` starting where the previous step stopped, around the end."""
+    if len(order) <= size:
+        return sorted(order)
+    return sorted(order[(step * size + k) % len(order)] for k in range(size))

@@ -1,0 +1,77 @@
+"""The methods that can be compared: one file each, with its paper and its equations.
+
+All run on the same backbone, head, data, split and budget. A method is a set of settings that
+it fixes (`MethodSpec.settings`) and a set of shared tensors that it leaves untrained
+(`MethodSpec.frozen`); everything else is up to the config. In the equations h = W x is a frozen
+linear layer, u is a user, and what carries the index u never leaves the client.
+"""
+
+import copy
+from enum import StrEnum
+from typing import Any
+
+from pfm_llm.config_text import find_setting, set_setting
+from pfm_llm.errors import ConfigError
+from pfm_llm.methods.central import SPEC as CENTRAL
+from pfm_llm.methods.fedrep import SPEC as FEDREP
+from pfm_llm.methods.fedsa_lora import SPEC as FEDSA_LORA
+from pfm_llm.methods.ffa_lora import SPEC as FFA_LORA
+from pfm_llm.methods.local_only import SPEC as LOCAL_ONLY
+from pfm_llm.methods.pfm import SPEC as PFM
+from pfm_llm.methods.pfm_text import SPEC as PFM_TEXT
+from pfm_llm.methods.shared_only import SPEC as SHARED_ONLY
+from pfm_llm.methods.spec import MethodSpec
+
+
+class Method(StrEnum):
+    """The methods by name."""
+
+    CENTRAL = "central"
+    LOCAL_ONLY = "local_only"
+    SHARED_ONLY = "shared_only"
+    FFA_LORA = "ffa_lora"
+    FEDSA_LORA = "fedsa_lora"
+    FEDREP = "fedrep"
+    PFM = "pfm"
+    PFM_TEXT = "pfm_text"
+
+
+SPECS: dict[Method, MethodSpec] = {
+    Method.CENTRAL: CENTRAL,
+    Method.LOCAL_ONLY: LOCAL_ONLY,
+    Method.SHARED_ONLY: SHARED_ONLY,
+    Method.FFA_LORA: FFA_LORA,
+    Method.FEDSA_LORA: FEDSA_LORA,
+    Method.FEDREP: FEDREP,
+    Method.PFM: PFM,
+    Method.PFM_TEXT: PFM_TEXT,
+}
+
+
+def with_method(tree: dict[str, Any], origin: str) -> dict[str, Any]:
+    """A tree of settings with those that its method fixes.
+
+    Args:
+        tree: Settings as read from YAML; without ``method`` they are returned as they are, and
+            so are those with an unknown one, for validation to refuse.
+        origin: Where the tree is from, for messages.
+
+    Raises:
+        ConfigError: The tree sets a key otherwise than its method does.
+    """
+    if tree.get("method") not in [method.value for method in SPECS]:
+        return tree
+    method = Method(tree["method"])
+    tree = copy.deepcopy(tree)
+    for key, value in SPECS[method].settings.items():
+        found = find_setting(tree, key)
+        if found is not None and found != value:
+            raise ConfigError(
+                f"{origin}: method {method} fixes {key}: {value}, but the config says {found}; "
+                "leave it out"
+            )
+        set_setting(tree, key, value)
+    return tree
+
+
+__all__ = ["SPECS", "Method", "MethodSpec", "with_method"]

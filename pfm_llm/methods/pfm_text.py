@@ -1,0 +1,11 @@
+"""`pfm` without any parameter per item: text alone, so that new items are items like others.
+
+::
+
+    score_u,i = score_i(n) + phi_u . T z_i
+"""
+
+from pfm_llm.methods.pfm import SPEC as PFM
+from pfm_llm.methods.spec import MethodSpec
+
+SPEC = MethodSpec(settings={**PFM.settings, "head.item_ids": "none", "head.item_bias": False})

@@ -1,0 +1,121 @@
+"""What a client minimises, as a function of its own tensors and of its read-out states.
+
+Per position t of the history, with s_t the scores of the catalogue and y_t the next item,
+
+    loss = mean_t CE(s_t, y_t)  [+ mean_t BCE(l_t, liked_t)  with the task ``like``]
+
+where l_t is the log-odds that the user likes y_t. With a private taste vector both are
+cross-fitted (`taste`).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from pfm_llm import head as recommender_head
+from pfm_llm import taste
+from pfm_llm.choices import Task
+from pfm_llm.encoding import NO_LABEL
+from pfm_llm.types import Tensors
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is read out of one client's windows, position by position.
+
+    Attributes:
+        vectors: float32 [K, D], user vectors.
+        targets: int64 [K], the next item at each position.
+        liked: int64 [K], 0, 1, or `NO_LABEL`.
+    """
+
+    vectors: torch.Tensor
+    targets: torch.Tensor
+    liked: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of one client.
+
+    Attributes:
+        item_texts: float32 [I, D], whitened.
+        tasks: What is learned.
+        num_folds: Of the cross-fitting of taste vectors; None without them.
+    """
+
+    item_texts: torch.Tensor
+    tasks: tuple[Task, ...]
+    num_folds: int | None
+
+    def to(self, device: torch.device) -> "Objective":
+        """The same on another device."""
+        return dataclasses.replace(self, item_texts=self.item_texts.to(device))
+
+    def loss(self, own: Tensors, outputs: Outputs, personal: bool = True) -> torch.Tensor:
+        """The client's loss (nats), a scalar.
+
+        Args:
+            own: One client's tensors: head, and basis with taste vectors.
+            outputs: Read out at positions that have a target.
+            personal: Whether taste vectors take part, where there are any.
+        """
+        folds = self._folds(len(outputs.targets)) if personal else None
+        scores = recommender_head.score_items(own, outputs.vectors, self.item_texts)
+        if folds is not None:
+            features = self.features(own, Task.NEXT_ITEM)
+            precisions = taste.prior_precisions(own, Task.NEXT_ITEM)
+            fitted = taste.fit_next_item(scores, outputs.targets, features, precisions, folds)
+            scores = scores + fitted[folds] @ features.T
+        loss = F.cross_entropy(scores, outputs.targets)
+        if Task.LIKE in self.tasks:
+            loss = loss + self._like_loss(own, outputs, folds)
+        return loss
+
+    def _like_loss(
+        self, own: Tensors, outputs: Outputs, folds: torch.Tensor | None
+    ) -> torch.Tensor:
+        known = outputs.liked != NO_LABEL
+        if not known.any():
+            return outputs.vectors.new_zeros(())
+        items, liked = outputs.targets[known], outputs.liked[known].float()
+        logits = recommender_head.like_logits(own, self.item_texts)[items]
+        if folds is not None:
+            features = self.features(own, Task.LIKE)[items]
+            precisions = taste.prior_precisions(own, Task.LIKE)
+            kept = folds[known]
+            fitted = taste.fit_likes(logits, liked, features, precisions, kept)
+            logits = logits + (fitted[kept] * features).sum(1)
+        return F.binary_cross_entropy_with_logits(logits, liked)
+
+    @torch.no_grad()
+    def fit_taste(self, own: Tensors, outputs: Outputs) -> dict[str, torch.Tensor]:
+        """A client's taste vectors, fitted to all of its positions; zero without any.
+
+        Returns:
+            Name to float32 vector, for the private state.
+        """
+        whole = torch.zeros(len(outputs.targets), dtype=torch.long)
+        scores = recommender_head.score_items(own, outputs.vectors, self.item_texts)
+        features = self.features(own, Task.NEXT_ITEM)
+        precisions = taste.prior_precisions(own, Task.NEXT_ITEM)
+        fitted = taste.fit_next_item(scores, outputs.targets, features, precisions, whole)
+        vectors = {taste.vector_name(Task.NEXT_ITEM): fitted[-1]}
+        if Task.LIKE in self.tasks:
+            known = outputs.liked != NO_LABEL
+            items, liked = outputs.targets[known], outputs.liked[known].float()
+            logits = recommender_head.like_logits(own, self.item_texts)[items]
+            features = self.features(own, Task.LIKE)[items]
+            precisions = taste.prior_precisions(own, Task.LIKE)
+            fitted = taste.fit_likes(logits, liked, features, precisions, whole[known])
+            vectors[taste.vector_name(Task.LIKE)] = fitted[-1]
+        return vectors
+
+    def features(self, own: Tensors, task: Task) -> torch.Tensor:
+        """`taste.item_features` of the catalogue."""
+        return taste.item_features(own, task, self.item_texts)
+
+    def _folds(self, num_positions: int) -> torch.Tensor | None:
+        return None if self.num_folds is None else taste.folds(num_positions, self.num_folds)

@@ -1,0 +1,116 @@
+"""The study of a tiny run: every measure is there, finite, and what it says it is."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pfm_llm.experiment import run_experiment
+from pfm_llm.run_report import RESULTS_FILE, ResultRow
+from pfm_llm.study import first_events, study_run
+from tests.integration.tiny import Tiny, random_histories
+
+LIKES: dict[str, Any] = {
+    "tasks": ["next_item", "like"],
+    "data__split": "last_fraction",
+    "data__held_out": 0.6,
+    "data__columns": {"rating": "rating", "timestamp": None},
+    "evaluation__splits": ["validation"],
+    "federation__num_rounds": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def rated(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny histories with ratings: even items are liked."""
+    lines = ["user_id,item_id,rating"]
+    for user, items in random_histories().items():
+        lines += [f"{user},i{item},{5 if (item + len(user)) % 2 else 2}" for item in items]
+    path = tmp_path_factory.mktemp("rated") / "interactions.csv"
+    path.write_text("\n".join([*lines, ""]))
+    return path
+
+
+def _study(tiny: Tiny, rated: Path, output: Path, **settings: Any) -> tuple[Path, list[ResultRow]]:
+    config = tiny.config(output, data__source=str(rated), **LIKES, **settings)
+    run = run_experiment(config)
+    return run, study_run(run, "small")
+
+
+def test_ours_is_measured_in_every_way(tiny: Tiny, rated: Path, tmp_path: Path) -> None:
+    run, rows = _study(tiny, rated, tmp_path, method="pfm", regime="fedsgd")
+    by_name = {(row.task, row.metric): row for row in rows if row.mode == "shared_private"}
+    for name in (
+        "gain_log_rank", "gain_ndcg", "gain_log_rank_over_private", "swap_log_rank",
+        "identification", "not_harmed", "integrity_rbo", "integrity_rbo_retuned", "memory_4",
+        "cold_start_0", "cold_start_1", "cold_start_5",
+    ):  # fmt: skip
+        assert ("next_item", name) in by_name, name
+    for name in ("auc", "gain_auc", "swap_auc", "identification"):
+        assert ("like", name) in by_name, name
+    assert all(row.split == "test" and row.budget == "small" for row in rows)
+    assert by_name["next_item", "cold_start_0"].value == 0  # nothing is known, nothing is gained
+    assert by_name["next_item", "cold_start_1"].value == 0  # one event holds no transition
+    gains = json.loads((run / RESULTS_FILE).read_text())["per_user"]
+    gain = by_name["next_item", "gain_log_rank"]
+    assert np.mean(gains["gain_log_rank"]) == pytest.approx(gain.value)
+    liked = [value for value in gains["gain_auc"] if value is not None]
+    assert len(liked) == by_name["like", "gain_auc"].num_users
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("shared_only", {}),
+        ("central", {}),
+        ("ffa_lora", {}),
+        ("local_only", {}),
+        ("fedsa_lora", {"adapters__private__head_rank": 0}),
+        ("fedrep", {}),
+        ("pfm_text", {}),
+    ],
+)
+def test_every_method_runs_and_leaves_untrained_what_it_says(
+    tiny: Tiny, rated: Path, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    from pfm_llm.experiment import open_run
+    from pfm_llm.methods import SPECS, Method
+
+    run, rows = _study(tiny, rated, tmp_path, method=method, **settings)
+    assert {row.method for row in rows if row.mode != "none"} == {method}
+    opened = open_run(run)
+    for name, start in opened.assembly.parts.shared.tensors.items():
+        moved = not bool((opened.shared.tensors[name] == start).all())
+        if not SPECS[Method(method)].trains(name):
+            assert not moved, name
+    moves = any(
+        not bool((opened.shared.tensors[name] == start).all())
+        for name, start in opened.assembly.parts.shared.tensors.items()
+    )
+    assert moves == (method != "local_only")
+    personal = {row.metric for row in rows if row.metric.startswith("gain")}
+    assert bool(personal) == opened.assembly.config.adapters.private.enabled
+
+
+def test_averaging_logs_its_error(tiny: Tiny, rated: Path, tmp_path: Path) -> None:
+    local = {"shared_local_steps": 4, "shared_optimizer": "adamw", "shared_lr": 1e-2}
+    server = {"optimizer": "average"}
+    for method, is_exact in (("shared_only", False), ("ffa_lora", True)):
+        config = tiny.config(
+            tmp_path, data__source=str(rated), **LIKES, method=method, regime="fedavg",
+            federation__local=local, federation__server=server,
+        )  # fmt: skip
+        lines = (run_experiment(config) / "metrics.jsonl").read_text().splitlines()
+        errors = [json.loads(line)["aggregation_error"] for line in lines]
+        assert (max(errors) < 1e-6) == is_exact
+
+
+def test_first_events_are_copies_of_the_oldest(tiny_assembly: Callable[..., Any]) -> None:
+    train = tiny_assembly().corpus.split.train.interactions
+    few = first_events(train, 2)
+    for user in range(train.num_users):
+        assert few.history(user).tolist() == train.history(user)[:2].tolist()
+    assert not np.shares_memory(few.items, train.items)

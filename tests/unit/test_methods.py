@@ -1,0 +1,92 @@
+"""Methods: what each fixes, what it leaves untrained, and what a config may not say beside it."""
+
+from typing import Any
+
+import pytest
+
+from pfm_llm.choices import PrivateKind, Regime
+from pfm_llm.config import parse_config
+from pfm_llm.errors import ConfigError
+from pfm_llm.methods import SPECS, Method
+
+SHARED_NAMES = (
+    "lora.model.layers.3.self_attn.q_proj.A",
+    "lora.model.layers.3.self_attn.q_proj.B",
+    "head.state_proj",
+    "head.item_proj",
+    "basis.model.layers.3.self_attn.q_proj.A",
+)
+
+
+def _tree(**settings: Any) -> dict[str, Any]:
+    return {"name": "x", **settings}
+
+
+def test_every_method_has_its_paper_or_its_equation() -> None:
+    assert set(SPECS) == set(Method)
+
+
+@pytest.mark.parametrize(
+    ("method", "untrained"),
+    [
+        (Method.CENTRAL, ()),
+        (Method.LOCAL_ONLY, SHARED_NAMES),
+        (Method.SHARED_ONLY, ()),
+        (Method.FFA_LORA, SHARED_NAMES[:1]),
+        (Method.FEDSA_LORA, SHARED_NAMES[:2]),
+        (Method.FEDREP, SHARED_NAMES[2:3]),
+        (Method.PFM, ()),
+        (Method.PFM_TEXT, ()),
+    ],
+)
+def test_what_a_method_leaves_untrained(method: Method, untrained: tuple[str, ...]) -> None:
+    assert tuple(n for n in SHARED_NAMES if not SPECS[method].trains(n)) == untrained
+
+
+@pytest.mark.parametrize("method", Method)
+def test_a_config_with_a_method_is_valid_and_says_what_it_fixes(method: Method) -> None:
+    config = parse_config(_tree(method=method.value))
+    tree = config.model_dump(mode="json")
+    for key, value in SPECS[method].settings.items():
+        node: Any = tree
+        for part in key.split("."):
+            node = node[part]
+        assert node == value
+    assert parse_config(tree) == config  # the resolved config reads back
+
+
+def test_a_setting_that_contradicts_the_method_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"shared_only fixes adapters\.private\.enabled: False"):
+        parse_config(_tree(method="shared_only", adapters={"private": {"enabled": True}}))
+
+
+def test_an_unknown_method_names_the_valid_ones() -> None:
+    with pytest.raises(ConfigError, match=r"method.*'central'.*'pfm_text'"):
+        parse_config(_tree(method="fedit"))
+
+
+def test_ours_has_a_taste_vector_and_text_alone_has_no_item_parameters() -> None:
+    ours = parse_config(_tree(method="pfm"))
+    assert ours.adapters.private.kind is PrivateKind.TASTE
+    text = parse_config(_tree(method="pfm_text"))
+    assert (text.head.item_ids, text.head.item_bias) == ("none", False)
+
+
+def test_a_regime_is_a_label_that_the_settings_must_fit() -> None:
+    assert parse_config(_tree(regime="fedsgd")).regime is Regime.FEDSGD
+    averaging = {
+        "local": {"shared_local_steps": 4, "shared_optimizer": "adamw"},
+        "server": {"optimizer": "average"},
+    }
+    assert parse_config(_tree(regime="fedavg", federation=averaging)).regime is Regime.FEDAVG
+    with pytest.raises(ConfigError, match="regime: fedsgd"):
+        parse_config(_tree(regime="fedsgd", federation=averaging))
+    with pytest.raises(ConfigError, match="regime: fedavg"):
+        parse_config(_tree(regime="fedavg"))
+
+
+def test_likes_need_a_split_with_several_held_out_events() -> None:
+    with pytest.raises(ConfigError, match="last_fraction"):
+        parse_config(_tree(tasks=["next_item", "like"]))
+    with pytest.raises(ConfigError, match="tasks must hold next_item"):
+        parse_config(_tree(tasks=["like"], data={"split": "last_fraction"}))
