@@ -249,6 +249,7 @@ class ServerStep:
         """
         groups = {
             "lora.": self.config.lr_lora,
+            "basis.taste.like.": self.config.lr_taste_like,
             "basis.taste.": self.config.lr_taste,
             "basis.": self.config.lr_lora,
             "head.item_ids": self.config.lr_item_ids,

@@ -11,7 +11,7 @@ file                                  holds
 ``adapter_config.json``               PEFT's
 ``adapter_model.safetensors``         PEFT's: the shared LoRA
 ``recommender_head.safetensors``      the head, and the catalogue's whitening
-``private_basis.safetensors``         with ``shared_basis``: the basis that all have in common
+``private_basis.safetensors``         with ``shared_basis`` or ``taste``: the basis of all
 ``item_keys.json``                    a key per item, to align what belongs to items
 ``prompts/<key>.toml``                the prompt
 ``training_config.yaml``              the resolved config, paths reduced to names
@@ -34,12 +34,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pfm_llm import files
-from pfm_llm.choices import Dtype
+from pfm_llm.choices import Dtype, Task
 from pfm_llm.config import AdaptersConfig, HeadConfig, WindowConfig
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.errors import ArtefactError, CorruptFileError
-from pfm_llm.head import ITEM_BIAS, ITEM_IDS, Normaliser
+from pfm_llm.head import ITEM_BIAS, ITEM_IDS, LIKE_BIAS, Normaliser
 from pfm_llm.prompts import Prompt, load_prompt
 from pfm_llm.types import Tensors
 
@@ -135,7 +135,7 @@ class Manifest(_Part):
         adapters: Rank, alpha, targets and layers of both adapters, so that a user can
             personalise it.
         modules: Paths of the adapted modules.
-        head: Settings of the recommender head.
+        head, tasks: Settings of the recommender head, and what it is for.
         window: How histories are cut.
         prompt: Its key.
         prompt_sha256: Hash of its content.
@@ -156,6 +156,7 @@ class Manifest(_Part):
     adapters: AdaptersConfig
     modules: tuple[str, ...]
     head: HeadConfig
+    tasks: tuple[Task, ...] = (Task.NEXT_ITEM,)
     window: WindowConfig
     prompt: str
     prompt_sha256: str
@@ -388,11 +389,11 @@ def aligned_tensors(tensors: Tensors, alignment: Alignment) -> dict[str, torch.T
     """
     aligned = dict(tensors)
     rows = torch.tensor([-1 if row is None else row for row in alignment.rows])
-    for name in (ITEM_BIAS, ITEM_IDS):
+    for name in (ITEM_BIAS, ITEM_IDS, LIKE_BIAS):
         if name not in tensors:
             continue
         old = tensors[name]
-        default = old.mean() if name == ITEM_BIAS else torch.zeros(old.shape[1])
+        default = torch.zeros(old.shape[1]) if name == ITEM_IDS else old.mean()
         new = default.expand(len(rows), *old.shape[1:]).clone()
         new[rows >= 0] = old[rows[rows >= 0]]
         aligned[name] = new

@@ -141,6 +141,7 @@ def _manifest(
         adapters=config.adapters,
         modules=tuple(parts.adapter.modules),
         head=config.head,
+        tasks=config.tasks,
         window=config.window,
         prompt=parts.prompt.key,
         prompt_sha256=parts.prompt.content_hash(),

@@ -173,10 +173,8 @@ def _initial_shared(
     )
     tensors = {**adapter.initial_shared(config.seed), **head}
     if uses_taste(config):
-        id_dim = config.head.id_dim if recommender_head.ITEM_IDS in head else None
-        widths = (config.head.dim, id_dim)
-        private = config.adapters.private
-        tensors |= taste.initial_basis(private.taste, config.tasks, widths, config.seed)
+        settings = config.adapters.private.taste
+        tensors |= taste.initial_basis(settings, config.tasks, config.head, config.seed)
     return SharedState(tensors)
 
 

@@ -4,8 +4,11 @@ Per position t of the history, with s_t the scores of the catalogue and y_t the 
 
     loss = mean_t CE(s_t, y_t)  [+ mean_t BCE(l_t, liked_t)  with the task ``like``]
 
-where l_t is the log-odds that the user likes y_t. With a private taste vector both are
-cross-fitted (`taste`).
+where l_t is the log-odds that the user likes y_t. With a private taste vector each loss has a
+twin, in which the vector is added to the same scores, cross-fitted (`taste`). The twin trains the
+basis alone: no gradient of it reaches the shared scores. So the shared part learns what it would
+learn without a private one, and serves those who have none; when the twin trained both, the
+shared part left to the private one what it could have learned itself.
 """
 
 import dataclasses
@@ -64,12 +67,13 @@ class Objective:
         """
         folds = self._folds(len(outputs.targets)) if personal else None
         scores = recommender_head.score_items(own, outputs.vectors, self.item_texts)
+        loss = F.cross_entropy(scores, outputs.targets)
         if folds is not None:
             features = self.features(own, Task.NEXT_ITEM)
             precisions = taste.prior_precisions(own, Task.NEXT_ITEM)
-            fitted = taste.fit_next_item(scores, outputs.targets, features, precisions, folds)
-            scores = scores + fitted[folds] @ features.T
-        loss = F.cross_entropy(scores, outputs.targets)
+            fixed = scores.detach()
+            fitted = taste.fit_next_item(fixed, outputs.targets, features, precisions, folds)
+            loss = loss + F.cross_entropy(fixed + fitted[folds] @ features.T, outputs.targets)
         if Task.LIKE in self.tasks:
             loss = loss + self._like_loss(own, outputs, folds)
         return loss
@@ -82,13 +86,15 @@ class Objective:
             return outputs.vectors.new_zeros(())
         items, liked = outputs.targets[known], outputs.liked[known].float()
         logits = recommender_head.like_logits(own, self.item_texts)[items]
+        loss = F.binary_cross_entropy_with_logits(logits, liked)
         if folds is not None:
             features = self.features(own, Task.LIKE)[items]
             precisions = taste.prior_precisions(own, Task.LIKE)
-            kept = folds[known]
-            fitted = taste.fit_likes(logits, liked, features, precisions, kept)
-            logits = logits + (fitted[kept] * features).sum(1)
-        return F.binary_cross_entropy_with_logits(logits, liked)
+            kept, fixed = folds[known], logits.detach()
+            fitted = taste.fit_likes(fixed, liked, features, precisions, kept)
+            personal = fixed + (fitted[kept] * features).sum(1)
+            loss = loss + F.binary_cross_entropy_with_logits(personal, liked)
+        return loss
 
     @torch.no_grad()
     def fit_taste(self, own: Tensors, outputs: Outputs) -> dict[str, torch.Tensor]:

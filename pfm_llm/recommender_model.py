@@ -241,7 +241,7 @@ class RecommenderModel:
 
 def _load_catalogue(artefact: Artefact, source: str | None) -> Catalogue:
     trained_on = artefact.manifest.data_source
-    if source is None and trained_on != sources.EMBEDDED:
+    if source is None and trained_on not in sources.EMBEDDED_SOURCES:
         raise DataError(
             f"{artefact.origin} was trained on {trained_on!r}, whose items are not in its folder; "
             "pass catalogue: a CSV, TSV or Parquet file with item_id and title"
@@ -268,6 +268,8 @@ def _config_of(
         "window": manifest.window.model_dump(mode="json"),
         "adapters": manifest.adapters.model_dump(mode="json"),
         "head": manifest.head.model_dump(mode="json"),
+        "tasks": [task.value for task in manifest.tasks],
+        "data": {"split": "last_fraction"},  # no data are split here; likes allow no other
         "backbone": {"name": name, "revision": revision, "dtype": manifest.base.dtype.value},
         "init_from": started.model_dump(mode="json"),
         # A basis is not trained here, so any schedule does; this one goes with every kind.

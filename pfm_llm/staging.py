@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from pfm_llm import files
+from pfm_llm import files, taste
 from pfm_llm.artefact import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -236,7 +236,7 @@ def _check_adapter_config(staged: Artefact) -> None:
 def _check_tensors(staged: Artefact) -> None:
     """Every tensor that belongs into a file, of its shape and in float32, and nothing else."""
     manifest, folder = staged.manifest, staged.folder
-    rank, private = manifest.adapters.shared.rank, manifest.adapters.private
+    rank = manifest.adapters.shared.rank
     lora = tensors_from_peft(files.read_tensors(folder / ADAPTER_FILE)[0])
     factors: _Shapes = {f"{SHARED_LORA}{module}.A": (rank, None) for module in manifest.modules}
     factors |= {f"{SHARED_LORA}{module}.B": (None, rank) for module in manifest.modules}
@@ -244,22 +244,35 @@ def _check_tensors(staged: Artefact) -> None:
 
     head, normaliser = read_head(folder)
     width = normaliser.mean.numel()
-    initial = initial_head(manifest.head, width, manifest.num_items, seed=0)
+    initial = initial_head(manifest.head, width, manifest.num_items, 0, manifest.tasks)
     shapes: _Shapes = {name: tuple(value.shape) for name, value in initial.items()}
     shapes |= {"normaliser.mean": (width,), "normaliser.basis": (width, width)}
     whitening = {"normaliser.mean": normaliser.mean, "normaliser.basis": normaliser.basis}
     _check_shapes(staged, HEAD_FILE, {**head, **whitening}, shapes)
 
-    has_basis = private.enabled and private.kind is PrivateKind.SHARED_BASIS
-    if has_basis != (BASIS_FILE in manifest.files):
-        raise _refusal(staged, BASIS_FILE, f"is {'missing' if has_basis else 'of no use here'}")
-    if has_basis:
-        bases: _Shapes = {
-            f"{BASIS}{module}.A": (private.rank, lora[f"{SHARED_LORA}{module}.A"].shape[1])
-            for module in manifest.modules
-        }
-        bases |= {BASIS_HEAD_A: (private.head_rank, width)} if private.head_rank else {}
+    bases = _basis_shapes(manifest, lora, width)
+    if bool(bases) != (BASIS_FILE in manifest.files):
+        raise _refusal(staged, BASIS_FILE, f"is {'missing' if bases else 'of no use here'}")
+    if bases:
         _check_shapes(staged, BASIS_FILE, files.read_tensors(folder / BASIS_FILE)[0], bases)
+
+
+def _basis_shapes(manifest: Manifest, lora: Tensors, width: int) -> _Shapes:
+    """What the basis of the private part holds, of whatever kind it is; empty without one."""
+    private = manifest.adapters.private
+    if not private.enabled or private.kind is PrivateKind.INDEPENDENT:
+        return {}
+    if private.kind is PrivateKind.TASTE:
+        initial = taste.initial_basis(private.taste, manifest.tasks, manifest.head, seed=0)
+        return {name: tuple(value.shape) for name, value in initial.items()}
+    bases: _Shapes = {}
+    if private.on_layers:
+        for module in manifest.modules:
+            fan_in = lora[f"{SHARED_LORA}{module}.A"].shape[1]
+            bases[f"{BASIS}{module}.A"] = (private.rank, fan_in)
+    if private.head_rank:
+        bases[BASIS_HEAD_A] = (private.head_rank, width)
+    return bases
 
 
 def _check_shapes(staged: Artefact, file: str, found: Tensors, wanted: _Shapes) -> None:

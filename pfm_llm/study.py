@@ -89,16 +89,16 @@ class _Study:
         )
         return rows_of(self._assembly, self._task, self._test, baselines)
 
-    def per_user(self) -> dict[str, list[float | None]]:
-        """Gains over shared only per user, by ascending user; None without an AUC."""
+    def per_user(self) -> dict[str, list[float]]:
+        """Gains over shared only, one a user, in ascending order: nobody's can be told.
+
+        Users without an AUC have none of that kind.
+        """
         gains = {"gain_log_rank": self._gain("log_rank"), "gain_ndcg": self._gain("ndcg")}
         if self._test.aucs:
             own, shared = (self._test.aucs[mode] for mode in reversed(_SERVED))
             gains["gain_auc"] = own - shared
-        return {
-            name: [None if np.isnan(value) else float(value) for value in values]
-            for name, values in gains.items()
-        }
+        return {name: np.sort(values[~np.isnan(values)]).tolist() for name, values in gains.items()}
 
     def personality_rows(self, budget: str) -> list[ResultRow]:
         """Every measure as rows, positive is better for the user."""

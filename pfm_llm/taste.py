@@ -30,8 +30,8 @@ import math
 import torch
 
 from pfm_llm import seeding
-from pfm_llm.choices import Task
-from pfm_llm.config import TasteConfig
+from pfm_llm.choices import ItemIds, Task
+from pfm_llm.config import HeadConfig, TasteConfig
 from pfm_llm.head import ITEM_IDS, standard_ids
 from pfm_llm.types import Tensors
 
@@ -62,24 +62,25 @@ def vector_name(task: Task) -> str:
 
 
 def initial_basis(
-    config: TasteConfig, tasks: tuple[Task, ...], widths: tuple[int, int | None], seed: int
+    config: TasteConfig, tasks: tuple[Task, ...], head: HeadConfig, seed: int
 ) -> dict[str, torch.Tensor]:
     """The basis before training, float32.
 
     Args:
         config: Number of features and prior.
         tasks: What is predicted; each task has a basis of its own.
-        widths: Dimensions D of the texts and E of the item IDs, None without IDs.
+        head: For the dimensions D of the texts and E of the item IDs, if there are any.
         seed: The experiment's seed.
     """
-    dim, id_dim = widths
-    width = dim + (id_dim or 0)
+    dim = head.dim
+    has_ids = head.item_ids is not ItemIds.NONE
+    width = dim + (head.id_dim if has_ids else 0)
     tensors = {}
     for task in tasks:
         generator = seeding.generator(seed, f"taste/{task}")
         drawn = torch.randn(config.rank, width, generator=generator) * _FEATURE_STD / width**0.5
         tensors[text_name(task)] = drawn[:, :dim].clone()
-        if id_dim is not None:
+        if has_ids:
             tensors[ids_name(task)] = drawn[:, dim:].clone()
         tensors[precision_name(task)] = torch.tensor([math.log(config.precision)])
     return tensors

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from pfm_llm import taste
-from pfm_llm.choices import Task
-from pfm_llm.config import TasteConfig
+from pfm_llm.choices import ItemIds, Task
+from pfm_llm.config import HeadConfig, TasteConfig
 from pfm_llm.head import ITEM_IDS
 
 ITEMS, RANK, POSITIONS = 13, 3, 11
 BOTH = (Task.NEXT_ITEM, Task.LIKE)
+HEAD = HeadConfig(dim=8, id_dim=4)
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -122,16 +123,18 @@ def test_folds_are_contiguous_blocks(positions: int, wanted: int, expected: list
 
 def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
     config = TasteConfig(rank=RANK, precision=20.0)
-    basis = taste.initial_basis(config, BOTH, (8, 4), seed=3)
-    again = taste.initial_basis(config, BOTH, (8, 4), seed=3)
-    other = taste.initial_basis(config, BOTH, (8, 4), seed=4)
+    basis = taste.initial_basis(config, BOTH, HEAD, seed=3)
+    again = taste.initial_basis(config, BOTH, HEAD, seed=3)
+    other = taste.initial_basis(config, BOTH, HEAD, seed=4)
     for task in BOTH:
         assert basis[taste.text_name(task)].shape == (RANK, 8)
         assert basis[taste.ids_name(task)].shape == (RANK, 4)
         assert float(basis[taste.precision_name(task)]) == pytest.approx(math.log(20.0))
     assert all(torch.equal(basis[name], again[name]) for name in basis)
     assert not torch.equal(basis[taste.text_name(Task.LIKE)], other[taste.text_name(Task.LIKE)])
-    text_only = taste.initial_basis(config, (Task.NEXT_ITEM,), (8, None), seed=3)
+    text_only = taste.initial_basis(
+        config, (Task.NEXT_ITEM,), HEAD.model_copy(update={"item_ids": ItemIds.NONE}), seed=3
+    )
     assert taste.ids_name(Task.NEXT_ITEM) not in text_only
     vectors = taste.initial_vectors(config, BOTH)
     assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [RANK, RANK + 1]
@@ -142,7 +145,7 @@ def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
 
 def test_features_are_the_stated_sum_and_send_no_gradient_to_the_ids() -> None:
     config = TasteConfig(rank=RANK)
-    shared = taste.initial_basis(config, BOTH, (8, 4), seed=3)
+    shared = taste.initial_basis(config, BOTH, HEAD, seed=3)
     shared[ITEM_IDS] = (_random(ITEMS, 4).float() * 7 + 2).requires_grad_()
     texts = _random(ITEMS, 8, seed=1).float()
     ids = shared[ITEM_IDS].detach()

@@ -1,0 +1,120 @@
+"""The client's loss: its parts, who receives which gradient, and what fitting gives."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pfm_llm import head as recommender_head
+from pfm_llm import taste
+from pfm_llm.choices import Task
+from pfm_llm.config import HeadConfig, TasteConfig
+from pfm_llm.encoding import NO_LABEL
+from pfm_llm.objective import Objective, Outputs
+
+ITEMS, HIDDEN, POSITIONS = 17, 12, 10
+HEAD = HeadConfig(dim=8, id_dim=4)
+TASTE = TasteConfig(rank=3, precision=5.0)
+BOTH = (Task.NEXT_ITEM, Task.LIKE)
+
+
+def _random(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _own() -> dict[str, torch.Tensor]:
+    own = recommender_head.initial_head(HEAD, HIDDEN, ITEMS, 0, BOTH)
+    own |= taste.initial_basis(TASTE, BOTH, HEAD, seed=0)
+    stirred = {
+        name: value + _random(*value.shape, seed=index) * 0.3
+        for index, (name, value) in enumerate(own.items())
+    }
+    return {name: value.requires_grad_() for name, value in stirred.items()}
+
+
+def _outputs() -> Outputs:
+    generator = torch.Generator().manual_seed(4)
+    liked = torch.randint(2, (POSITIONS,), generator=generator)
+    liked[3] = NO_LABEL
+    return Outputs(
+        vectors=_random(POSITIONS, HEAD.dim, seed=7),
+        targets=torch.randint(ITEMS, (POSITIONS,), generator=generator),
+        liked=liked,
+    )
+
+
+def _objective(num_folds: int | None, tasks: tuple[Task, ...] = BOTH) -> Objective:
+    return Objective(_random(ITEMS, HEAD.dim, seed=9), tasks, num_folds)
+
+
+def test_without_a_private_part_it_is_the_two_cross_entropies() -> None:
+    own, outputs, objective = _own(), _outputs(), _objective(None)
+    scores = recommender_head.score_items(own, outputs.vectors, objective.item_texts)
+    logits = recommender_head.like_logits(own, objective.item_texts)[outputs.targets]
+    known = outputs.liked != NO_LABEL
+    like = F.binary_cross_entropy_with_logits(logits[known], outputs.liked[known].float())
+    next_item = F.cross_entropy(scores, outputs.targets)
+    torch.testing.assert_close(objective.loss(own, outputs), next_item + like)
+    alone = _objective(None, (Task.NEXT_ITEM,))
+    torch.testing.assert_close(alone.loss(own, outputs), next_item)
+
+
+def test_the_shared_part_learns_what_it_would_learn_without_a_private_one() -> None:
+    own, outputs = _own(), _outputs()
+    names = list(own)
+    with_taste, without = (
+        torch.autograd.grad(
+            _objective(folds).loss(own, outputs),
+            [own[name] for name in names],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for folds in (4, None)
+    )
+    for name, one, other in zip(names, with_taste, without, strict=True):
+        if name.startswith("basis."):
+            assert one.any(), name
+            assert not other.any(), name
+        else:
+            torch.testing.assert_close(one, other, msg=name)
+
+
+def test_each_position_is_predicted_from_the_other_folds_alone() -> None:
+    """A target changes the loss of its own fold through itself, never through the vector."""
+    own, outputs = _own(), _outputs()
+    objective = _objective(2, (Task.NEXT_ITEM,))
+    folds = taste.folds(POSITIONS, 2)
+    scores = recommender_head.score_items(own, outputs.vectors, objective.item_texts)
+    features = objective.features(own, Task.NEXT_ITEM)
+    precisions = taste.prior_precisions(own, Task.NEXT_ITEM)
+    losses = []
+    for fold in (0, 1):
+        other, mine = folds != fold, folds == fold
+        alone = torch.zeros(int(other.sum()), dtype=torch.long)
+        vector = taste.fit_next_item(
+            scores[other], outputs.targets[other], features, precisions, alone
+        )[-1]
+        personal = scores[mine] + features @ vector
+        losses.append(F.cross_entropy(personal, outputs.targets[mine], reduction="sum"))
+    expected = F.cross_entropy(scores, outputs.targets) + sum(losses) / POSITIONS
+    torch.testing.assert_close(objective.loss(own, outputs), expected)
+
+
+@pytest.mark.parametrize("labels", ["all", "none"])
+def test_fitting_gives_a_vector_for_each_task(labels: str) -> None:
+    own = {name: value.detach() for name, value in _own().items()}
+    outputs = _outputs()
+    if labels == "none":
+        outputs = Outputs(outputs.vectors, outputs.targets, torch.full((POSITIONS,), NO_LABEL))
+    vectors = _objective(4).fit_taste(own, outputs)
+    assert vectors[taste.vector_name(Task.NEXT_ITEM)].shape == (3,)
+    assert vectors[taste.vector_name(Task.LIKE)].shape == (4,)
+    assert vectors[taste.vector_name(Task.NEXT_ITEM)].any()
+    assert bool(vectors[taste.vector_name(Task.LIKE)].any()) == (labels == "all")
+
+
+def test_without_any_label_there_is_no_loss_of_likes() -> None:
+    own, outputs = _own(), _outputs()
+    bare = Outputs(outputs.vectors, outputs.targets, torch.full((POSITIONS,), NO_LABEL))
+    torch.testing.assert_close(
+        _objective(4).loss(own, bare), _objective(4, (Task.NEXT_ITEM,)).loss(own, bare)
+    )
