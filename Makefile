@@ -9,7 +9,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint format bench table clean
+.PHONY: help install demo test check lint format bench suite table clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +49,10 @@ format: install ## format the code and fix what can be fixed
 bench: install ## race the stacked engine against one client at a time
 	$(BIN)/python benchmarks/engine.py
 
-table: install ## rebuild the tables of README.md from the committed results
+suite: install ## compare methods on MovieLens-100K, small budget; goes on where it stopped
+	$(LAUNCH) scripts/benchmark.py --suite configs/suites/ml100k.yaml --budget small
+
+table: install ## rebuild README's tables and the reports from the committed results
 	$(BIN)/python scripts/update_readme.py
 
 clean: ## remove tool caches and build output; .venv, runs and assets stay

@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
 KINDS = [
     (schedule, kind)
     for schedule, kind in itertools.product(Schedule, PrivateKind)
-    if kind is PrivateKind.INDEPENDENT or schedule is Schedule.ALTERNATE
+    if kind is not PrivateKind.SHARED_BASIS or schedule is Schedule.ALTERNATE
 ]
 
 
@@ -61,11 +61,12 @@ def test_every_schedule_kind_and_server_optimizer(
     assert all(np.isfinite(record["loss"]) for record in metrics_of(run))
     assert modes(run) == {"zero_shot", "shared_only", "private_only", "shared_private"}
     trained = list(run.with_name("tiny.private").rglob("private.r*"))
-    # After the rounds, that schedule trains private adapters for evaluation alone.
-    assert bool(trained) is (schedule is not Schedule.PRIVATE_AFTER)
+    # Otherwise private parts are fitted for evaluation alone.
+    by_steps = kind is not PrivateKind.TASTE and schedule is not Schedule.PRIVATE_AFTER
+    assert bool(trained) is by_steps
     assert len(list(run.with_name("tiny.private").rglob("personalised.r*"))) == 8
     has_basis = (run / "shared_adapter" / "private_basis.safetensors").exists()
-    assert has_basis is (kind is PrivateKind.SHARED_BASIS)
+    assert has_basis is (kind is not PrivateKind.INDEPENDENT)
     assert RunRecommender(run).recommend(some_user(run), 3)
 
 

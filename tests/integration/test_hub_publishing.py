@@ -283,8 +283,9 @@ def test_a_run_without_private_adapters_needs_no_private_store(
     assert "private_basis.safetensors" not in on_hub(logged_in)
 
 
-def test_a_shared_basis_is_published(tiny: Tiny, tmp_path: Path, logged_in: HubDouble) -> None:
-    run = run_experiment(tiny.config(tmp_path / "runs", adapters__private__kind="shared_basis"))
+@pytest.mark.parametrize("kind", ["shared_basis", "taste"])
+def test_a_basis_is_published(kind: str, tiny: Tiny, tmp_path: Path, logged_in: HubDouble) -> None:
+    run = run_experiment(tiny.config(tmp_path / "runs", adapters__private__kind=kind))
     publish(PublishRequest(run, REPO))
     assert "private_basis.safetensors" in on_hub(logged_in)
     folder = copy_of(run / "shared_adapter", tmp_path / "copy")
