@@ -10,7 +10,8 @@ import pytest
 
 from pfm_llm.experiment import run_experiment
 from pfm_llm.run_report import RESULTS_FILE, ResultRow
-from pfm_llm.study import first_events, study_run
+from pfm_llm.study import study_run
+from pfm_llm.study.cold_start import first_events
 from tests.integration.tiny import Tiny, random_histories
 
 LIKES: dict[str, Any] = {
@@ -46,7 +47,7 @@ def test_ours_is_measured_in_every_way(tiny: Tiny, rated: Path, tmp_path: Path) 
     for name in (
         "gain_log_rank", "gain_ndcg", "gain_log_rank_over_private", "swap_log_rank",
         "identification", "not_harmed", "integrity_rbo", "integrity_rbo_retuned", "memory_4",
-        "cold_start_0", "cold_start_1", "cold_start_5",
+        "cold_start_0", "cold_start_1", "cold_start_5", "ndcg_over_popularity", "ndcg_over_ease",
     ):  # fmt: skip
         assert ("next_item", name) in by_name, name
     for name in ("auc", "gain_auc", "swap_auc", "identification"):

@@ -84,7 +84,7 @@ def test_results_json_holds_rows_as_plain_objects_with_exactly_the_published_key
     assert list(content) == ["rows", "environment"]
     assert ", ".join(content["rows"][0]) == (
         "method, mode, task, protocol, budget, split, candidates, metric, k, "
-        "value, ci_low, ci_high, num_users, seed"
+        "value, ci_low, ci_high, num_users, seed, regime"
     )
     assert content["rows"][0]["mode"] == "shared_private"
 

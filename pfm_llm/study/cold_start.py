@@ -1,0 +1,95 @@
+"""Users of whom little is known: quality after their first so many interactions."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pfm_llm import evaluation, personality, ranking
+from pfm_llm.assembly import Assembly, make_trainer
+from pfm_llm.choices import Task
+from pfm_llm.data.interactions import Interactions
+from pfm_llm.data.splits import TrainData
+from pfm_llm.evaluation import EvaluationTask, Evaluator
+from pfm_llm.head import ITEM_BIAS
+from pfm_llm.histories import ClientHistories
+from pfm_llm.private_store import PrivateStore
+from pfm_llm.processes import Processes
+from pfm_llm.reporting import measure
+from pfm_llm.study.served import log_rank_quality
+from pfm_llm.types import Mode
+
+_SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
+
+
+def known_by_none(assembly: Assembly, task: EvaluationTask) -> np.ndarray:
+    """Log-rank quality [U] without a history: item biases alone rank, for everybody alike."""
+    held_out = task.held_out
+    num_items = assembly.parts.model.num_items
+    bias = task.shared.tensors.get(ITEM_BIAS, torch.zeros(num_items)).numpy()
+    empty = dataclasses.replace(
+        held_out, histories=tuple(np.zeros(0, np.int32) for _ in held_out.users)
+    )
+    queries = range(len(held_out.users))
+    ranks = ranking.rank_scores(np.tile(bias, (len(queries), 1)), empty, queries, task.negatives)
+    return personality.user_quality("log_rank", ranks.full, ranks.users)
+
+
+def known_by_few(
+    assembly: Assembly, task: EvaluationTask, given: int, folder: Path, processes: Processes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-rank quality [U] with and without a private adapter fitted to ``given`` events.
+
+    Args:
+        assembly: The run's objects.
+        task: What to rank; its histories are replaced.
+        given: How many of each user's first train events are known, at least 1.
+        folder: A private folder, for a store of its own.
+        processes: Who works on it.
+    """
+    config = assembly.config
+    train = first_events(assembly.corpus.split.train.interactions, given)
+    users = task.held_out.users.tolist()
+    rated = [] if train.ratings is None else [train.ratings_of(user) for user in users]
+    few = dataclasses.replace(
+        task,
+        held_out=dataclasses.replace(
+            task.held_out,
+            histories=tuple(train.history(user) for user in users),
+            history_ratings=tuple(r for r in rated if r is not None) or None,
+        ),
+        parts=evaluation.parts_of(_SERVED, config.adapters.private.weight),
+        keep=False,
+        liked=None,
+    )
+    threshold = config.data.like_threshold if Task.LIKE in config.tasks else None
+    clients = tuple(assembly.histories.clients.values())
+    parts, cache = assembly.parts, assembly.cache
+    histories = ClientHistories(clients, TrainData(train), parts.encoder, cache, threshold)
+    with tempfile.TemporaryDirectory(dir=folder) as empty:
+        # An empty store: what a client learned from its whole history must not be known.
+        store = PrivateStore(Path(empty))
+        trainer = make_trainer(config, parts, histories, store)
+        evaluator = Evaluator(parts.model, trainer, histories, parts.encoder, cache, store)
+        found = measure(dataclasses.replace(assembly, evaluator=evaluator), processes, few)
+    return (
+        log_rank_quality(found, Mode.SHARED_PRIVATE),
+        log_rank_quality(found, Mode.SHARED_ONLY),
+    )
+
+
+def first_events(interactions: Interactions, count: int) -> Interactions:
+    """Every user's first ``count`` events, in arrays of their own."""
+    lengths = np.diff(interactions.offsets)
+    place = np.arange(len(interactions.items)) - np.repeat(interactions.offsets[:-1], lengths)
+    kept = place < count
+    times, ratings = interactions.timestamps, interactions.ratings
+    return dataclasses.replace(
+        interactions,
+        offsets=np.concatenate(([0], np.cumsum(np.minimum(lengths, count)))),
+        items=interactions.items[kept],
+        timestamps=None if times is None else times[kept],
+        ratings=None if ratings is None else ratings[kept],
+    )

@@ -1,0 +1,118 @@
+"""Measuring a run with private adapters that are given: kept ones, strangers', older ones."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from pfm_llm import evaluation, personality, scoring
+from pfm_llm.assembly import Assembly
+from pfm_llm.evaluation import EvaluationTask, Measured
+from pfm_llm.progress import Progress
+from pfm_llm.seeding import numpy_generator
+from pfm_llm.types import Mode, SharedState
+
+STRANGERS = 9
+TOP_K = 20
+
+
+class Served:
+    """Serves the users of a task with private adapters of the caller's choice.
+
+    Args:
+        assembly: The run's objects; its store holds every evaluated client's adapter.
+        task: What to rank.
+    """
+
+    def __init__(self, assembly: Assembly, task: EvaluationTask) -> None:
+        self._assembly, self._task = assembly, task
+        self._weight = assembly.config.adapters.private.weight
+
+    def by_strangers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Log-rank quality and AUC of each user, [U, 1 + STRANGERS]: own adapter first."""
+        assembly, task = self._assembly, self._task
+        clients = assembly.histories.clients
+        names = sorted({assembly.histories.client_of(int(u)) for u in task.held_out.users})
+        generator = numpy_generator(assembly.config.seed, "strangers")
+        # Rotations of one random order: everybody's adapter serves as often as everybody else's.
+        order = [names[i] for i in generator.permutation(len(names))]
+        place = {name: index for index, name in enumerate(order)}
+        count = min(STRANGERS, len(order) - 1)
+        shifts = 1 + generator.choice(len(order) - 1, count, replace=False)
+        only = dataclasses.replace(
+            task, parts=evaluation.parts_of([Mode.SHARED_PRIVATE], self._weight), keep=False
+        )
+        columns, aucs = [], []
+        with Progress(1 + len(shifts), "serving with strangers' adapters", True) as progress:
+            for shift in (0, *shifts.tolist()):
+                lender = {name: order[(place[name] + shift) % len(order)] for name in clients}
+                found = self.measure_with(only, lender)
+                columns.append(log_rank_quality(found, Mode.SHARED_PRIVATE))
+                aucs.append(found.aucs.get(Mode.SHARED_PRIVATE, np.zeros(0)))
+                progress.update(1)
+        return np.stack(columns, 1), np.stack(aucs, 1)
+
+    def measure_with(self, task: EvaluationTask, lender: Mapping[str, str]) -> Measured:
+        """Measure, each client served with the kept private adapter of its lender."""
+        evaluator = self._assembly.evaluator
+        chunks = evaluator.chunks(task, self._assembly.config.runtime.tokens_per_chunk)
+        return evaluation.combine(
+            [
+                evaluator.rank_chunk(chunk, task, self._kept([lender[c] for c in chunk]))
+                for chunk in chunks
+            ]
+        )
+
+    def _kept(self, client_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+        states = []
+        for client_id in client_ids:
+            state = self._assembly.store.load_personalised(client_id)
+            assert state is not None, "every evaluated client keeps a private adapter"
+            states.append(state.tensors)
+        return {name: torch.stack([s[name] for s in states]) for name in states[0]}
+
+    def top(
+        self,
+        shared: SharedState,
+        round_number: int,
+        private: Sequence[Mapping[str, torch.Tensor]] | None,
+    ) -> tuple[list[Mapping[str, torch.Tensor]], np.ndarray]:
+        """The best items of each query under some shared state.
+
+        Args:
+            shared: The shared state.
+            round_number: After which round it stands.
+            private: Private tensors chunk by chunk; None: fitted to ``shared``.
+
+        Returns:
+            The private tensors, chunk by chunk, and int64 [Q, k], the best first.
+        """
+        task = dataclasses.replace(
+            self._task,
+            shared=shared,
+            round_number=round_number,
+            parts=evaluation.parts_of([Mode.SHARED_PRIVATE], self._weight),
+            keep=False,
+            liked=None,
+        )
+        evaluator = self._assembly.evaluator
+        chunks = evaluator.chunks(task, self._assembly.config.runtime.tokens_per_chunk)
+        num_items = self._assembly.parts.model.num_items
+        # Lists of one length: whoever has seen the most leaves the fewest to rank.
+        length = min(TOP_K, num_items - max(len(set(h.tolist())) for h in task.held_out.histories))
+        used, top = [], np.zeros((len(task.held_out.users), length), np.int64)
+        for index, chunk in enumerate(chunks):
+            scored = evaluator.score_chunk(chunk, task, private[index] if private else None)
+            used.append(scored.private)
+            rows = zip(scored.order, scored.scores[Mode.SHARED_PRIVATE], strict=True)
+            for query, scores in rows:
+                seen = task.held_out.histories[query]
+                top[query] = scoring.top_items(scores, seen, length)[0]
+        return used, top
+
+
+def log_rank_quality(measured: Measured, mode: Mode) -> np.ndarray:
+    """Minus each user's mean log-rank, float64 [U]."""
+    ranks = measured.ranks[mode]
+    return personality.user_quality("log_rank", ranks.full, ranks.users)
