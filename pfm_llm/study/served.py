@@ -44,7 +44,8 @@ class Served:
             task, parts=evaluation.parts_of([Mode.SHARED_PRIVATE], self._weight), keep=False
         )
         columns, aucs = [], []
-        with Progress(1 + len(shifts), "serving with strangers' adapters", True) as progress:
+        show = Progress(1 + len(shifts), "serving strangers' adapters", True, unit="passes")
+        with show as progress:
             for shift in (0, *shifts.tolist()):
                 lender = {name: order[(place[name] + shift) % len(order)] for name in clients}
                 found = self.measure_with(only, lender)
