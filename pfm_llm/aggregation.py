@@ -260,8 +260,10 @@ class ServerStep:
         }
         for prefix, rate in groups.items():
             if name.startswith(prefix):
-                averages = self.config.optimizer is ServerOptimizer.AVERAGE
-                return self.config.lr_scale * (1.0 if averages else rate)
+                if self.config.optimizer is ServerOptimizer.AVERAGE:
+                    return self.config.lr_scale
+                # A basis has a loss of its own: what suits the shared part does not suit it.
+                return rate if prefix.startswith("basis.taste.") else rate * self.config.lr_scale
         raise ContractError(f"{name!r} is no shared tensor: it has no learning rate")
 
     def step(

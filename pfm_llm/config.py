@@ -169,9 +169,9 @@ class ServerConfig(_Settings):
     lr_head: Positive = 3e-3
     lr_item_ids: Positive = 3e-3
     lr_item_bias: Positive = 3e-2
-    lr_taste: Positive = Field(3e-2, description="of the basis of taste vectors, next item")
+    lr_taste: Positive = Field(1e-2, description="of the basis of taste vectors, next item")
     lr_taste_like: Positive = Field(3e-3, description="of that for likes, which overfits sooner")
-    lr_scale: Positive = Field(1.0, description="factor on all of them, and on an average")
+    lr_scale: Positive = Field(1.0, description="factor on all but lr_taste…, and on an average")
     lr_schedule: LearningRateSchedule = LearningRateSchedule.COSINE
     warmup_rounds: Count = 0
     momentum: Fraction = 0.9

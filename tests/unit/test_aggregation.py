@@ -345,3 +345,17 @@ def test_step_to_values_that_are_not_finite_is_a_training_error(value: float) ->
     aggregate = _random(1) | {"head.item_bias": torch.full((3, 2), value)}
     with pytest.raises(TrainingError, match=r"round 4 made head.item_bias not finite"):
         step.step(shared, aggregate, step.initial_state(shared), 4)
+
+
+def test_the_scale_moves_every_rate_but_those_of_the_taste_basis() -> None:
+    plain, scaled = (
+        ServerStep(ServerConfig(lr_scale=scale), num_rounds=10) for scale in (1.0, 3.0)
+    )
+    for name in ("lora.q.A", "basis.q.A", "head.item_ids", "head.like_bias", "head.state_proj"):
+        assert scaled.learning_rate(name) == pytest.approx(3 * plain.learning_rate(name))
+    for name in ("basis.taste.like.text", "basis.taste.next_item.ids"):
+        assert scaled.learning_rate(name) == plain.learning_rate(name)
+    assert plain.learning_rate("basis.taste.like.text") == ServerConfig().lr_taste_like
+    assert plain.learning_rate("basis.taste.next_item.text") == ServerConfig().lr_taste
+    averaging = ServerConfig(optimizer=ServerOptimizer.AVERAGE, lr_scale=0.5)
+    assert ServerStep(averaging, num_rounds=10).learning_rate("basis.taste.like.text") == 0.5
