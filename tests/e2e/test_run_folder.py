@@ -31,7 +31,7 @@ MODES = ("zero_shot", "shared_only", "private_only", "shared_private")
 BASELINES = ("popularity", "ease", "markov_recency")
 ROW_KEYS = [
     *("method", "mode", "task", "protocol", "budget", "split", "candidates", "metric", "k"),
-    *("value", "ci_low", "ci_high", "num_users", "seed"),
+    *("value", "ci_low", "ci_high", "num_users", "seed", "regime"),
 ]
 
 
@@ -102,7 +102,7 @@ def test_metrics_have_a_line_for_each_round(finished: Path) -> None:
 
 def test_results_hold_a_row_for_every_method_split_candidates_metric_and_k(finished: Path) -> None:
     rows = results_of(finished)["rows"]
-    methods = [*((name, "none") for name in BASELINES), *(("pfm", mode) for mode in MODES)]
+    methods = [*((name, "none") for name in BASELINES), *(("custom", mode) for mode in MODES)]
     splits, candidates = ("validation", "test"), ("full", "sampled5")
     wanted = itertools.product(methods, splits, candidates, ("ndcg", "hit_rate", "mrr"), (5, 10))
     found = [
@@ -118,7 +118,7 @@ def test_rows_have_the_promised_keys_and_values(finished: Path) -> None:
         assert (row["num_users"], row["seed"]) == (24, 0)
         assert 0 <= row["ci_low"] <= row["ci_high"] <= 1
         assert 0 <= row["value"] <= 1
-        if row["method"] == "pfm":
+        if row["mode"] != "none":
             trained = row["mode"] != "zero_shot"
             assert row["budget"] == ("4 rounds x 4 clients" if trained else "no training")
         else:

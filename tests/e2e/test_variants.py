@@ -108,7 +108,7 @@ def test_other_splits(split: str, tiny: Tiny, tmp_path: Path) -> None:
     assert {row["protocol"] for row in rows} == {split}
     assert len({row["num_users"] for row in rows}) == 1
     assert modes(run) == {"zero_shot", "shared_only", "private_only", "shared_private"}
-    assert {row["method"] for row in rows} == {"pfm", "popularity", "ease", "markov_recency"}
+    assert {row["method"] for row in rows} == {"custom", "popularity", "ease", "markov_recency"}
 
 
 def test_repeats_are_kept_when_allowed(tiny: Tiny, tmp_path: Path) -> None:
