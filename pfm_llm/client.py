@@ -12,6 +12,7 @@ from pfm_llm.choices import PrivateKind, Schedule
 from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.contract import UpdateContract
+from pfm_llm.encoding import Window
 from pfm_llm.histories import BatchSource, ClientHistories, LocalWork
 from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.private_store import PrivateStore
@@ -126,18 +127,17 @@ class LocalTrainer:
     ) -> dict[str, torch.Tensor]:
         """Fit private adapters to the shared state at hand, on training histories only.
 
-        Taste vectors are fitted in closed form. Others start from each client's newest private
-        state up to ``round_number``. Clients that have nothing to train on keep what they have.
+        Taste vectors are fitted in closed form, as `fit_taste` does. Others start from each
+        client's newest private state up to ``round_number``. Clients that have nothing to train
+        on keep what they have.
 
         Returns:
             Stacked private tensors [C, ...]; the store is not changed.
         """
         private = self._load_private(chunk, round_number)
         able = [c for c, client_id in enumerate(chunk) if self._histories.windows(client_id)]
-        if able and self._config.adapters.private.kind is PrivateKind.TASTE:
-            fitted = self._fit_taste([chunk[c] for c in able], shared)
-            rows = torch.tensor(able)
-            return {n: value.index_copy(0, rows, fitted[n]) for n, value in private.items()}
+        if self.reads_histories:
+            return self.fit_taste(chunk, shared, [self._histories.windows(c) for c in chunk])
         steps = self._local.personalise_steps
         if not steps or not able:
             return private
@@ -156,11 +156,37 @@ class LocalTrainer:
         rows = torch.tensor(able, device=good.device)[good]
         return {n: value.index_copy(0, rows, new[n][good]) for n, value in private.items()}
 
-    def _fit_taste(self, chunk: Sequence[str], shared: SharedState) -> dict[str, torch.Tensor]:
-        windows = [self._histories.windows(client_id) for client_id in chunk]
-        states = [self._histories.trunk_states(client_id) for client_id in chunk]
-        stacked = self._stack_shared(shared, len(chunk))
-        return self._model.fit_taste(collate(windows, states), stacked)
+    @property
+    def reads_histories(self) -> bool:
+        """Whether the private part is a function of the history at hand: a taste vector."""
+        private = self._config.adapters.private
+        return private.enabled and private.kind is PrivateKind.TASTE
+
+    def fit_taste(
+        self, chunk: Sequence[str], shared: SharedState, windows: Sequence[Sequence[Window]]
+    ) -> dict[str, torch.Tensor]:
+        """Taste vectors for the shared state at hand and some history of each client.
+
+        Args:
+            chunk: Client ids.
+            shared: The shared state.
+            windows: Per client, from `ClientHistories.windows_of`; without any its vector is zero.
+
+        Returns:
+            Stacked private tensors [C, ...].
+        """
+        zero = [self._initial_private(client_id) for client_id in chunk]
+        device = self._model.item_texts.device
+        private = {name: torch.stack([own[name] for own in zero]).to(device) for name in zero[0]}
+        able = [c for c, own in enumerate(windows) if own]
+        if not able:
+            return private
+        read = [windows[c] for c in able]
+        states = [self._histories.trunk_states(chunk[c], windows[c]) for c in able]
+        stacked = self._stack_shared(shared, len(able))
+        fitted = self._model.fit_taste(collate(read, states), stacked)
+        rows = torch.tensor(able, device=device)
+        return {name: value.index_copy(0, rows, fitted[name]) for name, value in private.items()}
 
     def personalise_tokens(self, client_id: str) -> int:
         """Padded tokens that one step of `personalise` reads of a client."""

@@ -195,7 +195,7 @@ class Evaluator:
         if private is None:
             private = {}
             if task.uses_private:
-                private = self._trainer.personalise(chunk, task.shared, task.round_number)
+                private = self._personalised(chunk, task)
                 if task.keep:
                     self._keep(chunk, private, task.round_number)
         stacked = self._trainer.stack(task.shared, private, len(chunk))
@@ -214,6 +214,31 @@ class Evaluator:
             private=private,
             stacked=stacked,
         )
+
+    def _personalised(self, chunk: Sequence[str], task: EvaluationTask) -> dict[str, torch.Tensor]:
+        """Private tensors [C, ...], fitted now.
+
+        A taste vector is read off the history that the query shows, as every method's scores
+        are; what takes gradient steps is fitted to the training history, as all training is.
+        """
+        if not self._trainer.reads_histories:
+            return self._trainer.personalise(chunk, task.shared, task.round_number)
+        held_out = task.held_out
+        ratings = held_out.history_ratings
+        windows: list[list[Window]] = []
+        for client_id in chunk:
+            users = self._histories.clients[client_id].users
+            queries = [task.query_of[user] for user in users if user in task.query_of]
+            windows.append(
+                [
+                    window
+                    for q in queries
+                    for window in self._histories.windows_of(
+                        held_out.histories[q], ratings[q] if ratings else None
+                    )
+                ]
+            )
+        return self._trainer.fit_taste(chunk, task.shared, windows)
 
     def _like_aucs(self, task: EvaluationTask, scored: ChunkScores, parts: Parts) -> np.ndarray:
         """AUC of each query, in the order in which they were scored."""

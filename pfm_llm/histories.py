@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pfm_llm import seeding
@@ -62,17 +63,29 @@ class ClientHistories:
             interactions = self._train.interactions
             found: list[Window] = []
             for user in self.clients[client_id].users:
-                ratings = interactions.ratings_of(user)
-                liked = None
-                if self._like_threshold is not None and ratings is not None:
-                    liked = ratings >= self._like_threshold
-                found += self._encoder.training_windows(interactions.history(user), ratings, liked)
+                found += self.windows_of(interactions.history(user), interactions.ratings_of(user))
             self._windows[client_id] = tuple(found)
         return self._windows[client_id]
 
-    def trunk_states(self, client_id: str) -> list[torch.Tensor]:
-        """Trunk states [T, d] of each of a client's training windows."""
-        return self._cache.states(self.windows(client_id), client_id)
+    def windows_of(self, items: np.ndarray, ratings: np.ndarray | None) -> tuple[Window, ...]:
+        """Windows of a history as `windows` has them of the training histories.
+
+        Args:
+            items: int [n], oldest first.
+            ratings: float [n], where there are any.
+        """
+        liked = None
+        if self._like_threshold is not None and ratings is not None:
+            liked = ratings >= self._like_threshold
+        return self._encoder.training_windows(items, ratings, liked)
+
+    def trunk_states(
+        self, client_id: str, windows: Sequence[Window] | None = None
+    ) -> list[torch.Tensor]:
+        """Trunk states [T, d] of some windows of a client; None: of each training window."""
+        return self._cache.states(
+            self.windows(client_id) if windows is None else windows, client_id
+        )
 
     def num_tokens(self, client_id: str, limit: int | None = None) -> int:
         """Padded size of a client's (at most ``limit``) windows: number times longest."""
