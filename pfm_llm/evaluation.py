@@ -1,6 +1,7 @@
 """Ranking held-out items, honestly: full catalogue, seen items masked, ties against us.
 
-Everything is fitted on train. Before the private adapter is measured, every evaluated client
+Everything is fitted on train. A taste vector is a function of the history that a query shows, as
+are the scores of every method. Before a private adapter of another kind is measured, every client
 takes ``personalise_steps`` on it from the shared state at hand, on its own training history,
 whether it ever was in a cohort or not. At test every method sees train and validation as input
 history; nothing is refitted.
