@@ -101,7 +101,7 @@ def test_every_boundary_was_searched(watch: Watch) -> None:
 
 
 def test_the_private_tensors_were_not_zero_and_each_was_looked_for(
-    watch: Watch, run_folder: Path, kind: PrivateKind
+    watch: Watch, run_folder: Path
 ) -> None:
     # Every client was personalised for the last evaluation, so each has a state to look for.
     private = run_folder.with_name("tiny.private")
@@ -115,9 +115,7 @@ def test_the_private_tensors_were_not_zero_and_each_was_looked_for(
             assert f"{client_id}/{name} value float32" in in_own_file
     forms = {label.rsplit("/", 1)[1].split(" ", 1)[1] for label in watch.hunt.binary.labels()}
     dtypes = {str(dtype).removeprefix("torch.") for dtype in DTYPES}
-    # Taste vectors are fitted anew, so no round changes one.
-    whats = ("value",) if kind is PrivateKind.TASTE else ("value", "delta")
-    assert forms == {f"{what} {dtype}" for what in whats for dtype in dtypes}
+    assert forms == {f"{what} {dtype}" for what in ("value", "delta") for dtype in dtypes}
 
 
 def test_private_folder_is_apart_and_its_owners_alone(watch: Watch, run_folder: Path) -> None:
