@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfm_llm.artefact import Artefact, read_artefact
-from pfm_llm.choices import Task
 from pfm_llm.client import LocalTrainer
-from pfm_llm.config import ExperimentConfig, load_config, training_hash
+from pfm_llm.config import ExperimentConfig, load_config
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.partition import partition
 from pfm_llm.data.report import LoadReport
@@ -23,6 +22,7 @@ from pfm_llm.model_parts import ModelParts, build_model, initial_private
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.processes import Processes
 from pfm_llm.run_report import CONFIG_FILE
+from pfm_llm.settings import changed_settings, like_threshold
 from pfm_llm.trunk_cache import TrunkCache
 
 _BYTES_PER_GB = 10**9
@@ -77,7 +77,7 @@ class RunFolders:
         path = folders.public / CONFIG_FILE
         if not path.is_file():
             raise ConfigError(f"no run at {folders.public} to resume; start it without --resume")
-        changed = _changed_settings(load_config(path), config)
+        changed = changed_settings(load_config(path), config)
         if changed:
             raise CheckpointError(
                 f"{folders.public} cannot be resumed with other settings: {'; '.join(changed)}. "
@@ -99,34 +99,6 @@ class RunFolders:
 def _is_taken(folder: Path) -> bool:
     """Whether a folder holds anything but what a start killed at its first write leaves."""
     return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
-
-
-def _changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list[str]:
-    """One text for each differing setting that training depends on."""
-    changed = []
-    for section in type(saved).model_fields:
-        replaced = saved.model_copy(update={section: getattr(current, section)})
-        if training_hash(replaced) != training_hash(saved):
-            old, new = (
-                _leaves(config.model_dump(mode="json")[section], section)
-                for config in (saved, current)
-            )
-            changed += [
-                f"{key} was {old.get(key)}, is {new.get(key)}"
-                for key in sorted(old.keys() | new.keys())
-                if old.get(key) != new.get(key)
-            ]
-    return changed
-
-
-def _leaves(tree: object, key: str) -> dict[str, object]:
-    if not isinstance(tree, dict):
-        return {key: tree}
-    return {
-        leaf: value
-        for name, child in tree.items()
-        for leaf, value in _leaves(child, f"{key}.{name}").items()
-    }
 
 
 @dataclass(frozen=True)
@@ -202,7 +174,7 @@ def assemble(
     cache = _trunk_cache(config, parts, folders.private, processes.count)
     clients = partition(interactions, config.data.users_per_client, config.seed)
     histories = ClientHistories(
-        clients, corpus.split.train, parts.encoder, cache, _like_threshold(config)
+        clients, corpus.split.train, parts.encoder, cache, like_threshold(config)
     )
     trainer = make_trainer(config, parts, histories, store)
     return Assembly(
@@ -224,10 +196,6 @@ def make_trainer(
     """Local training of a model on some clients' histories."""
     private_of = functools.partial(initial_private, config, parts.adapter)
     return LocalTrainer(config, parts.model, histories, store, parts.contract, private_of)
-
-
-def _like_threshold(config: ExperimentConfig) -> float | None:
-    return config.data.like_threshold if Task.LIKE in config.tasks else None
 
 
 def _trunk_cache(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from pfm_llm.batches import collate
-from pfm_llm.choices import PrivateKind, Schedule
+from pfm_llm.choices import Schedule
 from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.contract import UpdateContract
@@ -16,6 +16,7 @@ from pfm_llm.encoding import Window
 from pfm_llm.histories import BatchSource, ClientHistories, LocalWork
 from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.private_store import PrivateStore
+from pfm_llm.settings import uses_taste
 from pfm_llm.types import PRIVATE_PREFIX, ClientUpdate, PrivateState, SharedState, Tensors
 
 _log = logging.getLogger(__name__)
@@ -110,9 +111,8 @@ class LocalTrainer:
     def round_work(self) -> LocalWork:
         """The steps that a client takes in a round."""
         local = self._local
-        private = self._config.adapters.private
         # Taste vectors are fitted within each step, in closed form.
-        steps_on = private.enabled and private.kind is not PrivateKind.TASTE
+        steps_on = self._config.adapters.private.enabled and not self.reads_histories
         private_in_round = steps_on and local.schedule is not Schedule.PRIVATE_AFTER
         return LocalWork(
             shared_steps=local.shared_local_steps,
@@ -134,10 +134,10 @@ class LocalTrainer:
         Returns:
             Stacked private tensors [C, ...]; the store is not changed.
         """
-        private = self._load_private(chunk, round_number)
-        able = [c for c, client_id in enumerate(chunk) if self._histories.windows(client_id)]
         if self.reads_histories:
             return self.fit_taste(chunk, shared, [self._histories.windows(c) for c in chunk])
+        private = self._load_private(chunk, round_number)
+        able = [c for c, client_id in enumerate(chunk) if self._histories.windows(client_id)]
         steps = self._local.personalise_steps
         if not steps or not able:
             return private
@@ -159,8 +159,7 @@ class LocalTrainer:
     @property
     def reads_histories(self) -> bool:
         """Whether the private part is a function of the history at hand: a taste vector."""
-        private = self._config.adapters.private
-        return private.enabled and private.kind is PrivateKind.TASTE
+        return uses_taste(self._config)
 
     def fit_taste(
         self, chunk: Sequence[str], shared: SharedState, windows: Sequence[Sequence[Window]]
@@ -175,9 +174,7 @@ class LocalTrainer:
         Returns:
             Stacked private tensors [C, ...].
         """
-        zero = [self._initial_private(client_id) for client_id in chunk]
-        device = self._model.item_texts.device
-        private = {name: torch.stack([own[name] for own in zero]).to(device) for name in zero[0]}
+        private = self._stack_private([self._initial_private(client_id) for client_id in chunk])
         able = [c for c, own in enumerate(windows) if own]
         if not able:
             return private
@@ -185,7 +182,7 @@ class LocalTrainer:
         states = [self._histories.trunk_states(chunk[c], windows[c]) for c in able]
         stacked = self._stack_shared(shared, len(able))
         fitted = self._model.fit_taste(collate(read, states), stacked)
-        rows = torch.tensor(able, device=device)
+        rows = torch.tensor(able, device=self._model.item_texts.device)
         return {name: value.index_copy(0, rows, fitted[name]) for name, value in private.items()}
 
     def personalise_tokens(self, client_id: str) -> int:
@@ -264,6 +261,9 @@ class LocalTrainer:
         for client_id in chunk:
             state = self._store.load(client_id, at_most=at_most)
             states.append(state.tensors if state else self._initial_private(client_id))
+        return self._stack_private(states)
+
+    def _stack_private(self, states: Sequence[Tensors]) -> dict[str, torch.Tensor]:
         device = self._model.item_texts.device
         return {name: torch.stack([s[name] for s in states]).to(device) for name in states[0]}
 

@@ -228,12 +228,10 @@ class Evaluator:
         ratings = held_out.history_ratings
         windows: list[list[Window]] = []
         for client_id in chunk:
-            users = self._histories.clients[client_id].users
-            queries = [task.query_of[user] for user in users if user in task.query_of]
             windows.append(
                 [
                     window
-                    for q in queries
+                    for q in self._query_indices(client_id, task)
                     for window in self._histories.windows_of(
                         held_out.histories[q], ratings[q] if ratings else None
                     )
@@ -254,8 +252,7 @@ class Evaluator:
     def _queries(self, client_id: str, task: EvaluationTask) -> list[tuple[int, Window]]:
         """A client's queries: index in ``held_out``, and window."""
         histories, ratings = task.held_out.histories, task.held_out.history_ratings
-        users = self._histories.clients[client_id].users
-        indices = [task.query_of[user] for user in users if user in task.query_of]
+        indices = self._query_indices(client_id, task)
         newest = slice(-task.window_items if task.window_items else None, None)
         return [
             (
@@ -266,6 +263,10 @@ class Evaluator:
             )
             for q in indices
         ]
+
+    def _query_indices(self, client_id: str, task: EvaluationTask) -> list[int]:
+        users = self._histories.clients[client_id].users
+        return [task.query_of[user] for user in users if user in task.query_of]
 
     def _collate(self, chunk: Sequence[str], windows: Sequence[Sequence[Window]]) -> ChunkBatch:
         # A query is a cache entry of its own: it stays when the user's other queries change.

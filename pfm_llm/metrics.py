@@ -157,6 +157,22 @@ def bootstrap_interval(
         raise ConfigError(f"evaluation.confidence is {confidence}: between 0 and 1, say 0.95")
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
         raise DataError("a bootstrap needs one finite value per user, and at least one user")
+    means = resampled_means(values, num_resamples, seed)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def resampled_means(values: FloatArray, num_resamples: int, seed: int) -> FloatArray:
+    """Means of resamples of the users, those of `bootstrap_interval`.
+
+    Args:
+        values: float64 [users], at least one.
+        num_resamples: How many.
+        seed: See `bootstrap_interval`.
+
+    Returns:
+        float64 [num_resamples].
+    """
     random = numpy_generator(seed, "bootstrap")
     at_once = max(1, _DRAWS_AT_ONCE // values.size)
     means = np.empty(num_resamples)
@@ -164,8 +180,7 @@ def bootstrap_interval(
         stop = min(start + at_once, num_resamples)
         drawn = random.integers(values.size, size=(stop - start, values.size))
         means[start:stop] = values[drawn].mean(axis=1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return means
 
 
 def paired_bootstrap(

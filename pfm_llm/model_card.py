@@ -218,7 +218,7 @@ class CardFacts:
         dataset: Name or Hub id of the data, or a path (then only its name is shown).
         rounds: Rounds that were trained.
         scores: Result rows of any method, mode and split; `run_report.ResultRow` fits.
-        results_table: The results as Markdown, as `run_report.results_table` makes it; empty
+        results_table: The results as Markdown, as `result_tables.results_table` makes it; empty
             before the first evaluation.
         config: The resolved config, as nested mappings.
         adapter: Hub id or folder name of the adapter, for the loading example.

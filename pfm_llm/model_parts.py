@@ -17,7 +17,6 @@ from pfm_llm import assets, files, taste
 from pfm_llm import head as recommender_head
 from pfm_llm.artefact import Alignment, Artefact, align_items, aligned_tensors, item_keys
 from pfm_llm.backbone import Backbone, load_backbone
-from pfm_llm.choices import PrivateKind
 from pfm_llm.cohort_model import BASIS, CohortModel
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.contract import UpdateContract
@@ -29,6 +28,7 @@ from pfm_llm.head import Normaliser
 from pfm_llm.methods import SPECS
 from pfm_llm.objective import Objective
 from pfm_llm.prompts import Prompt, load_prompt
+from pfm_llm.settings import uses_taste
 from pfm_llm.types import SharedState
 
 _log = logging.getLogger(__name__)
@@ -176,12 +176,6 @@ def _initial_shared(
         settings = config.adapters.private.taste
         tensors |= taste.initial_basis(settings, config.tasks, config.head, config.seed)
     return SharedState(tensors)
-
-
-def uses_taste(config: ExperimentConfig) -> bool:
-    """Whether the private part is a taste vector."""
-    private = config.adapters.private
-    return private.enabled and private.kind is PrivateKind.TASTE
 
 
 def initial_private(

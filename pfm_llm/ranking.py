@@ -62,11 +62,31 @@ def rank_baseline(
     baseline: FittedBaseline, held_out: HeldOut, negatives: np.ndarray, batch: int = 1024
 ) -> Ranks:
     """Rank all targets with a baseline."""
+
+    def score(queries: Sequence[int]) -> np.ndarray:
+        return np.asarray(baseline.score([held_out.histories[q] for q in queries]))
+
+    return rank_all(score, held_out, negatives, batch)
+
+
+def rank_all(
+    score: Callable[[Sequence[int]], np.ndarray],
+    held_out: HeldOut,
+    negatives: np.ndarray,
+    batch: int = 1024,
+) -> Ranks:
+    """Rank all targets of a split.
+
+    Args:
+        score: Indices of queries to their scores, float [queries, I].
+        held_out: The queries.
+        negatives: See `rank_scores`.
+        batch: How many queries are scored at once.
+    """
     parts = []
     for start in range(0, len(held_out.users), batch):
         queries = range(start, min(start + batch, len(held_out.users)))
-        scores = baseline.score([held_out.histories[q] for q in queries])
-        parts.append(rank_scores(np.asarray(scores), held_out, queries, negatives))
+        parts.append(rank_scores(score(queries), held_out, queries, negatives))
     return concatenate(parts)
 
 

@@ -22,6 +22,7 @@ from pfm_llm.processes import Processes
 from pfm_llm.progress import Progress
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
+from pfm_llm.settings import like_threshold
 from pfm_llm.types import Mode, SharedState
 
 _CUSTOM = "custom"
@@ -39,6 +40,7 @@ def evaluation_task(
 ) -> EvaluationTask:
     """What `measure` takes: our modes on a split; see `EvaluationTask`."""
     config = assembly.config
+    threshold = like_threshold(config)
     return EvaluationTask(
         held_out=held_out,
         negatives=sample_negatives(
@@ -48,15 +50,8 @@ def evaluation_task(
         round_number=round_number,
         parts=evaluation.parts_of(modes, config.adapters.private.weight),
         keep=keep,
-        liked=liked_targets(config, held_out),
+        liked=None if threshold is None else held_out.liked(threshold),
     )
-
-
-def liked_targets(config: ExperimentConfig, held_out: HeldOut) -> tuple[np.ndarray, ...] | None:
-    """Per query which targets were liked, bool; None without the task ``like``."""
-    if Task.LIKE not in config.tasks:
-        return None
-    return held_out.liked(config.data.like_threshold)
 
 
 def measure(assembly: Assembly, processes: Processes, task: EvaluationTask) -> Measured:
@@ -98,9 +93,9 @@ def evaluate_and_report(
         if not processes.is_main:
             return
         rows = []
-        baselines = _fit_baselines(assembly)
+        baselines = fit_run_baselines(assembly)
         for task, found in zip(tasks, measured, strict=True):
-            rows += rows_of(assembly, task, found, baselines)
+            rows += rows_of(assembly, task, found, rank_baselines(baselines, task))
         costs = _costs(assembly, folders, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
         _write_report(folders, config, rows, costs, baselines)
@@ -109,7 +104,8 @@ def evaluate_and_report(
         export_shared_adapter(assembly, folder, shared, round_number, rows)
 
 
-def _fit_baselines(assembly: Assembly) -> list[FittedBaseline]:
+def fit_run_baselines(assembly: Assembly) -> list[FittedBaseline]:
+    """The config's baselines, fitted on train and chosen on validation."""
     train = assembly.corpus.split.train.interactions
     return fit_baselines(
         assembly.config.evaluation.baselines,
@@ -119,11 +115,19 @@ def _fit_baselines(assembly: Assembly) -> list[FittedBaseline]:
     )
 
 
+def rank_baselines(baselines: Sequence[FittedBaseline], task: EvaluationTask) -> dict[str, Ranks]:
+    """Name of each baseline to its ranks of the task's targets."""
+    return {
+        baseline.name.value: ranking.rank_baseline(baseline, task.held_out, task.negatives)
+        for baseline in baselines
+    }
+
+
 def rows_of(
     assembly: Assembly,
     task: EvaluationTask,
     measured: Measured,
-    baselines: Sequence[FittedBaseline],
+    baselines: Mapping[str, Ranks],
 ) -> list[ResultRow]:
     """Rows for ``results.json``: of the baselines, and of every mode that was measured."""
     config = assembly.config
@@ -133,15 +137,14 @@ def rows_of(
         ResultRow, protocol=config.data.split.value, split=held_out.name, seed=config.seed
     )
     rows: list[ResultRow] = []
-    for baseline in baselines:
+    for name, ranks in baselines.items():
         describe = functools.partial(
             circumstances,
-            method=baseline.name.value,
+            method=name,
             mode=Mode.NONE.value,
             budget=_POOLED,
             task=Task.NEXT_ITEM.value,
         )
-        ranks = ranking.rank_baseline(baseline, held_out, task.negatives)
         rows += ranking.result_rows(ranks, describe, config.evaluation, config.seed)
     for mode, ranks in measured.ranks.items():
         trained = mode is not Mode.ZERO_SHOT

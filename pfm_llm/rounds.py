@@ -116,9 +116,8 @@ def train_cohort(
         how much the mean of the LoRA factors misses the mean of their products.
     """
     server, trainer, processes = federation.server, federation.trainer, federation.processes
-    pieces: list[tuple[int, SumPayload]] = []
+    pieces: list[tuple[int, tuple[SumPayload, list[tuple[float, Factors]]]]] = []
     averages = federation.config.federation.server.optimizer is not ServerOptimizer.FEDADAM
-    factors: list[tuple[int, list[tuple[float, Factors]]]] = []
     with processes.together():
         for index, chunk in processes.share(trainer.chunks(cohort)):
             subtotal = RunningSum()
@@ -127,14 +126,12 @@ def train_cohort(
                 if server.receive(subtotal, update, round_number) and averages:
                     weight = server.weight_of(update)
                     own.append((weight, factors_of(server.shared.tensors, update.delta)))
-            pieces.append((index, subtotal.to_payload()))
-            factors.append((index, own))
+            pieces.append((index, (subtotal.to_payload(), own)))
     total = RunningSum()
-    for payload in processes.gather(pieces):
+    clients: list[tuple[float, Factors]] = []
+    for payload, own in processes.gather(pieces):
         total.merge(RunningSum.from_payload(payload))
-    if not averages:
-        return total, None
-    clients = [client for part in processes.gather(factors) for client in part]
+        clients += own
     return total, aggregation_error(clients)
 
 

@@ -14,7 +14,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _H
 
 
 def run_safely(
-    command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
+    command: Callable[[argparse.Namespace], None],
+    arguments: argparse.Namespace,
+    when_interrupted: str = "interrupted; --resume goes on from the last commit",
 ) -> None:
     """Run a command; a deliberate error is one message and its exit code."""
     prepare()
@@ -27,7 +29,7 @@ def run_safely(
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last commit", file=sys.stderr)
+        print(when_interrupted, file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -20,7 +20,8 @@ def main() -> None:
         "finds them deletes them)",
     )
     arguments = parser.parse_args()
-    run_safely(show if arguments.list else benchmark, arguments)
+    going_on = "interrupted; the same command goes on from the last commit"
+    run_safely(show if arguments.list else benchmark, arguments, going_on)
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -43,11 +44,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
 
     results = Path(arguments.results)
     plan = make_plan(Path(arguments.suite), arguments.budget, arguments.only)
-    try:
-        failures = run_suite(plan, results, Tools.real(), arguments.keep)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last commit", file=sys.stderr)
-        raise SystemExit(130) from None
+    failures = run_suite(plan, results, Tools.real(), arguments.keep)
     print(f"\n{list_text(plan, results)}")
     for run, message in failures.items():
         print(f"error: {run}: {message}", file=sys.stderr)

@@ -1,8 +1,6 @@
 """The command line of the trained baselines; nothing heavy is imported before it is read."""
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -25,19 +23,3 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, help="result file (JSON)")
     return parser
-
-
-def run_safely(
-    command: Callable[[argparse.Namespace], None], arguments: argparse.Namespace
-) -> None:
-    """Run a command; a deliberate error is one message and its exit code."""
-    from scripts._cli import prepare
-
-    prepare()  # before torch starts
-    from pfm_llm.errors import PfmError
-
-    try:
-        command(arguments)
-    except PfmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None

@@ -140,16 +140,8 @@ def rank(score: Score, held_out: HeldOut, negatives: np.ndarray) -> Ranks:
         held_out: The queries.
         negatives: From `negatives_of`.
     """
-    parts = []
-    for start in range(0, len(held_out.users), _QUERIES_AT_ONCE):
-        queries = range(start, min(start + _QUERIES_AT_ONCE, len(held_out.users)))
-        scores = score(held_out, queries)
-        parts.append(ranking.rank_scores(scores, held_out, queries, negatives))
-    return Ranks(
-        users=np.concatenate([part.users for part in parts]),
-        full=np.concatenate([part.full for part in parts]),
-        sampled=np.concatenate([part.sampled for part in parts]),
-    )
+    own = functools.partial(score, held_out)
+    return ranking.rank_all(own, held_out, negatives, _QUERIES_AT_ONCE)
 
 
 def _circumstances(config: ExperimentConfig, processes: Processes) -> dict[str, Any]:

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pfm_llm.errors import ConfigError, DataError
-from pfm_llm.metrics import FloatArray
+from pfm_llm.metrics import FloatArray, resampled_means
 from pfm_llm.personality.estimates import ROUNDING, Bootstrap, Estimate, estimate
 from pfm_llm.personality.groups import members, slug
-from pfm_llm.seeding import numpy_generator
 
 MIN_USERS = 10
 """Groups below are merged."""
 
-_DRAWS_AT_ONCE = 1 << 20
 _RESAMPLES_PER_TEST = 4  # at 1, one doubt among all resamples would already decide
 
 
@@ -181,11 +179,6 @@ def _p_value(gains: FloatArray, bootstrap: Bootstrap) -> float:
 
     The resamples are those of `metrics.bootstrap_interval`, so that the two decisions agree.
     """
-    random = numpy_generator(bootstrap.seed, "bootstrap")
-    at_once = max(1, _DRAWS_AT_ONCE // gains.size)
-    num_not_below = 0
-    for start in range(0, bootstrap.num_resamples, at_once):
-        count = min(at_once, bootstrap.num_resamples - start)
-        drawn = random.integers(gains.size, size=(count, gains.size))
-        num_not_below += int((gains[drawn].mean(axis=1) >= -ROUNDING).sum())
+    means = resampled_means(gains, bootstrap.num_resamples, bootstrap.seed)
+    num_not_below = int((means >= -ROUNDING).sum())
     return (1 + num_not_below) / (1 + bootstrap.num_resamples)

@@ -9,7 +9,6 @@ import torch
 
 from pfm_llm import evaluation, personality, ranking
 from pfm_llm.assembly import Assembly, make_trainer
-from pfm_llm.choices import Task
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import TrainData
 from pfm_llm.evaluation import EvaluationTask, Evaluator
@@ -18,7 +17,8 @@ from pfm_llm.histories import ClientHistories
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.processes import Processes
 from pfm_llm.reporting import measure
-from pfm_llm.study.served import log_rank_quality
+from pfm_llm.settings import like_threshold
+from pfm_llm.study.served import quality_of
 from pfm_llm.types import Mode
 
 _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
@@ -64,10 +64,11 @@ def known_by_few(
         keep=False,
         liked=None,
     )
-    threshold = config.data.like_threshold if Task.LIKE in config.tasks else None
     clients = tuple(assembly.histories.clients.values())
     parts, cache = assembly.parts, assembly.cache
-    histories = ClientHistories(clients, TrainData(train), parts.encoder, cache, threshold)
+    histories = ClientHistories(
+        clients, TrainData(train), parts.encoder, cache, like_threshold(config)
+    )
     with tempfile.TemporaryDirectory(dir=folder) as empty:
         # An empty store: what a client learned from its whole history must not be known.
         store = PrivateStore(Path(empty))
@@ -75,8 +76,8 @@ def known_by_few(
         evaluator = Evaluator(parts.model, trainer, histories, parts.encoder, cache, store)
         found = measure(dataclasses.replace(assembly, evaluator=evaluator), processes, few)
     return (
-        log_rank_quality(found, Mode.SHARED_PRIVATE),
-        log_rank_quality(found, Mode.SHARED_ONLY),
+        quality_of(found, Mode.SHARED_PRIVATE),
+        quality_of(found, Mode.SHARED_ONLY),
     )
 
 

@@ -1,7 +1,7 @@
 """What a finished run says about personality: every measure of `personality`, on test.
 
-Private adapters are those that evaluation fits and keeps, on training histories. Settings and
-groups come from train and validation; nothing is fitted to test.
+Private adapters are those that evaluation fits and keeps. Settings and groups come from train and
+validation; nothing is fitted to test.
 """
 
 import dataclasses
@@ -13,17 +13,23 @@ import numpy as np
 
 from pfm_llm import evaluation, personality, ranking
 from pfm_llm.assembly import RunFolders
-from pfm_llm.baselines import fit_baselines
 from pfm_llm.checkpoint import CheckpointStore
 from pfm_llm.choices import Task
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import EvaluationTask, Measured
+from pfm_llm.evaluation import EvaluationTask
 from pfm_llm.experiment import SERVER_FOLDER, OpenedRun, open_run, shared_state
 from pfm_llm.personality import Bootstrap, Estimate
-from pfm_llm.reporting import evaluation_task, measure, method_name, rows_of
+from pfm_llm.reporting import (
+    evaluation_task,
+    fit_run_baselines,
+    measure,
+    method_name,
+    rank_baselines,
+    rows_of,
+)
 from pfm_llm.run_report import RESULTS_FILE, ResultRow, read_results, write_results
 from pfm_llm.study.cold_start import known_by_few, known_by_none
-from pfm_llm.study.served import Served
+from pfm_llm.study.served import Served, quality_of
 from pfm_llm.types import Mode
 
 WINDOWS = (32, 16, 8, 4)
@@ -71,23 +77,15 @@ class _Study:
 
     def test_rows(self) -> list[ResultRow]:
         """Every mode and baseline on test."""
-        split = self._assembly.corpus.split
-        train = split.train.interactions
-        baselines = fit_baselines(
-            self._config.evaluation.baselines,
-            [train.history(user) for user in range(train.num_users)],
-            self._assembly.parts.model.num_items,
-            split.validation,
-        )
+        baselines = rank_baselines(fit_run_baselines(self._assembly), self._task)
         rows = rows_of(self._assembly, self._task, self._test, baselines)
         # `ndcg_over_<baseline>`: paired over users, so its interval judges the difference.
-        own = self._quality(self._test, self._best_mode, "ndcg")
+        own = quality_of(self._test, self._best_mode, "ndcg")
         over = {}
-        for baseline in baselines:
-            ranks = ranking.rank_baseline(baseline, self._task.held_out, self._task.negatives)
+        for baseline, ranks in baselines.items():
             theirs = personality.user_quality("ndcg", ranks.full, ranks.users)
-            name = f"ndcg_over_{baseline.name.value}"
-            over[name] = personality.paired_difference(own, theirs, self._bootstrap)
+            difference = personality.paired_difference(own, theirs, self._bootstrap)
+            over[f"ndcg_over_{baseline}"] = difference
         return rows + self._rows(over, Task.NEXT_ITEM, "")
 
     def per_user(self) -> dict[str, list[float]]:
@@ -152,12 +150,8 @@ class _Study:
             self._assembly, held_out, opened.shared, opened.round_number, modes, keep
         )
 
-    def _quality(self, measured: Measured, mode: Mode, name: str) -> np.ndarray:
-        ranks = measured.ranks[mode]
-        return personality.user_quality(name, ranks.full, ranks.users)
-
     def _gain(self, name: str) -> np.ndarray:
-        own, shared = (self._quality(self._test, mode, name) for mode in reversed(_SERVED))
+        own, shared = (quality_of(self._test, mode, name) for mode in reversed(_SERVED))
         difference: np.ndarray = own - shared
         return difference
 
@@ -188,7 +182,7 @@ class _Study:
             self._task_of(held_out), parts=evaluation.parts_of([Mode.SHARED_ONLY], 0.0), liked=None
         )
         validated = measure(self._assembly, self._opened.processes, task)
-        quality = self._quality(validated, Mode.SHARED_ONLY, "log_rank")
+        quality = quality_of(validated, Mode.SHARED_ONLY)
         quality = personality.align(quality, held_out.users, users)
         train = split.train.interactions
         fields = {
@@ -227,9 +221,10 @@ class _Study:
                 keep=False,
                 liked=None,
             )
-            found = self._served.measure_with(task, same)
-            own[items] = self._quality(found, Mode.SHARED_PRIVATE, "log_rank")
-            shared[items] = self._quality(found, Mode.SHARED_ONLY, "log_rank")
+            is_default = items == self._config.window.items
+            found = self._test if is_default else self._served.measure_with(task, same)
+            own[items] = quality_of(found, Mode.SHARED_PRIVATE)
+            shared[items] = quality_of(found, Mode.SHARED_ONLY)
         points = personality.curve(own, shared, self._bootstrap)
         return personality.curve_figures(personality.MEMORY, points)
 

@@ -49,7 +49,7 @@ class Served:
             for shift in (0, *shifts.tolist()):
                 lender = {name: order[(place[name] + shift) % len(order)] for name in clients}
                 found = self.measure_with(only, lender)
-                columns.append(log_rank_quality(found, Mode.SHARED_PRIVATE))
+                columns.append(quality_of(found, Mode.SHARED_PRIVATE))
                 aucs.append(found.aucs.get(Mode.SHARED_PRIVATE, np.zeros(0)))
                 progress.update(1)
         return np.stack(columns, 1), np.stack(aucs, 1)
@@ -113,7 +113,7 @@ class Served:
         return used, top
 
 
-def log_rank_quality(measured: Measured, mode: Mode) -> np.ndarray:
-    """Minus each user's mean log-rank, float64 [U]."""
+def quality_of(measured: Measured, mode: Mode, name: str = "log_rank") -> np.ndarray:
+    """A quality of `personality.user_quality` per user, float64 [U]."""
     ranks = measured.ranks[mode]
-    return personality.user_quality("log_rank", ranks.full, ranks.users)
+    return personality.user_quality(name, ranks.full, ranks.users)

@@ -14,6 +14,7 @@ from typing import Any
 
 from pfm_llm.config import ExperimentConfig, parse_config, training_hash
 from pfm_llm.errors import ConfigError
+from pfm_llm.settings import changed_settings
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
 
 
@@ -94,19 +95,7 @@ def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
         old = parse_config(dict(stored["config"]))
     except (ConfigError, KeyError, TypeError, ValueError):
         return ["it was made with settings that this version does not know"]
-    found = []
-    for section in type(config).model_fields:
-        replaced = old.model_copy(update={section: getattr(config, section)})
-        if training_hash(replaced) != training_hash(old):
-            before, now = (
-                _leaves(c.model_dump(mode="json")[section], section) for c in (old, config)
-            )
-            found += [
-                f"{key} was {before.get(key)}, is {now.get(key)}"
-                for key in sorted(before.keys() | now.keys())
-                if before.get(key) != now.get(key)
-            ]
-    return found
+    return changed_settings(old, config)
 
 
 def read_tree(path: Path) -> dict[str, Any] | None:
@@ -161,13 +150,3 @@ def _summary(stored: Mapping[str, Any], plan: Plan) -> str:
 def figure_name(plan: Plan) -> str:
     """What chooses, such as ``ndcg@10``."""
     return plan.select.metric + (f"@{plan.select.k}" if plan.select.k else "")
-
-
-def _leaves(tree: object, key: str) -> dict[str, object]:
-    if not isinstance(tree, dict):
-        return {key: tree}
-    return {
-        leaf: value
-        for name, child in tree.items()
-        for leaf, value in _leaves(child, f"{key}.{name}").items()
-    }

@@ -321,7 +321,7 @@ def test_a_trainer_that_sees_everything_is_caught(canaries: Assembly) -> None:
 
 
 def test_baselines_know_nothing_of_held_out_items(canaries: Assembly) -> None:
-    fitted = reporting._fit_baselines(canaries)
+    fitted = reporting.fit_run_baselines(canaries)
     assert [baseline.name for baseline in fitted] == ["popularity", "ease", "markov_recency"]
     train = canaries.corpus.split.train.interactions
     histories = [train.history(user) for user in range(NUM_USERS)]
@@ -343,7 +343,7 @@ def test_choices_of_baselines_do_not_depend_on_test_items(tiny: Tiny, tmp_path: 
     chosen = [
         [
             (baseline.name, dict(baseline.hyperparameters), baseline.validation_ndcg)
-            for baseline in reporting._fit_baselines(wired(config_of(tiny, tmp_path / name, h)))
+            for baseline in reporting.fit_run_baselines(wired(config_of(tiny, tmp_path / name, h)))
         ]
         for name, h in (("a", histories), ("b", other))
     ]

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.baselines import cli, pfedrec, pfedrec_training, sasrec, sasrec_training
+from benchmarks.baselines import pfedrec, pfedrec_training, sasrec, sasrec_training
 from pfm_llm.assembly import load_corpus
 from pfm_llm.config import load_config
 from pfm_llm.errors import ConfigError
 from pfm_llm.result_tables import results_table
 from pfm_llm.run_report import read_results
+from scripts._cli import run_safely
 from tests.integration.tiny import Tiny
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +125,7 @@ def test_a_wrong_setting_is_one_message(
     with pytest.raises(ConfigError):
         sasrec.run(given)
     with pytest.raises(SystemExit):
-        cli.run_safely(sasrec.run, given)
+        run_safely(sasrec.run, given)
     assert "data.splitt" in capsys.readouterr().err
     assert not given.output.exists()
 

@@ -16,6 +16,7 @@ LAYERS = [line.split() for line in """
     config_text
     methods
     config files processes
+    settings
     assets
     data participation private_store contract metrics metrics_log plots progress model_card
     signing leak_search

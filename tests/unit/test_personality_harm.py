@@ -222,7 +222,7 @@ def test_p_values_count_the_resamples_of_the_interval(monkeypatch) -> None:
     for count, is_below in ((not_below - 1, False), (not_below + 1, True)):
         high = metrics.bootstrap_interval(gains, 999, 1 - 2 * count / 998, 0)[1]
         assert (high < 0) == is_below
-    monkeypatch.setattr("pfm_llm.personality.harm._DRAWS_AT_ONCE", 130)  # 3 of 999 resamples
+    monkeypatch.setattr("pfm_llm.metrics._DRAWS_AT_ONCE", 130)  # 3 of 999 resamples
     assert _p_value(gains, Bootstrap(num_resamples=999)) == p_value
 
 

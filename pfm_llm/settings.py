@@ -1,0 +1,43 @@
+"""What follows from a config: questions that several modules ask of it."""
+
+from pfm_llm.choices import PrivateKind, Task
+from pfm_llm.config import ExperimentConfig, training_hash
+
+
+def uses_taste(config: ExperimentConfig) -> bool:
+    """Whether the private part is a taste vector, a function of the history at hand."""
+    private = config.adapters.private
+    return private.enabled and private.kind is PrivateKind.TASTE
+
+
+def like_threshold(config: ExperimentConfig) -> float | None:
+    """Ratings from here on are likes to learn from and to measure; None: likes are no task."""
+    return config.data.like_threshold if Task.LIKE in config.tasks else None
+
+
+def changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list[str]:
+    """One text for each differing setting that training depends on."""
+    changed = []
+    for section in type(saved).model_fields:
+        replaced = saved.model_copy(update={section: getattr(current, section)})
+        if training_hash(replaced) != training_hash(saved):
+            old, new = (
+                _leaves(config.model_dump(mode="json")[section], section)
+                for config in (saved, current)
+            )
+            changed += [
+                f"{key} was {old.get(key)}, is {new.get(key)}"
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+            ]
+    return changed
+
+
+def _leaves(tree: object, key: str) -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {
+        leaf: value
+        for name, child in tree.items()
+        for leaf, value in _leaves(child, f"{key}.{name}").items()
+    }
