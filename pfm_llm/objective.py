@@ -65,14 +65,13 @@ class Objective:
             outputs: Read out at positions that have a target.
             personal: Whether taste vectors take part, where there are any.
         """
-        folds = self._folds(len(outputs.targets)) if personal else None
+        folds = self._folds(outputs) if personal else None
         scores = recommender_head.score_items(own, outputs.vectors, self.item_texts)
         loss = F.cross_entropy(scores, outputs.targets)
         if folds is not None:
-            features = self.features(own, Task.NEXT_ITEM)
-            precisions = taste.prior_precisions(own, Task.NEXT_ITEM)
             fixed = scores.detach()
-            fitted = taste.fit_next_item(fixed, outputs.targets, features, precisions, folds)
+            features, prior = self._basis(own, Task.NEXT_ITEM)
+            fitted = taste.fit_next_item(fixed, outputs.targets, features, prior, folds)
             loss = loss + F.cross_entropy(fixed + fitted[folds] @ features.T, outputs.targets)
         if Task.LIKE in self.tasks:
             loss = loss + self._like_loss(own, outputs, folds)
@@ -81,17 +80,14 @@ class Objective:
     def _like_loss(
         self, own: Tensors, outputs: Outputs, folds: torch.Tensor | None
     ) -> torch.Tensor:
-        known = outputs.liked != NO_LABEL
+        known, items, liked, logits = self._likes(own, outputs)
         if not known.any():
             return outputs.vectors.new_zeros(())
-        items, liked = outputs.targets[known], outputs.liked[known].float()
-        logits = recommender_head.like_logits(own, self.item_texts)[items]
         loss = F.binary_cross_entropy_with_logits(logits, liked)
         if folds is not None:
-            features = self.features(own, Task.LIKE)[items]
-            precisions = taste.prior_precisions(own, Task.LIKE)
             kept, fixed = folds[known], logits.detach()
-            fitted = taste.fit_likes(fixed, liked, features, precisions, kept)
+            features, prior = self._basis(own, Task.LIKE, items)
+            fitted = taste.fit_likes(fixed, liked, features, prior, kept)
             personal = fixed + (fitted[kept] * features).sum(1)
             loss = loss + F.binary_cross_entropy_with_logits(personal, liked)
         return loss
@@ -103,25 +99,38 @@ class Objective:
         Returns:
             Name to float32 vector, for the private state.
         """
-        whole = torch.zeros(len(outputs.targets), dtype=torch.long)
+        whole = torch.zeros_like(outputs.targets)
         scores = recommender_head.score_items(own, outputs.vectors, self.item_texts)
-        features = self.features(own, Task.NEXT_ITEM)
-        precisions = taste.prior_precisions(own, Task.NEXT_ITEM)
-        fitted = taste.fit_next_item(scores, outputs.targets, features, precisions, whole)
+        features, prior = self._basis(own, Task.NEXT_ITEM)
+        fitted = taste.fit_next_item(scores, outputs.targets, features, prior, whole)
         vectors = {taste.vector_name(Task.NEXT_ITEM): fitted[-1]}
         if Task.LIKE in self.tasks:
-            known = outputs.liked != NO_LABEL
-            items, liked = outputs.targets[known], outputs.liked[known].float()
-            logits = recommender_head.like_logits(own, self.item_texts)[items]
-            features = self.features(own, Task.LIKE)[items]
-            precisions = taste.prior_precisions(own, Task.LIKE)
-            fitted = taste.fit_likes(logits, liked, features, precisions, whole[known])
+            known, items, liked, logits = self._likes(own, outputs)
+            features, prior = self._basis(own, Task.LIKE, items)
+            fitted = taste.fit_likes(logits, liked, features, prior, whole[known])
             vectors[taste.vector_name(Task.LIKE)] = fitted[-1]
         return vectors
+
+    def _likes(
+        self, own: Tensors, outputs: Outputs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which positions have a label, bool [K]; and of those item, label and log-odds."""
+        known = outputs.liked != NO_LABEL
+        items, liked = outputs.targets[known], outputs.liked[known].float()
+        return known, items, liked, recommender_head.like_logits(own, self.item_texts)[items]
 
     def features(self, own: Tensors, task: Task) -> torch.Tensor:
         """`taste.item_features` of the catalogue."""
         return taste.item_features(own, task, self.item_texts)
 
-    def _folds(self, num_positions: int) -> torch.Tensor | None:
-        return None if self.num_folds is None else taste.folds(num_positions, self.num_folds)
+    def _basis(
+        self, own: Tensors, task: Task, items: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of some items, or of all, and the prior's precisions."""
+        features = self.features(own, task)
+        return features if items is None else features[items], taste.prior_precisions(own, task)
+
+    def _folds(self, outputs: Outputs) -> torch.Tensor | None:
+        if self.num_folds is None:
+            return None
+        return taste.folds(len(outputs.targets), self.num_folds).to(outputs.targets.device)

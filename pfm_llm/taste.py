@@ -151,18 +151,17 @@ def fit_next_item(
     Returns:
         float32 [F + 1, r]: row f is fitted without fold f, the last row to everything.
     """
+    if not len(fold):
+        return features.new_zeros(1, features.shape[1])
     probabilities = scores.softmax(1)
     means = probabilities @ features
     residuals = features[targets] - means
-    num_folds = int(fold.max()) + 1 if len(fold) else 0
     gradients, curvatures = [], []
-    for f in range(num_folds):
+    for f in range(int(fold.max()) + 1):
         own = fold == f
         second = features.T @ (probabilities[own].sum(0)[:, None] * features)
         curvatures.append(second - means[own].T @ means[own])
         gradients.append(residuals[own].sum(0))
-    if not num_folds:
-        return features.new_zeros(1, features.shape[1])
     gradient, curvature = torch.stack(gradients), torch.stack(curvatures)
     zero = torch.zeros_like(gradient[:1]), torch.zeros_like(curvature[:1])
     without = gradient.sum(0) - torch.cat([gradient, zero[0]])
