@@ -102,9 +102,10 @@ class LoraAdapterConfig(_Settings):
 class TasteConfig(_Settings):
     """The private taste vector; see taste.py."""
 
-    rank: PositiveCount = Field(16, description="numbers a user and task")
+    rank: PositiveCount = Field(32, description="numbers a user and task")
     precision: Positive = Field(30.0, description="of the prior, before training")
-    folds: Annotated[int, Field(ge=2)] = Field(4, description="of the cross-fitting")
+    half_life: Positive = Field(30.0, description="in events, of the past; before training")
+    block: PositiveCount = Field(8, description="events that one vector predicts in training")
 
 
 class PrivateAdapterConfig(LoraAdapterConfig):

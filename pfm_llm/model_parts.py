@@ -142,8 +142,8 @@ def _encoder(
 
 
 def _objective(config: ExperimentConfig, texts: torch.Tensor) -> Objective:
-    folds = config.adapters.private.taste.folds if uses_taste(config) else None
-    return Objective(texts, config.tasks, folds)
+    block = config.adapters.private.taste.block if uses_taste(config) else None
+    return Objective(texts, config.tasks, block)
 
 
 def _trained(config: ExperimentConfig, shared: SharedState) -> SharedState:

@@ -5,7 +5,7 @@ Per position t of the history, with s_t the scores of the catalogue and y_t the 
     loss = mean_t CE(s_t, y_t)  [+ mean_t BCE(l_t, liked_t)  with the task ``like``]
 
 where l_t is the log-odds that the user likes y_t. With a private taste vector each loss has a
-twin, in which the vector is added to the same scores, cross-fitted (`taste`). The twin trains the
+twin, in which the vector of the past is added to the same scores (`taste`). The twin trains the
 basis alone: no gradient of it reaches the shared scores. So the shared part learns what it would
 learn without a private one, and serves those who have none; when the twin trained both, the
 shared part left to the private one what it could have learned itself.
@@ -46,12 +46,12 @@ class Objective:
     Attributes:
         item_texts: float32 [I, D], whitened.
         tasks: What is learned.
-        num_folds: Of the cross-fitting of taste vectors; None without them.
+        block_size: Positions that one taste vector predicts; None without taste vectors.
     """
 
     item_texts: torch.Tensor
     tasks: tuple[Task, ...]
-    num_folds: int | None
+    block_size: int | None
 
     def to(self, device: torch.device) -> "Objective":
         """The same on another device."""
@@ -65,30 +65,32 @@ class Objective:
             outputs: Read out at positions that have a target.
             personal: Whether taste vectors take part, where there are any.
         """
-        folds = self._folds(outputs) if personal else None
+        block = self._blocks(outputs) if personal else None
         scores = recommender_head.score_items(own, outputs.vectors, self.item_texts)
         loss = F.cross_entropy(scores, outputs.targets)
-        if folds is not None:
+        if block is not None:
             fixed = scores.detach()
             features, prior = self._basis(own, Task.NEXT_ITEM)
-            fitted = taste.fit_next_item(fixed, outputs.targets, features, prior, folds)
-            loss = loss + F.cross_entropy(fixed + fitted[folds] @ features.T, outputs.targets)
+            past = taste.past_weights(own, Task.NEXT_ITEM, block)
+            fitted = taste.fit_next_item(fixed, outputs.targets, features, prior, past)
+            loss = loss + F.cross_entropy(fixed + fitted[block] @ features.T, outputs.targets)
         if Task.LIKE in self.tasks:
-            loss = loss + self._like_loss(own, outputs, folds)
+            loss = loss + self._like_loss(own, outputs, block)
         return loss
 
     def _like_loss(
-        self, own: Tensors, outputs: Outputs, folds: torch.Tensor | None
+        self, own: Tensors, outputs: Outputs, block: torch.Tensor | None
     ) -> torch.Tensor:
         known, items, liked, logits = self._likes(own, outputs)
         if not known.any():
             return outputs.vectors.new_zeros(())
         loss = F.binary_cross_entropy_with_logits(logits, liked)
-        if folds is not None:
-            kept, fixed = folds[known], logits.detach()
+        if block is not None:
+            fixed = logits.detach()
             features, prior = self._basis(own, Task.LIKE, items)
-            fitted = taste.fit_likes(fixed, liked, features, prior, kept)
-            personal = fixed + (fitted[kept] * features).sum(1)
+            past = taste.past_weights(own, Task.LIKE, block)[:, known]
+            fitted = taste.fit_likes(fixed, liked, features, prior, past)
+            personal = fixed + (fitted[block[known]] * features).sum(1)
             loss = loss + F.binary_cross_entropy_with_logits(personal, liked)
         return loss
 
@@ -99,16 +101,18 @@ class Objective:
         Returns:
             Name to float32 vector, for the private state.
         """
-        whole = torch.zeros_like(outputs.targets)
+        one_block = torch.zeros_like(outputs.targets)
         scores = recommender_head.score_items(own, outputs.vectors, self.item_texts)
         features, prior = self._basis(own, Task.NEXT_ITEM)
-        fitted = taste.fit_next_item(scores, outputs.targets, features, prior, whole)
-        vectors = {taste.vector_name(Task.NEXT_ITEM): fitted[-1]}
+        past = taste.past_weights(own, Task.NEXT_ITEM, one_block)[-1:]
+        fitted = taste.fit_next_item(scores, outputs.targets, features, prior, past)
+        vectors = {taste.vector_name(Task.NEXT_ITEM): fitted[0]}
         if Task.LIKE in self.tasks:
             known, items, liked, logits = self._likes(own, outputs)
             features, prior = self._basis(own, Task.LIKE, items)
-            fitted = taste.fit_likes(logits, liked, features, prior, whole[known])
-            vectors[taste.vector_name(Task.LIKE)] = fitted[-1]
+            past = taste.past_weights(own, Task.LIKE, one_block)[-1:, known]
+            fitted = taste.fit_likes(logits, liked, features, prior, past)
+            vectors[taste.vector_name(Task.LIKE)] = fitted[0]
         return vectors
 
     def _likes(
@@ -130,7 +134,7 @@ class Objective:
         features = self.features(own, task)
         return features if items is None else features[items], taste.prior_precisions(own, task)
 
-    def _folds(self, outputs: Outputs) -> torch.Tensor | None:
-        if self.num_folds is None:
+    def _blocks(self, outputs: Outputs) -> torch.Tensor | None:
+        if self.block_size is None:
             return None
-        return taste.folds(len(outputs.targets), self.num_folds).to(outputs.targets.device)
+        return taste.blocks(len(outputs.targets), self.block_size).to(outputs.targets.device)

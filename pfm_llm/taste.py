@@ -8,21 +8,24 @@ are the business of all: item i has the features
 and the client keeps phi alone, which adds ``phi . v_i`` to the score of item i. phi is the
 minimum, to a few Newton steps from zero, of the client's own loss with a Gaussian prior:
 
-    phi = argmin  sum_t loss(s_t + V phi, y_t) + lambda/2 |phi|^2,    s_t the shared scores
+    phi = argmin  sum_t w_t loss(s_t + V phi, y_t) + lambda/2 |phi|^2,    s_t the shared scores
 
-so it is a function of the history and of the shared state: nothing is lost when a new shared
-state arrives, little data shrink it to zero, and no data are zero. For the next item the loss is
-the softmax cross-entropy over the catalogue, with one step,
+with w_t = 2^(-a_t / h) for an event that is a_t events old and h a learned half-life: tastes drift,
+and what was met last tells most. So phi is a function of the history and of the shared state:
+nothing is lost when a new shared state arrives, little data shrink it to zero, and no data are
+zero. For the next item the loss is the softmax cross-entropy over the catalogue, with one step,
 
-    g = sum_t (v_{y_t} - E_{p_t} v),    H = sum_t Cov_{p_t}(v) + lambda I,    phi = H^-1 g
+    g = sum_t w_t (v_{y_t} - E_{p_t} v),    H = sum_t w_t Cov_{p_t}(v) + lambda I,    phi = H^-1 g
 
 and for likes the logistic loss, with a feature 1 added for the user's own level.
 
-Training is *cross-fitted*: the positions are cut into folds, and each fold is predicted with the
-phi of all others. T, G and lambda then receive the gradient of what generalises from a part of a
-history to the rest; fitted in-sample, they would learn to remember. That private parameters are
-fitted anew per task inside of the training of the shared ones is CAVIA (Zintgraf et al. 2019,
-arXiv 1810.03642, equations 2 and 3); the closed form is the Laplace approximation.
+Training is *prequential* (Dawid 1984): the positions are cut into blocks, and each block is
+predicted with the phi of all earlier ones. T, G, lambda and h then receive the gradient of what
+generalises from a user's past to the user's future, as serving will ask of them, and from every
+amount of past: fitted in-sample they would learn to remember, and fitted to long histories alone
+the prior would never see what little data are worth. That private parameters are fitted anew per
+task inside of the training of the shared ones is CAVIA (Zintgraf et al. 2019, arXiv 1810.03642,
+equations 2 and 3); the closed form is the Laplace approximation.
 """
 
 import math
@@ -56,6 +59,11 @@ def precision_name(task: Task) -> str:
     return f"basis.taste.{task}.log_precision"
 
 
+def half_life_name(task: Task) -> str:
+    """Name of log h, h in events, [1]."""
+    return f"basis.taste.{task}.log_half_life"
+
+
 def vector_name(task: Task) -> str:
     """Name of phi, [r]; for likes [r + 1], the level last."""
     return f"private.taste.{task}"
@@ -83,6 +91,7 @@ def initial_basis(
         if has_ids:
             tensors[ids_name(task)] = drawn[:, dim:].clone()
         tensors[precision_name(task)] = torch.tensor([math.log(config.precision)])
+        tensors[half_life_name(task)] = torch.tensor([math.log(config.half_life)])
     return tensors
 
 
@@ -121,15 +130,31 @@ def prior_precisions(shared: Tensors, task: Task) -> torch.Tensor:
     return precisions
 
 
-def folds(num_positions: int, num_folds: int) -> torch.Tensor:
-    """The fold of each position: contiguous blocks, int64 [K].
+def blocks(num_positions: int, size: int) -> torch.Tensor:
+    """The block of each position, int64 [K]: ``size`` neighbours are predicted together."""
+    return torch.arange(num_positions) // size
 
-    Neighbours are alike (a session, a box of films), so random folds would let a position be
-    predicted from its twin.
+
+def past_weights(shared: Tensors, task: Task, block: torch.Tensor) -> torch.Tensor:
+    """What each position counts in the fits that predict the blocks, and in that to all.
+
+    Args:
+        shared: For the half-life.
+        task: Whose.
+        block: int64 [K], ascending.
+
+    Returns:
+        float32 [F + 1, K]: row f has the positions before block f, zero elsewhere; the last row
+        has all. The newest position of a row counts one.
     """
-    return (torch.arange(num_positions) * min(num_folds, num_positions)).div(
-        max(num_positions, 1), rounding_mode="floor"
-    )
+    num_positions = len(block)
+    place = torch.arange(num_positions, device=block.device)
+    starts = torch.nonzero(torch.diff(block, prepend=block.new_full((1,), -1)))[:, 0]
+    ends = torch.cat([starts, starts.new_full((1,), num_positions)])
+    ages = ends[:, None] - 1 - place
+    half_life = shared[half_life_name(task)].exp()
+    weights: torch.Tensor = torch.exp2(-ages.clamp_min(0) / half_life) * (ages >= 0)
+    return weights
 
 
 def fit_next_item(
@@ -137,36 +162,27 @@ def fit_next_item(
     targets: torch.Tensor,
     features: torch.Tensor,
     precisions: torch.Tensor,
-    fold: torch.Tensor,
+    weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Taste vectors for the softmax loss, each fitted to all folds but one.
+    """Taste vectors for the softmax loss, one for each way to weigh the positions.
 
     Args:
         scores: float32 [K, I], shared scores at each position.
         targets: int64 [K].
         features: float32 [I, r].
         precisions: float32 [r].
-        fold: int64 [K], 0 to F - 1.
+        weights: float32 [F, K], from `past_weights`.
 
     Returns:
-        float32 [F + 1, r]: row f is fitted without fold f, the last row to everything.
+        float32 [F, r]; zero where all weights are.
     """
-    if not len(fold):
-        return features.new_zeros(1, features.shape[1])
     probabilities = scores.softmax(1)
     means = probabilities @ features
-    residuals = features[targets] - means
-    gradients, curvatures = [], []
-    for f in range(int(fold.max()) + 1):
-        own = fold == f
-        second = features.T @ (probabilities[own].sum(0)[:, None] * features)
-        curvatures.append(second - means[own].T @ means[own])
-        gradients.append(residuals[own].sum(0))
-    gradient, curvature = torch.stack(gradients), torch.stack(curvatures)
-    zero = torch.zeros_like(gradient[:1]), torch.zeros_like(curvature[:1])
-    without = gradient.sum(0) - torch.cat([gradient, zero[0]])
-    hessian = curvature.sum(0) - torch.cat([curvature, zero[1]]) + torch.diag(precisions)
-    fitted: torch.Tensor = torch.linalg.solve(hessian, without)
+    gradient = weights @ (features[targets] - means)
+    # Of the products of two features: E v v' - E v E v', summed over the positions.
+    second = (weights @ probabilities) @ _products(features) - weights @ _products(means)
+    hessian = second.view(len(weights), *[len(precisions)] * 2) + torch.diag(precisions)
+    fitted: torch.Tensor = torch.linalg.solve(hessian, gradient)
     return fitted
 
 
@@ -175,28 +191,31 @@ def fit_likes(
     liked: torch.Tensor,
     features: torch.Tensor,
     precisions: torch.Tensor,
-    fold: torch.Tensor,
+    weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Taste vectors for the logistic loss, each fitted to all folds but one.
+    """Taste vectors for the logistic loss, one for each way to weigh the rated items.
 
     Args:
         logits: float32 [K], shared log-odds of each rated item.
         liked: float32 [K], 0 or 1.
         features: float32 [K, r + 1], of the rated items.
         precisions: float32 [r + 1].
-        fold: int64 [K], 0 to F - 1.
+        weights: float32 [F, K], from `past_weights`.
 
     Returns:
-        float32 [F + 1, r + 1]: row f is fitted without fold f, the last row to everything.
+        float32 [F, r + 1]; zero where all weights are.
     """
-    num_folds = int(fold.max()) + 1 if len(fold) else 0
-    rows = torch.arange(num_folds + 1, device=fold.device)
-    used = (fold[None, :] != rows[:, None]).to(logits)
-    vectors = features.new_zeros(num_folds + 1, features.shape[1])
+    vectors = features.new_zeros(len(weights), features.shape[1])
+    products = _products(features)
     for _ in range(_LIKE_STEPS):
         odds = torch.sigmoid(logits + vectors @ features.T)
-        weights = used * odds * (1 - odds)
-        hessian = torch.einsum("fk,kr,kq->frq", weights, features, features)
-        gradient = (used * (liked - odds)) @ features - precisions * vectors
-        vectors = vectors + torch.linalg.solve(hessian + torch.diag(precisions), gradient)
+        second = (weights * odds * (1 - odds)) @ products
+        hessian = second.view(len(weights), *[len(precisions)] * 2) + torch.diag(precisions)
+        gradient = (weights * (liked - odds)) @ features - precisions * vectors
+        vectors = vectors + torch.linalg.solve(hessian, gradient)
     return vectors
+
+
+def _products(rows: torch.Tensor) -> torch.Tensor:
+    """The outer product of each row with itself, [N, r] to [N, r * r]."""
+    return (rows[:, :, None] * rows[:, None, :]).flatten(1)

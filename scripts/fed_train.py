@@ -12,10 +12,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="override a setting, e.g. federation.num_rounds=20; may be repeated",
+        help="override a setting, e.g. federation.num_rounds=20; takes several, may be repeated",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run of that name")
     parser.add_argument(

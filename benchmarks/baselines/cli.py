@@ -12,10 +12,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, help="YAML file of an experiment")
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="override a setting, e.g. data.split=last_fraction; may be repeated",
+        help="override a setting, e.g. data.split=last_fraction; takes several, may be repeated",
     )
     parser.add_argument("--seed", type=int, default=None, help="default: the config's")
     parser.add_argument(

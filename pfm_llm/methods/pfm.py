@@ -5,10 +5,10 @@
     score_u,i = score_i(n) + phi_u . (T z_i + G e_i)
 
 phi_u, some numbers a user and task, is the private adapter: the minimum, to one Newton step, of
-the user's own loss with a Gaussian prior. T, G and the prior's precision are the basis, which
-is aggregated like the shared LoRA. Training is cross-fitted: the events of a fold are predicted
-with the phi fitted to the other folds, so that the basis learns what generalises from a part of
-a user's history to the rest. `taste.py` has the equations.
+the user's own loss with a Gaussian prior, in which the past fades. T, G, the prior's precision
+and the half-life of the past are the basis, which is aggregated like the shared LoRA. In training
+each block of events is predicted with the phi fitted to the blocks before it, so that the basis
+learns what generalises from a user's past to the user's future. `taste.py` has the equations.
 
 The idea of context parameters that are fitted anew for every task, in a model trained so that
 fitting them pays, is that of CAVIA (Zintgraf et al. 2019, ICML, arXiv 1810.03642, equations 2

@@ -42,8 +42,8 @@ def _outputs() -> Outputs:
     )
 
 
-def _objective(num_folds: int | None, tasks: tuple[Task, ...] = BOTH) -> Objective:
-    return Objective(_random(ITEMS, HEAD.dim, seed=9), tasks, num_folds)
+def _objective(block_size: int | None, tasks: tuple[Task, ...] = BOTH) -> Objective:
+    return Objective(_random(ITEMS, HEAD.dim, seed=9), tasks, block_size)
 
 
 def test_without_a_private_part_it_is_the_two_cross_entropies() -> None:
@@ -63,12 +63,12 @@ def test_the_shared_part_learns_what_it_would_learn_without_a_private_one() -> N
     names = list(own)
     with_taste, without = (
         torch.autograd.grad(
-            _objective(folds).loss(own, outputs),
+            _objective(size).loss(own, outputs),
             [own[name] for name in names],
             allow_unused=True,
             materialize_grads=True,
         )
-        for folds in (4, None)
+        for size in (4, None)
     )
     for name, one, other in zip(names, with_taste, without, strict=True):
         if name.startswith("basis."):
@@ -78,21 +78,21 @@ def test_the_shared_part_learns_what_it_would_learn_without_a_private_one() -> N
             torch.testing.assert_close(one, other, msg=name)
 
 
-def test_each_position_is_predicted_from_the_other_folds_alone() -> None:
-    """A target changes the loss of its own fold through itself, never through the vector."""
+def test_each_block_is_predicted_from_the_past_alone() -> None:
+    """What comes at or after a block never changes the vector that predicts it."""
     own, outputs = _own(), _outputs()
-    objective = _objective(2, (Task.NEXT_ITEM,))
-    folds = taste.folds(POSITIONS, 2)
+    objective = _objective(4, (Task.NEXT_ITEM,))
     scores = recommender_head.score_items(own, outputs.vectors, objective.item_texts)
     features = objective.features(own, Task.NEXT_ITEM)
     precisions = taste.prior_precisions(own, Task.NEXT_ITEM)
     losses = []
-    for fold in (0, 1):
-        other, mine = folds != fold, folds == fold
-        alone = torch.zeros(int(other.sum()), dtype=torch.long)
+    for start in range(0, POSITIONS, 4):
+        one_block = torch.zeros(start, dtype=torch.long)
+        past = taste.past_weights(own, Task.NEXT_ITEM, one_block)[-1:]
         vector = taste.fit_next_item(
-            scores[other], outputs.targets[other], features, precisions, alone
-        )[-1]
+            scores[:start], outputs.targets[:start], features, precisions, past
+        )[0]
+        mine = slice(start, start + 4)
         personal = scores[mine] + features @ vector
         losses.append(F.cross_entropy(personal, outputs.targets[mine], reduction="sum"))
     expected = F.cross_entropy(scores, outputs.targets) + sum(losses) / POSITIONS

@@ -1,4 +1,4 @@
-"""Taste vectors: the closed form against a dense reference, cross-fitting, and the prior."""
+"""Taste vectors: the closed form against a dense reference, the past's weights, and the prior."""
 
 import math
 
@@ -25,104 +25,97 @@ def _targets(seed: int = 5) -> torch.Tensor:
     return torch.randint(ITEMS, (POSITIONS,), generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_next_item_fit_is_one_newton_step_of_the_penalised_loss() -> None:
+def test_the_next_item_fit_is_one_newton_step_of_the_weighted_penalised_loss() -> None:
     """Gradient and Hessian by automatic differentiation, float64."""
     scores, targets, features = _random(POSITIONS, ITEMS), _targets(), _random(ITEMS, RANK, seed=1)
     precisions = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64)
+    weights = torch.linspace(0.1, 1, POSITIONS, dtype=torch.float64)
 
     def loss(vector: torch.Tensor) -> torch.Tensor:
-        own = F.cross_entropy(scores + features @ vector, targets, reduction="sum")
-        return own + 0.5 * (precisions * vector.square()).sum()
+        own = F.cross_entropy(scores + features @ vector, targets, reduction="none")
+        return weights @ own + 0.5 * (precisions * vector.square()).sum()
 
     zero = torch.zeros(RANK, dtype=torch.float64)
     gradient = torch.autograd.functional.jacobian(loss, zero)
     hessian = torch.autograd.functional.hessian(loss, zero)
-    whole = torch.zeros(POSITIONS, dtype=torch.long)
-    fitted = taste.fit_next_item(scores, targets, features, precisions, whole)
-    torch.testing.assert_close(fitted[-1], -torch.linalg.solve(hessian, gradient))
-
-
-def test_a_row_is_fitted_without_its_fold() -> None:
-    """Leaving a fold out of the sums equals leaving its positions out of the data."""
-    scores, targets, features = _random(POSITIONS, ITEMS), _targets(), _random(ITEMS, RANK, seed=1)
-    precisions = torch.full((RANK,), 2.0, dtype=torch.float64)
-    fold = taste.folds(POSITIONS, 3)
-    fitted = taste.fit_next_item(scores, targets, features, precisions, fold)
-    assert len(fitted) == 4
-    for left_out in range(3):
-        kept = fold != left_out
-        alone = taste.fit_next_item(
-            scores[kept], targets[kept], features, precisions, torch.zeros(int(kept.sum())).long()
-        )
-        torch.testing.assert_close(fitted[left_out], alone[-1])
+    fitted = taste.fit_next_item(scores, targets, features, precisions, weights[None])
+    torch.testing.assert_close(fitted[0], -torch.linalg.solve(hessian, gradient))
 
 
 def test_the_fit_of_likes_comes_near_the_minimum() -> None:
     logits, features = _random(POSITIONS) * 0.5, _random(POSITIONS, RANK, seed=2)
     liked = (_random(POSITIONS, seed=3) > 0).double()
     precisions = torch.full((RANK,), 4.0, dtype=torch.float64)
+    weights = torch.linspace(0.1, 1, POSITIONS, dtype=torch.float64)
     vector = torch.zeros(RANK, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([vector], lr=1.0, max_iter=200, tolerance_grad=1e-12)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        own = F.binary_cross_entropy_with_logits(logits + features @ vector, liked, reduction="sum")
-        loss = own + 0.5 * (precisions * vector.square()).sum()
+        odds = logits + features @ vector
+        own = F.binary_cross_entropy_with_logits(odds, liked, reduction="none")
+        loss = weights @ own + 0.5 * (precisions * vector.square()).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     optimizer.step(closure)
-    whole = torch.zeros(POSITIONS, dtype=torch.long)
-    fitted = taste.fit_likes(logits, liked, features, precisions, whole)
-    torch.testing.assert_close(fitted[-1], vector.detach(), atol=1e-3, rtol=0)
+    fitted = taste.fit_likes(logits, liked, features, precisions, weights[None])
+    torch.testing.assert_close(fitted[0], vector.detach(), atol=1e-3, rtol=0)
 
 
-def test_likes_too_are_fitted_without_their_fold() -> None:
-    logits, features = _random(POSITIONS), _random(POSITIONS, RANK, seed=2)
-    liked = (_random(POSITIONS, seed=3) > 0).double()
-    precisions = torch.full((RANK,), 1.0, dtype=torch.float64)
-    fold = taste.folds(POSITIONS, 4)
-    fitted = taste.fit_likes(logits, liked, features, precisions, fold)
-    kept = fold != 2
-    alone = taste.fit_likes(
-        logits[kept], liked[kept], features[kept], precisions, torch.zeros(int(kept.sum())).long()
-    )
-    torch.testing.assert_close(fitted[2], alone[-1])
+def test_each_row_of_weights_has_a_fit_of_its_own_and_none_is_zero() -> None:
+    """Weights of zero equal data that are not there; no data at all give zero."""
+    scores, targets, features = _random(POSITIONS, ITEMS), _targets(), _random(ITEMS, RANK, seed=1)
+    liked, rated = (_random(POSITIONS, seed=3) > 0).double(), features[targets]
+    precisions = torch.full((RANK,), 2.0, dtype=torch.float64)
+    weights = torch.zeros(3, POSITIONS, dtype=torch.float64)
+    weights[1, :4], weights[2] = 1.0, 0.5
+    fitted = taste.fit_next_item(scores, targets, features, precisions, weights)
+    liking = taste.fit_likes(scores[:, 0], liked, rated, precisions, weights)
+    assert not fitted[0].any()
+    assert not liking[0].any()
+    alone = taste.fit_next_item(scores[:4], targets[:4], features, precisions, weights[1:2, :4])
+    torch.testing.assert_close(fitted[1], alone[0])
+    alone = taste.fit_likes(scores[:4, 0], liked[:4], rated[:4], precisions, weights[1:2, :4])
+    torch.testing.assert_close(liking[1], alone[0])
+    nothing = taste.fit_next_item(scores[:0], targets[:0], features, precisions, weights[:1, :0])
+    assert torch.equal(nothing, torch.zeros(1, RANK, dtype=torch.float64))
 
 
-def test_without_data_the_vector_is_zero_and_with_little_it_is_small() -> None:
+def test_little_data_give_a_small_vector() -> None:
     features = _random(ITEMS, RANK, seed=1)
     precisions = torch.full((RANK,), 2.0, dtype=torch.float64)
-    none = taste.fit_next_item(
-        torch.zeros(0, ITEMS).double(), torch.zeros(0).long(), features, precisions,
-        torch.zeros(0).long(),
-    )  # fmt: skip
-    assert torch.equal(none, torch.zeros(1, RANK, dtype=torch.float64))
-    norms = []
-    for count in (1, 4, POSITIONS):
-        same = torch.zeros(count, dtype=torch.long)
-        fitted = taste.fit_next_item(
-            torch.zeros(count, ITEMS).double(), same, features, precisions, same
-        )
-        norms.append(float(fitted[-1].norm()))
+    scores, targets = torch.zeros(POSITIONS, ITEMS).double(), torch.zeros(POSITIONS).long()
+    counts = torch.tensor([1, 4, POSITIONS])
+    weights = (torch.arange(POSITIONS) < counts[:, None]).double()
+    norms = taste.fit_next_item(scores, targets, features, precisions, weights).norm(dim=1)
     assert 0 < norms[0] < norms[1] < norms[2]
-    lone = taste.fit_next_item(
-        torch.zeros(1, ITEMS).double(), torch.zeros(1).long(), features, precisions,
-        taste.folds(1, 4),
-    )  # fmt: skip
-    assert torch.equal(lone[0], torch.zeros(RANK, dtype=torch.float64))  # nothing but its own fold
 
 
 @pytest.mark.parametrize(
-    ("positions", "wanted", "expected"),
-    [(6, 3, [0, 0, 1, 1, 2, 2]), (3, 4, [0, 1, 2]), (0, 4, []), (5, 2, [0, 0, 0, 1, 1])],
+    ("positions", "size", "expected"), [(5, 2, [0, 0, 1, 1, 2]), (3, 8, [0, 0, 0]), (0, 4, [])]
 )
-def test_folds_are_contiguous_blocks(positions: int, wanted: int, expected: list[int]) -> None:
-    assert taste.folds(positions, wanted).tolist() == expected
+def test_blocks_are_contiguous(positions: int, size: int, expected: list[int]) -> None:
+    assert taste.blocks(positions, size).tolist() == expected
+
+
+def test_a_block_is_predicted_from_earlier_ones_of_which_the_newest_count_most() -> None:
+    shared = {taste.half_life_name(Task.LIKE): torch.tensor([2.0]).log()}
+    found = taste.past_weights(shared, Task.LIKE, taste.blocks(5, 2))
+    half = 0.5**0.5
+    expected = [
+        [0, 0, 0, 0, 0],
+        [half, 1, 0, 0, 0],
+        [0.5 * half, 0.5, half, 1, 0],
+        [0.25, 0.5 * half, 0.5, half, 1],
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    none = taste.past_weights(shared, Task.LIKE, taste.blocks(0, 2))
+    assert none.shape == (1, 0)
 
 
 def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
-    config = TasteConfig(rank=RANK, precision=20.0)
+    config = TasteConfig(rank=RANK, precision=20.0, half_life=9.0)
     basis = taste.initial_basis(config, BOTH, HEAD, seed=3)
     again = taste.initial_basis(config, BOTH, HEAD, seed=3)
     other = taste.initial_basis(config, BOTH, HEAD, seed=4)
@@ -130,6 +123,7 @@ def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
         assert basis[taste.text_name(task)].shape == (RANK, 8)
         assert basis[taste.ids_name(task)].shape == (RANK, 4)
         assert float(basis[taste.precision_name(task)]) == pytest.approx(math.log(20.0))
+        assert float(basis[taste.half_life_name(task)]) == pytest.approx(math.log(9.0))
     assert all(torch.equal(basis[name], again[name]) for name in basis)
     assert not torch.equal(basis[taste.text_name(Task.LIKE)], other[taste.text_name(Task.LIKE)])
     text_only = taste.initial_basis(
