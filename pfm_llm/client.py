@@ -135,7 +135,7 @@ class LocalTrainer:
             Stacked private tensors [C, ...]; the store is not changed.
         """
         if self.reads_histories:
-            return self.fit_taste(chunk, shared, [self._histories.windows(c) for c in chunk])
+            return self.fit_taste(chunk, shared, [()] * len(chunk))
         private = self._load_private(chunk, round_number)
         able = [c for c, client_id in enumerate(chunk) if self._histories.windows(client_id)]
         steps = self._local.personalise_steps
@@ -162,24 +162,27 @@ class LocalTrainer:
         return uses_taste(self._config)
 
     def fit_taste(
-        self, chunk: Sequence[str], shared: SharedState, windows: Sequence[Sequence[Window]]
+        self, chunk: Sequence[str], shared: SharedState, later: Sequence[Sequence[Window]]
     ) -> dict[str, torch.Tensor]:
-        """Taste vectors for the shared state at hand and some history of each client.
+        """Taste vectors for the shared state at hand and the history of each client.
 
         Args:
             chunk: Client ids.
             shared: The shared state.
-            windows: Per client, from `ClientHistories.windows_of`; without any its vector is zero.
+            later: Per client what came after the training history, from
+                `ClientHistories.later_windows`.
 
         Returns:
-            Stacked private tensors [C, ...].
+            Stacked private tensors [C, ...]; zero for clients without any window.
         """
         private = self._stack_private([self._initial_private(client_id) for client_id in chunk])
+        histories = self._histories
+        windows = [[*histories.windows(c), *new] for c, new in zip(chunk, later, strict=True)]
         able = [c for c, own in enumerate(windows) if own]
         if not able:
             return private
         read = [windows[c] for c in able]
-        states = [self._histories.trunk_states(chunk[c], windows[c]) for c in able]
+        states = [histories.trunk_states(chunk[c], later[c]) for c in able]
         stacked = self._stack_shared(shared, len(able))
         fitted = self._model.fit_taste(collate(read, states), stacked)
         rows = torch.tensor(able, device=self._model.item_texts.device)

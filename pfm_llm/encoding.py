@@ -152,6 +152,7 @@ class HistoryEncoder:
         items: np.ndarray,
         ratings: np.ndarray | None = None,
         liked: np.ndarray | None = None,
+        num_known: int = 0,
     ) -> tuple[Window, ...]:
         """Cut a training history into windows that end with its last item.
 
@@ -159,10 +160,15 @@ class HistoryEncoder:
         first item of the next. A history of fewer than two items trains nothing and gives no
         window.
 
+        A history that grew is not cut anew: windows with ``num_known`` go beside those of its
+        first items. The newest of them shows the same items as the query, unless it is long.
+
         Args:
             items: int [n], the training history, oldest first.
             ratings: float [n], where the prompt shows them.
             liked: bool [n], whether the user liked each item, where likes are learned.
+            num_known: How many of the first items other windows have as targets, or as the
+                first item of all; they are none here.
 
         Returns:
             Windows, oldest first; the newest ``max_windows`` of them.
@@ -170,11 +176,12 @@ class HistoryEncoder:
         if len(items) < 2:
             return ()
         targets = np.append(items[1:], NO_TARGET)
+        targets[: max(num_known - 1, 0)] = NO_TARGET
         labels = None if liked is None else np.append(liked[1:].astype(np.int8), NO_LABEL)
         size = self.config.items
         spans = [slice(max(0, stop - size), stop) for stop in range(len(items), 0, -size)]
         # The newest window holds no target when a window is one item long.
-        spans = [span for span in spans if targets[span][0] != NO_TARGET]
+        spans = [span for span in spans if (targets[span] != NO_TARGET).any()]
         return tuple(
             self.window(
                 items[s],

@@ -226,18 +226,20 @@ class Evaluator:
             return self._trainer.personalise(chunk, task.shared, task.round_number)
         held_out = task.held_out
         ratings = held_out.history_ratings
-        windows: list[list[Window]] = []
+        later: list[list[Window]] = []
         for client_id in chunk:
-            windows.append(
+            later.append(
                 [
                     window
                     for q in self._query_indices(client_id, task)
-                    for window in self._histories.windows_of(
-                        held_out.histories[q], ratings[q] if ratings else None
+                    for window in self._histories.later_windows(
+                        int(held_out.users[q]),
+                        held_out.histories[q],
+                        ratings[q] if ratings else None,
                     )
                 ]
             )
-        return self._trainer.fit_taste(chunk, task.shared, windows)
+        return self._trainer.fit_taste(chunk, task.shared, later)
 
     def _like_aucs(self, task: EvaluationTask, scored: ChunkScores, parts: Parts) -> np.ndarray:
         """AUC of each query, in the order in which they were scored."""

@@ -13,6 +13,7 @@ from pfm_llm.config import ExperimentConfig
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
 from pfm_llm.encoding import HistoryEncoder, Window
+from pfm_llm.errors import DataError
 from pfm_llm.trunk_cache import TrunkCache
 
 
@@ -63,29 +64,43 @@ class ClientHistories:
             interactions = self._train.interactions
             found: list[Window] = []
             for user in self.clients[client_id].users:
-                found += self.windows_of(interactions.history(user), interactions.ratings_of(user))
+                found += self._cut(interactions.history(user), interactions.ratings_of(user))
             self._windows[client_id] = tuple(found)
         return self._windows[client_id]
 
-    def windows_of(self, items: np.ndarray, ratings: np.ndarray | None) -> tuple[Window, ...]:
-        """Windows of a history as `windows` has them of the training histories.
+    def later_windows(
+        self, user: int, items: np.ndarray, ratings: np.ndarray | None
+    ) -> tuple[Window, ...]:
+        """What a history that goes on after the training history adds to `windows`.
 
         Args:
-            items: int [n], oldest first.
+            user: Whose.
+            items: int [n], oldest first: the training history, and what came after it.
             ratings: float [n], where there are any.
+
+        Raises:
+            DataError: The history does not begin with the training history.
         """
+        known = self._train.interactions.history(user)
+        if not np.array_equal(items[: len(known)], known):
+            raise DataError(f"user {user}: a history that does not begin with the training history")
+        return self._cut(items, ratings, len(known)) if len(items) > len(known) else ()
+
+    def _cut(
+        self, items: np.ndarray, ratings: np.ndarray | None, num_known: int = 0
+    ) -> tuple[Window, ...]:
         liked = None
         if self._like_threshold is not None and ratings is not None:
             liked = ratings >= self._like_threshold
-        return self._encoder.training_windows(items, ratings, liked)
+        return self._encoder.training_windows(items, ratings, liked, num_known)
 
-    def trunk_states(
-        self, client_id: str, windows: Sequence[Window] | None = None
-    ) -> list[torch.Tensor]:
-        """Trunk states [T, d] of some windows of a client; None: of each training window."""
-        return self._cache.states(
-            self.windows(client_id) if windows is None else windows, client_id
-        )
+    def trunk_states(self, client_id: str, later: Sequence[Window] = ()) -> list[torch.Tensor]:
+        """Trunk states [T, d] of each training window of a client, and of `later_windows`.
+
+        Later windows are entries of their own, as queries are, which show the same.
+        """
+        states = self._cache.states(self.windows(client_id), client_id)
+        return states + [self._cache.states([window], client_id)[0] for window in later]
 
     def num_tokens(self, client_id: str, limit: int | None = None) -> int:
         """Padded size of a client's (at most ``limit``) windows: number times longest."""

@@ -104,6 +104,27 @@ def test_every_transition_is_a_target_exactly_once(items: list[int], size: int) 
         assert all(window.tokens[end] == NEW_LINE for end in window.item_ends)
 
 
+@given(items=st.lists(st.integers(0, 4), min_size=2, max_size=20), data=st.data())
+def test_a_history_that_grew_adds_the_new_transitions(
+    items: list[int], data: st.DataObject
+) -> None:
+    """Old windows and new ones hold every transition once; the newest shows what a query shows."""
+    size = data.draw(st.integers(2, 6))
+    known = data.draw(st.integers(1, len(items) - 1))
+    encoder, history = _encoder(items=size), _history(*items)
+    old = encoder.training_windows(history[:known])
+    new = encoder.training_windows(history, num_known=known)
+    found = [
+        (item, target)
+        for window in (*old, *new)
+        for item, target in zip(window.items.tolist(), window.targets.tolist(), strict=True)
+        if target != NO_TARGET
+    ]
+    assert found == list(itertools.pairwise(items))
+    assert all(window.num_targets for window in new)
+    assert new[-1].tokens.tolist() == encoder.query_window(history).tokens.tolist()
+
+
 @given(
     length=st.integers(2, 20),
     size=st.integers(1, 5),
