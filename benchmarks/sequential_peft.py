@@ -106,8 +106,12 @@ class SequentialPeft:
         tokens = torch.tensor(window.tokens, dtype=torch.int64, device=self._device)
         states = self._decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
         trained = targets != NO_TARGET
+        context = recommender_head.context_vectors(head, items[None], self._item_texts)
         vectors = recommender_head.user_vectors(
-            head, self._normaliser(states[ends[trained]]), _private_head(head)
+            head,
+            self._normaliser(states[ends[trained]]),
+            _private_head(head),
+            None if context is None else context[0, trained],
         )
         scores = recommender_head.score_items(head, vectors, self._item_texts)
         return F.cross_entropy(scores, targets[trained])

@@ -231,12 +231,31 @@ class CohortModel:
         self._set_factors(batch, stacked, parts, dropout)
         states = self._output_states(self._with_item_inputs(batch, owns), batch, dropout)
         vectors = [
-            recommender_head.user_vectors(own, states[span], private_head)
-            for own, private_head, span in zip(
-                owns, private_heads, spans(batch.outputs_per_client), strict=True
+            recommender_head.user_vectors(own, states[span], private_head, context)
+            for own, private_head, span, context in zip(
+                owns,
+                private_heads,
+                spans(batch.outputs_per_client),
+                self._contexts(batch, owns),
+                strict=True,
             )
         ]
         return owns, vectors
+
+    def _contexts(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> list[torch.Tensor | None]:
+        """Per client what the items read add to its user vectors [K_c, D]."""
+        found = []
+        pairs = zip(spans(batch.positions_per_client), spans(batch.outputs_per_client), strict=True)
+        for head, (positions, outputs) in zip(heads, pairs, strict=True):
+            _, lengths = batch.rows[positions].unique_consecutive(return_counts=True)
+            windows = batch.items[positions].split(lengths.tolist())
+            items = nn.utils.rnn.pad_sequence(windows, batch_first=True)
+            context = recommender_head.context_vectors(head, items, self.item_texts)
+            if context is not None:
+                is_item = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
+                context = context[is_item][batch.outputs[outputs] - positions.start]
+            found.append(context)
+        return found
 
     def _with_item_inputs(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> torch.Tensor:
         added = [

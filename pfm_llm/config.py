@@ -137,6 +137,9 @@ class HeadConfig(_Settings):
     item_bias: bool = True
     item_ids: ItemIds = ItemIds.BOTH
     id_dim: PositiveCount = Field(64, description="dimensions of an item's learned embedding")
+    item_context: bool = Field(
+        True, description="a linear way from the window's items to the user vector"
+    )
     dropout: Fraction = Field(0.0, description="dropout on the projected user state")
 
 

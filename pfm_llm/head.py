@@ -4,12 +4,20 @@ Everything here is a plain function of plain tensors of *one* client, so the man
 evaluation and a personal agent run the same code. With ``n`` the whitened user state (all d
 dimensions) and ``z_i`` the whitened text embedding of item i (the first D dimensions)::
 
-    u        = state_proj n  [+ B A n, the private head term]
+    u        = state_proj n  [+ B A n, the private head term]  [+ context_proj c]
     score_i  = scale * ( u . item_proj z_i  [+ u . item_ids_out e_i] ) [+ bias_i]
 
 and, with ``item_ids: both``, ``item_ids_in e_i`` is added to the hidden state at item i's last
 token where the adapted layers begin. ``state_proj`` and ``item_proj`` start as (truncated)
 identities: training starts from the similarity of whitened states.
+
+With ``item_context``, c sums up the window's items up to the position, newest first, at two paces::
+
+    c   = [c_1; c_2],   c_k = sum_s 2^(-a_s / h_k) x_s / sum_s 2^(-a_s / h_k),   x_s = [z_s; e_s]
+
+for items s that are a_s items old, with learned half-lives h_k. It is a way from the items read to
+the items scored that needs no transformer layer to learn it first: a low-rank Markov chain of
+higher order, as in Fossil (He and McAuley 2016, arXiv 1609.09152).
 
 With the task ``like`` an item also has log-odds of being liked, equal for all users::
 
@@ -29,6 +37,8 @@ head.item_bias        [I]       ``item_bias``
 head.item_ids         [I, E]    ``item_ids: output | both``
 head.item_ids_out     [D, E]    ``item_ids: output | both``
 head.item_ids_in      [d, E]    ``item_ids: both``
+head.context_proj     [D, 2 W]  ``item_context``; W is D + E, or D without ``item_ids``
+head.context_log_h    [2]       ``item_context``; log of the half-lives, in items
 head.like_text        [D]       task ``like``
 head.like_ids         [E]       the same, and ``item_ids``
 head.like_bias        [I]       task ``like`` and ``item_bias``
@@ -52,12 +62,16 @@ ITEM_BIAS = "head.item_bias"
 ITEM_IDS = "head.item_ids"
 ITEM_IDS_IN = "head.item_ids_in"
 ITEM_IDS_OUT = "head.item_ids_out"
+CONTEXT_PROJ = "head.context_proj"
+CONTEXT_LOG_H = "head.context_log_h"
 LIKE_TEXT = "head.like_text"
 LIKE_IDS = "head.like_ids"
 LIKE_BIAS = "head.like_bias"
 
 _SHRINKAGE = 0.1
 _ID_STD = 0.1
+_HALF_LIVES = (1.5, 12.0)
+"""What was met last, and what has been going on."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,10 @@ def initial_head(
         head[ITEM_IDS_OUT] = torch.zeros(config.dim, config.id_dim)
         if config.item_ids is ItemIds.BOTH:
             head[ITEM_IDS_IN] = torch.zeros(hidden_size, config.id_dim)
+    if config.item_context:
+        width = config.dim + (config.id_dim if config.item_ids is not ItemIds.NONE else 0)
+        head[CONTEXT_PROJ] = torch.zeros(config.dim, len(_HALF_LIVES) * width)
+        head[CONTEXT_LOG_H] = torch.tensor(_HALF_LIVES).log()
     if Task.LIKE in tasks:
         head[LIKE_TEXT] = torch.zeros(config.dim)
         if config.item_ids is not ItemIds.NONE:
@@ -158,15 +176,46 @@ def item_inputs(head: Tensors, items: torch.Tensor) -> torch.Tensor | None:
     return F.embedding(items, head[ITEM_IDS]) @ head[ITEM_IDS_IN].T
 
 
+def context_vectors(
+    head: Tensors, items: torch.Tensor, item_texts: torch.Tensor
+) -> torch.Tensor | None:
+    """What the items of a window add to the user vector at each of its positions.
+
+    Args:
+        head: One client's head parameters.
+        items: int64 [N, L], windows, oldest item first; what pads a shorter one comes last, and
+            reaches no position before it.
+        item_texts: float32 [I, D], whitened.
+
+    Returns:
+        float32 [N, L, D], or None without ``item_context``.
+    """
+    if CONTEXT_PROJ not in head:
+        return None
+    read = item_texts[items]
+    if ITEM_IDS in head:
+        read = torch.cat([read, F.embedding(items, head[ITEM_IDS])], 2)
+    place = torch.arange(items.shape[1], device=items.device)
+    age = place[:, None] - place
+    weights = torch.exp2(-age.clamp_min(0) / head[CONTEXT_LOG_H].exp()[:, None, None]) * (age >= 0)
+    weights = weights / weights.sum(2, keepdim=True)
+    summed = torch.einsum("kls,nsw->nlkw", weights, read).flatten(2)
+    return summed @ head[CONTEXT_PROJ].T
+
+
 def user_vectors(
-    head: Tensors, states: torch.Tensor, private_head: tuple[torch.Tensor, torch.Tensor] | None
+    head: Tensors,
+    states: torch.Tensor,
+    private_head: tuple[torch.Tensor, torch.Tensor] | None,
+    context: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Project whitened states.
+    """Project whitened states, and add what the items before say by themselves.
 
     Args:
         head: One client's head parameters.
         states: float32 [P, d], whitened.
         private_head: The private term's factors A [r, d] and B [D, r], B already weighted.
+        context: float32 [P, D], from `context_vectors`.
 
     Returns:
         float32 [P, D].
@@ -175,7 +224,7 @@ def user_vectors(
     if private_head is not None:
         a, b = private_head
         vectors = vectors + (states @ a.T) @ b.T
-    return vectors
+    return vectors if context is None else vectors + context
 
 
 def score_items(head: Tensors, vectors: torch.Tensor, item_texts: torch.Tensor) -> torch.Tensor:

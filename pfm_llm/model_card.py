@@ -49,6 +49,7 @@ _SETTINGS = {
     "adapters.shared.alpha": "LoRA alpha",
     "window.items": "Items per window",
     "head.item_ids": "Learned item embeddings",
+    "head.item_context": "Items act on the user vector directly",
     "data.split": "Split",
     "seed": "Seed",
 }
@@ -153,6 +154,10 @@ first 32 hexadecimal digits of the SHA-256 of `json.dumps([item_id, catalogue_it
 _READ_IN = """ While a
 history is read, `head.item_ids_in e_i` is added to the hidden state at each item's last token,
 where the lowest adapted layer begins."""
+_CONTEXT = """
+
+`c` joins two weighted means over the items of the history, of `z_i` and, where there is one, `e_i`:
+an item that a items came after weighs `2 ** (-a / exp(head.context_log_h[k]))` in the k-th."""
 
 _RESULTS_NOTE = """
 This folder alone gives the `shared_only` row. `shared_private` is what a user gets who adds a
@@ -339,8 +344,9 @@ def _head_formulas(config: Mapping[str, Any]) -> str:
     ids = _setting(config, "head.item_ids") or "none"
     has_ids, has_bias = ids != "none", _setting(config, "head.item_bias")
     terms = "u · (head.item_proj z_i)" + (" + u · (head.item_ids_out e_i)" if has_ids else "")
+    context = " + head.context_proj c" if _setting(config, "head.item_context") else ""
     lines = [
-        "u     = head.state_proj ((x - normaliser.mean) @ normaliser.basis)",
+        f"u     = head.state_proj ((x - normaliser.mean) @ normaliser.basis){context}",
         "z_i   = ((t_i - normaliser.mean) @ normaliser.basis)[:D]",
         *(["e_i   = head.item_ids[i]"] if has_ids else []),
         f"score = 0.5 / sqrt(D) * ({terms})" + (" + head.item_bias[i]" if has_bias else ""),
@@ -349,7 +355,7 @@ def _head_formulas(config: Mapping[str, Any]) -> str:
     return _HEAD.format(
         lines="\n".join(lines),
         items=f"the newest {items}" if items else "a window of",
-        read_in=_READ_IN if ids == "both" else "",
+        read_in=(_READ_IN if ids == "both" else "") + (_CONTEXT if context else ""),
     )
 
 

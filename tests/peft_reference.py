@@ -65,12 +65,30 @@ class PeftReference:
             handle.remove()
         normaliser, texts = self._cohort.normaliser, self._cohort.item_texts
         white = (hidden[ends].float() - normaliser.mean) @ normaliser.basis
-        return torch.stack([self._score_row(n, texts) for n in white])
+        items = window.items.tolist()
+        return torch.stack([self._score_row(n, texts, items[: t + 1]) for t, n in enumerate(white)])
 
-    def _score_row(self, n: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """score_i = 0.5/sqrt(D) (u . P z_i + u . O e_i) + bias_i with u = W n + B A n."""
+    def _context(self, texts: torch.Tensor, items: list[int]) -> torch.Tensor:
+        """For each half-life h the mean of [z; e] of the items, weighted by 2^(-age / h)."""
+        head, summed = self.head, []
+        for h in head["head.context_log_h"].exp():
+            weights = [2 ** (-age / h) for age in reversed(range(len(items)))]
+            read = [
+                torch.cat([texts[item], head["head.item_ids"][item]])
+                if "head.item_ids" in head
+                else texts[item]
+                for item in items
+            ]
+            total = torch.stack([w * x for w, x in zip(weights, read, strict=True)]).sum(0)
+            summed.append(total / torch.stack(weights).sum())
+        return head["head.context_proj"] @ torch.cat(summed)
+
+    def _score_row(self, n: torch.Tensor, texts: torch.Tensor, items: list[int]) -> torch.Tensor:
+        """score_i = 0.5/sqrt(D) (u . P z_i + u . O e_i) + bias_i with u = W n + B A n + C c."""
         head = self.head
         u = head["head.state_proj"] @ n
+        if "head.context_proj" in head:
+            u = u + self._context(texts, items)
         if "private.head.B" in head:
             a = head.get("private.head.A", head.get("basis.head.A"))
             u = u + head["private.head.B"] @ (a @ n)

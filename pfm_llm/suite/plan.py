@@ -56,6 +56,7 @@ class BudgetConfig(_Settings):
     set: dict[str, Any] = {}
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     runs: tuple[str, ...] | None = Field(None, description="names; None: all runs")
+    grids: bool = Field(True, description="false: what `set` says, as a smaller budget chose it")
 
 
 class GridConfig(_Settings):
@@ -239,7 +240,8 @@ class _Source:
 
 def _suite_run(source: _Source, position: int, seed: int) -> SuiteRun:
     run = source.suite.runs[position]
-    grid = None if run.grid is None else source.suite.grids[run.grid]
+    has_grid = run.grid is not None and source.suite.budgets[source.budget].grids
+    grid = source.suite.grids[run.grid or ""] if has_grid else None
     label = f"{run.name}-s{seed}"
     if grid is None:
         points = [Point(None, _config(source, run, label, {"seed": seed}))]

@@ -22,7 +22,7 @@ from pfm_llm.batches import collate
 from pfm_llm.cohort_model import Parts
 from pfm_llm.config import load_config, training_hash
 from pfm_llm.experiment import load_shared, run_experiment
-from pfm_llm.head import score_items, user_vectors
+from pfm_llm.head import context_vectors, score_items, user_vectors
 from tests.integration.leaks import files_below
 from tests.integration.scripts import run_script
 from tests.integration.tiny import Tiny, alone, leftovers, metrics_of, results_of
@@ -230,7 +230,10 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
     with torch.no_grad():
         tokens = torch.from_numpy(window.tokens).long()[None]
         hidden = plain(input_ids=tokens, output_hidden_states=True).hidden_states[-1][:, -1]
-        vectors = user_vectors(head, normaliser(hidden), None)
+        items = torch.from_numpy(window.items).long()[None]
+        context = context_vectors(head, items, assembly.parts.model.item_texts)
+        assert context is not None
+        vectors = user_vectors(head, normaliser(hidden), None, context[:, -1])
         theirs = score_items(head, vectors, assembly.parts.model.item_texts)
     assert torch.allclose(theirs, ours, atol=1e-5)
 

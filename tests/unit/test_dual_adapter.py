@@ -275,7 +275,9 @@ def test_a_shared_basis_is_folded_into_a_private_peft_adapter() -> None:
     assert torch.equal(folded, tensors[f"basis.{name}.A"])
     (window,) = CLIENT_WINDOWS[0]
     plain = {
-        n: t for n, t in tensors.items() if not n.startswith(("head.item_ids", "private.head"))
+        n: t
+        for n, t in tensors.items()
+        if not n.startswith(("head.item_ids", "head.context", "private.head"))
     }
     batch = collate([[window]], [[cohort.trunk_states(window)]], last_only=True)
     scores = cohort.model.scores(batch, stack([plain]), Parts())

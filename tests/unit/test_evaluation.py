@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from pfm_llm import evaluation, ranking
+from pfm_llm import evaluation, ranking, taste
 from pfm_llm.assembly import Assembly
 from pfm_llm.batches import collate
+from pfm_llm.choices import Task
 from pfm_llm.cohort_model import Parts
 from pfm_llm.config import EvaluationConfig
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
+from pfm_llm.errors import DataError
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
@@ -316,3 +318,35 @@ def test_the_headline_is_ndcg_and_hit_rate_over_the_full_catalogue() -> None:
     """Ranks 1 and 3: NDCG is (1 + 1/log2(4)) / 2 = 0.75."""
     figures = ranking.headline(Ranks(np.array([0, 1]), np.array([1, 3]), np.array([9, 9])), k=5)
     assert figures == {"ndcg@5": pytest.approx(0.75), "hit_rate@5": pytest.approx(1.0)}
+
+
+def test_a_taste_vector_reads_what_the_query_shows_and_no_target(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    assembly = tiny_assembly(method="pfm", data__split="last_fraction")
+    split = assembly.corpus.split
+    found = {}
+    for held_out in (split.validation, split.test):
+        blind = replace(held_out, targets=tuple(t[::-1] for t in held_out.targets))
+        private = [
+            assembly.evaluator.score_chunk(chunk, _task(assembly, held_out=targets)).private
+            for targets in (held_out, blind)
+            for chunk in [assembly.histories.trainable]
+        ]
+        name = taste.vector_name(Task.NEXT_ITEM)
+        assert torch.equal(private[0][name], private[1][name])
+        found[held_out.name] = private[0][name]
+    task = _task(assembly)
+    on_train = assembly.trainer.personalise(assembly.histories.trainable, task.shared, 4)
+    assert torch.equal(found["validation"], on_train[taste.vector_name(Task.NEXT_ITEM)])
+    assert not torch.allclose(found["test"], found["validation"])
+
+
+def test_a_history_that_does_not_go_on_from_train_is_refused(
+    tiny_assembly: TinyAssembly,
+) -> None:
+    histories = tiny_assembly(method="pfm").histories
+    own = histories._train.interactions.history(0)
+    with pytest.raises(DataError, match="does not begin with the training history"):
+        histories.later_windows(0, own[::-1], None)
+    assert histories.later_windows(0, own, None) == ()

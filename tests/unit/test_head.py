@@ -10,6 +10,7 @@ from pfm_llm.config import HeadConfig
 from pfm_llm.errors import ConfigError
 from pfm_llm.head import (
     Normaliser,
+    context_vectors,
     fit_normaliser,
     initial_head,
     item_inputs,
@@ -94,7 +95,12 @@ def test_parameters_and_shapes(
     config = HeadConfig(dim=6, id_dim=4, item_ids=item_ids, item_bias=bias)
     head = initial_head(config, 16, 9, seed=0)
     shapes = {name.removeprefix("head."): tuple(tensor.shape) for name, tensor in head.items()}
-    assert shapes == {"state_proj": (6, 16), "item_proj": (6, 6), **expected}
+    width = 6 if item_ids is ItemIds.NONE else 10
+    always = {"state_proj": (6, 16), "item_proj": (6, 6)}
+    context = {"context_proj": (6, 2 * width), "context_log_h": (2,)}
+    assert shapes == {**always, **context, **expected}
+    without = initial_head(config.model_copy(update={"item_context": False}), 16, 9, seed=0)
+    assert without.keys() == head.keys() - {"head.context_proj", "head.context_log_h"}
     assert all(tensor.dtype is torch.float32 for tensor in head.values())
     again, other = initial_head(config, 16, 9, seed=0), initial_head(config, 16, 9, seed=1)
     assert all(torch.equal(head[name], again[name]) for name in head)
@@ -165,3 +171,24 @@ def test_item_inputs_are_projected_rows_and_absent_without_the_input_path() -> N
 def test_zero_shot_scores_are_cosines() -> None:
     scores = zero_shot_scores(torch.tensor([[3.0, 4.0, 9.0]]), torch.tensor([[1.0, 0], [-6, -8]]))
     torch.testing.assert_close(scores, torch.tensor([[0.6, -1.0]]))
+
+
+def test_the_context_is_a_mean_of_the_items_so_far_in_which_the_newest_counts_most() -> None:
+    texts, ids = _random(5, 3), _random(5, 2, seed=1)
+    head = {
+        "head.item_ids": ids,
+        "head.context_proj": _random(3, 2 * 5, seed=2),
+        "head.context_log_h": torch.tensor([1.0, 2.0]).log(),
+    }
+    items = torch.tensor([[4, 1, 2], [3, 0, 0]])  # the second is one item long, and padded
+    found = context_vectors(head, items, texts)
+    assert found is not None
+    read = torch.cat([texts, ids], 1)
+    fast = (read[4] / 4 + read[1] / 2 + read[2]) / 1.75
+    half = 0.5**0.5
+    slow = (read[4] / 2 + read[1] * half + read[2]) / (1.5 + half)
+    expected = head["head.context_proj"] @ torch.cat([fast, slow])
+    torch.testing.assert_close(found[0, 2], expected)
+    alone = head["head.context_proj"] @ torch.cat([read[3], read[3]])
+    torch.testing.assert_close(found[1, 0], alone)
+    assert context_vectors({"head.item_ids": ids}, items, texts) is None

@@ -174,10 +174,12 @@ def test_before_the_evaluation_it_says_so(facts) -> None:
 
 def test_formulas_name_the_head_s_tensors_and_only_those_there_are(facts) -> None:
     names = ("state_proj", "item_proj", "item_bias", "item_ids", "item_ids_out", "item_ids_in")
+    names += ("context_proj", "context_log_h")
     for head, absent in (
         ({}, ()),
         ({"item_ids": "output"}, ("item_ids_in",)),
         ({"item_ids": "none", "item_bias": False}, ("item_ids", "item_bias")),
+        ({"item_context": False}, ("context",)),
     ):
         config = ExperimentConfig(name="x", head=head).model_dump(mode="json")
         card = model_card(dataclasses.replace(facts, config=config))
@@ -204,9 +206,15 @@ def test_the_formulas_are_those_of_the_head(facts) -> None:
         torch.randn(6, generator=generator), torch.randn(6, 6, generator=generator)
     )
     x, t = torch.randn(6, generator=generator), torch.randn(5, 6, generator=generator)
-    expected = ours.score_items(
-        head, ours.user_vectors(head, normaliser(x)[None], None), normaliser(t)[:, :4]
-    )[0]
+    texts, read = normaliser(t)[:, :4], torch.tensor([[3, 0, 2]])
+    context = ours.context_vectors(head, read, texts)
+    assert context is not None
+    vectors = ours.user_vectors(head, normaliser(x)[None], None, context[:, -1])
+    expected = ours.score_items(head, vectors, texts)[0]
+    # In the card's words, not its lines.
+    items = torch.cat([texts, head["head.item_ids"]], 1)[read[0]]
+    weights = 2 ** (-torch.tensor([2.0, 1, 0]) / head["head.context_log_h"].exp()[:, None])
+    c = (weights / weights.sum(1, keepdim=True) @ items).flatten()
 
     config = settings.model_dump(mode="json")
     card = model_card(dataclasses.replace(facts, config=config))
@@ -217,6 +225,7 @@ def test_the_formulas_are_those_of_the_head(facts) -> None:
         ("head_state_proj (", "head_state_proj @ ("),
         ("head_item_proj z", "head_item_proj @ z"),
         ("head_item_ids_out e", "head_item_ids_out @ e"),
+        ("head_context_proj c", "head_context_proj @ c"),
         ("·", "@"),
         ("sqrt(D)", "D ** 0.5"),
         ("\nz_i   = ((t_i", "\nz_i   = ((t[i]"),
@@ -225,7 +234,7 @@ def test_the_formulas_are_those_of_the_head(facts) -> None:
         lines = lines.replace(written, meant)
     for i in range(5):
         scope = {name.replace(".", "_"): value for name, value in head.items()}
-        scope |= {"x": x, "t": t, "i": i, "D": 4, "normaliser": normaliser}
+        scope |= {"x": x, "t": t, "c": c, "i": i, "D": 4, "normaliser": normaliser}
         exec(lines, scope)  # noqa: S102
         torch.testing.assert_close(scope["score"], expected[i])
 

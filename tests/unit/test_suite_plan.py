@@ -95,6 +95,15 @@ def test_a_budget_may_leave_runs_out_and_only_may_leave_out_more(world: World) -
         world.plan("huge")
 
 
+def test_a_budget_may_do_without_grids(world: World) -> None:
+    budgets = {"small": {}, "large": {"grids": False}}
+    world.write(budgets=budgets)
+    assert [len(run.points) for run in world.plan("small").runs] == [3, 1]
+    large = world.plan("large")
+    assert [run.key for run in large.runs] == [None, None]
+    assert [run.points[0].config.name for run in large.runs] == ["a-s0", "b-s0"]
+
+
 def test_a_run_may_have_seeds_of_its_own(world: World) -> None:
     world.write(runs=[{"name": "a", "seeds": [3]}, {"name": "b"}])
     assert [run.label for run in world.plan("full").runs] == ["a-s3", "b-s0", "b-s1"]
