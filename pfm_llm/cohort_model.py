@@ -10,6 +10,7 @@ B, and ``torch.baddbmm`` adds the low-rank product onto the frozen output::
 which equals PEFT with both adapters active, one client at a time (a test holds it).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,15 +161,18 @@ class CohortModel:
             C scalars; each depends on its own client's slice of ``stacked`` alone.
         """
         owns, vectors = self._user_vectors(batch, stacked, parts, dropout)
+        read = _outputs(batch, vectors)
         if dropout is not None and dropout.head:
-            vectors = [
-                own * dropout.keep(own.shape, dropout.head, client).to(own)
-                for client, own in enumerate(vectors)
+            read = [
+                dataclasses.replace(
+                    one, kept=dropout.keep(one.vectors.shape, dropout.head, client).to(one.vectors)
+                )
+                for client, one in enumerate(read)
             ]
         personal = bool(parts.private_weight)
         return [
             self.objective.loss(own, outputs, personal)
-            for own, outputs in zip(owns, _outputs(batch, vectors), strict=True)
+            for own, outputs in zip(owns, read, strict=True)
         ]
 
     @torch.no_grad()

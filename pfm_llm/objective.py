@@ -2,10 +2,11 @@
 
 Per position t of the history, with s_t the scores of the catalogue and y_t the next item,
 
-    loss = mean_t CE(s_t, y_t)  [+ mean_t BCE(l_t, liked_t)  with the task ``like``]
+    loss = mean_t CE(s_t, y_t)  [+ sum_t BCE(l_t, liked_t) / 64  with the task ``like``]
 
-where l_t is the log-odds that the user likes y_t. With a private taste vector each loss has a
-twin, in which the vector of the past is added to the same scores (`taste`). The twin trains the
+where l_t is the log-odds that the user likes y_t. A rating says as much of its item whoever gave
+it, so ratings count alike and not users: the mean over a user's ratings lost .02 AUC (docs/log.md).
+With a private taste vector each loss has a twin, in which the vector of the past is added to the same scores (`taste`). The twin trains the
 basis alone: no gradient of it reaches the shared scores. So the shared part learns what it would
 learn without a private one, and serves those who have none; when the twin trained both, the
 shared part left to the private one what it could have learned itself.
@@ -23,6 +24,9 @@ from pfm_llm.choices import Task
 from pfm_llm.encoding import NO_LABEL
 from pfm_llm.types import Tensors
 
+_RATINGS = 64
+"""A loss of ratings is of the size of a mean over so many; Adam makes nothing of it."""
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -30,6 +34,8 @@ class Outputs:
 
     Attributes:
         vectors: float32 [K, D], user vectors.
+        kept: float32 [K, D], dropout's factors on the user vectors in training, or None. Taste
+            vectors are fitted to the scores that serving has, without dropout.
         targets: int64 [K], the next item at each position.
         liked: int64 [K], 0, 1, or `NO_LABEL`.
     """
@@ -37,6 +43,7 @@ class Outputs:
     vectors: torch.Tensor
     targets: torch.Tensor
     liked: torch.Tensor
+    kept: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,15 @@ class Objective:
             personal: Whether taste vectors take part, where there are any.
         """
         block = self._blocks(outputs) if personal else None
-        scores = recommender_head.score_items(own, outputs.vectors, self.item_texts)
+        vectors, kept = outputs.vectors, outputs.kept
+        dropped = vectors if kept is None else vectors * kept
+        scores = recommender_head.score_items(own, dropped, self.item_texts)
         loss = F.cross_entropy(scores, outputs.targets)
         if block is not None:
             fixed = scores.detach()
+            if kept is not None:
+                with torch.no_grad():
+                    fixed = recommender_head.score_items(own, vectors, self.item_texts)
             features, prior = self._basis(own, Task.NEXT_ITEM)
             past = taste.past_weights(own, Task.NEXT_ITEM, block)
             fitted = taste.fit_next_item(fixed, outputs.targets, features, prior, past)
@@ -84,14 +96,14 @@ class Objective:
         known, items, liked, logits = self._likes(own, outputs)
         if not known.any():
             return outputs.vectors.new_zeros(())
-        loss = F.binary_cross_entropy_with_logits(logits, liked)
+        loss = _rating_loss(logits, liked)
         if block is not None:
             fixed = logits.detach()
             features, prior = self._basis(own, Task.LIKE, items)
             past = taste.past_weights(own, Task.LIKE, block)[:, known]
             fitted = taste.fit_likes(fixed, liked, features, prior, past)
             personal = fixed + (fitted[block[known]] * features).sum(1)
-            loss = loss + F.binary_cross_entropy_with_logits(personal, liked)
+            loss = loss + _rating_loss(personal, liked)
         return loss
 
     @torch.no_grad()
@@ -138,3 +150,7 @@ class Objective:
         if self.block_size is None:
             return None
         return taste.blocks(len(outputs.targets), self.block_size).to(outputs.targets.device)
+
+
+def _rating_loss(logits: torch.Tensor, liked: torch.Tensor) -> torch.Tensor:
+    return F.binary_cross_entropy_with_logits(logits, liked, reduction="sum") / _RATINGS

@@ -91,7 +91,8 @@ def initial_basis(
         if has_ids:
             tensors[ids_name(task)] = drawn[:, dim:].clone()
         tensors[precision_name(task)] = torch.tensor([math.log(config.precision)])
-        tensors[half_life_name(task)] = torch.tensor([math.log(config.half_life)])
+        half_life = config.half_life_like if task is Task.LIKE else config.half_life
+        tensors[half_life_name(task)] = torch.tensor([math.log(half_life)])
     return tensors
 
 

@@ -68,7 +68,11 @@ def test_the_reference_computes_what_the_many_clients_pass_computes(
     backbone: Backbone, adapted: int
 ) -> None:
     adapter = DualAdapter(backbone, ADAPTERS.model_copy(update={"num_layers": adapted}))
-    windows = [make_window(0, [2, 5, 9]), make_window(1, [1, 3, 6, 8]), make_window(2, [4, 5, 6, 12])]
+    windows = [
+        make_window(0, [2, 5, 9]),
+        make_window(1, [1, 3, 6, 8]),
+        make_window(2, [4, 5, 6, 12]),
+    ]
     tensors = [make_tensors(adapter, client) for client in range(3)]
     states = torch.randn(ITEMS, HIDDEN, generator=torch.Generator().manual_seed(1))
     normaliser = head.fit_normaliser(states)

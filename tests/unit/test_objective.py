@@ -51,9 +51,11 @@ def test_without_a_private_part_it_is_the_two_cross_entropies() -> None:
     scores = recommender_head.score_items(own, outputs.vectors, objective.item_texts)
     logits = recommender_head.like_logits(own, objective.item_texts)[outputs.targets]
     known = outputs.liked != NO_LABEL
-    like = F.binary_cross_entropy_with_logits(logits[known], outputs.liked[known].float())
+    like = F.binary_cross_entropy_with_logits(
+        logits[known], outputs.liked[known].float(), reduction="sum"
+    )
     next_item = F.cross_entropy(scores, outputs.targets)
-    torch.testing.assert_close(objective.loss(own, outputs), next_item + like)
+    torch.testing.assert_close(objective.loss(own, outputs), next_item + like / 64)
     alone = _objective(None, (Task.NEXT_ITEM,))
     torch.testing.assert_close(alone.loss(own, outputs), next_item)
 
@@ -97,6 +99,21 @@ def test_each_block_is_predicted_from_the_past_alone() -> None:
         losses.append(F.cross_entropy(personal, outputs.targets[mine], reduction="sum"))
     expected = F.cross_entropy(scores, outputs.targets) + sum(losses) / POSITIONS
     torch.testing.assert_close(objective.loss(own, outputs), expected)
+
+
+def test_dropout_reaches_the_shared_part_alone() -> None:
+    """The basis is trained on the scores that serving has."""
+    own, outputs, objective = _own(), _outputs(), _objective(4, (Task.NEXT_ITEM,))
+    kept = (_random(POSITIONS, HEAD.dim, seed=3) > 0).float() * 2
+    dropped = Outputs(outputs.vectors, outputs.targets, outputs.liked, kept)
+    shared = [
+        F.cross_entropy(
+            recommender_head.score_items(own, vectors, objective.item_texts), outputs.targets
+        )
+        for vectors in (outputs.vectors, outputs.vectors * kept)
+    ]
+    difference = objective.loss(own, dropped) - objective.loss(own, outputs)
+    torch.testing.assert_close(difference, shared[1] - shared[0])
 
 
 @pytest.mark.parametrize("labels", ["all", "none"])

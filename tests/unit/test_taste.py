@@ -115,7 +115,7 @@ def test_a_block_is_predicted_from_earlier_ones_of_which_the_newest_count_most()
 
 
 def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
-    config = TasteConfig(rank=RANK, precision=20.0, half_life=9.0)
+    config = TasteConfig(rank=RANK, precision=20.0, half_life=9.0, half_life_like=30.0)
     basis = taste.initial_basis(config, BOTH, HEAD, seed=3)
     again = taste.initial_basis(config, BOTH, HEAD, seed=3)
     other = taste.initial_basis(config, BOTH, HEAD, seed=4)
@@ -123,7 +123,8 @@ def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
         assert basis[taste.text_name(task)].shape == (RANK, 8)
         assert basis[taste.ids_name(task)].shape == (RANK, 4)
         assert float(basis[taste.precision_name(task)]) == pytest.approx(math.log(20.0))
-        assert float(basis[taste.half_life_name(task)]) == pytest.approx(math.log(9.0))
+        half_life = 30.0 if task is Task.LIKE else 9.0
+        assert float(basis[taste.half_life_name(task)]) == pytest.approx(math.log(half_life))
     assert all(torch.equal(basis[name], again[name]) for name in basis)
     assert not torch.equal(basis[taste.text_name(Task.LIKE)], other[taste.text_name(Task.LIKE)])
     text_only = taste.initial_basis(
