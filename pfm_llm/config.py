@@ -105,7 +105,7 @@ class TasteConfig(_Settings):
     rank: PositiveCount = Field(16, description="numbers a user and task")
     precision: Positive = Field(30.0, description="of the prior, before training")
     half_life: Positive = Field(20.0, description="in events, of the past; before training")
-    half_life_like: Positive = Field(300.0, description="the same for likes, which drift slowly")
+    half_life_like: Positive = Field(100.0, description="the same for likes, which drift slowly")
     block: PositiveCount = Field(8, description="events that one vector predicts in training")
 
 

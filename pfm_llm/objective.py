@@ -6,10 +6,12 @@ Per position t of the history, with s_t the scores of the catalogue and y_t the 
 
 where l_t is the log-odds that the user likes y_t. A rating says as much of its item whoever gave
 it, so ratings count alike and not users: the mean over a user's ratings lost .02 AUC (docs/log.md).
-With a private taste vector each loss has a twin, in which the vector of the past is added to the same scores (`taste`). The twin trains the
-basis alone: no gradient of it reaches the shared scores. So the shared part learns what it would
-learn without a private one, and serves those who have none; when the twin trained both, the
-shared part left to the private one what it could have learned itself.
+
+With a private taste vector each loss has a twin, in which the vector of the past is added to the
+same scores (`taste`). The twin trains the basis alone: no gradient of it reaches the shared scores.
+So the shared part learns what it would learn without a private one, and serves those who have none;
+when the twin trained both, the shared part left to the private one what it could have learned
+itself.
 """
 
 import dataclasses
