@@ -38,6 +38,7 @@ class Measured:
         ranks: Per mode.
         aucs: Per mode each user's AUC of likes, float64 [num_users], users ascending, NaN
             without both classes; empty without the task ``like``.
+        like_fits: Per mode the mean log-likelihood of each user's labels, beside ``aucs``.
         num_personalised: Users whose private adapter is not zero.
         num_users: Users evaluated.
         private_steps: Private gradient steps that were taken for it, over all clients.
@@ -45,6 +46,7 @@ class Measured:
 
     ranks: Mapping[Mode, Ranks]
     aucs: Mapping[Mode, np.ndarray]
+    like_fits: Mapping[Mode, np.ndarray]
     num_personalised: int
     num_users: int
     private_steps: int
@@ -92,6 +94,7 @@ class ChunkRanks:
     ranks: Mapping[Mode, Ranks]
     users: np.ndarray
     aucs: Mapping[Mode, np.ndarray]
+    like_fits: Mapping[Mode, np.ndarray]
     num_personalised: int
     private_steps: int
 
@@ -169,17 +172,18 @@ class Evaluator:
         """
         scored = self.score_chunk(chunk, task, private)
         counts = scored.queries_per_client
-        ranks, aucs = {}, {}
+        ranks, aucs, fits = {}, {}, {}
         for mode, parts in task.parts.items():
             scores = scored.scores[mode]
             ranks[mode] = rank_scores(scores, task.held_out, scored.order, task.negatives)
             if task.liked is not None and parts is not None:
-                aucs[mode] = self._like_aucs(task, scored, parts)
+                aucs[mode], fits[mode] = self._likes(task, scored, parts)
         personalised = private is None and bool(scored.private)
         return ChunkRanks(
             ranks=ranks,
             users=task.held_out.users[list(scored.order)],
             aucs=aucs,
+            like_fits=fits,
             num_personalised=_count_non_zero(scored.private, counts),
             private_steps=self._trainer.personalise_steps(chunk) if personalised else 0,
         )
@@ -241,15 +245,18 @@ class Evaluator:
             )
         return self._trainer.fit_taste(chunk, task.shared, later)
 
-    def _like_aucs(self, task: EvaluationTask, scored: ChunkScores, parts: Parts) -> np.ndarray:
-        """AUC of each query, in the order in which they were scored."""
+    def _likes(
+        self, task: EvaluationTask, scored: ChunkScores, parts: Parts
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """AUC and log-likelihood of each query, in the order in which they were scored."""
         assert task.liked is not None
         logits = self._model.like_logits(scored.stacked, parts).cpu().numpy()
         counts = scored.queries_per_client
         rows = np.repeat(np.arange(len(counts)), counts)
         targets = task.held_out.targets
         scores = [logits[c][targets[q]] for c, q in zip(rows, scored.order, strict=True)]
-        return metrics.per_user_auc(scores, [task.liked[q] for q in scored.order])
+        liked = [task.liked[q] for q in scored.order]
+        return metrics.per_user_auc(scores, liked), metrics.per_user_log_likelihood(scores, liked)
 
     def _queries(self, client_id: str, task: EvaluationTask) -> list[tuple[int, Window]]:
         """A client's queries: index in ``held_out``, and window."""
@@ -306,14 +313,16 @@ def combine(parts: Sequence[ChunkRanks]) -> Measured:
     """Put the parts of all chunks together."""
     modes = list(parts[0].ranks) if parts else []
     ranks = {mode: concatenate([part.ranks[mode] for part in parts]) for mode in modes}
-    aucs = {}
+    aucs, fits = {}, {}
     for mode in parts[0].aucs if parts else ():
         by_user = np.argsort(np.concatenate([part.users for part in parts]))
         aucs[mode] = np.concatenate([part.aucs[mode] for part in parts])[by_user]
+        fits[mode] = np.concatenate([part.like_fits[mode] for part in parts])[by_user]
     num_users = len(np.unique(next(iter(ranks.values())).users)) if ranks else 0
     return Measured(
         ranks=ranks,
         aucs=aucs,
+        like_fits=fits,
         num_personalised=sum(part.num_personalised for part in parts),
         num_users=num_users,
         private_steps=sum(part.private_steps for part in parts),

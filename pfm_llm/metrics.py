@@ -111,6 +111,30 @@ def per_user_auc(
     return np.array([auc(*pair) for pair in zip(scores, liked, strict=True)], np.float64)
 
 
+def per_user_log_likelihood(
+    logits: Sequence[npt.NDArray[np.floating]], liked: Sequence[npt.NDArray[np.bool_]]
+) -> FloatArray:
+    """The mean log-likelihood of each user's labels, in nats.
+
+    Args:
+        logits: Per user [items], log-odds that each is liked.
+        liked: Per user [items], beside ``logits``.
+
+    Returns:
+        float64 [users], at most 0, more is better; -ln 2 for a coin.
+
+    Raises:
+        DataError: Lengths differ.
+    """
+    if len(logits) != len(liked):
+        raise DataError(f"logits of {len(logits)} users, likes of {len(liked)}: give both of each")
+    signed = (
+        np.where(own, odds, -odds).astype(np.float64)
+        for odds, own in zip(logits, liked, strict=True)
+    )
+    return np.array([-np.logaddexp(0.0, -values).mean() for values in signed], np.float64)
+
+
 def per_user(values: FloatArray, groups: IntArray) -> tuple[FloatArray, npt.NDArray[np.int64]]:
     """Average within each user.
 

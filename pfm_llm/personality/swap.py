@@ -16,7 +16,7 @@ def swap_loss(quality: str, served: FloatArray, bootstrap: Bootstrap) -> dict[st
     a stranger's, so what it holds is personal.
 
     Args:
-        quality: Name of the quality, such as ``log_rank``, ``ndcg`` or ``auc``.
+        quality: Name of the quality, such as ``log_rank``, ``auc`` or ``log_likelihood``.
         served: float64 [U, 1 + S], the quality per user (more is better, see
             `estimates.user_quality`): column 0 with the own adapter, then with the strangers'.
             A user with NaN in the row is left out.
@@ -39,7 +39,7 @@ def identification(served: FloatArray, bootstrap: Bootstrap) -> dict[str, Estima
     Definition: the share of users u with q(u, u) > q(u, v) for all S strangers v; a tie counts
     against us. Range: [0, 1], and 1 / (1 + S) by chance (`identification_chance`), or less with
     ties. More: an adapter can be told from its user's taste alone. Prefer a quality without
-    many ties: ``log_rank`` or ``auc``.
+    many ties: ``log_rank``, or the ``log_likelihood`` of likes.
 
     Args:
         served: float64 [U, 1 + S]; see `swap_loss`.

@@ -166,12 +166,14 @@ class _Study:
     def _like_figures(self) -> dict[str, Estimate]:
         aucs = self._test.aucs
         own = aucs[Mode.SHARED_PRIVATE]
-        served = self._by_strangers[1]
+        served = self._by_strangers
         return personality.named_estimates(
             personality.auc_gain(own, aucs[Mode.SHARED_ONLY], self._bootstrap),
             personality.auc_gain(own, aucs[Mode.PRIVATE_ONLY], self._bootstrap, "private"),
-            personality.swap_loss("auc", served, self._bootstrap),
-            personality.identification(served, self._bootstrap),
+            personality.swap_loss("auc", served["auc"], self._bootstrap),
+            personality.swap_loss("log_likelihood", served["log_likelihood"], self._bootstrap),
+            # Ten likes give an AUC of few values: most users would tie.
+            personality.identification(served["log_likelihood"], self._bootstrap),
         )
 
     def _harm(self) -> dict[str, Estimate]:
@@ -194,14 +196,14 @@ class _Study:
         return {**found, **personality.not_harmed(gain, self._bootstrap)}
 
     def _swap(self) -> dict[str, Estimate]:
-        served = self._by_strangers[0]
+        served = self._by_strangers["log_rank"]
         return personality.named_estimates(
             personality.swap_loss("log_rank", served, self._bootstrap),
             personality.identification(served, self._bootstrap),
         )
 
     @functools.cached_property
-    def _by_strangers(self) -> tuple[np.ndarray, np.ndarray]:
+    def _by_strangers(self) -> dict[str, np.ndarray]:
         return self._served.by_strangers()
 
     @property

@@ -29,8 +29,12 @@ class Served:
         self._assembly, self._task = assembly, task
         self._weight = assembly.config.adapters.private.weight
 
-    def by_strangers(self) -> tuple[np.ndarray, np.ndarray]:
-        """Log-rank quality and AUC of each user, [U, 1 + STRANGERS]: own adapter first."""
+    def by_strangers(self) -> dict[str, np.ndarray]:
+        """Qualities of each user, [U, 1 + STRANGERS]: own adapter first.
+
+        Returns:
+            ``log_rank``, and with the task ``like`` its ``auc`` and ``log_likelihood``.
+        """
         assembly, task = self._assembly, self._task
         clients = assembly.histories.clients
         names = sorted({assembly.histories.client_of(int(u)) for u in task.held_out.users})
@@ -43,16 +47,15 @@ class Served:
         only = dataclasses.replace(
             task, parts=evaluation.parts_of([Mode.SHARED_PRIVATE], self._weight), keep=False
         )
-        columns, aucs = [], []
+        served = []
         show = Progress(1 + len(shifts), "serving strangers' adapters", True, unit="passes")
         with show as progress:
             for shift in (0, *shifts.tolist()):
                 lender = {name: order[(place[name] + shift) % len(order)] for name in clients}
                 found = self.measure_with(only, lender)
-                columns.append(quality_of(found, Mode.SHARED_PRIVATE))
-                aucs.append(found.aucs.get(Mode.SHARED_PRIVATE, np.zeros(0)))
+                served.append(_qualities(found))
                 progress.update(1)
-        return np.stack(columns, 1), np.stack(aucs, 1)
+        return {name: np.stack([one[name] for one in served], 1) for name in served[0]}
 
     def measure_with(self, task: EvaluationTask, lender: Mapping[str, str]) -> Measured:
         """Measure, each client served with the kept private adapter of its lender."""
@@ -117,3 +120,12 @@ def quality_of(measured: Measured, mode: Mode, name: str = "log_rank") -> np.nda
     """A quality of `personality.user_quality` per user, float64 [U]."""
     ranks = measured.ranks[mode]
     return personality.user_quality(name, ranks.full, ranks.users)
+
+
+def _qualities(found: Measured) -> dict[str, np.ndarray]:
+    """What strangers' adapters are compared by."""
+    mode = Mode.SHARED_PRIVATE
+    qualities = {"log_rank": quality_of(found, mode)}
+    if found.aucs:
+        qualities |= {"auc": found.aucs[mode], "log_likelihood": found.like_fits[mode]}
+    return qualities

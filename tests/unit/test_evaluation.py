@@ -264,6 +264,7 @@ def test_combine_orders_by_user_and_adds_up() -> None:
             ranks={Mode.SHARED_ONLY: ranks},
             users=np.unique(users),
             aucs={Mode.SHARED_ONLY: np.unique(users) / 10},
+            like_fits={Mode.SHARED_ONLY: -np.unique(users)},
             num_personalised=count,
             private_steps=10 * count,
         )
@@ -274,6 +275,7 @@ def test_combine_orders_by_user_and_adds_up() -> None:
     assert ranks.full.tolist() == [1, 2, 2, 4, 5]
     assert (measured.num_users, measured.num_personalised, measured.private_steps) == (4, 3, 30)
     assert measured.aucs[Mode.SHARED_ONLY].tolist() == [0.0, 0.1, 0.3, 0.4]
+    assert measured.like_fits[Mode.SHARED_ONLY].tolist() == [0, -1, -3, -4]
     assert evaluation.combine([]).num_users == 0
 
 

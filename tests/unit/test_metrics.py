@@ -26,6 +26,7 @@ from pfm_llm.metrics import (
     paired_bootstrap,
     per_user,
     per_user_auc,
+    per_user_log_likelihood,
 )
 from pfm_llm.scoring import full_ranks
 
@@ -223,6 +224,16 @@ def test_auc_per_user_keeps_the_order_and_the_place_of_users_without_one():
         per_user_auc(scores, liked[:3])
     with pytest.raises(DataError, match="give one each"):
         per_user_auc(scores[:1], liked[1:2])
+
+
+def test_log_likelihood_is_that_of_the_labels():
+    logits = [np.zeros(3), np.array([math.log(3), -math.log(3)]), np.array([-500.0])]
+    liked = [np.array([1, 0, 1]) > 0, np.array([True, True]), np.array([True])]
+    values = per_user_log_likelihood(logits, liked)
+    expected = [-math.log(2), (math.log(0.75) + math.log(0.25)) / 2, -500]
+    assert values.tolist() == pytest.approx(expected)
+    with pytest.raises(DataError, match="logits of 3 users, likes of 1"):
+        per_user_log_likelihood(logits, liked[:1])
 
 
 def test_auc_metric_averages_over_the_users_that_have_both_labels():
