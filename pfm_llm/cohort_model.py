@@ -187,9 +187,32 @@ class CohortModel:
         return {name: torch.stack([one[name] for one in fitted]) for name in fitted[0]}
 
     @torch.no_grad()
-    def scores(self, batch: ChunkBatch, stacked: Tensors, parts: Parts) -> torch.Tensor:
-        """Scores [K, I] of the catalogue at every output of the batch, float32."""
-        owns, vectors = self._user_vectors(batch, stacked, parts)
+    def user_vectors(self, batch: ChunkBatch, stacked: Tensors, parts: Parts) -> list[torch.Tensor]:
+        """Per client its user vectors [K_c, D] at every output of the batch, float32.
+
+        A taste vector has no part in them.
+        """
+        return self._user_vectors(batch, stacked, parts)[1]
+
+    @torch.no_grad()
+    def scores(
+        self,
+        batch: ChunkBatch,
+        stacked: Tensors,
+        parts: Parts,
+        vectors: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Scores [K, I] of the catalogue at every output of the batch, float32.
+
+        Args:
+            batch: The windows.
+            stacked: Every tensor with a leading client dimension [C, ...].
+            parts: Which adapters take part.
+            vectors: From `user_vectors`, where they are known.
+        """
+        owns = _slices(stacked, batch.num_clients)
+        if vectors is None:
+            vectors = self.user_vectors(batch, stacked, parts)
         found = []
         for own, states in zip(owns, vectors, strict=True):
             scores = recommender_head.score_items(own, states, self.item_texts)

@@ -25,7 +25,10 @@ from pfm_llm.private_store import PrivateStore
 from pfm_llm.ranking import Ranks, concatenate, rank_scores
 from pfm_llm.seeding import numpy_generator
 from pfm_llm.trunk_cache import TrunkCache
-from pfm_llm.types import Mode, PrivateState, SharedState
+from pfm_llm.types import Mode, PrivateState, SharedState, Tensors
+
+UserVectors = dict[bool, list[torch.Tensor]]
+"""Of one chunk of clients: with the shared LoRA and without, per client [Q, D]."""
 
 OUR_MODES = (Mode.ZERO_SHOT, Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
 
@@ -161,6 +164,7 @@ class Evaluator:
         chunk: Sequence[str],
         task: EvaluationTask,
         private: Mapping[str, torch.Tensor] | None = None,
+        known: UserVectors | None = None,
     ) -> ChunkRanks:
         """Rank the targets of some clients' users; queries of other clients are passed over.
 
@@ -169,8 +173,10 @@ class Evaluator:
             task: What to rank with what.
             private: Stacked private tensors [C, ...] to serve them with; None: each client's own,
                 personalised now.
+            known: What earlier calls with this chunk, task and shared state have read out; it is
+                used and added to.
         """
-        scored = self.score_chunk(chunk, task, private)
+        scored = self.score_chunk(chunk, task, private, known)
         counts = scored.queries_per_client
         ranks, aucs, fits = {}, {}, {}
         for mode, parts in task.parts.items():
@@ -193,6 +199,7 @@ class Evaluator:
         chunk: Sequence[str],
         task: EvaluationTask,
         private: Mapping[str, torch.Tensor] | None = None,
+        known: UserVectors | None = None,
     ) -> ChunkScores:
         """Score the catalogue for the queries of some clients; see `rank_chunk`."""
         queries = [self._queries(client_id, task) for client_id in chunk]
@@ -204,12 +211,15 @@ class Evaluator:
                 if task.keep:
                     self._keep(chunk, private, task.round_number)
         stacked = self._trainer.stack(task.shared, private, len(chunk))
+        known = {} if known is None else known
         scores = {}
         for mode, parts in task.parts.items():
             found = (
                 self._model.zero_shot_scores(batch)
                 if parts is None
-                else self._model.scores(batch, stacked, parts)
+                else self._model.scores(
+                    batch, stacked, parts, self._read(batch, stacked, parts, known)
+                )
             )
             scores[mode] = found.cpu().numpy()
         return ChunkScores(
@@ -219,6 +229,16 @@ class Evaluator:
             private=private,
             stacked=stacked,
         )
+
+    def _read(
+        self, batch: ChunkBatch, stacked: Tensors, parts: Parts, known: UserVectors
+    ) -> list[torch.Tensor] | None:
+        """User vectors that do not depend on what is private, read out once; else None."""
+        if not self._trainer.reads_histories:
+            return None
+        if parts.shared_lora not in known:
+            known[parts.shared_lora] = self._model.user_vectors(batch, stacked, parts)
+        return known[parts.shared_lora]
 
     def _personalised(self, chunk: Sequence[str], task: EvaluationTask) -> dict[str, torch.Tensor]:
         """Private tensors [C, ...], fitted now.

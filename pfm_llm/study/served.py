@@ -1,14 +1,15 @@
 """Measuring a run with private adapters that are given: kept ones, strangers', older ones."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import numpy as np
 import torch
 
 from pfm_llm import evaluation, personality, scoring
 from pfm_llm.assembly import Assembly
-from pfm_llm.evaluation import EvaluationTask, Measured
+from pfm_llm.evaluation import EvaluationTask, Measured, UserVectors
 from pfm_llm.progress import Progress
 from pfm_llm.seeding import numpy_generator
 from pfm_llm.types import Mode, SharedState
@@ -48,22 +49,37 @@ class Served:
             task, parts=evaluation.parts_of([Mode.SHARED_PRIVATE], self._weight), keep=False
         )
         served = []
+        known: dict[tuple[str, ...], UserVectors] = defaultdict(dict)
         show = Progress(1 + len(shifts), "serving strangers' adapters", True, unit="passes")
         with show as progress:
             for shift in (0, *shifts.tolist()):
                 lender = {name: order[(place[name] + shift) % len(order)] for name in clients}
-                found = self.measure_with(only, lender)
+                found = self.measure_with(only, lender, known)
                 served.append(_qualities(found))
                 progress.update(1)
         return {name: np.stack([one[name] for one in served], 1) for name in served[0]}
 
-    def measure_with(self, task: EvaluationTask, lender: Mapping[str, str]) -> Measured:
-        """Measure, each client served with the kept private adapter of its lender."""
+    def measure_with(
+        self,
+        task: EvaluationTask,
+        lender: Mapping[str, str],
+        known: MutableMapping[tuple[str, ...], UserVectors] | None = None,
+    ) -> Measured:
+        """Measure, each client served with the kept private adapter of its lender.
+
+        Args:
+            task: What to rank with what.
+            lender: Client to lender.
+            known: By chunk, what earlier calls with this task have read out.
+        """
+        known = defaultdict(dict) if known is None else known
         evaluator = self._assembly.evaluator
         chunks = evaluator.chunks(task, self._assembly.config.runtime.tokens_per_chunk)
         return evaluation.combine(
             [
-                evaluator.rank_chunk(chunk, task, self._kept([lender[c] for c in chunk]))
+                evaluator.rank_chunk(
+                    chunk, task, self._kept([lender[c] for c in chunk]), known[chunk]
+                )
                 for chunk in chunks
             ]
         )
