@@ -214,13 +214,11 @@ class Evaluator:
         known = {} if known is None else known
         scores = {}
         for mode, parts in task.parts.items():
-            found = (
-                self._model.zero_shot_scores(batch)
-                if parts is None
-                else self._model.scores(
-                    batch, stacked, parts, self._read(batch, stacked, parts, known)
-                )
-            )
+            if parts is None:
+                found = self._model.zero_shot_scores(batch)
+            else:
+                vectors = self._read(batch, stacked, parts, known)
+                found = self._model.scores(batch, stacked, parts, vectors)
             scores[mode] = found.cpu().numpy()
         return ChunkScores(
             order=tuple(index for own in queries for index, _ in own),

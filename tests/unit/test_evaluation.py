@@ -352,3 +352,29 @@ def test_a_history_that_does_not_go_on_from_train_is_refused(
     with pytest.raises(DataError, match="does not begin with the training history"):
         histories.later_windows(0, own[::-1], None)
     assert histories.later_windows(0, own, None) == ()
+
+
+def test_user_vectors_are_read_out_once_for_all_taste_vectors(
+    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assembly = tiny_assembly(method="pfm")
+    task, chunk = _task(assembly, [Mode.SHARED_ONLY, Mode.SHARED_PRIVATE]), ("user-0", "user-1")
+    evaluator, model = assembly.evaluator, assembly.parts.model
+    private = evaluator.score_chunk(chunk, task).private
+    swapped = {name: value.flip(0) for name, value in private.items()}
+    expected = [evaluator.score_chunk(chunk, task, own).scores for own in (private, swapped)]
+    count, read = 0, model.user_vectors
+
+    def counted(*arguments: Any) -> list[torch.Tensor]:
+        nonlocal count
+        count += 1
+        return read(*arguments)
+
+    monkeypatch.setattr(model, "user_vectors", counted)
+    known: evaluation.UserVectors = {}
+    found = [evaluator.score_chunk(chunk, task, own, known).scores for own in (private, swapped)]
+    assert count == 1
+    for one, other in zip(found, expected, strict=True):
+        for mode in task.parts:
+            assert np.array_equal(one[mode], other[mode])
+    assert not np.array_equal(found[0][Mode.SHARED_PRIVATE], found[1][Mode.SHARED_PRIVATE])
