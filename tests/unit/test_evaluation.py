@@ -358,7 +358,8 @@ def test_user_vectors_are_read_out_once_for_all_taste_vectors(
     tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assembly = tiny_assembly(method="pfm")
-    task, chunk = _task(assembly, [Mode.SHARED_ONLY, Mode.SHARED_PRIVATE]), ("user-0", "user-1")
+    task = _task(assembly, [Mode.SHARED_ONLY, Mode.SHARED_PRIVATE])
+    chunk = assembly.histories.trainable[:2]
     evaluator, model = assembly.evaluator, assembly.parts.model
     private = evaluator.score_chunk(chunk, task).private
     swapped = {name: value.flip(0) for name, value in private.items()}
