@@ -271,17 +271,18 @@ class CohortModel:
 
     def _contexts(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> list[torch.Tensor | None]:
         """Per client what the items read add to its user vectors [K_c, D]."""
-        found = []
+        if recommender_head.CONTEXT_PROJ not in heads[0]:
+            return [None] * len(heads)
+        found: list[torch.Tensor | None] = []
         pairs = zip(spans(batch.positions_per_client), spans(batch.outputs_per_client), strict=True)
         for head, (positions, outputs) in zip(heads, pairs, strict=True):
             _, lengths = batch.rows[positions].unique_consecutive(return_counts=True)
             windows = batch.items[positions].split(lengths.tolist())
             items = nn.utils.rnn.pad_sequence(windows, batch_first=True)
             context = recommender_head.context_vectors(head, items, self.item_texts)
-            if context is not None:
-                is_item = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
-                context = context[is_item][batch.outputs[outputs] - positions.start]
-            found.append(context)
+            assert context is not None
+            is_item = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
+            found.append(context[is_item][batch.outputs[outputs] - positions.start])
         return found
 
     def _with_item_inputs(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> torch.Tensor:

@@ -180,7 +180,7 @@ class HistoryEncoder:
         labels = None if liked is None else np.append(liked[1:].astype(np.int8), NO_LABEL)
         size = self.config.items
         spans = [slice(max(0, stop - size), stop) for stop in range(len(items), 0, -size)]
-        # The newest window holds no target when a window is one item long.
+        # Without a target: all is known, or the newest window is one item long.
         spans = [span for span in spans if (targets[span] != NO_TARGET).any()]
         return tuple(
             self.window(

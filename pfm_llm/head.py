@@ -144,8 +144,7 @@ def initial_head(
         if config.item_ids is ItemIds.BOTH:
             head[ITEM_IDS_IN] = torch.zeros(hidden_size, config.id_dim)
     if config.item_context:
-        width = config.dim + (config.id_dim if config.item_ids is not ItemIds.NONE else 0)
-        head[CONTEXT_PROJ] = torch.zeros(config.dim, len(_HALF_LIVES) * width)
+        head[CONTEXT_PROJ] = torch.zeros(config.dim, len(_HALF_LIVES) * item_width(config))
         head[CONTEXT_LOG_H] = torch.tensor(_HALF_LIVES).log()
     if Task.LIKE in tasks:
         head[LIKE_TEXT] = torch.zeros(config.dim)
@@ -154,6 +153,17 @@ def initial_head(
         if config.item_bias:
             head[LIKE_BIAS] = torch.zeros(num_items)
     return head
+
+
+def item_width(config: HeadConfig) -> int:
+    """Numbers that tell of an item: its text's and, where there is one, its ID's dimensions."""
+    return config.dim + (config.id_dim if config.item_ids is not ItemIds.NONE else 0)
+
+
+def fading(ages: torch.Tensor, half_life: torch.Tensor) -> torch.Tensor:
+    """2^(-age / half-life) for the past, 0 for what lies ahead (ages below 0)."""
+    weights: torch.Tensor = torch.exp2(-ages.clamp_min(0) / half_life) * (ages >= 0)
+    return weights
 
 
 def score_scale(dim: int) -> float:
@@ -196,8 +206,7 @@ def context_vectors(
     if ITEM_IDS in head:
         read = torch.cat([read, F.embedding(items, head[ITEM_IDS])], 2)
     place = torch.arange(items.shape[1], device=items.device)
-    age = place[:, None] - place
-    weights = torch.exp2(-age.clamp_min(0) / head[CONTEXT_LOG_H].exp()[:, None, None]) * (age >= 0)
+    weights = fading(place[:, None] - place, head[CONTEXT_LOG_H].exp()[:, None, None])
     weights = weights / weights.sum(2, keepdim=True)
     summed = torch.einsum("kls,nsw->nlkw", weights, read).flatten(2)
     return summed @ head[CONTEXT_PROJ].T

@@ -35,7 +35,7 @@ import torch
 from pfm_llm import seeding
 from pfm_llm.choices import ItemIds, Task
 from pfm_llm.config import HeadConfig, TasteConfig
-from pfm_llm.head import ITEM_IDS, standard_ids
+from pfm_llm.head import ITEM_IDS, fading, item_width, standard_ids
 from pfm_llm.types import Tensors
 
 _FEATURE_STD = 0.3
@@ -82,7 +82,7 @@ def initial_basis(
     """
     dim = head.dim
     has_ids = head.item_ids is not ItemIds.NONE
-    width = dim + (head.id_dim if has_ids else 0)
+    width = item_width(head)
     tensors = {}
     for task in tasks:
         generator = seeding.generator(seed, f"taste/{task}")
@@ -152,10 +152,7 @@ def past_weights(shared: Tensors, task: Task, block: torch.Tensor) -> torch.Tens
     place = torch.arange(num_positions, device=block.device)
     starts = torch.nonzero(torch.diff(block, prepend=block.new_full((1,), -1)))[:, 0]
     ends = torch.cat([starts, starts.new_full((1,), num_positions)])
-    ages = ends[:, None] - 1 - place
-    half_life = shared[half_life_name(task)].exp()
-    weights: torch.Tensor = torch.exp2(-ages.clamp_min(0) / half_life) * (ages >= 0)
-    return weights
+    return fading(ends[:, None] - 1 - place, shared[half_life_name(task)].exp())
 
 
 def fit_next_item(
@@ -182,9 +179,7 @@ def fit_next_item(
     gradient = weights @ (features[targets] - means)
     # Of the products of two features: E v v' - E v E v', summed over the positions.
     second = (weights @ probabilities) @ _products(features) - weights @ _products(means)
-    hessian = second.view(len(weights), *[len(precisions)] * 2) + torch.diag(precisions)
-    fitted: torch.Tensor = torch.linalg.solve(hessian, gradient)
-    return fitted
+    return _newton_step(gradient, second, precisions)
 
 
 def fit_likes(
@@ -211,10 +206,18 @@ def fit_likes(
     for _ in range(_LIKE_STEPS):
         odds = torch.sigmoid(logits + vectors @ features.T)
         second = (weights * odds * (1 - odds)) @ products
-        hessian = second.view(len(weights), *[len(precisions)] * 2) + torch.diag(precisions)
         gradient = (weights * (liked - odds)) @ features - precisions * vectors
-        vectors = vectors + torch.linalg.solve(hessian, gradient)
+        vectors = vectors + _newton_step(gradient, second, precisions)
     return vectors
+
+
+def _newton_step(
+    gradient: torch.Tensor, second: torch.Tensor, precisions: torch.Tensor
+) -> torch.Tensor:
+    """Up the penalised likelihood: gradient [F, r], its curvature [F, r * r] without the prior."""
+    hessian = second.view(*gradient.shape, gradient.shape[1]) + torch.diag(precisions)
+    step: torch.Tensor = torch.linalg.solve(hessian, gradient)
+    return step
 
 
 def _products(rows: torch.Tensor) -> torch.Tensor:

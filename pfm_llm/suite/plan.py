@@ -240,8 +240,8 @@ class _Source:
 
 def _suite_run(source: _Source, position: int, seed: int) -> SuiteRun:
     run = source.suite.runs[position]
-    has_grid = run.grid is not None and source.suite.budgets[source.budget].grids
-    grid = source.suite.grids[run.grid or ""] if has_grid else None
+    takes_grids = source.suite.budgets[source.budget].grids
+    grid = source.suite.grids[run.grid] if run.grid is not None and takes_grids else None
     label = f"{run.name}-s{seed}"
     if grid is None:
         points = [Point(None, _config(source, run, label, {"seed": seed}))]
