@@ -194,25 +194,16 @@ class CohortModel:
         """
         return self._user_vectors(batch, stacked, parts)[1]
 
-    @torch.no_grad()
-    def scores(
-        self,
-        batch: ChunkBatch,
-        stacked: Tensors,
-        parts: Parts,
-        vectors: Sequence[torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Scores [K, I] of the catalogue at every output of the batch, float32.
+    def scores(self, batch: ChunkBatch, stacked: Tensors, parts: Parts) -> torch.Tensor:
+        """Scores [K, I] of the catalogue at every output of the batch, float32."""
+        return self.score_vectors(self.user_vectors(batch, stacked, parts), stacked, parts)
 
-        Args:
-            batch: The windows.
-            stacked: Every tensor with a leading client dimension [C, ...].
-            parts: Which adapters take part.
-            vectors: From `user_vectors`, where they are known.
-        """
-        owns = _slices(stacked, batch.num_clients)
-        if vectors is None:
-            vectors = self.user_vectors(batch, stacked, parts)
+    @torch.no_grad()
+    def score_vectors(
+        self, vectors: Sequence[torch.Tensor], stacked: Tensors, parts: Parts
+    ) -> torch.Tensor:
+        """Scores [K, I] of the catalogue for user vectors from `user_vectors`, float32."""
+        owns = _slices(stacked, len(vectors))
         found = []
         for own, states in zip(owns, vectors, strict=True):
             scores = recommender_head.score_items(own, states, self.item_texts)

@@ -8,7 +8,7 @@ history; nothing is refitted.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -203,7 +203,11 @@ class Evaluator:
     ) -> ChunkScores:
         """Score the catalogue for the queries of some clients; see `rank_chunk`."""
         queries = [self._queries(client_id, task) for client_id in chunk]
-        batch = self._collate(chunk, [[window for _, window in own] for own in queries])
+
+        @functools.cache
+        def batch() -> ChunkBatch:
+            return self._collate(chunk, [[window for _, window in own] for own in queries])
+
         if private is None:
             private = {}
             if task.uses_private:
@@ -215,10 +219,10 @@ class Evaluator:
         scores = {}
         for mode, parts in task.parts.items():
             if parts is None:
-                found = self._model.zero_shot_scores(batch)
+                found = self._model.zero_shot_scores(batch())
             else:
                 vectors = self._read(batch, stacked, parts, known)
-                found = self._model.scores(batch, stacked, parts, vectors)
+                found = self._model.score_vectors(vectors, stacked, parts)
             scores[mode] = found.cpu().numpy()
         return ChunkScores(
             order=tuple(index for own in queries for index, _ in own),
@@ -229,13 +233,13 @@ class Evaluator:
         )
 
     def _read(
-        self, batch: ChunkBatch, stacked: Tensors, parts: Parts, known: UserVectors
-    ) -> list[torch.Tensor] | None:
-        """User vectors that do not depend on what is private, read out once; else None."""
+        self, batch: Callable[[], ChunkBatch], stacked: Tensors, parts: Parts, known: UserVectors
+    ) -> list[torch.Tensor]:
+        """User vectors; those that do not depend on what is private are read out once."""
         if not self._trainer.reads_histories:
-            return None
+            return self._model.user_vectors(batch(), stacked, parts)
         if parts.shared_lora not in known:
-            known[parts.shared_lora] = self._model.user_vectors(batch, stacked, parts)
+            known[parts.shared_lora] = self._model.user_vectors(batch(), stacked, parts)
         return known[parts.shared_lora]
 
     def _personalised(self, chunk: Sequence[str], task: EvaluationTask) -> dict[str, torch.Tensor]:
