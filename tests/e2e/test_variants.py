@@ -135,7 +135,13 @@ def test_repeats_are_kept_when_allowed(tiny: Tiny, tmp_path: Path) -> None:
 def test_item_ids(item_ids: str, parameters: set[str], tiny: Tiny, tmp_path: Path) -> None:
     run = run_experiment(tiny.config(tmp_path, **SMALL, head__item_ids=item_ids))
     head, _ = read_head(run / "shared_adapter")
-    always = {"head.state_proj", "head.item_proj", "head.item_bias"}
+    always = {
+        "head.state_proj",
+        "head.item_proj",
+        "head.item_bias",
+        "head.context_proj",
+        "head.context_log_h",
+    }
     assert set(head) == always | parameters
 
 

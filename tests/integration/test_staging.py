@@ -144,7 +144,8 @@ def test_private_numbers_that_are_spelt_out_are_found(
 ) -> None:
     write(exported, some_b(a_private_state(private)).reshape(-1).tolist())
     seal(exported)
-    with pytest.raises(PrivateLeakError, match="of 1 client"):
+    # Adam's first steps are of one size: to three digits another client may have the same eight.
+    with pytest.raises(PrivateLeakError, match=r"of \d clients?\)"):
         stage(exported, tmp_path / "staged", private)
 
 
