@@ -28,6 +28,7 @@ class ChunkBatch:
         targets: int64 [K], the next item at each output, or `NO_TARGET`.
         liked: int64 [K], whether it was liked, 0 or 1, or `encoding.NO_LABEL`.
         outputs_per_client: How many of the K outputs belong to each client.
+        before_rows, before_items: int64 [S], the items that were met before a row, and the row.
     """
 
     trunk: torch.Tensor
@@ -40,6 +41,8 @@ class ChunkBatch:
     targets: torch.Tensor
     liked: torch.Tensor
     outputs_per_client: tuple[int, ...]
+    before_rows: torch.Tensor
+    before_items: torch.Tensor
 
     @property
     def num_clients(self) -> int:
@@ -51,6 +54,22 @@ class ChunkBatch:
         """Tokens of each row without padding, int64 [N]: a row ends with its last item."""
         nothing = torch.zeros_like(self.row_clients)
         return nothing.scatter_reduce(0, self.rows, self.ends + 1, "amax")
+
+    def seen(self, num_items: int) -> torch.Tensor:
+        """What each output's user had met by then, bool [K, I]; its target is never among it.
+
+        Outputs must have targets.
+        """
+        rows = self.rows
+        place = torch.arange(len(rows), device=rows.device)
+        place = place - place[torch.searchsorted(rows, rows)]
+        # When each row's user met each item, as a position of the row.
+        met = rows.new_full((len(self.row_clients), num_items), len(rows))
+        keys = rows * num_items + self.items
+        met = met.flatten().scatter_reduce(0, keys, place, "amin").view(met.shape)
+        met[self.before_rows, self.before_items] = -1
+        seen = met[rows[self.outputs]] <= place[self.outputs, None]
+        return seen.scatter(1, self.targets[:, None], False)
 
 
 def collate(
@@ -68,6 +87,7 @@ def collate(
     """
     flat = [(c, w) for c, own in enumerate(windows) for w in own]
     lengths = torch.tensor([len(w) for _, w in flat])
+    before = torch.tensor([len(w.before) for _, w in flat])
     row_clients = torch.tensor([c for c, _ in flat])
     position_clients = row_clients.repeat_interleave(lengths)
     targets = _joined([w.targets for _, w in flat])
@@ -85,6 +105,8 @@ def collate(
         targets=targets[outputs].to(device),
         liked=_joined([w.liked for _, w in flat])[outputs].to(device),
         outputs_per_client=_counts(position_clients[outputs], len(windows)),
+        before_rows=torch.arange(len(flat)).repeat_interleave(before).to(device),
+        before_items=_joined([w.before for _, w in flat]).to(device),
     )
 
 

@@ -161,7 +161,7 @@ class CohortModel:
             C scalars; each depends on its own client's slice of ``stacked`` alone.
         """
         owns, vectors = self._user_vectors(batch, stacked, parts, dropout)
-        read = _outputs(batch, vectors)
+        read = self._outputs(batch, vectors)
         if dropout is not None and dropout.head:
             read = [
                 dataclasses.replace(
@@ -182,7 +182,7 @@ class CohortModel:
         owns, vectors = self._user_vectors(batch, stacked, parts)
         fitted = [
             self.objective.fit_taste(own, outputs)
-            for own, outputs in zip(owns, _outputs(batch, vectors), strict=True)
+            for own, outputs in zip(owns, self._outputs(batch, vectors), strict=True)
         ]
         return {name: torch.stack([one[name] for one in fitted]) for name in fitted[0]}
 
@@ -260,6 +260,18 @@ class CohortModel:
         ]
         return owns, vectors
 
+    def _outputs(self, batch: ChunkBatch, vectors: Sequence[torch.Tensor]) -> list[Outputs]:
+        seen = batch.seen(self.num_items) if self.objective.unseen_only else None
+        return [
+            Outputs(
+                own,
+                batch.targets[span],
+                batch.liked[span],
+                seen=None if seen is None else seen[span],
+            )
+            for own, span in zip(vectors, spans(batch.outputs_per_client), strict=True)
+        ]
+
     def _contexts(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> list[torch.Tensor | None]:
         """Per client what the items read add to its user vectors [K_c, D]."""
         if recommender_head.CONTEXT_PROJ not in heads[0]:
@@ -334,13 +346,6 @@ def _slices(stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]
     # unbind, not indexing: its backward is one stack instead of C zero-filled scatters.
     slices = {n: v.unbind(0) for n, v in stacked.items() if n.startswith(_SLICED)}
     return [{n: v[c] for n, v in slices.items()} for c in range(num_clients)]
-
-
-def _outputs(batch: ChunkBatch, vectors: Sequence[torch.Tensor]) -> list[Outputs]:
-    return [
-        Outputs(own, batch.targets[span], batch.liked[span])
-        for own, span in zip(vectors, spans(batch.outputs_per_client), strict=True)
-    ]
 
 
 def _private_heads(

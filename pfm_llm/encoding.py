@@ -7,7 +7,7 @@ each item is known exactly and a text is tokenised once, however often it occurs
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Window:
         items: int32 [L], the item at each position.
         targets: int32 [L], the next item, or `NO_TARGET` where there is none to learn from.
         liked: int8 [L], whether the user liked that next item, 0 or 1, or `NO_LABEL`.
+        before: int32 [S], the items of the history that come before the window.
     """
 
     tokens: np.ndarray
@@ -41,6 +42,7 @@ class Window:
     items: np.ndarray
     targets: np.ndarray
     liked: np.ndarray
+    before: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -115,6 +117,7 @@ class HistoryEncoder:
         ratings: np.ndarray | None = None,
         targets: np.ndarray | None = None,
         liked: np.ndarray | None = None,
+        before: np.ndarray | None = None,
     ) -> Window:
         """Encode a stretch of a history as one window.
 
@@ -123,6 +126,7 @@ class HistoryEncoder:
             ratings: float [L], where the prompt shows them.
             targets: int [L]; all `NO_TARGET` when None.
             liked: int [L], labels of the targets; all `NO_LABEL` when None.
+            before: int [S], what the history holds before the stretch; nothing when None.
 
         Raises:
             DataError: The stretch is empty.
@@ -145,6 +149,7 @@ class HistoryEncoder:
             items=np.asarray(items, dtype=np.int32),
             targets=np.asarray(targets, dtype=np.int32),
             liked=np.asarray(liked, dtype=np.int8),
+            before=np.asarray([] if before is None else before, dtype=np.int32),
         )
 
     def training_windows(
@@ -188,6 +193,7 @@ class HistoryEncoder:
                 None if ratings is None else ratings[s],
                 targets[s],
                 None if labels is None else labels[s],
+                items[: s.start],
             )
             for s in reversed(spans[: self.config.max_windows])
         )

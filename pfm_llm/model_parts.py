@@ -143,7 +143,7 @@ def _encoder(
 
 def _objective(config: ExperimentConfig, texts: torch.Tensor) -> Objective:
     block = config.adapters.private.taste.block if uses_taste(config) else None
-    return Objective(texts, config.tasks, block)
+    return Objective(texts, config.tasks, block, config.federation.local.unseen_only)
 
 
 def _trained(config: ExperimentConfig, shared: SharedState) -> SharedState:

@@ -4,6 +4,10 @@ Per position t of the history, with s_t the scores of the catalogue and y_t the 
 
     loss = mean_t CE(s_t, y_t)  [+ sum_t BCE(l_t, liked_t) / 64  with the task ``like``]
 
+The softmax is over the items that the user had not met by then, for these are what is ranked at
+serving. Over all items it teaches that what one likes best, having met it, does not come: the gain
+of a taste vector was half as large (docs/log.md).
+
 where l_t is the log-odds that the user likes y_t. A rating says as much of its item whoever gave
 it, so ratings count alike and not users: the mean over a user's ratings lost .02 AUC (docs/log.md).
 
@@ -40,12 +44,14 @@ class Outputs:
             vectors are fitted to the scores that serving has, without dropout.
         targets: int64 [K], the next item at each position.
         liked: int64 [K], 0, 1, or `NO_LABEL`.
+        seen: bool [K, I], what is no candidate at each position; None: everything is one.
     """
 
     vectors: torch.Tensor
     targets: torch.Tensor
     liked: torch.Tensor
     kept: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,13 @@ class Objective:
         item_texts: float32 [I, D], whitened.
         tasks: What is learned.
         block_size: Positions that one taste vector predicts; None without taste vectors.
+        unseen_only: Whether what a user has met is no candidate.
     """
 
     item_texts: torch.Tensor
     tasks: tuple[Task, ...]
     block_size: int | None
+    unseen_only: bool = False
 
     def to(self, device: torch.device) -> "Objective":
         """The same on another device."""
@@ -77,13 +85,13 @@ class Objective:
         block = self._blocks(outputs) if personal else None
         vectors, kept = outputs.vectors, outputs.kept
         dropped = vectors if kept is None else vectors * kept
-        scores = recommender_head.score_items(own, dropped, self.item_texts)
+        scores = self._scores(own, dropped, outputs.seen)
         loss = F.cross_entropy(scores, outputs.targets)
         if block is not None:
             fixed = scores.detach()
             if kept is not None:
                 with torch.no_grad():
-                    fixed = recommender_head.score_items(own, vectors, self.item_texts)
+                    fixed = self._scores(own, vectors, outputs.seen)
             features, prior = self._basis(own, Task.NEXT_ITEM)
             past = taste.past_weights(own, Task.NEXT_ITEM, block)
             fitted = taste.fit_next_item(fixed, outputs.targets, features, prior, past)
@@ -91,6 +99,13 @@ class Objective:
         if Task.LIKE in self.tasks:
             loss = loss + self._like_loss(own, outputs, block)
         return loss
+
+    def _scores(
+        self, own: Tensors, vectors: torch.Tensor, seen: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Scores [K, I] of the catalogue, minus infinity for what is no candidate."""
+        scores = recommender_head.score_items(own, vectors, self.item_texts)
+        return scores if seen is None else scores.masked_fill(seen, -torch.inf)
 
     def _like_loss(
         self, own: Tensors, outputs: Outputs, block: torch.Tensor | None
@@ -116,7 +131,7 @@ class Objective:
             Name to float32 vector, for the private state.
         """
         one_block = torch.zeros_like(outputs.targets)
-        scores = recommender_head.score_items(own, outputs.vectors, self.item_texts)
+        scores = self._scores(own, outputs.vectors, outputs.seen)
         features, prior = self._basis(own, Task.NEXT_ITEM)
         past = taste.past_weights(own, Task.NEXT_ITEM, one_block)[-1:]
         fitted = taste.fit_next_item(scores, outputs.targets, features, prior, past)
