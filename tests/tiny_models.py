@@ -157,6 +157,7 @@ def make_cohort(
     architecture: str = "llama",
     head: HeadConfig | None = None,
     dtype: torch.dtype = torch.float32,
+    unseen_only: bool = False,
     **adapters: object,
 ) -> TinyCohort:
     """A tiny cohort model; the two adapters differ in rank and scale (4/3 and 5/2)."""
@@ -183,7 +184,7 @@ def make_cohort(
         adapter.top_paths(),
         adapter.scales(),
         normaliser,
-        Objective(item_texts, (Task.NEXT_ITEM,), None),
+        Objective(item_texts, (Task.NEXT_ITEM,), None, unseen_only),
     )
     return TinyCohort(backbone, config, adapter, normaliser, item_texts, trunk, model, head)
 

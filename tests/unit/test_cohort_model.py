@@ -156,8 +156,11 @@ def test_private_only_leaves_the_shared_lora_out() -> None:
     assert float((private_only - _scores(cohort, tensors)).abs().max()) > 1e-2
 
 
-def test_a_clients_loss_and_gradient_do_not_depend_on_who_else_is_in_the_chunk() -> None:
-    cohort = make_cohort()
+@pytest.mark.parametrize("unseen_only", [False, True])
+def test_a_clients_loss_and_gradient_do_not_depend_on_who_else_is_in_the_chunk(
+    unseen_only: bool,
+) -> None:
+    cohort = make_cohort(unseen_only=unseen_only)
     clients = [cohort.client_tensors(seed) for seed in (1, 2, 3)]
     together = stack(clients)
     losses = _stacked_losses(cohort, together)
@@ -168,6 +171,14 @@ def test_a_clients_loss_and_gradient_do_not_depend_on_who_else_is_in_the_chunk()
         _assert_close(losses[client], loss[0], "loss")
         for name, gradient in _gradients(loss, alone).items():
             _assert_close(gradients[name][client], gradient[0], name)
+
+
+def test_a_loss_over_what_is_unseen_is_lower() -> None:
+    """Of two softmaxes with the same scores the one with fewer rivals."""
+    over_all, unseen = (make_cohort(unseen_only=unseen_only) for unseen_only in (False, True))
+    stacked = stack([over_all.client_tensors(seed) for seed in (1, 2, 3)])
+    pairs = zip(_stacked_losses(over_all, stacked), _stacked_losses(unseen, stacked), strict=True)
+    assert all(bool(lower < higher) for higher, lower in pairs)
 
 
 def test_a_loss_depends_on_its_own_clients_tensors_alone() -> None:

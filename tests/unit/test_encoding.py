@@ -99,6 +99,8 @@ def test_every_transition_is_a_target_exactly_once(items: list[int], size: int) 
     assert all(window.num_targets for window in windows)
     if size > 1:  # else the last item makes a window without target, which is left out
         assert [item for item, _ in pairs] == items
+        befores = [items[:start] for start in np.cumsum([0, *map(len, windows[:-1])])]
+        assert [window.before.tolist() for window in windows] == befores
     for window in windows:
         assert window.item_ends[-1] == len(window.tokens) - 1
         assert all(window.tokens[end] == NEW_LINE for end in window.item_ends)
@@ -122,6 +124,9 @@ def test_a_history_that_grew_adds_the_new_transitions(
     ]
     assert found == list(itertools.pairwise(items))
     assert all(window.num_targets for window in new)
+    for window in new:
+        assert window.before.tolist() == items[: len(window.before)]
+        assert window.items.tolist() == items[len(window.before) :][: len(window)]
     assert new[-1].tokens.tolist() == encoder.query_window(history).tokens.tolist()
 
 

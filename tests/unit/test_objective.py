@@ -1,5 +1,7 @@
 """The client's loss: its parts, who receives which gradient, and what fitting gives."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,31 @@ def test_without_a_private_part_it_is_the_two_cross_entropies() -> None:
     torch.testing.assert_close(objective.loss(own, outputs), next_item + like / 64)
     alone = _objective(None, (Task.NEXT_ITEM,))
     torch.testing.assert_close(alone.loss(own, outputs), next_item)
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_what_was_met_is_no_candidate(block_size: int | None) -> None:
+    """All is as if the catalogue held the candidates alone."""
+    own, outputs, tasks = _own(), _outputs(), (Task.NEXT_ITEM,)
+    gone = torch.tensor([item for item in range(ITEMS) if item not in outputs.targets][:3])
+    left = torch.tensor([item for item in range(ITEMS) if item not in gone])
+    seen = torch.zeros(POSITIONS, ITEMS, dtype=torch.bool)
+    seen[:, gone] = True
+    # Standardised over the whole catalogue, IDs are other features in a smaller one.
+    own = {name: value for name, value in own.items() if name != "basis.taste.next_item.ids"}
+    smaller = {
+        name: value[left] if value.shape[:1] == (ITEMS,) else value for name, value in own.items()
+    }
+    whole = _objective(block_size, tasks)
+    masked = dataclasses.replace(outputs, seen=seen)
+    renamed = dataclasses.replace(outputs, targets=torch.searchsorted(left, outputs.targets))
+    cut = dataclasses.replace(whole, item_texts=whole.item_texts[left])
+    torch.testing.assert_close(whole.loss(own, masked), cut.loss(smaller, renamed))
+    assert not torch.allclose(whole.loss(own, masked), whole.loss(own, outputs))
+    if block_size is not None:
+        fitted, expected = whole.fit_taste(own, masked), cut.fit_taste(smaller, renamed)
+        torch.testing.assert_close(fitted, expected)
+        assert all(value.any() for value in fitted.values())
 
 
 def test_the_shared_part_learns_what_it_would_learn_without_a_private_one() -> None:

@@ -1,0 +1,53 @@
+"""What a batch knows of each user's past."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pfm_llm.batches import ChunkBatch, collate
+from pfm_llm.encoding import NO_LABEL, NO_TARGET, Window
+
+NUM_ITEMS = 7
+
+
+def _cut(history: list[int], size: int) -> list[Window]:
+    """Windows of a history, each token one item, as the encoder cuts them."""
+    windows = []
+    targets = [*history[1:], NO_TARGET]
+    for start in range(0, len(history), size):
+        stop = min(len(history), start + size)
+        windows.append(
+            Window(
+                tokens=np.zeros(stop - start, np.int32),
+                item_ends=np.arange(stop - start, dtype=np.int32),
+                items=np.array(history[start:stop], np.int32),
+                targets=np.array(targets[start:stop], np.int32),
+                liked=np.full(stop - start, NO_LABEL, np.int8),
+                before=np.array(history[:start], np.int32),
+            )
+        )
+    return windows
+
+
+def _batch(histories: list[list[int]], size: int) -> ChunkBatch:
+    windows = [_cut(history, size) for history in histories]
+    states = [[torch.zeros(len(w.tokens), 2) for w in own] for own in windows]
+    return collate(windows, states)
+
+
+@given(
+    histories=st.lists(
+        st.lists(st.integers(0, NUM_ITEMS - 1), min_size=2, max_size=12), min_size=1, max_size=4
+    ),
+    size=st.integers(1, 5),
+)
+def test_seen_is_what_the_user_had_met_but_for_the_target(
+    histories: list[list[int]], size: int
+) -> None:
+    expected = [
+        [item in history[: t + 1] and item != history[t + 1] for item in range(NUM_ITEMS)]
+        for history in histories
+        for t in range(len(history) - 1)
+    ]
+    assert _batch(histories, size).seen(NUM_ITEMS).tolist() == expected
