@@ -42,6 +42,7 @@ class Measured:
         aucs: Per mode each user's AUC of likes, float64 [num_users], users ascending, NaN
             without both classes; empty without the task ``like``.
         like_fits: Per mode the mean log-likelihood of each user's labels, beside ``aucs``.
+        choice_fits: The same of what each user met; zero-shot scores have none.
         num_personalised: Users whose private adapter is not zero.
         num_users: Users evaluated.
         private_steps: Private gradient steps that were taken for it, over all clients.
@@ -50,6 +51,7 @@ class Measured:
     ranks: Mapping[Mode, Ranks]
     aucs: Mapping[Mode, np.ndarray]
     like_fits: Mapping[Mode, np.ndarray]
+    choice_fits: Mapping[Mode, np.ndarray]
     num_personalised: int
     num_users: int
     private_steps: int
@@ -98,6 +100,7 @@ class ChunkRanks:
     users: np.ndarray
     aucs: Mapping[Mode, np.ndarray]
     like_fits: Mapping[Mode, np.ndarray]
+    choice_fits: Mapping[Mode, np.ndarray]
     num_personalised: int
     private_steps: int
 
@@ -178,18 +181,25 @@ class Evaluator:
         """
         scored = self.score_chunk(chunk, task, private, known)
         counts = scored.queries_per_client
-        ranks, aucs, fits = {}, {}, {}
+        ranks, aucs, likes, choices = {}, {}, {}, {}
+        held_out = task.held_out
+        histories, targets = (
+            [items[q] for q in scored.order] for items in (held_out.histories, held_out.targets)
+        )
         for mode, parts in task.parts.items():
             scores = scored.scores[mode]
-            ranks[mode] = rank_scores(scores, task.held_out, scored.order, task.negatives)
-            if task.liked is not None and parts is not None:
-                aucs[mode], fits[mode] = self._likes(task, scored, parts)
+            ranks[mode] = rank_scores(scores, held_out, scored.order, task.negatives)
+            if parts is not None:
+                choices[mode] = metrics.per_user_choice_log_likelihood(scores, histories, targets)
+                if task.liked is not None:
+                    aucs[mode], likes[mode] = self._likes(task, scored, parts)
         personalised = private is None and bool(scored.private)
         return ChunkRanks(
             ranks=ranks,
-            users=task.held_out.users[list(scored.order)],
+            users=held_out.users[list(scored.order)],
             aucs=aucs,
-            like_fits=fits,
+            like_fits=likes,
+            choice_fits=choices,
             num_personalised=_count_non_zero(scored.private, counts),
             private_steps=self._trainer.personalise_steps(chunk) if personalised else 0,
         )
@@ -335,16 +345,19 @@ def combine(parts: Sequence[ChunkRanks]) -> Measured:
     """Put the parts of all chunks together."""
     modes = list(parts[0].ranks) if parts else []
     ranks = {mode: concatenate([part.ranks[mode] for part in parts]) for mode in modes}
-    aucs, fits = {}, {}
-    for mode in parts[0].aucs if parts else ():
-        by_user = np.argsort(np.concatenate([part.users for part in parts]))
-        aucs[mode] = np.concatenate([part.aucs[mode] for part in parts])[by_user]
-        fits[mode] = np.concatenate([part.like_fits[mode] for part in parts])[by_user]
+    by_user = np.argsort(np.concatenate([part.users for part in parts])) if parts else None
+
+    def joined(name: str) -> dict[Mode, np.ndarray]:
+        found = [getattr(part, name) for part in parts]
+        modes = found[0] if found else ()
+        return {mode: np.concatenate([one[mode] for one in found])[by_user] for mode in modes}
+
     num_users = len(np.unique(next(iter(ranks.values())).users)) if ranks else 0
     return Measured(
         ranks=ranks,
-        aucs=aucs,
-        like_fits=fits,
+        aucs=joined("aucs"),
+        like_fits=joined("like_fits"),
+        choice_fits=joined("choice_fits"),
         num_personalised=sum(part.num_personalised for part in parts),
         num_users=num_users,
         private_steps=sum(part.private_steps for part in parts),

@@ -135,6 +135,36 @@ def per_user_log_likelihood(
     return np.array([-np.logaddexp(0.0, -values).mean() for values in signed], np.float64)
 
 
+def per_user_choice_log_likelihood(
+    scores: npt.NDArray[np.floating], histories: Sequence[IntArray], targets: Sequence[IntArray]
+) -> FloatArray:
+    """The mean log-likelihood of each user's targets, chosen among what was not met, in nats.
+
+    Args:
+        scores: [users, items], logits of a softmax over the catalogue.
+        histories: Per user the items that are no candidates.
+        targets: Per user the items that were chosen, none of them in the history.
+
+    Returns:
+        float64 [users], at most 0, more is better; -ln(candidates) for a guess. NaN without
+        targets.
+
+    Raises:
+        DataError: Lengths differ.
+    """
+    if not len(scores) == len(histories) == len(targets):
+        raise DataError(
+            f"scores of {len(scores)} users, {len(histories)} histories, {len(targets)} users' "
+            "targets: give all of each"
+        )
+    found = np.full(len(scores), np.nan)
+    for user, (row, seen, chosen) in enumerate(zip(scores, histories, targets, strict=True)):
+        if len(chosen):
+            logits = row.astype(np.float64)
+            found[user] = logits[chosen].mean() - np.logaddexp.reduce(np.delete(logits, seen))
+    return found
+
+
 def per_user(values: FloatArray, groups: IntArray) -> tuple[FloatArray, npt.NDArray[np.int64]]:
     """Average within each user.
 

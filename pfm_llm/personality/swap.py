@@ -33,7 +33,7 @@ def swap_loss(quality: str, served: FloatArray, bootstrap: Bootstrap) -> dict[st
     return {f"swap_{quality}": estimate(whole[:, 0] - whole[:, 1:].mean(axis=1), bootstrap)}
 
 
-def identification(served: FloatArray, bootstrap: Bootstrap) -> dict[str, Estimate]:
+def identification(served: FloatArray, bootstrap: Bootstrap, by: str = "") -> dict[str, Estimate]:
     """How often the own private adapter is the best of all that were tried.
 
     Definition: the share of users u with q(u, u) > q(u, v) for all S strangers v; a tie counts
@@ -44,9 +44,10 @@ def identification(served: FloatArray, bootstrap: Bootstrap) -> dict[str, Estima
     Args:
         served: float64 [U, 1 + S]; see `swap_loss`.
         bootstrap: How to make the interval.
+        by: Names the quality where it is another than the task's usual one.
 
     Returns:
-        ``identification``.
+        ``identification``, or ``identification_<by>``.
 
     Raises:
         ConfigError: ``bootstrap`` is out of range.
@@ -54,7 +55,8 @@ def identification(served: FloatArray, bootstrap: Bootstrap) -> dict[str, Estima
     """
     whole = _whole_rows(served)
     is_best = whole[:, 0] > whole[:, 1:].max(axis=1) + ROUNDING
-    return {"identification": estimate(is_best.astype(np.float64), bootstrap)}
+    name = f"identification_{by}" if by else "identification"
+    return {name: estimate(is_best.astype(np.float64), bootstrap)}
 
 
 def identification_chance(num_strangers: int) -> float:

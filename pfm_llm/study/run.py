@@ -174,6 +174,7 @@ class _Study:
             personality.swap_loss("log_likelihood", served["log_likelihood"], self._bootstrap),
             # Ten likes give an AUC of few values: most users would tie.
             personality.identification(served["log_likelihood"], self._bootstrap),
+            personality.identification(served["joint"], self._bootstrap, "joint"),
         )
 
     def _harm(self) -> dict[str, Estimate]:

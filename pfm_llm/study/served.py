@@ -34,7 +34,8 @@ class Served:
         """Qualities of each user, [U, 1 + STRANGERS]: own adapter first.
 
         Returns:
-            ``log_rank``, and with the task ``like`` its ``auc`` and ``log_likelihood``.
+            ``log_rank``, and with the task ``like`` its ``auc`` and ``log_likelihood``, and
+            ``joint``: the log-likelihood of an event, of what was met and whether it was liked.
         """
         assembly, task = self._assembly, self._task
         clients = assembly.histories.clients
@@ -143,5 +144,10 @@ def _qualities(found: Measured) -> dict[str, np.ndarray]:
     mode = Mode.SHARED_PRIVATE
     qualities = {"log_rank": quality_of(found, mode)}
     if found.aucs:
-        qualities |= {"auc": found.aucs[mode], "log_likelihood": found.like_fits[mode]}
+        likes = found.like_fits[mode]
+        qualities |= {
+            "auc": found.aucs[mode],
+            "log_likelihood": likes,
+            "joint": found.choice_fits[mode] + likes,
+        }
     return qualities

@@ -50,7 +50,10 @@ def test_ours_is_measured_in_every_way(tiny: Tiny, rated: Path, tmp_path: Path) 
         "cold_start_0", "cold_start_1", "cold_start_5", "ndcg_over_popularity", "ndcg_over_ease",
     ):  # fmt: skip
         assert ("next_item", name) in by_name, name
-    for name in ("auc", "gain_auc", "swap_auc", "swap_log_likelihood", "identification"):
+    for name in (
+        "auc", "gain_auc", "swap_auc", "swap_log_likelihood", "identification",
+        "identification_joint",
+    ):  # fmt: skip
         assert ("like", name) in by_name, name
     assert all(row.split == "test" and row.budget == "small" for row in rows)
     assert by_name["next_item", "cold_start_0"].value == 0  # nothing is known, nothing is gained

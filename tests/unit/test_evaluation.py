@@ -265,6 +265,7 @@ def test_combine_orders_by_user_and_adds_up() -> None:
             users=np.unique(users),
             aucs={Mode.SHARED_ONLY: np.unique(users) / 10},
             like_fits={Mode.SHARED_ONLY: -np.unique(users)},
+            choice_fits={Mode.SHARED_ONLY: -np.unique(users) * 2},
             num_personalised=count,
             private_steps=10 * count,
         )
@@ -276,6 +277,7 @@ def test_combine_orders_by_user_and_adds_up() -> None:
     assert (measured.num_users, measured.num_personalised, measured.private_steps) == (4, 3, 30)
     assert measured.aucs[Mode.SHARED_ONLY].tolist() == [0.0, 0.1, 0.3, 0.4]
     assert measured.like_fits[Mode.SHARED_ONLY].tolist() == [0, -1, -3, -4]
+    assert measured.choice_fits[Mode.SHARED_ONLY].tolist() == [0, -2, -6, -8]
     assert evaluation.combine([]).num_users == 0
 
 

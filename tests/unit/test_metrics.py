@@ -26,6 +26,7 @@ from pfm_llm.metrics import (
     paired_bootstrap,
     per_user,
     per_user_auc,
+    per_user_choice_log_likelihood,
     per_user_log_likelihood,
 )
 from pfm_llm.scoring import full_ranks
@@ -234,6 +235,17 @@ def test_log_likelihood_is_that_of_the_labels():
     assert values.tolist() == pytest.approx(expected)
     with pytest.raises(DataError, match="logits of 3 users, likes of 1"):
         per_user_log_likelihood(logits, liked[:1])
+
+
+def test_choice_log_likelihood_is_that_of_a_softmax_over_what_was_not_met():
+    scores = np.log([[1, 2, 3, 4], [1, 1, 1, 1], [9, 1, 1, 1]])
+    histories = [np.array([3]), np.array([], int), np.array([0, 0])]
+    targets = [np.array([0, 2]), np.array([1]), np.array([], int)]
+    values = per_user_choice_log_likelihood(scores, histories, targets)
+    assert values[:2].tolist() == pytest.approx([math.log(3 / 36) / 2, -math.log(4)])
+    assert math.isnan(values[2])
+    with pytest.raises(DataError, match="scores of 3 users, 1 histories"):
+        per_user_choice_log_likelihood(scores, histories[:1], targets)
 
 
 def test_auc_metric_averages_over_the_users_that_have_both_labels():
