@@ -42,7 +42,7 @@ class Measured:
         aucs: Per mode each user's AUC of likes, float64 [num_users], users ascending, NaN
             without both classes; empty without the task ``like``.
         like_fits: Per mode the mean log-likelihood of each user's labels, beside ``aucs``.
-        choice_fits: The same of what each user met; zero-shot scores have none.
+        choice_fits: The same of what each user met.
         num_personalised: Users whose private adapter is not zero.
         num_users: Users evaluated.
         private_steps: Private gradient steps that were taken for it, over all clients.
@@ -189,10 +189,9 @@ class Evaluator:
         for mode, parts in task.parts.items():
             scores = scored.scores[mode]
             ranks[mode] = rank_scores(scores, held_out, scored.order, task.negatives)
-            if parts is not None:
+            if task.liked is not None and parts is not None:
                 choices[mode] = metrics.per_user_choice_log_likelihood(scores, histories, targets)
-                if task.liked is not None:
-                    aucs[mode], likes[mode] = self._likes(task, scored, parts)
+                aucs[mode], likes[mode] = self._likes(task, scored, parts)
         personalised = private is None and bool(scored.private)
         return ChunkRanks(
             ranks=ranks,
