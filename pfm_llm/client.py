@@ -193,7 +193,9 @@ class LocalTrainer:
         return self._histories.num_tokens(client_id, self._local.personalise_windows)
 
     def personalise_steps(self, chunk: Sequence[str]) -> int:
-        """How many private steps `personalise` takes, over all clients of the chunk."""
+        """How many private gradient steps `personalise` takes, over all clients of the chunk."""
+        if self.reads_histories:
+            return 0
         able = sum(bool(self._histories.windows(client_id)) for client_id in chunk)
         return self._local.personalise_steps * able
 

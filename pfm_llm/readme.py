@@ -63,12 +63,14 @@ def _costs(extra: Mapping[str, Any]) -> str:
     """What the run cost and where, in a sentence or two."""
     costs, here = extra["costs"], extra["environment"]
     per_update = 4 * costs["shared_numbers"] / 1e6
+    steps = costs["personalise_client_steps"]
+    fitted = f"{steps:,} more private steps" if steps else "private vectors fitted in closed form"
     return (
         f"Costs: {costs['rounds']:,} rounds, {costs['shared_client_steps']:,} client steps on the "
         f"shared state and {costs['private_client_steps']:,} on private ones, "
         f"{per_update:.1f} MB a client and round each way ({costs['bytes_up'] / 1e9:.2f} GB up, "
-        f"{costs['bytes_down'] / 1e9:.2f} GB down in all); before the evaluation "
-        f"{costs['personalise_client_steps']:,} more private steps, after which "
+        f"{costs['bytes_down'] / 1e9:.2f} GB down in all); before the evaluation {fitted}, "
+        "after which "
         f"{costs['share_of_users_with_private_adapter']:.0%} of the users have a private adapter "
         f"that is not zero. Measured on {here['threads']} threads of {here['cpu']}, "
         f"{here['dtype']}: {costs['round_seconds'] / 60:.0f} min of rounds, "

@@ -352,6 +352,14 @@ def test_personalise_without_steps_keeps_what_there_is(tiny_assembly: TinyAssemb
     assert assembly.trainer.personalise_steps(chunk) == 0
 
 
+def test_a_fit_in_closed_form_takes_no_steps(tiny_assembly: TinyAssembly) -> None:
+    assembly = tiny_assembly(method="pfm", federation__local__personalise_steps=3)
+    chunk = assembly.histories.trainable[:2]
+    private = assembly.trainer.personalise(chunk, assembly.parts.shared, 0)
+    assert private["private.taste.next_item"].any()
+    assert assembly.trainer.personalise_steps(chunk) == 0
+
+
 def test_personalise_keeps_the_whole_old_adapter_of_a_client_whose_fit_diverges(
     tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
