@@ -13,7 +13,8 @@ minimum, to a few Newton steps from zero, of the client's own loss with a Gaussi
 with w_t = 2^(-a_t / h) for an event that is a_t events old and h a learned half-life: tastes drift,
 and what was met last tells most. So phi is a function of the history and of the shared state:
 nothing is lost when a new shared state arrives, little data shrink it to zero, and no data are
-zero. For the next item the loss is the softmax cross-entropy over the catalogue, with one step,
+zero. For the next item the loss is the softmax cross-entropy over what was not met by then, with
+one step,
 
     g = sum_t w_t (v_{y_t} - E_{p_t} v),    H = sum_t w_t Cov_{p_t}(v) + lambda I,    phi = H^-1 g
 

@@ -4,7 +4,7 @@ Ranking a target among a few sampled negatives flatters every method (and not al
 these numbers are reported beside the full ranking, labelled, and only to compare with papers
 that give nothing else.
 
-**Nothing here is for training.** Training takes its cross-entropy over the whole catalogue and
+**Nothing here is for training.** Training takes its cross-entropy over all that was not met and
 needs no negatives. Whoever samples negatives for training must draw them from the train data
 alone: excluding a user's held-out items from them tells the model which items are held out. A
 scorer that only counts how often an item was drawn as a user's training negative then finds the
