@@ -31,8 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## run the quickstart: a federated recommender in a few minutes on a CPU
 	$(LAUNCH) scripts/fed_train.py
 
-test: install ## run every test
-	$(BIN)/python -m pytest
+test: install ## run every test, on two cores
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2
 
 check: lint ## lint, check types and run the unit tests
 	$(BIN)/python -m pytest tests/unit
