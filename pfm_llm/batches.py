@@ -61,8 +61,7 @@ class ChunkBatch:
         Outputs must have targets.
         """
         rows = self.rows
-        place = torch.arange(len(rows), device=rows.device)
-        place = place - place[torch.searchsorted(rows, rows)]
+        place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
         # When each row's user met each item, as a position of the row.
         met = rows.new_full((len(self.row_clients), num_items), len(rows))
         keys = rows * num_items + self.items

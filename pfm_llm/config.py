@@ -163,9 +163,7 @@ class LocalConfig(_Settings):
     private_lr: Positive = 5e-4
     private_weight_decay: NonNegative = 0.0
     max_grad_norm: Positive | None = Field(None, description="clip each client's gradient")
-    unseen_only: bool = Field(
-        True, description="learn to tell the next item from those not met yet, as ranking does"
-    )
+    unseen_only: bool = Field(True, description="learn to rank what was not met yet, nothing else")
 
 
 class ServerConfig(_Settings):

@@ -4,12 +4,12 @@ Per position t of the history, with s_t the scores of the catalogue and y_t the 
 
     loss = mean_t CE(s_t, y_t)  [+ sum_t BCE(l_t, liked_t) / 64  with the task ``like``]
 
-The softmax is over the items that the user had not met by then, for these are what is ranked at
-serving. Over all items it teaches that what one likes best, having met it, does not come: the gain
-of a taste vector was half as large (docs/log.md).
-
 where l_t is the log-odds that the user likes y_t. A rating says as much of its item whoever gave
 it, so ratings count alike and not users: the mean over a user's ratings lost .02 AUC (docs/log.md).
+
+With ``unseen_only`` the softmax is over the items that the user had not met by then, for these are
+what is ranked at serving. Over all items it teaches that what one likes best, having met it, does
+not come: the gain of a taste vector was half as large (docs/log.md).
 
 With a private taste vector each loss has a twin, in which the vector of the past is added to the
 same scores (`taste`). The twin trains the basis alone: no gradient of it reaches the shared scores.

@@ -12,7 +12,7 @@ NUM_ITEMS = 7
 
 
 def _cut(history: list[int], size: int) -> list[Window]:
-    """Windows of a history, each token one item, as the encoder cuts them."""
+    """Windows that tile a history; a token an item."""
     windows = []
     targets = [*history[1:], NO_TARGET]
     for start in range(0, len(history), size):
