@@ -1,7 +1,7 @@
 """One YAML, expanded into experiments: for every run, seed and grid value one config.
 
-Later settings win: the base config, then ``set`` of the suite, of the budget and of the run, then
-the grid's value. A run's ``method`` overrules what the levels above the run say of the settings
+Later settings win: the base config, then ``set`` of the suite, of the budget and of the run, what
+the run sets with this budget alone, then the grid's value. A run's ``method`` overrules what the levels above the run say of the settings
 that it fixes, so that one base serves all methods. Unknown keys, in the suite as in the settings,
 are errors that name the nearest valid one.
 """
@@ -71,6 +71,7 @@ class RunConfig(_Settings):
 
     name: Name
     set: dict[str, Any] = {}
+    set_with: dict[str, dict[str, Any]] = Field({}, description="by budget: set with it alone")
     grid: str | None = Field(None, description="name of a grid; None: one experiment")
     seeds: tuple[int, ...] | None = Field(
         None, min_length=1, description="with every budget; None: the budget's"
@@ -186,6 +187,8 @@ def load_suite(path: Path) -> SuiteConfig:
     for run in suite.runs:
         if run.grid is not None:
             _look_up(run.grid, list(suite.grids), f"{path}, run {run.name}: grid")
+        for budget in run.set_with:
+            _look_up(budget, list(suite.budgets), f"{path}, run {run.name}: set_with")
         if run.arguments and run.script is None:
             raise ConfigError(f"{path}, run {run.name}: arguments are for a script; name one")
         if run.grid is not None and run.script is not None:
@@ -262,13 +265,15 @@ def _config(source: _Source, run: RunConfig, name: str, own: Mapping[str, Any]) 
     origin = f"{source.path}, run {run.name}"
     suite, budget = source.suite, source.suite.budgets[source.budget]
     tree = copy.deepcopy(dict(source.base))
-    for settings in (suite.set, budget.set, run.set):
+    with_budget = run.set_with.get(source.budget, {})
+    for settings in (suite.set, budget.set, run.set, with_budget):
         _refuse_own(settings, origin)
     _apply(tree, suite.set)
     _apply(tree, budget.set)
     if run.set.get("method") in list(Method):
         _apply(tree, SPECS[Method(run.set["method"])].settings)
     _apply(tree, run.set)
+    _apply(tree, with_budget)
     _apply(tree, own)
     tree["name"] = name
     # The losing values are never looked at on test; a script has one go at both.

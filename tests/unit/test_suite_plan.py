@@ -50,6 +50,16 @@ def test_later_settings_win_base_suite_budget_run_value(world: World) -> None:
     assert (config.head.dim, config.head.id_dim, config.window.items) == (1, 2, 7)
 
 
+def test_a_run_may_set_more_with_one_budget(world: World) -> None:
+    key = "window.items"
+    dirs = {"output.dir": str(world.folder / "runs")}
+    run = {"name": "a", "set": {key: 5}, "set_with": {"full": {key: 6}}}
+    budgets: dict[str, Any] = {"small": {}, "full": {"set": {key: 4}}}
+    world.write(set=dirs, budgets=budgets, runs=[run])
+    items = [world.plan(b).runs[0].points[0].config.window.items for b in ("small", "full")]
+    assert items == [5, 6]
+
+
 def test_a_run_s_method_overrules_the_base_but_not_the_run(world: World) -> None:
     """Method fedrep fixes schedule: alternate, local_only schedule: joint and a private adapter."""
     key, enabled = "federation.local.schedule", "adapters.private.enabled"
@@ -134,6 +144,7 @@ def test_values_of_any_kind_make_names(world: World) -> None:
         ({"select": {"metrics": "ndcg"}}, r"select: unknown key metrics; did you mean metric\?"),
         ({"runs": [{"nam": "a"}]}, r"runs.0: name: Field required"),
         ({"runs": [{"name": "a", "set": {"head.dmi": 2}}]}, r"run a:\n.*did you mean head.dim\?"),
+        ({"runs": [{"name": "a", "set_with": {"al": {}}}]}, r"run a: set_with 'al' is unknown"),
         ({"runs": [{"name": "a", "grid": "x"}]}, r"run a: grid 'x' is unknown; there is lr"),
         ({"runs": [{"name": "a"}, {"name": "a"}]}, r"run 'a' is there twice"),
         ({"runs": [{"name": "a", "grid": "lr"}, {"name": "a-s0"}]}, None),
