@@ -250,6 +250,7 @@ class ServerStep:
         groups = {
             "lora.": self.config.lr_lora,
             "basis.taste.like.": self.config.lr_taste_like,
+            "basis.taste.next_item.read_": self.config.lr_taste_items,
             "basis.taste.": self.config.lr_taste,
             "basis.": self.config.lr_lora,
             "head.item_ids": self.config.lr_item_ids,

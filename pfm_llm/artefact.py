@@ -41,9 +41,12 @@ from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.errors import ArtefactError, CorruptFileError
 from pfm_llm.head import ITEM_BIAS, ITEM_IDS, LIKE_BIAS, Normaliser
 from pfm_llm.prompts import Prompt, load_prompt
+from pfm_llm.taste import READ_IN, READ_OUT
 from pfm_llm.types import Tensors
 
 FORMAT = 2
+PER_ITEM = (ITEM_BIAS, ITEM_IDS, LIKE_BIAS, READ_IN, READ_OUT)
+"""Shared tensors with a row for each item of the catalogue."""
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 HEAD_FILE = "recommender_head.safetensors"
@@ -380,8 +383,8 @@ def align_items(known: Sequence[str], wanted: Sequence[str]) -> Alignment:
 def aligned_tensors(tensors: Tensors, alignment: Alignment) -> dict[str, torch.Tensor]:
     """Shared tensors for another catalogue: rows that belong to items follow their items.
 
-    An item that was never seen gets the mean bias and a zero ID embedding: it is ranked by its
-    text, neither favoured nor held back.
+    An item that was never seen gets the mean bias and zero embeddings: it is ranked by its text,
+    neither favoured nor held back.
 
     Args:
         tensors: Shared tensors over the artefact's items.
@@ -389,11 +392,11 @@ def aligned_tensors(tensors: Tensors, alignment: Alignment) -> dict[str, torch.T
     """
     aligned = dict(tensors)
     rows = torch.tensor([-1 if row is None else row for row in alignment.rows])
-    for name in (ITEM_BIAS, ITEM_IDS, LIKE_BIAS):
+    for name in PER_ITEM:
         if name not in tensors:
             continue
         old = tensors[name]
-        default = torch.zeros(old.shape[1]) if name == ITEM_IDS else old.mean()
+        default = torch.zeros(old.shape[1]) if old.dim() == 2 else old.mean()
         new = default.expand(len(rows), *old.shape[1:]).clone()
         new[rows >= 0] = old[rows[rows >= 0]]
         aligned[name] = new

@@ -164,10 +164,8 @@ class CohortModel:
         read = self._outputs(batch, vectors)
         if dropout is not None and dropout.head:
             read = [
-                dataclasses.replace(
-                    one, kept=dropout.keep(one.vectors.shape, dropout.head, client).to(one.vectors)
-                )
-                for client, one in enumerate(read)
+                _with_dropout(one, own, dropout, client)
+                for client, (one, own) in enumerate(zip(read, owns, strict=True))
             ]
         personal = bool(parts.private_weight)
         return [
@@ -339,6 +337,19 @@ class CohortModel:
             b = stacked[f"{PRIVATE_LORA}{name}.B"] * (private_scale * parts.private_weight)
             pairs.append(_Pair(stacked[basis] if own_a is None else own_a, b, is_private=True))
         return pairs
+
+
+def _with_dropout(outputs: Outputs, own: Tensors, dropout: Dropout, client: int) -> Outputs:
+    """A client's outputs with this step's factors on user vectors, and on tastes that are read."""
+
+    def keep(width: int) -> torch.Tensor:
+        shape = (len(outputs.targets), width)
+        return dropout.keep(shape, dropout.head, client).to(outputs.vectors)
+
+    kept = keep(outputs.vectors.shape[1])
+    read_in = own.get(taste.READ_IN)
+    kept_taste = None if read_in is None else keep(read_in.shape[1])
+    return dataclasses.replace(outputs, kept=kept, kept_taste=kept_taste)
 
 
 def _slices(stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:

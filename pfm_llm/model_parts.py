@@ -174,7 +174,7 @@ def _initial_shared(
     tensors = {**adapter.initial_shared(config.seed), **head}
     if uses_taste(config):
         settings = config.adapters.private.taste
-        tensors |= taste.initial_basis(settings, config.tasks, config.head, config.seed)
+        tensors |= taste.initial_basis(settings, config.tasks, config.head, num_items, config.seed)
     return SharedState(tensors)
 
 
@@ -183,7 +183,7 @@ def initial_private(
 ) -> dict[str, torch.Tensor]:
     """A client's private tensors before it has trained any; they change nothing."""
     if uses_taste(config):
-        return taste.initial_vectors(config.adapters.private.taste, config.tasks)
+        return taste.initial_vectors(config.adapters.private.taste, config.tasks, config.head)
     return adapter.initial_private(config.seed, client_id, config.head.dim)
 
 

@@ -12,10 +12,10 @@ what is ranked at serving. Over all items it teaches that what one likes best, h
 not come: the gain of a taste vector was half as large (docs/log.md).
 
 With a private taste vector each loss has a twin, in which the vector of the past is added to the
-same scores (`taste`). The twin trains the basis alone: no gradient of it reaches the shared scores.
-So the shared part learns what it would learn without a private one, and serves those who have none;
-when the twin trained both, the shared part left to the private one what it could have learned
-itself.
+same scores (`taste`; one that is read has dropout too). The twin trains the basis alone: no
+gradient of it reaches the shared scores. So the shared part learns what it would learn without a
+private one, and serves those who have none; when the twin trained both, the shared part left to
+the private one what it could have learned itself.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ class Outputs:
         vectors: float32 [K, D], user vectors.
         kept: float32 [K, D], dropout's factors on the user vectors in training, or None. Taste
             vectors are fitted to the scores that serving has, without dropout.
+        kept_taste: float32 [K, r], the same on taste vectors that are read.
         targets: int64 [K], the next item at each position.
         liked: int64 [K], 0, 1, or `NO_LABEL`.
         seen: bool [K, I], what is no candidate at each position; None: everything is one.
@@ -51,6 +52,7 @@ class Outputs:
     targets: torch.Tensor
     liked: torch.Tensor
     kept: torch.Tensor | None = None
+    kept_taste: torch.Tensor | None = None
     seen: torch.Tensor | None = None
 
 
@@ -92,13 +94,24 @@ class Objective:
             if kept is not None:
                 with torch.no_grad():
                     fixed = self._scores(own, vectors, outputs.seen)
-            features, prior = self._basis(own, Task.NEXT_ITEM)
-            past = taste.past_weights(own, Task.NEXT_ITEM, block)
-            fitted = taste.fit_next_item(fixed, outputs.targets, features, prior, past)
-            loss = loss + F.cross_entropy(fixed + fitted[block] @ features.T, outputs.targets)
+            added = self._past_tastes(own, outputs, fixed, block)
+            loss = loss + F.cross_entropy(fixed + added, outputs.targets)
         if Task.LIKE in self.tasks:
             loss = loss + self._like_loss(own, outputs, block)
         return loss
+
+    def _past_tastes(
+        self, own: Tensors, outputs: Outputs, scores: torch.Tensor, block: torch.Tensor
+    ) -> torch.Tensor:
+        """What the taste of the past adds to each position's scores, [K, I]."""
+        targets = outputs.targets
+        if taste.READ_IN in own:
+            read = taste.read_vectors(own, targets)[:-1]
+            read = read if outputs.kept_taste is None else read * outputs.kept_taste
+            return read @ self.features(own, Task.NEXT_ITEM).T
+        features, prior = self._basis(own, Task.NEXT_ITEM)
+        past = taste.past_weights(own, Task.NEXT_ITEM, block)
+        return taste.fit_next_item(scores, targets, features, prior, past)[block] @ features.T
 
     def _scores(
         self, own: Tensors, vectors: torch.Tensor, seen: torch.Tensor | None
@@ -131,11 +144,14 @@ class Objective:
             Name to float32 vector, for the private state.
         """
         one_block = torch.zeros_like(outputs.targets)
-        scores = self._scores(own, outputs.vectors, outputs.seen)
-        features, prior = self._basis(own, Task.NEXT_ITEM)
-        past = taste.past_weights(own, Task.NEXT_ITEM, one_block)[-1:]
-        fitted = taste.fit_next_item(scores, outputs.targets, features, prior, past)
-        vectors = {taste.vector_name(Task.NEXT_ITEM): fitted[0]}
+        if taste.READ_IN in own:
+            found = taste.read_vectors(own, outputs.targets)
+        else:
+            scores = self._scores(own, outputs.vectors, outputs.seen)
+            features, prior = self._basis(own, Task.NEXT_ITEM)
+            past = taste.past_weights(own, Task.NEXT_ITEM, one_block)[-1:]
+            found = taste.fit_next_item(scores, outputs.targets, features, prior, past)
+        vectors = {taste.vector_name(Task.NEXT_ITEM): found[-1]}
         if Task.LIKE in self.tasks:
             known, items, liked, logits = self._likes(own, outputs)
             features, prior = self._basis(own, Task.LIKE, items)

@@ -263,7 +263,9 @@ def _basis_shapes(manifest: Manifest, lora: Tensors, width: int) -> _Shapes:
     if not private.enabled or private.kind is PrivateKind.INDEPENDENT:
         return {}
     if private.kind is PrivateKind.TASTE:
-        initial = taste.initial_basis(private.taste, manifest.tasks, manifest.head, seed=0)
+        initial = taste.initial_basis(
+            private.taste, manifest.tasks, manifest.head, manifest.num_items, seed=0
+        )
         return {name: tuple(value.shape) for name, value in initial.items()}
     bases: _Shapes = {}
     if private.on_layers:

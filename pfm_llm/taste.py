@@ -1,37 +1,52 @@
 """The private taste vector: a few numbers of a user, in a basis that everybody learns.
 
 A random private LoRA must learn its directions from one user's hundred events. Here directions
-are the business of all: item i has the features
+are the business of all: item i has features v_i, and the client keeps phi alone, which adds
+``phi . v_i`` to the score of item i. phi is a function of the history and of the shared state:
+nothing is lost when a new shared state arrives, little data shrink it to zero, and no data are
+zero. It is found in one of two ways.
+
+*Read*, for the next item where items have IDs. What was met is summed up, as in FISM (Kabbur,
+Ning and Karypis 2013, KDD, equation 4) with a fading past:
+
+    phi = sum_t w_t a_{y_t} / (n + sum_t w_t),    v_i = b_i        [r]
+
+with a_i and b_i two embeddings of each item, learned for this alone. A quarter of the features each
+fades at a pace of its own, from a few events to hundreds. It is the one part of the model that
+reads the whole history, of which the prompt shows the end.
+
+*Fitted*, for likes, and for the next item by text alone:
 
     v_i = T z_i + G e_i        [r], z_i its whitened text, e_i its standardised ID embedding
 
-and the client keeps phi alone, which adds ``phi . v_i`` to the score of item i. phi is the
-minimum, to a few Newton steps from zero, of the client's own loss with a Gaussian prior:
+and phi is the minimum, to a few Newton steps from zero, of the client's own loss with a Gaussian
+prior:
 
     phi = argmin  sum_t w_t loss(s_t + V phi, y_t) + lambda/2 |phi|^2,    s_t the shared scores
 
-with w_t = 2^(-a_t / h) for an event that is a_t events old and h a learned half-life: tastes drift,
-and what was met last tells most. So phi is a function of the history and of the shared state:
-nothing is lost when a new shared state arrives, little data shrink it to zero, and no data are
-zero. For the next item the loss is the softmax cross-entropy over what was not met by then, with
-one step,
+For the next item the loss is the softmax cross-entropy over what was not met by then, with one
+step,
 
     g = sum_t w_t (v_{y_t} - E_{p_t} v),    H = sum_t w_t Cov_{p_t}(v) + lambda I,    phi = H^-1 g
 
 and for likes the logistic loss, with a feature 1 added for the user's own level.
 
-Training is *prequential* (Dawid 1984): the positions are cut into blocks, and each block is
-predicted with the phi of all earlier ones. T, G, lambda and h then receive the gradient of what
-generalises from a user's past to the user's future, as serving will ask of them, and from every
-amount of past: fitted in-sample they would learn to remember, and fitted to long histories alone
-the prior would never see what little data are worth. That private parameters are fitted anew per
-task inside of the training of the shared ones is CAVIA (Zintgraf et al. 2019, arXiv 1810.03642,
-equations 2 and 3); the closed form is the Laplace approximation.
+In both, w_t = 2^(-a_t / h) for an event that is a_t events old and h a learned half-life: tastes
+drift, and what was met last tells most.
+
+Training is *prequential* (Dawid 1984): each position is predicted with the phi of earlier ones
+alone; where phi is fitted, with that of all before its block. The basis then receives the
+gradient of what generalises from a user's past to the user's future, as serving will ask of it,
+and from every amount of past: fitted in-sample it would learn to remember, and fitted to long
+histories alone the prior would never see what little data are worth. That private parameters are
+fitted anew per task inside of the training of the shared ones is CAVIA (Zintgraf et al. 2019,
+arXiv 1810.03642, equations 2 and 3); the closed form is the Laplace approximation.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 
 from pfm_llm import seeding
 from pfm_llm.choices import ItemIds, Task
@@ -43,6 +58,12 @@ _FEATURE_STD = 0.3
 _LEVEL_PRECISION = 1.0
 """Prior on a user's level of likes: one unit of log-odds."""
 _LIKE_STEPS = 2
+_READ_STD = 0.1
+_READ_HALF_LIVES = (4.0, 15.0, 60.0, 240.0)
+READ_IN, READ_OUT = "basis.taste.next_item.read_in", "basis.taste.next_item.read_out"
+"""Names of all a_i and of all b_i, [I, r]."""
+READ_PRIOR = "basis.taste.next_item.log_events"
+"""Name of log n, n in events, one a pace, [4]."""
 
 
 def text_name(task: Task) -> str:
@@ -61,7 +82,7 @@ def precision_name(task: Task) -> str:
 
 
 def half_life_name(task: Task) -> str:
-    """Name of log h, h in events, [1]."""
+    """Name of log h, h in events: [1], or [4] where a vector is read."""
     return f"basis.taste.{task}.log_half_life"
 
 
@@ -70,8 +91,14 @@ def vector_name(task: Task) -> str:
     return f"private.taste.{task}"
 
 
+def is_read(config: TasteConfig, task: Task, head: HeadConfig) -> bool:
+    """Whether a task's vector is read off the history instead of fitted to it."""
+    has_ids = head.item_ids is not ItemIds.NONE
+    return task is Task.NEXT_ITEM and has_ids and bool(config.read_rank)
+
+
 def initial_basis(
-    config: TasteConfig, tasks: tuple[Task, ...], head: HeadConfig, seed: int
+    config: TasteConfig, tasks: tuple[Task, ...], head: HeadConfig, num_items: int, seed: int
 ) -> dict[str, torch.Tensor]:
     """The basis before training, float32.
 
@@ -79,6 +106,7 @@ def initial_basis(
         config: Number of features and prior.
         tasks: What is predicted; each task has a basis of its own.
         head: For the dimensions D of the texts and E of the item IDs, if there are any.
+        num_items: Size of the catalogue.
         seed: The experiment's seed.
     """
     dim = head.dim
@@ -87,6 +115,14 @@ def initial_basis(
     tensors = {}
     for task in tasks:
         generator = seeding.generator(seed, f"taste/{task}")
+        if is_read(config, task, head):
+            shape = (num_items, config.read_rank)
+            tensors[READ_IN] = torch.randn(shape, generator=generator) * _READ_STD
+            tensors[READ_OUT] = torch.zeros(shape)
+            half_lives = torch.tensor(_READ_HALF_LIVES)
+            tensors[READ_PRIOR] = torch.full_like(half_lives, config.read_events).log()
+            tensors[half_life_name(task)] = half_lives.log()
+            continue
         drawn = torch.randn(config.rank, width, generator=generator) * _FEATURE_STD / width**0.5
         tensors[text_name(task)] = drawn[:, :dim].clone()
         if has_ids:
@@ -97,9 +133,16 @@ def initial_basis(
     return tensors
 
 
-def initial_vectors(config: TasteConfig, tasks: tuple[Task, ...]) -> dict[str, torch.Tensor]:
-    """A client's vectors before it is fitted: zero, float32."""
-    return {vector_name(task): torch.zeros(config.rank + (task is Task.LIKE)) for task in tasks}
+def initial_vectors(
+    config: TasteConfig, tasks: tuple[Task, ...], head: HeadConfig
+) -> dict[str, torch.Tensor]:
+    """A client's vectors before anything was met: zero, float32."""
+
+    def width(task: Task) -> int:
+        rank = config.read_rank if is_read(config, task, head) else config.rank
+        return rank + (task is Task.LIKE)
+
+    return {vector_name(task): torch.zeros(width(task)) for task in tasks}
 
 
 def item_features(shared: Tensors, task: Task, item_texts: torch.Tensor) -> torch.Tensor:
@@ -115,6 +158,8 @@ def item_features(shared: Tensors, task: Task, item_texts: torch.Tensor) -> torc
     Returns:
         float32 [I, r], or [I, r + 1].
     """
+    if task is Task.NEXT_ITEM and READ_OUT in shared:
+        return shared[READ_OUT]
     features = item_texts @ shared[text_name(task)].T
     if ids_name(task) in shared:
         features = features + standard_ids(shared[ITEM_IDS]) @ shared[ids_name(task)].T
@@ -149,11 +194,37 @@ def past_weights(shared: Tensors, task: Task, block: torch.Tensor) -> torch.Tens
         float32 [F + 1, K]: row f has the positions before block f, zero elsewhere; the last row
         has all. The newest position of a row counts one.
     """
+    return _fading_past(block, shared[half_life_name(task)].exp())
+
+
+def _fading_past(block: torch.Tensor, half_life: torch.Tensor) -> torch.Tensor:
     num_positions = len(block)
     place = torch.arange(num_positions, device=block.device)
     starts = torch.nonzero(torch.diff(block, prepend=block.new_full((1,), -1)))[:, 0]
     ends = torch.cat([starts, starts.new_full((1,), num_positions)])
-    return fading(ends[:, None] - 1 - place, shared[half_life_name(task)].exp())
+    return fading(ends[:, None] - 1 - place, half_life)
+
+
+def read_vectors(shared: Tensors, items: torch.Tensor) -> torch.Tensor:
+    """Taste vectors for the next item, read off what was met.
+
+    Args:
+        shared: One client's shared tensors.
+        items: int64 [K], what was met, oldest first.
+
+    Returns:
+        float32 [K + 1, r]: row t has the items before t, the last row all of them.
+    """
+    half_lives, priors = (
+        shared[name].exp() for name in (half_life_name(Task.NEXT_ITEM), READ_PRIOR)
+    )
+    each = torch.arange(len(items), device=items.device)
+    parts = F.embedding(items, shared[READ_IN]).tensor_split(len(half_lives), dim=1)
+    read = []
+    for part, half_life, prior in zip(parts, half_lives, priors, strict=True):
+        weights = _fading_past(each, half_life)
+        read.append(weights @ part / (weights.sum(1, keepdim=True) + prior))
+    return torch.cat(read, 1)
 
 
 def fit_next_item(

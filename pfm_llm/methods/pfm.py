@@ -2,15 +2,18 @@
 
 ::
 
-    score_u,i = score_i(n) + phi_u . (T z_i + G e_i)
+    score_u,i = score_i(n) + phi_u . b_i,    phi_u = sum_t w_t a_{y_t} / (n_0 + sum_t w_t)
+    like_u,i  = like_i + psi_u . (T z_i + G e_i)
 
-phi_u, some numbers a user and task, is the private adapter: the minimum, to one Newton step, of
-the user's own loss with a Gaussian prior, in which the past fades. T, G, the prior's precision
-and the half-life of the past are the basis, which is aggregated like the shared LoRA. In training
-each block of events is predicted with the phi fitted to the blocks before it, so that the basis
-learns what generalises from a user's past to the user's future. `taste.py` has the equations.
+phi_u and psi_u, some numbers a user and task, are the private adapter. phi_u reads the whole
+history, of which the prompt shows the end; in it the past fades. psi_u is the minimum, to two
+Newton steps, of the user's own loss with a Gaussian prior. The embeddings a and b, T, G, the
+priors and the half-lives of the past are the basis, which is aggregated like the shared LoRA. In
+training every event is predicted with what the past alone gives, so that the basis learns what
+generalises from a user's past to the user's future. `taste.py` has the equations.
 
-The idea of context parameters that are fitted anew for every task, in a model trained so that
+What is read is a factored item model, FISM (Kabbur, Ning and Karypis 2013, KDD, equation 4). The
+idea of context parameters that are fitted anew for every task, in a model trained so that
 fitting them pays, is that of CAVIA (Zintgraf et al. 2019, ICML, arXiv 1810.03642, equations 2
 and 3); here one client is one task.
 """

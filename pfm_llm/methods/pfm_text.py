@@ -2,7 +2,7 @@
 
 ::
 
-    score_u,i = score_i(n) + phi_u . T z_i
+    score_u,i = score_i(n) + phi_u . T z_i,    phi_u fitted to the history, as for likes
 """
 
 from pfm_llm.methods.pfm import SPEC as PFM

@@ -1,9 +1,9 @@
 """One YAML, expanded into experiments: for every run, seed and grid value one config.
 
 Later settings win: the base config, then ``set`` of the suite, of the budget and of the run, what
-the run sets with this budget alone, then the grid's value. A run's ``method`` overrules what the levels above the run say of the settings
-that it fixes, so that one base serves all methods. Unknown keys, in the suite as in the settings,
-are errors that name the nearest valid one.
+the run sets with this budget alone, then the grid's value. A run's ``method`` overrules what the
+levels above the run say of the settings that it fixes, so that one base serves all methods. Unknown
+keys, in the suite as in the settings, are errors that name the nearest valid one.
 """
 
 import copy

@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from pfm_llm.artefact import TRAINING_CONFIG_FILE, Artefact, Metric, align_items
+from pfm_llm.artefact import PER_ITEM, TRAINING_CONFIG_FILE, Artefact, Metric, align_items
 from pfm_llm.errors import CorruptFileError
-from pfm_llm.head import ITEM_BIAS, ITEM_IDS
 from pfm_llm.types import Tensors
 
 _FACTOR = re.compile(r"lora\.(?P<module>.+)\.A")
@@ -216,7 +215,7 @@ def _tensor_changes(
             yield Change.of(name, _norm(old), _norm(old), "gone")
             continue
         new, note = after[name], ""
-        if name in (ITEM_BIAS, ITEM_IDS):
+        if name in PER_ITEM:
             kept = torch.tensor(common, dtype=torch.int64).reshape(-1, 2)
             old, new = old[kept[:, 0]], new[kept[:, 1]]
             note = f"over the {len(common)} items that both know"

@@ -121,10 +121,14 @@ def test_rows_follow_their_items() -> None:
         "head.item_bias": torch.tensor([1.0, 2.0, 6.0]),
         "head.item_ids": torch.arange(6.0).view(3, 2) + 1,
         "head.state_proj": torch.eye(3),
+        "basis.taste.next_item.read_in": torch.tensor([[1.0], [2.0], [3.0]]),
+        "basis.taste.next_item.read_out": torch.tensor([[4.0], [5.0], [6.0]]),
     }
     aligned = aligned_tensors(tensors, alignment)
     assert aligned["head.item_bias"].tolist() == [6.0, 3.0, 1.0]
     assert aligned["head.item_ids"].tolist() == [[5.0, 6.0], [0.0, 0.0], [1.0, 2.0]]
+    assert aligned["basis.taste.next_item.read_in"].tolist() == [[3.0], [0.0], [1.0]]
+    assert aligned["basis.taste.next_item.read_out"].tolist() == [[6.0], [0.0], [4.0]]
     assert torch.equal(aligned["head.state_proj"], torch.eye(3))
 
 

@@ -15,7 +15,8 @@ from pfm_llm.objective import Objective, Outputs
 
 ITEMS, HIDDEN, POSITIONS = 17, 12, 10
 HEAD = HeadConfig(dim=8, id_dim=4)
-TASTE = TasteConfig(rank=3, precision=5.0)
+FITTED = TasteConfig(rank=3, read_rank=0, precision=5.0)
+READ = TasteConfig(rank=3, read_rank=5)
 BOTH = (Task.NEXT_ITEM, Task.LIKE)
 
 
@@ -23,9 +24,9 @@ def _random(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _own() -> dict[str, torch.Tensor]:
+def _own(config: TasteConfig = FITTED) -> dict[str, torch.Tensor]:
     own = recommender_head.initial_head(HEAD, HIDDEN, ITEMS, 0, BOTH)
-    own |= taste.initial_basis(TASTE, BOTH, HEAD, seed=0)
+    own |= taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=0)
     stirred = {
         name: value + _random(*value.shape, seed=index) * 0.3
         for index, (name, value) in enumerate(own.items())
@@ -62,10 +63,11 @@ def test_without_a_private_part_it_is_the_two_cross_entropies() -> None:
     torch.testing.assert_close(alone.loss(own, outputs), next_item)
 
 
+@pytest.mark.parametrize("config", [FITTED, READ])
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_what_was_met_is_no_candidate(block_size: int | None) -> None:
+def test_what_was_met_is_no_candidate(block_size: int | None, config: TasteConfig) -> None:
     """All is as if the catalogue held the candidates alone."""
-    own, outputs, tasks = _own(), _outputs(), (Task.NEXT_ITEM,)
+    own, outputs, tasks = _own(config), _outputs(), (Task.NEXT_ITEM,)
     gone = torch.tensor([item for item in range(ITEMS) if item not in outputs.targets][:3])
     left = torch.tensor([item for item in range(ITEMS) if item not in gone])
     seen = torch.zeros(POSITIONS, ITEMS, dtype=torch.bool)
@@ -87,8 +89,11 @@ def test_what_was_met_is_no_candidate(block_size: int | None) -> None:
         assert all(value.any() for value in fitted.values())
 
 
-def test_the_shared_part_learns_what_it_would_learn_without_a_private_one() -> None:
-    own, outputs = _own(), _outputs()
+@pytest.mark.parametrize("config", [FITTED, READ])
+def test_the_shared_part_learns_what_it_would_learn_without_a_private_one(
+    config: TasteConfig,
+) -> None:
+    own, outputs = _own(config), _outputs()
     names = list(own)
     with_taste, without = (
         torch.autograd.grad(
@@ -126,6 +131,25 @@ def test_each_block_is_predicted_from_the_past_alone() -> None:
         losses.append(F.cross_entropy(personal, outputs.targets[mine], reduction="sum"))
     expected = F.cross_entropy(scores, outputs.targets) + sum(losses) / POSITIONS
     torch.testing.assert_close(objective.loss(own, outputs), expected)
+
+
+def test_a_position_is_predicted_with_what_was_read_before_it() -> None:
+    own, outputs, objective = _own(READ), _outputs(), _objective(4, (Task.NEXT_ITEM,))
+    scores = recommender_head.score_items(own, outputs.vectors, objective.item_texts)
+    kept = (_random(POSITIONS, 5, seed=3) > 0).float() * 2
+    losses = {False: 0.0, True: 0.0}
+    for t in range(POSITIONS):
+        # What fitting to the first t events gives, that is, an agent that knows no more.
+        before = Outputs(outputs.vectors[:t], outputs.targets[:t], outputs.liked[:t])
+        vector = objective.fit_taste(own, before)[taste.vector_name(Task.NEXT_ITEM)]
+        for drops in losses:
+            added = own[taste.READ_OUT] @ (vector * kept[t] if drops else vector)
+            losses[drops] += F.cross_entropy(scores[t] + added, outputs.targets[t]).item()
+    shared = F.cross_entropy(scores, outputs.targets).item()
+    for drops, total in losses.items():
+        given = dataclasses.replace(outputs, kept_taste=kept) if drops else outputs
+        expected = torch.tensor(shared + total / POSITIONS)
+        torch.testing.assert_close(objective.loss(own, given), expected)
 
 
 def test_dropout_reaches_the_shared_part_alone() -> None:

@@ -115,10 +115,10 @@ def test_a_block_is_predicted_from_earlier_ones_of_which_the_newest_count_most()
 
 
 def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
-    config = TasteConfig(rank=RANK, precision=20.0, half_life=9.0, half_life_like=30.0)
-    basis = taste.initial_basis(config, BOTH, HEAD, seed=3)
-    again = taste.initial_basis(config, BOTH, HEAD, seed=3)
-    other = taste.initial_basis(config, BOTH, HEAD, seed=4)
+    config = TasteConfig(rank=RANK, read_rank=0, precision=20.0, half_life=9.0, half_life_like=30.0)
+    basis = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
+    again = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
+    other = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=4)
     for task in BOTH:
         assert basis[taste.text_name(task)].shape == (RANK, 8)
         assert basis[taste.ids_name(task)].shape == (RANK, 4)
@@ -127,20 +127,60 @@ def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
         assert float(basis[taste.half_life_name(task)]) == pytest.approx(math.log(half_life))
     assert all(torch.equal(basis[name], again[name]) for name in basis)
     assert not torch.equal(basis[taste.text_name(Task.LIKE)], other[taste.text_name(Task.LIKE)])
-    text_only = taste.initial_basis(
-        config, (Task.NEXT_ITEM,), HEAD.model_copy(update={"item_ids": ItemIds.NONE}), seed=3
-    )
+    no_ids = HEAD.model_copy(update={"item_ids": ItemIds.NONE})
+    text_only = taste.initial_basis(config, (Task.NEXT_ITEM,), no_ids, ITEMS, seed=3)
     assert taste.ids_name(Task.NEXT_ITEM) not in text_only
-    vectors = taste.initial_vectors(config, BOTH)
+    vectors = taste.initial_vectors(config, BOTH, HEAD)
     assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [RANK, RANK + 1]
     assert all(not value.any() for value in vectors.values())
     assert all(name.startswith("private.") for name in vectors)
     assert all(name.startswith("basis.") for name in basis)
 
 
+def test_what_was_met_is_read_where_items_have_ids_and_no_taste_is_shared() -> None:
+    config = TasteConfig(rank=RANK, read_rank=6, read_events=2.0, half_life=9.0)
+    basis = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
+    assert basis[taste.READ_IN].shape == basis[taste.READ_OUT].shape == (ITEMS, 6)
+    assert basis[taste.READ_IN].any()
+    assert not basis[taste.READ_OUT].any()
+    assert basis[taste.READ_PRIOR].exp().tolist() == pytest.approx([2.0] * 4)
+    half_lives = basis[taste.half_life_name(Task.NEXT_ITEM)].exp()
+    assert half_lives.tolist() == pytest.approx([4.0, 15.0, 60.0, 240.0])
+    assert taste.text_name(Task.NEXT_ITEM) not in basis
+    assert taste.text_name(Task.LIKE) in basis
+    vectors = taste.initial_vectors(config, BOTH, HEAD)
+    assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [6, RANK + 1]
+    assert all(name.startswith("basis.") for name in basis)
+    no_ids = HEAD.model_copy(update={"item_ids": ItemIds.NONE})
+    assert taste.READ_IN not in taste.initial_basis(config, BOTH, no_ids, ITEMS, seed=3)
+    fitted = taste.initial_vectors(config, BOTH, no_ids)
+    assert len(fitted[taste.vector_name(Task.NEXT_ITEM)]) == RANK
+
+
+def test_reading_is_the_shrunk_mean_of_a_fading_past() -> None:
+    """By hand, for every length of the past; the first two features fade sooner than the third."""
+    embeddings, items = _random(ITEMS, RANK), _targets()
+    half_lives, priors = torch.tensor([2.0, 5.0]).double(), torch.tensor([3.0, 4.0]).double()
+    shared = {
+        taste.READ_IN: embeddings,
+        taste.READ_PRIOR: priors.log(),
+        taste.half_life_name(Task.NEXT_ITEM): half_lives.log(),
+    }
+    found = taste.read_vectors(shared, items)
+    assert found.shape == (POSITIONS + 1, RANK)
+    for known in range(POSITIONS + 1):
+        for feature, (half_life, prior) in enumerate([(2, 3), (2, 3), (5, 4)]):
+            weights = [0.5 ** ((known - 1 - place) / half_life) for place in range(known)]
+            met = [float(embeddings[item, feature]) for item in items[:known]]
+            total = sum(w * x for w, x in zip(weights, met, strict=True))
+            expected = total / (prior + sum(weights))
+            assert float(found[known, feature]) == pytest.approx(expected, abs=1e-12)
+    assert not found[0].any()
+
+
 def test_features_are_the_stated_sum_and_send_no_gradient_to_the_ids() -> None:
-    config = TasteConfig(rank=RANK)
-    shared = taste.initial_basis(config, BOTH, HEAD, seed=3)
+    config = TasteConfig(rank=RANK, read_rank=0)
+    shared = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
     shared[ITEM_IDS] = (_random(ITEMS, 4).float() * 7 + 2).requires_grad_()
     texts = _random(ITEMS, 8, seed=1).float()
     ids = shared[ITEM_IDS].detach()
