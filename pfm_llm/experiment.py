@@ -5,7 +5,7 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,19 @@ def run_experiment(
     return folders.public
 
 
-def evaluate_run(run: Path) -> Path:
+def evaluate_run(run: Path, against: Sequence[Path] = ()) -> Path:
     """Evaluate a finished or interrupted run anew from its last commit, and rewrite its report.
+
+    Args:
+        run: The run's folder.
+        against: Result files of trained baselines, to be compared with user by user.
 
     Returns:
         The run's folder.
 
     Raises:
         CheckpointError: Nothing was ever committed.
+        DataError: A file of ``against`` is of other data, or says nothing of single users.
     """
     opened = open_run(run)
     evaluate_and_report(
@@ -101,6 +106,7 @@ def evaluate_run(run: Path) -> Path:
         opened.shared,
         opened.round_number,
         None,
+        against,
     )
     return run
 

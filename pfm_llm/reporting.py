@@ -3,11 +3,12 @@
 import functools
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pfm_llm import evaluation, files, plots, ranking, result_tables, run_report
+from pfm_llm import comparison, evaluation, files, plots, ranking, result_tables, run_report
 from pfm_llm.assembly import Assembly, RunFolders
 from pfm_llm.baselines import FittedBaseline, fit_baselines
 from pfm_llm.choices import Task
@@ -22,10 +23,9 @@ from pfm_llm.processes import Processes
 from pfm_llm.progress import Progress
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
-from pfm_llm.settings import like_threshold
+from pfm_llm.settings import like_threshold, method_name
 from pfm_llm.types import Mode, SharedState
 
-_CUSTOM = "custom"
 _POOLED = "pooled data"
 _HEADLINE_K = 10
 
@@ -74,8 +74,19 @@ def evaluate_and_report(
     shared: SharedState,
     round_number: int,
     training_seconds: float | None,
+    against: Sequence[Path] = (),
 ) -> None:
-    """The final evaluation of every mode and baseline, and everything that a run leaves."""
+    """The final evaluation of every mode and baseline, and everything that a run leaves.
+
+    Args:
+        assembly: The run's objects.
+        folders: Where it is.
+        processes: Who works on it.
+        shared: The shared state at hand.
+        round_number: After which round it stands.
+        training_seconds: Of the last start; None: nothing was trained.
+        against: Result files of trained baselines, to be compared with as the run's own are.
+    """
     config = assembly.config
     modes = [
         mode
@@ -88,14 +99,19 @@ def evaluate_and_report(
         evaluation_task(assembly, held_out, shared, round_number, modes, keep=True)
         for held_out in splits
     ]
+    others = [comparison.read_references(against, config, one.name) for one in splits]
     measured = [measure(assembly, processes, task) for task in tasks]
     with processes.together():
         if not processes.is_main:
             return
         rows = []
         baselines = fit_run_baselines(assembly)
-        for task, found in zip(tasks, measured, strict=True):
-            rows += rows_of(assembly, task, found, rank_baselines(baselines, task))
+        for task, found, trained in zip(tasks, measured, others, strict=True):
+            fitted = rank_baselines(baselines, task)
+            rows += rows_of(assembly, task, found, fitted)
+            references = [comparison.ranked(name, ranks) for name, ranks in fitted.items()]
+            references += trained
+            rows += comparison.rows_over(config, task.held_out.name, found.ranks, references)
         costs = _costs(assembly, folders, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
         _write_report(folders, config, rows, costs, baselines)
@@ -162,11 +178,6 @@ def rows_of(
             aucs = measured.aucs[mode]
             rows.append(ranking.auc_row(aucs, like, config.evaluation, config.seed))
     return rows
-
-
-def method_name(config: ExperimentConfig) -> str:
-    """The method's name in results: ``custom`` for settings that are none of `methods`."""
-    return config.method.value if config.method else _CUSTOM
 
 
 def _costs(

@@ -3,6 +3,13 @@
 from pfm_llm.choices import PrivateKind, Task
 from pfm_llm.config import ExperimentConfig, training_hash
 
+_CUSTOM = "custom"
+
+
+def method_name(config: ExperimentConfig) -> str:
+    """The method's name in results: ``custom`` for settings that are none of `methods`."""
+    return config.method.value if config.method else _CUSTOM
+
 
 def uses_taste(config: ExperimentConfig) -> bool:
     """Whether the private part is a taste vector, a function of the history at hand."""

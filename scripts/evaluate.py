@@ -9,6 +9,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", default=None, help="run folder (default: the newest in runs/)")
     parser.add_argument("--runs", default="runs", help="where to look for the newest run")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="result files of benchmarks/baselines on the same data: adds the difference to each, "
+        "paired over users",
+    )
     run_safely(evaluate, parser.parse_args())
 
 
@@ -20,7 +28,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from pfm_llm.run_report import RESULTS_FILE, newest_run, read_results
 
     run = Path(arguments.run) if arguments.run else newest_run(arguments.runs)
-    evaluate_run(run)
+    evaluate_run(run, [Path(file) for file in arguments.against])
     if is_main_process():
         rows, _ = read_results(run / RESULTS_FILE)
         print(f"\n{terminal_table(rows)}\nrun folder: {run}")

@@ -14,6 +14,7 @@ positive is better for the user; `named_estimates` puts those of a run together.
 
 from pfm_llm.personality.curves import COLD_START, MEMORY, CurvePoint, curve, curve_figures
 from pfm_llm.personality.estimates import (
+    HEADLINE_K,
     RANK_QUALITIES,
     Bootstrap,
     Estimate,
@@ -31,6 +32,7 @@ from pfm_llm.personality.swap import identification, identification_chance, swap
 
 __all__ = [
     "COLD_START",
+    "HEADLINE_K",
     "MEMORY",
     "RANK_QUALITIES",
     "Bootstrap",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pfm_llm import evaluation, personality, ranking
+from pfm_llm import comparison, evaluation, personality, ranking
 from pfm_llm.assembly import RunFolders
 from pfm_llm.checkpoint import CheckpointStore
 from pfm_llm.choices import Task
@@ -23,11 +23,11 @@ from pfm_llm.reporting import (
     evaluation_task,
     fit_run_baselines,
     measure,
-    method_name,
     rank_baselines,
     rows_of,
 )
 from pfm_llm.run_report import RESULTS_FILE, ResultRow, read_results, write_results
+from pfm_llm.settings import method_name
 from pfm_llm.study.cold_start import known_by_few, known_by_none
 from pfm_llm.study.served import Served, quality_of
 from pfm_llm.types import Mode
@@ -79,14 +79,9 @@ class _Study:
         """Every mode and baseline on test."""
         baselines = rank_baselines(fit_run_baselines(self._assembly), self._task)
         rows = rows_of(self._assembly, self._task, self._test, baselines)
-        # `ndcg_over_<baseline>`: paired over users, so its interval judges the difference.
-        own = quality_of(self._test, self._best_mode, "ndcg")
-        over = {}
-        for baseline, ranks in baselines.items():
-            theirs = personality.user_quality("ndcg", ranks.full, ranks.users)
-            difference = personality.paired_difference(own, theirs, self._bootstrap)
-            over[f"ndcg_over_{baseline}"] = difference
-        return rows + self._rows(over, Task.NEXT_ITEM, "")
+        references = [comparison.ranked(name, ranks) for name, ranks in baselines.items()]
+        name = self._task.held_out.name
+        return rows + comparison.rows_over(self._config, name, self._test.ranks, references)
 
     def per_user(self) -> dict[str, list[float]]:
         """Gains over shared only, one a user, in ascending order: nobody's can be told.

@@ -23,7 +23,7 @@ LAYERS = [line.split() for line in """
     prompts scoring aggregation aggregation_error run_report personality
     baselines token_table result_tables
     ranking suite_report
-    readme
+    readme comparison
     backbone encoding
     trunk_cache
     head

@@ -1,0 +1,122 @@
+"""A run beside others, paired over users: the difference whose interval judges a claim."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pfm_llm import personality, ranking
+from pfm_llm.choices import Task
+from pfm_llm.config import ExperimentConfig
+from pfm_llm.errors import CorruptFileError, DataError
+from pfm_llm.personality import Bootstrap
+from pfm_llm.ranking import Ranks
+from pfm_llm.run_report import ResultRow, read_results
+from pfm_llm.settings import method_name
+from pfm_llm.types import Mode
+
+_NDCG = "ndcg"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a run is compared with.
+
+    Attributes:
+        name: The method.
+        users: Internal ids, ascending, int64 [U].
+        ndcg: NDCG@10 of each, a user's targets averaged, over the full catalogue, float64 [U].
+    """
+
+    name: str
+    users: np.ndarray
+    ndcg: np.ndarray
+
+
+def ranked(name: str, ranks: Ranks) -> Reference:
+    """A reference from its ranks."""
+    return Reference(
+        name, np.unique(ranks.users), personality.user_quality(_NDCG, ranks.full, ranks.users)
+    )
+
+
+def read_references(paths: Sequence[Path], config: ExperimentConfig, split: str) -> list[Reference]:
+    """References from result files of ``benchmarks/baselines``, which keep what each user got.
+
+    Args:
+        paths: The files.
+        config: The run's; both must have been measured on the same data.
+        split: ``validation`` or ``test``.
+
+    Raises:
+        DataError: There is no such file, it says nothing of single users on this split, or it is
+            of other data.
+        CorruptFileError: It is not a result file.
+    """
+    return [_read_reference(path, config, split) for path in paths]
+
+
+def _read_reference(path: Path, config: ExperimentConfig, split: str) -> Reference:
+    rows, extra = read_results(path)
+    per_user = extra.get("per_user", {}).get(split)
+    if not rows or not isinstance(per_user, dict) or "users" not in per_user:
+        raise DataError(
+            f"{path} does not say what each user got on {split}; give a file that a script of "
+            "benchmarks/baselines wrote"
+        )
+    theirs = extra.get("config", {}).get("data")
+    if theirs != config.model_dump(mode="json")["data"]:
+        raise DataError(f"{path} was measured on other data or another split than this run")
+    try:
+        users = np.asarray(per_user["users"], np.int64)
+        ndcg = np.asarray(per_user["ndcg@10"], np.float64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{path}: per_user of {split} cannot be read: {error}") from error
+    if users.shape != ndcg.shape or users.ndim != 1:
+        raise CorruptFileError(f"{path}: per_user of {split} has unequal lists")
+    return Reference(rows[0].method, users, ndcg)
+
+
+def rows_over(
+    config: ExperimentConfig,
+    split: str,
+    ranks: Mapping[Mode, Ranks],
+    references: Sequence[Reference],
+) -> list[ResultRow]:
+    """Rows ``ndcg_over_<name>``: NDCG@10 of a run's best mode minus each reference's.
+
+    Args:
+        config: The run's.
+        split: ``validation`` or ``test``.
+        ranks: Of the run, per mode; the best is that with the private adapter, if there is one.
+        references: Of the same users.
+
+    Raises:
+        DataError: A reference is of other users.
+    """
+    mode = Mode.SHARED_PRIVATE if Mode.SHARED_PRIVATE in ranks else Mode.SHARED_ONLY
+    own = ranked(mode.value, ranks[mode])
+    evaluated = config.evaluation
+    bootstrap = Bootstrap(evaluated.bootstrap, evaluated.confidence, config.seed)
+    describe = functools.partial(
+        ResultRow,
+        method=method_name(config),
+        mode=mode.value,
+        task=Task.NEXT_ITEM.value,
+        protocol=config.data.split.value,
+        budget="",
+        split=split,
+        candidates=ranking.FULL,
+        k=personality.HEADLINE_K,
+        seed=config.seed,
+        regime=config.regime or "",
+    )
+    rows = []
+    for reference in references:
+        if not np.array_equal(reference.users, own.users):
+            raise DataError(f"{reference.name} was measured on other users than this run")
+        difference = personality.paired_difference(own.ndcg, reference.ndcg, bootstrap)
+        rows.append(describe(metric=f"ndcg_over_{reference.name}", **asdict(difference)))
+    return rows
