@@ -89,7 +89,7 @@ def collate(
     before = torch.tensor([len(w.before) for _, w in flat])
     row_clients = torch.tensor([c for c, _ in flat])
     position_clients = row_clients.repeat_interleave(lengths)
-    targets = _joined([w.targets for _, w in flat])
+    targets = joined([w.targets for _, w in flat])
     outputs = lengths.cumsum(0) - 1 if last_only else (targets != NO_TARGET).nonzero()[:, 0]
     trunk = nn.utils.rnn.pad_sequence([s for own in states for s in own], batch_first=True)
     device = trunk.device
@@ -97,19 +97,20 @@ def collate(
         trunk=trunk,
         row_clients=row_clients.to(device),
         rows=torch.arange(len(flat)).repeat_interleave(lengths).to(device),
-        ends=_joined([w.item_ends for _, w in flat]).to(device),
-        items=_joined([w.items for _, w in flat]).to(device),
+        ends=joined([w.item_ends for _, w in flat]).to(device),
+        items=joined([w.items for _, w in flat]).to(device),
         positions_per_client=_counts(position_clients, len(windows)),
         outputs=outputs.to(device),
         targets=targets[outputs].to(device),
-        liked=_joined([w.liked for _, w in flat])[outputs].to(device),
+        liked=joined([w.liked for _, w in flat])[outputs].to(device),
         outputs_per_client=_counts(position_clients[outputs], len(windows)),
         before_rows=torch.arange(len(flat)).repeat_interleave(before).to(device),
-        before_items=_joined([w.before for _, w in flat]).to(device),
+        before_items=joined([w.before for _, w in flat]).to(device),
     )
 
 
-def _joined(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+def joined(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+    """One int64 tensor of all."""
     return torch.from_numpy(np.concatenate(arrays)).long()
 
 

@@ -17,6 +17,7 @@ from pfm_llm.histories import BatchSource, ClientHistories, LocalWork
 from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.settings import uses_taste
+from pfm_llm.taste import READ_IN
 from pfm_llm.types import PRIVATE_PREFIX, ClientUpdate, PrivateState, SharedState, Tensors
 
 _log = logging.getLogger(__name__)
@@ -182,9 +183,12 @@ class LocalTrainer:
         if not able:
             return private
         read = [windows[c] for c in able]
-        states = [histories.trunk_states(chunk[c], later[c]) for c in able]
         stacked = self._stack_shared(shared, len(able))
-        fitted = self._model.fit_taste(collate(read, states), stacked)
+        if READ_IN in shared.tensors:
+            fitted = self._model.read_taste(read, stacked)
+        else:
+            states = [histories.trunk_states(chunk[c], later[c]) for c in able]
+            fitted = self._model.fit_taste(collate(read, states), stacked)
         rows = torch.tensor(able, device=self._model.item_texts.device)
         return {name: value.index_copy(0, rows, fitted[name]) for name, value in private.items()}
 

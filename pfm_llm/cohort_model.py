@@ -20,8 +20,9 @@ from torch import nn
 
 from pfm_llm import head as recommender_head
 from pfm_llm import taste
-from pfm_llm.batches import ChunkBatch, Dropout, spans
+from pfm_llm.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.choices import Task
+from pfm_llm.encoding import NO_TARGET, Window
 from pfm_llm.head import Normaliser
 from pfm_llm.objective import Objective, Outputs
 from pfm_llm.readout import Readout, read_last_mlp_only
@@ -175,14 +176,42 @@ class CohortModel:
 
     @torch.no_grad()
     def fit_taste(self, batch: ChunkBatch, stacked: Tensors) -> dict[str, torch.Tensor]:
-        """Each client's taste vectors for the shared state at hand, stacked [C, ...]."""
+        """Each client's taste vectors for the shared state at hand, stacked [C, ...].
+
+        Args:
+            batch: All that the clients met, collated to train.
+            stacked: Their shared tensors, with a leading client dimension.
+        """
         parts = Parts(shared_lora=True, private_weight=0.0)
         owns, vectors = self._user_vectors(batch, stacked, parts)
-        fitted = [
-            self.objective.fit_taste(own, outputs)
-            for own, outputs in zip(owns, self._outputs(batch, vectors), strict=True)
+        return self._fitted(owns, self._outputs(batch, vectors))
+
+    @torch.no_grad()
+    def read_taste(
+        self, windows: Sequence[Sequence[Window]], stacked: Tensors
+    ) -> dict[str, torch.Tensor]:
+        """`fit_taste` where the next item's vector is read: without a pass over any text.
+
+        Args:
+            windows: Per client all that it met, oldest first.
+            stacked: Their shared tensors, with a leading client dimension.
+        """
+        device = self.item_texts.device
+        events = [
+            Outputs(
+                vectors=torch.empty(0),
+                targets=joined([w.targets[w.targets != NO_TARGET] for w in own]).to(device),
+                liked=joined([w.liked[w.targets != NO_TARGET] for w in own]).to(device),
+            )
+            for own in windows
         ]
-        return {name: torch.stack([one[name] for one in fitted]) for name in fitted[0]}
+        return self._fitted(_slices(stacked, len(windows)), events)
+
+    def _fitted(
+        self, owns: Sequence[Tensors], outputs: Sequence[Outputs]
+    ) -> dict[str, torch.Tensor]:
+        found = [self.objective.fit_taste(*one) for one in zip(owns, outputs, strict=True)]
+        return {name: torch.stack([vectors[name] for vectors in found]) for name in found[0]}
 
     @torch.no_grad()
     def user_vectors(self, batch: ChunkBatch, stacked: Tensors, parts: Parts) -> list[torch.Tensor]:

@@ -140,6 +140,8 @@ class Objective:
     def fit_taste(self, own: Tensors, outputs: Outputs) -> dict[str, torch.Tensor]:
         """A client's taste vectors, fitted to all of its positions; zero without any.
 
+        Where the next item's is read, `Outputs.vectors` and `Outputs.seen` are not asked for.
+
         Returns:
             Name to float32 vector, for the private state.
         """

@@ -360,6 +360,26 @@ def test_a_fit_in_closed_form_takes_no_steps(tiny_assembly: TinyAssembly) -> Non
     assert assembly.trainer.personalise_steps(chunk) == 0
 
 
+def test_what_is_read_needs_no_pass_over_any_text(
+    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It equals what the same batch gives after a pass, in a silo of two users too."""
+    assembly = tiny_assembly(method="pfm", data__users_per_client=2)
+    chunk, shared = assembly.histories.trainable[:3], assembly.parts.shared
+    windows = [assembly.histories.windows(client_id) for client_id in chunk]
+    batch = collate(windows, [assembly.histories.trunk_states(c) for c in chunk])
+    stacked = assembly.trainer.stack(shared, {}, len(chunk))
+    expected = assembly.parts.model.fit_taste(batch, stacked)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the trunk was read")
+
+    monkeypatch.setattr(assembly.histories, "trunk_states", fail)
+    private = assembly.trainer.personalise(chunk, shared, 0)
+    assert _same(private, expected, 0.0)
+    assert all(private["private.taste.next_item"].any(1))
+
+
 def test_personalise_keeps_the_whole_old_adapter_of_a_client_whose_fit_diverges(
     tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
