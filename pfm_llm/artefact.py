@@ -44,9 +44,10 @@ from pfm_llm.prompts import Prompt, load_prompt
 from pfm_llm.taste import READ_IN, READ_OUT
 from pfm_llm.types import Tensors
 
-FORMAT = 2
+FORMAT = 3
 PER_ITEM = (ITEM_BIAS, ITEM_IDS, LIKE_BIAS, READ_IN, READ_OUT)
 """Shared tensors with a row for each item of the catalogue."""
+_MEAN_FOR_NEW = (ITEM_BIAS, LIKE_BIAS, READ_OUT)
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 HEAD_FILE = "recommender_head.safetensors"
@@ -151,7 +152,7 @@ class Manifest(_Part):
         files: Name to SHA-256 of every listed file.
     """
 
-    format: Literal[2]
+    format: Literal[3]
     pfm_llm: str
     name: str
     round: int
@@ -364,7 +365,7 @@ class Alignment:
         new, dropped = len(self.rows) - self.num_kept, self.num_known - self.num_kept
         return (
             f"{self.num_kept} of the adapter's {self.num_known} items are in this catalogue; the "
-            f"biases and ID embeddings of {dropped} others are dropped, and {new} items that it "
+            f"biases and embeddings of {dropped} others are dropped, and {new} items that it "
             "never saw start from their text alone"
         )
 
@@ -383,8 +384,8 @@ def align_items(known: Sequence[str], wanted: Sequence[str]) -> Alignment:
 def aligned_tensors(tensors: Tensors, alignment: Alignment) -> dict[str, torch.Tensor]:
     """Shared tensors for another catalogue: rows that belong to items follow their items.
 
-    An item that was never seen gets the mean bias and zero embeddings: it is ranked by its text,
-    neither favoured nor held back.
+    An item that was never seen gets the mean bias, the mean embedding where a taste is weighed,
+    and else zero embeddings: it is ranked by its text, neither favoured nor held back.
 
     Args:
         tensors: Shared tensors over the artefact's items.
@@ -396,7 +397,7 @@ def aligned_tensors(tensors: Tensors, alignment: Alignment) -> dict[str, torch.T
         if name not in tensors:
             continue
         old = tensors[name]
-        default = torch.zeros(old.shape[1]) if old.dim() == 2 else old.mean()
+        default = old.mean(0) if name in _MEAN_FOR_NEW else torch.zeros(old.shape[1])
         new = default.expand(len(rows), *old.shape[1:]).clone()
         new[rows >= 0] = old[rows[rows >= 0]]
         aligned[name] = new

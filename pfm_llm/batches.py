@@ -132,7 +132,7 @@ class Dropout:
     in the chunk.
 
     Attributes:
-        head: Rate on the user vectors.
+        head: Rate on the user vectors, and on taste vectors that are read.
         shared, private: Rates on what the factors A of each adapter read, as in PEFT.
         generators: By index of the client in the chunk.
     """

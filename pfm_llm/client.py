@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from pfm_llm.batches import collate
-from pfm_llm.choices import Schedule
+from pfm_llm.choices import Schedule, Task
 from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.contract import UpdateContract
@@ -17,7 +17,7 @@ from pfm_llm.histories import BatchSource, ClientHistories, LocalWork
 from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.settings import uses_taste
-from pfm_llm.taste import READ_IN
+from pfm_llm.taste import READ_IN, is_read
 from pfm_llm.types import PRIVATE_PREFIX, ClientUpdate, PrivateState, SharedState, Tensors
 
 _log = logging.getLogger(__name__)
@@ -194,6 +194,9 @@ class LocalTrainer:
 
     def personalise_tokens(self, client_id: str) -> int:
         """Padded tokens that one step of `personalise` reads of a client."""
+        private = self._config.adapters.private
+        if uses_taste(self._config) and is_read(private.taste, Task.NEXT_ITEM, self._config.head):
+            return 0
         return self._histories.num_tokens(client_id, self._local.personalise_windows)
 
     def personalise_steps(self, chunk: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,11 +52,16 @@ def read_references(paths: Sequence[Path], config: ExperimentConfig, split: str)
         split: ``validation`` or ``test``.
 
     Raises:
-        DataError: There is no such file, it says nothing of single users on this split, or it is
-            of other data.
+        DataError: There is no such file, it says nothing of single users on this split, it is of
+            other data or other users, or two files are of one method.
         CorruptFileError: It is not a result file.
     """
-    return [_read_reference(path, config, split) for path in paths]
+    references = [_read_reference(path, config, split) for path in paths]
+    names = [reference.name for reference in references]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two files are of {name}; compare with one at a time")
+    return references
 
 
 def _read_reference(path: Path, config: ExperimentConfig, split: str) -> Reference:
@@ -66,9 +72,8 @@ def _read_reference(path: Path, config: ExperimentConfig, split: str) -> Referen
             f"{path} does not say what each user got on {split}; give a file that a script of "
             "benchmarks/baselines wrote"
         )
-    theirs = extra.get("config", {}).get("data")
-    if theirs != config.model_dump(mode="json")["data"]:
-        raise DataError(f"{path} was measured on other data or another split than this run")
+    if _population(extra.get("config", {})) != _population(config.model_dump(mode="json")):
+        raise DataError(f"{path} was measured on other data, users or another split than this run")
     try:
         users = np.asarray(per_user["users"], np.int64)
         ndcg = np.asarray(per_user["ndcg@10"], np.float64)
@@ -77,6 +82,14 @@ def _read_reference(path: Path, config: ExperimentConfig, split: str) -> Referen
     if users.shape != ndcg.shape or users.ndim != 1:
         raise CorruptFileError(f"{path}: per_user of {split} has unequal lists")
     return Reference(rows[0].method, users, ndcg)
+
+
+def _population(config: Mapping[str, Any]) -> tuple[object, object]:
+    """What decides which users are asked for which items."""
+    data = {**config.get("data", {})}
+    data.pop("users_per_client", None)
+    # The seed draws the sample of users, where there is one.
+    return data, config.get("seed") if data.get("max_users") else None
 
 
 def rows_over(

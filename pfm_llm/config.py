@@ -105,10 +105,10 @@ class TasteConfig(_Settings):
     rank: PositiveCount = Field(16, description="numbers a user and task, where they are fitted")
     read_rank: Count = Field(64, description="the same, read off the items met; 0: fitted too")
     read_events: Positive = Field(5.0, description="events that a read past shrinks by, at first")
-    precision: Positive = Field(30.0, description="of the prior, before training")
-    half_life: Positive = Field(20.0, description="in events, of the past; before training")
+    precision: Positive = Field(30.0, description="of the prior where fitted, before training")
+    half_life: Positive = Field(20.0, description="in events, next item fitted; before training")
     half_life_like: Positive = Field(100.0, description="the same for likes, which drift slowly")
-    block: PositiveCount = Field(8, description="events that one vector predicts in training")
+    block: PositiveCount = Field(8, description="events that one fitted vector predicts at once")
 
 
 class PrivateAdapterConfig(LoraAdapterConfig):
@@ -143,7 +143,7 @@ class HeadConfig(_Settings):
     item_context: bool = Field(
         True, description="a linear way from the window's items to the user vector"
     )
-    dropout: Fraction = Field(0.0, description="dropout on the projected user state")
+    dropout: Fraction = Field(0.0, description="dropout on user vectors, and on tastes read")
 
 
 class LocalConfig(_Settings):
@@ -299,6 +299,11 @@ def _private_problem(config: ExperimentConfig) -> str | None:
     private, local = config.adapters.private, config.federation.local
     if not private.enabled:
         return None
+    if private.kind is PrivateKind.TASTE and config.data.users_per_client > 1:
+        return (
+            "adapters.private.kind: taste is one user's past in order; set data.users_per_client: "
+            "1, or choose another kind"
+        )
     shared_basis = private.kind is PrivateKind.SHARED_BASIS
     if shared_basis and local.schedule is not Schedule.ALTERNATE:
         return (

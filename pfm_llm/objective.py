@@ -63,7 +63,7 @@ class Objective:
     Attributes:
         item_texts: float32 [I, D], whitened.
         tasks: What is learned.
-        block_size: Positions that one taste vector predicts; None without taste vectors.
+        block_size: Positions that one fitted taste vector predicts; None without taste vectors.
         unseen_only: Whether what a user has met is no candidate.
     """
 

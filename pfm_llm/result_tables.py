@@ -1,5 +1,6 @@
 """Result rows as tables, in Markdown and in plain text."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,9 +107,9 @@ def _grid(
 ) -> tuple[list[str], list[list[str]]]:
     """Header and body of one table; ``best`` is the format of a column's largest value."""
     lines: dict[tuple[str, str, str], dict[_Column, ResultRow]] = {}
-    for row in rows:
-        cells = lines.setdefault((row.method, row.mode, row.budget), {})
-        for column in filter(lambda column: column.shows(row), columns):
+    for row, column in itertools.product(rows, columns):
+        if column.shows(row):
+            cells = lines.setdefault((row.method, row.mode, row.budget), {})
             if column in cells:
                 raise DataError(
                     f"two results for {row.method}/{row.mode}, {column.heading} on {row.split}; "
@@ -121,7 +122,7 @@ def _grid(
         column: max(_figure(cells[column]) for cells in lines.values() if column in cells)
         for column in columns
     }
-    num_names = 3 if len({row.budget for row in rows}) > 1 else 2
+    num_names = 3 if len({budget for _, _, budget in lines}) > 1 else 2
     header = [*_TEXT_COLUMNS[:num_names], *(column.heading for column in columns)]
     body = []
     for key in order:

@@ -13,7 +13,8 @@ Ning and Karypis 2013, KDD, equation 4) with a fading past:
 
 with a_i and b_i two embeddings of each item, learned for this alone. A quarter of the features each
 fades at a pace of its own, from a few events to hundreds. It is the one part of the model that
-reads the whole history, of which the prompt shows the end.
+reads all of a history's windows at once, but for the history's first item; the prompt shows the
+newest.
 
 *Fitted*, for likes, and for the next item by text alone:
 
@@ -210,7 +211,7 @@ def read_vectors(shared: Tensors, items: torch.Tensor) -> torch.Tensor:
 
     Args:
         shared: One client's shared tensors.
-        items: int64 [K], what was met, oldest first.
+        items: int64 [K], what was met, oldest first; of one user.
 
     Returns:
         float32 [K + 1, r]: row t has the items before t, the last row all of them.

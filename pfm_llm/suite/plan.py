@@ -189,6 +189,8 @@ def load_suite(path: Path) -> SuiteConfig:
             _look_up(run.grid, list(suite.grids), f"{path}, run {run.name}: grid")
         for budget in run.set_with:
             _look_up(budget, list(suite.budgets), f"{path}, run {run.name}: set_with")
+            if "method" in run.set_with[budget]:
+                raise ConfigError(f"{path}, run {run.name}: set_with: method belongs to set")
         if run.arguments and run.script is None:
             raise ConfigError(f"{path}, run {run.name}: arguments are for a script; name one")
         if run.grid is not None and run.script is not None:

@@ -23,7 +23,7 @@ def catalogue(**titles: str) -> Catalogue:
 
 def manifest_tree(**changes: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {
-        "format": 2,
+        "format": 3,
         "pfm_llm": "0",
         "name": "run",
         "round": 3,
@@ -66,7 +66,7 @@ def test_manifest_survives_its_own_bytes() -> None:
     ("content", "match"),
     [
         (b"{", "it is not valid JSON"),
-        (b"[]", "format None, this version of pfm_llm reads 2"),
+        (b"[]", "format None, this version of pfm_llm reads 3"),
         (json.dumps(manifest_tree(format=1)).encode(), "format 1, .*export the run again"),
         (json.dumps(manifest_tree(round="x")).encode(), "damaged at round"),
         (json.dumps(manifest_tree(extra=1)).encode(), "damaged at extra"),
@@ -128,7 +128,7 @@ def test_rows_follow_their_items() -> None:
     assert aligned["head.item_bias"].tolist() == [6.0, 3.0, 1.0]
     assert aligned["head.item_ids"].tolist() == [[5.0, 6.0], [0.0, 0.0], [1.0, 2.0]]
     assert aligned["basis.taste.next_item.read_in"].tolist() == [[3.0], [0.0], [1.0]]
-    assert aligned["basis.taste.next_item.read_out"].tolist() == [[6.0], [0.0], [4.0]]
+    assert aligned["basis.taste.next_item.read_out"].tolist() == [[6.0], [5.0], [4.0]]
     assert torch.equal(aligned["head.state_proj"], torch.eye(3))
 
 

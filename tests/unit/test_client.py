@@ -363,8 +363,8 @@ def test_a_fit_in_closed_form_takes_no_steps(tiny_assembly: TinyAssembly) -> Non
 def test_what_is_read_needs_no_pass_over_any_text(
     tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It equals what the same batch gives after a pass, in a silo of two users too."""
-    assembly = tiny_assembly(method="pfm", data__users_per_client=2)
+    """It equals what the same batch gives after a pass."""
+    assembly = tiny_assembly(method="pfm")
     chunk, shared = assembly.histories.trainable[:3], assembly.parts.shared
     windows = [assembly.histories.windows(client_id) for client_id in chunk]
     batch = collate(windows, [assembly.histories.trunk_states(c) for c in chunk])

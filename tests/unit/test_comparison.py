@@ -63,8 +63,10 @@ def test_the_difference_is_paired_over_users_and_of_the_best_mode(tmp_path: Path
     assert first.value == pytest.approx((1.0 + 0.0 - 0.5) / 3)
     assert first.ci_low <= first.value <= first.ci_high
     assert (second.metric, second.value, second.ci_low) == ("ndcg_over_popularity", 0.0, 0.0)
-    shared = comparison.rows_over(CONFIG, "test", {Mode.SHARED_ONLY: own[Mode.SHARED_ONLY]}, [])
-    assert shared == []
+    alone = {Mode.SHARED_ONLY: _ranks(1, 1, 1, 1)}
+    (shared,) = comparison.rows_over(CONFIG, "test", alone, trained)
+    assert shared.mode == "shared_only"
+    assert shared.value == pytest.approx((1.0 + 0.5 + 0.0) / 3)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,21 @@ def test_what_cannot_be_compared_is_said(
 ) -> None:
     with pytest.raises(DataError, match=message):
         comparison.read_references([_file(tmp_path, **changes)], CONFIG, "test")
+
+
+def test_a_sample_of_users_is_another_with_another_seed(tmp_path: Path) -> None:
+    data = {"max_users": 3}
+    drawn = ExperimentConfig(name="paired", seed=1, data=data)
+    same = _file(tmp_path, config=drawn.model_dump(mode="json"))
+    assert comparison.read_references([same], drawn, "test")
+    with pytest.raises(DataError, match="on other data, users"):
+        comparison.read_references(
+            [same], ExperimentConfig(name="paired", seed=2, data=data), "test"
+        )
+    silos = ExperimentConfig(name="paired", seed=1, data={**data, "users_per_client": 4})
+    assert comparison.read_references([same], silos, "test")
+    with pytest.raises(DataError, match="two files are of sasrec"):
+        comparison.read_references([same, same], drawn, "test")
 
 
 @pytest.mark.parametrize("ndcg", [[0.1, 0.2], "x", None])

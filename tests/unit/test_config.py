@@ -69,6 +69,7 @@ def test_dump_and_load_give_an_equal_config(
         ),
         ({"data": {"columns": {"zzz": 1}}}, r"unknown key data\.columns\.zzz; valid here: user, "),
         ({"data": {"split": "random"}}, r"data\.split: .*'leave_last_out'"),
+        ({"method": "pfm", "data": {"users_per_client": 2}}, r"taste is one user's past"),
         ({"window": {"items": 0}}, r"window\.items: .*greater than or equal to 1"),
         ({"adapters": {"private": {"weight": 1.6}}}, r"adapters\.private\.weight: .*1\.5"),
         ({"adapters": {"private": {"dropout": 1}}}, r"adapters\.private\.dropout: .*less than 1"),

@@ -164,6 +164,11 @@ def test_markdown_has_baselines_first_then_modes_in_their_order() -> None:
     ]
 
 
+def test_a_row_that_no_column_shows_makes_no_line() -> None:
+    difference = row("pfm", "shared_private", metric="ndcg_over_ease", budget="another")
+    assert results_table([*ROWS, difference]) == results_table(ROWS)
+
+
 def test_markdown_columns_are_labelled_by_metric_cut_off_and_candidates() -> None:
     lines = table_lines(results_table(ROWS))
     assert lines[0] == [

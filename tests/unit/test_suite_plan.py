@@ -145,6 +145,10 @@ def test_values_of_any_kind_make_names(world: World) -> None:
         ({"runs": [{"nam": "a"}]}, r"runs.0: name: Field required"),
         ({"runs": [{"name": "a", "set": {"head.dmi": 2}}]}, r"run a:\n.*did you mean head.dim\?"),
         ({"runs": [{"name": "a", "set_with": {"al": {}}}]}, r"run a: set_with 'al' is unknown"),
+        (
+            {"runs": [{"name": "a", "set_with": {"full": {"method": "pfm"}}}]},
+            r"method belongs to set",
+        ),
         ({"runs": [{"name": "a", "grid": "x"}]}, r"run a: grid 'x' is unknown; there is lr"),
         ({"runs": [{"name": "a"}, {"name": "a"}]}, r"run 'a' is there twice"),
         ({"runs": [{"name": "a", "grid": "lr"}, {"name": "a-s0"}]}, None),
