@@ -32,7 +32,6 @@ from pfm_llm.assembly import Assembly
 from pfm_llm.backbone import Backbone
 from pfm_llm.cohort_model import BASIS, SHARED_LORA
 from pfm_llm.config import ExperimentConfig, dump_config
-from pfm_llm.metrics import RANK_METRICS
 from pfm_llm.model_card import CardFacts, model_card, shown_name
 from pfm_llm.result_tables import results_table
 from pfm_llm.run_report import PLOTS_FOLDER, ResultRow
@@ -177,9 +176,7 @@ def _metrics(rows: Sequence[ResultRow]) -> tuple[Metric, ...]:
             ci_high=row.ci_high,
         )
         for row in rows
-        if row.mode != Mode.NONE
-        and (row.split, row.candidates) == ("test", "full")
-        and row.metric in (*RANK_METRICS, "auc")  # qualities, not differences
+        if row.mode != Mode.NONE and row.split == "test" and row.candidates == "full"
     )
 
 

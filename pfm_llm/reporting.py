@@ -1,5 +1,6 @@
 """The end of a run: every mode and baseline measured, and everything that a run leaves."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ from pfm_llm.run_report import ResultRow
 from pfm_llm.settings import like_threshold, method_name
 from pfm_llm.types import Mode, SharedState
 
+COMPARISONS = "comparisons"
+"""Key of ``results.json``: rows of differences, as `comparison.rows_over` makes them."""
 _POOLED = "pooled data"
 _HEADLINE_K = 10
 
@@ -104,17 +107,19 @@ def evaluate_and_report(
     with processes.together():
         if not processes.is_main:
             return
-        rows = []
+        rows: list[ResultRow] = []
+        comparisons: list[ResultRow] = []
         baselines = fit_run_baselines(assembly)
         for task, found, trained in zip(tasks, measured, others, strict=True):
             fitted = rank_baselines(baselines, task)
             rows += rows_of(assembly, task, found, fitted)
             references = [comparison.ranked(name, ranks) for name, ranks in fitted.items()]
             references += trained
-            rows += comparison.rows_over(config, task.held_out.name, found.ranks, references)
+            name = task.held_out.name
+            comparisons += comparison.rows_over(config, name, found.ranks, references)
         costs = _costs(assembly, folders, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
-        _write_report(folders, config, rows, costs, baselines)
+        _write_report(folders, config, rows, comparisons, costs, baselines)
         _draw(folders, measured[-1])
         folder = folders.shared_adapter
         export_shared_adapter(assembly, folder, shared, round_number, rows)
@@ -209,10 +214,12 @@ def _write_report(
     folders: RunFolders,
     config: ExperimentConfig,
     rows: Sequence[ResultRow],
+    comparisons: Sequence[ResultRow],
     costs: Mapping[str, Any],
     baselines: Sequence[FittedBaseline],
 ) -> None:
     extra = {
+        COMPARISONS: [dataclasses.asdict(row) for row in comparisons],
         "config": config.model_dump(mode="json"),
         "environment": files.read_json(folders.public / run_report.ENVIRONMENT_FILE),
         "costs": costs,

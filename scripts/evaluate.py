@@ -24,14 +24,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from pfm_llm.experiment import evaluate_run
+    from pfm_llm.reporting import COMPARISONS
     from pfm_llm.result_tables import terminal_table
     from pfm_llm.run_report import RESULTS_FILE, newest_run, read_results
 
     run = Path(arguments.run) if arguments.run else newest_run(arguments.runs)
     evaluate_run(run, [Path(file) for file in arguments.against])
     if is_main_process():
-        rows, _ = read_results(run / RESULTS_FILE)
-        print(f"\n{terminal_table(rows)}\nrun folder: {run}")
+        rows, extra = read_results(run / RESULTS_FILE)
+        print(f"\n{terminal_table(rows)}")
+        for row in extra[COMPARISONS]:
+            interval = f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
+            print(f"{row['split']} {row['metric']}@{row['k']}: {row['value']:+.4f} {interval}")
+        print(f"\nrun folder: {run}")
 
 
 if __name__ == "__main__":

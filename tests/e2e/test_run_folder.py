@@ -363,3 +363,23 @@ def test_private_folders_hold_each_clients_own(finished: Path) -> None:
         trained = [name for name in kept if name.startswith("private.r")]
         assert len(trained) <= 3  # the newest at or before the older kept commit, and later ones
     assert len(list(clients.glob("*/private.r*"))) >= 4
+
+
+def test_the_difference_to_each_baseline_is_paired_and_beside_the_rows(finished: Path) -> None:
+    content = results_of(finished)
+    found = [(row["split"], row["metric"], row["mode"]) for row in content["comparisons"]]
+    assert found == [
+        (split, f"ndcg_over_{name}", "shared_private")
+        for split in ("validation", "test")
+        for name in BASELINES
+    ]
+    values = {
+        (r["split"], r["method"], r["mode"]): r["value"]
+        for r in content["rows"]
+        if (r["candidates"], r["metric"], r["k"]) == ("full", "ndcg", 10)
+    }
+    for row in content["comparisons"]:
+        theirs = values[row["split"], row["metric"].removeprefix("ndcg_over_"), "none"]
+        expected = values[row["split"], "custom", "shared_private"] - theirs
+        assert row["value"] == pytest.approx(expected, abs=1e-12)
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
