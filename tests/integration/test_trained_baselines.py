@@ -16,8 +16,9 @@ from benchmarks.baselines import pfedrec, pfedrec_training, sasrec, sasrec_train
 from pfm_llm.assembly import load_corpus
 from pfm_llm.config import load_config
 from pfm_llm.errors import ConfigError
+from pfm_llm.experiment import evaluate_run, run_experiment
 from pfm_llm.result_tables import results_table
-from pfm_llm.run_report import read_results
+from pfm_llm.run_report import RESULTS_FILE, read_results
 from scripts._cli import run_safely
 from tests.integration.tiny import Tiny
 
@@ -64,6 +65,28 @@ def test_results_stand_beside_those_of_a_run(
     assert extra["environment"]["seed"] == 3
     assert len(extra["validation_history"]) == 2
     assert extra["costs"]["training_seconds"] > 0
+
+
+def test_a_run_is_compared_with_a_baseline_that_was_trained_apart(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    given = arguments(tiny, tmp_path)
+    sasrec.run(given)
+    run = run_experiment(tiny.config(tmp_path / "runs", federation__num_rounds=2))
+    evaluate_run(run, [given.output])
+    rows, extra = read_results(run / RESULTS_FILE)
+    theirs, _ = read_results(given.output)
+    values = {
+        (row.split, row.mode): row.value
+        for row in (*rows, *theirs)
+        if (row.candidates, row.metric, row.k) == ("full", "ndcg", 10)
+        and row.method in ("sasrec", "custom")
+    }
+    found = [one for one in extra["comparisons"] if one["metric"] == "ndcg_over_sasrec"]
+    assert found
+    for one in found:
+        expected = values[one["split"], one["mode"]] - values[one["split"], "none"]
+        assert one["value"] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
