@@ -38,7 +38,6 @@ class Served:
             ``joint``: the log-likelihood of an event, of what was met and whether it was liked.
         """
         assembly, task = self._assembly, self._task
-        clients = assembly.histories.clients
         names = sorted({assembly.histories.client_of(int(u)) for u in task.held_out.users})
         generator = numpy_generator(assembly.config.seed, "strangers")
         # Rotations of one random order: everybody's adapter serves as often as everybody else's.
@@ -54,7 +53,7 @@ class Served:
         show = Progress(1 + len(shifts), "serving strangers' adapters", True, unit="passes")
         with show as progress:
             for shift in (0, *shifts.tolist()):
-                lender = {name: order[(place[name] + shift) % len(order)] for name in clients}
+                lender = {name: order[(place[name] + shift) % len(order)] for name in names}
                 found = self.measure_with(only, lender, known)
                 served.append(_qualities(found))
                 progress.update(1)
