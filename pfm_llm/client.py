@@ -17,7 +17,7 @@ from pfm_llm.histories import BatchSource, ClientHistories, LocalWork
 from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.settings import uses_taste
-from pfm_llm.taste import READ_IN, is_read
+from pfm_llm.taste import is_read
 from pfm_llm.types import PRIVATE_PREFIX, ClientUpdate, PrivateState, SharedState, Tensors
 
 _log = logging.getLogger(__name__)
@@ -162,6 +162,12 @@ class LocalTrainer:
         """Whether the private part is a function of the history at hand: a taste vector."""
         return uses_taste(self._config)
 
+    @property
+    def _needs_no_text(self) -> bool:
+        """Whether a taste vector follows from what was met alone, without a pass."""
+        settings = self._config.adapters.private.taste
+        return self.reads_histories and is_read(settings, Task.NEXT_ITEM, self._config.head)
+
     def fit_taste(
         self, chunk: Sequence[str], shared: SharedState, later: Sequence[Sequence[Window]]
     ) -> dict[str, torch.Tensor]:
@@ -184,7 +190,7 @@ class LocalTrainer:
             return private
         read = [windows[c] for c in able]
         stacked = self._stack_shared(shared, len(able))
-        if READ_IN in shared.tensors:
+        if self._needs_no_text:
             fitted = self._model.read_taste(read, stacked)
         else:
             states = [histories.trunk_states(chunk[c], later[c]) for c in able]
@@ -194,8 +200,7 @@ class LocalTrainer:
 
     def personalise_tokens(self, client_id: str) -> int:
         """Padded tokens that one step of `personalise` reads of a client."""
-        private = self._config.adapters.private
-        if uses_taste(self._config) and is_read(private.taste, Task.NEXT_ITEM, self._config.head):
+        if self._needs_no_text:
             return 0
         return self._histories.num_tokens(client_id, self._local.personalise_windows)
 

@@ -12,7 +12,7 @@ from pfm_llm import personality, ranking
 from pfm_llm.choices import Task
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.errors import CorruptFileError, DataError
-from pfm_llm.personality import Bootstrap
+from pfm_llm.personality import Bootstrap, Estimate
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow, read_results
 from pfm_llm.settings import method_name
@@ -36,11 +36,14 @@ class Reference:
     ndcg: np.ndarray
 
 
-def ranked(name: str, ranks: Ranks) -> Reference:
-    """A reference from its ranks."""
-    return Reference(
-        name, np.unique(ranks.users), personality.user_quality(_NDCG, ranks.full, ranks.users)
-    )
+def ranked_references(ranks: Mapping[str, Ranks]) -> list[Reference]:
+    """References from the ranks of each method."""
+    return [_reference(name, own) for name, own in ranks.items()]
+
+
+def _reference(name: str, ranks: Ranks) -> Reference:
+    ndcg = personality.user_quality(_NDCG, ranks.full, ranks.users)
+    return Reference(name, np.unique(ranks.users), ndcg)
 
 
 def read_references(paths: Sequence[Path], config: ExperimentConfig, split: str) -> list[Reference]:
@@ -103,33 +106,62 @@ def rows_over(
     Args:
         config: The run's.
         split: ``validation`` or ``test``.
-        ranks: Of the run, per mode; the best is that with the private adapter, if there is one.
+        ranks: Of the run, per mode; the best is `best_mode`.
         references: Of the same users.
 
     Raises:
         DataError: A reference is of other users.
     """
-    mode = Mode.SHARED_PRIVATE if Mode.SHARED_PRIVATE in ranks else Mode.SHARED_ONLY
-    own = ranked(mode.value, ranks[mode])
+    mode = best_mode(ranks)
+    own = _reference(mode.value, ranks[mode])
     evaluated = config.evaluation
     bootstrap = Bootstrap(evaluated.bootstrap, evaluated.confidence, config.seed)
-    describe = functools.partial(
-        ResultRow,
-        method=method_name(config),
-        mode=mode.value,
-        task=Task.NEXT_ITEM.value,
-        protocol=config.data.split.value,
-        budget="",
-        split=split,
-        candidates=ranking.FULL,
-        k=personality.HEADLINE_K,
-        seed=config.seed,
-        regime=config.regime or "",
-    )
-    rows = []
+    figures = {}
     for reference in references:
         if not np.array_equal(reference.users, own.users):
             raise DataError(f"{reference.name} was measured on other users than this run")
         difference = personality.paired_difference(own.ndcg, reference.ndcg, bootstrap)
-        rows.append(describe(metric=f"ndcg_over_{reference.name}", **asdict(difference)))
-    return rows
+        figures[f"ndcg_over_{reference.name}"] = difference
+    return estimate_rows(config, split, mode, Task.NEXT_ITEM, figures)
+
+
+def best_mode(ranks: Mapping[Mode, Ranks]) -> Mode:
+    """That with the private adapter, if there is one."""
+    return Mode.SHARED_PRIVATE if Mode.SHARED_PRIVATE in ranks else Mode.SHARED_ONLY
+
+
+def estimate_rows(
+    config: ExperimentConfig,
+    split: str,
+    mode: Mode,
+    task: Task,
+    figures: Mapping[str, Estimate],
+    budget: str = "",
+) -> list[ResultRow]:
+    """A row for each finite estimate.
+
+    Args:
+        config: The run's.
+        split: ``validation`` or ``test``.
+        mode: Which adapters took part.
+        task: What was predicted.
+        figures: Metric to estimate.
+        budget: As in the rows.
+    """
+    describe = functools.partial(
+        ResultRow,
+        method=method_name(config),
+        mode=mode.value,
+        task=task.value,
+        protocol=config.data.split.value,
+        budget=budget,
+        split=split,
+        candidates=ranking.FULL,
+        seed=config.seed,
+        regime=config.regime or "",
+    )
+    return [
+        describe(metric=name, k=personality.HEADLINE_K if _NDCG in name else 0, **asdict(figure))
+        for name, figure in figures.items()
+        if np.isfinite(figure.value)
+    ]

@@ -113,10 +113,8 @@ def evaluate_and_report(
         for task, found, trained in zip(tasks, measured, others, strict=True):
             fitted = rank_baselines(baselines, task)
             rows += rows_of(assembly, task, found, fitted)
-            references = [comparison.ranked(name, ranks) for name, ranks in fitted.items()]
-            references += trained
-            name = task.held_out.name
-            comparisons += comparison.rows_over(config, name, found.ranks, references)
+            references = comparison.ranked_references(fitted) + trained
+            comparisons += comparison.rows_over(config, task.held_out.name, found.ranks, references)
         costs = _costs(assembly, folders, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
         _write_report(folders, config, rows, comparisons, costs, baselines)

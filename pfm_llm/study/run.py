@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pfm_llm import comparison, evaluation, personality, ranking
+from pfm_llm import comparison, evaluation, personality
 from pfm_llm.assembly import RunFolders
 from pfm_llm.checkpoint import CheckpointStore
 from pfm_llm.choices import Task
@@ -27,7 +27,6 @@ from pfm_llm.reporting import (
     rows_of,
 )
 from pfm_llm.run_report import RESULTS_FILE, ResultRow, read_results, write_results
-from pfm_llm.settings import method_name
 from pfm_llm.study.cold_start import known_by_few, known_by_none
 from pfm_llm.study.served import Served, quality_of
 from pfm_llm.types import Mode
@@ -79,7 +78,7 @@ class _Study:
         """Every mode and baseline on test."""
         baselines = rank_baselines(fit_run_baselines(self._assembly), self._task)
         rows = rows_of(self._assembly, self._task, self._test, baselines)
-        references = [comparison.ranked(name, ranks) for name, ranks in baselines.items()]
+        references = comparison.ranked_references(baselines)
         name = self._task.held_out.name
         return rows + comparison.rows_over(self._config, name, self._test.ranks, references)
 
@@ -110,29 +109,8 @@ class _Study:
         return rows
 
     def _rows(self, figures: Mapping[str, Estimate], task: Task, budget: str) -> list[ResultRow]:
-        config = self._config
-        describe = functools.partial(
-            ResultRow,
-            method=method_name(config),
-            mode=self._best_mode.value,
-            task=task.value,
-            protocol=config.data.split.value,
-            budget=budget,
-            split=self._task.held_out.name,
-            candidates=ranking.FULL,
-            seed=config.seed,
-            regime=config.regime or "",
-        )
-        return [
-            describe(metric=name, k=10 if "ndcg" in name else 0, **dataclasses.asdict(figure))
-            for name, figure in figures.items()
-            if np.isfinite(figure.value)
-        ]
-
-    @property
-    def _best_mode(self) -> Mode:
-        has_private = self._config.adapters.private.enabled
-        return Mode.SHARED_PRIVATE if has_private else Mode.SHARED_ONLY
+        name, mode = self._task.held_out.name, comparison.best_mode(self._test.ranks)
+        return comparison.estimate_rows(self._config, name, mode, task, figures, budget)
 
     def _task_of(self, held_out: HeldOut, keep: bool = False) -> EvaluationTask:
         opened = self._opened

@@ -41,6 +41,16 @@ def _study(tiny: Tiny, rated: Path, output: Path, **settings: Any) -> tuple[Path
     return run, study_run(run, "small")
 
 
+def test_users_without_a_query_take_no_part(tiny: Tiny, rated: Path, tmp_path: Path) -> None:
+    """They train, and neither lend nor borrow an adapter."""
+    path = tmp_path / "interactions.csv"
+    path.write_text(rated.read_text() + "new,i1,5\nnew,i2,2\n")
+    settings = {"method": "pfm", "regime": "fedsgd", "data__min_interactions": 2}
+    _, rows = _study(tiny, path, tmp_path / "runs", **settings)
+    (identified,) = [r for r in rows if (r.task, r.metric) == ("next_item", "identification")]
+    assert identified.num_users == 24
+
+
 def test_ours_is_measured_in_every_way(tiny: Tiny, rated: Path, tmp_path: Path) -> None:
     run, rows = _study(tiny, rated, tmp_path, method="pfm", regime="fedsgd")
     by_name = {(row.task, row.metric): row for row in rows if row.mode == "shared_private"}

@@ -10,8 +10,9 @@ from pfm_llm import comparison
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.errors import CorruptFileError, DataError
 from pfm_llm.ranking import Ranks
-from pfm_llm.run_report import ResultRow, write_results
+from pfm_llm.run_report import write_results
 from pfm_llm.types import Mode
+from tests.suite_double import row
 
 CONFIG = ExperimentConfig(name="paired")
 USERS = [3, 5, 8]
@@ -22,25 +23,6 @@ def _ranks(*ranks: int) -> Ranks:
     return Ranks(full=full, sampled=full, users=np.array([3, 5, 5, 8][: len(ranks)]))
 
 
-def _row(method: str = "sasrec") -> ResultRow:
-    return ResultRow(
-        method=method,
-        mode="none",
-        task="next_item",
-        protocol="leave_last_out",
-        budget="",
-        split="test",
-        candidates="full",
-        metric="ndcg",
-        k=10,
-        value=0.5,
-        ci_low=0.4,
-        ci_high=0.6,
-        num_users=3,
-        seed=0,
-    )
-
-
 def _file(folder: Path, **changes: Any) -> Path:
     per_user: dict[str, Any] = {"users": USERS, "ndcg@10": [0.0, 0.5, 1.0]}
     extra = {
@@ -49,7 +31,7 @@ def _file(folder: Path, **changes: Any) -> Path:
         **changes,
     }
     path = folder / "sasrec.json"
-    write_results(path, [_row()], extra)
+    write_results(path, [row(method="sasrec", mode="none", split="test")], extra)
     return path
 
 
@@ -57,8 +39,8 @@ def test_the_difference_is_paired_over_users_and_of_the_best_mode(tmp_path: Path
     """NDCG@10 is 1, then the mean of 0 and 1, then 1 / log2(4): minus 0, 1/2 and 1."""
     own = {Mode.SHARED_ONLY: _ranks(11, 11, 11, 11), Mode.SHARED_PRIVATE: _ranks(1, 11, 1, 3)}
     trained = comparison.read_references([_file(tmp_path)], CONFIG, "test")
-    popular = comparison.ranked("popularity", _ranks(1, 11, 1, 3))
-    first, second = comparison.rows_over(CONFIG, "test", own, [*trained, popular])
+    popular = comparison.ranked_references({"popularity": _ranks(1, 11, 1, 3)})
+    first, second = comparison.rows_over(CONFIG, "test", own, [*trained, *popular])
     assert (first.metric, first.mode, first.split) == ("ndcg_over_sasrec", "shared_private", "test")
     assert first.value == pytest.approx((1.0 + 0.0 - 0.5) / 3)
     assert first.ci_low <= first.value <= first.ci_high
