@@ -249,6 +249,7 @@ class ServerStep:
         """
         groups = {
             "lora.": self.config.lr_lora,
+            "basis.taste.like.items": self.config.lr_taste_like_items,
             "basis.taste.like.": self.config.lr_taste_like,
             "basis.taste.next_item.read_": self.config.lr_taste_items,
             "basis.taste.": self.config.lr_taste,

@@ -41,11 +41,11 @@ from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.errors import ArtefactError, CorruptFileError
 from pfm_llm.head import ITEM_BIAS, ITEM_IDS, LIKE_BIAS, Normaliser
 from pfm_llm.prompts import Prompt, load_prompt
-from pfm_llm.taste import READ_IN, READ_OUT
+from pfm_llm.taste import LIKE_FEATURES, READ_IN, READ_OUT
 from pfm_llm.types import Tensors
 
-FORMAT = 3
-PER_ITEM = (ITEM_BIAS, ITEM_IDS, LIKE_BIAS, READ_IN, READ_OUT)
+FORMAT = 4
+PER_ITEM = (ITEM_BIAS, ITEM_IDS, LIKE_BIAS, LIKE_FEATURES, READ_IN, READ_OUT)
 """Shared tensors with a row for each item of the catalogue."""
 _MEAN_FOR_NEW = (ITEM_BIAS, LIKE_BIAS, READ_OUT)
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -152,7 +152,7 @@ class Manifest(_Part):
         files: Name to SHA-256 of every listed file.
     """
 
-    format: Literal[3]
+    format: Literal[4]
     pfm_llm: str
     name: str
     round: int

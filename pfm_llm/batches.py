@@ -29,6 +29,9 @@ class ChunkBatch:
         liked: int64 [K], whether it was liked, 0 or 1, or `encoding.NO_LABEL`.
         outputs_per_client: How many of the K outputs belong to each client.
         before_rows, before_items: int64 [S], the items that were met before a row, and the row.
+        known: int64 [K], how many items its user had met before each output's target.
+        met_per_client: Per client int64 [H], what its last user met up to the last target, oldest
+            first.
     """
 
     trunk: torch.Tensor
@@ -43,6 +46,8 @@ class ChunkBatch:
     outputs_per_client: tuple[int, ...]
     before_rows: torch.Tensor
     before_items: torch.Tensor
+    known: torch.Tensor
+    met_per_client: tuple[torch.Tensor, ...]
 
     @property
     def num_clients(self) -> int:
@@ -88,15 +93,18 @@ def collate(
     lengths = torch.tensor([len(w) for _, w in flat])
     before = torch.tensor([len(w.before) for _, w in flat])
     row_clients = torch.tensor([c for c, _ in flat])
+    rows = torch.arange(len(flat)).repeat_interleave(lengths)
     position_clients = row_clients.repeat_interleave(lengths)
     targets = joined([w.targets for _, w in flat])
     outputs = lengths.cumsum(0) - 1 if last_only else (targets != NO_TARGET).nonzero()[:, 0]
+    # Counted from the start of the history, not of the row.
+    place = torch.arange(len(targets)) - (lengths.cumsum(0) - lengths - before)[rows]
     trunk = nn.utils.rnn.pad_sequence([s for own in states for s in own], batch_first=True)
     device = trunk.device
     return ChunkBatch(
         trunk=trunk,
         row_clients=row_clients.to(device),
-        rows=torch.arange(len(flat)).repeat_interleave(lengths).to(device),
+        rows=rows.to(device),
         ends=joined([w.item_ends for _, w in flat]).to(device),
         items=joined([w.items for _, w in flat]).to(device),
         positions_per_client=_counts(position_clients, len(windows)),
@@ -106,12 +114,14 @@ def collate(
         outputs_per_client=_counts(position_clients[outputs], len(windows)),
         before_rows=torch.arange(len(flat)).repeat_interleave(before).to(device),
         before_items=joined([w.before for _, w in flat]).to(device),
+        known=(place[outputs] + 1).to(device),
+        met_per_client=tuple(joined([w.met for w in own[-1:]]).to(device) for own in windows),
     )
 
 
 def joined(arrays: Sequence[np.ndarray]) -> torch.Tensor:
     """One int64 tensor of all."""
-    return torch.from_numpy(np.concatenate(arrays)).long()
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int32), *arrays])).long()
 
 
 def _counts(clients: torch.Tensor, num_clients: int) -> tuple[int, ...]:

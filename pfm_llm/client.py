@@ -12,8 +12,7 @@ from pfm_llm.choices import Schedule, Task
 from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.contract import UpdateContract
-from pfm_llm.encoding import Window
-from pfm_llm.histories import BatchSource, ClientHistories, LocalWork
+from pfm_llm.histories import BatchSource, ClientHistories, History, LocalWork
 from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.settings import uses_taste
@@ -136,7 +135,7 @@ class LocalTrainer:
             Stacked private tensors [C, ...]; the store is not changed.
         """
         if self.reads_histories:
-            return self.fit_taste(chunk, shared, [()] * len(chunk))
+            return self.fit_taste(chunk, shared, [None] * len(chunk))
         private = self._load_private(chunk, round_number)
         able = [c for c, client_id in enumerate(chunk) if self._histories.windows(client_id)]
         steps = self._local.personalise_steps
@@ -169,32 +168,37 @@ class LocalTrainer:
         return self.reads_histories and is_read(settings, Task.NEXT_ITEM, self._config.head)
 
     def fit_taste(
-        self, chunk: Sequence[str], shared: SharedState, later: Sequence[Sequence[Window]]
+        self, chunk: Sequence[str], shared: SharedState, shown: Sequence[History | None]
     ) -> dict[str, torch.Tensor]:
         """Taste vectors for the shared state at hand and the history of each client.
 
         Args:
             chunk: Client ids.
             shared: The shared state.
-            later: Per client what came after the training history, from
-                `ClientHistories.later_windows`.
+            shown: Per client its training history and what came after it; None: the former.
 
         Returns:
-            Stacked private tensors [C, ...]; zero for clients without any window.
+            Stacked private tensors [C, ...]; zero for clients of whom nothing can be told.
+
+        Raises:
+            DataError: A history does not begin with the training history.
         """
-        private = self._stack_private([self._initial_private(client_id) for client_id in chunk])
         histories = self._histories
+        if self._needs_no_text:
+            events = [histories.events(c, given) for c, given in zip(chunk, shown, strict=True)]
+            return self._model.read_taste(events, self._stack_shared(shared, len(chunk)))
+        private = self._stack_private([self._initial_private(client_id) for client_id in chunk])
+        later = [
+            () if given is None else histories.later_windows(client_id, given)
+            for client_id, given in zip(chunk, shown, strict=True)
+        ]
         windows = [[*histories.windows(c), *new] for c, new in zip(chunk, later, strict=True)]
         able = [c for c, own in enumerate(windows) if own]
         if not able:
             return private
-        read = [windows[c] for c in able]
-        stacked = self._stack_shared(shared, len(able))
-        if self._needs_no_text:
-            fitted = self._model.read_taste(read, stacked)
-        else:
-            states = [histories.trunk_states(chunk[c], later[c]) for c in able]
-            fitted = self._model.fit_taste(collate(read, states), stacked)
+        states = [histories.trunk_states(chunk[c], later[c]) for c in able]
+        batch = collate([windows[c] for c in able], states)
+        fitted = self._model.fit_taste(batch, self._stack_shared(shared, len(able)))
         rows = torch.tensor(able, device=self._model.item_texts.device)
         return {name: value.index_copy(0, rows, fitted[name]) for name, value in private.items()}
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,7 +23,6 @@ from pfm_llm import head as recommender_head
 from pfm_llm import taste
 from pfm_llm.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.choices import Task
-from pfm_llm.encoding import NO_TARGET, Window
 from pfm_llm.head import Normaliser
 from pfm_llm.objective import Objective, Outputs
 from pfm_llm.readout import Readout, read_last_mlp_only
@@ -188,24 +188,20 @@ class CohortModel:
 
     @torch.no_grad()
     def read_taste(
-        self, windows: Sequence[Sequence[Window]], stacked: Tensors
+        self, events: Sequence[tuple[np.ndarray, np.ndarray]], stacked: Tensors
     ) -> dict[str, torch.Tensor]:
         """`fit_taste` where the next item's vector is read: without a pass over any text.
 
         Args:
-            windows: Per client all that it met, oldest first.
+            events: Per client the items that it met, oldest first, int [n], and whether each
+                was liked, 0, 1, or `encoding.NO_LABEL`; vectors of no event are zero.
             stacked: Their shared tensors, with a leading client dimension.
         """
-        device = self.item_texts.device
-        events = [
-            Outputs(
-                vectors=torch.empty(0),
-                targets=joined([w.targets[w.targets != NO_TARGET] for w in own]).to(device),
-                liked=joined([w.liked[w.targets != NO_TARGET] for w in own]).to(device),
-            )
-            for own in windows
-        ]
-        return self._fitted(_slices(stacked, len(windows)), events)
+        outputs = []
+        for own in events:
+            met, liked = (joined([values]).to(self.item_texts.device) for values in own)
+            outputs.append(Outputs(torch.empty(0), met, liked, met, torch.arange(len(met))))
+        return self._fitted(_slices(stacked, len(events)), outputs)
 
     def _fitted(
         self, owns: Sequence[Tensors], outputs: Sequence[Outputs]
@@ -294,9 +290,13 @@ class CohortModel:
                 own,
                 batch.targets[span],
                 batch.liked[span],
+                met,
+                batch.known[span],
                 seen=None if seen is None else seen[span],
             )
-            for own, span in zip(vectors, spans(batch.outputs_per_client), strict=True)
+            for own, span, met in zip(
+                vectors, spans(batch.outputs_per_client), batch.met_per_client, strict=True
+            )
         ]
 
     def _contexts(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> list[torch.Tensor | None]:

@@ -103,7 +103,7 @@ class TasteConfig(_Settings):
     """The private taste vector; see taste.py."""
 
     rank: PositiveCount = Field(16, description="numbers a user and task, where they are fitted")
-    read_rank: Count = Field(64, description="the same, read off the items met; 0: fitted too")
+    read_rank: Count = Field(128, description="the same, read off the items met; 0: fitted too")
     read_events: Positive = Field(5.0, description="events that a read past shrinks by, at first")
     precision: Positive = Field(30.0, description="of the prior where fitted, before training")
     half_life: Positive = Field(20.0, description="in events, next item fitted; before training")
@@ -180,6 +180,7 @@ class ServerConfig(_Settings):
     lr_taste: Positive = Field(1e-2, description="of the basis of taste vectors, next item")
     lr_taste_items: Positive = Field(3e-2, description="of its embeddings, one row an item")
     lr_taste_like: Positive = Field(3e-3, description="of that for likes, which overfits sooner")
+    lr_taste_like_items: Positive = Field(1e-2, description="of its features, one row an item")
     lr_scale: Positive = Field(1.0, description="factor on all but lr_taste…, and on an average")
     lr_schedule: LearningRateSchedule = LearningRateSchedule.COSINE
     warmup_rounds: Count = 0

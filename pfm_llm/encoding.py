@@ -52,6 +52,12 @@ class Window:
         """How many predictions this window trains."""
         return int((self.targets != NO_TARGET).sum())
 
+    @property
+    def met(self) -> np.ndarray:
+        """All that the history holds up to the window's last target, int32, oldest first."""
+        last = self.targets[-1:]
+        return np.concatenate([self.before, self.items, last[last != NO_TARGET]])
+
 
 def windows_hash(windows: Sequence[Window]) -> str:
     """Hash of the tokens of some windows, in hex: what a cached trunk state depends on."""

@@ -20,7 +20,7 @@ from pfm_llm.client import LocalTrainer, plan_chunks
 from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.encoding import HistoryEncoder, Window
-from pfm_llm.histories import ClientHistories
+from pfm_llm.histories import ClientHistories, History
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.ranking import Ranks, concatenate, rank_scores
 from pfm_llm.seeding import numpy_generator
@@ -259,22 +259,12 @@ class Evaluator:
         """
         if not self._trainer.reads_histories:
             return self._trainer.personalise(chunk, task.shared, task.round_number)
-        held_out = task.held_out
-        ratings = held_out.history_ratings
-        later: list[list[Window]] = []
-        for client_id in chunk:
-            later.append(
-                [
-                    window
-                    for q in self._query_indices(client_id, task)
-                    for window in self._histories.later_windows(
-                        int(held_out.users[q]),
-                        held_out.histories[q],
-                        ratings[q] if ratings else None,
-                    )
-                ]
-            )
-        return self._trainer.fit_taste(chunk, task.shared, later)
+        items, ratings = task.held_out.histories, task.held_out.history_ratings
+        shown: list[History | None] = [None] * len(chunk)
+        for c, client_id in enumerate(chunk):
+            for q in self._query_indices(client_id, task):
+                shown[c] = History(items[q], ratings[q] if ratings else None)
+        return self._trainer.fit_taste(chunk, task.shared, shown)
 
     def _likes(
         self, task: EvaluationTask, scored: ChunkScores, parts: Parts

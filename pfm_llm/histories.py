@@ -12,9 +12,22 @@ from pfm_llm.choices import Schedule
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
-from pfm_llm.encoding import HistoryEncoder, Window
+from pfm_llm.encoding import NO_LABEL, HistoryEncoder, Window
 from pfm_llm.errors import DataError
 from pfm_llm.trunk_cache import TrunkCache
+
+
+@dataclass(frozen=True)
+class History:
+    """What one user met.
+
+    Attributes:
+        items: int [n], oldest first.
+        ratings: float [n], where there are any.
+    """
+
+    items: np.ndarray
+    ratings: np.ndarray | None
 
 
 class ClientHistories:
@@ -61,38 +74,72 @@ class ClientHistories:
     def windows(self, client_id: str) -> tuple[Window, ...]:
         """A client's training windows, by user, oldest first."""
         if client_id not in self._windows:
-            interactions = self._train.interactions
             found: list[Window] = []
             for user in self.clients[client_id].users:
-                found += self._cut(interactions.history(user), interactions.ratings_of(user))
+                found += self._cut(self._known(user))
             self._windows[client_id] = tuple(found)
         return self._windows[client_id]
 
-    def later_windows(
-        self, user: int, items: np.ndarray, ratings: np.ndarray | None
-    ) -> tuple[Window, ...]:
+    def later_windows(self, client_id: str, history: History) -> tuple[Window, ...]:
         """What a history that goes on after the training history adds to `windows`.
 
         Args:
-            user: Whose.
-            items: int [n], oldest first: the training history, and what came after it.
-            ratings: float [n], where there are any.
+            client_id: A client of one user.
+            history: The training history, and what came after it.
 
         Raises:
             DataError: The history does not begin with the training history.
         """
-        known = self._train.interactions.history(user)
-        if not np.array_equal(items[: len(known)], known):
-            raise DataError(f"user {user}: a history that does not begin with the training history")
-        return self._cut(items, ratings, len(known)) if len(items) > len(known) else ()
+        num_known = self._num_known(client_id, history)
+        return self._cut(history, num_known) if len(history.items) > num_known else ()
 
-    def _cut(
-        self, items: np.ndarray, ratings: np.ndarray | None, num_known: int = 0
-    ) -> tuple[Window, ...]:
-        liked = None
-        if self._like_threshold is not None and ratings is not None:
-            liked = ratings >= self._like_threshold
-        return self._encoder.training_windows(items, ratings, liked, num_known)
+    def events(
+        self, client_id: str, history: History | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What a client of one user met, and whether it was liked.
+
+        Args:
+            client_id: The client.
+            history: The training history, and what came after it; None: the training history.
+
+        Returns:
+            int [n], oldest first, and int8 [n], 0, 1, or `NO_LABEL`.
+
+        Raises:
+            DataError: The history does not begin with the training history.
+        """
+        if history is None:
+            history = self._known(self._only_user(client_id))
+        self._num_known(client_id, history)
+        liked = self._liked(history)
+        nothing = np.full(len(history.items), NO_LABEL, np.int8)
+        return history.items, nothing if liked is None else liked.astype(np.int8)
+
+    def _num_known(self, client_id: str, history: History) -> int:
+        user = self._only_user(client_id)
+        known = self._known(user).items
+        if not np.array_equal(history.items[: len(known)], known):
+            raise DataError(f"user {user}: a history that does not begin with the training history")
+        return len(known)
+
+    def _only_user(self, client_id: str) -> int:
+        (user,) = self.clients[client_id].users
+        return user
+
+    def _known(self, user: int) -> History:
+        interactions = self._train.interactions
+        return History(interactions.history(user), interactions.ratings_of(user))
+
+    def _liked(self, history: History) -> np.ndarray | None:
+        if self._like_threshold is None or history.ratings is None:
+            return None
+        liked: np.ndarray = history.ratings >= self._like_threshold
+        return liked
+
+    def _cut(self, history: History, num_known: int = 0) -> tuple[Window, ...]:
+        return self._encoder.training_windows(
+            history.items, history.ratings, self._liked(history), num_known
+        )
 
     def trunk_states(self, client_id: str, later: Sequence[Window] = ()) -> list[torch.Tensor]:
         """Trunk states [T, d] of each training window of a client, and of `later_windows`.

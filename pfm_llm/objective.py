@@ -45,12 +45,16 @@ class Outputs:
         kept_taste: float32 [K, r], the same on taste vectors that are read.
         targets: int64 [K], the next item at each position.
         liked: int64 [K], 0, 1, or `NO_LABEL`.
+        met: int64 [H], all that was met up to the last target, oldest first.
+        known: int64 [K], how much of it came before each target.
         seen: bool [K, I], what is no candidate at each position; None: everything is one.
     """
 
     vectors: torch.Tensor
     targets: torch.Tensor
     liked: torch.Tensor
+    met: torch.Tensor
+    known: torch.Tensor
     kept: torch.Tensor | None = None
     kept_taste: torch.Tensor | None = None
     seen: torch.Tensor | None = None
@@ -106,7 +110,7 @@ class Objective:
         """What the taste of the past adds to each position's scores, [K, I]."""
         targets = outputs.targets
         if taste.READ_IN in own:
-            read = taste.read_vectors(own, targets)[:-1]
+            read = taste.read_vectors(own, outputs.met)[outputs.known]
             read = read if outputs.kept_taste is None else read * outputs.kept_taste
             return read @ self.features(own, Task.NEXT_ITEM).T
         features, prior = self._basis(own, Task.NEXT_ITEM)
@@ -147,7 +151,7 @@ class Objective:
         """
         one_block = torch.zeros_like(outputs.targets)
         if taste.READ_IN in own:
-            found = taste.read_vectors(own, outputs.targets)
+            found = taste.read_vectors(own, outputs.met)
         else:
             scores = self._scores(own, outputs.vectors, outputs.seen)
             features, prior = self._basis(own, Task.NEXT_ITEM)

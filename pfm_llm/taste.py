@@ -13,15 +13,14 @@ Ning and Karypis 2013, KDD, equation 4) with a fading past:
 
 with a_i and b_i two embeddings of each item, learned for this alone. A quarter of the features each
 fades at a pace of its own, from a few events to hundreds. It is the one part of the model that
-reads all of a history's windows at once, but for the history's first item; the prompt shows the
-newest.
+reads all of a history at once; the prompt shows the newest.
 
 *Fitted*, for likes, and for the next item by text alone:
 
-    v_i = T z_i + G e_i        [r], z_i its whitened text, e_i its standardised ID embedding
+    v_i = T z_i + G e_i [+ f_i]    [r], z_i its whitened text, e_i its standardised ID embedding
 
-and phi is the minimum, to a few Newton steps from zero, of the client's own loss with a Gaussian
-prior:
+with r free numbers f_i of an item for likes, where items have IDs. phi is the minimum, to a few
+Newton steps from zero, of the client's own loss with a Gaussian prior:
 
     phi = argmin  sum_t w_t loss(s_t + V phi, y_t) + lambda/2 |phi|^2,    s_t the shared scores
 
@@ -65,6 +64,8 @@ READ_IN, READ_OUT = "basis.taste.next_item.read_in", "basis.taste.next_item.read
 """Names of all a_i and of all b_i, [I, r]."""
 READ_PRIOR = "basis.taste.next_item.log_events"
 """Name of log n, n in events, one a pace, [4]."""
+LIKE_FEATURES = "basis.taste.like.items"
+"""Name of all f_i, [I, r]."""
 
 
 def text_name(task: Task) -> str:
@@ -128,6 +129,8 @@ def initial_basis(
         tensors[text_name(task)] = drawn[:, :dim].clone()
         if has_ids:
             tensors[ids_name(task)] = drawn[:, dim:].clone()
+            if task is Task.LIKE:
+                tensors[LIKE_FEATURES] = torch.zeros(num_items, config.rank)
         tensors[precision_name(task)] = torch.tensor([math.log(config.precision)])
         half_life = config.half_life_like if task is Task.LIKE else config.half_life
         tensors[half_life_name(task)] = torch.tensor([math.log(half_life)])
@@ -165,6 +168,8 @@ def item_features(shared: Tensors, task: Task, item_texts: torch.Tensor) -> torc
     if ids_name(task) in shared:
         features = features + standard_ids(shared[ITEM_IDS]) @ shared[ids_name(task)].T
     if task is Task.LIKE:
+        if LIKE_FEATURES in shared:
+            features = features + shared[LIKE_FEATURES]
         features = torch.cat([features, torch.ones(len(features), 1).to(features)], 1)
     return features
 

@@ -356,6 +356,7 @@ def test_the_scale_moves_every_rate_but_those_of_the_taste_basis() -> None:
     for name in ("basis.taste.like.text", "basis.taste.next_item.ids"):
         assert scaled.learning_rate(name) == plain.learning_rate(name)
     assert plain.learning_rate("basis.taste.like.text") == ServerConfig().lr_taste_like
+    assert plain.learning_rate("basis.taste.like.items") == ServerConfig().lr_taste_like_items
     assert plain.learning_rate("basis.taste.next_item.text") == ServerConfig().lr_taste
     averaging = ServerConfig(optimizer=ServerOptimizer.AVERAGE, lr_scale=0.5)
     assert ServerStep(averaging, num_rounds=10).learning_rate("basis.taste.like.text") == 0.5

@@ -23,7 +23,7 @@ def catalogue(**titles: str) -> Catalogue:
 
 def manifest_tree(**changes: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {
-        "format": 3,
+        "format": 4,
         "pfm_llm": "0",
         "name": "run",
         "round": 3,
@@ -66,7 +66,7 @@ def test_manifest_survives_its_own_bytes() -> None:
     ("content", "match"),
     [
         (b"{", "it is not valid JSON"),
-        (b"[]", "format None, this version of pfm_llm reads 3"),
+        (b"[]", "format None, this version of pfm_llm reads 4"),
         (json.dumps(manifest_tree(format=1)).encode(), "format 1, .*export the run again"),
         (json.dumps(manifest_tree(round="x")).encode(), "damaged at round"),
         (json.dumps(manifest_tree(extra=1)).encode(), "damaged at extra"),

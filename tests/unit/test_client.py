@@ -360,14 +360,16 @@ def test_a_fit_in_closed_form_takes_no_steps(tiny_assembly: TinyAssembly) -> Non
     assert assembly.trainer.personalise_steps(chunk) == 0
 
 
+@pytest.mark.parametrize("max_windows", [{}, {"window__max_windows": 1}])
 def test_what_is_read_needs_no_pass_over_any_text(
-    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
+    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch, max_windows: dict[str, int]
 ) -> None:
-    """It equals what the same batch gives after a pass."""
-    assembly = tiny_assembly(method="pfm")
+    """It equals what the same batch gives after a pass, and the oldest windows are not needed."""
+    assembly = tiny_assembly(method="pfm", **max_windows)
     chunk, shared = assembly.histories.trainable[:3], assembly.parts.shared
-    windows = [assembly.histories.windows(client_id) for client_id in chunk]
-    batch = collate(windows, [assembly.histories.trunk_states(c) for c in chunk])
+    whole = tiny_assembly(method="pfm").histories
+    windows = [whole.windows(client_id) for client_id in chunk]
+    batch = collate(windows, [whole.trunk_states(c) for c in chunk])
     stacked = assembly.trainer.stack(shared, {}, len(chunk))
     expected = assembly.parts.model.fit_taste(batch, stacked)
 

@@ -16,8 +16,10 @@ from pfm_llm.cohort_model import Parts
 from pfm_llm.config import EvaluationConfig
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
+from pfm_llm.encoding import NO_LABEL
 from pfm_llm.errors import DataError
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured
+from pfm_llm.histories import History
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
 from pfm_llm.types import Mode, SharedState
@@ -350,10 +352,14 @@ def test_a_history_that_does_not_go_on_from_train_is_refused(
     tiny_assembly: TinyAssembly,
 ) -> None:
     histories = tiny_assembly(method="pfm").histories
-    own = histories._train.interactions.history(0)
-    with pytest.raises(DataError, match="does not begin with the training history"):
-        histories.later_windows(0, own[::-1], None)
-    assert histories.later_windows(0, own, None) == ()
+    own, client_id = histories._train.interactions.history(0), histories.client_of(0)
+    for refuses in (histories.later_windows, histories.events):
+        with pytest.raises(DataError, match="does not begin with the training history"):
+            refuses(client_id, History(own[::-1], None))
+    assert histories.later_windows(client_id, History(own, None)) == ()
+    items, liked = histories.events(client_id)
+    assert np.array_equal(items, own)
+    assert set(liked.tolist()) == {NO_LABEL}
 
 
 def test_user_vectors_are_read_out_once_for_all_taste_vectors(

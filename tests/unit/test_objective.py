@@ -13,7 +13,7 @@ from pfm_llm.config import HeadConfig, TasteConfig
 from pfm_llm.encoding import NO_LABEL
 from pfm_llm.objective import Objective, Outputs
 
-ITEMS, HIDDEN, POSITIONS = 17, 12, 10
+ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3
 HEAD = HeadConfig(dim=8, id_dim=4)
 FITTED = TasteConfig(rank=3, read_rank=0, precision=5.0)
 READ = TasteConfig(rank=3, read_rank=5)
@@ -38,11 +38,30 @@ def _outputs() -> Outputs:
     generator = torch.Generator().manual_seed(4)
     liked = torch.randint(2, (POSITIONS,), generator=generator)
     liked[3] = NO_LABEL
+    met = torch.randint(ITEMS, (BEFORE + POSITIONS,), generator=generator)
     return Outputs(
         vectors=_random(POSITIONS, HEAD.dim, seed=7),
-        targets=torch.randint(ITEMS, (POSITIONS,), generator=generator),
+        targets=met[BEFORE:],
         liked=liked,
+        met=met,
+        known=torch.arange(BEFORE, BEFORE + POSITIONS),
     )
+
+
+def _first(outputs: Outputs, count: int) -> Outputs:
+    """The first so many positions."""
+    return dataclasses.replace(
+        outputs,
+        vectors=outputs.vectors[:count],
+        targets=outputs.targets[:count],
+        liked=outputs.liked[:count],
+        met=outputs.met[: BEFORE + count],
+        known=outputs.known[:count],
+    )
+
+
+def _unrated(outputs: Outputs) -> Outputs:
+    return dataclasses.replace(outputs, liked=torch.full((POSITIONS,), NO_LABEL))
 
 
 def _objective(block_size: int | None, tasks: tuple[Task, ...] = BOTH) -> Objective:
@@ -68,7 +87,7 @@ def test_without_a_private_part_it_is_the_two_cross_entropies() -> None:
 def test_what_was_met_is_no_candidate(block_size: int | None, config: TasteConfig) -> None:
     """All is as if the catalogue held the candidates alone."""
     own, outputs, tasks = _own(config), _outputs(), (Task.NEXT_ITEM,)
-    gone = torch.tensor([item for item in range(ITEMS) if item not in outputs.targets][:3])
+    gone = torch.tensor([item for item in range(ITEMS) if item not in outputs.met][:3])
     left = torch.tensor([item for item in range(ITEMS) if item not in gone])
     seen = torch.zeros(POSITIONS, ITEMS, dtype=torch.bool)
     seen[:, gone] = True
@@ -79,7 +98,11 @@ def test_what_was_met_is_no_candidate(block_size: int | None, config: TasteConfi
     }
     whole = _objective(block_size, tasks)
     masked = dataclasses.replace(outputs, seen=seen)
-    renamed = dataclasses.replace(outputs, targets=torch.searchsorted(left, outputs.targets))
+    renamed = dataclasses.replace(
+        outputs,
+        targets=torch.searchsorted(left, outputs.targets),
+        met=torch.searchsorted(left, outputs.met),
+    )
     cut = dataclasses.replace(whole, item_texts=whole.item_texts[left])
     torch.testing.assert_close(whole.loss(own, masked), cut.loss(smaller, renamed))
     assert not torch.allclose(whole.loss(own, masked), whole.loss(own, outputs))
@@ -140,8 +163,9 @@ def test_a_position_is_predicted_with_what_was_read_before_it() -> None:
     losses = {False: 0.0, True: 0.0}
     for t in range(POSITIONS):
         # What fitting to the first t events gives, that is, an agent that knows no more.
-        before = Outputs(outputs.vectors[:t], outputs.targets[:t], outputs.liked[:t])
+        before = _first(outputs, t)
         vector = objective.fit_taste(own, before)[taste.vector_name(Task.NEXT_ITEM)]
+        assert vector.any()
         for drops in losses:
             added = own[taste.READ_OUT] @ (vector * kept[t] if drops else vector)
             losses[drops] += F.cross_entropy(scores[t] + added, outputs.targets[t]).item()
@@ -156,7 +180,7 @@ def test_dropout_reaches_the_shared_part_alone() -> None:
     """The basis is trained on the scores that serving has."""
     own, outputs, objective = _own(), _outputs(), _objective(4, (Task.NEXT_ITEM,))
     kept = (_random(POSITIONS, HEAD.dim, seed=3) > 0).float() * 2
-    dropped = Outputs(outputs.vectors, outputs.targets, outputs.liked, kept)
+    dropped = dataclasses.replace(outputs, kept=kept)
     shared = [
         F.cross_entropy(
             recommender_head.score_items(own, vectors, objective.item_texts), outputs.targets
@@ -172,7 +196,7 @@ def test_fitting_gives_a_vector_for_each_task(labels: str) -> None:
     own = {name: value.detach() for name, value in _own().items()}
     outputs = _outputs()
     if labels == "none":
-        outputs = Outputs(outputs.vectors, outputs.targets, torch.full((POSITIONS,), NO_LABEL))
+        outputs = _unrated(outputs)
     vectors = _objective(4).fit_taste(own, outputs)
     assert vectors[taste.vector_name(Task.NEXT_ITEM)].shape == (3,)
     assert vectors[taste.vector_name(Task.LIKE)].shape == (4,)
@@ -182,7 +206,7 @@ def test_fitting_gives_a_vector_for_each_task(labels: str) -> None:
 
 def test_without_any_label_there_is_no_loss_of_likes() -> None:
     own, outputs = _own(), _outputs()
-    bare = Outputs(outputs.vectors, outputs.targets, torch.full((POSITIONS,), NO_LABEL))
+    bare = _unrated(outputs)
     torch.testing.assert_close(
         _objective(4).loss(own, bare), _objective(4, (Task.NEXT_ITEM,)).loss(own, bare)
     )

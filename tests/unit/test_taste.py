@@ -130,6 +130,9 @@ def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
     no_ids = HEAD.model_copy(update={"item_ids": ItemIds.NONE})
     text_only = taste.initial_basis(config, (Task.NEXT_ITEM,), no_ids, ITEMS, seed=3)
     assert taste.ids_name(Task.NEXT_ITEM) not in text_only
+    assert basis[taste.LIKE_FEATURES].shape == (ITEMS, RANK)
+    assert not basis[taste.LIKE_FEATURES].any()
+    assert taste.LIKE_FEATURES not in taste.initial_basis(config, BOTH, no_ids, ITEMS, seed=3)
     vectors = taste.initial_vectors(config, BOTH, HEAD)
     assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [RANK, RANK + 1]
     assert all(not value.any() for value in vectors.values())
@@ -194,8 +197,12 @@ def test_features_are_the_stated_sum_and_send_no_gradient_to_the_ids() -> None:
     assert shared[ITEM_IDS].grad is None
     assert text.grad is not None
     assert by_ids.grad is not None
+    shared[taste.LIKE_FEATURES] = _random(ITEMS, RANK, seed=2).float()
     liking = taste.item_features(shared, Task.LIKE, texts)
     assert torch.equal(liking[:, -1], torch.ones(ITEMS))
+    text, by_ids = (shared[name(Task.LIKE)] for name in (taste.text_name, taste.ids_name))
+    free = shared[taste.LIKE_FEATURES]
+    torch.testing.assert_close(liking[:, :-1], texts @ text.T + ids @ by_ids.T + free)
     assert taste.prior_precisions(shared, Task.LIKE).tolist() == pytest.approx(
         [30.0] * RANK + [1.0]
     )
