@@ -397,7 +397,7 @@ def aligned_tensors(tensors: Tensors, alignment: Alignment) -> dict[str, torch.T
         if name not in tensors:
             continue
         old = tensors[name]
-        default = old.mean(0) if name in _MEAN_FOR_NEW else torch.zeros(old.shape[1])
+        default = old.mean(0) if name in _MEAN_FOR_NEW else torch.zeros(old.shape[1:])
         new = default.expand(len(rows), *old.shape[1:]).clone()
         new[rows >= 0] = old[rows[rows >= 0]]
         aligned[name] = new

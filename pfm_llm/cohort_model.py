@@ -253,7 +253,7 @@ class CohortModel:
         vector = own.get(taste.vector_name(task))
         if vector is None or not weight:
             return None
-        return self.objective.features(own, task) @ (vector * weight)
+        return self.objective.features(own, task).flatten(1) @ (vector * weight)
 
     @torch.no_grad()
     def zero_shot_scores(self, batch: ChunkBatch) -> torch.Tensor:

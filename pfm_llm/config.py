@@ -102,7 +102,9 @@ class LoraAdapterConfig(_Settings):
 class TasteConfig(_Settings):
     """The private taste vector; see taste.py."""
 
-    rank: PositiveCount = Field(16, description="numbers a user and task, where they are fitted")
+    rank: PositiveCount = Field(16, description="numbers a user, where the next item's are fitted")
+    like_rank: PositiveCount = Field(8, description="numbers a user and fit for likes")
+    like_fits: PositiveCount = Field(4, description="fits for likes, of one basis each; averaged")
     read_rank: Count = Field(128, description="the same, read off the items met; 0: fitted too")
     read_events: Positive = Field(5.0, description="events that a read past shrinks by, at first")
     precision: Positive = Field(30.0, description="of the prior where fitted, before training")

@@ -136,8 +136,10 @@ class Objective:
             features, prior = self._basis(own, Task.LIKE, items)
             past = taste.past_weights(own, Task.LIKE, block)[:, known]
             fitted = taste.fit_likes(fixed, liked, features, prior, past)
-            personal = fixed + (fitted[block[known]] * features).sum(1)
-            loss = loss + _rating_loss(personal, liked)
+            added = (fitted[:, block[known]] * features.transpose(0, 1)).sum(2)
+            # Each fit by itself: what is averaged shall differ.
+            personal = (fixed + added).flatten()
+            loss = loss + _rating_loss(personal, liked.repeat(len(added))) / len(added)
         return loss
 
     @torch.no_grad()
@@ -163,7 +165,7 @@ class Objective:
             features, prior = self._basis(own, Task.LIKE, items)
             past = taste.past_weights(own, Task.LIKE, one_block)[-1:, known]
             fitted = taste.fit_likes(logits, liked, features, prior, past)
-            vectors[taste.vector_name(Task.LIKE)] = fitted[0]
+            vectors[taste.vector_name(Task.LIKE)] = fitted[:, 0].flatten() / len(fitted)
         return vectors
 
     def _likes(

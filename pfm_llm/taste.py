@@ -29,7 +29,9 @@ step,
 
     g = sum_t w_t (v_{y_t} - E_{p_t} v),    H = sum_t w_t Cov_{p_t}(v) + lambda I,    phi = H^-1 g
 
-and for likes the logistic loss, with a feature 1 added for the user's own level.
+and for likes the logistic loss, with a feature 1 added for the user's own level. Much in a basis
+that is learned from so few likes is chance: M of them start and are learned apart, each has a fit
+of its own, and their logits are averaged.
 
 In both, w_t = 2^(-a_t / h) for an event that is a_t events old and h a learned half-life: tastes
 drift, and what was met last tells most.
@@ -65,16 +67,16 @@ READ_IN, READ_OUT = "basis.taste.next_item.read_in", "basis.taste.next_item.read
 READ_PRIOR = "basis.taste.next_item.log_events"
 """Name of log n, n in events, one a pace, [4]."""
 LIKE_FEATURES = "basis.taste.like.items"
-"""Name of all f_i, [I, r]."""
+"""Name of all f_m,i, [I, M, r]."""
 
 
 def text_name(task: Task) -> str:
-    """Name of T, [r, D]."""
+    """Name of T, [r, D]; for likes of all T_m, [M, r, D]."""
     return f"basis.taste.{task}.text"
 
 
 def ids_name(task: Task) -> str:
-    """Name of G, [r, E]."""
+    """Name of G, [r, E]; for likes of all G_m, [M, r, E]."""
     return f"basis.taste.{task}.ids"
 
 
@@ -89,7 +91,7 @@ def half_life_name(task: Task) -> str:
 
 
 def vector_name(task: Task) -> str:
-    """Name of phi, [r]; for likes [r + 1], the level last."""
+    """Name of phi, [r]; for likes of all phi_m / M, [M (r + 1)], the level last in each."""
     return f"private.taste.{task}"
 
 
@@ -125,14 +127,16 @@ def initial_basis(
             tensors[READ_PRIOR] = torch.full_like(half_lives, config.read_events).log()
             tensors[half_life_name(task)] = half_lives.log()
             continue
-        drawn = torch.randn(config.rank, width, generator=generator) * _FEATURE_STD / width**0.5
-        tensors[text_name(task)] = drawn[:, :dim].clone()
+        likes = task is Task.LIKE
+        rows = (config.like_fits, config.like_rank) if likes else (config.rank,)
+        drawn = torch.randn(*rows, width, generator=generator) * _FEATURE_STD / width**0.5
+        tensors[text_name(task)] = drawn[..., :dim].clone()
         if has_ids:
-            tensors[ids_name(task)] = drawn[:, dim:].clone()
-            if task is Task.LIKE:
-                tensors[LIKE_FEATURES] = torch.zeros(num_items, config.rank)
+            tensors[ids_name(task)] = drawn[..., dim:].clone()
+            if likes:
+                tensors[LIKE_FEATURES] = torch.zeros(num_items, *rows)
         tensors[precision_name(task)] = torch.tensor([math.log(config.precision)])
-        half_life = config.half_life_like if task is Task.LIKE else config.half_life
+        half_life = config.half_life_like if likes else config.half_life
         tensors[half_life_name(task)] = torch.tensor([math.log(half_life)])
     return tensors
 
@@ -143,14 +147,15 @@ def initial_vectors(
     """A client's vectors before anything was met: zero, float32."""
 
     def width(task: Task) -> int:
-        rank = config.read_rank if is_read(config, task, head) else config.rank
-        return rank + (task is Task.LIKE)
+        if task is Task.LIKE:
+            return config.like_fits * (config.like_rank + 1)
+        return config.read_rank if is_read(config, task, head) else config.rank
 
     return {vector_name(task): torch.zeros(width(task)) for task in tasks}
 
 
 def item_features(shared: Tensors, task: Task, item_texts: torch.Tensor) -> torch.Tensor:
-    """Features of the whole catalogue; for likes, with the constant 1 as the last one.
+    """Features of the whole catalogue; for likes, with the constant 1 as the last one of each fit.
 
     The ID embeddings are read as they are: this use of them sends no gradient to them.
 
@@ -160,23 +165,28 @@ def item_features(shared: Tensors, task: Task, item_texts: torch.Tensor) -> torc
         item_texts: float32 [I, D], whitened.
 
     Returns:
-        float32 [I, r], or [I, r + 1].
+        float32 [I, r], or [I, M, r + 1].
     """
     if task is Task.NEXT_ITEM and READ_OUT in shared:
         return shared[READ_OUT]
-    features = item_texts @ shared[text_name(task)].T
+    features = _projected(item_texts, shared[text_name(task)])
     if ids_name(task) in shared:
-        features = features + standard_ids(shared[ITEM_IDS]) @ shared[ids_name(task)].T
+        features = features + _projected(standard_ids(shared[ITEM_IDS]), shared[ids_name(task)])
     if task is Task.LIKE:
         if LIKE_FEATURES in shared:
             features = features + shared[LIKE_FEATURES]
-        features = torch.cat([features, torch.ones(len(features), 1).to(features)], 1)
+        features = F.pad(features, (0, 1), value=1.0)
     return features
 
 
+def _projected(items: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Items [I, E] times each row of a matrix [..., E]: [I, ...]."""
+    return (items @ matrix.flatten(0, -2).T).unflatten(1, matrix.shape[:-1])
+
+
 def prior_precisions(shared: Tensors, task: Task) -> torch.Tensor:
-    """Diagonal of the prior's precision matrix, float32 [r] or [r + 1]."""
-    rank = len(shared[text_name(task)])
+    """Diagonal of the prior's precision matrix of a fit, float32 [r] or [r + 1]."""
+    rank = shared[text_name(task)].shape[-2]
     precisions = shared[precision_name(task)].exp().expand(rank)
     if task is Task.LIKE:
         precisions = torch.cat([precisions, precisions.new_full((1,), _LEVEL_PRECISION)])
@@ -272,17 +282,18 @@ def fit_likes(
     Args:
         logits: float32 [K], shared log-odds of each rated item.
         liked: float32 [K], 0 or 1.
-        features: float32 [K, r + 1], of the rated items.
+        features: float32 [K, M, r + 1], of the rated items.
         precisions: float32 [r + 1].
         weights: float32 [F, K], from `past_weights`.
 
     Returns:
-        float32 [F, r + 1]; zero where all weights are.
+        float32 [M, F, r + 1]; zero where all weights are.
     """
-    vectors = features.new_zeros(len(weights), features.shape[1])
+    features = features.transpose(0, 1)
+    vectors = features.new_zeros(len(features), len(weights), features.shape[2])
     products = _products(features)
     for _ in range(_LIKE_STEPS):
-        odds = torch.sigmoid(logits + vectors @ features.T)
+        odds = torch.sigmoid(logits + vectors @ features.mT)
         second = (weights * odds * (1 - odds)) @ products
         gradient = (weights * (liked - odds)) @ features - precisions * vectors
         vectors = vectors + _newton_step(gradient, second, precisions)
@@ -292,12 +303,12 @@ def fit_likes(
 def _newton_step(
     gradient: torch.Tensor, second: torch.Tensor, precisions: torch.Tensor
 ) -> torch.Tensor:
-    """Up the penalised likelihood: gradient [F, r], its curvature [F, r * r] without the prior."""
-    hessian = second.view(*gradient.shape, gradient.shape[1]) + torch.diag(precisions)
+    """Up the penalised likelihood: gradient [.., r], its curvature [.., r * r] but the prior's."""
+    hessian = second.unflatten(-1, (gradient.shape[-1], -1)) + torch.diag(precisions)
     step: torch.Tensor = torch.linalg.solve(hessian, gradient)
     return step
 
 
 def _products(rows: torch.Tensor) -> torch.Tensor:
-    """The outer product of each row with itself, [N, r] to [N, r * r]."""
-    return (rows[:, :, None] * rows[:, None, :]).flatten(1)
+    """The outer product of each row with itself, [.., r] to [.., r * r]."""
+    return (rows[..., :, None] * rows[..., None, :]).flatten(-2)

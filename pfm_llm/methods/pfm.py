@@ -3,11 +3,11 @@
 ::
 
     score_u,i = score_i(n) + phi_u . b_i,    phi_u = sum_t w_t a_{y_t} / (n_0 + sum_t w_t)
-    like_u,i  = like_i + psi_u . (T z_i + G e_i)
+    like_u,i  = like_i + psi_u . (T z_i + G e_i + f_i)
 
-phi_u and psi_u, some numbers a user and task, are the private adapter. phi_u reads all windows of
-the history, of which the prompt shows the newest; in it the past fades. psi_u is the minimum, to
-two Newton steps, of the user's own loss with a Gaussian prior. The embeddings a and b, T, G, the
+phi_u and psi_u, some numbers a user and task, are the private adapter. phi_u reads all of the
+history, of which the prompt shows the newest; in it the past fades. psi_u is the minimum, to two
+Newton steps, of the user's own loss with a Gaussian prior. The embeddings a, b and f, T, G, the
 priors and the half-lives of the past are the basis, which is aggregated like the shared LoRA. In
 training every event is predicted with what the past alone gives, so that the basis learns what
 generalises from a user's past to the user's future. `taste.py` has the equations.

@@ -15,8 +15,8 @@ from pfm_llm.objective import Objective, Outputs
 
 ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3
 HEAD = HeadConfig(dim=8, id_dim=4)
-FITTED = TasteConfig(rank=3, read_rank=0, precision=5.0)
-READ = TasteConfig(rank=3, read_rank=5)
+FITTED = TasteConfig(rank=3, read_rank=0, like_rank=3, like_fits=2, precision=5.0)
+READ = FITTED.model_copy(update={"read_rank": 5})
 BOTH = (Task.NEXT_ITEM, Task.LIKE)
 
 
@@ -199,7 +199,7 @@ def test_fitting_gives_a_vector_for_each_task(labels: str) -> None:
         outputs = _unrated(outputs)
     vectors = _objective(4).fit_taste(own, outputs)
     assert vectors[taste.vector_name(Task.NEXT_ITEM)].shape == (3,)
-    assert vectors[taste.vector_name(Task.LIKE)].shape == (4,)
+    assert vectors[taste.vector_name(Task.LIKE)].shape == (8,)
     assert vectors[taste.vector_name(Task.NEXT_ITEM)].any()
     assert bool(vectors[taste.vector_name(Task.LIKE)].any()) == (labels == "all")
 
@@ -210,3 +210,25 @@ def test_without_any_label_there_is_no_loss_of_likes() -> None:
     torch.testing.assert_close(
         _objective(4).loss(own, bare), _objective(4, (Task.NEXT_ITEM,)).loss(own, bare)
     )
+
+
+def test_likes_are_predicted_by_the_mean_of_fits_that_are_learned_apart() -> None:
+    """Two bases: the loss is the mean of what each has alone, the served logits the mean too."""
+    own, outputs = _own(), _outputs()
+    objective = _objective(4)
+    alone = []
+    for fit in range(2):
+        one = dict(own)
+        for name in (taste.text_name(Task.LIKE), taste.ids_name(Task.LIKE)):
+            one[name] = own[name][fit : fit + 1]
+        one[taste.LIKE_FEATURES] = own[taste.LIKE_FEATURES][:, fit : fit + 1]
+        alone.append(one)
+    losses = [objective.loss(one, outputs) for one in alone]
+    torch.testing.assert_close(objective.loss(own, outputs), sum(losses) / 2)
+    assert not torch.allclose(*losses)
+    added = [
+        objective.features(one, Task.LIKE).flatten(1)
+        @ objective.fit_taste(one, outputs)[taste.vector_name(Task.LIKE)]
+        for one in (own, *alone)
+    ]
+    torch.testing.assert_close(added[0], (added[1] + added[2]) / 2)

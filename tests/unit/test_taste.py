@@ -44,6 +44,7 @@ def test_the_next_item_fit_is_one_newton_step_of_the_weighted_penalised_loss() -
 
 def test_the_fit_of_likes_comes_near_the_minimum() -> None:
     logits, features = _random(POSITIONS) * 0.5, _random(POSITIONS, RANK, seed=2)
+    other = _random(POSITIONS, RANK, seed=5)
     liked = (_random(POSITIONS, seed=3) > 0).double()
     precisions = torch.full((RANK,), 4.0, dtype=torch.float64)
     weights = torch.linspace(0.1, 1, POSITIONS, dtype=torch.float64)
@@ -59,25 +60,27 @@ def test_the_fit_of_likes_comes_near_the_minimum() -> None:
         return loss
 
     optimizer.step(closure)
-    fitted = taste.fit_likes(logits, liked, features, precisions, weights[None])
-    torch.testing.assert_close(fitted[0], vector.detach(), atol=1e-3, rtol=0)
+    both = torch.stack([other, features], 1)
+    fitted = taste.fit_likes(logits, liked, both, precisions, weights[None])
+    assert fitted.shape == (2, 1, RANK)
+    torch.testing.assert_close(fitted[1, 0], vector.detach(), atol=1e-3, rtol=0)
 
 
 def test_each_row_of_weights_has_a_fit_of_its_own_and_none_is_zero() -> None:
     """Weights of zero equal data that are not there; no data at all give zero."""
     scores, targets, features = _random(POSITIONS, ITEMS), _targets(), _random(ITEMS, RANK, seed=1)
-    liked, rated = (_random(POSITIONS, seed=3) > 0).double(), features[targets]
+    liked, rated = (_random(POSITIONS, seed=3) > 0).double(), features[targets][:, None]
     precisions = torch.full((RANK,), 2.0, dtype=torch.float64)
     weights = torch.zeros(3, POSITIONS, dtype=torch.float64)
     weights[1, :4], weights[2] = 1.0, 0.5
     fitted = taste.fit_next_item(scores, targets, features, precisions, weights)
-    liking = taste.fit_likes(scores[:, 0], liked, rated, precisions, weights)
+    liking = taste.fit_likes(scores[:, 0], liked, rated, precisions, weights)[0]
     assert not fitted[0].any()
     assert not liking[0].any()
     alone = taste.fit_next_item(scores[:4], targets[:4], features, precisions, weights[1:2, :4])
     torch.testing.assert_close(fitted[1], alone[0])
     alone = taste.fit_likes(scores[:4, 0], liked[:4], rated[:4], precisions, weights[1:2, :4])
-    torch.testing.assert_close(liking[1], alone[0])
+    torch.testing.assert_close(liking[1], alone[0, 0])
     nothing = taste.fit_next_item(scores[:0], targets[:0], features, precisions, weights[:1, :0])
     assert torch.equal(nothing, torch.zeros(1, RANK, dtype=torch.float64))
 
@@ -115,13 +118,21 @@ def test_a_block_is_predicted_from_earlier_ones_of_which_the_newest_count_most()
 
 
 def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
-    config = TasteConfig(rank=RANK, read_rank=0, precision=20.0, half_life=9.0, half_life_like=30.0)
+    config = TasteConfig(
+        rank=RANK,
+        read_rank=0,
+        like_rank=5,
+        like_fits=2,
+        precision=20.0,
+        half_life=9.0,
+        half_life_like=30.0,
+    )
     basis = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
     again = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
     other = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=4)
-    for task in BOTH:
-        assert basis[taste.text_name(task)].shape == (RANK, 8)
-        assert basis[taste.ids_name(task)].shape == (RANK, 4)
+    for task, shape in zip(BOTH, ((RANK,), (2, 5)), strict=True):
+        assert basis[taste.text_name(task)].shape == (*shape, 8)
+        assert basis[taste.ids_name(task)].shape == (*shape, 4)
         assert float(basis[taste.precision_name(task)]) == pytest.approx(math.log(20.0))
         half_life = 30.0 if task is Task.LIKE else 9.0
         assert float(basis[taste.half_life_name(task)]) == pytest.approx(math.log(half_life))
@@ -130,18 +141,18 @@ def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
     no_ids = HEAD.model_copy(update={"item_ids": ItemIds.NONE})
     text_only = taste.initial_basis(config, (Task.NEXT_ITEM,), no_ids, ITEMS, seed=3)
     assert taste.ids_name(Task.NEXT_ITEM) not in text_only
-    assert basis[taste.LIKE_FEATURES].shape == (ITEMS, RANK)
+    assert basis[taste.LIKE_FEATURES].shape == (ITEMS, 2, 5)
     assert not basis[taste.LIKE_FEATURES].any()
     assert taste.LIKE_FEATURES not in taste.initial_basis(config, BOTH, no_ids, ITEMS, seed=3)
     vectors = taste.initial_vectors(config, BOTH, HEAD)
-    assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [RANK, RANK + 1]
+    assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [RANK, 2 * (5 + 1)]
     assert all(not value.any() for value in vectors.values())
     assert all(name.startswith("private.") for name in vectors)
     assert all(name.startswith("basis.") for name in basis)
 
 
 def test_what_was_met_is_read_where_items_have_ids_and_no_taste_is_shared() -> None:
-    config = TasteConfig(rank=RANK, read_rank=6, read_events=2.0, half_life=9.0)
+    config = TasteConfig(read_rank=6, read_events=2.0, like_rank=RANK, like_fits=1)
     basis = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
     assert basis[taste.READ_IN].shape == basis[taste.READ_OUT].shape == (ITEMS, 6)
     assert basis[taste.READ_IN].any()
@@ -157,7 +168,7 @@ def test_what_was_met_is_read_where_items_have_ids_and_no_taste_is_shared() -> N
     no_ids = HEAD.model_copy(update={"item_ids": ItemIds.NONE})
     assert taste.READ_IN not in taste.initial_basis(config, BOTH, no_ids, ITEMS, seed=3)
     fitted = taste.initial_vectors(config, BOTH, no_ids)
-    assert len(fitted[taste.vector_name(Task.NEXT_ITEM)]) == RANK
+    assert len(fitted[taste.vector_name(Task.NEXT_ITEM)]) == config.rank
 
 
 def test_reading_is_the_shrunk_mean_of_a_fading_past() -> None:
@@ -182,7 +193,7 @@ def test_reading_is_the_shrunk_mean_of_a_fading_past() -> None:
 
 
 def test_features_are_the_stated_sum_and_send_no_gradient_to_the_ids() -> None:
-    config = TasteConfig(rank=RANK, read_rank=0)
+    config = TasteConfig(rank=RANK, read_rank=0, like_rank=RANK, like_fits=2)
     shared = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
     shared[ITEM_IDS] = (_random(ITEMS, 4).float() * 7 + 2).requires_grad_()
     texts = _random(ITEMS, 8, seed=1).float()
@@ -197,12 +208,14 @@ def test_features_are_the_stated_sum_and_send_no_gradient_to_the_ids() -> None:
     assert shared[ITEM_IDS].grad is None
     assert text.grad is not None
     assert by_ids.grad is not None
-    shared[taste.LIKE_FEATURES] = _random(ITEMS, RANK, seed=2).float()
+    shared[taste.LIKE_FEATURES] = _random(ITEMS, 2, RANK, seed=2).float()
     liking = taste.item_features(shared, Task.LIKE, texts)
-    assert torch.equal(liking[:, -1], torch.ones(ITEMS))
+    assert torch.equal(liking[..., -1], torch.ones(ITEMS, 2))
     text, by_ids = (shared[name(Task.LIKE)] for name in (taste.text_name, taste.ids_name))
     free = shared[taste.LIKE_FEATURES]
-    torch.testing.assert_close(liking[:, :-1], texts @ text.T + ids @ by_ids.T + free)
+    for fit in range(2):
+        expected = texts @ text[fit].T + ids @ by_ids[fit].T + free[:, fit]
+        torch.testing.assert_close(liking[:, fit, :-1], expected)
     assert taste.prior_precisions(shared, Task.LIKE).tolist() == pytest.approx(
         [30.0] * RANK + [1.0]
     )
