@@ -35,11 +35,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pfm_llm import files
 from pfm_llm.choices import Dtype, Task
-from pfm_llm.config import AdaptersConfig, HeadConfig, WindowConfig
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.errors import ArtefactError, CorruptFileError
 from pfm_llm.head import ITEM_BIAS, ITEM_IDS, LIKE_BIAS, Normaliser
+from pfm_llm.model_settings import AdaptersConfig, HeadConfig, WindowConfig
 from pfm_llm.prompts import Prompt, load_prompt
 from pfm_llm.taste import LIKE_FEATURES, READ_IN, READ_OUT
 from pfm_llm.types import Tensors

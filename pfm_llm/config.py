@@ -3,15 +3,14 @@
 import hashlib
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from pfm_llm.choices import (
     Dtype,
     HeldOutSplit,
-    ItemIds,
     LearningRateSchedule,
     LocalOptimizer,
     PrivateKind,
@@ -26,23 +25,23 @@ from pfm_llm.choices import (
 from pfm_llm.config_text import apply_override, explain
 from pfm_llm.errors import ConfigError
 from pfm_llm.methods import Method, with_method
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
+from pfm_llm.model_settings import (
+    AdaptersConfig,
+    Count,
+    Fraction,
+    HeadConfig,
+    NonNegative,
+    Positive,
+    PositiveCount,
+    Settings,
+    WindowConfig,
+)
 
 _FEDAVG_STEPS = 4
 """Fewer local steps are hardly an average of models."""
 
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-
-class ColumnsConfig(_Settings):
+class ColumnsConfig(Settings):
     """Column names in a CSV, TSV, Parquet or `datasets` source."""
 
     user: str = "user_id"
@@ -52,7 +51,7 @@ class ColumnsConfig(_Settings):
     title: str = Field("title", description="the item's text, in the items file or in each row")
 
 
-class DataConfig(_Settings):
+class DataConfig(Settings):
     """Where interactions come from and how they are split."""
 
     source: str = Field(
@@ -73,7 +72,7 @@ class DataConfig(_Settings):
     users_per_client: PositiveCount = Field(1, description="1: one user per client; else silos")
 
 
-class BackboneConfig(_Settings):
+class BackboneConfig(Settings):
     """The frozen language model."""
 
     name: str = Field("smollm2-135m", description="embedded name, Hub id or local folder")
@@ -81,74 +80,7 @@ class BackboneConfig(_Settings):
     dtype: Dtype = Dtype.AUTO
 
 
-class WindowConfig(_Settings):
-    """How a history is cut into passes."""
-
-    items: PositiveCount = Field(32, description="items per window")
-    max_windows: PositiveCount | None = Field(
-        None, description="train on the newest so many windows; None: the whole history"
-    )
-    max_item_tokens: PositiveCount = Field(32, description="longer item texts are cut")
-
-
-class LoraAdapterConfig(_Settings):
-    """One LoRA adapter."""
-
-    rank: PositiveCount = 8
-    alpha: PositiveCount = 16
-    dropout: Fraction = 0.0
-
-
-class TasteConfig(_Settings):
-    """The private taste vector; see taste.py."""
-
-    rank: PositiveCount = Field(16, description="numbers a user, where the next item's are fitted")
-    like_rank: PositiveCount = Field(8, description="numbers a user and fit for likes")
-    like_fits: PositiveCount = Field(4, description="fits for likes, of one basis each; averaged")
-    read_rank: Count = Field(128, description="the same, read off the items met; 0: fitted too")
-    read_events: Positive = Field(5.0, description="events that a read past shrinks by, at first")
-    precision: Positive = Field(30.0, description="of the prior where fitted, before training")
-    half_life: Positive = Field(20.0, description="in events, next item fitted; before training")
-    half_life_like: Positive = Field(100.0, description="the same for likes, which drift slowly")
-    block: PositiveCount = Field(8, description="events that one fitted vector predicts at once")
-
-
-class PrivateAdapterConfig(LoraAdapterConfig):
-    """The adapter that never leaves its client."""
-
-    enabled: bool = True
-    rank: PositiveCount = 4
-    alpha: PositiveCount = 8
-    kind: PrivateKind = PrivateKind.INDEPENDENT
-    on_layers: bool = Field(True, description="false: on the head alone (not of kind taste)")
-    taste: TasteConfig = TasteConfig()
-    head_rank: Count = Field(4, description="rank of the private head term; 0: none")
-    weight: float = Field(1.0, ge=0, le=1.5, description="private_weight at serving time")
-
-
-class AdaptersConfig(_Settings):
-    """Where and how large the adapters are."""
-
-    num_layers: PositiveCount = Field(2, description="adapted layers, counted from the top")
-    targets: tuple[str, ...] | str = Field("all-linear", description="module names, or all-linear")
-    shared: LoraAdapterConfig = LoraAdapterConfig()
-    private: PrivateAdapterConfig = PrivateAdapterConfig()
-
-
-class HeadConfig(_Settings):
-    """The recommender head, part of the shared state."""
-
-    dim: PositiveCount = Field(256, description="dimensions of the whitened text space")
-    item_bias: bool = True
-    item_ids: ItemIds = ItemIds.BOTH
-    id_dim: PositiveCount = Field(64, description="dimensions of an item's learned embedding")
-    item_context: bool = Field(
-        True, description="a linear way from the window's items to the user vector"
-    )
-    dropout: Fraction = Field(0.0, description="dropout on user vectors, and on tastes read")
-
-
-class LocalConfig(_Settings):
+class LocalConfig(Settings):
     """What a client does in a round."""
 
     schedule: Schedule = Schedule.ALTERNATE
@@ -170,7 +102,7 @@ class LocalConfig(_Settings):
     unseen_only: bool = Field(True, description="learn to rank what was not met yet, nothing else")
 
 
-class ServerConfig(_Settings):
+class ServerConfig(Settings):
     """How the server steps. Learning rates are per group of tensors."""
 
     optimizer: ServerOptimizer = ServerOptimizer.FEDADAM
@@ -192,7 +124,7 @@ class ServerConfig(_Settings):
     weight_decay: NonNegative = 0.0
 
 
-class FederationConfig(_Settings):
+class FederationConfig(Settings):
     """The rounds."""
 
     num_rounds: PositiveCount = 100
@@ -201,7 +133,7 @@ class FederationConfig(_Settings):
     server: ServerConfig = ServerConfig()
 
 
-class EvaluationConfig(_Settings):
+class EvaluationConfig(Settings):
     """What is measured, and when."""
 
     every: Count = Field(0, description="validate every so many rounds; 0: at the end only")
@@ -218,7 +150,7 @@ class EvaluationConfig(_Settings):
     )
 
 
-class CacheConfig(_Settings):
+class CacheConfig(Settings):
     """Cached trunk states. They reproduce the history: private data."""
 
     max_gb: NonNegative = Field(4.0, description="beyond it: recompute")
@@ -227,7 +159,7 @@ class CacheConfig(_Settings):
     )
 
 
-class RuntimeConfig(_Settings):
+class RuntimeConfig(Settings):
     """The machine."""
 
     threads: PositiveCount | None = Field(None, description="None: cores / local processes")
@@ -235,7 +167,7 @@ class RuntimeConfig(_Settings):
     trackers: tuple[str, ...] = Field((), description="accelerate trackers, e.g. tensorboard")
 
 
-class InitFromConfig(_Settings):
+class InitFromConfig(Settings):
     """A published adapter to go on from."""
 
     adapter: str = Field(description="Hub id, or a folder that was exported or pulled")
@@ -245,7 +177,7 @@ class InitFromConfig(_Settings):
     )
 
 
-class PushToHubConfig(_Settings):
+class PushToHubConfig(Settings):
     """Publishing the shared adapter while and after training."""
 
     repo: str = Field(description="user/name")
@@ -254,14 +186,14 @@ class PushToHubConfig(_Settings):
     tag: str | None = Field(None, description="tag of the last push")
 
 
-class OutputConfig(_Settings):
+class OutputConfig(Settings):
     """Where a run leaves its files."""
 
     dir: str = Field("runs", description="holds <name>/ and, apart from it, <name>.private/")
     checkpoint_every: PositiveCount = Field(10, description="rounds between commits")
 
 
-class ExperimentConfig(_Settings):
+class ExperimentConfig(Settings):
     """Everything that a run depends on."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -21,8 +21,8 @@ from torch import nn
 from pfm_llm import files, seeding
 from pfm_llm.backbone import Backbone
 from pfm_llm.choices import PrivateKind
-from pfm_llm.config import AdaptersConfig, LoraAdapterConfig
 from pfm_llm.errors import BackboneError, CorruptFileError
+from pfm_llm.model_settings import AdaptersConfig, LoraAdapterConfig
 from pfm_llm.types import PRIVATE_PREFIX, Tensors
 
 SHARED = "shared"

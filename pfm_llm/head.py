@@ -52,8 +52,8 @@ import torch.nn.functional as F
 
 from pfm_llm import seeding
 from pfm_llm.choices import ItemIds, Task
-from pfm_llm.config import HeadConfig
 from pfm_llm.errors import ConfigError
+from pfm_llm.model_settings import HeadConfig
 from pfm_llm.types import Tensors
 
 STATE_PROJ = "head.state_proj"

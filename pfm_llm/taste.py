@@ -52,8 +52,8 @@ import torch.nn.functional as F
 
 from pfm_llm import seeding
 from pfm_llm.choices import ItemIds, Task
-from pfm_llm.config import HeadConfig, TasteConfig
 from pfm_llm.head import ITEM_IDS, fading, item_width, standard_ids
+from pfm_llm.model_settings import HeadConfig, TasteConfig
 from pfm_llm.types import Tensors
 
 _FEATURE_STD = 0.3

@@ -27,8 +27,8 @@ from pfm_llm.artefact import (
     read_artefact,
     write_head,
 )
-from pfm_llm.config import AdaptersConfig, HeadConfig, LoraAdapterConfig, WindowConfig
 from pfm_llm.head import ITEM_BIAS, ITEM_IDS, ITEM_PROJ, STATE_PROJ, Normaliser
+from pfm_llm.model_settings import AdaptersConfig, HeadConfig, LoraAdapterConfig, WindowConfig
 from pfm_llm.prompts import load_prompt
 from pfm_llm.signing import SigningKey, sign
 from pfm_llm.types import Tensors

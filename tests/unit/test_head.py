@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.choices import ItemIds
-from pfm_llm.config import HeadConfig
 from pfm_llm.errors import ConfigError
 from pfm_llm.head import (
     Normaliser,
@@ -18,6 +17,7 @@ from pfm_llm.head import (
     user_vectors,
     zero_shot_scores,
 )
+from pfm_llm.model_settings import HeadConfig
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "pfm_llm"
 # error; an entry without a module is not.
 LAYERS = [line.split() for line in """
     errors types seeding choices
-    config_text
+    config_text model_settings
     methods
     config files processes
     settings
