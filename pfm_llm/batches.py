@@ -29,7 +29,8 @@ class ChunkBatch:
         liked: int64 [K], whether it was liked, 0 or 1, or `encoding.NO_LABEL`.
         outputs_per_client: How many of the K outputs belong to each client.
         before_rows, before_items: int64 [S], the items that were met before a row, and the row.
-        known: int64 [K], how many items its user had met before each output's target.
+        known: int64 [K], how many items its user had met before each output's target. This and the
+            next are of use in training alone: a query does not tell what came before it.
         met_per_client: Per client int64 [H], what its last user met up to the last target, oldest
             first.
     """
@@ -97,8 +98,7 @@ def collate(
     position_clients = row_clients.repeat_interleave(lengths)
     targets = joined([w.targets for _, w in flat])
     outputs = lengths.cumsum(0) - 1 if last_only else (targets != NO_TARGET).nonzero()[:, 0]
-    # Counted from the start of the history, not of the row.
-    place = torch.arange(len(targets)) - (lengths.cumsum(0) - lengths - before)[rows]
+    starts = lengths.cumsum(0) - lengths - before  # of each row's history, as positions
     trunk = nn.utils.rnn.pad_sequence([s for own in states for s in own], batch_first=True)
     device = trunk.device
     return ChunkBatch(
@@ -114,7 +114,7 @@ def collate(
         outputs_per_client=_counts(position_clients[outputs], len(windows)),
         before_rows=torch.arange(len(flat)).repeat_interleave(before).to(device),
         before_items=joined([w.before for _, w in flat]).to(device),
-        known=(place[outputs] + 1).to(device),
+        known=(outputs + 1 - starts[rows[outputs]]).to(device),
         met_per_client=tuple(joined([w.met for w in own[-1:]]).to(device) for own in windows),
     )
 

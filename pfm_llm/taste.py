@@ -12,8 +12,8 @@ Ning and Karypis 2013, KDD, equation 4) with a fading past:
     phi = sum_t w_t a_{y_t} / (n + sum_t w_t),    v_i = b_i        [r]
 
 with a_i and b_i two embeddings of each item, learned for this alone. A quarter of the features each
-fades at a pace of its own, from a few events to hundreds. It is the one part of the model that
-reads all of a history at once; the prompt shows the newest.
+fades at a pace of its own, from a few events to hundreds. It reads all of a history, also what
+comes before the windows that are trained on; the prompt shows the newest.
 
 *Fitted*, for likes, and for the next item by text alone:
 
@@ -31,7 +31,8 @@ step,
 
 and for likes the logistic loss, with a feature 1 added for the user's own level. Much in a basis
 that is learned from so few likes is chance: M of them start and are learned apart, each has a fit
-of its own, and their logits are averaged.
+of its own, and their logits are averaged. In training likes see the windows at hand, and in serving
+all that was rated.
 
 In both, w_t = 2^(-a_t / h) for an event that is a_t events old and h a learned half-life: tastes
 drift, and what was met last tells most.

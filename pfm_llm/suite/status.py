@@ -2,7 +2,8 @@
 
 A result belongs to the settings that it was made with: it counts as long as the settings that
 training depends on (`config.training_hash`), the grid, the script and what chooses are still the
-same. A setting that the config has gained since stands at its default in older results.
+same. A setting that the config has gained since stands at its default in older results, but for
+those of a taste, which tell how it is made.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 from pfm_llm.config import ExperimentConfig, parse_config, training_hash
 from pfm_llm.errors import ConfigError
-from pfm_llm.settings import changed_settings
+from pfm_llm.settings import changed_settings, uses_taste
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
 
 
@@ -95,7 +96,16 @@ def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
         old = parse_config(dict(stored["config"]))
     except (ConfigError, KeyError, TypeError, ValueError):
         return ["it was made with settings that this version does not know"]
-    return changed_settings(old, config)
+    return changed_settings(old, config) + _gained(stored["config"], config)
+
+
+def _gained(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
+    """Settings of a taste that an earlier run lacks: it had a taste of another make."""
+    if not uses_taste(config):
+        return []
+    before = stored.get("adapters", {}).get("private", {}).get("taste", {})
+    now = config.adapters.private.taste.model_dump()
+    return [f"adapters.private.taste.{name} did not exist" for name in now if name not in before]
 
 
 def read_tree(path: Path) -> dict[str, Any] | None:

@@ -353,7 +353,7 @@ def test_the_scale_moves_every_rate_but_those_of_the_taste_basis() -> None:
     )
     for name in ("lora.q.A", "basis.q.A", "head.item_ids", "head.like_bias", "head.state_proj"):
         assert scaled.learning_rate(name) == pytest.approx(3 * plain.learning_rate(name))
-    for name in ("basis.taste.like.text", "basis.taste.next_item.ids"):
+    for name in ("basis.taste.like.text", "basis.taste.like.items", "basis.taste.next_item.ids"):
         assert scaled.learning_rate(name) == plain.learning_rate(name)
     assert plain.learning_rate("basis.taste.like.text") == ServerConfig().lr_taste_like
     assert plain.learning_rate("basis.taste.like.items") == ServerConfig().lr_taste_like_items

@@ -123,12 +123,15 @@ def test_rows_follow_their_items() -> None:
         "head.state_proj": torch.eye(3),
         "basis.taste.next_item.read_in": torch.tensor([[1.0], [2.0], [3.0]]),
         "basis.taste.next_item.read_out": torch.tensor([[4.0], [5.0], [6.0]]),
+        "basis.taste.like.items": torch.arange(12.0).view(3, 2, 2) + 1,
     }
     aligned = aligned_tensors(tensors, alignment)
     assert aligned["head.item_bias"].tolist() == [6.0, 3.0, 1.0]
     assert aligned["head.item_ids"].tolist() == [[5.0, 6.0], [0.0, 0.0], [1.0, 2.0]]
     assert aligned["basis.taste.next_item.read_in"].tolist() == [[3.0], [0.0], [1.0]]
     assert aligned["basis.taste.next_item.read_out"].tolist() == [[6.0], [5.0], [4.0]]
+    likes = aligned["basis.taste.like.items"].tolist()
+    assert likes == [[[9.0, 10.0], [11.0, 12.0]], [[0.0, 0.0]] * 2, [[1.0, 2.0], [3.0, 4.0]]]
     assert torch.equal(aligned["head.state_proj"], torch.eye(3))
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pfm_llm.batches import ChunkBatch, collate
@@ -11,10 +11,10 @@ from pfm_llm.encoding import NO_LABEL, NO_TARGET, Window
 NUM_ITEMS = 7
 
 
-def _cut(history: list[int], size: int) -> list[Window]:
-    """Windows that tile a history; a token an item."""
+def _cut(history: list[int], size: int, known: int = 0) -> list[Window]:
+    """Windows that tile a history; a token an item. The first ``known`` targets are none."""
     windows = []
-    targets = [*history[1:], NO_TARGET]
+    targets = [*[NO_TARGET] * known, *history[1 + known :], NO_TARGET][-len(history) :]
     for start in range(0, len(history), size):
         stop = min(len(history), start + size)
         windows.append(
@@ -30,8 +30,8 @@ def _cut(history: list[int], size: int) -> list[Window]:
     return windows
 
 
-def _batch(histories: list[list[int]], size: int, newest: int | None = None) -> ChunkBatch:
-    windows = [_cut(history, size)[-(newest or 0) :] for history in histories]
+def _batch(histories: list[list[int]], size: int) -> ChunkBatch:
+    windows = [_cut(history, size) for history in histories]
     states = [[torch.zeros(len(w.tokens), 2) for w in own] for own in windows]
     return collate(windows, states)
 
@@ -54,22 +54,29 @@ def test_seen_is_what_the_user_had_met_but_for_the_target(
 
 
 @given(
-    histories=st.lists(
-        st.lists(st.integers(0, NUM_ITEMS - 1), min_size=2, max_size=12), min_size=1, max_size=4
-    ),
+    history=st.lists(st.integers(0, NUM_ITEMS - 1), min_size=2, max_size=12),
     size=st.integers(1, 5),
-    newest=st.none() | st.integers(1, 3),
+    known=st.integers(0, 5),
+    data=st.data(),
 )
 def test_each_target_is_at_its_place_in_all_that_was_met(
-    histories: list[list[int]], size: int, newest: int | None
+    history: list[int], size: int, known: int, data: st.DataObject
 ) -> None:
-    batch = _batch(histories, size, newest)
-    assert [met.tolist() for met in batch.met_per_client] == histories
-    outputs = zip(
-        batch.known.split(batch.outputs_per_client),
-        batch.targets.split(batch.outputs_per_client),
-        strict=True,
-    )
-    for history, (known, targets) in zip(histories, outputs, strict=True):
-        assert known.tolist() == list(range(len(history) - len(known), len(history)))
-        assert targets.tolist() == [history[place] for place in known]
+    """Whichever windows a step reads, and where the first targets are none."""
+    windows = [w for w in _cut(history, size, known) if w.num_targets]
+    assume(windows)
+    chosen = data.draw(st.sets(st.sampled_from(range(len(windows))), min_size=1))
+    picked = [windows[i] for i in sorted(chosen)]
+    batch = collate([picked], [[torch.zeros(len(w.tokens), 2) for w in picked]])
+    [met] = batch.met_per_client
+    places = batch.known.tolist()
+    assert met.tolist() == history[: len(met)]
+    assert met[batch.known].tolist() == batch.targets.tolist()
+    expected = [
+        t for t in range(known + 1, len(history)) if (t - 1) // size in _starts(picked, size)
+    ]
+    assert places == expected
+
+
+def _starts(windows: list[Window], size: int) -> set[int]:
+    return {len(window.before) // size for window in windows}

@@ -15,11 +15,11 @@ from pfm_llm.choices import Task
 from pfm_llm.cohort_model import Parts
 from pfm_llm.config import EvaluationConfig
 from pfm_llm.data.candidates import sample_negatives
-from pfm_llm.data.splits import HeldOut
+from pfm_llm.data.splits import HeldOut, TrainData
 from pfm_llm.encoding import NO_LABEL
 from pfm_llm.errors import DataError
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured
-from pfm_llm.histories import History
+from pfm_llm.histories import ClientHistories, History
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
 from pfm_llm.types import Mode, SharedState
@@ -360,6 +360,26 @@ def test_a_history_that_does_not_go_on_from_train_is_refused(
     items, liked = histories.events(client_id)
     assert np.array_equal(items, own)
     assert set(liked.tolist()) == {NO_LABEL}
+
+
+def test_events_are_all_that_was_met_each_with_its_own_label(tiny_assembly: TinyAssembly) -> None:
+    assembly = tiny_assembly(method="pfm")
+    train = assembly.corpus.split.train.interactions
+    ratings = np.arange(len(train.items), dtype=np.float32) % 6
+    histories = ClientHistories(
+        list(assembly.histories.clients.values()),
+        TrainData(replace(train, ratings=ratings)),
+        assembly.parts.encoder,
+        assembly.cache,
+        like_threshold=3.0,
+    )
+    client_id = histories.client_of(1)
+    own = slice(train.offsets[1], train.offsets[2])
+    items, liked = histories.events(client_id)
+    assert items.tolist() == train.items[own].tolist()
+    assert liked.tolist() == [int(r >= 3) for r in ratings[own]]
+    grown = History(np.append(items, 0), np.append(ratings[own], 5.0))
+    assert histories.events(client_id, grown)[1].tolist() == [*liked.tolist(), 1]
 
 
 def test_user_vectors_are_read_out_once_for_all_taste_vectors(

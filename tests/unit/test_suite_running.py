@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from pfm_llm.config import parse_config
 from pfm_llm.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
 from pfm_llm.run_report import read_results
 from pfm_llm.suite.running import run_suite
-from pfm_llm.suite.status import State, list_text, status_of
+from pfm_llm.suite.status import State, changes, list_text, status_of
 from tests.suite_double import COSTS, GRID, World
 
 ALL = [("a-s0-0.1", False), ("a-s0-0.2", False), ("a-s0-0.3", False), ("b-s0", False)]
@@ -286,6 +287,18 @@ def test_a_setting_that_the_config_gained_since_does_not_make_results_stale(worl
         del content["config"]["head"]["dropout"]
         path.write_text(json.dumps(content | {"training_hash": "of another version"}))
     assert states(world)[1] is State.DONE
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("pfm", ["adapters.private.taste.like_fits did not exist"]), ("shared_only", [])],
+)
+def test_a_taste_of_another_make_is_another(method: str, expected: list[str]) -> None:
+    config = parse_config({"name": "x", "method": method})
+    stored = {"config": config.model_dump(mode="json"), "training_hash": "of another version"}
+    assert changes(stored, config) == []
+    del stored["config"]["adapters"]["private"]["taste"]["like_fits"]
+    assert changes(stored, config) == expected
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"grid": {}}'])
