@@ -6,7 +6,7 @@ holds the references for the task ``like``.
 """
 
 from pfm_llm.baselines.common import Baseline, Histories, ScoreMatrix, Scorer
-from pfm_llm.baselines.ease import MAX_DENSE_ITEMS, Ease
+from pfm_llm.baselines.ease import MAX_DENSE, Ease
 from pfm_llm.baselines.ease_markov import EaseMarkov
 from pfm_llm.baselines.item_knn import ItemKnn
 from pfm_llm.baselines.likes import (
@@ -29,7 +29,7 @@ from pfm_llm.baselines.selection import (
 )
 
 __all__ = [
-    "MAX_DENSE_ITEMS",
+    "MAX_DENSE",
     "Baseline",
     "BaselineName",
     "Ease",

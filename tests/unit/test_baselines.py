@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pfm_llm.baselines import (
-    MAX_DENSE_ITEMS,
+    MAX_DENSE,
     BaselineName,
     Ease,
     EaseMarkov,
@@ -57,18 +57,20 @@ def test_ease_by_hand_on_two_items():
     )
 
 
-def test_ease_columns_solve_the_ridge_regression_without_the_item_itself():
-    """The definition: column j regresses item j on all other items, ridge l2."""
-    histories, l2 = random_histories(), 3.0
-    seen = np.zeros((30, 12))
+@pytest.mark.parametrize("num_items", [12, 45])
+def test_ease_columns_solve_the_ridge_regression_without_the_item_itself(num_items):
+    """The definition: column j regresses item j on all other items, ridge l2; 30 users."""
+    histories, l2 = random_histories(num_items=num_items), 3.0
+    seen = np.zeros((30, num_items))
     for row, history in zip(seen, histories, strict=True):
         row[history] = 1
-    weights = Ease(l2).fit(histories, 12).score([ids(item) for item in range(12)])
-    for item in range(12):
+    weights = Ease(l2).fit(histories, num_items).score([ids(item) for item in range(num_items)])
+    for item in range(num_items):
         others = np.delete(seen, item, axis=1)
-        ridge = np.linalg.solve(others.T @ others + l2 * np.eye(11), others.T @ seen[:, item])
+        gram = others.T @ others + l2 * np.eye(num_items - 1)
+        ridge = np.linalg.solve(gram, others.T @ seen[:, item])
         assert np.delete(weights[:, item], item) == pytest.approx(ridge, abs=1e-5)
-        assert weights[item, item] == 0
+        assert weights[item, item] == pytest.approx(0, abs=1e-12)
 
 
 def test_ease_counts_a_repeated_item_once():
@@ -78,7 +80,7 @@ def test_ease_counts_a_repeated_item_once():
 
 def test_ease_refuses_a_catalogue_too_large_for_a_dense_matrix():
     with pytest.raises(DataError, match=r"leave ease out of evaluation\.baselines"):
-        Ease().fit([ids(0, 1)], MAX_DENSE_ITEMS + 1)
+        Ease().fit([ids(0, 1)] * (MAX_DENSE + 1), MAX_DENSE + 1)
 
 
 def test_markov_by_hand():
