@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm import __version__, files
+from pfm_llm.alignment import item_keys
 from pfm_llm.artefact import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -24,7 +25,6 @@ from pfm_llm.artefact import (
     Manifest,
     Metric,
     Parent,
-    item_keys,
     prompt_file,
     write_head,
 )

@@ -15,7 +15,8 @@ from torch import nn
 
 from pfm_llm import assets, files, taste
 from pfm_llm import head as recommender_head
-from pfm_llm.artefact import Alignment, Artefact, align_items, aligned_tensors, item_keys
+from pfm_llm.alignment import Alignment, align_items, aligned_tensors, item_keys
+from pfm_llm.artefact import Artefact
 from pfm_llm.backbone import Backbone, load_backbone
 from pfm_llm.cohort_model import BASIS, CohortModel
 from pfm_llm.config import ExperimentConfig

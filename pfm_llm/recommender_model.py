@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from pfm_llm import evaluation, hub, scoring
-from pfm_llm.artefact import Alignment, Artefact, prompt_file
+from pfm_llm.alignment import Alignment
+from pfm_llm.artefact import Artefact, prompt_file
 from pfm_llm.assembly import make_trainer
 from pfm_llm.batches import collate
 from pfm_llm.client import LocalTrainer

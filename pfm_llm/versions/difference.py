@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from pfm_llm.artefact import PER_ITEM, TRAINING_CONFIG_FILE, Artefact, Metric, align_items
+from pfm_llm.alignment import PER_ITEM, align_items
+from pfm_llm.artefact import TRAINING_CONFIG_FILE, Artefact, Metric
 from pfm_llm.errors import CorruptFileError
 from pfm_llm.types import Tensors
 

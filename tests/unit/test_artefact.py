@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pfm_llm import artefact
-from pfm_llm.artefact import Manifest, align_items, aligned_tensors, check_listing, item_keys
+from pfm_llm.alignment import align_items, aligned_tensors, item_keys
+from pfm_llm.artefact import Manifest, check_listing
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.errors import ArtefactError, CorruptFileError

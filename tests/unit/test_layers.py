@@ -30,7 +30,7 @@ LAYERS = [line.split() for line in """
     dual_adapter local_steps readout taste batches
     objective
     cohort_model histories
-    artefact
+    artefact alignment
     model_parts client server checkpoint hub staging
     evaluation versions
     rounds

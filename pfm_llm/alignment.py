@@ -1,0 +1,93 @@
+"""The items of an adapter found in another catalogue, and its tensors made to fit."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pfm_llm.data.interactions import Catalogue
+from pfm_llm.head import ITEM_BIAS, ITEM_IDS, LIKE_BIAS
+from pfm_llm.prompts import Prompt
+from pfm_llm.taste import LIKE_FEATURES, READ_IN, READ_OUT
+from pfm_llm.types import Tensors
+
+PER_ITEM = (ITEM_BIAS, ITEM_IDS, LIKE_BIAS, LIKE_FEATURES, READ_IN, READ_OUT)
+"""Shared tensors with a row for each item of the catalogue."""
+_MEAN_FOR_NEW = (ITEM_BIAS, LIKE_BIAS, READ_OUT)
+
+
+def item_keys(catalogue: Catalogue, prompt: Prompt) -> tuple[str, ...]:
+    """A key per item: a hash of its id and of its text as the prompt renders it.
+
+    Two catalogues mean the same item exactly when both agree. The texts themselves, which may
+    not be ours to pass on, do not go into the folder.
+    """
+    keys = []
+    for index, item_id in enumerate(catalogue.item_ids):
+        fields = {name: catalogue.fields[name][index] for name in prompt.fields}
+        text = prompt.render_catalogue_item(fields)
+        keys.append(hashlib.sha256(json.dumps([item_id, text]).encode()).hexdigest()[:32])
+    return tuple(keys)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the items of a catalogue are in an artefact's.
+
+    Attributes:
+        rows: For each item its row in the artefact, or None where it was never seen.
+        num_known: How many of the artefact's items there are.
+    """
+
+    rows: tuple[int | None, ...]
+    num_known: int
+
+    @property
+    def num_kept(self) -> int:
+        """Items whose parameters are carried over."""
+        return sum(row is not None for row in self.rows)
+
+    def describe(self) -> str:
+        """For people: what is carried over and what is not."""
+        new, dropped = len(self.rows) - self.num_kept, self.num_known - self.num_kept
+        return (
+            f"{self.num_kept} of the adapter's {self.num_known} items are in this catalogue; the "
+            f"biases and embeddings of {dropped} others are dropped, and {new} items that it "
+            "never saw start from their text alone"
+        )
+
+
+def align_items(known: Sequence[str], wanted: Sequence[str]) -> Alignment:
+    """Find the items of a catalogue, by key, in an artefact's.
+
+    Args:
+        known: Keys of the artefact's items.
+        wanted: Keys of the catalogue's items.
+    """
+    row_of = {key: row for row, key in enumerate(known)}
+    return Alignment(tuple(row_of.get(key) for key in wanted), len(known))
+
+
+def aligned_tensors(tensors: Tensors, alignment: Alignment) -> dict[str, torch.Tensor]:
+    """Shared tensors for another catalogue: rows that belong to items follow their items.
+
+    An item that was never seen gets the mean bias, the mean embedding where a taste is weighed,
+    and else zero embeddings: it is ranked by its text, neither favoured nor held back.
+
+    Args:
+        tensors: Shared tensors over the artefact's items.
+        alignment: From `align_items`.
+    """
+    aligned = dict(tensors)
+    rows = torch.tensor([-1 if row is None else row for row in alignment.rows])
+    for name in PER_ITEM:
+        if name not in tensors:
+            continue
+        old = tensors[name]
+        default = old.mean(0) if name in _MEAN_FOR_NEW else torch.zeros(old.shape[1:])
+        new = default.expand(len(rows), *old.shape[1:]).clone()
+        new[rows >= 0] = old[rows[rows >= 0]]
+        aligned[name] = new
+    return aligned
