@@ -3,7 +3,7 @@
 import hashlib
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -143,6 +143,9 @@ class EvaluationConfig(Settings):
     confidence: Fraction = 0.95
     max_users: PositiveCount | None = Field(
         None, description="a fixed random sample of users for the validations during training"
+    )
+    private_weights: tuple[Annotated[float, Field(ge=0, le=1.5)], ...] = Field(
+        (), description="adapters.private.weight is chosen from these, on validation"
     )
     baselines: tuple[str, ...] = ("popularity", "ease", "markov_recency")
     splits: tuple[HeldOutSplit, ...] = Field(
@@ -340,5 +343,7 @@ def dump_config(config: ExperimentConfig) -> str:
 
 def training_hash(config: ExperimentConfig) -> str:
     """SHA-256, in hex, over all settings that the trained tensors depend on."""
-    elsewhere = {"name", "evaluation", "cache", "runtime", "output", "push_to_hub"}
+    sections = ("name", "evaluation", "cache", "runtime", "output", "push_to_hub")
+    elsewhere: dict[str, Any] = dict.fromkeys(sections, True)
+    elsewhere["adapters"] = {"private": {"weight"}}  # of serving
     return hashlib.sha256(config.model_dump_json(exclude=elsewhere).encode()).hexdigest()

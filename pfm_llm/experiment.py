@@ -18,6 +18,7 @@ from pfm_llm.config import ExperimentConfig, dump_config, load_config, training_
 from pfm_llm.errors import CheckpointError, HubError
 from pfm_llm.export import export_shared_adapter
 from pfm_llm.metrics_log import MetricsLog
+from pfm_llm.private_weight import with_chosen_weight
 from pfm_llm.processes import Processes, start_processes
 from pfm_llm.publishing import PublishRequest, publish
 from pfm_llm.reporting import evaluate_and_report, evaluation_task, measure
@@ -71,14 +72,9 @@ def run_experiment(
     seconds = time.perf_counter() - started
     if first_round > 1:
         _log.info("resumed at round %d: training time below is of this part alone", first_round)
-    evaluate_and_report(
-        assembly,
-        folders,
-        processes,
-        federation.server.shared,
-        config.federation.num_rounds,
-        seconds,
-    )
+    trained = federation.server.shared, config.federation.num_rounds
+    assembly = with_chosen_weight(assembly, processes, folders.public, *trained)
+    evaluate_and_report(assembly, folders, processes, *trained, seconds)
     _push(assembly, folders, processes)
     processes.accelerator.end_training()
     return folders.public
@@ -139,6 +135,7 @@ def open_run(run: Path) -> OpenedRun:
     folders = RunFolders.of(run)
     assembly = assemble(config, load_corpus(config), folders, processes)
     shared, round_number = load_shared(assembly, folders)
+    assembly = with_chosen_weight(assembly, processes, folders.public, shared, round_number)
     return OpenedRun(assembly, processes, shared, round_number)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pfm_llm.choices import Task
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured
+from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, UserVectors
 from pfm_llm.export import export_shared_adapter
 from pfm_llm.metrics import RANK_METRICS, per_user
 from pfm_llm.metrics_log import MetricsLog
@@ -57,15 +57,28 @@ def evaluation_task(
     )
 
 
-def measure(assembly: Assembly, processes: Processes, task: EvaluationTask) -> Measured:
-    """Evaluate, each process its share of the clients; the result is equal on every process."""
+def measure(
+    assembly: Assembly,
+    processes: Processes,
+    task: EvaluationTask,
+    known: MutableMapping[tuple[str, ...], UserVectors] | None = None,
+) -> Measured:
+    """Evaluate, each process its share of the clients; the result is equal on every process.
+
+    Args:
+        assembly: The run's objects.
+        processes: Who works on it.
+        task: What to rank with what.
+        known: By chunk, what earlier calls on the same split and shared state have read out.
+    """
     chunks = assembly.evaluator.chunks(task, assembly.config.runtime.tokens_per_chunk)
     found = []
     total = sum(map(len, chunks))
     show = Progress(total, f"evaluating on {task.held_out.name}", processes.is_main)
     with processes.together(), show as progress:
         for index, chunk in processes.share(chunks):
-            found.append((index, assembly.evaluator.rank_chunk(chunk, task)))
+            read = None if known is None else known[chunk]
+            found.append((index, assembly.evaluator.rank_chunk(chunk, task, None, read)))
             progress.update(min(len(chunk) * processes.count, total - progress.count))
     return evaluation.combine(processes.gather(found))
 

@@ -200,6 +200,7 @@ def test_training_hash_sees_what_the_trained_tensors_depend_on(tree: dict[str, A
         {"cache": {"max_gb": 0}},
         {"runtime": {"trackers": ["tensorboard"]}},
         {"output": {"checkpoint_every": 1}},
+        {"adapters": {"private": {"weight": 0.5}}},
     ],
     ids=lambda tree: next(iter(tree)),
 )

@@ -37,6 +37,7 @@ LAYERS = [line.split() for line in """
     assembly
     export publishing
     reporting
+    private_weight
     experiment
     recommender_model study
     suite

@@ -1,0 +1,95 @@
+"""How strongly the private part counts: validation chooses, the choice is kept and served."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pfm_llm import personality
+from pfm_llm.config import load_config
+from pfm_llm.errors import CorruptFileError
+from pfm_llm.experiment import evaluate_run, open_run, run_experiment
+from pfm_llm.private_weight import WEIGHT_FILE
+from pfm_llm.reporting import evaluation_task, measure
+from pfm_llm.types import Mode
+from tests.integration.tiny import Tiny
+
+WEIGHTS = [0.0, 0.5, 1.5]
+SETTINGS = {
+    "method": "pfm",
+    "evaluation__private_weights": WEIGHTS,
+    # Large rates, so that the weights matter after four rounds.
+    "federation__server": {"lr_taste": 0.5, "lr_taste_items": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_experiment(tiny.config(tmp_path_factory.mktemp("weights"), **SETTINGS))
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    shutil.copytree(finished.parent, tmp_path / "runs")
+    return tmp_path / "runs" / finished.name
+
+
+def weight_of(run: Path) -> float:
+    return open_run(run).assembly.config.adapters.private.weight
+
+
+def log_rank_on_validation(run: Path, weight: float) -> float:
+    """With the weight as a setting of the run."""
+    opened = open_run(run)
+    assembly, config = opened.assembly, opened.assembly.config
+    private = config.adapters.private.model_copy(update={"weight": weight})
+    adapters = config.adapters.model_copy(update={"private": private})
+    fixed = dataclasses.replace(assembly, config=config.model_copy(update={"adapters": adapters}))
+    task = evaluation_task(
+        fixed, assembly.corpus.split.validation, opened.shared, 4, [Mode.SHARED_PRIVATE]
+    )
+    ranks = measure(fixed, opened.processes, task).ranks[Mode.SHARED_PRIVATE]
+    return float(personality.user_quality("log_rank", ranks.full, ranks.users).mean())
+
+
+def test_the_best_weight_on_validation_is_chosen_served_and_exported(finished: Path) -> None:
+    kept = json.loads((finished / WEIGHT_FILE).read_text())
+    found = {weight: log_rank_on_validation(finished, weight) for weight in WEIGHTS}
+    assert kept["weight"] == max(found, key=found.__getitem__)
+    for weight in WEIGHTS:
+        gain = found[weight] - found[0.0]
+        assert kept["gain_log_rank"][str(weight)] == pytest.approx(gain, abs=1e-9)
+    assert len(set(found.values())) == len(WEIGHTS)
+    exported = load_config(finished / "shared_adapter" / "training_config.yaml")
+    assert weight_of(finished) == exported.adapters.private.weight == kept["weight"]
+    # The run's own config still says what was asked for.
+    assert load_config(finished / "config.yaml").adapters.private.weight == 1.0
+
+
+def test_a_kept_choice_stands_until_the_round_is_another(run: Path) -> None:
+    kept = json.loads((run / WEIGHT_FILE).read_text())
+    (run / WEIGHT_FILE).write_text(json.dumps(kept | {"weight": 0.25}))
+    assert weight_of(run) == 0.25
+    (run / WEIGHT_FILE).write_text(json.dumps(kept | {"weight": 0.25, "round": 2}))
+    assert weight_of(run) == kept["weight"]
+    assert json.loads((run / WEIGHT_FILE).read_text()) == kept
+
+
+def test_a_damaged_choice_is_refused_by_name(run: Path) -> None:
+    for content in ("{", "[]", "{}"):
+        (run / WEIGHT_FILE).write_text(content)
+        with pytest.raises(CorruptFileError, match=rf"{WEIGHT_FILE}.*delete it"):
+            evaluate_run(run)
+
+
+def test_nothing_is_chosen_unless_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    without = run_experiment(tiny.config(tmp_path, method="pfm"))
+    shared = run_experiment(
+        tiny.config(tmp_path / "b", method="shared_only", evaluation__private_weights=WEIGHTS)
+    )
+    for run in (without, shared):
+        assert not (run / WEIGHT_FILE).exists()
+        assert weight_of(run) == 1.0
