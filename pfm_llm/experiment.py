@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pfm_llm import evaluation, files, hub, ranking, run_report
+from pfm_llm import files, hub, ranking, run_report
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
 from pfm_llm.baselines import parse_names
 from pfm_llm.checkpoint import Checkpoint, CheckpointStore, RunEnvironment
@@ -21,7 +21,7 @@ from pfm_llm.metrics_log import MetricsLog
 from pfm_llm.private_weight import with_chosen_weight
 from pfm_llm.processes import Processes, start_processes
 from pfm_llm.publishing import PublishRequest, publish
-from pfm_llm.reporting import evaluate_and_report, evaluation_task, measure
+from pfm_llm.reporting import evaluate_and_report, measure, validation_task
 from pfm_llm.rounds import Federation, resume_from, run_rounds
 from pfm_llm.server import Server
 from pfm_llm.types import Mode, SharedState
@@ -197,14 +197,10 @@ def shared_state(assembly: Assembly, checkpoint: Checkpoint) -> SharedState:
 def _validate(
     federation: Federation, assembly: Assembly, processes: Processes, round_number: int
 ) -> Mapping[str, Any]:
-    config = assembly.config
-    held_out = evaluation.sample_users(
-        assembly.corpus.split.validation, config.evaluation.max_users, config.seed
-    )
     modes = [Mode.SHARED_ONLY]
-    if config.adapters.private.enabled:
+    if assembly.config.adapters.private.enabled:
         modes.append(Mode.SHARED_PRIVATE)
-    task = evaluation_task(assembly, held_out, federation.server.shared, round_number, modes)
+    task = validation_task(assembly, federation.server.shared, round_number, modes)
     found = measure(assembly, processes, task)
     return {mode.value: ranking.headline(found.ranks[mode]) for mode in modes}
 

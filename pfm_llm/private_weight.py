@@ -16,7 +16,7 @@ from pfm_llm.assembly import Assembly
 from pfm_llm.errors import CorruptFileError
 from pfm_llm.evaluation import UserVectors
 from pfm_llm.processes import Processes
-from pfm_llm.reporting import evaluation_task, measure
+from pfm_llm.reporting import measure, validation_task
 from pfm_llm.types import Mode, SharedState
 
 WEIGHT_FILE = "private_weight.json"
@@ -76,11 +76,7 @@ def _gains(
     assembly: Assembly, processes: Processes, shared: SharedState, round_number: int
 ) -> dict[float, float]:
     """Mean gain in log-rank over no private part, on validation, by weight; ascending."""
-    config = assembly.config
-    held_out = evaluation.sample_users(
-        assembly.corpus.split.validation, config.evaluation.max_users, config.seed
-    )
-    task = evaluation_task(assembly, held_out, shared, round_number, ())
+    task = validation_task(assembly, shared, round_number, ())
     known: dict[tuple[str, ...], UserVectors] = defaultdict(dict)
 
     def quality(weight: float) -> float:
@@ -92,5 +88,5 @@ def _gains(
     without = quality(0.0)
     return {
         weight: quality(weight) - without if weight else 0.0
-        for weight in sorted(config.evaluation.private_weights)
+        for weight in sorted(assembly.config.evaluation.private_weights)
     }

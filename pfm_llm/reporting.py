@@ -57,6 +57,17 @@ def evaluation_task(
     )
 
 
+def validation_task(
+    assembly: Assembly, shared: SharedState, round_number: int, modes: Sequence[Mode]
+) -> EvaluationTask:
+    """`evaluation_task` on the sample of validation that choices are made on."""
+    config = assembly.config
+    held_out = evaluation.sample_users(
+        assembly.corpus.split.validation, config.evaluation.max_users, config.seed
+    )
+    return evaluation_task(assembly, held_out, shared, round_number, modes)
+
+
 def measure(
     assembly: Assembly,
     processes: Processes,
