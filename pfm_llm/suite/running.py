@@ -150,6 +150,8 @@ class _Runner:
             with files.storage_errors(chosen.record):
                 chosen.record.unlink()  # or a kill would leave half a run that seems whole
             self._train(run, chosen)
+        # What is measured, and how, may have changed since it was trained.
+        files.write_text(chosen.folder / CONFIG_FILE, dump_config(chosen.config))
         with self._pace.evaluating(run):
             rows = self._tools.evaluate(chosen.folder, self._plan.budget)
         _, extra = read_results(chosen.folder / RESULTS_FILE)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pfm_llm.config import parse_config
+from pfm_llm.config import load_config, parse_config
 from pfm_llm.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
 from pfm_llm.run_report import read_results
 from pfm_llm.suite.running import run_suite
@@ -276,6 +276,17 @@ def test_settings_that_training_does_not_depend_on_may_change(world: World) -> N
         set={"output.dir": str(world.folder / "runs"), "runtime.threads": 7, "evaluation.ks": [3]}
     )
     assert states(world) == [State.DONE, State.DONE]
+
+
+def test_what_is_measured_follows_the_suite_as_it_stands(world: World) -> None:
+    """Trained before, evaluated again: by the settings of now."""
+    world.run(["b"])
+    world.result_file("b-s0").unlink()
+    world.write(set={"output.dir": str(world.folder / "runs"), "evaluation.ks": [3]})
+    world.started.clear()
+    world.run(["b"])
+    assert world.started == []
+    assert load_config(world.runs / "b-s0" / "config.yaml").evaluation.ks == (3,)
 
 
 def test_a_setting_that_the_config_gained_since_does_not_make_results_stale(world: World) -> None:
