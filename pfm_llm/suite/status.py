@@ -96,14 +96,14 @@ def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
         old = parse_config(dict(stored["config"]))
     except (ConfigError, KeyError, TypeError, ValueError):
         return ["it was made with settings that this version does not know"]
-    return changed_settings(old, config) + _gained(stored["config"], config)
+    return changed_settings(old, config) + _gained(stored, config)
 
 
 def _gained(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
     """Settings of a taste that an earlier run lacks: it had a taste of another make."""
-    if not uses_taste(config):
+    if not uses_taste(config) or stored.get("script"):  # a script's model has no taste
         return []
-    before = stored.get("adapters", {}).get("private", {}).get("taste", {})
+    before = stored.get("config", {}).get("adapters", {}).get("private", {}).get("taste", {})
     now = config.adapters.private.taste.model_dump()
     return [f"adapters.private.taste.{name} did not exist" for name in now if name not in before]
 

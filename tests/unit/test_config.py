@@ -228,3 +228,11 @@ def test_every_key_of_the_tree_is_strict() -> None:
         dotted = r"\.".join([*path, "no_such_key"])
         with pytest.raises(ConfigError, match=f"unknown key {dotted}"):
             parse_config({"name": "x", **tree})
+
+
+@pytest.mark.parametrize(("method", "same"), [("pfm", False), ("shared_only", True)])
+def test_training_hash_sees_a_taste_where_there_is_one(method: str, same: bool) -> None:
+    base = parse_config({"name": "x", "method": method})
+    taste = {"adapters": {"private": {"taste": {"read_rank": 5}}}}
+    other = parse_config({"name": "x", "method": method, **taste})
+    assert (training_hash(other) == training_hash(base)) == same

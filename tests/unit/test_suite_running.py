@@ -310,6 +310,7 @@ def test_a_taste_of_another_make_is_another(method: str, expected: list[str]) ->
     assert changes(stored, config) == []
     del stored["config"]["adapters"]["private"]["taste"]["like_fits"]
     assert changes(stored, config) == expected
+    assert changes(stored | {"script": ["benchmarks/x.py"]}, config) == []
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"grid": {}}'])
