@@ -345,8 +345,7 @@ def training_hash(config: ExperimentConfig) -> str:
     """SHA-256, in hex, over all settings that the trained tensors depend on."""
     sections = ("name", "evaluation", "cache", "runtime", "output", "push_to_hub")
     elsewhere: dict[str, Any] = dict.fromkeys(sections, True)
-    private = config.adapters.private
-    has_taste = private.enabled and private.kind is PrivateKind.TASTE
     # How strongly it counts is a matter of serving.
-    elsewhere["adapters"] = {"private": {"weight"} if has_taste else {"weight", "taste"}}
+    unused = {"weight"} if config.adapters.private.is_taste else {"weight", "taste"}
+    elsewhere["adapters"] = {"private": unused}
     return hashlib.sha256(config.model_dump_json(exclude=elsewhere).encode()).hexdigest()

@@ -63,6 +63,11 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     head_rank: Count = Field(4, description="rank of the private head term; 0: none")
     weight: float = Field(1.0, ge=0, le=1.5, description="private_weight at serving time")
 
+    @property
+    def is_taste(self) -> bool:
+        """Whether it is on, and a taste vector."""
+        return self.enabled and self.kind is PrivateKind.TASTE
+
 
 class AdaptersConfig(Settings):
     """Where and how large the adapters are."""

@@ -1,6 +1,6 @@
 """What follows from a config: questions that several modules ask of it."""
 
-from pfm_llm.choices import PrivateKind, Task
+from pfm_llm.choices import Task
 from pfm_llm.config import ExperimentConfig, training_hash
 
 _CUSTOM = "custom"
@@ -13,8 +13,7 @@ def method_name(config: ExperimentConfig) -> str:
 
 def uses_taste(config: ExperimentConfig) -> bool:
     """Whether the private part is a taste vector, a function of the history at hand."""
-    private = config.adapters.private
-    return private.enabled and private.kind is PrivateKind.TASTE
+    return config.adapters.private.is_taste
 
 
 def like_threshold(config: ExperimentConfig) -> float | None:
