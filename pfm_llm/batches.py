@@ -142,12 +142,14 @@ class Dropout:
     in the chunk.
 
     Attributes:
-        head: Rate on the user vectors, and on taste vectors that are read.
+        head: Rate on the user vectors.
+        taste: Rate on taste vectors that are read.
         shared, private: Rates on what the factors A of each adapter read, as in PEFT.
         generators: By index of the client in the chunk.
     """
 
     head: float
+    taste: float
     shared: float
     private: float
     generators: Sequence[torch.Generator]

@@ -163,7 +163,7 @@ class CohortModel:
         """
         owns, vectors = self._user_vectors(batch, stacked, parts, dropout)
         read = self._outputs(batch, vectors)
-        if dropout is not None and dropout.head:
+        if dropout is not None:
             read = [
                 _with_dropout(one, own, dropout, client)
                 for client, (one, own) in enumerate(zip(read, owns, strict=True))
@@ -371,13 +371,14 @@ class CohortModel:
 def _with_dropout(outputs: Outputs, own: Tensors, dropout: Dropout, client: int) -> Outputs:
     """A client's outputs with this step's factors on user vectors, and on tastes that are read."""
 
-    def keep(width: int) -> torch.Tensor:
-        shape = (len(outputs.targets), width)
-        return dropout.keep(shape, dropout.head, client).to(outputs.vectors)
+    def keep(rows: torch.Tensor | None, rate: float) -> torch.Tensor | None:
+        if rows is None or not rate:
+            return None
+        shape = (len(outputs.targets), rows.shape[1])
+        return dropout.keep(shape, rate, client).to(outputs.vectors)
 
-    kept = keep(outputs.vectors.shape[1])
-    read_in = own.get(taste.READ_IN)
-    kept_taste = None if read_in is None else keep(read_in.shape[1])
+    kept = keep(outputs.vectors, dropout.head)
+    kept_taste = keep(own.get(taste.READ_IN), dropout.taste)
     return dataclasses.replace(outputs, kept=kept, kept_taste=kept_taste)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm import histories as histories_module
+from pfm_llm import taste
 from pfm_llm.assembly import Assembly
 from pfm_llm.batches import ChunkBatch, Dropout, collate
 from pfm_llm.choices import Schedule
@@ -412,6 +413,21 @@ def test_every_client_and_step_draws_dropout_of_its_own(
     assembly = tiny_assembly(**DROPOUT)
     _train(assembly, [assembly.histories.trainable[:3]])
     assert len({generator.initial_seed() for generator in drawn}) == 6
+
+
+def test_a_taste_that_is_read_has_dropout_of_its_own(tiny_assembly: TinyAssembly) -> None:
+    """It moves the basis alone, with or without dropout on the head."""
+    for head in (0.0, 0.2):
+        deltas = []
+        for rate in (0.0, 0.7):
+            assembly = tiny_assembly(
+                method="pfm", head__dropout=head, adapters__private__taste__dropout=rate
+            )
+            deltas.append(_train(assembly, [assembly.histories.trainable[:1]]))
+        plain, dropped = (next(iter(updates.values())).delta for updates in deltas)
+        moved = {name for name in plain if not torch.equal(plain[name], dropped[name])}
+        assert taste.READ_OUT in moved
+        assert all(name.startswith("basis.taste.next_item.") for name in moved)
 
 
 def test_a_shared_basis_travels_and_a_private_factor_does_not(tiny_assembly: TinyAssembly) -> None:

@@ -254,9 +254,11 @@ def test_bfloat16_adds_the_low_rank_term_in_its_own_type() -> None:
     assert float((scores - exact).abs().mean()) < 0.1 * float(exact.std())
 
 
-def _dropout(shared: float, private: float, head: float = 0.0, clients: int = 3) -> Dropout:
+def _dropout(
+    shared: float, private: float, head: float = 0.0, taste: float = 0.0, clients: int = 3
+) -> Dropout:
     generators = [torch.Generator().manual_seed(client) for client in range(clients)]
-    return Dropout(head, shared, private, generators)
+    return Dropout(head, taste, shared, private, generators)
 
 
 def test_dropout_keeps_the_expectation() -> None:
@@ -304,7 +306,7 @@ def test_what_a_client_drops_does_not_depend_on_the_chunk() -> None:
             collate(CLIENT_WINDOWS[2:], states[2:]),
             stack(clients[2:]),
             Parts(),
-            Dropout(0.2, 0.3, 0.4, [torch.Generator().manual_seed(2)]),
+            Dropout(0.2, 0.0, 0.3, 0.4, [torch.Generator().manual_seed(2)]),
         )
     _assert_close(together[2], alone[0], "loss")
 
