@@ -9,6 +9,7 @@ fall-back is the shared part alone. What is measured on test plays no part in it
 import dataclasses
 import logging
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 from pfm_llm import evaluation, files, personality
@@ -28,7 +29,9 @@ _log = logging.getLogger(__name__)
 def with_chosen_weight(
     assembly: Assembly, processes: Processes, run: Path, shared: SharedState, round_number: int
 ) -> Assembly:
-    """A run's objects, with the weight that validation chooses, or has chosen for this round.
+    """A run's objects, with the weight that validation chooses, or has chosen before.
+
+    A choice stands as long as the round and the weights to choose from are the same.
 
     Args:
         assembly: The run's objects. They are returned as they are without
@@ -47,7 +50,7 @@ def with_chosen_weight(
     if not asked or not len(assembly.corpus.split.validation.users):
         return assembly
     with processes.together():
-        weight = _kept(run / WEIGHT_FILE, round_number)
+        weight = _kept(run / WEIGHT_FILE, round_number, config.evaluation.private_weights)
     if weight is None:
         gains = _gains(assembly, processes, shared, round_number)
         weight = max(gains, key=lambda w: (gains[w], -w))
@@ -62,12 +65,14 @@ def with_chosen_weight(
     return dataclasses.replace(assembly, config=config.model_copy(update={"adapters": adapters}))
 
 
-def _kept(path: Path, round_number: int) -> float | None:
+def _kept(path: Path, round_number: int, weights: Collection[float]) -> float | None:
     if not path.exists():
         return None
     try:
         found = files.read_json(path)
-        return float(found["weight"]) if found["round"] == round_number else None
+        asked = {float(weight) for weight in found["gain_log_rank"]}
+        stands = found["round"] == round_number and asked == set(weights)
+        return float(found["weight"]) if stands else None
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{path} is damaged ({error}); delete it") from error
 

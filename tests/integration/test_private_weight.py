@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pfm_llm import personality
-from pfm_llm.config import load_config
+from pfm_llm.config import dump_config, load_config
 from pfm_llm.errors import CorruptFileError
 from pfm_llm.experiment import evaluate_run, open_run, run_experiment
 from pfm_llm.private_weight import WEIGHT_FILE
@@ -69,13 +69,22 @@ def test_the_best_weight_on_validation_is_chosen_served_and_exported(finished: P
     assert load_config(finished / "config.yaml").adapters.private.weight == 1.0
 
 
-def test_a_kept_choice_stands_until_the_round_is_another(run: Path) -> None:
+def test_a_kept_choice_stands_until_the_round_or_the_choice_is_another(run: Path) -> None:
     kept = json.loads((run / WEIGHT_FILE).read_text())
     (run / WEIGHT_FILE).write_text(json.dumps(kept | {"weight": 0.25}))
     assert weight_of(run) == 0.25
     (run / WEIGHT_FILE).write_text(json.dumps(kept | {"weight": 0.25, "round": 2}))
     assert weight_of(run) == kept["weight"]
     assert json.loads((run / WEIGHT_FILE).read_text()) == kept
+
+    config = load_config(run / "config.yaml")
+    fewer = config.evaluation.model_copy(update={"private_weights": (0.0, 0.5)})
+    asked = config.model_copy(update={"evaluation": fewer})
+    (run / "config.yaml").write_text(dump_config(asked))
+    found = kept["gain_log_rank"]
+    assert weight_of(run) == (0.5 if found["0.5"] > 0 else 0.0)
+    again = json.loads((run / WEIGHT_FILE).read_text())["gain_log_rank"]
+    assert again == {weight: found[weight] for weight in ("0.0", "0.5")}
 
 
 def test_a_damaged_choice_is_refused_by_name(run: Path) -> None:
