@@ -84,7 +84,8 @@ def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
     """What differs, of all that training depends on; empty when nothing does.
 
     Args:
-        stored: Holds the ``config`` and the ``training_hash`` of an earlier run.
+        stored: Holds the ``config`` of an earlier run as it was written, and, where there is one,
+            its ``training_hash``.
         config: What would be run now.
 
     Returns:
@@ -103,7 +104,7 @@ def _gained(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
     """Settings of a taste that an earlier run lacks: it had a taste of another make."""
     if not uses_taste(config) or stored.get("script"):  # a script's model has no taste
         return []
-    before = stored.get("config", {}).get("adapters", {}).get("private", {}).get("taste", {})
+    before = stored["config"].get("adapters", {}).get("private", {}).get("taste", {})
     now = config.adapters.private.taste.model_dump()
     return [f"adapters.private.taste.{name} did not exist" for name in now if name not in before]
 

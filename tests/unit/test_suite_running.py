@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pfm_llm.config import load_config, parse_config
 from pfm_llm.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
@@ -311,6 +312,24 @@ def test_a_taste_of_another_make_is_another(method: str, expected: list[str]) ->
     del stored["config"]["adapters"]["private"]["taste"]["like_fits"]
     assert changes(stored, config) == expected
     assert changes(stored | {"script": ["benchmarks/x.py"]}, config) == []
+
+
+def test_a_run_begun_with_a_taste_of_another_make_is_not_resumed(world: World) -> None:
+    def stop(name: str) -> None:
+        raise KeyboardInterrupt
+
+    world.write(set={"output.dir": str(world.folder / "runs"), "method": "pfm"})
+    world.before = stop
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            world.run(["b"])
+    path = world.runs / "b-s0" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    del config["adapters"]["private"]["taste"]["like_fits"]
+    path.write_text(yaml.safe_dump(config))
+    world.before = lambda name: None
+    assert world.run(["b"]) == {}
+    assert world.started == [("b-s0", False), ("b-s0", True), ("b-s0", False)]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"grid": {}}'])
