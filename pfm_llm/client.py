@@ -162,8 +162,8 @@ class LocalTrainer:
         return uses_taste(self._config)
 
     @property
-    def _needs_no_text(self) -> bool:
-        """Whether a taste vector follows from what was met alone, without a pass."""
+    def needs_no_text(self) -> bool:
+        """Whether a taste vector needs no pass: it follows from what was met, be it one item."""
         settings = self._config.adapters.private.taste
         return self.reads_histories and is_read(settings, Task.NEXT_ITEM, self._config.head)
 
@@ -184,7 +184,7 @@ class LocalTrainer:
             DataError: A history does not begin with the training history.
         """
         histories = self._histories
-        if self._needs_no_text:
+        if self.needs_no_text:
             events = [histories.events(c, given) for c, given in zip(chunk, shown, strict=True)]
             return self._model.read_taste(events, self._stack_shared(shared, len(chunk)))
         private = self._stack_private([self._initial_private(client_id) for client_id in chunk])
@@ -204,7 +204,7 @@ class LocalTrainer:
 
     def personalise_tokens(self, client_id: str) -> int:
         """Padded tokens that one step of `personalise` reads of a client."""
-        if self._needs_no_text:
+        if self.needs_no_text:
             return 0
         return self._histories.num_tokens(client_id, self._local.personalise_windows)
 

@@ -182,17 +182,16 @@ class RecommenderModel:
         """Fit a private adapter for a user to the shared one, on their own history.
 
         Args:
-            history: External item ids, oldest first, at least two.
+            history: External item ids, oldest first. One will do where a taste is read off it.
             folder: The user's private folder (it becomes 0700); the adapter is kept there.
             ratings: One per item, where the prompt shows them.
             steps: Gradient steps; None: as many as before an evaluation.
 
         Raises:
-            DataError: The history has fewer than two items, so there is nothing to learn from.
+            DataError: The history has no item, or a single one where a private part learns from
+                the next item.
         """
         items = self._items(history)
-        if len(items) < 2:
-            raise DataError("a history of one item has no next item to learn from; give two")
         interactions = Interactions(
             catalogue=self.catalogue,
             user_ids=(_USER,),
@@ -203,6 +202,10 @@ class RecommenderModel:
             user_fields={},
         )
         trainer, client_id, store = self._trainer(interactions, Path(folder), steps)
+        if not len(items):
+            raise DataError("an empty history has nothing to learn from; give an item")
+        if len(items) < 2 and not trainer.needs_no_text:
+            raise DataError("a history of one item has no next item to learn from; give two")
         round_number = self.artefact.manifest.round
         fitted = trainer.personalise([client_id], self.parts.shared, round_number)
         tensors = {name: value[0].cpu() for name, value in fitted.items()}

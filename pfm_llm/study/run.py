@@ -188,7 +188,6 @@ class _Study:
         """Quality as queries show fewer of the newest items; the private adapter stays."""
         own: dict[int, np.ndarray] = {}
         shared: dict[int, np.ndarray] = {}
-        same = {name: name for name in self._assembly.histories.clients}
         for items in (w for w in WINDOWS if w <= self._config.window.items):
             task = dataclasses.replace(
                 self._task,
@@ -198,7 +197,8 @@ class _Study:
                 liked=None,
             )
             is_default = items == self._config.window.items
-            found = self._test if is_default else self._served.measure_with(task, same)
+            shown = f"prompts of {items} items"
+            found = self._test if is_default else self._served.by_owners(task, shown)
             own[items] = quality_of(found, Mode.SHARED_PRIVATE)
             shared[items] = quality_of(found, Mode.SHARED_ONLY)
         points = personality.curve(own, shared, self._bootstrap)
@@ -229,10 +229,12 @@ class _Study:
         checkpoint = store.load(before_round)
         assert checkpoint is not None
         before = shared_state(self._assembly, checkpoint)
-        old_private, before_top = self._served.top(before, before_round, None)
         newest = self._opened.shared, self._opened.round_number
-        _, untuned_top = self._served.top(*newest, old_private)
-        _, retuned_top = self._served.top(*newest, None)
+        old_private, before_top = self._served.top(
+            before, before_round, None, f"lists of round {before_round}"
+        )
+        _, untuned_top = self._served.top(*newest, old_private, "lists after the merge")
+        _, retuned_top = self._served.top(*newest, None, "the same, tuned anew")
         return personality.named_estimates(
             personality.integrity(before_top, untuned_top, self._bootstrap),
             personality.integrity(before_top, retuned_top, self._bootstrap, retuned=True),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 import numpy as np
 import torch
@@ -54,35 +54,41 @@ class Served:
         with show as progress:
             for shift in (0, *shifts.tolist()):
                 lender = {name: order[(place[name] + shift) % len(order)] for name in names}
-                found = self.measure_with(only, lender, known)
+                found = self._measure(only, lender, known, self._chunks(only))
                 served.append(_qualities(found))
                 progress.update(1)
         return {name: np.stack([one[name] for one in served], 1) for name in served[0]}
 
-    def measure_with(
-        self,
-        task: EvaluationTask,
-        lender: Mapping[str, str],
-        known: MutableMapping[tuple[str, ...], UserVectors] | None = None,
-    ) -> Measured:
-        """Measure, each client served with the kept private adapter of its lender.
+    def by_owners(self, task: EvaluationTask, description: str) -> Measured:
+        """Measure, each client served with its own kept private adapter.
 
         Args:
             task: What to rank with what.
-            lender: Client to lender.
-            known: By chunk, what earlier calls with this task have read out.
+            description: What the progress bar says.
         """
-        known = defaultdict(dict) if known is None else known
-        evaluator = self._assembly.evaluator
-        chunks = evaluator.chunks(task, self._assembly.config.runtime.tokens_per_chunk)
+        same = {name: name for name in self._assembly.histories.clients}
+        chunks = _shown(self._chunks(task), description)
+        return self._measure(task, same, defaultdict(dict), chunks)
+
+    def _measure(
+        self,
+        task: EvaluationTask,
+        lender: Mapping[str, str],
+        known: MutableMapping[tuple[str, ...], UserVectors],
+        chunks: Iterable[tuple[str, ...]],
+    ) -> Measured:
+        """Each client with the adapter of its lender; ``known`` is what was read out before."""
+        rank = self._assembly.evaluator.rank_chunk
         return evaluation.combine(
             [
-                evaluator.rank_chunk(
-                    chunk, task, self._kept([lender[c] for c in chunk]), known[chunk]
-                )
+                rank(chunk, task, self._kept([lender[c] for c in chunk]), known[chunk])
                 for chunk in chunks
             ]
         )
+
+    def _chunks(self, task: EvaluationTask) -> Sequence[tuple[str, ...]]:
+        tokens = self._assembly.config.runtime.tokens_per_chunk
+        return self._assembly.evaluator.chunks(task, tokens)
 
     def _kept(self, client_ids: Sequence[str]) -> dict[str, torch.Tensor]:
         states = []
@@ -97,6 +103,7 @@ class Served:
         shared: SharedState,
         round_number: int,
         private: Sequence[Mapping[str, torch.Tensor]] | None,
+        description: str,
     ) -> tuple[list[Mapping[str, torch.Tensor]], np.ndarray]:
         """The best items of each query under some shared state.
 
@@ -104,6 +111,7 @@ class Served:
             shared: The shared state.
             round_number: After which round it stands.
             private: Private tensors chunk by chunk; None: fitted to ``shared``.
+            description: What the progress bar says.
 
         Returns:
             The private tensors, chunk by chunk, and int64 [Q, k], the best first.
@@ -116,20 +124,28 @@ class Served:
             keep=False,
             liked=None,
         )
-        evaluator = self._assembly.evaluator
-        chunks = evaluator.chunks(task, self._assembly.config.runtime.tokens_per_chunk)
         num_items = self._assembly.parts.model.num_items
         # Lists of one length: whoever has seen the most leaves the fewest to rank.
         length = min(TOP_K, num_items - max(len(set(h.tolist())) for h in task.held_out.histories))
         used, top = [], np.zeros((len(task.held_out.users), length), np.int64)
-        for index, chunk in enumerate(chunks):
-            scored = evaluator.score_chunk(chunk, task, private[index] if private else None)
+        for index, chunk in enumerate(_shown(self._chunks(task), description)):
+            scored = self._assembly.evaluator.score_chunk(
+                chunk, task, private[index] if private else None
+            )
             used.append(scored.private)
             rows = zip(scored.order, scored.scores[Mode.SHARED_PRIVATE], strict=True)
             for query, scores in rows:
                 seen = task.held_out.histories[query]
                 top[query] = scoring.top_items(scores, seen, length)[0]
         return used, top
+
+
+def _shown(chunks: Sequence[tuple[str, ...]], description: str) -> Iterator[tuple[str, ...]]:
+    """The chunks, one after another, under a progress bar that counts their clients."""
+    with Progress(sum(map(len, chunks)), description) as progress:
+        for chunk in chunks:
+            yield chunk
+            progress.update(len(chunk))
 
 
 def quality_of(measured: Measured, mode: Mode, name: str = "log_rank") -> np.ndarray:

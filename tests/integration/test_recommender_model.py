@@ -148,6 +148,16 @@ def test_unknown_items_and_short_histories_are_refused(
         model.recommend([])
     with pytest.raises(DataError, match="no next item"):
         model.personalise(["i1"], tmp_path / "me")
+    with pytest.raises(DataError, match="empty history"):
+        model.personalise([], tmp_path / "me")
+
+
+def test_a_taste_is_read_off_a_single_item(tiny: Tiny, tmp_path: Path) -> None:
+    run = run_experiment(tiny.config(tmp_path, method="pfm"))
+    model = from_folder(run / "shared_adapter", tiny)
+    private = model.personalise(["i1"], tmp_path / "me")
+    assert private.tensors["private.taste.next_item"].any()
+    assert np.any(model.score(["i1"], private=private) != model.score(["i1"]))
 
 
 def test_catalogue_and_base_that_nobody_else_has_must_be_given(run: Path, tiny: Tiny) -> None:
