@@ -223,9 +223,10 @@ class BatchSource:
     def dropout(self, step: int) -> Dropout | None:
         """Dropout of a step, one generator per client."""
         adapters = self._config.adapters
-        private = adapters.private
+        head, private = self._config.head.dropout, adapters.private
         of_taste = private.taste.dropout if private.is_taste else 0.0
-        rates = (self._config.head.dropout, of_taste, adapters.shared.dropout, private.dropout)
+        of_taste = head if of_taste is None else of_taste
+        rates = (head, of_taste, adapters.shared.dropout, private.dropout)
         if not any(rates):
             return None
         return Dropout(*rates, [self._generator(f"dropout/{step}", c) for c in self._chunk])

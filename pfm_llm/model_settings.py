@@ -44,7 +44,9 @@ class TasteConfig(Settings):
     like_rank: PositiveCount = Field(8, description="numbers a user and fit for likes")
     like_fits: PositiveCount = Field(4, description="fits for likes, of one basis each; averaged")
     read_rank: Count = Field(128, description="numbers a user, read off what was met; 0: fitted")
-    dropout: Fraction = Field(0.7, description="dropout on vectors that are read")
+    dropout: Fraction | None = Field(
+        None, description="dropout on vectors that are read; None: that of the head"
+    )
     read_events: Positive = Field(5.0, description="events that a read past shrinks by, at first")
     precision: Positive = Field(30.0, description="of the prior where fitted, before training")
     half_life: Positive = Field(20.0, description="in events, next item fitted; before training")

@@ -14,7 +14,7 @@ Ning and Karypis 2013, KDD, equation 4) with a fading past:
 with a_i and b_i two embeddings of each item, learned for this alone. A quarter of the features each
 fades at a pace of its own, from a few events to hundreds. It reads all of a history, also what
 comes before the windows that are trained on; the prompt shows the newest. In training it has
-strong dropout: where little is known of each item the embeddings would remember who met it.
+dropout, the more the less there is to tell: the embeddings would remember who met an item.
 
 *Fitted*, for likes, and for the next item by text alone:
 

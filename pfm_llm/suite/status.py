@@ -106,7 +106,11 @@ def _gained(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
         return []
     before = stored["config"].get("adapters", {}).get("private", {}).get("taste", {})
     now = config.adapters.private.taste.model_dump()
-    return [f"adapters.private.taste.{name} did not exist" for name in now if name not in before]
+    return [
+        f"adapters.private.taste.{name} did not exist"
+        for name, value in now.items()
+        if name not in before and value is not None  # None: as it was without the setting
+    ]
 
 
 def read_tree(path: Path) -> dict[str, Any] | None:
