@@ -8,6 +8,7 @@ single items follows them by key.
 import hashlib
 import logging
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -34,6 +35,16 @@ from pfm_llm.types import SharedState
 
 _log = logging.getLogger(__name__)
 _ITEM_BATCH_TOKENS = 4096
+_BASIS_SETTINGS = (
+    "kind",
+    "rank",
+    "head_rank",
+    "taste.rank",
+    "taste.read_rank",
+    "taste.like_rank",
+    "taste.like_fits",
+)
+"""Of the private adapter: what the shapes of its basis follow from."""
 
 
 @dataclass(frozen=True)
@@ -239,13 +250,24 @@ def _does_not_fit(
     there, here = (
         "absent" if tensor is None else str(list(tensor.shape)) for tensor in (theirs, ours)
     )
-    manifest = artefact.manifest
+    head, adapters = artefact.manifest.head, artefact.manifest.adapters
+    if name.startswith(BASIS):
+        theirs_are = [
+            f"private.{setting} {attrgetter(setting)(adapters.private)}"
+            for setting in _BASIS_SETTINGS
+        ]
+    else:
+        theirs_are = [
+            f"num_layers {adapters.num_layers}",
+            f"shared.rank {adapters.shared.rank}",
+            f"head.dim {head.dim}",
+            f"head.item_ids {head.item_ids}",
+            f"head.id_dim {head.id_dim}",
+            f"head.item_bias {str(head.item_bias).lower()}",
+        ]
     return (
         f"{artefact.origin} does not fit the config: {name} is {there} there and {here} here. Set "
-        f"adapters and head as the adapter has them: num_layers {manifest.adapters.num_layers}, "
-        f"shared.rank {manifest.adapters.shared.rank}, head.dim {manifest.head.dim}, "
-        f"head.item_ids {manifest.head.item_ids.value}, head.id_dim {manifest.head.id_dim}, "
-        f"head.item_bias {str(manifest.head.item_bias).lower()}"
+        f"adapters and head as the adapter has them: {', '.join(theirs_are)}"
     )
 
 

@@ -274,6 +274,18 @@ def test_going_on_with_other_shapes_names_the_settings(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_going_on_with_another_taste_names_its_settings(tiny: Tiny, tmp_path: Path) -> None:
+    run = run_experiment(tiny.config(tmp_path, method="pfm", adapters__private__taste__read_rank=8))
+    with pytest.raises(ArtefactError, match=r"read_in is \[30, 8\] .*private\.taste\.read_rank 8"):
+        continued(
+            tiny,
+            tmp_path / "more",
+            run / "shared_adapter",
+            method="pfm",
+            adapters__private__taste__read_rank=4,
+        )
+
+
 def test_a_start_from_another_adapter_cannot_be_resumed_as_this_one(
     run: Path, tiny: Tiny, tmp_path: Path
 ) -> None:
