@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from pfm_llm.batches import collate
-from pfm_llm.choices import Schedule, Task
+from pfm_llm.choices import Schedule
 from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.contract import UpdateContract
@@ -16,7 +16,7 @@ from pfm_llm.histories import BatchSource, ClientHistories, History, LocalWork
 from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.settings import uses_taste
-from pfm_llm.taste import is_read
+from pfm_llm.taste import needs_no_text
 from pfm_llm.types import PRIVATE_PREFIX, ClientUpdate, PrivateState, SharedState, Tensors
 
 _log = logging.getLogger(__name__)
@@ -162,10 +162,8 @@ class LocalTrainer:
         return uses_taste(self._config)
 
     @property
-    def needs_no_text(self) -> bool:
-        """Whether a taste vector needs no pass: it follows from what was met, be it one item."""
-        settings = self._config.adapters.private.taste
-        return self.reads_histories and is_read(settings, Task.NEXT_ITEM, self._config.head)
+    def _needs_no_text(self) -> bool:
+        return needs_no_text(self._config.adapters.private, self._config.head)
 
     def fit_taste(
         self, chunk: Sequence[str], shared: SharedState, shown: Sequence[History | None]
@@ -184,7 +182,7 @@ class LocalTrainer:
             DataError: A history does not begin with the training history.
         """
         histories = self._histories
-        if self.needs_no_text:
+        if self._needs_no_text:
             events = [histories.events(c, given) for c, given in zip(chunk, shown, strict=True)]
             return self._model.read_taste(events, self._stack_shared(shared, len(chunk)))
         private = self._stack_private([self._initial_private(client_id) for client_id in chunk])
@@ -204,7 +202,7 @@ class LocalTrainer:
 
     def personalise_tokens(self, client_id: str) -> int:
         """Padded tokens that one step of `personalise` reads of a client."""
-        if self.needs_no_text:
+        if self._needs_no_text:
             return 0
         return self._histories.num_tokens(client_id, self._local.personalise_windows)
 

@@ -346,6 +346,11 @@ def training_hash(config: ExperimentConfig) -> str:
     sections = ("name", "evaluation", "cache", "runtime", "output", "push_to_hub")
     elsewhere: dict[str, Any] = dict.fromkeys(sections, True)
     # How strongly it counts is a matter of serving.
-    unused = {"weight"} if config.adapters.private.is_taste else {"weight", "taste"}
+    private = config.adapters.private
+    unused: dict[str, Any] = {"weight": True}
+    if not private.is_taste:
+        unused["taste"] = True
+    elif private.taste.dropout is None:  # as before there was the setting
+        unused["taste"] = {"dropout": True}
     elsewhere["adapters"] = {"private": unused}
     return hashlib.sha256(config.model_dump_json(exclude=elsewhere).encode()).hexdigest()

@@ -44,7 +44,7 @@ _BASIS_SETTINGS = (
     "taste.like_rank",
     "taste.like_fits",
 )
-"""Of the private adapter: what the shapes of its basis follow from."""
+"""Of the private adapter: what the shapes of its basis follow from, beside those of the head."""
 
 
 @dataclass(frozen=True)

@@ -91,4 +91,7 @@ class HeadConfig(Settings):
     item_context: bool = Field(
         True, description="a linear way from the window's items to the user vector"
     )
-    dropout: Fraction = Field(0.0, description="dropout on user vectors")
+    dropout: Fraction = Field(
+        0.0,
+        description="dropout on user vectors, and on tastes read without one of their own",
+    )

@@ -24,6 +24,7 @@ from pfm_llm.errors import ArtefactError, DataError
 from pfm_llm.histories import ClientHistories
 from pfm_llm.model_parts import ModelParts, build_model
 from pfm_llm.private_store import PrivateStore
+from pfm_llm.taste import needs_no_text
 from pfm_llm.trunk_cache import TrunkCache, trunk_states
 from pfm_llm.types import Mode, PrivateState
 
@@ -192,6 +193,11 @@ class RecommenderModel:
                 the next item.
         """
         items = self._items(history)
+        if not len(items):
+            raise DataError("an empty history has nothing to learn from; give an item")
+        alone = needs_no_text(self._config.adapters.private, self._config.head)
+        if len(items) < 2 and not alone:
+            raise DataError("a history of one item has no next item to learn from; give two")
         interactions = Interactions(
             catalogue=self.catalogue,
             user_ids=(_USER,),
@@ -202,10 +208,6 @@ class RecommenderModel:
             user_fields={},
         )
         trainer, client_id, store = self._trainer(interactions, Path(folder), steps)
-        if not len(items):
-            raise DataError("an empty history has nothing to learn from; give an item")
-        if len(items) < 2 and not trainer.needs_no_text:
-            raise DataError("a history of one item has no next item to learn from; give two")
         round_number = self.artefact.manifest.round
         fitted = trainer.personalise([client_id], self.parts.shared, round_number)
         tensors = {name: value[0].cpu() for name, value in fitted.items()}

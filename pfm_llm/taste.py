@@ -14,7 +14,7 @@ Ning and Karypis 2013, KDD, equation 4) with a fading past:
 with a_i and b_i two embeddings of each item, learned for this alone. A quarter of the features each
 fades at a pace of its own, from a few events to hundreds. It reads all of a history, also what
 comes before the windows that are trained on; the prompt shows the newest. In training it has
-dropout, the more the less there is to tell: the embeddings would remember who met an item.
+dropout at a rate of its own, lest the embeddings remember who met an item.
 
 *Fitted*, for likes, and for the next item by text alone:
 
@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from pfm_llm import seeding
 from pfm_llm.choices import ItemIds, Task
 from pfm_llm.head import ITEM_IDS, fading, item_width, standard_ids
-from pfm_llm.model_settings import HeadConfig, TasteConfig
+from pfm_llm.model_settings import HeadConfig, PrivateAdapterConfig, TasteConfig
 from pfm_llm.types import Tensors
 
 _FEATURE_STD = 0.3
@@ -101,6 +101,11 @@ def is_read(config: TasteConfig, task: Task, head: HeadConfig) -> bool:
     """Whether a task's vector is read off the history instead of fitted to it."""
     has_ids = head.item_ids is not ItemIds.NONE
     return task is Task.NEXT_ITEM and has_ids and bool(config.read_rank)
+
+
+def needs_no_text(private: PrivateAdapterConfig, head: HeadConfig) -> bool:
+    """Whether all that is private follows from what was met, be it one item, without a pass."""
+    return private.is_taste and is_read(private.taste, Task.NEXT_ITEM, head)
 
 
 def initial_basis(

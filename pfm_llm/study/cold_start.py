@@ -33,7 +33,8 @@ def known_by_none(assembly: Assembly, task: EvaluationTask) -> np.ndarray:
         held_out, histories=tuple(np.zeros(0, np.int32) for _ in held_out.users)
     )
     queries = range(len(held_out.users))
-    ranks = ranking.rank_scores(np.tile(bias, (len(queries), 1)), empty, queries, task.negatives)
+    scores = np.broadcast_to(bias, (len(queries), num_items))
+    ranks = ranking.rank_scores(scores, empty, queries, task.negatives)
     return personality.user_quality("log_rank", ranks.full, ranks.users)
 
 
@@ -45,20 +46,19 @@ def known_by_few(
     Args:
         assembly: The run's objects.
         task: What to rank; its histories are replaced.
-        given: How many of each user's first train events are known, at least 1.
+        given: How many of each user's first events are known, at least 1.
         folder: A private folder, for a store of its own.
         processes: Who works on it.
     """
     config = assembly.config
     train = first_events(assembly.corpus.split.train.interactions, given)
-    users = task.held_out.users.tolist()
-    rated = [] if train.ratings is None else [train.ratings_of(user) for user in users]
+    rated = task.held_out.history_ratings
     few = dataclasses.replace(
         task,
         held_out=dataclasses.replace(
             task.held_out,
-            histories=tuple(train.history(user) for user in users),
-            history_ratings=tuple(r for r in rated if r is not None) or None,
+            histories=tuple(history[:given] for history in task.held_out.histories),
+            history_ratings=None if rated is None else tuple(own[:given] for own in rated),
         ),
         parts=evaluation.parts_of(_SERVED, config.adapters.private.weight),
         keep=False,

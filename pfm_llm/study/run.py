@@ -40,7 +40,8 @@ _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
 def study_run(run: Path, budget: str) -> list[ResultRow]:
     """Measure a finished run on test: ranks, likes, and personality where something is private.
 
-    Per-user gains are added to the run's ``results.json`` under ``per_user``.
+    Per-user gains are added to the run's ``results.json`` under ``per_user``, and under
+    ``private_weight`` how strongly the private part counted.
 
     Args:
         run: The run's folder.
@@ -56,7 +57,8 @@ def study_run(run: Path, budget: str) -> list[ResultRow]:
         rows += study.personality_rows(budget)
         path = run / RESULTS_FILE
         kept, extra = read_results(path)
-        write_results(path, kept, {**extra, "per_user": study.per_user()})
+        extra |= {"per_user": study.per_user(), "private_weight": study.private_weight}
+        write_results(path, kept, extra)
     return rows
 
 
@@ -140,9 +142,13 @@ class _Study:
         aucs = self._test.aucs
         own = aucs[Mode.SHARED_PRIVATE]
         served = self._by_strangers
-        return personality.named_estimates(
+        gains = personality.named_estimates(
             personality.auc_gain(own, aucs[Mode.SHARED_ONLY], self._bootstrap),
             personality.auc_gain(own, aucs[Mode.PRIVATE_ONLY], self._bootstrap, "private"),
+        )
+        if not _has_strangers(served["auc"]):
+            return gains
+        return gains | personality.named_estimates(
             personality.swap_loss("auc", served["auc"], self._bootstrap),
             personality.swap_loss("log_likelihood", served["log_likelihood"], self._bootstrap),
             # Ten likes give an AUC of few values: most users would tie.
@@ -171,6 +177,8 @@ class _Study:
 
     def _swap(self) -> dict[str, Estimate]:
         served = self._by_strangers["log_rank"]
+        if not _has_strangers(served):
+            return {}
         return personality.named_estimates(
             personality.swap_loss("log_rank", served, self._bootstrap),
             personality.identification(served, self._bootstrap),
@@ -181,7 +189,8 @@ class _Study:
         return self._served.by_strangers()
 
     @property
-    def _weight(self) -> float:
+    def private_weight(self) -> float:
+        """How strongly the private part counts: as set, or as validation chose."""
         return self._config.adapters.private.weight
 
     def _memory(self) -> dict[str, Estimate]:
@@ -192,7 +201,7 @@ class _Study:
             task = dataclasses.replace(
                 self._task,
                 window_items=items,
-                parts=evaluation.parts_of(_SERVED, self._weight),
+                parts=evaluation.parts_of(_SERVED, self.private_weight),
                 keep=False,
                 liked=None,
             )
@@ -239,3 +248,8 @@ class _Study:
             personality.integrity(before_top, untuned_top, self._bootstrap),
             personality.integrity(before_top, retuned_top, self._bootstrap, retuned=True),
         )
+
+
+def _has_strangers(served: np.ndarray) -> bool:
+    """Not where a single user has a query."""
+    return served.shape[1] > 1

@@ -91,6 +91,8 @@ class Served:
         return self._assembly.evaluator.chunks(task, tokens)
 
     def _kept(self, client_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+        if not self._weight:  # nothing private is served, so nothing was kept
+            return {}
         states = []
         for client_id in client_ids:
             state = self._assembly.store.load_personalised(client_id)

@@ -30,7 +30,7 @@ PLOTS_FOLDER = "plots"
 
 _TEMPLATE = "report.html.j2"
 _RANKING = {"ndcg", "hit_rate", "mrr", "auc"}
-_DIFFERENCE = re.compile(r"(gain|swap|harm)_.*|(memory|cold_start)_.*\d")
+_DIFFERENCE = re.compile(r"(gain|swap|harm|ndcg_over)_.*|(memory|cold_start)_.*\d")
 _MODES = (Mode.ZERO_SHOT, Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
 _COSTS = {
     "rounds": ("Rounds", 1.0),

@@ -211,10 +211,11 @@ def caption(results: Sequence[SuiteResult]) -> str:
         f"{'-'.join(str(n) for n in sorted({users[0], users[-1]}))} users" if users else "no users",
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
     ]
-    text = (
-        "whole catalogue ranked, learning rates chosen on validation. Best in bold, gains in bold "
-        "where the interval excludes 0"
-    )
+    chosen = any(result.extra["grid"]["key"] is not None for result in results)
+    text = "whole catalogue ranked"
+    if chosen:
+        text += ", learning rates chosen on validation"
+    text += ". Best in bold, gains in bold where the interval excludes 0"
     if len(seeds) > 1:
         text += "; over several seeds, values and ends of intervals are means"
     return f"{' · '.join(parts)}; {text}."

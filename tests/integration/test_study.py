@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pfm_llm.experiment import run_experiment
+from pfm_llm.experiment import open_run, run_experiment
 from pfm_llm.run_report import RESULTS_FILE, ResultRow
 from pfm_llm.study import study_run
 from pfm_llm.study.cold_start import first_events
@@ -89,7 +89,6 @@ def test_ours_is_measured_in_every_way(tiny: Tiny, rated: Path, tmp_path: Path) 
 def test_every_method_runs_and_leaves_untrained_what_it_says(
     tiny: Tiny, rated: Path, tmp_path: Path, method: str, settings: dict[str, Any]
 ) -> None:
-    from pfm_llm.experiment import open_run
     from pfm_llm.methods import SPECS, Method
 
     run, rows = _study(tiny, rated, tmp_path, method=method, **settings)
@@ -106,6 +105,38 @@ def test_every_method_runs_and_leaves_untrained_what_it_says(
     assert moves == (method != "local_only")
     personal = {row.metric for row in rows if row.metric.startswith("gain")}
     assert bool(personal) == opened.assembly.config.adapters.private.enabled
+
+
+def test_where_validation_drops_the_private_part_it_changes_nothing(
+    tiny: Tiny, rated: Path, tmp_path: Path
+) -> None:
+    run, rows = _study(tiny, rated, tmp_path, method="pfm", evaluation__private_weights=[0.0])
+    found = {r.metric: r.value for r in rows if r.task == "next_item" and r.mode != "none"}
+    for name in ("gain_log_rank", "gain_ndcg", "swap_log_rank", "identification"):
+        assert found[name] == pytest.approx(0.0, abs=1e-12)
+    assert json.loads((run / RESULTS_FILE).read_text())["private_weight"] == 0.0
+
+
+@pytest.mark.parametrize(("step", "alone"), [(2, False), (10, True)])
+def test_users_who_come_after_training_are_cold_too(
+    tiny: Tiny, tmp_path: Path, step: int, alone: bool
+) -> None:
+    """With one split in time, some have no train event and are asked on test; or one alone is."""
+    lines = ["user_id,item_id,timestamp"]
+    for late, (user, items) in enumerate(random_histories().items()):
+        # Each starts a little later than the one before.
+        lines += [f"{user},i{item},{step * late + place}" for place, item in enumerate(items)]
+    path = tmp_path / "interactions.csv"
+    path.write_text("\n".join([*lines, ""]))
+    settings = {"data__source": str(path), "data__split": "global_temporal", "method": "pfm"}
+    run = run_experiment(tiny.config(tmp_path, evaluation__splits=["validation"], **settings))
+    split = open_run(run).assembly.corpus.split
+    lengths = np.diff(split.train.interactions.offsets)
+    assert (lengths[split.test.users] == 0).any()
+    assert (len(split.test.users) == 1) is alone
+    found = {row.metric: row for row in study_run(run, "small")}
+    assert found["cold_start_1"].num_users == len(split.test.users)
+    assert ("identification" in found) is not alone
 
 
 def test_averaging_logs_its_error(tiny: Tiny, rated: Path, tmp_path: Path) -> None:

@@ -230,9 +230,12 @@ def test_every_key_of_the_tree_is_strict() -> None:
             parse_config({"name": "x", **tree})
 
 
+@pytest.mark.parametrize("setting", [{"read_rank": 5}, {"dropout": 0.7}])
 @pytest.mark.parametrize(("method", "same"), [("pfm", False), ("shared_only", True)])
-def test_training_hash_sees_a_taste_where_there_is_one(method: str, same: bool) -> None:
+def test_training_hash_sees_a_taste_where_there_is_one(
+    setting: dict[str, float], method: str, same: bool
+) -> None:
     base = parse_config({"name": "x", "method": method})
-    taste = {"adapters": {"private": {"taste": {"read_rank": 5}}}}
+    taste = {"adapters": {"private": {"taste": setting}}}
     other = parse_config({"name": "x", "method": method, **taste})
     assert (training_hash(other) == training_hash(base)) == same
