@@ -9,6 +9,7 @@ positive is better for the user; `named_estimates` puts those of a run together.
 | swap | ``swap_<quality>``, ``identification`` |
 | harm | ``not_harmed``, ``harm_<grouping>_<label>`` |
 | integrity | ``integrity_rbo``, ``integrity_rbo_retuned`` |
+| new items | ``new_items``, ``new_items_over_chance``, and ``…_shared``, ``…_own`` |
 | memory, cold start | ``memory_<items>``, ``cold_start_<items>``, and ``…_shared``, ``…_own`` |
 """
 
@@ -28,6 +29,7 @@ from pfm_llm.personality.gain import auc_gain, rank_gain
 from pfm_llm.personality.groups import age_band, deciles, slug, user_groupings
 from pfm_llm.personality.harm import GroupHarm, group_harm, harm_figures, holm, not_harmed
 from pfm_llm.personality.integrity import integrity, rank_biased_overlap
+from pfm_llm.personality.new_items import new_item_figures
 from pfm_llm.personality.swap import identification, identification_chance, swap_loss
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "identification_chance",
     "integrity",
     "named_estimates",
+    "new_item_figures",
     "not_harmed",
     "paired_difference",
     "rank_biased_overlap",

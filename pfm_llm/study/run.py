@@ -104,6 +104,7 @@ class _Study:
             self._integrity(),
             self._memory(),
             self._cold_start(),
+            self._new_items(),
         )
         rows = self._rows(next_item, Task.NEXT_ITEM, budget)
         if self._test.aucs:
@@ -227,6 +228,23 @@ class _Study:
                 own[0] = shared[0] = known_by_none(self._assembly, self._task)
         points = personality.curve(own, shared, self._bootstrap)
         return personality.curve_figures(personality.COLD_START, points)
+
+    def _new_items(self) -> dict[str, Estimate]:
+        """Quality on items that nobody met in training."""
+        held_out, train = self._task.held_out, self._assembly.corpus.split.train.interactions
+        num_items = self._assembly.parts.model.num_items
+        was_met = np.zeros(num_items, dtype=bool)
+        was_met[train.items] = True
+        own, shared = (self._test.ranks[mode] for mode in reversed(_SERVED))
+        candidates = [num_items - len(np.unique(history)) for history in held_out.histories]
+        return personality.new_item_figures(
+            own.full,
+            shared.full,
+            own.users,
+            np.repeat(candidates, [len(targets) for targets in held_out.targets]),
+            ~was_met[np.concatenate(held_out.targets)],
+            self._bootstrap,
+        )
 
     def _integrity(self) -> dict[str, Estimate]:
         """How far rankings move when the newest shared state replaces the one before."""

@@ -136,6 +136,11 @@ def test_users_who_come_after_training_are_cold_too(
     assert (len(split.test.users) == 1) is alone
     found = {row.metric: row for row in study_run(run, "small")}
     assert found["cold_start_1"].num_users == len(split.test.users)
+    # Items that come late only are new.
+    was_met = set(split.train.interactions.items.tolist())
+    waiting = [set(targets.tolist()) - was_met for targets in split.test.targets]
+    num_waiting = sum(map(bool, waiting))
+    assert (found["new_items"].num_users if num_waiting else 0) == num_waiting
     assert ("identification" in found) is not alone
 
 

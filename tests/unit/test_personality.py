@@ -23,6 +23,7 @@ from pfm_llm.personality import (
     identification,
     identification_chance,
     named_estimates,
+    new_item_figures,
     paired_difference,
     rank_gain,
     swap_loss,
@@ -260,6 +261,34 @@ def test_a_curve_by_hand() -> None:
     assert set(curve_figures(COLD_START, points[:1])) == {
         *("cold_start_4", "cold_start_4_shared", "cold_start_4_own")
     }
+
+
+def test_new_items_by_hand() -> None:
+    """User 4 has two new targets, user 7 none, user 9 one; its rank is the best of three."""
+    figures = new_item_figures(
+        own=np.array([1, 4, 2, 5, 1]),
+        shared=np.array([2, 4, 8, 1, 3]),
+        users=np.array([4, 4, 4, 7, 9]),
+        num_candidates=np.array([10, 10, 10, 10, 3]),
+        is_new=np.array([True, False, True, False, True]),
+        bootstrap=FEW,
+    )
+    assert {figure.num_users for figure in figures.values()} == {2}
+    log = math.log
+    assert figures["new_items_own"].value == pytest.approx(-log(2) / 4)
+    assert figures["new_items_shared"].value == pytest.approx((-log(16) / 2 - log(3)) / 2)
+    gain = figures["new_items_own"].value - figures["new_items_shared"].value
+    assert figures["new_items"].value == pytest.approx(gain)
+    chance = (-math.lgamma(11) / 10 - math.lgamma(4) / 3) / 2
+    over = figures["new_items_own"].value - chance
+    assert figures["new_items_over_chance"].value == pytest.approx(over)
+
+
+def test_without_a_new_item_there_is_nothing_to_say() -> None:
+    ones, none = np.ones(2, int), np.zeros(2, bool)
+    assert new_item_figures(ones, ones, ones, ones, none, FEW) == {}
+    with pytest.raises(DataError, match=r"lengths \[1, 2\]"):
+        new_item_figures(ones, ones, ones, ones[:1], none, FEW)
 
 
 def test_a_curve_needs_both_at_every_point_and_may_be_empty() -> None:
