@@ -311,19 +311,30 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Exper
         ConfigError: The file cannot be read, or a key or value is wrong; the message names the
             key, and for an unknown one the nearest valid key.
     """
+    tree = read_yaml(path)
     try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    try:
-        tree = yaml.safe_load(text)
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
         for override in overrides:
             apply_override(tree, override)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     return parse_config(tree, origin=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file as they were written, without any default.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds something else.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    return tree
 
 
 def parse_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConfig:

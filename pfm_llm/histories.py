@@ -223,10 +223,9 @@ class BatchSource:
     def dropout(self, step: int) -> Dropout | None:
         """Dropout of a step, one generator per client."""
         adapters = self._config.adapters
-        head, private = self._config.head.dropout, adapters.private
-        of_taste = private.taste.dropout if private.is_taste else 0.0
-        of_taste = head if of_taste is None else of_taste
-        rates = (head, of_taste, adapters.shared.dropout, private.dropout)
+        head, taste = self._config.head.dropout, adapters.private.taste.dropout
+        taste = head if taste is None else taste
+        rates = (head, taste, adapters.shared.dropout, adapters.private.dropout)
         if not any(rates):
             return None
         return Dropout(*rates, [self._generator(f"dropout/{step}", c) for c in self._chunk])

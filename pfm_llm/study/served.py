@@ -50,11 +50,12 @@ class Served:
         )
         served = []
         known: dict[tuple[str, ...], UserVectors] = defaultdict(dict)
+        chunks = self._chunks(only)
         show = Progress(1 + len(shifts), "serving strangers' adapters", True, unit="passes")
         with show as progress:
             for shift in (0, *shifts.tolist()):
                 lender = {name: order[(place[name] + shift) % len(order)] for name in names}
-                found = self._measure(only, lender, known, self._chunks(only))
+                found = self._measure(only, lender, known, chunks)
                 served.append(_qualities(found))
                 progress.update(1)
         return {name: np.stack([one[name] for one in served], 1) for name in served[0]}

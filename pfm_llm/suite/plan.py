@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,7 +24,7 @@ from pydantic import (
     ValidationError,
 )
 
-from pfm_llm.config import ExperimentConfig, parse_config
+from pfm_llm.config import ExperimentConfig, parse_config, read_yaml
 from pfm_llm.config_text import explain, set_setting
 from pfm_llm.errors import ConfigError
 from pfm_llm.methods import SPECS, Method
@@ -176,7 +175,7 @@ def load_suite(path: Path) -> SuiteConfig:
         ConfigError: The file cannot be read, a key or value is wrong, or something is named that
             is not there.
     """
-    tree = _read_tree(path)
+    tree = read_yaml(path)
     try:
         suite = SuiteConfig.model_validate(tree)
     except ValidationError as error:
@@ -221,7 +220,7 @@ def make_plan(path: Path, budget: str, only: Sequence[str] = ()) -> Plan:
     names = [run.name for run in suite.runs if settings.runs is None or run.name in settings.runs]
     for name in only:
         _look_up(name, names, f"{path}, budget {budget}: run")
-    base = _read_tree(path.parent / suite.base)
+    base = read_yaml(path.parent / suite.base)
     runs = tuple(
         _suite_run(_Source(path, suite, budget, base), position, seed)
         for position, run in enumerate(suite.runs)
@@ -315,18 +314,6 @@ def _apply(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
 def _text(value: Scalar) -> str:
     """A grid value as part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", str(value))
-
-
-def _read_tree(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    return tree
 
 
 _PARTS: dict[str, tuple[int, type[BaseModel]]] = {

@@ -17,11 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from pfm_llm import files
-from pfm_llm.config import ExperimentConfig, dump_config
-from pfm_llm.errors import CheckpointError, LaunchError, PfmError, TrainingError
+from pfm_llm.config import ExperimentConfig, dump_config, read_yaml
+from pfm_llm.errors import CheckpointError, ConfigError, LaunchError, PfmError, TrainingError
 from pfm_llm.run_report import CONFIG_FILE, RESULTS_FILE, ResultRow, read_results, write_results
 from pfm_llm.suite import records
 from pfm_llm.suite.pace import Pace
@@ -229,10 +227,10 @@ class _Runner:
 def _is_begun(point: Point) -> bool:
     """Whether the folder holds a run with the point's settings, which can be gone on with."""
     try:
-        tree = yaml.safe_load((point.folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError, yaml.YAMLError):  # none, or cut off
+        tree = read_yaml(point.folder / CONFIG_FILE)
+    except ConfigError:  # none, or cut off
         return False
-    # As it was written: read as a config it would have today's default of what it lacks.
+    # Read as a config it would have today's default of what it lacks.
     return not changes({"config": tree}, point.config)
 
 

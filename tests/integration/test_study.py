@@ -125,7 +125,10 @@ def test_users_who_come_after_training_are_cold_too(
     lines = ["user_id,item_id,timestamp"]
     for late, (user, items) in enumerate(random_histories().items()):
         # Each starts a little later than the one before.
-        lines += [f"{user},i{item},{step * late + place}" for place, item in enumerate(items)]
+        known = [item for item in items if alone or item != 29]
+        lines += [f"{user},i{item},{step * late + place}" for place, item in enumerate(known)]
+    if not alone:
+        lines.append(f"{user},i29,1000")  # comes late only
     path = tmp_path / "interactions.csv"
     path.write_text("\n".join([*lines, ""]))
     settings = {"data__source": str(path), "data__split": "global_temporal", "method": "pfm"}
@@ -136,11 +139,12 @@ def test_users_who_come_after_training_are_cold_too(
     assert (len(split.test.users) == 1) is alone
     found = {row.metric: row for row in study_run(run, "small")}
     assert found["cold_start_1"].num_users == len(split.test.users)
-    # Items that come late only are new.
     was_met = set(split.train.interactions.items.tolist())
     waiting = [set(targets.tolist()) - was_met for targets in split.test.targets]
     num_waiting = sum(map(bool, waiting))
+    assert bool(num_waiting) is not alone
     assert (found["new_items"].num_users if num_waiting else 0) == num_waiting
+    assert ("new_items" in found) is bool(num_waiting)
     assert ("identification" in found) is not alone
 
 
