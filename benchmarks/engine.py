@@ -58,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.repeats, arguments.clients) < 1:
         parser.error("--repeats and --clients must be at least 1")
-    from pfm_llm.errors import PfmError
+    from pfm_llm.base.errors import PfmError
     from scripts._cli import prepare
 
     prepare()  # before torch starts
@@ -72,8 +72,9 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Set up, check, race, write the result and print it."""
-    from pfm_llm import files, run_report
-    from pfm_llm.processes import start_processes
+    from pfm_llm import run_report
+    from pfm_llm.base import files
+    from pfm_llm.base.processes import start_processes
 
     processes = start_processes(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +216,7 @@ class Bench:
             TrainingError: They differ by more than the dtype's rounding explains.
         """
         from benchmarks.sequential_peft import relative_difference
-        from pfm_llm.errors import TrainingError
+        from pfm_llm.base.errors import TrainingError
 
         self.common_recipe.client_step(self.windows[0], self.wide_tensors[0])
         pairs = list(
@@ -291,8 +292,8 @@ def choose_clients(assembly: "Assembly", count: int) -> tuple[str, ...]:
     """
     import torch
 
-    from pfm_llm import seeding
-    from pfm_llm.errors import ConfigError
+    from pfm_llm.base import seeding
+    from pfm_llm.base.errors import ConfigError
 
     histories, full = assembly.histories, assembly.config.window.items
     order = histories.trainable
@@ -345,7 +346,7 @@ def race(
     Returns:
         For each case the seconds of every repeat.
     """
-    from pfm_llm.progress import Progress
+    from pfm_llm.base.progress import Progress
 
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     with Progress(repeats * len(cases), "racing", unit="laps") as progress:

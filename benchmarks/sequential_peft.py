@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from pfm_llm import head as recommender_head
-from pfm_llm import seeding
 from pfm_llm.backbone import Backbone
+from pfm_llm.base import seeding
 from pfm_llm.cohort_model import PRIVATE_HEAD_A, PRIVATE_HEAD_B
 from pfm_llm.dual_adapter import PRIVATE, SHARED, DualAdapter
 from pfm_llm.encoding import NO_TARGET, Window

@@ -10,9 +10,9 @@ from typing import Self, TypedDict
 
 import torch
 
+from pfm_llm.base.errors import ContractError, TrainingError
 from pfm_llm.choices import LearningRateSchedule, ServerOptimizer, Weighting
 from pfm_llm.config import ServerConfig
-from pfm_llm.errors import ContractError, TrainingError
 from pfm_llm.types import ClientUpdate, SharedState, Tensors
 
 _MAX_RATE = 1e30

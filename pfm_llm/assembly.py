@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfm_llm.artefact import Artefact, read_artefact
+from pfm_llm.base.errors import CheckpointError, ConfigError
+from pfm_llm.base.processes import Processes
 from pfm_llm.client import LocalTrainer
 from pfm_llm.config import ExperimentConfig, load_config
 from pfm_llm.data.interactions import Interactions
@@ -15,12 +17,10 @@ from pfm_llm.data.partition import partition
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
-from pfm_llm.errors import CheckpointError, ConfigError
 from pfm_llm.evaluation import Evaluator
 from pfm_llm.histories import ClientHistories
 from pfm_llm.model_parts import ModelParts, build_model, initial_private
 from pfm_llm.private_store import PrivateStore
-from pfm_llm.processes import Processes
 from pfm_llm.run_report import CONFIG_FILE
 from pfm_llm.settings import changed_settings, like_threshold
 from pfm_llm.trunk_cache import TrunkCache

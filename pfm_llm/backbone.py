@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pfm_llm import assets
+from pfm_llm.base import assets
+from pfm_llm.base.errors import BackboneError
 from pfm_llm.choices import Dtype
 from pfm_llm.config import BackboneConfig
-from pfm_llm.errors import BackboneError
 
 EMBEDDED = {"smollm2-135m": assets.smollm2_135m}
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pfm_llm import personality, ranking
+from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.choices import Task
 from pfm_llm.config import ExperimentConfig
-from pfm_llm.errors import CorruptFileError, DataError
 from pfm_llm.personality import Bootstrap, Estimate
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow, read_results

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.choices import (
     Dtype,
     HeldOutSplit,
@@ -23,7 +24,6 @@ from pfm_llm.choices import (
     Weighting,
 )
 from pfm_llm.config_text import apply_override, explain
-from pfm_llm.errors import ConfigError
 from pfm_llm.methods import Method, with_method
 from pfm_llm.model_settings import (
     AdaptersConfig,

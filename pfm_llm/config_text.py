@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from pfm_llm.errors import ConfigError
+from pfm_llm.base.errors import ConfigError
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from pfm_llm.errors import ContractError
+from pfm_llm.base.errors import ContractError
 from pfm_llm.types import PRIVATE_PREFIX, ClientUpdate, SharedState, Tensors
 
 SHARED_PREFIXES = ("lora.", "head.", "basis.")

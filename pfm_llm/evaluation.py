@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pfm_llm import metrics
+from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.batches import ChunkBatch, collate
 from pfm_llm.client import LocalTrainer, plan_chunks
 from pfm_llm.cohort_model import CohortModel, Parts
@@ -23,7 +24,6 @@ from pfm_llm.encoding import HistoryEncoder, Window
 from pfm_llm.histories import ClientHistories, History
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.ranking import Ranks, concatenate, rank_scores
-from pfm_llm.seeding import numpy_generator
 from pfm_llm.trunk_cache import TrunkCache
 from pfm_llm.types import Mode, PrivateState, SharedState, Tensors
 

@@ -10,16 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pfm_llm import files, hub, ranking, run_report
+from pfm_llm import hub, ranking, run_report
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
+from pfm_llm.base import files
+from pfm_llm.base.errors import CheckpointError, HubError
+from pfm_llm.base.metrics_log import MetricsLog
+from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.baselines import parse_names
 from pfm_llm.checkpoint import Checkpoint, CheckpointStore, RunEnvironment
 from pfm_llm.config import ExperimentConfig, dump_config, load_config, training_hash
-from pfm_llm.errors import CheckpointError, HubError
 from pfm_llm.export import export_shared_adapter
-from pfm_llm.metrics_log import MetricsLog
 from pfm_llm.private_weight import with_chosen_weight
-from pfm_llm.processes import Processes, start_processes
 from pfm_llm.publishing import PublishRequest, publish
 from pfm_llm.reporting import evaluate_and_report, measure, validation_task
 from pfm_llm.rounds import Federation, resume_from, run_rounds

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pfm_llm import __version__, files
+from pfm_llm import __version__
 from pfm_llm.alignment import item_keys
 from pfm_llm.artefact import (
     ADAPTER_CONFIG_FILE,
@@ -30,6 +30,7 @@ from pfm_llm.artefact import (
 )
 from pfm_llm.assembly import Assembly
 from pfm_llm.backbone import Backbone
+from pfm_llm.base import files
 from pfm_llm.cohort_model import BASIS, SHARED_LORA
 from pfm_llm.config import ExperimentConfig, dump_config
 from pfm_llm.model_card import CardFacts, model_card, shown_name
@@ -39,7 +40,7 @@ from pfm_llm.types import Mode, SharedState
 
 _EMBEDDED_NOTE = (
     "The weights that it was trained on are those of this model's Q4_1 GGUF file, dequantised "
-    "(`pfm_llm.assets.smollm2_135m()` rebuilds them); the manifest holds their hash."
+    "(`pfm_llm.base.assets.smollm2_135m()` rebuilds them); the manifest holds their hash."
 )
 
 

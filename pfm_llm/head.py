@@ -50,9 +50,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from pfm_llm import seeding
+from pfm_llm.base import seeding
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.choices import ItemIds, Task
-from pfm_llm.errors import ConfigError
 from pfm_llm.model_settings import HeadConfig
 from pfm_llm.types import Tensors
 

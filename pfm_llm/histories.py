@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pfm_llm import seeding
+from pfm_llm.base import seeding
+from pfm_llm.base.errors import DataError
 from pfm_llm.batches import ChunkBatch, Dropout, collate
 from pfm_llm.choices import Schedule
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
 from pfm_llm.encoding import NO_LABEL, HistoryEncoder, Window
-from pfm_llm.errors import DataError
 from pfm_llm.trunk_cache import TrunkCache
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from pfm_llm.errors import StorageError
+from pfm_llm.base.errors import StorageError
 from pfm_llm.types import PrivateState
 
 RUN = 8

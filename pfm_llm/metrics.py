@@ -12,8 +12,8 @@ import evaluate
 import numpy as np
 import numpy.typing as npt
 
-from pfm_llm.errors import ConfigError, DataError
-from pfm_llm.seeding import numpy_generator
+from pfm_llm.base.errors import ConfigError, DataError
+from pfm_llm.base.seeding import numpy_generator
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.integer]

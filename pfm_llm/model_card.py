@@ -133,7 +133,7 @@ the Hub differ a little. pfm_llm takes them by itself. For plain PEFT, this buil
 the folder to load `base` from; `pfm_manifest.json` holds the weights' hash:
 
 ```console
-python -c "from pfm_llm.assets import smollm2_135m; print(smollm2_135m())"
+python -c "from pfm_llm.base.assets import smollm2_135m; print(smollm2_135m())"
 ```
 
 """

@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfm_llm import assets, files, taste
 from pfm_llm import head as recommender_head
+from pfm_llm import taste
 from pfm_llm.alignment import Alignment, align_items, aligned_tensors, item_keys
 from pfm_llm.artefact import Artefact
 from pfm_llm.backbone import Backbone, load_backbone
+from pfm_llm.base import assets, files
+from pfm_llm.base.errors import ArtefactError, CorruptFileError, DataError, StorageError
 from pfm_llm.cohort_model import BASIS, CohortModel
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.contract import UpdateContract
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.dual_adapter import DualAdapter
 from pfm_llm.encoding import HistoryEncoder
-from pfm_llm.errors import ArtefactError, CorruptFileError, DataError, StorageError
 from pfm_llm.head import Normaliser
 from pfm_llm.methods import SPECS
 from pfm_llm.objective import Objective

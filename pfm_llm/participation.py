@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pfm_llm.errors import ConfigError
-from pfm_llm.seeding import generator
+from pfm_llm.base.errors import ConfigError
+from pfm_llm.base.seeding import generator
 
 
 def select_cohort(

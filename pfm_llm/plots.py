@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pfm_llm.files import write_bytes
+from pfm_llm.base.files import write_bytes
 from pfm_llm.types import Mode
 
 Record = Mapping[str, Any]

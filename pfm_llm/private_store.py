@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from pfm_llm.errors import CorruptFileError, StorageError
-from pfm_llm.files import (
+from pfm_llm.base.errors import CorruptFileError, StorageError
+from pfm_llm.base.files import (
     make_private_dir,
     read_tensors,
     remove_temporary,

@@ -36,8 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.errors import ConfigError, DataError
 
 RATING = "rating"
 

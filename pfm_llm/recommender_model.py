@@ -12,6 +12,7 @@ from pfm_llm import evaluation, hub, scoring
 from pfm_llm.alignment import Alignment
 from pfm_llm.artefact import Artefact, prompt_file
 from pfm_llm.assembly import make_trainer
+from pfm_llm.base.errors import ArtefactError, DataError
 from pfm_llm.batches import collate
 from pfm_llm.client import LocalTrainer
 from pfm_llm.cohort_model import Parts
@@ -20,7 +21,6 @@ from pfm_llm.data import sources
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import partition
 from pfm_llm.data.splits import TrainData
-from pfm_llm.errors import ArtefactError, DataError
 from pfm_llm.histories import ClientHistories
 from pfm_llm.model_parts import ModelParts, build_model
 from pfm_llm.private_store import PrivateStore

@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pfm_llm import comparison, evaluation, files, plots, ranking, result_tables, run_report
+from pfm_llm import comparison, evaluation, plots, ranking, result_tables, run_report
 from pfm_llm.assembly import Assembly, RunFolders
+from pfm_llm.base import files
+from pfm_llm.base.metrics_log import MetricsLog
+from pfm_llm.base.processes import Processes
+from pfm_llm.base.progress import Progress
 from pfm_llm.baselines import FittedBaseline, fit_baselines
 from pfm_llm.choices import Task
 from pfm_llm.config import ExperimentConfig
@@ -19,9 +23,6 @@ from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, UserVectors
 from pfm_llm.export import export_shared_adapter
 from pfm_llm.metrics import RANK_METRICS, per_user
-from pfm_llm.metrics_log import MetricsLog
-from pfm_llm.processes import Processes
-from pfm_llm.progress import Progress
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
 from pfm_llm.settings import like_threshold, method_name

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pfm_llm.errors import DataError
+from pfm_llm.base.errors import DataError
 from pfm_llm.run_report import ResultRow
 from pfm_llm.types import Mode
 

@@ -9,16 +9,16 @@ from typing import Any
 
 from pfm_llm.aggregation import RunningSum, SumPayload
 from pfm_llm.aggregation_error import Factors, aggregation_error, factors_of
+from pfm_llm.base.errors import TrainingError
+from pfm_llm.base.files import remove_temporary
+from pfm_llm.base.metrics_log import MetricsLog
+from pfm_llm.base.processes import Processes, log_to_trackers
+from pfm_llm.base.progress import Progress
 from pfm_llm.checkpoint import CheckpointStore, RunEnvironment, check_resumable
 from pfm_llm.choices import ServerOptimizer
 from pfm_llm.client import LocalTrainer
 from pfm_llm.config import ExperimentConfig
-from pfm_llm.errors import TrainingError
-from pfm_llm.files import remove_temporary
-from pfm_llm.metrics_log import MetricsLog
 from pfm_llm.private_store import PrivateStore
-from pfm_llm.processes import Processes, log_to_trackers
-from pfm_llm.progress import Progress
 from pfm_llm.server import RoundSummary, Server
 
 _log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm import __version__
-from pfm_llm.errors import ConfigError, CorruptFileError, DataError
-from pfm_llm.files import read_json, write_json
+from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
+from pfm_llm.base.files import read_json, write_json
 from pfm_llm.types import Mode
 
 CONFIG_FILE = "config.yaml"

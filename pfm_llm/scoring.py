@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pfm_llm.errors import DataError
+from pfm_llm.base.errors import DataError
 
 Scores = npt.NDArray[np.floating] | torch.Tensor
 ItemArray = npt.NDArray[np.integer]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from pfm_llm.aggregation import OptimizerState, RunningSum, ServerStep, update_weight
+from pfm_llm.base.errors import CheckpointError, ContractError
 from pfm_llm.config import FederationConfig
 from pfm_llm.contract import TensorSpec, UpdateContract
-from pfm_llm.errors import CheckpointError, ContractError
 from pfm_llm.participation import select_cohort
 from pfm_llm.types import ClientUpdate, SharedState, Tensors
 

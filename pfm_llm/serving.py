@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from pfm_llm import evaluation
+from pfm_llm.base.errors import DataError
 from pfm_llm.batches import collate
-from pfm_llm.errors import DataError
 from pfm_llm.experiment import open_run
 from pfm_llm.recommender_model import Recommendation, best_items
 from pfm_llm.types import Mode

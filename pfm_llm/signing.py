@@ -16,8 +16,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from pfm_llm import files
-from pfm_llm.errors import ArtefactError, StorageError
+from pfm_llm.base import files
+from pfm_llm.base.errors import ArtefactError, StorageError
 
 SigningKey = Ed25519PrivateKey
 

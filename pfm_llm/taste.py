@@ -52,7 +52,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from pfm_llm import seeding
+from pfm_llm.base import seeding
 from pfm_llm.choices import ItemIds, Task
 from pfm_llm.head import ITEM_IDS, fading, item_width, standard_ids
 from pfm_llm.model_settings import HeadConfig, PrivateAdapterConfig, TasteConfig

@@ -21,7 +21,7 @@ def run_safely(
     """Run a command; a deliberate error is one message and its exit code."""
     prepare()
 
-    from pfm_llm.errors import PfmError
+    from pfm_llm.base.errors import PfmError
 
     try:
         command(arguments)

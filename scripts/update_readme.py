@@ -16,7 +16,7 @@ def main() -> None:
 def update(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from pfm_llm import files
+    from pfm_llm.base import files
     from pfm_llm.readme import with_fresh_tables
     from pfm_llm.suite_report.page import write_report
     from pfm_llm.suite_report.reading import suite_folders

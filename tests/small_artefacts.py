@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from pfm_llm import files
 from pfm_llm.artefact import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -27,6 +26,7 @@ from pfm_llm.artefact import (
     read_artefact,
     write_head,
 )
+from pfm_llm.base import files
 from pfm_llm.head import ITEM_BIAS, ITEM_IDS, ITEM_PROJ, STATE_PROJ, Normaliser
 from pfm_llm.model_settings import AdaptersConfig, HeadConfig, LoraAdapterConfig, WindowConfig
 from pfm_llm.prompts import load_prompt

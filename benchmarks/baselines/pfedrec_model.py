@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfm_llm.seeding import generator
+from pfm_llm.base.seeding import generator
 
 _FLOATS_AT_ONCE = 1 << 24
 

@@ -21,12 +21,12 @@ from benchmarks.baselines.pfedrec_model import (
     initial_state,
     take_round,
 )
+from pfm_llm.base.errors import TrainingError
+from pfm_llm.base.progress import Progress
+from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split, TrainData
-from pfm_llm.errors import TrainingError
-from pfm_llm.progress import Progress
 from pfm_llm.ranking import headline
-from pfm_llm.seeding import numpy_generator
 
 GRID = (Settings(), Settings(lr_eta=20.0), Settings(lr_eta=320.0))
 """What ``--grid`` compares on validation; without it the first."""

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.baselines import Histories, ScoreMatrix
-from pfm_llm.errors import DataError
 
 NO_TARGET = -100
 """Marks padding among the targets; the loss passes over it."""

@@ -11,13 +11,13 @@ import torch
 
 from benchmarks.baselines.measuring import SELECTED_BY, Trained, negatives_of, rank
 from benchmarks.baselines.sasrec_model import NO_TARGET, SasRec, Settings, cut, pad
+from pfm_llm.base.errors import DataError, TrainingError
+from pfm_llm.base.progress import Progress
+from pfm_llm.base.seeding import derive_seed, numpy_generator
 from pfm_llm.baselines import Histories, ScoreMatrix
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split
-from pfm_llm.errors import DataError, TrainingError
-from pfm_llm.progress import Progress
 from pfm_llm.ranking import headline
-from pfm_llm.seeding import derive_seed, numpy_generator
 
 METHOD = "sasrec"
 GRID = (Settings(), Settings(dropout=0.5), Settings(dim=64))

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from pfm_llm.errors import DataError, TrainingError
+from pfm_llm.base.errors import DataError, TrainingError
 
 Histories = Sequence[npt.NDArray[np.integer]]
 ScoreMatrix = npt.NDArray[np.float32]

@@ -8,8 +8,8 @@ import numpy.typing as npt
 import torch
 from scipy import sparse
 
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.baselines.common import Histories, ScoreMatrix, fitted, seen_matrix
-from pfm_llm.errors import ConfigError, DataError
 
 MAX_DENSE = 20_000
 """Above this a square matrix (float64, 3.2 GB) is more than a baseline is worth."""

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.baselines.common import Histories, ScoreMatrix, Scorer
-from pfm_llm.errors import ConfigError
 
 
 class EaseMarkov:

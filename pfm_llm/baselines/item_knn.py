@@ -6,8 +6,8 @@ from typing import Self
 import numpy as np
 from scipy import sparse
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.baselines.common import Histories, ScoreMatrix, fitted, seen_matrix
-from pfm_llm.errors import ConfigError
 
 
 class ItemKnn:

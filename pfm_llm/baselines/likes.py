@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.baselines.common import Histories, ScoreMatrix, fitted, flatten
-from pfm_llm.errors import ConfigError, DataError
 from pfm_llm.metrics import per_user_auc
 
 Likes = Sequence[npt.NDArray[np.bool_]]

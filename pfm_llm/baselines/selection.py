@@ -8,13 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.baselines.common import Baseline, Histories, ScoreMatrix, Scorer
 from pfm_llm.baselines.ease import Ease
 from pfm_llm.baselines.ease_markov import EaseMarkov, mixtures
 from pfm_llm.baselines.item_knn import ItemKnn
 from pfm_llm.baselines.markov import MarkovRecency
 from pfm_llm.baselines.popularity import Popularity
-from pfm_llm.errors import ConfigError
 from pfm_llm.metrics import mean_over_users, ndcg
 from pfm_llm.scoring import full_ranks
 

@@ -11,10 +11,10 @@ from typing import Any
 import datasets
 import numpy as np
 
+from pfm_llm.base.errors import CorruptFileError, DataError
+from pfm_llm.base.files import read_json, sha256_of, storage_errors, write_json
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.report import LoadReport
-from pfm_llm.errors import CorruptFileError, DataError
-from pfm_llm.files import read_json, sha256_of, storage_errors, write_json
 
 FORMAT_VERSION = 2
 """Raise it when the layout of what is stored changes, or how a source is parsed."""

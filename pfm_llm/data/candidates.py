@@ -17,8 +17,8 @@ fitted to those of the test.
 
 import numpy as np
 
+from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.seeding import numpy_generator
 
 PADDING = -1
 """Fills a row of candidates when the catalogue has too few items."""

@@ -29,13 +29,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from pfm_llm.assets import GROCERY_FILES
+from pfm_llm.base.assets import GROCERY_FILES
+from pfm_llm.base.errors import DataError
+from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.config import ColumnsConfig
 from pfm_llm.data.grocery_words import WORDS
 from pfm_llm.data.rows import SourceTables
 from pfm_llm.data.tables import Table
-from pfm_llm.errors import DataError
-from pfm_llm.seeding import numpy_generator
 
 COLUMNS = ColumnsConfig(
     user="household_id", item="item_id", timestamp="timestamp", rating=None, title="title"

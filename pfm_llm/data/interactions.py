@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pfm_llm.base.errors import DataError
+from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.choices import Repeats
 from pfm_llm.config import DataConfig
 from pfm_llm.data.report import LoadReport
-from pfm_llm.errors import DataError
-from pfm_llm.seeding import numpy_generator
 
 TITLE = "title"
 """The one text field that every catalogue has."""

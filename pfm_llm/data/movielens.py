@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.config import ColumnsConfig
 from pfm_llm.data.rows import SourceTables
 from pfm_llm.data.tables import CSV, TSV, Layout, Table, read_delimited
-from pfm_llm.errors import DataError
 
 COLUMNS = ColumnsConfig(
     user="user_id", item="item_id", timestamp="timestamp", rating="rating", title="title"

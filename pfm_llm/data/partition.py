@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pfm_llm.base.errors import ConfigError, DataError
+from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.data.interactions import Interactions
-from pfm_llm.errors import ConfigError, DataError
-from pfm_llm.seeding import numpy_generator
 
 _MAX_ID_LENGTH = 80
 _SAFE_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{_MAX_ID_LENGTH}}}")

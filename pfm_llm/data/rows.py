@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.config import ColumnsConfig
 from pfm_llm.data.interactions import TITLE, Catalogue, RawInteractions
 from pfm_llm.data.tables import BadRow, Table
-from pfm_llm.errors import DataError
 
 _MAX_EXAMPLES = 5
 _MAX_INTEGER = 2**63

@@ -11,7 +11,9 @@ from typing import Any
 
 import datasets
 
-from pfm_llm import assets
+from pfm_llm.base import assets
+from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
+from pfm_llm.base.files import make_private_dir, sha256_of
 from pfm_llm.config import ColumnsConfig, DataConfig
 from pfm_llm.data import groceries, movielens
 from pfm_llm.data.arrow import FORMAT_VERSION, from_arrow, read_report, to_arrow
@@ -19,8 +21,6 @@ from pfm_llm.data.interactions import Catalogue, Interactions, build_interaction
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.rows import SourceTables, read_catalogue, validate
 from pfm_llm.data.tables import TABLE_SUFFIXES, Table, from_arrow_table, read_table
-from pfm_llm.errors import CorruptFileError, DataError, StorageError
-from pfm_llm.files import make_private_dir, sha256_of
 
 EMBEDDED = "movielens-100k"
 GROCERIES = "completejourney"

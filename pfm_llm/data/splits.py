@@ -37,10 +37,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.choices import SplitKind
 from pfm_llm.config import DataConfig
 from pfm_llm.data.interactions import Interactions
-from pfm_llm.errors import ConfigError, DataError
 
 _MIN_EVENTS = 3
 """One event each for train, validation and test."""

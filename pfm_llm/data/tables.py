@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pfm_llm.errors import DataError
+from pfm_llm.base.errors import DataError
 
 
 class BadRow(NamedTuple):

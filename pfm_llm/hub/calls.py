@@ -28,8 +28,9 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from pfm_llm import __version__, files
-from pfm_llm.errors import HubError
+from pfm_llm import __version__
+from pfm_llm.base import files
+from pfm_llm.base.errors import HubError
 
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -19,7 +19,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pfm_llm import files
 from pfm_llm.artefact import (
     CARD_FILE,
     LISTED_FILES,
@@ -31,7 +30,8 @@ from pfm_llm.artefact import (
     is_listed,
     read_artefact,
 )
-from pfm_llm.errors import ArtefactError, CorruptFileError, HubError
+from pfm_llm.base import files
+from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
 from pfm_llm.hub.calls import check_repo_id, hub_api, hub_errors, is_cut, retried
 
 MANAGED_FILES = (*LISTED_FILES, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE)

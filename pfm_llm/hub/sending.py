@@ -9,9 +9,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import GitRefs, RepoFile
 
-from pfm_llm import files
 from pfm_llm.artefact import MANIFEST_FILE, Manifest, is_listed, read_artefact
-from pfm_llm.errors import ArtefactError, HubError
+from pfm_llm.base import files
+from pfm_llm.base.errors import ArtefactError, HubError
 from pfm_llm.hub.calls import (
     PUSHING,
     WAITS,

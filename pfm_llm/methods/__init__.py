@@ -10,8 +10,8 @@ import copy
 from enum import StrEnum
 from typing import Any
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.config_text import find_setting, set_setting
-from pfm_llm.errors import ConfigError
 from pfm_llm.methods.central import SPEC as CENTRAL
 from pfm_llm.methods.fedrep import SPEC as FEDREP
 from pfm_llm.methods.fedsa_lora import SPEC as FEDSA_LORA

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pfm_llm.errors import DataError
+from pfm_llm.base.errors import DataError
 from pfm_llm.metrics import FloatArray
 from pfm_llm.personality.estimates import Bootstrap, Estimate, estimate, paired_difference
 

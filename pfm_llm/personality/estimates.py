@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pfm_llm.errors import ConfigError, DataError
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.metrics import FloatArray, IntArray, bootstrap_interval, ndcg, per_user
 
 HEADLINE_K = 10

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pfm_llm.errors import DataError
+from pfm_llm.base.errors import DataError
 from pfm_llm.metrics import FloatArray
 
 UNKNOWN = "unknown"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pfm_llm.errors import ConfigError, DataError
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.metrics import FloatArray, resampled_means
 from pfm_llm.personality.estimates import ROUNDING, Bootstrap, Estimate, estimate
 from pfm_llm.personality.groups import members, slug

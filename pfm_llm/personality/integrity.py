@@ -6,7 +6,7 @@ Information Systems 28(4), 2010.
 
 import numpy as np
 
-from pfm_llm.errors import ConfigError, DataError
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.metrics import FloatArray, IntArray
 from pfm_llm.personality.estimates import Bootstrap, Estimate, estimate
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pfm_llm.errors import DataError
+from pfm_llm.base.errors import DataError
 from pfm_llm.metrics import FloatArray, IntArray, per_user
 from pfm_llm.personality.estimates import Bootstrap, Estimate, estimate, user_quality
 

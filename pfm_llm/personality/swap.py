@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pfm_llm.errors import DataError
+from pfm_llm.base.errors import DataError
 from pfm_llm.metrics import FloatArray
 from pfm_llm.personality.estimates import ROUNDING, Bootstrap, Estimate, estimate
 

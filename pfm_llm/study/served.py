@@ -9,9 +9,9 @@ import torch
 
 from pfm_llm import evaluation, personality, scoring
 from pfm_llm.assembly import Assembly
+from pfm_llm.base.progress import Progress
+from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.evaluation import EvaluationTask, Measured, UserVectors
-from pfm_llm.progress import Progress
-from pfm_llm.seeding import numpy_generator
 from pfm_llm.types import Mode, SharedState
 
 STRANGERS = 9

@@ -24,9 +24,9 @@ from pydantic import (
     ValidationError,
 )
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.config import ExperimentConfig, parse_config, read_yaml
 from pfm_llm.config_text import explain, set_setting
-from pfm_llm.errors import ConfigError
 from pfm_llm.methods import SPECS, Method
 
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfm_llm import files
+from pfm_llm.base import files
+from pfm_llm.base.errors import CheckpointError, ConfigError, LaunchError, PfmError, TrainingError
 from pfm_llm.config import ExperimentConfig, dump_config, read_yaml
-from pfm_llm.errors import CheckpointError, ConfigError, LaunchError, PfmError, TrainingError
 from pfm_llm.run_report import CONFIG_FILE, RESULTS_FILE, ResultRow, read_results, write_results
 from pfm_llm.suite import records
 from pfm_llm.suite.pace import Pace

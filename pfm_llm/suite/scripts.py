@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfm_llm.errors import ConfigError, TrainingError
+from pfm_llm.base.errors import ConfigError, TrainingError
 
 _log = logging.getLogger(__name__)
 _LINES_KEPT = 5

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from pfm_llm import files
+from pfm_llm.base import files
 from pfm_llm.suite_report import pictures
 from pfm_llm.suite_report.reading import SuiteResult, by_run, read_suite
 from pfm_llm.suite_report.tables import (

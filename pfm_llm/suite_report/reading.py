@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pfm_llm.errors import CorruptFileError, DataError
-from pfm_llm.files import read_json
+from pfm_llm.base.errors import CorruptFileError, DataError
+from pfm_llm.base.files import read_json
 from pfm_llm.run_report import ResultRow, read_results
 from pfm_llm.types import Mode
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pfm_llm import hub, signing
 from pfm_llm.artefact import MANIFEST_FILE, Parent
-from pfm_llm.errors import ArtefactError, HubError, StorageError
+from pfm_llm.base.errors import ArtefactError, HubError, StorageError
 from pfm_llm.versions.history import Version, list_versions
 
 _OID = re.compile("[0-9a-f]{40}")

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from pfm_llm import hub, signing
 from pfm_llm.artefact import MANIFEST_FILE, SIGNATURE_FILE, Manifest, Metric, Parent
-from pfm_llm.errors import ArtefactError, CorruptFileError, HubError
+from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
 from pfm_llm.types import Mode
 
 _HEADLINE = (Mode.SHARED_ONLY.value, "ndcg@10")

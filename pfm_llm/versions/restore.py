@@ -4,7 +4,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from pfm_llm import files, hub, signing
+from pfm_llm import hub, signing
 from pfm_llm.artefact import (
     CARD_FILE,
     MANIFEST_FILE,
@@ -14,7 +14,8 @@ from pfm_llm.artefact import (
     Parent,
     read_artefact,
 )
-from pfm_llm.errors import ArtefactError
+from pfm_llm.base import files
+from pfm_llm.base.errors import ArtefactError
 from pfm_llm.versions.history import find_commit
 
 _log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from pfm_llm import files
 from pfm_llm.artefact import read_head
 from pfm_llm.assembly import RunFolders, assemble, load_corpus
+from pfm_llm.base import files
 from pfm_llm.batches import collate
 from pfm_llm.cohort_model import Parts
 from pfm_llm.config import load_config, training_hash

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pfm_llm import assets
+from pfm_llm.base import assets
 from pfm_llm.config import DataConfig
 from pfm_llm.data import groceries
 from pfm_llm.data.sources import load_interactions

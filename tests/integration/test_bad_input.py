@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pfm_llm.checkpoint import CheckpointStore
-from pfm_llm.client import LocalTrainer
-from pfm_llm.errors import (
+from pfm_llm.base.errors import (
     BackboneError,
     ConfigError,
     DataError,
     PfmError,
     TrainingError,
 )
+from pfm_llm.checkpoint import CheckpointStore
+from pfm_llm.client import LocalTrainer
 from pfm_llm.experiment import run_experiment
 from pfm_llm.serving import RunRecommender
 from pfm_llm.types import ClientUpdate

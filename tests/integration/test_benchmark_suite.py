@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.experiment import run_experiment
-from pfm_llm.metrics_log import MetricsLog
 from pfm_llm.run_report import RESULTS_FILE, ResultRow, read_results
 from pfm_llm.suite.plan import Plan, make_plan
 from pfm_llm.suite.running import Tools, run_suite

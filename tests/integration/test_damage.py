@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from pfm_llm.checkpoint import CheckpointStore
-from pfm_llm.errors import (
+from pfm_llm.base.errors import (
     CheckpointError,
     ConfigError,
     CorruptFileError,
@@ -18,6 +17,7 @@ from pfm_llm.errors import (
     PfmError,
     StorageError,
 )
+from pfm_llm.checkpoint import CheckpointStore
 from pfm_llm.experiment import evaluate_run, run_experiment
 from pfm_llm.serving import RunRecommender
 from tests.integration.tiny import (

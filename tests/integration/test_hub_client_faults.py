@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from pfm_llm import hub as the_hub
 from pfm_llm.artefact import CARD_FILE, Artefact
-from pfm_llm.errors import HubError
+from pfm_llm.base.errors import HubError
 from pfm_llm.hub import calls, pull
 from tests.hub_double import OTHER_TOKEN, READ_TOKEN, HubDouble
 from tests.integration.pushes import api

@@ -26,8 +26,7 @@ from pfm_llm.artefact import (
     read_artefact,
 )
 from pfm_llm.assembly import RunFolders, assemble, load_corpus
-from pfm_llm.config import load_config
-from pfm_llm.errors import (
+from pfm_llm.base.errors import (
     ArtefactError,
     ConfigError,
     CorruptFileError,
@@ -35,6 +34,7 @@ from pfm_llm.errors import (
     PrivateLeakError,
     StorageError,
 )
+from pfm_llm.config import load_config
 from pfm_llm.experiment import run_experiment
 from pfm_llm.publishing import PublishRequest, plan, publish, stage
 from tests.hub_double import OWNER, WRITE_TOKEN, HubDouble

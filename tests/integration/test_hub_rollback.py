@@ -14,7 +14,7 @@ from pfm_llm.artefact import (
     Artefact,
     Parent,
 )
-from pfm_llm.errors import HubError
+from pfm_llm.base.errors import HubError
 from pfm_llm.versions import list_versions, rollback, verify_chain
 from tests.hub_double import READ_TOKEN, HubDouble
 from tests.integration.scripts import run_script

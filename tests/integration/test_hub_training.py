@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pfm_llm import hub as our_hub
-from pfm_llm.errors import HubError
+from pfm_llm.base.errors import HubError
 from pfm_llm.experiment import run_experiment
 from pfm_llm.versions import list_versions, verify_chain
 from tests.hub_double import READ_TOKEN, WRITE_TOKEN, HubDouble

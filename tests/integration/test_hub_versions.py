@@ -17,7 +17,7 @@ from pfm_llm.artefact import (
     Artefact,
     Parent,
 )
-from pfm_llm.errors import ArtefactError, HubError
+from pfm_llm.base.errors import ArtefactError, HubError
 from pfm_llm.versions import find_commit, list_versions, rollback, verify_chain
 from tests.hub_double import OWNER, HubDouble
 from tests.integration.pushes import api

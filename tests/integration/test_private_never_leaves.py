@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from pfm_llm import files, reporting
+from pfm_llm import reporting
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
+from pfm_llm.base import files
 from pfm_llm.choices import PrivateKind
 from pfm_llm.client import LocalTrainer
 from pfm_llm.experiment import run_experiment

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from pfm_llm import files
-from pfm_llm.errors import LaunchError
-from pfm_llm.processes import check_launch
+from pfm_llm.base import files
+from pfm_llm.base.errors import LaunchError
+from pfm_llm.base.processes import check_launch
 from tests.integration.tiny import Tiny, leftovers, metrics_of, results_of
 
 ROOT = Path(__file__).parents[2]

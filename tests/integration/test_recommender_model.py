@@ -9,14 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pfm_llm import files
 from pfm_llm.artefact import MANIFEST_FILE, Manifest, read_artefact
 from pfm_llm.assembly import RunFolders, assemble, load_corpus
+from pfm_llm.base import files
+from pfm_llm.base.errors import (
+    ArtefactError,
+    CheckpointError,
+    ConfigError,
+    CorruptFileError,
+    DataError,
+)
 from pfm_llm.batches import collate
 from pfm_llm.cohort_model import Parts
 from pfm_llm.config import load_config
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.errors import ArtefactError, CheckpointError, ConfigError, CorruptFileError, DataError
 from pfm_llm.experiment import load_shared, run_experiment
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.recommender_model import RecommenderModel

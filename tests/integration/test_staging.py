@@ -21,7 +21,7 @@ from pfm_llm.artefact import (
     SIGNATURE_FILE,
     TRAINING_CONFIG_FILE,
 )
-from pfm_llm.errors import (
+from pfm_llm.base.errors import (
     ArtefactError,
     CorruptFileError,
     PfmError,

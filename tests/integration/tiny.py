@@ -191,6 +191,6 @@ def alone() -> Any:
     """`Processes` of this process by itself, for tests that wire an experiment."""
     from accelerate import Accelerator
 
-    from pfm_llm.processes import Processes
+    from pfm_llm.base.processes import Processes
 
     return Processes(Accelerator(cpu=True), threads=1)

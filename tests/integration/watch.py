@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pfm_llm import rounds
+from pfm_llm.base.processes import Processes
 from pfm_llm.dual_adapter import DualAdapter
 from pfm_llm.private_store import PrivateStore
-from pfm_llm.processes import Processes
 from pfm_llm.server import Server
 from pfm_llm.types import PrivateState
 from tests.integration.leaks import Hunt, files_below

@@ -14,9 +14,9 @@ from pfm_llm.backbone import (
     pad_tokens,
     resolve_dtype,
 )
+from pfm_llm.base.errors import BackboneError
 from pfm_llm.choices import Dtype
 from pfm_llm.config import BackboneConfig
-from pfm_llm.errors import BackboneError
 from tests.integration.tiny import Tiny
 from tests.tiny_models import (
     ARCHITECTURES,

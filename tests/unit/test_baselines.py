@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from pfm_llm.base.errors import ConfigError, DataError, TrainingError
 from pfm_llm.baselines import (
     MAX_DENSE,
     BaselineName,
@@ -16,7 +17,6 @@ from pfm_llm.baselines import (
     fit_baselines,
     selection,
 )
-from pfm_llm.errors import ConfigError, DataError, TrainingError
 from pfm_llm.metrics import ndcg
 from pfm_llm.scoring import full_ranks
 

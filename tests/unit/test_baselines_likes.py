@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pfm_llm.base.errors import ConfigError, DataError, TrainingError
 from pfm_llm.baselines import (
     ItemLikeRate,
     LikeQueries,
@@ -11,7 +12,6 @@ from pfm_llm.baselines import (
     choose_like_ridge,
 )
 from pfm_llm.baselines.likes import DAMPINGS, mean_user_auc
-from pfm_llm.errors import ConfigError, DataError, TrainingError
 
 NUM_ITEMS = 40
 

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import engine
 from benchmarks.sequential_peft import SequentialPeft, relative_difference, stirred
-from pfm_llm import files, head
+from pfm_llm import head
 from pfm_llm.backbone import Backbone
+from pfm_llm.base import files
 from pfm_llm.batches import collate
 from pfm_llm.choices import Task
 from pfm_llm.cohort_model import CohortModel, Parts

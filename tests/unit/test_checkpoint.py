@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from pfm_llm.base.errors import CheckpointError, CorruptFileError, DiskSpaceError
 from pfm_llm.checkpoint import Checkpoint, CheckpointStore, RunEnvironment, check_resumable
-from pfm_llm.errors import CheckpointError, CorruptFileError, DiskSpaceError
 
 _ENVIRONMENT = RunEnvironment(
     config_hash="c0ffee",
@@ -170,7 +170,7 @@ def test_a_damaged_commit_file_is_never_guessed_at(
 
 
 def test_checkpoint_of_another_version_is_named(store: CheckpointStore, tmp_path: Path) -> None:
-    import pfm_llm.files as files
+    import pfm_llm.base.files as files
 
     _save(store, 10)
     path = tmp_path / "server" / "round_000010.safetensors"

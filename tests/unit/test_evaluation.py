@@ -10,6 +10,7 @@ import torch
 
 from pfm_llm import evaluation, ranking, taste
 from pfm_llm.assembly import Assembly
+from pfm_llm.base.errors import DataError
 from pfm_llm.batches import collate
 from pfm_llm.choices import Task
 from pfm_llm.cohort_model import Parts
@@ -17,7 +18,6 @@ from pfm_llm.config import EvaluationConfig
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut, TrainData
 from pfm_llm.encoding import NO_LABEL
-from pfm_llm.errors import DataError
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.histories import ClientHistories, History
 from pfm_llm.ranking import Ranks

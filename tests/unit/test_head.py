@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.choices import ItemIds
-from pfm_llm.errors import ConfigError
 from pfm_llm.head import (
     Normaliser,
     context_vectors,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pfm_llm.errors import StorageError
+from pfm_llm.base.errors import StorageError
 from pfm_llm.leak_search import DTYPES, RUN, TEXT, Finding, find_private, find_private_in
 from pfm_llm.types import PrivateState
 

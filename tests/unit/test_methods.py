@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.choices import PrivateKind, Regime
 from pfm_llm.config import parse_config
-from pfm_llm.errors import ConfigError
 from pfm_llm.methods import SPECS, Method
 
 SHARED_NAMES = (

@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.errors import ConfigError, DataError
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.metrics import (
     RANK_METRICS,
     HitRate,

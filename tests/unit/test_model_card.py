@@ -241,7 +241,7 @@ def test_the_formulas_are_those_of_the_head(facts) -> None:
 
 def test_the_embedded_base_is_explained_and_no_other(facts) -> None:
     assert "Q4_1 GGUF file, dequantised" in model_card(facts)
-    assert "from pfm_llm.assets import smollm2_135m" in model_card(facts)
+    assert "from pfm_llm.base.assets import smollm2_135m" in model_card(facts)
     other = ExperimentConfig(name="x", backbone={"name": BASE}).model_dump(mode="json")
     assert "Q4_1" not in model_card(dataclasses.replace(facts, config=other))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pfm_llm.errors import ConfigError
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.participation import select_cohort
 
 

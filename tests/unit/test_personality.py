@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm import metrics
-from pfm_llm.errors import ConfigError, DataError
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.personality import (
     COLD_START,
     MEMORY,

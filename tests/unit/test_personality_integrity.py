@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.errors import ConfigError, DataError
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.personality import Bootstrap, integrity, rank_biased_overlap
 from pfm_llm.personality.integrity import PERSISTENCE
 

@@ -15,7 +15,7 @@ from benchmarks.baselines.pfedrec_training import (
     published_pools,
     train,
 )
-from pfm_llm.errors import TrainingError
+from pfm_llm.base.errors import TrainingError
 from tests.trained_baselines import NUM_ITEMS, circles, without_test, world
 
 SMALL = Settings(dim=4, lr_eta=1.0, rounds=3, batch=4)

@@ -8,7 +8,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 
 from pfm_llm import plots
-from pfm_llm.errors import StorageError
+from pfm_llm.base.errors import StorageError
 from pfm_llm.plots import (
     Curve,
     Point,

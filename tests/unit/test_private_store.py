@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pfm_llm.errors import CorruptFileError, DiskSpaceError, StorageError
+from pfm_llm.base.errors import CorruptFileError, DiskSpaceError, StorageError
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.types import PrivateState
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm import prompts
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.errors import ConfigError, DataError
 from pfm_llm.prompts import Prompt, load_prompt
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pfm_llm.errors import DataError
+from pfm_llm.base.errors import DataError
 from pfm_llm.readme import with_fresh_tables
 from pfm_llm.run_report import ResultRow, write_results
 

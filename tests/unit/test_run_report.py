@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm import run_report
-from pfm_llm.errors import ConfigError, CorruptFileError, DataError
+from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
 from pfm_llm.result_tables import results_table, terminal_table
 from pfm_llm.run_report import ResultRow, environment, newest_run, read_results, write_results
 from pfm_llm.types import Mode

@@ -10,7 +10,7 @@ import torch
 from benchmarks.baselines import measuring, sasrec_training
 from benchmarks.baselines.sasrec_model import NO_TARGET, SasRec, Settings, cut, pad
 from benchmarks.baselines.sasrec_training import train, train_epochs
-from pfm_llm.errors import DataError, TrainingError
+from pfm_llm.base.errors import DataError, TrainingError
 from pfm_llm.metrics import ndcg
 from tests.trained_baselines import NUM_ITEMS, circles, without_test, world
 

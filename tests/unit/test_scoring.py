@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.errors import DataError
+from pfm_llm.base.errors import DataError
 from pfm_llm.scoring import full_ranks, sampled_ranks, top_items
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pfm_llm.aggregation import RunningSum
+from pfm_llm.base.errors import CheckpointError, ConfigError, ContractError, TrainingError
 from pfm_llm.choices import ServerOptimizer, Weighting
 from pfm_llm.config import FederationConfig, ServerConfig
 from pfm_llm.contract import UpdateContract
-from pfm_llm.errors import CheckpointError, ConfigError, ContractError, TrainingError
 from pfm_llm.server import Server
 from pfm_llm.types import ClientUpdate, SharedState
 

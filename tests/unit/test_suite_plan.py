@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.config import training_hash
-from pfm_llm.errors import ConfigError
 from pfm_llm.suite.plan import load_suite, make_plan
 from tests.suite_double import GRID, World
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pfm_llm import plots
-from pfm_llm.errors import CorruptFileError, DataError
+from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.readme import with_fresh_tables
 from pfm_llm.run_report import ResultRow, write_results
 from pfm_llm.suite_report.page import write_report

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pfm_llm.base.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
 from pfm_llm.config import load_config, parse_config
-from pfm_llm.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
 from pfm_llm.run_report import read_results
 from pfm_llm.suite.running import run_suite
 from pfm_llm.suite.status import State, changes, list_text, status_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pfm_llm.errors import ConfigError, TrainingError
+from pfm_llm.base.errors import ConfigError, TrainingError
 from pfm_llm.suite import scripts
 from pfm_llm.suite.scripts import ScriptCall, call_script
 from pfm_llm.suite.status import State, status_of

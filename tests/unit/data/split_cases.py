@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import reject
 from hypothesis import strategies as st
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.choices import SplitKind
 from pfm_llm.config import DataConfig
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.splits import HeldOut, Split, split_interactions
-from pfm_llm.errors import DataError
 
 LAST_OUT = DataConfig(split=SplitKind.LEAVE_LAST_OUT)
 FRACTION = DataConfig(split=SplitKind.LAST_FRACTION, held_out=0.2)

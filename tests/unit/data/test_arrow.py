@@ -9,11 +9,11 @@ import datasets
 import numpy as np
 import pytest
 
+from pfm_llm.base.errors import CorruptFileError, DiskSpaceError
+from pfm_llm.base.files import read_json, write_json
 from pfm_llm.data.arrow import from_arrow, read_report, to_arrow
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.report import LoadReport
-from pfm_llm.errors import CorruptFileError, DiskSpaceError
-from pfm_llm.files import read_json, write_json
 
 CATALOGUE = Catalogue(("7", "é"), {"title": ("Ash", "Bür"), "id": ("", "1")})
 PLAIN = Interactions(CATALOGUE, ("u", "v"), np.array([0, 1, 3]), np.array([1, 0, 1]))

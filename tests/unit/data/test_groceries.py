@@ -7,13 +7,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.config import DataConfig
 from pfm_llm.data import groceries, sources
 from pfm_llm.data.groceries import COLUMNS, MIN_PRODUCTS, grocery_files, plain_words, read_groceries
 from pfm_llm.data.grocery_words import WORDS
 from pfm_llm.data.rows import SourceTables, validate
 from pfm_llm.data.sources import load_interactions
-from pfm_llm.errors import DataError
 
 MILK, LEAN, HAM, CHIPS = 10, 20, 30, 40
 """First product number of each item; a type has `MIN_PRODUCTS` products unless said otherwise."""

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.choices import Repeats
 from pfm_llm.config import DataConfig
 from pfm_llm.data.interactions import (
@@ -19,7 +20,6 @@ from pfm_llm.data.interactions import (
     RawInteractions,
     build_interactions,
 )
-from pfm_llm.errors import DataError
 
 LETTERS = Catalogue(tuple("abcde"), {"title": ("Ash", "Birch", "Cedar", "Dogwood", "Elm")})
 KEEP_ALL = DataConfig(min_interactions=1, repeats=Repeats.ALLOW)

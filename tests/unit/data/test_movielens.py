@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.data.movielens import (
     COLUMNS,
     article_first,
@@ -12,7 +13,6 @@ from pfm_llm.data.movielens import (
     split_year,
 )
 from pfm_llm.data.rows import validate
-from pfm_llm.errors import DataError
 
 
 def write(folder: Path, encoding: str = "utf-8", **files: str) -> Path:

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import partition
-from pfm_llm.errors import ConfigError, DataError
 
 
 def people(user_ids: Sequence[str]) -> Interactions:

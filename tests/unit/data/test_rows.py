@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.config import ColumnsConfig
 from pfm_llm.data.rows import NO_TEXT, NOT_A_RATING, NOT_A_TIME, SourceTables, validate
 from pfm_llm.data.tables import BadRow, Table
-from pfm_llm.errors import DataError
 
 COLUMNS = ColumnsConfig(rating="rating")
 ANY = 0.999

@@ -7,12 +7,12 @@ from typing import Any
 import datasets
 import pytest
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.config import ColumnsConfig, DataConfig, ExperimentConfig, load_config
 from pfm_llm.data import sources
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
-from pfm_llm.errors import DataError
 
 ROWS = "user_id,item_id,timestamp,title\nu,b,3,Birch\nu,a,1,Ash\nv,a,2,Ash\nu,c,2,Cedar\n"
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.choices import SplitKind
 from pfm_llm.config import DataConfig
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import HeldOut, split_interactions
-from pfm_llm.errors import DataError
 from tests.unit.data.split_cases import (
     FRACTION,
     KINDS,

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.data.tables import CSV, TSV, Layout, from_arrow_table, read_delimited, read_table
-from pfm_llm.errors import DataError
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.seeding import derive_seed, generator, numpy_generator
+from pfm_llm.base.seeding import derive_seed, generator, numpy_generator
 
 PARTS = st.tuples(st.integers(), st.text(max_size=8), st.integers(min_value=0), st.text(max_size=8))
 
@@ -28,7 +28,7 @@ def test_known_seed_does_not_change() -> None:
 
 def test_seed_is_the_same_in_another_process() -> None:
     """Python's own hash() is salted per process; ours must not be."""
-    program = "from pfm_llm.seeding import derive_seed; print(derive_seed(3, 'split', 2, 'é'))"
+    program = "from pfm_llm.base.seeding import derive_seed; print(derive_seed(3, 'split', 2, 'é'))"
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from pfm_llm import processes as processes_module
-from pfm_llm.errors import LaunchError, StorageError
-from pfm_llm.processes import (
+from pfm_llm.base import processes as processes_module
+from pfm_llm.base.errors import LaunchError, StorageError
+from pfm_llm.base.processes import (
     Processes,
     check_launch,
     log_to_trackers,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pfm_llm.progress import Progress
+from pfm_llm.base.progress import Progress
 
 
 class FakeClock:
@@ -42,7 +42,7 @@ def terminal(monkeypatch) -> Terminal:
 @pytest.fixture
 def pipe(monkeypatch, caplog) -> io.StringIO:
     """A standard error that is no terminal, with INFO lines captured."""
-    caplog.set_level(logging.INFO, logger="pfm_llm.progress")
+    caplog.set_level(logging.INFO, logger="pfm_llm.base.progress")
     stream = io.StringIO()
     _use(stream, monkeypatch)
     return stream
@@ -50,7 +50,7 @@ def pipe(monkeypatch, caplog) -> io.StringIO:
 
 def _use(stream: io.StringIO | None, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not on ``sys`` itself: pytest puts its own stream there between set-up and call.
-    monkeypatch.setattr("pfm_llm.progress.sys", SimpleNamespace(stderr=stream))
+    monkeypatch.setattr("pfm_llm.base.progress.sys", SimpleNamespace(stderr=stream))
 
 
 def test_on_a_terminal_one_bar_shows_count_rate_time_left_and_figures(terminal) -> None:
@@ -65,7 +65,7 @@ def test_on_a_terminal_one_bar_shows_count_rate_time_left_and_figures(terminal) 
 
 
 def test_on_a_terminal_nothing_is_logged(terminal, caplog) -> None:
-    caplog.set_level(logging.INFO, logger="pfm_llm.progress")
+    caplog.set_level(logging.INFO, logger="pfm_llm.base.progress")
     with Progress(1, "training") as progress:
         progress.update()
     assert caplog.messages == []
@@ -150,7 +150,7 @@ def test_nothing_to_do_is_no_crash(stream, request, caplog) -> None:
 
 
 def test_a_process_without_standard_error_logs(monkeypatch, clock, caplog) -> None:
-    caplog.set_level(logging.INFO, logger="pfm_llm.progress")
+    caplog.set_level(logging.INFO, logger="pfm_llm.base.progress")
     _use(None, monkeypatch)
     with Progress(1, "training", clock=clock) as progress:
         clock.now += 1.0

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pfm_llm.errors import CorruptFileError, DataError
-from pfm_llm.files import storage_errors, write_text
+from pfm_llm.base.errors import CorruptFileError, DataError
+from pfm_llm.base.files import storage_errors, write_text
 
 
 class MetricsLog:

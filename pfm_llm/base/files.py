@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from pfm_llm.errors import CorruptFileError, DiskSpaceError, StorageError
+from pfm_llm.base.errors import CorruptFileError, DiskSpaceError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _PRIVATE_DIR_MODE = 0o700

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm import files
-from pfm_llm.errors import CorruptFileError, DiskSpaceError, StorageError
+from pfm_llm.base import files
+from pfm_llm.base.errors import CorruptFileError, DiskSpaceError, StorageError
 
 
 def fail_with(number: int) -> Any:

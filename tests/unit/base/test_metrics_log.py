@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pfm_llm.errors import CorruptFileError, DataError, StorageError
-from pfm_llm.metrics_log import MetricsLog
+from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
+from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.types import Mode
 
 RECORDS = [
