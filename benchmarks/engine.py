@@ -259,7 +259,7 @@ class Bench:
 
         from pfm_llm.batches import collate
         from pfm_llm.cohort_model import Parts
-        from pfm_llm.types import PRIVATE_PREFIX
+        from pfm_llm.protocol.types import PRIVATE_PREFIX
 
         histories, own = self.assembly.histories, [tensors[client] for client in chunk]
         batch = collate(

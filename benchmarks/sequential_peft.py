@@ -21,7 +21,7 @@ from pfm_llm.cohort_model import PRIVATE_HEAD_A, PRIVATE_HEAD_B
 from pfm_llm.dual_adapter import PRIVATE, SHARED, DualAdapter
 from pfm_llm.encoding import NO_TARGET, Window
 from pfm_llm.head import Normaliser
-from pfm_llm.types import PRIVATE_PREFIX, Tensors
+from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
 
 _NOISE = 0.02
 _PREFIXES = {SHARED: "lora.", PRIVATE: f"{PRIVATE_PREFIX}lora."}
@@ -74,7 +74,7 @@ class SequentialPeft:
 
         Args:
             window: The client's window.
-            tensors: Its shared and private tensors, float32, named as in `pfm_llm.types`.
+            tensors: Its shared and private tensors, float32, named as in `pfm_llm.protocol.types`.
 
         Returns:
             The loss (nats, scalar) and a float32 gradient for each of ``tensors``.

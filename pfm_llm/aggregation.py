@@ -13,7 +13,7 @@ import torch
 from pfm_llm.base.errors import ContractError, TrainingError
 from pfm_llm.choices import LearningRateSchedule, ServerOptimizer, Weighting
 from pfm_llm.config import ServerConfig
-from pfm_llm.types import ClientUpdate, SharedState, Tensors
+from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors
 
 _MAX_RATE = 1e30
 """Beyond it a learning rate, divided by Adam's bias correction, may not fit into float32."""

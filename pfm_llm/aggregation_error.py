@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pfm_llm.types import Tensors
+from pfm_llm.protocol.types import Tensors
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Module to A [r, in] and B [out, r], float32."""

@@ -40,7 +40,7 @@ from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.head import Normaliser
 from pfm_llm.model_settings import AdaptersConfig, HeadConfig, WindowConfig
 from pfm_llm.prompts import Prompt, load_prompt
-from pfm_llm.types import Tensors
+from pfm_llm.protocol.types import Tensors
 
 FORMAT = 4
 ADAPTER_CONFIG_FILE = "adapter_config.json"

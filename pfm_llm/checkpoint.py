@@ -16,7 +16,7 @@ import torch
 
 from pfm_llm.base.errors import CheckpointError, CorruptFileError
 from pfm_llm.base.files import read_json, read_tensors, storage_errors, write_json, write_tensors
-from pfm_llm.types import Tensors
+from pfm_llm.protocol.types import Tensors
 
 _COMMIT_FILE = "commit.json"
 

@@ -25,8 +25,8 @@ from pfm_llm.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.choices import Task
 from pfm_llm.head import Normaliser
 from pfm_llm.objective import Objective, Outputs
+from pfm_llm.protocol.types import Tensors
 from pfm_llm.readout import Readout, read_last_mlp_only
-from pfm_llm.types import Tensors
 
 SHARED_LORA = "lora."
 BASIS = "basis."

@@ -13,10 +13,10 @@ from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.choices import Task
 from pfm_llm.config import ExperimentConfig
 from pfm_llm.personality import Bootstrap, Estimate
+from pfm_llm.protocol.types import Mode
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow, read_results
 from pfm_llm.settings import method_name
-from pfm_llm.types import Mode
 
 _NDCG = "ndcg"
 

@@ -23,7 +23,7 @@ from pfm_llm.base import files, seeding
 from pfm_llm.base.errors import BackboneError, CorruptFileError
 from pfm_llm.choices import PrivateKind
 from pfm_llm.model_settings import AdaptersConfig, LoraAdapterConfig
-from pfm_llm.types import PRIVATE_PREFIX, Tensors
+from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
 
 SHARED = "shared"
 PRIVATE = "private"

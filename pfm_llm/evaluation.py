@@ -23,9 +23,9 @@ from pfm_llm.data.splits import HeldOut
 from pfm_llm.encoding import HistoryEncoder, Window
 from pfm_llm.histories import ClientHistories, History
 from pfm_llm.private_store import PrivateStore
+from pfm_llm.protocol.types import Mode, PrivateState, SharedState, Tensors
 from pfm_llm.ranking import Ranks, concatenate, rank_scores
 from pfm_llm.trunk_cache import TrunkCache
-from pfm_llm.types import Mode, PrivateState, SharedState, Tensors
 
 UserVectors = dict[bool, list[torch.Tensor]]
 """Of one chunk of clients: with the shared LoRA and without, per client [Q, D]."""

@@ -34,9 +34,9 @@ from pfm_llm.base import files
 from pfm_llm.cohort_model import BASIS, SHARED_LORA
 from pfm_llm.config import ExperimentConfig, dump_config
 from pfm_llm.model_card import CardFacts, model_card, shown_name
+from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.result_tables import results_table
 from pfm_llm.run_report import PLOTS_FOLDER, ResultRow
-from pfm_llm.types import Mode, SharedState
 
 _EMBEDDED_NOTE = (
     "The weights that it was trained on are those of this model's Q4_1 GGUF file, dequantised "

@@ -54,7 +54,7 @@ from pfm_llm.base import seeding
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.choices import ItemIds, Task
 from pfm_llm.model_settings import HeadConfig
-from pfm_llm.types import Tensors
+from pfm_llm.protocol.types import Tensors
 
 STATE_PROJ = "head.state_proj"
 ITEM_PROJ = "head.item_proj"

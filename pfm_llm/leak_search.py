@@ -22,7 +22,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from pfm_llm.base.errors import StorageError
-from pfm_llm.types import PrivateState
+from pfm_llm.protocol.types import PrivateState
 
 RUN = 8
 MIN_DISTINCT = 4

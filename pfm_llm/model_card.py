@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import yaml
 
 from pfm_llm import __version__
-from pfm_llm.types import Mode
+from pfm_llm.protocol.types import Mode
 
 NO_REPO = "path/to/this/folder"
 """Stands in a card for the repository's name."""

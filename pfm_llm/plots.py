@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pfm_llm.base.files import write_bytes
-from pfm_llm.types import Mode
+from pfm_llm.protocol.types import Mode
 
 Record = Mapping[str, Any]
 

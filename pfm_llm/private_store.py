@@ -25,7 +25,7 @@ from pfm_llm.base.files import (
     storage_errors,
     write_tensors,
 )
-from pfm_llm.types import PRIVATE_PREFIX, PrivateState, Tensors
+from pfm_llm.protocol.types import PRIVATE_PREFIX, PrivateState, Tensors
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _TRAINED, _PERSONALISED = "private", "personalised"

@@ -18,8 +18,8 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.base.processes import Processes
 from pfm_llm.evaluation import UserVectors
+from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.reporting import measure, validation_task
-from pfm_llm.types import Mode, SharedState
 
 WEIGHT_FILE = "private_weight.json"
 """In a run's public folder: the weight, its round, and the mean log-rank gain of each."""

@@ -24,9 +24,9 @@ from pfm_llm.data.splits import TrainData
 from pfm_llm.histories import ClientHistories
 from pfm_llm.model_parts import ModelParts, build_model
 from pfm_llm.private_store import PrivateStore
+from pfm_llm.protocol.types import Mode, PrivateState
 from pfm_llm.taste import needs_no_text
 from pfm_llm.trunk_cache import TrunkCache, trunk_states
-from pfm_llm.types import Mode, PrivateState
 
 _USER = "me"
 

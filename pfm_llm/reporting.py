@@ -23,10 +23,10 @@ from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, UserVectors
 from pfm_llm.export import export_shared_adapter
 from pfm_llm.metrics import RANK_METRICS, per_user
+from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
 from pfm_llm.settings import like_threshold, method_name
-from pfm_llm.types import Mode, SharedState
 
 COMPARISONS = "comparisons"
 """Key of ``results.json``: rows of differences, as `comparison.rows_over` makes them."""

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pfm_llm.base.errors import DataError
+from pfm_llm.protocol.types import Mode
 from pfm_llm.run_report import ResultRow
-from pfm_llm.types import Mode
 
 _TEXT_COLUMNS = ("Method", "Mode", "Budget")
 _METRICS = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}

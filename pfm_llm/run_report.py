@@ -18,7 +18,7 @@ from typing import Any
 from pfm_llm import __version__
 from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
 from pfm_llm.base.files import read_json, write_json
-from pfm_llm.types import Mode
+from pfm_llm.protocol.types import Mode
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"

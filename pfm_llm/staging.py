@@ -44,7 +44,7 @@ from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.head import initial_head
 from pfm_llm.leak_search import find_private
 from pfm_llm.private_store import PrivateStore
-from pfm_llm.types import PrivateState, Tensors
+from pfm_llm.protocol.types import PrivateState, Tensors
 
 _AGAIN = "export the run again (scripts/evaluate.py)"
 _NOTHING_SENT = "nothing was sent"

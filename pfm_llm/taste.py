@@ -56,7 +56,7 @@ from pfm_llm.base import seeding
 from pfm_llm.choices import ItemIds, Task
 from pfm_llm.head import ITEM_IDS, fading, item_width, standard_ids
 from pfm_llm.model_settings import HeadConfig, PrivateAdapterConfig, TasteConfig
-from pfm_llm.types import Tensors
+from pfm_llm.protocol.types import Tensors
 
 _FEATURE_STD = 0.3
 _LEVEL_PRECISION = 1.0

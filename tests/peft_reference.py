@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pfm_llm.encoding import NO_TARGET, Window
-from pfm_llm.types import Tensors
+from pfm_llm.protocol.types import Tensors
 from tests.tiny_models import TinyCohort
 
 _FACTOR = {"A": "lora_A", "B": "lora_B"}

@@ -23,7 +23,7 @@ from pfm_llm.encoding import NO_LABEL, NO_TARGET, Window
 from pfm_llm.head import Normaliser, initial_head
 from pfm_llm.model_settings import AdaptersConfig, HeadConfig
 from pfm_llm.objective import Objective
-from pfm_llm.types import Tensors
+from pfm_llm.protocol.types import Tensors
 
 VOCABULARY = 97
 HIDDEN = 32

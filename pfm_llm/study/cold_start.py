@@ -16,10 +16,10 @@ from pfm_llm.evaluation import EvaluationTask, Evaluator
 from pfm_llm.head import ITEM_BIAS
 from pfm_llm.histories import ClientHistories
 from pfm_llm.private_store import PrivateStore
+from pfm_llm.protocol.types import Mode
 from pfm_llm.reporting import measure
 from pfm_llm.settings import like_threshold
 from pfm_llm.study.served import quality_of
-from pfm_llm.types import Mode
 
 _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
 

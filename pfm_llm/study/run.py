@@ -19,6 +19,7 @@ from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import EvaluationTask
 from pfm_llm.experiment import SERVER_FOLDER, OpenedRun, open_run, shared_state
 from pfm_llm.personality import Bootstrap, Estimate
+from pfm_llm.protocol.types import Mode
 from pfm_llm.reporting import (
     evaluation_task,
     fit_run_baselines,
@@ -29,7 +30,6 @@ from pfm_llm.reporting import (
 from pfm_llm.run_report import RESULTS_FILE, ResultRow, read_results, write_results
 from pfm_llm.study.cold_start import known_by_few, known_by_none
 from pfm_llm.study.served import Served, quality_of
-from pfm_llm.types import Mode
 
 WINDOWS = (32, 16, 8, 4)
 GIVEN = (0, 1, 2, 5, 10)

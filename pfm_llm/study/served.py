@@ -12,7 +12,7 @@ from pfm_llm.assembly import Assembly
 from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.evaluation import EvaluationTask, Measured, UserVectors
-from pfm_llm.types import Mode, SharedState
+from pfm_llm.protocol.types import Mode, SharedState
 
 STRANGERS = 9
 TOP_K = 20

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from pfm_llm.base import files
+from pfm_llm.protocol.types import Mode
 from pfm_llm.suite_report import pictures
 from pfm_llm.suite_report.reading import SuiteResult, by_run, read_suite
 from pfm_llm.suite_report.tables import (
@@ -23,7 +24,6 @@ from pfm_llm.suite_report.tables import (
     mean_figures,
     summary_cells,
 )
-from pfm_llm.types import Mode
 
 REPORT_FILE = "report.html"
 PLOTS_FOLDER = "plots"

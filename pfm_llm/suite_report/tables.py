@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pfm_llm.protocol.types import Mode
 from pfm_llm.run_report import ResultRow
 from pfm_llm.suite_report.reading import SuiteResult, by_run, read_suite
-from pfm_llm.types import Mode
 
 _NEXT_ITEM, _LIKE = "next_item", "like"
 _POPULARITY, _POOLED = "popularity", "central"

@@ -23,7 +23,7 @@ import yaml
 from pfm_llm.alignment import PER_ITEM, align_items
 from pfm_llm.artefact import TRAINING_CONFIG_FILE, Artefact, Metric
 from pfm_llm.base.errors import CorruptFileError
-from pfm_llm.types import Tensors
+from pfm_llm.protocol.types import Tensors
 
 _FACTOR = re.compile(r"lora\.(?P<module>.+)\.A")
 _LAYER = re.compile(r".*?\.\d+(?=\.|$)")

@@ -9,7 +9,7 @@ from datetime import datetime
 from pfm_llm import hub, signing
 from pfm_llm.artefact import MANIFEST_FILE, SIGNATURE_FILE, Manifest, Metric, Parent
 from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
-from pfm_llm.types import Mode
+from pfm_llm.protocol.types import Mode
 
 _HEADLINE = (Mode.SHARED_ONLY.value, "ndcg@10")
 _PREFIX = re.compile("[0-9a-f]{4,40}")

@@ -15,7 +15,7 @@ from pfm_llm.assembly import RunFolders
 from pfm_llm.base import files
 from pfm_llm.experiment import run_experiment
 from pfm_llm.private_store import PrivateStore
-from pfm_llm.types import PrivateState
+from pfm_llm.protocol.types import PrivateState
 from tests.integration.tiny import Tiny
 
 

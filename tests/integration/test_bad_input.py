@@ -19,8 +19,8 @@ from pfm_llm.base.errors import (
 from pfm_llm.checkpoint import CheckpointStore
 from pfm_llm.client import LocalTrainer
 from pfm_llm.experiment import run_experiment
+from pfm_llm.protocol.types import ClientUpdate
 from pfm_llm.serving import RunRecommender
-from pfm_llm.types import ClientUpdate
 from tests.integration.scripts import run_script
 from tests.integration.tiny import (
     TITLES,

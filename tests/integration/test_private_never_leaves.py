@@ -25,8 +25,8 @@ from pfm_llm.base import files
 from pfm_llm.choices import PrivateKind
 from pfm_llm.client import LocalTrainer
 from pfm_llm.experiment import run_experiment
+from pfm_llm.protocol.types import ClientUpdate
 from pfm_llm.server import Server
-from pfm_llm.types import ClientUpdate
 from tests.integration.leaks import DTYPES, Hunt, files_below
 from tests.integration.tiny import TITLES, Tiny, alone
 from tests.integration.watch import Watch

@@ -28,8 +28,8 @@ from pfm_llm.base.errors import (
     PrivateLeakError,
 )
 from pfm_llm.private_store import PrivateStore
+from pfm_llm.protocol.types import PrivateState
 from pfm_llm.staging import stage
-from pfm_llm.types import PrivateState
 from tests.integration.exports import (
     a_private_state,
     change_json,

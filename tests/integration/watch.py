@@ -13,8 +13,8 @@ from pfm_llm import rounds
 from pfm_llm.base.processes import Processes
 from pfm_llm.dual_adapter import DualAdapter
 from pfm_llm.private_store import PrivateStore
+from pfm_llm.protocol.types import PrivateState
 from pfm_llm.server import Server
-from pfm_llm.types import PrivateState
 from tests.integration.leaks import Hunt, files_below
 
 

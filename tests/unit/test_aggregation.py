@@ -16,7 +16,7 @@ from pfm_llm.aggregation import RunningSum, ServerStep, update_weight
 from pfm_llm.base.errors import ContractError, TrainingError
 from pfm_llm.choices import LearningRateSchedule, ServerOptimizer, Weighting
 from pfm_llm.config import ServerConfig
-from pfm_llm.types import ClientUpdate, SharedState
+from pfm_llm.protocol.types import ClientUpdate, SharedState
 
 _NAMES = ("lora.m.A", "basis.m.A", "head.user.weight", "head.item_ids.weight", "head.item_bias")
 

@@ -20,7 +20,7 @@ from pfm_llm.cohort_model import Parts
 from pfm_llm.encoding import Window
 from pfm_llm.histories import LocalWork
 from pfm_llm.local_steps import StackedOptimizer
-from pfm_llm.types import ClientUpdate, PrivateState
+from pfm_llm.protocol.types import ClientUpdate, PrivateState
 from tests.conftest import TinyAssembly
 
 JOINT, ALTERNATE, AFTER = Schedule.JOINT, Schedule.ALTERNATE, Schedule.PRIVATE_AFTER

@@ -9,7 +9,7 @@ from pfm_llm.batches import Dropout, collate
 from pfm_llm.choices import ItemIds
 from pfm_llm.cohort_model import CohortLinear, Parts
 from pfm_llm.model_settings import HeadConfig
-from pfm_llm.types import Tensors
+from pfm_llm.protocol.types import Tensors
 from tests.peft_reference import PeftReference
 from tests.tiny_models import (
     ARCHITECTURES,

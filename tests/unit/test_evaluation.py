@@ -20,9 +20,9 @@ from pfm_llm.data.splits import HeldOut, TrainData
 from pfm_llm.encoding import NO_LABEL
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.histories import ClientHistories, History
+from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
-from pfm_llm.types import Mode, SharedState
 from tests.conftest import TinyAssembly
 from tests.tiny_models import stirred
 

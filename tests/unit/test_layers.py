@@ -26,7 +26,6 @@ LAYERS = [line.split() for line in """
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 # The modules that have not moved into their package yet.
 PLACES = {module: line.split()[0] for line in """
-    protocol types contract
     config choices config_text model_settings methods config settings
     server server aggregation participation checkpoint
     text prompts encoding token_table

@@ -12,7 +12,7 @@ import torch
 
 from pfm_llm.base.errors import CorruptFileError, DiskSpaceError, StorageError
 from pfm_llm.private_store import PrivateStore
-from pfm_llm.types import PrivateState
+from pfm_llm.protocol.types import PrivateState
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pfm_llm import run_report
 from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
+from pfm_llm.protocol.types import Mode
 from pfm_llm.result_tables import results_table, terminal_table
 from pfm_llm.run_report import ResultRow, environment, newest_run, read_results, write_results
-from pfm_llm.types import Mode
 
 
 def row(method: str = "pfm", mode: str = "shared_only", value: float = 0.1, **other) -> ResultRow:

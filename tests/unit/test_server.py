@@ -12,9 +12,9 @@ from pfm_llm.aggregation import RunningSum
 from pfm_llm.base.errors import CheckpointError, ConfigError, ContractError, TrainingError
 from pfm_llm.choices import ServerOptimizer, Weighting
 from pfm_llm.config import FederationConfig, ServerConfig
-from pfm_llm.contract import UpdateContract
+from pfm_llm.protocol.contract import UpdateContract
+from pfm_llm.protocol.types import ClientUpdate, SharedState
 from pfm_llm.server import Server
-from pfm_llm.types import ClientUpdate, SharedState
 
 _CLIENTS = ("a", "b", "c", "d")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.base.metrics_log import MetricsLog
-from pfm_llm.types import Mode
+from pfm_llm.protocol.types import Mode
 
 RECORDS = [
     {"round": n, "loss": 7.0 - n, "validation": {"shared_only": {"é": n}}} for n in (1, 2, 3)

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 
 from pfm_llm.base.errors import ContractError
-from pfm_llm.types import PRIVATE_PREFIX, ClientUpdate, SharedState, Tensors
+from pfm_llm.protocol.types import PRIVATE_PREFIX, ClientUpdate, SharedState, Tensors
 
 SHARED_PREFIXES = ("lora.", "head.", "basis.")
 MAX_EXAMPLES = 2**31 - 1

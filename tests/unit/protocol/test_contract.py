@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pfm_llm.base.errors import ContractError
-from pfm_llm.contract import MAX_EXAMPLES, TensorSpec, UpdateContract
-from pfm_llm.types import ClientUpdate, SharedState
+from pfm_llm.protocol.contract import MAX_EXAMPLES, TensorSpec, UpdateContract
+from pfm_llm.protocol.types import ClientUpdate, SharedState
 
 _NAME = "lora.model.layers.3.self_attn.q_proj.A"
 

@@ -1,0 +1,1 @@
+"""What crosses the wire: states, updates, and the contract that updates must meet."""
