@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from benchmarks.sequential_peft import SequentialPeft
     from pfm_llm.assembly import Assembly
-    from pfm_llm.config import ExperimentConfig
+    from pfm_llm.config.schema import ExperimentConfig
     from pfm_llm.encoding import Window
 
 STACKED, SAME_LAYERS, COMMON_RECIPE = "stacked_cached", "peft_same_layers", "peft_common_recipe"
@@ -110,7 +110,7 @@ def bench_config(num_layers: int | None, folder: str) -> "ExperimentConfig":
         num_layers: Adapted layers; None: the default.
         folder: Where trunk states go.
     """
-    from pfm_llm.config import parse_config
+    from pfm_llm.config.schema import parse_config
 
     return parse_config(
         {

@@ -20,7 +20,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from pfm_llm import hub
-    from pfm_llm.config import load_config, parse_config
+    from pfm_llm.config.schema import load_config, parse_config
     from pfm_llm.experiment import run_experiment
 
     manifest = hub.pull(arguments.adapter, arguments.revision).manifest

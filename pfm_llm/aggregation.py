@@ -11,8 +11,8 @@ from typing import Self, TypedDict
 import torch
 
 from pfm_llm.base.errors import ContractError, TrainingError
-from pfm_llm.choices import LearningRateSchedule, ServerOptimizer, Weighting
-from pfm_llm.config import ServerConfig
+from pfm_llm.config.choices import LearningRateSchedule, ServerOptimizer, Weighting
+from pfm_llm.config.schema import ServerConfig
 from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors
 
 _MAX_RATE = 1e30

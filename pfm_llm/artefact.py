@@ -35,10 +35,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, CorruptFileError
-from pfm_llm.choices import Dtype, Task
+from pfm_llm.config.choices import Dtype, Task
+from pfm_llm.config.model import AdaptersConfig, HeadConfig, WindowConfig
 from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.head import Normaliser
-from pfm_llm.model_settings import AdaptersConfig, HeadConfig, WindowConfig
 from pfm_llm.prompts import Prompt, load_prompt
 from pfm_llm.protocol.types import Tensors
 

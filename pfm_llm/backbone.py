@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pfm_llm.base import assets
 from pfm_llm.base.errors import BackboneError
-from pfm_llm.choices import Dtype
-from pfm_llm.config import BackboneConfig
+from pfm_llm.config.choices import Dtype
+from pfm_llm.config.schema import BackboneConfig
 
 EMBEDDED = {"smollm2-135m": assets.smollm2_135m}
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}

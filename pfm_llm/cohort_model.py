@@ -22,7 +22,7 @@ from torch import nn
 from pfm_llm import head as recommender_head
 from pfm_llm import taste
 from pfm_llm.batches import ChunkBatch, Dropout, joined, spans
-from pfm_llm.choices import Task
+from pfm_llm.config.choices import Task
 from pfm_llm.head import Normaliser
 from pfm_llm.objective import Objective, Outputs
 from pfm_llm.protocol.types import Tensors

@@ -10,13 +10,13 @@ import numpy as np
 
 from pfm_llm import personality, ranking
 from pfm_llm.base.errors import CorruptFileError, DataError
-from pfm_llm.choices import Task
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.choices import Task
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settings import method_name
 from pfm_llm.personality import Bootstrap, Estimate
 from pfm_llm.protocol.types import Mode
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow, read_results
-from pfm_llm.settings import method_name
 
 _NDCG = "ndcg"
 

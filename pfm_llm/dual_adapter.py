@@ -21,8 +21,8 @@ from torch import nn
 from pfm_llm.backbone import Backbone
 from pfm_llm.base import files, seeding
 from pfm_llm.base.errors import BackboneError, CorruptFileError
-from pfm_llm.choices import PrivateKind
-from pfm_llm.model_settings import AdaptersConfig, LoraAdapterConfig
+from pfm_llm.config.choices import PrivateKind
+from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig
 from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
 
 SHARED = "shared"

@@ -15,8 +15,8 @@ import numpy as np
 
 from pfm_llm.base import assets
 from pfm_llm.base.errors import DataError
+from pfm_llm.config.model import WindowConfig
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.model_settings import WindowConfig
 from pfm_llm.prompts import Prompt
 from pfm_llm.token_table import tokenise
 

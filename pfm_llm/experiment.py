@@ -18,7 +18,7 @@ from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.baselines import parse_names
 from pfm_llm.checkpoint import Checkpoint, CheckpointStore, RunEnvironment
-from pfm_llm.config import ExperimentConfig, dump_config, load_config, training_hash
+from pfm_llm.config.schema import ExperimentConfig, dump_config, load_config, training_hash
 from pfm_llm.export import export_shared_adapter
 from pfm_llm.private_weight import with_chosen_weight
 from pfm_llm.protocol.types import Mode, SharedState

@@ -52,8 +52,8 @@ import torch.nn.functional as F
 
 from pfm_llm.base import seeding
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.choices import ItemIds, Task
-from pfm_llm.model_settings import HeadConfig
+from pfm_llm.config.choices import ItemIds, Task
+from pfm_llm.config.model import HeadConfig
 from pfm_llm.protocol.types import Tensors
 
 STATE_PROJ = "head.state_proj"

@@ -9,8 +9,8 @@ import torch
 from pfm_llm.base import seeding
 from pfm_llm.base.errors import DataError
 from pfm_llm.batches import ChunkBatch, Dropout, collate
-from pfm_llm.choices import Schedule
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.choices import Schedule
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
 from pfm_llm.encoding import NO_LABEL, HistoryEncoder, Window

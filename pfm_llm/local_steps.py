@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pfm_llm.choices import LocalOptimizer
+from pfm_llm.config.choices import LocalOptimizer
 
 _BETAS = (0.9, 0.999)
 _EPS = 1e-8

@@ -22,17 +22,17 @@ from pfm_llm.backbone import Backbone, load_backbone
 from pfm_llm.base import assets, files
 from pfm_llm.base.errors import ArtefactError, CorruptFileError, DataError, StorageError
 from pfm_llm.cohort_model import BASIS, CohortModel
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.methods import SPECS
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settings import uses_taste
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.dual_adapter import DualAdapter
 from pfm_llm.encoding import HistoryEncoder
 from pfm_llm.head import Normaliser
-from pfm_llm.methods import SPECS
 from pfm_llm.objective import Objective
 from pfm_llm.prompts import Prompt, load_prompt
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import SharedState
-from pfm_llm.settings import uses_taste
 
 _log = logging.getLogger(__name__)
 _ITEM_BATCH_TOKENS = 4096

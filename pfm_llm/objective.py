@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from pfm_llm import head as recommender_head
 from pfm_llm import taste
-from pfm_llm.choices import Task
+from pfm_llm.config.choices import Task
 from pfm_llm.encoding import NO_LABEL
 from pfm_llm.protocol.types import Tensors
 

@@ -11,7 +11,7 @@ from pfm_llm import hub, signing
 from pfm_llm.artefact import CARD_FILE, MANIFEST_FILE, SIGNATURE_FILE, Artefact, Manifest, Parent
 from pfm_llm.assembly import RunFolders
 from pfm_llm.base import files
-from pfm_llm.config import load_config
+from pfm_llm.config.schema import load_config
 from pfm_llm.model_card import addressed_card
 from pfm_llm.run_report import CONFIG_FILE
 from pfm_llm.staging import stage

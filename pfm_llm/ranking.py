@@ -8,7 +8,7 @@ import numpy as np
 from pfm_llm import metrics, scoring
 from pfm_llm.base.errors import DataError
 from pfm_llm.baselines import FittedBaseline
-from pfm_llm.config import EvaluationConfig
+from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.run_report import ResultRow
 

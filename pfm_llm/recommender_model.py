@@ -16,7 +16,7 @@ from pfm_llm.base.errors import ArtefactError, DataError
 from pfm_llm.batches import collate
 from pfm_llm.client import LocalTrainer
 from pfm_llm.cohort_model import Parts
-from pfm_llm.config import ExperimentConfig, InitFromConfig, parse_config
+from pfm_llm.config.schema import ExperimentConfig, InitFromConfig, parse_config
 from pfm_llm.data import sources
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import partition

@@ -16,8 +16,9 @@ from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
 from pfm_llm.base.progress import Progress
 from pfm_llm.baselines import FittedBaseline, fit_baselines
-from pfm_llm.choices import Task
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.choices import Task
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settings import like_threshold, method_name
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, UserVectors
@@ -26,7 +27,6 @@ from pfm_llm.metrics import RANK_METRICS, per_user
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
-from pfm_llm.settings import like_threshold, method_name
 
 COMPARISONS = "comparisons"
 """Key of ``results.json``: rows of differences, as `comparison.rows_over` makes them."""

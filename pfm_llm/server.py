@@ -9,7 +9,7 @@ import torch
 
 from pfm_llm.aggregation import OptimizerState, RunningSum, ServerStep, update_weight
 from pfm_llm.base.errors import CheckpointError, ContractError
-from pfm_llm.config import FederationConfig
+from pfm_llm.config.schema import FederationConfig
 from pfm_llm.participation import select_cohort
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
 from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors

@@ -38,8 +38,8 @@ from pfm_llm.artefact import (
 )
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, PrivateLeakError, StorageError
-from pfm_llm.choices import PrivateKind
 from pfm_llm.cohort_model import BASIS, BASIS_HEAD_A, SHARED_LORA
+from pfm_llm.config.choices import PrivateKind
 from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.head import initial_head
 from pfm_llm.leak_search import find_private

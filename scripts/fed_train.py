@@ -34,7 +34,7 @@ def main() -> None:
 def train(arguments: argparse.Namespace) -> None:
     from _cli import default_config, is_main_process
 
-    from pfm_llm.config import load_config
+    from pfm_llm.config.schema import load_config
     from pfm_llm.experiment import run_experiment
     from pfm_llm.result_tables import terminal_table
     from pfm_llm.run_report import RESULTS_FILE, read_results

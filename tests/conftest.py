@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
 from pfm_llm.base.processes import Processes
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.schema import ExperimentConfig
 from tests.integration.tiny import Tiny, make_tiny
 
 _CACHE = "PFM_LLM_CACHE"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.assembly import load_corpus
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import Split
 from tests.integration.tiny import Tiny, write_interactions
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pfm_llm import metrics, ranking
 from pfm_llm.assembly import load_corpus
 from pfm_llm.base.processes import Processes, start_processes
-from pfm_llm.config import ExperimentConfig, load_config
+from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut, Split
 from pfm_llm.protocol.types import Mode

@@ -24,7 +24,7 @@ from benchmarks.baselines.pfedrec_model import (
 from pfm_llm.base.errors import TrainingError
 from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split, TrainData
 from pfm_llm.ranking import headline
 

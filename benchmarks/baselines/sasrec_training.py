@@ -15,7 +15,7 @@ from pfm_llm.base.errors import DataError, TrainingError
 from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import derive_seed, numpy_generator
 from pfm_llm.baselines import Histories, ScoreMatrix
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split
 from pfm_llm.ranking import headline
 

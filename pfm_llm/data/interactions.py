@@ -14,8 +14,8 @@ import numpy as np
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.choices import Repeats
-from pfm_llm.config import DataConfig
+from pfm_llm.config.choices import Repeats
+from pfm_llm.config.schema import DataConfig
 from pfm_llm.data.report import LoadReport
 
 TITLE = "title"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config import ColumnsConfig
+from pfm_llm.config.schema import ColumnsConfig
 from pfm_llm.data.rows import SourceTables
 from pfm_llm.data.tables import CSV, TSV, Layout, Table, read_delimited
 

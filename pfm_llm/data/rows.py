@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config import ColumnsConfig
+from pfm_llm.config.schema import ColumnsConfig
 from pfm_llm.data.interactions import TITLE, Catalogue, RawInteractions
 from pfm_llm.data.tables import BadRow, Table
 

@@ -14,7 +14,7 @@ import datasets
 from pfm_llm.base import assets
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.base.files import make_private_dir, sha256_of
-from pfm_llm.config import ColumnsConfig, DataConfig
+from pfm_llm.config.schema import ColumnsConfig, DataConfig
 from pfm_llm.data import groceries, movielens
 from pfm_llm.data.arrow import FORMAT_VERSION, from_arrow, read_report, to_arrow
 from pfm_llm.data.interactions import Catalogue, Interactions, build_interactions

@@ -38,8 +38,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pfm_llm.base.errors import ConfigError, DataError
-from pfm_llm.choices import SplitKind
-from pfm_llm.config import DataConfig
+from pfm_llm.config.choices import SplitKind
+from pfm_llm.config.schema import DataConfig
 from pfm_llm.data.interactions import Interactions
 
 _MIN_EVENTS = 3

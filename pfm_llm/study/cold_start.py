@@ -10,6 +10,7 @@ import torch
 from pfm_llm import evaluation, personality, ranking
 from pfm_llm.assembly import Assembly, make_trainer
 from pfm_llm.base.processes import Processes
+from pfm_llm.config.settings import like_threshold
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import TrainData
 from pfm_llm.evaluation import EvaluationTask, Evaluator
@@ -18,7 +19,6 @@ from pfm_llm.histories import ClientHistories
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.protocol.types import Mode
 from pfm_llm.reporting import measure
-from pfm_llm.settings import like_threshold
 from pfm_llm.study.served import quality_of
 
 _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)

@@ -14,7 +14,7 @@ import numpy as np
 from pfm_llm import comparison, evaluation, personality
 from pfm_llm.assembly import RunFolders
 from pfm_llm.checkpoint import CheckpointStore
-from pfm_llm.choices import Task
+from pfm_llm.config.choices import Task
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import EvaluationTask
 from pfm_llm.experiment import SERVER_FOLDER, OpenedRun, open_run, shared_state

@@ -25,9 +25,9 @@ from pydantic import (
 )
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config import ExperimentConfig, parse_config, read_yaml
-from pfm_llm.config_text import explain, set_setting
-from pfm_llm.methods import SPECS, Method
+from pfm_llm.config.methods import SPECS, Method
+from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
+from pfm_llm.config.text import explain, set_setting
 
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.base.errors import DataError, TrainingError
-from pfm_llm.config import ExperimentConfig, training_hash
+from pfm_llm.config.schema import ExperimentConfig, training_hash
 from pfm_llm.protocol.types import Mode
 from pfm_llm.run_report import ResultRow, read_results, write_results
 from pfm_llm.suite.plan import POPULARITY, VALIDATION, Plan, Point, SelectConfig, SuiteRun

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, ConfigError, LaunchError, PfmError, TrainingError
-from pfm_llm.config import ExperimentConfig, dump_config, read_yaml
+from pfm_llm.config.schema import ExperimentConfig, dump_config, read_yaml
 from pfm_llm.run_report import CONFIG_FILE, RESULTS_FILE, ResultRow, read_results, write_results
 from pfm_llm.suite import records
 from pfm_llm.suite.pace import Pace

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config import ExperimentConfig, parse_config, training_hash
-from pfm_llm.settings import changed_settings, uses_taste
+from pfm_llm.config.schema import ExperimentConfig, parse_config, training_hash
+from pfm_llm.config.settings import changed_settings, uses_taste
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
 
 

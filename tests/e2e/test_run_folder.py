@@ -20,7 +20,7 @@ from pfm_llm.assembly import RunFolders, assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.batches import collate
 from pfm_llm.cohort_model import Parts
-from pfm_llm.config import load_config, training_hash
+from pfm_llm.config.schema import load_config, training_hash
 from pfm_llm.experiment import load_shared, run_experiment
 from pfm_llm.head import context_vectors, score_items, user_vectors
 from tests.integration.leaks import files_below

@@ -14,7 +14,7 @@ from pfm_llm.assembly import RunFolders, assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.base.errors import PfmError
 from pfm_llm.base.processes import start_processes
-from pfm_llm.config import load_config
+from pfm_llm.config.schema import load_config
 from pfm_llm.experiment import make_federation
 from pfm_llm.rounds import Federation, commit, train_cohort
 

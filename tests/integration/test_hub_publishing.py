@@ -34,7 +34,7 @@ from pfm_llm.base.errors import (
     PrivateLeakError,
     StorageError,
 )
-from pfm_llm.config import load_config
+from pfm_llm.config.schema import load_config
 from pfm_llm.experiment import run_experiment
 from pfm_llm.publishing import PublishRequest, plan, publish, stage
 from tests.hub_double import OWNER, WRITE_TOKEN, HubDouble

@@ -14,7 +14,7 @@ import pytest
 
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.checkpoint import CheckpointStore
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.experiment import run_experiment
 from pfm_llm.private_store import PrivateStore
 from tests.integration.tiny import Tiny, leftovers, metrics_of, results_of, tensor_files

@@ -20,9 +20,9 @@ import torch
 
 from pfm_llm import reporting
 from pfm_llm.assembly import Assembly, Corpus, RunFolders, assemble, load_corpus
-from pfm_llm.choices import SplitKind
 from pfm_llm.client import LocalTrainer
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.choices import SplitKind
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split, TrainData
 from pfm_llm.encoding import NO_TARGET
 from pfm_llm.experiment import make_federation

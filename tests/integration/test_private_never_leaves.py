@@ -22,8 +22,8 @@ import torch
 from pfm_llm import reporting
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
 from pfm_llm.base import files
-from pfm_llm.choices import PrivateKind
 from pfm_llm.client import LocalTrainer
+from pfm_llm.config.choices import PrivateKind
 from pfm_llm.experiment import run_experiment
 from pfm_llm.protocol.types import ClientUpdate
 from pfm_llm.server import Server

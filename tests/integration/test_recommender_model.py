@@ -21,7 +21,7 @@ from pfm_llm.base.errors import (
 )
 from pfm_llm.batches import collate
 from pfm_llm.cohort_model import Parts
-from pfm_llm.config import load_config
+from pfm_llm.config.schema import load_config
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.experiment import load_shared, run_experiment
 from pfm_llm.private_store import PrivateStore

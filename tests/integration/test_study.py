@@ -89,7 +89,7 @@ def test_ours_is_measured_in_every_way(tiny: Tiny, rated: Path, tmp_path: Path) 
 def test_every_method_runs_and_leaves_untrained_what_it_says(
     tiny: Tiny, rated: Path, tmp_path: Path, method: str, settings: dict[str, Any]
 ) -> None:
-    from pfm_llm.methods import SPECS, Method
+    from pfm_llm.config.methods import SPECS, Method
 
     run, rows = _study(tiny, rated, tmp_path, method=method, **settings)
     assert {row.method for row in rows if row.mode != "none"} == {method}

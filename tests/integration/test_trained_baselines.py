@@ -15,7 +15,7 @@ import pytest
 from benchmarks.baselines import pfedrec, pfedrec_training, sasrec, sasrec_training
 from pfm_llm.assembly import load_corpus
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config import load_config
+from pfm_llm.config.schema import load_config
 from pfm_llm.experiment import evaluate_run, run_experiment
 from pfm_llm.result_tables import results_table
 from pfm_llm.run_report import RESULTS_FILE, read_results

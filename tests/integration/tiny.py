@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from pfm_llm.config import ExperimentConfig, parse_config
+from pfm_llm.config.schema import ExperimentConfig, parse_config
 
 TITLES = tuple(
     f"{adjective} {noun}"

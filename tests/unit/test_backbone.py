@@ -15,8 +15,8 @@ from pfm_llm.backbone import (
     resolve_dtype,
 )
 from pfm_llm.base.errors import BackboneError
-from pfm_llm.choices import Dtype
-from pfm_llm.config import BackboneConfig
+from pfm_llm.config.choices import Dtype
+from pfm_llm.config.schema import BackboneConfig
 from tests.integration.tiny import Tiny
 from tests.tiny_models import (
     ARCHITECTURES,

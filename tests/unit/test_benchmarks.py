@@ -15,16 +15,16 @@ from pfm_llm import head
 from pfm_llm.backbone import Backbone
 from pfm_llm.base import files
 from pfm_llm.batches import collate
-from pfm_llm.choices import Task
 from pfm_llm.cohort_model import CohortModel, Parts
-from pfm_llm.dual_adapter import DualAdapter
-from pfm_llm.encoding import NO_LABEL, NO_TARGET, Window
-from pfm_llm.model_settings import (
+from pfm_llm.config.choices import Task
+from pfm_llm.config.model import (
     AdaptersConfig,
     HeadConfig,
     LoraAdapterConfig,
     PrivateAdapterConfig,
 )
+from pfm_llm.dual_adapter import DualAdapter
+from pfm_llm.encoding import NO_LABEL, NO_TARGET, Window
 from pfm_llm.objective import Objective
 
 HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2

@@ -14,9 +14,9 @@ from pfm_llm import histories as histories_module
 from pfm_llm import taste
 from pfm_llm.assembly import Assembly
 from pfm_llm.batches import ChunkBatch, Dropout, collate
-from pfm_llm.choices import Schedule
 from pfm_llm.client import plan_chunks
 from pfm_llm.cohort_model import Parts
+from pfm_llm.config.choices import Schedule
 from pfm_llm.encoding import Window
 from pfm_llm.histories import LocalWork
 from pfm_llm.local_steps import StackedOptimizer

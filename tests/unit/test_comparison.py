@@ -8,7 +8,7 @@ import pytest
 
 from pfm_llm import comparison
 from pfm_llm.base.errors import CorruptFileError, DataError
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.protocol.types import Mode
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import write_results

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import DataError
+from pfm_llm.config.model import WindowConfig
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.encoding import NO_TARGET, HistoryEncoder, Window, windows_hash
-from pfm_llm.model_settings import WindowConfig
 from pfm_llm.prompts import Prompt
 
 NEW_LINE = 10

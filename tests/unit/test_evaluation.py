@@ -12,9 +12,9 @@ from pfm_llm import evaluation, ranking, taste
 from pfm_llm.assembly import Assembly
 from pfm_llm.base.errors import DataError
 from pfm_llm.batches import collate
-from pfm_llm.choices import Task
 from pfm_llm.cohort_model import Parts
-from pfm_llm.config import EvaluationConfig
+from pfm_llm.config.choices import Task
+from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut, TrainData
 from pfm_llm.encoding import NO_LABEL

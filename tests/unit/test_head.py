@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.choices import ItemIds
+from pfm_llm.config.choices import ItemIds
+from pfm_llm.config.model import HeadConfig
 from pfm_llm.head import (
     Normaliser,
     context_vectors,
@@ -17,7 +18,6 @@ from pfm_llm.head import (
     user_vectors,
     zero_shot_scores,
 )
-from pfm_llm.model_settings import HeadConfig
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pfm_llm.choices import LocalOptimizer
+from pfm_llm.config.choices import LocalOptimizer
 from pfm_llm.local_steps import StackedOptimizer, clip_per_client
 
 CLIENTS, STEPS = 3, 4

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from pfm_llm.config import ExperimentConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model_card import NO_REPO, CardFacts, addressed_card, model_card
 from pfm_llm.result_tables import results_table
 from pfm_llm.run_report import ResultRow

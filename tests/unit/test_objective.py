@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from pfm_llm import head as recommender_head
 from pfm_llm import taste
-from pfm_llm.choices import Task
+from pfm_llm.config.choices import Task
+from pfm_llm.config.model import HeadConfig, TasteConfig
 from pfm_llm.encoding import NO_LABEL
-from pfm_llm.model_settings import HeadConfig, TasteConfig
 from pfm_llm.objective import Objective, Outputs
 
 ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3

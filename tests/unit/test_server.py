@@ -10,8 +10,8 @@ import torch
 
 from pfm_llm.aggregation import RunningSum
 from pfm_llm.base.errors import CheckpointError, ConfigError, ContractError, TrainingError
-from pfm_llm.choices import ServerOptimizer, Weighting
-from pfm_llm.config import FederationConfig, ServerConfig
+from pfm_llm.config.choices import ServerOptimizer, Weighting
+from pfm_llm.config.schema import FederationConfig, ServerConfig
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import ClientUpdate, SharedState
 from pfm_llm.server import Server

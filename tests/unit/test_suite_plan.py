@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config import training_hash
+from pfm_llm.config.schema import training_hash
 from pfm_llm.suite.plan import load_suite, make_plan
 from tests.suite_double import GRID, World
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pfm_llm.base.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
-from pfm_llm.config import load_config, parse_config
+from pfm_llm.config.schema import load_config, parse_config
 from pfm_llm.run_report import read_results
 from pfm_llm.suite.running import run_suite
 from pfm_llm.suite.status import State, changes, list_text, status_of

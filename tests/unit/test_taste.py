@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from pfm_llm import taste
-from pfm_llm.choices import ItemIds, Task
+from pfm_llm.config.choices import ItemIds, Task
+from pfm_llm.config.model import HeadConfig, TasteConfig
 from pfm_llm.head import ITEM_IDS
-from pfm_llm.model_settings import HeadConfig, TasteConfig
 
 ITEMS, RANK, POSITIONS = 13, 3, 11
 BOTH = (Task.NEXT_ITEM, Task.LIKE)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config import DataConfig
+from pfm_llm.config.schema import DataConfig
 from pfm_llm.data import groceries, sources
 from pfm_llm.data.groceries import COLUMNS, MIN_PRODUCTS, grocery_files, plain_words, read_groceries
 from pfm_llm.data.grocery_words import WORDS

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.choices import Repeats
-from pfm_llm.config import DataConfig
+from pfm_llm.config.choices import Repeats
+from pfm_llm.config.schema import DataConfig
 from pfm_llm.data.interactions import (
     NOT_SAMPLED,
     REPEAT,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pfm_llm.choices import ItemIds, PrivateKind
+from pfm_llm.config.choices import ItemIds, PrivateKind
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]

@@ -11,7 +11,7 @@ projection of the user's state is private, as a term of rank `head_rank` on the 
 P_0 (a full one would be 147,456 numbers to learn from a hundred events).
 """
 
-from pfm_llm.methods.spec import MethodSpec
+from pfm_llm.config.methods.spec import MethodSpec
 
 SPEC = MethodSpec(
     settings={

@@ -8,6 +8,6 @@ Since mean_u(B_u) A_0 = mean_u(B_u A_0), averaging is exact, and half of the ada
 sent. The recommender head is shared and trained as in every other method.
 """
 
-from pfm_llm.methods.spec import MethodSpec
+from pfm_llm.config.methods.spec import MethodSpec
 
 SPEC = MethodSpec(settings={"adapters.private.enabled": False}, frozen=("lora.*.A",))

@@ -9,6 +9,6 @@ how much. In the regime ``fedsgd`` every client takes one gradient at the same p
 server steps on their mean: there the question does not arise.
 """
 
-from pfm_llm.methods.spec import MethodSpec
+from pfm_llm.config.methods.spec import MethodSpec
 
 SPEC = MethodSpec(settings={"adapters.private.enabled": False})

@@ -9,7 +9,7 @@ private LoRA and its private term of the head in the rounds in which it takes pa
 bound of all federated methods; see e.g. the ``Local`` rows of arXiv 2102.07078, table 1.
 """
 
-from pfm_llm.methods.spec import MethodSpec
+from pfm_llm.config.methods.spec import MethodSpec
 
 SPEC = MethodSpec(
     settings={

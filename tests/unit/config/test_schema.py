@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pfm_llm.base.errors import ConfigError, PfmError
-from pfm_llm.choices import Dtype, PrivateKind, Schedule
-from pfm_llm.config import ExperimentConfig, dump_config, load_config, parse_config, training_hash
+from pfm_llm.config.choices import Dtype, PrivateKind, Schedule
+from pfm_llm.config.schema import (
+    ExperimentConfig,
+    dump_config,
+    load_config,
+    parse_config,
+    training_hash,
+)
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -9,7 +9,7 @@ window drawn at random (`windows_per_step: 1`), weighted by its number of target
 drawn evenly, not in proportion to their histories.
 """
 
-from pfm_llm.methods.spec import MethodSpec
+from pfm_llm.config.methods.spec import MethodSpec
 
 SPEC = MethodSpec(
     settings={

@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.choices import (
+from pfm_llm.config.choices import (
     Dtype,
     HeldOutSplit,
     LearningRateSchedule,
@@ -23,9 +23,8 @@ from pfm_llm.choices import (
     Task,
     Weighting,
 )
-from pfm_llm.config_text import apply_override, explain
-from pfm_llm.methods import Method, with_method
-from pfm_llm.model_settings import (
+from pfm_llm.config.methods import Method, with_method
+from pfm_llm.config.model import (
     AdaptersConfig,
     Count,
     Fraction,
@@ -36,6 +35,7 @@ from pfm_llm.model_settings import (
     Settings,
     WindowConfig,
 )
+from pfm_llm.config.text import apply_override, explain
 
 _FEDAVG_STEPS = 4
 """Fewer local steps are hardly an average of models."""

@@ -1,7 +1,7 @@
 """What follows from a config: questions that several modules ask of it."""
 
-from pfm_llm.choices import Task
-from pfm_llm.config import ExperimentConfig, training_hash
+from pfm_llm.config.choices import Task
+from pfm_llm.config.schema import ExperimentConfig, training_hash
 
 _CUSTOM = "custom"
 

@@ -11,16 +11,16 @@ from enum import StrEnum
 from typing import Any
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config_text import find_setting, set_setting
-from pfm_llm.methods.central import SPEC as CENTRAL
-from pfm_llm.methods.fedrep import SPEC as FEDREP
-from pfm_llm.methods.fedsa_lora import SPEC as FEDSA_LORA
-from pfm_llm.methods.ffa_lora import SPEC as FFA_LORA
-from pfm_llm.methods.local_only import SPEC as LOCAL_ONLY
-from pfm_llm.methods.pfm import SPEC as PFM
-from pfm_llm.methods.pfm_text import SPEC as PFM_TEXT
-from pfm_llm.methods.shared_only import SPEC as SHARED_ONLY
-from pfm_llm.methods.spec import MethodSpec
+from pfm_llm.config.methods.central import SPEC as CENTRAL
+from pfm_llm.config.methods.fedrep import SPEC as FEDREP
+from pfm_llm.config.methods.fedsa_lora import SPEC as FEDSA_LORA
+from pfm_llm.config.methods.ffa_lora import SPEC as FFA_LORA
+from pfm_llm.config.methods.local_only import SPEC as LOCAL_ONLY
+from pfm_llm.config.methods.pfm import SPEC as PFM
+from pfm_llm.config.methods.pfm_text import SPEC as PFM_TEXT
+from pfm_llm.config.methods.shared_only import SPEC as SHARED_ONLY
+from pfm_llm.config.methods.spec import MethodSpec
+from pfm_llm.config.text import find_setting, set_setting
 
 
 class Method(StrEnum):

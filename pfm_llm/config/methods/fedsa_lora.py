@@ -12,7 +12,7 @@ has no gradient. The paper trains both at once. The head is shared, and so is no
 private part in it (``head_rank: 0``).
 """
 
-from pfm_llm.methods.spec import MethodSpec
+from pfm_llm.config.methods.spec import MethodSpec
 
 SPEC = MethodSpec(
     settings={

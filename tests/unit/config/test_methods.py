@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.choices import PrivateKind, Regime
-from pfm_llm.config import parse_config
-from pfm_llm.methods import SPECS, Method
+from pfm_llm.config.choices import PrivateKind, Regime
+from pfm_llm.config.methods import SPECS, Method
+from pfm_llm.config.schema import parse_config
 
 SHARED_NAMES = (
     "lora.model.layers.3.self_attn.q_proj.A",

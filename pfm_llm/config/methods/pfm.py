@@ -18,7 +18,7 @@ fitting them pays, is that of CAVIA (Zintgraf et al. 2019, ICML, arXiv 1810.0364
 and 3); here one client is one task.
 """
 
-from pfm_llm.methods.spec import MethodSpec
+from pfm_llm.config.methods.spec import MethodSpec
 
 SPEC = MethodSpec(
     settings={

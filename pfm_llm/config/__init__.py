@@ -1,0 +1,1 @@
+"""One YAML, one frozen tree of settings. Nothing here imports torch."""
