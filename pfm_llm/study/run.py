@@ -13,7 +13,6 @@ import numpy as np
 
 from pfm_llm import comparison, evaluation, personality
 from pfm_llm.assembly import RunFolders
-from pfm_llm.checkpoint import CheckpointStore
 from pfm_llm.config.choices import Task
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import EvaluationTask
@@ -28,6 +27,7 @@ from pfm_llm.reporting import (
     rows_of,
 )
 from pfm_llm.run_report import RESULTS_FILE, ResultRow, read_results, write_results
+from pfm_llm.server.checkpoint import CheckpointStore
 from pfm_llm.study.cold_start import known_by_few, known_by_none
 from pfm_llm.study.served import Served, quality_of
 

@@ -16,10 +16,10 @@ from pfm_llm.base.errors import (
     PfmError,
     TrainingError,
 )
-from pfm_llm.checkpoint import CheckpointStore
 from pfm_llm.client import LocalTrainer
 from pfm_llm.experiment import run_experiment
 from pfm_llm.protocol.types import ClientUpdate
+from pfm_llm.server.checkpoint import CheckpointStore
 from pfm_llm.serving import RunRecommender
 from tests.integration.scripts import run_script
 from tests.integration.tiny import (

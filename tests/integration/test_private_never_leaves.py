@@ -26,7 +26,7 @@ from pfm_llm.client import LocalTrainer
 from pfm_llm.config.choices import PrivateKind
 from pfm_llm.experiment import run_experiment
 from pfm_llm.protocol.types import ClientUpdate
-from pfm_llm.server import Server
+from pfm_llm.server.server import Server
 from tests.integration.leaks import DTYPES, Hunt, files_below
 from tests.integration.tiny import TITLES, Tiny, alone
 from tests.integration.watch import Watch

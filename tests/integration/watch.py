@@ -14,7 +14,7 @@ from pfm_llm.base.processes import Processes
 from pfm_llm.dual_adapter import DualAdapter
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.protocol.types import PrivateState
-from pfm_llm.server import Server
+from pfm_llm.server.server import Server
 from tests.integration.leaks import Hunt, files_below
 
 

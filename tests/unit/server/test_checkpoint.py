@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pfm_llm.base.errors import CheckpointError, CorruptFileError, DiskSpaceError
-from pfm_llm.checkpoint import Checkpoint, CheckpointStore, RunEnvironment, check_resumable
+from pfm_llm.server.checkpoint import Checkpoint, CheckpointStore, RunEnvironment, check_resumable
 
 _ENVIRONMENT = RunEnvironment(
     config_hash="c0ffee",

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.participation import select_cohort
+from pfm_llm.server.participation import select_cohort
 
 
 def _clients(count: int) -> list[str]:

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pfm_llm.aggregation import RunningSum, ServerStep, update_weight
 from pfm_llm.base.errors import ContractError, TrainingError
 from pfm_llm.config.choices import LearningRateSchedule, ServerOptimizer, Weighting
 from pfm_llm.config.schema import ServerConfig
 from pfm_llm.protocol.types import ClientUpdate, SharedState
+from pfm_llm.server.aggregation import RunningSum, ServerStep, update_weight
 
 _NAMES = ("lora.m.A", "basis.m.A", "head.user.weight", "head.item_ids.weight", "head.item_bias")
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from pfm_llm.aggregation import OptimizerState, RunningSum, ServerStep, update_weight
 from pfm_llm.base.errors import CheckpointError, ContractError
 from pfm_llm.config.schema import FederationConfig
-from pfm_llm.participation import select_cohort
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
 from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors
+from pfm_llm.server.aggregation import OptimizerState, RunningSum, ServerStep, update_weight
+from pfm_llm.server.participation import select_cohort
 
 _LOG = logging.getLogger(__name__)
 _SHARED, _FIRST, _SECOND, _STEP = "shared/", "first/", "second/", "optimizer/step"

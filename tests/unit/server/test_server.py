@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from pfm_llm.aggregation import RunningSum
 from pfm_llm.base.errors import CheckpointError, ConfigError, ContractError, TrainingError
 from pfm_llm.config.choices import ServerOptimizer, Weighting
 from pfm_llm.config.schema import FederationConfig, ServerConfig
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import ClientUpdate, SharedState
-from pfm_llm.server import Server
+from pfm_llm.server.aggregation import RunningSum
+from pfm_llm.server.server import Server
 
 _CLIENTS = ("a", "b", "c", "d")
 
@@ -89,7 +89,7 @@ def test_bad_updates_are_refused_and_counted_and_the_round_goes_on(
         dataclasses.replace(_update(server, "d", 1.0), contract_hash="0"),
         _update(server, "stranger", 1.0),
     ]
-    with caplog.at_level(logging.WARNING, logger="pfm_llm.server"):
+    with caplog.at_level(logging.WARNING, logger="pfm_llm.server.server"):
         assert server.receive(total, _update(server, "a", 2.0), 1)
         assert not any(server.receive(total, update, 1) for update in bad)
         assert not server.receive(total, _update(server, "a", 9.0), 1)  # a second time
@@ -113,7 +113,7 @@ def test_nothing_accepted_leaves_the_state_and_says_so(caplog: pytest.LogCapture
     server, total = _server(optimizer=ServerOptimizer.FEDADAM), RunningSum()
     server.receive(total, _update(server, "a", math.nan), 1)
     before = _snapshot(server)
-    with caplog.at_level(logging.WARNING, logger="pfm_llm.server"):
+    with caplog.at_level(logging.WARNING, logger="pfm_llm.server.server"):
         summary = server.aggregate(total, 1)
     assert "none of 1 updates was accepted" in caplog.text
     assert (summary.num_updates, summary.loss, summary.update_norm) == (0, None, 0.0)

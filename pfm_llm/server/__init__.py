@@ -1,0 +1,1 @@
+"""What the server does. It imports base, protocol, config and torch, and nothing else."""
