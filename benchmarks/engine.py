@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from benchmarks.sequential_peft import SequentialPeft
     from pfm_llm.assembly import Assembly
     from pfm_llm.config.schema import ExperimentConfig
-    from pfm_llm.encoding import Window
+    from pfm_llm.text.encoding import Window
 
 STACKED, SAME_LAYERS, COMMON_RECIPE = "stacked_cached", "peft_same_layers", "peft_common_recipe"
 UNIT = "client_steps_per_s"

@@ -19,9 +19,9 @@ from pfm_llm.backbone import Backbone
 from pfm_llm.base import seeding
 from pfm_llm.cohort_model import PRIVATE_HEAD_A, PRIVATE_HEAD_B
 from pfm_llm.dual_adapter import PRIVATE, SHARED, DualAdapter
-from pfm_llm.encoding import NO_TARGET, Window
 from pfm_llm.head import Normaliser
 from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
+from pfm_llm.text.encoding import NO_TARGET, Window
 
 _NOISE = 0.02
 _PREFIXES = {SHARED: "lora.", PRIVATE: f"{PRIVATE_PREFIX}lora."}

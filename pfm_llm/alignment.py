@@ -9,9 +9,9 @@ import torch
 
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.head import ITEM_BIAS, ITEM_IDS, LIKE_BIAS
-from pfm_llm.prompts import Prompt
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.taste import LIKE_FEATURES, READ_IN, READ_OUT
+from pfm_llm.text.prompts import Prompt
 
 PER_ITEM = (ITEM_BIAS, ITEM_IDS, LIKE_BIAS, LIKE_FEATURES, READ_IN, READ_OUT)
 """Shared tensors with a row for each item of the catalogue."""

@@ -39,8 +39,8 @@ from pfm_llm.config.choices import Dtype, Task
 from pfm_llm.config.model import AdaptersConfig, HeadConfig, WindowConfig
 from pfm_llm.dual_adapter import tensors_from_peft
 from pfm_llm.head import Normaliser
-from pfm_llm.prompts import Prompt, load_prompt
 from pfm_llm.protocol.types import Tensors
+from pfm_llm.text.prompts import Prompt, load_prompt
 
 FORMAT = 4
 ADAPTER_CONFIG_FILE = "adapter_config.json"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfm_llm.encoding import NO_TARGET, Window
+from pfm_llm.text.encoding import NO_TARGET, Window
 
 
 @dataclass(frozen=True)

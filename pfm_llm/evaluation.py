@@ -20,11 +20,11 @@ from pfm_llm.batches import ChunkBatch, collate
 from pfm_llm.client import LocalTrainer, plan_chunks
 from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.encoding import HistoryEncoder, Window
 from pfm_llm.histories import ClientHistories, History
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.protocol.types import Mode, PrivateState, SharedState, Tensors
 from pfm_llm.ranking import Ranks, concatenate, rank_scores
+from pfm_llm.text.encoding import HistoryEncoder, Window
 from pfm_llm.trunk_cache import TrunkCache
 
 UserVectors = dict[bool, list[torch.Tensor]]

@@ -13,7 +13,7 @@ from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
-from pfm_llm.encoding import NO_LABEL, HistoryEncoder, Window
+from pfm_llm.text.encoding import NO_LABEL, HistoryEncoder, Window
 from pfm_llm.trunk_cache import TrunkCache
 
 

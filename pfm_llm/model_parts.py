@@ -27,12 +27,12 @@ from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import uses_taste
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.dual_adapter import DualAdapter
-from pfm_llm.encoding import HistoryEncoder
 from pfm_llm.head import Normaliser
 from pfm_llm.objective import Objective
-from pfm_llm.prompts import Prompt, load_prompt
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import SharedState
+from pfm_llm.text.encoding import HistoryEncoder
+from pfm_llm.text.prompts import Prompt, load_prompt
 
 _log = logging.getLogger(__name__)
 _ITEM_BATCH_TOKENS = 4096

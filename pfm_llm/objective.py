@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from pfm_llm import head as recommender_head
 from pfm_llm import taste
 from pfm_llm.config.choices import Task
-from pfm_llm.encoding import NO_LABEL
 from pfm_llm.protocol.types import Tensors
+from pfm_llm.text.encoding import NO_LABEL
 
 _RATINGS = 64
 """A loss of ratings is of the size of a mean over so many; Adam makes nothing of it."""

@@ -22,7 +22,7 @@ from torch import nn
 from pfm_llm.backbone import pad_tokens
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError, DiskSpaceError
-from pfm_llm.encoding import Window, windows_hash
+from pfm_llm.text.encoding import Window, windows_hash
 
 _log = logging.getLogger(__name__)
 _FOLDER = "trunk"

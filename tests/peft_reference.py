@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pfm_llm.encoding import NO_TARGET, Window
 from pfm_llm.protocol.types import Tensors
+from pfm_llm.text.encoding import NO_TARGET, Window
 from tests.tiny_models import TinyCohort
 
 _FACTOR = {"A": "lora_A", "B": "lora_B"}

@@ -29,9 +29,9 @@ from pfm_llm.artefact import (
 from pfm_llm.base import files
 from pfm_llm.config.model import AdaptersConfig, HeadConfig, LoraAdapterConfig, WindowConfig
 from pfm_llm.head import ITEM_BIAS, ITEM_IDS, ITEM_PROJ, STATE_PROJ, Normaliser
-from pfm_llm.prompts import load_prompt
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.signing import SigningKey, sign
+from pfm_llm.text.prompts import load_prompt
 
 MODULES = ("model.layers.9.self_attn.q_proj", "model.layers.10.mlp.up_proj")
 PROMPT = "next_item.v1"

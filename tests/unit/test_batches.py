@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pfm_llm.batches import ChunkBatch, collate
-from pfm_llm.encoding import NO_LABEL, NO_TARGET, Window
+from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
 
 NUM_ITEMS = 7
 

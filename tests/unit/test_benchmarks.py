@@ -24,8 +24,8 @@ from pfm_llm.config.model import (
     PrivateAdapterConfig,
 )
 from pfm_llm.dual_adapter import DualAdapter
-from pfm_llm.encoding import NO_LABEL, NO_TARGET, Window
 from pfm_llm.objective import Objective
+from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
 
 HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2
 HEAD = HeadConfig(dim=8, id_dim=4)

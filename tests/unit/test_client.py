@@ -17,10 +17,10 @@ from pfm_llm.batches import ChunkBatch, Dropout, collate
 from pfm_llm.client import plan_chunks
 from pfm_llm.cohort_model import Parts
 from pfm_llm.config.choices import Schedule
-from pfm_llm.encoding import Window
 from pfm_llm.histories import LocalWork
 from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.protocol.types import ClientUpdate, PrivateState
+from pfm_llm.text.encoding import Window
 from tests.conftest import TinyAssembly
 
 JOINT, ALTERNATE, AFTER = Schedule.JOINT, Schedule.ALTERNATE, Schedule.PRIVATE_AFTER

@@ -17,12 +17,12 @@ from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut, TrainData
-from pfm_llm.encoding import NO_LABEL
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.histories import ClientHistories, History
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.ranking import Ranks
 from pfm_llm.run_report import ResultRow
+from pfm_llm.text.encoding import NO_LABEL
 from tests.conftest import TinyAssembly
 from tests.tiny_models import stirred
 

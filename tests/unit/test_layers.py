@@ -26,7 +26,6 @@ LAYERS = [line.split() for line in """
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 # The modules that have not moved into their package yet.
 PLACES = {module: line.split()[0] for line in """
-    text prompts encoding token_table
     model backbone readout dual_adapter cohort_model head objective batches model_parts taste
     model alignment artefact
     client client local_steps histories trunk_cache private_store

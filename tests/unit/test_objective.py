@@ -10,8 +10,8 @@ from pfm_llm import head as recommender_head
 from pfm_llm import taste
 from pfm_llm.config.choices import Task
 from pfm_llm.config.model import HeadConfig, TasteConfig
-from pfm_llm.encoding import NO_LABEL
 from pfm_llm.objective import Objective, Outputs
+from pfm_llm.text.encoding import NO_LABEL
 
 ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3
 HEAD = HeadConfig(dim=8, id_dim=4)

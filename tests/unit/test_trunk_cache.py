@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pfm_llm.base import files
-from pfm_llm.encoding import Window
+from pfm_llm.text.encoding import Window
 from pfm_llm.trunk_cache import TrunkCache
 from tests.tiny_models import ARCHITECTURES, CLIENT_WINDOWS, make_backbone, random_window
 

@@ -17,8 +17,8 @@ from pfm_llm.base import assets
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.model import WindowConfig
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.prompts import Prompt
-from pfm_llm.token_table import tokenise
+from pfm_llm.text.prompts import Prompt
+from pfm_llm.text.token_table import tokenise
 
 NO_TARGET = -1
 NO_LABEL = -1

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.model import WindowConfig
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.encoding import NO_TARGET, HistoryEncoder, Window, windows_hash
-from pfm_llm.prompts import Prompt
+from pfm_llm.text.encoding import NO_TARGET, HistoryEncoder, Window, windows_hash
+from pfm_llm.text.prompts import Prompt
 
 NEW_LINE = 10
 PROMPT = Prompt("p", 1, "H:\n", "{title}\n", "{title}\n", ("title",))

@@ -1,4 +1,4 @@
-"""Tests of pfm_llm.prompts and of the shipped prompts."""
+"""Tests of pfm_llm.text.prompts and of the shipped prompts."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm import prompts
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.prompts import Prompt, load_prompt
+from pfm_llm.text import prompts
+from pfm_llm.text.prompts import Prompt, load_prompt
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pfm_llm.token_table import tokenise
+from pfm_llm.text.token_table import tokenise
 
 
 class Lengths:
