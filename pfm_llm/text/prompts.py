@@ -156,7 +156,7 @@ def load_prompt(name_or_path: str) -> Prompt:
 
 
 def _prompt_dir() -> Path:
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     # The build copies the prompts into the wheel; a checkout has them beside the package.
     packaged = package / "_prompts"
     return packaged if packaged.is_dir() else package.parent / "prompts"

@@ -14,7 +14,7 @@ from pfm_llm.data.interactions import Catalogue
 from pfm_llm.text import prompts
 from pfm_llm.text.prompts import Prompt, load_prompt
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden"
 SHIPPED = sorted(path.stem for path in (ROOT / "prompts").glob("*.toml"))
 FILMS: list[tuple[Mapping[str, str], float | None]] = [
@@ -101,7 +101,7 @@ def test_wheels_prompts_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     package = tmp_path / "pfm_llm"
     (tmp_path / "prompts").mkdir()
     package.mkdir()
-    monkeypatch.setattr(prompts, "__file__", str(package / "prompts.py"))
+    monkeypatch.setattr(prompts, "__file__", str(package / "text" / "prompts.py"))
     write(tmp_path / "prompts", header="checkout")
     assert load_prompt("mine.v2").header == "checkout"
     (package / "_prompts").mkdir()
