@@ -4,12 +4,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
+from pfm_llm.artefact import Artefact
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.head import ITEM_BIAS, ITEM_IDS, LIKE_BIAS
 from pfm_llm.protocol.types import Tensors
+from pfm_llm.start import Start
 from pfm_llm.taste import LIKE_FEATURES, READ_IN, READ_OUT
 from pfm_llm.text.prompts import Prompt
 
@@ -91,3 +94,39 @@ def aligned_tensors(tensors: Tensors, alignment: Alignment) -> dict[str, torch.T
         new[rows >= 0] = old[rows[rows >= 0]]
         aligned[name] = new
     return aligned
+
+
+_SHAPE_SETTINGS = (
+    "adapters.num_layers",
+    "adapters.shared.rank",
+    "head.dim",
+    "head.item_ids",
+    "head.id_dim",
+    "head.item_bias",
+    "adapters.private.kind",
+    "adapters.private.rank",
+    "adapters.private.head_rank",
+    "adapters.private.taste.rank",
+    "adapters.private.taste.read_rank",
+    "adapters.private.taste.like_rank",
+    "adapters.private.taste.like_fits",
+)
+"""What the shapes of an adapter's tensors follow from."""
+
+
+def start_from(artefact: Artefact, catalogue: Catalogue) -> tuple[Start, Alignment]:
+    """What a model over a catalogue needs of an adapter, and how the two catalogues fit."""
+    manifest = artefact.manifest
+    alignment = align_items(artefact.item_keys(), item_keys(catalogue, artefact.prompt()))
+    start = Start(
+        origin=artefact.origin,
+        base_name=manifest.base.name,
+        weights_hash=manifest.base.weights_sha256,
+        tokenizer_hash=manifest.base.tokenizer_sha256,
+        prompt=manifest.prompt,
+        prompt_hash=manifest.prompt_sha256,
+        normaliser=artefact.normaliser(),
+        tensors=aligned_tensors(artefact.shared_tensors(), alignment),
+        settings={key: str(attrgetter(key)(manifest)).lower() for key in _SHAPE_SETTINGS},
+    )
+    return start, alignment

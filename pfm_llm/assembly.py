@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pfm_llm.alignment import start_from
 from pfm_llm.artefact import Artefact, read_artefact
 from pfm_llm.base.errors import CheckpointError, ConfigError
 from pfm_llm.base.processes import Processes
@@ -167,9 +168,9 @@ def assemble(
     """
     interactions = corpus.interactions
     artefact = read_artefact(folders.initial_adapter) if config.init_from else None
-    parts = build_model(
-        config, interactions.catalogue, interactions.ratings, processes.device, artefact
-    )
+    catalogue = interactions.catalogue
+    start = start_from(artefact, catalogue)[0] if artefact else None
+    parts = build_model(config, catalogue, interactions.ratings, processes.device, start)
     store = PrivateStore(folders.private)
     cache = _trunk_cache(config, parts, folders.private, processes.count)
     clients = partition(interactions, config.data.users_per_client, config.seed)

@@ -8,7 +8,6 @@ single items follows them by key.
 import hashlib
 import logging
 from dataclasses import dataclass
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -16,12 +15,10 @@ from torch import nn
 
 from pfm_llm import head as recommender_head
 from pfm_llm import taste
-from pfm_llm.alignment import Alignment, align_items, aligned_tensors, item_keys
-from pfm_llm.artefact import Artefact
 from pfm_llm.backbone import Backbone, load_backbone
 from pfm_llm.base import assets, files
-from pfm_llm.base.errors import ArtefactError, CorruptFileError, DataError, StorageError
-from pfm_llm.cohort_model import BASIS, CohortModel
+from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
+from pfm_llm.cohort_model import CohortModel
 from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import uses_taste
@@ -31,21 +28,12 @@ from pfm_llm.head import Normaliser
 from pfm_llm.objective import Objective
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import SharedState
+from pfm_llm.start import Start
 from pfm_llm.text.encoding import HistoryEncoder
 from pfm_llm.text.prompts import Prompt, load_prompt
 
 _log = logging.getLogger(__name__)
 _ITEM_BATCH_TOKENS = 4096
-_BASIS_SETTINGS = (
-    "kind",
-    "rank",
-    "head_rank",
-    "taste.rank",
-    "taste.read_rank",
-    "taste.like_rank",
-    "taste.like_fits",
-)
-"""Of the private adapter: what the shapes of its basis follow from, beside those of the head."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,6 @@ class ModelParts:
         model: The many-clients model.
         shared: The shared state that it starts with.
         contract: What updates may hold.
-        alignment: How the items fit those of the adapter that it starts from, if it does.
     """
 
     backbone: Backbone
@@ -74,7 +61,6 @@ class ModelParts:
     model: CohortModel
     shared: SharedState
     contract: UpdateContract
-    alignment: Alignment | None
 
 
 def build_model(
@@ -82,7 +68,7 @@ def build_model(
     catalogue: Catalogue,
     ratings: np.ndarray | None,
     device: torch.device,
-    artefact: Artefact | None = None,
+    start: Start | None = None,
 ) -> ModelParts:
     """Wire a model.
 
@@ -91,7 +77,7 @@ def build_model(
         catalogue: The items.
         ratings: Every rating that a history may show; None where there are none.
         device: Where to.
-        artefact: A published adapter to start from.
+        start: A published adapter to go on from.
 
     Raises:
         DataError: The prompt needs what the data lacks, or a window exceeds the context.
@@ -100,20 +86,19 @@ def build_model(
     """
     prompt = _load_prompt(config.prompt, ratings)
     backbone = load_backbone(config.backbone, device)
-    if artefact is not None:
-        _check_base(artefact, backbone, config)
+    if start is not None:
+        allowed = config.init_from is not None and config.init_from.allow_base_mismatch
+        start.check_base(backbone, allowed)
     encoder = _encoder(config, catalogue, ratings, prompt, backbone)
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
     states = item_states(backbone, encoder, prompt, catalogue.content_hash())
     shared = _initial_shared(config, adapter, backbone.hidden_size, len(catalogue))
-    alignment = None
-    if artefact is None:
+    if start is None:
         normaliser = recommender_head.fit_normaliser(states)
     else:
-        normaliser = artefact.normaliser()
-        alignment = align_items(artefact.item_keys(), item_keys(catalogue, artefact.prompt()))
-        shared = _shared_of(artefact, alignment, shared, prompt)
+        normaliser = start.normaliser
+        shared = start.shared(shared, prompt)
     texts = normaliser(states)[:, : config.head.dim].contiguous()
     return ModelParts(
         backbone=backbone,
@@ -127,7 +112,6 @@ def build_model(
         ),
         shared=shared,
         contract=_contract(_trained(config, shared), backbone, prompt, catalogue),
-        alignment=alignment,
     )
 
 
@@ -198,78 +182,6 @@ def initial_private(
     if uses_taste(config):
         return taste.initial_vectors(config.adapters.private.taste, config.tasks, config.head)
     return adapter.initial_private(config.seed, client_id, config.head.dim)
-
-
-def _check_base(artefact: Artefact, backbone: Backbone, config: ExperimentConfig) -> None:
-    wanted = artefact.manifest.base
-    differing = [
-        f"{what} of {wanted.name} have SHA-256 {theirs[:16]}…, those of {backbone.name} {own[:16]}…"
-        for what, theirs, own in (
-            ("the weights", wanted.weights_sha256, backbone.weights_hash),
-            ("the tokens", wanted.tokenizer_sha256, backbone.tokenizer_hash),
-        )
-        if theirs != own
-    ]
-    if not differing:
-        return
-    message = f"{artefact.origin} was trained on another base: {'; '.join(differing)}"
-    if config.init_from is not None and config.init_from.allow_base_mismatch:
-        _log.warning("%s; going on, as asked", message)
-        return
-    raise ArtefactError(
-        f"{message}. Use the base that it names, or allow the mismatch (--allow-base-mismatch, "
-        "init_from.allow_base_mismatch) and expect worse recommendations"
-    )
-
-
-def _shared_of(
-    artefact: Artefact, alignment: Alignment, initial: SharedState, prompt: Prompt
-) -> SharedState:
-    """The adapter's shared state over this catalogue; a basis that it lacks starts anew."""
-    if prompt.content_hash() != artefact.manifest.prompt_sha256:
-        raise ArtefactError(
-            f"{artefact.origin} was trained with prompt {artefact.manifest.prompt}, the config "
-            f"asks for {prompt.key}; set prompt: to the adapter's"
-        )
-    found = aligned_tensors(artefact.shared_tensors(), alignment)
-    tensors = {}
-    for name, value in initial.tensors.items():
-        if name not in found and name.startswith(BASIS):
-            found[name] = value
-        if name not in found or found[name].shape != value.shape:
-            raise ArtefactError(_does_not_fit(artefact, name, found.get(name), value))
-        tensors[name] = found[name]
-    unused = [n for n in found if n not in initial.tensors and not n.startswith(BASIS)]
-    if unused:
-        raise ArtefactError(_does_not_fit(artefact, unused[0], found[unused[0]], None))
-    return SharedState(tensors)
-
-
-def _does_not_fit(
-    artefact: Artefact, name: str, theirs: torch.Tensor | None, ours: torch.Tensor | None
-) -> str:
-    there, here = (
-        "absent" if tensor is None else str(list(tensor.shape)) for tensor in (theirs, ours)
-    )
-    head, adapters = artefact.manifest.head, artefact.manifest.adapters
-    if name.startswith(BASIS):
-        theirs_are = [
-            f"private.{setting} {attrgetter(setting)(adapters.private)}"
-            for setting in _BASIS_SETTINGS
-        ]
-    else:
-        theirs_are = [
-            f"num_layers {adapters.num_layers}",
-            f"shared.rank {adapters.shared.rank}",
-            f"head.dim {head.dim}",
-            f"head.item_ids {head.item_ids}",
-            f"head.id_dim {head.id_dim}",
-            f"head.item_bias {str(head.item_bias).lower()}",
-        ]
-    return (
-        f"{artefact.origin} does not fit the config: {name} is {there} there and {here} here. Set "
-        f"adapters and head as the adapter has them: {', '.join(theirs_are)}"
-    )
 
 
 def item_states(

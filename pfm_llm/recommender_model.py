@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pfm_llm import evaluation, hub, scoring
-from pfm_llm.alignment import Alignment
+from pfm_llm.alignment import start_from
 from pfm_llm.artefact import Artefact, prompt_file
 from pfm_llm.assembly import make_trainer
 from pfm_llm.base.errors import ArtefactError, DataError
@@ -73,6 +73,7 @@ class RecommenderModel:
         artefact: The published adapter.
         catalogue: The items that are ranked.
         parts: The model.
+        alignment: How the catalogue fits the one that the adapter was trained on.
     """
 
     def __init__(self, artefact: Artefact, catalogue: Catalogue, config: ExperimentConfig) -> None:
@@ -81,7 +82,8 @@ class RecommenderModel:
         self._config = config
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ratings = np.empty(0) if artefact.prompt().uses_rating else None
-        self.parts: ModelParts = build_model(config, catalogue, ratings, device, artefact)
+        start, self.alignment = start_from(artefact, catalogue)
+        self.parts: ModelParts = build_model(config, catalogue, ratings, device, start)
         self._index = {item_id: index for index, item_id in enumerate(catalogue.item_ids)}
 
     @classmethod
@@ -118,12 +120,6 @@ class RecommenderModel:
             catalogue = _load_catalogue(artefact, catalogue)
         config = _config_of(artefact, backbone, allow_base_mismatch)
         return cls(artefact, catalogue, config)
-
-    @property
-    def alignment(self) -> Alignment:
-        """How the catalogue fits the one that the adapter was trained on."""
-        assert self.parts.alignment is not None
-        return self.parts.alignment
 
     def recommend(
         self,

@@ -27,12 +27,13 @@ HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 # The modules that have not moved into their package yet.
 PLACES = {module: line.split()[0] for line in """
     model backbone readout dual_adapter cohort_model head objective batches model_parts taste
-    model alignment artefact
+    model start
     client client local_steps histories trunk_cache private_store
     federation rounds aggregation_error
     evaluation evaluation ranking scoring metrics comparison run_report result_tables baselines
     evaluation personality
-    publish export staging leak_search model_card publishing signing hub versions assembly
+    publish alignment artefact export staging leak_search model_card publishing signing hub
+    publish versions assembly
     runs experiment reporting plots private_weight study serving recommender_model
     suite suite_report readme
 """.strip().splitlines() for module in line.split()[1:]}  # fmt: skip

@@ -1,0 +1,110 @@
+"""What a model starts from when it goes on from a published adapter."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from pfm_llm.backbone import Backbone
+from pfm_llm.base.errors import ArtefactError
+from pfm_llm.cohort_model import BASIS
+from pfm_llm.head import Normaliser
+from pfm_llm.protocol.types import SharedState, Tensors
+from pfm_llm.text.prompts import Prompt
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A published adapter, its tensors made to fit the catalogue at hand.
+
+    Attributes:
+        origin: Where it came from, for messages.
+        base_name: Of the model that it was trained on.
+        weights_hash, tokenizer_hash: That model's.
+        prompt: Key of the prompt that it was trained with.
+        prompt_hash: Of that prompt's content.
+        normaliser: The whitening that its head was trained with; never refitted.
+        tensors: Its shared tensors; rows of items follow the catalogue at hand.
+        settings: What its shapes follow from, for messages: dotted key to value.
+    """
+
+    origin: str
+    base_name: str
+    weights_hash: str
+    tokenizer_hash: str
+    prompt: str
+    prompt_hash: str
+    normaliser: Normaliser
+    tensors: Tensors
+    settings: Mapping[str, str]
+
+    def check_base(self, backbone: Backbone, allow_mismatch: bool) -> None:
+        """Compare the base that it was trained on with the one at hand.
+
+        Args:
+            backbone: The model at hand.
+            allow_mismatch: Warn instead of raising.
+
+        Raises:
+            ArtefactError: It was trained on another base.
+        """
+        differing = [
+            f"{what} of {self.base_name} have SHA-256 {theirs[:16]}…, those of {backbone.name} "
+            f"{own[:16]}…"
+            for what, theirs, own in (
+                ("the weights", self.weights_hash, backbone.weights_hash),
+                ("the tokens", self.tokenizer_hash, backbone.tokenizer_hash),
+            )
+            if theirs != own
+        ]
+        if not differing:
+            return
+        message = f"{self.origin} was trained on another base: {'; '.join(differing)}"
+        if allow_mismatch:
+            _log.warning("%s; going on, as asked", message)
+            return
+        raise ArtefactError(
+            f"{message}. Use the base that it names, or allow the mismatch (--allow-base-mismatch, "
+            "init_from.allow_base_mismatch) and expect worse recommendations"
+        )
+
+    def shared(self, initial: SharedState, prompt: Prompt) -> SharedState:
+        """Its shared state; a basis that it lacks starts anew.
+
+        Args:
+            initial: What the config would start with, which says the names and the shapes.
+            prompt: The prompt at hand.
+
+        Raises:
+            ArtefactError: It was trained with another prompt, or has other shapes.
+        """
+        if prompt.content_hash() != self.prompt_hash:
+            raise ArtefactError(
+                f"{self.origin} was trained with prompt {self.prompt}, the config asks for "
+                f"{prompt.key}; set prompt: to the adapter's"
+            )
+        tensors = {}
+        for name, value in initial.tensors.items():
+            found = self.tensors.get(name, value if name.startswith(BASIS) else None)
+            if found is None or found.shape != value.shape:
+                raise ArtefactError(self._does_not_fit(name, found, value))
+            tensors[name] = found
+        for name, value in self.tensors.items():
+            if name not in tensors and not name.startswith(BASIS):
+                raise ArtefactError(self._does_not_fit(name, value, None))
+        return SharedState(tensors)
+
+    def _does_not_fit(
+        self, name: str, theirs: torch.Tensor | None, ours: torch.Tensor | None
+    ) -> str:
+        there, here = (
+            "absent" if tensor is None else str(list(tensor.shape)) for tensor in (theirs, ours)
+        )
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        return (
+            f"{self.origin} does not fit the config: {name} is {there} there and {here} here. Set "
+            f"adapters and head as the adapter has them: {settings}"
+        )
