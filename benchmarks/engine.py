@@ -151,7 +151,7 @@ class Bench:
         """Load model and data, choose the clients, and set up both references."""
         from benchmarks.sequential_peft import SequentialPeft
         from pfm_llm.assembly import RunFolders, assemble, load_corpus
-        from pfm_llm.dual_adapter import DualAdapter
+        from pfm_llm.model.lora import DualAdapter
 
         folders = RunFolders.of(Path(config.output.dir) / config.name)
         assembly = assemble(config, load_corpus(config), folders, processes)
@@ -257,8 +257,8 @@ class Bench:
     ) -> list[Step]:
         import torch
 
-        from pfm_llm.batches import collate
-        from pfm_llm.cohort_model import Parts
+        from pfm_llm.model.batches import collate
+        from pfm_llm.model.cohort import Parts
         from pfm_llm.protocol.types import PRIVATE_PREFIX
 
         histories, own = self.assembly.histories, [tensors[client] for client in chunk]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pfm_llm import head as recommender_head
-from pfm_llm.backbone import Backbone
 from pfm_llm.base import seeding
-from pfm_llm.cohort_model import PRIVATE_HEAD_A, PRIVATE_HEAD_B
-from pfm_llm.dual_adapter import PRIVATE, SHARED, DualAdapter
-from pfm_llm.head import Normaliser
+from pfm_llm.model import head as recommender_head
+from pfm_llm.model.backbone import Backbone
+from pfm_llm.model.cohort import PRIVATE_HEAD_A, PRIVATE_HEAD_B
+from pfm_llm.model.head import Normaliser
+from pfm_llm.model.lora import PRIVATE, SHARED, DualAdapter
 from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
 from pfm_llm.text.encoding import NO_TARGET, Window
 

@@ -37,8 +37,8 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, CorruptFileError
 from pfm_llm.config.choices import Dtype, Task
 from pfm_llm.config.model import AdaptersConfig, HeadConfig, WindowConfig
-from pfm_llm.dual_adapter import tensors_from_peft
-from pfm_llm.head import Normaliser
+from pfm_llm.model.head import Normaliser
+from pfm_llm.model.lora import tensors_from_peft
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.prompts import Prompt, load_prompt
 

@@ -21,7 +21,7 @@ from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
 from pfm_llm.evaluation import Evaluator
 from pfm_llm.histories import ClientHistories
-from pfm_llm.model_parts import ModelParts, build_model, initial_private
+from pfm_llm.model.build import ModelParts, build_model, initial_private
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.run_report import CONFIG_FILE
 from pfm_llm.trunk_cache import TrunkCache

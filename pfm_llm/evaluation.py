@@ -16,11 +16,11 @@ import torch
 
 from pfm_llm import metrics
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.batches import ChunkBatch, collate
 from pfm_llm.client import LocalTrainer, plan_chunks
-from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.histories import ClientHistories, History
+from pfm_llm.model.batches import ChunkBatch, collate
+from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.protocol.types import Mode, PrivateState, SharedState, Tensors
 from pfm_llm.ranking import Ranks, concatenate, rank_scores

@@ -29,10 +29,10 @@ from pfm_llm.artefact import (
     write_head,
 )
 from pfm_llm.assembly import Assembly
-from pfm_llm.backbone import Backbone
 from pfm_llm.base import files
-from pfm_llm.cohort_model import BASIS, SHARED_LORA
 from pfm_llm.config.schema import ExperimentConfig, dump_config
+from pfm_llm.model.backbone import Backbone
+from pfm_llm.model.cohort import BASIS, SHARED_LORA
 from pfm_llm.model_card import CardFacts, model_card, shown_name
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.result_tables import results_table

@@ -6,8 +6,8 @@ import torch
 
 from pfm_llm import evaluation
 from pfm_llm.base.errors import DataError
-from pfm_llm.batches import collate
 from pfm_llm.experiment import open_run
+from pfm_llm.model.batches import collate
 from pfm_llm.protocol.types import Mode
 from pfm_llm.recommender_model import Recommendation, best_items
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pfm_llm.backbone import pad_tokens
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError, DiskSpaceError
+from pfm_llm.model.backbone import pad_tokens
 from pfm_llm.text.encoding import Window, windows_hash
 
 _log = logging.getLogger(__name__)

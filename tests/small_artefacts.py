@@ -28,7 +28,7 @@ from pfm_llm.artefact import (
 )
 from pfm_llm.base import files
 from pfm_llm.config.model import AdaptersConfig, HeadConfig, LoraAdapterConfig, WindowConfig
-from pfm_llm.head import ITEM_BIAS, ITEM_IDS, ITEM_PROJ, STATE_PROJ, Normaliser
+from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_PROJ, STATE_PROJ, Normaliser
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.signing import SigningKey, sign
 from pfm_llm.text.prompts import load_prompt

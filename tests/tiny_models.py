@@ -15,13 +15,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from pfm_llm.backbone import Backbone
-from pfm_llm.cohort_model import CohortModel
 from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import AdaptersConfig, HeadConfig
-from pfm_llm.dual_adapter import DualAdapter
-from pfm_llm.head import Normaliser, initial_head
-from pfm_llm.objective import Objective
+from pfm_llm.model.backbone import Backbone
+from pfm_llm.model.cohort import CohortModel
+from pfm_llm.model.head import Normaliser, initial_head
+from pfm_llm.model.lora import DualAdapter
+from pfm_llm.model.objective import Objective
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
 

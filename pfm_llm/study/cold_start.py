@@ -14,8 +14,8 @@ from pfm_llm.config.settings import like_threshold
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import TrainData
 from pfm_llm.evaluation import EvaluationTask, Evaluator
-from pfm_llm.head import ITEM_BIAS
 from pfm_llm.histories import ClientHistories
+from pfm_llm.model.head import ITEM_BIAS
 from pfm_llm.private_store import PrivateStore
 from pfm_llm.protocol.types import Mode
 from pfm_llm.reporting import measure

@@ -11,11 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import engine
 from benchmarks.sequential_peft import SequentialPeft, relative_difference, stirred
-from pfm_llm import head
-from pfm_llm.backbone import Backbone
 from pfm_llm.base import files
-from pfm_llm.batches import collate
-from pfm_llm.cohort_model import CohortModel, Parts
 from pfm_llm.config.choices import Task
 from pfm_llm.config.model import (
     AdaptersConfig,
@@ -23,8 +19,12 @@ from pfm_llm.config.model import (
     LoraAdapterConfig,
     PrivateAdapterConfig,
 )
-from pfm_llm.dual_adapter import DualAdapter
-from pfm_llm.objective import Objective
+from pfm_llm.model import head
+from pfm_llm.model.backbone import Backbone
+from pfm_llm.model.batches import collate
+from pfm_llm.model.cohort import CohortModel, Parts
+from pfm_llm.model.lora import DualAdapter
+from pfm_llm.model.objective import Objective
 from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
 
 HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm import histories as histories_module
-from pfm_llm import taste
 from pfm_llm.assembly import Assembly
-from pfm_llm.batches import ChunkBatch, Dropout, collate
 from pfm_llm.client import plan_chunks
-from pfm_llm.cohort_model import Parts
 from pfm_llm.config.choices import Schedule
 from pfm_llm.histories import LocalWork
 from pfm_llm.local_steps import StackedOptimizer
+from pfm_llm.model.batches import ChunkBatch, Dropout, collate
+from pfm_llm.model.cohort import Parts
+from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import ClientUpdate, PrivateState
 from pfm_llm.text.encoding import Window
 from tests.conftest import TinyAssembly

@@ -194,7 +194,7 @@ def test_the_formulas_are_those_of_the_head(facts) -> None:
     # The card's lines, read as Python.
     import torch
 
-    from pfm_llm import head as ours
+    from pfm_llm.model import head as ours
 
     settings = ExperimentConfig(name="x", head={"dim": 4, "id_dim": 3})
     generator = torch.Generator().manual_seed(0)

@@ -18,11 +18,11 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from pfm_llm.backbone import Backbone
 from pfm_llm.base import files, seeding
 from pfm_llm.base.errors import BackboneError, CorruptFileError
 from pfm_llm.config.choices import PrivateKind
 from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig
+from pfm_llm.model.backbone import Backbone
 from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
 
 SHARED = "shared"

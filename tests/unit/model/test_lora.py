@@ -10,14 +10,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pfm_llm.backbone import Backbone, load_backbone
 from pfm_llm.base.errors import BackboneError
-from pfm_llm.batches import collate
-from pfm_llm.cohort_model import Parts
 from pfm_llm.config.choices import Dtype
 from pfm_llm.config.model import AdaptersConfig
 from pfm_llm.config.schema import BackboneConfig
-from pfm_llm.dual_adapter import DualAdapter
+from pfm_llm.model.backbone import Backbone, load_backbone
+from pfm_llm.model.batches import collate
+from pfm_llm.model.cohort import Parts
+from pfm_llm.model.lora import DualAdapter
 from tests.integration.tiny import Tiny
 from tests.tiny_models import (
     ARCHITECTURES,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pfm_llm.batches import ChunkBatch, collate
+from pfm_llm.model.batches import ChunkBatch, collate
 from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
 
 NUM_ITEMS = 7

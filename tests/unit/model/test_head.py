@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import ItemIds
 from pfm_llm.config.model import HeadConfig
-from pfm_llm.head import (
+from pfm_llm.model.head import (
     Normaliser,
     context_vectors,
     fit_normaliser,

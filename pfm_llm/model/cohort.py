@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfm_llm import head as recommender_head
-from pfm_llm import taste
-from pfm_llm.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.config.choices import Task
-from pfm_llm.head import Normaliser
-from pfm_llm.objective import Objective, Outputs
+from pfm_llm.model import head as recommender_head
+from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
+from pfm_llm.model.head import Normaliser
+from pfm_llm.model.objective import Objective, Outputs
+from pfm_llm.model.private import taste
+from pfm_llm.model.readout import Readout, read_last_mlp_only
 from pfm_llm.protocol.types import Tensors
-from pfm_llm.readout import Readout, read_last_mlp_only
 
 SHARED_LORA = "lora."
 BASIS = "basis."

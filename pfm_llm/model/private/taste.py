@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from pfm_llm.base import seeding
 from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import HeadConfig, PrivateAdapterConfig, TasteConfig
-from pfm_llm.head import ITEM_IDS, fading, item_width, standard_ids
+from pfm_llm.model.head import ITEM_IDS, fading, item_width, standard_ids
 from pfm_llm.protocol.types import Tensors
 
 _FEATURE_STD = 0.3

@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfm_llm import head as recommender_head
-from pfm_llm import taste
-from pfm_llm.backbone import Backbone, load_backbone
 from pfm_llm.base import assets, files
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
-from pfm_llm.cohort_model import CohortModel
 from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import uses_taste
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.dual_adapter import DualAdapter
-from pfm_llm.head import Normaliser
-from pfm_llm.objective import Objective
+from pfm_llm.model import head as recommender_head
+from pfm_llm.model.backbone import Backbone, load_backbone
+from pfm_llm.model.cohort import CohortModel
+from pfm_llm.model.head import Normaliser
+from pfm_llm.model.lora import DualAdapter
+from pfm_llm.model.objective import Objective
+from pfm_llm.model.private import taste
+from pfm_llm.model.start import Start
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import SharedState
-from pfm_llm.start import Start
 from pfm_llm.text.encoding import HistoryEncoder
 from pfm_llm.text.prompts import Prompt, load_prompt
 

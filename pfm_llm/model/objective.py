@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from pfm_llm import head as recommender_head
-from pfm_llm import taste
 from pfm_llm.config.choices import Task
+from pfm_llm.model import head as recommender_head
+from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import NO_LABEL
 

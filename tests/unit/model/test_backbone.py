@@ -7,16 +7,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pfm_llm.backbone import (
+from pfm_llm.base.errors import BackboneError
+from pfm_llm.config.choices import Dtype
+from pfm_llm.config.schema import BackboneConfig
+from pfm_llm.model.backbone import (
     Backbone,
     hash_weights,
     load_backbone,
     pad_tokens,
     resolve_dtype,
 )
-from pfm_llm.base.errors import BackboneError
-from pfm_llm.config.choices import Dtype
-from pfm_llm.config.schema import BackboneConfig
 from tests.integration.tiny import Tiny
 from tests.tiny_models import (
     ARCHITECTURES,

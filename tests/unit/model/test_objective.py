@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pfm_llm import head as recommender_head
-from pfm_llm import taste
 from pfm_llm.config.choices import Task
 from pfm_llm.config.model import HeadConfig, TasteConfig
-from pfm_llm.objective import Objective, Outputs
+from pfm_llm.model import head as recommender_head
+from pfm_llm.model.objective import Objective, Outputs
+from pfm_llm.model.private import taste
 from pfm_llm.text.encoding import NO_LABEL
 
 ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3

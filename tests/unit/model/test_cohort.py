@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from pfm_llm.batches import Dropout, collate
-from pfm_llm.cohort_model import CohortLinear, Parts
 from pfm_llm.config.choices import ItemIds
 from pfm_llm.config.model import HeadConfig
+from pfm_llm.model.batches import Dropout, collate
+from pfm_llm.model.cohort import CohortLinear, Parts
 from pfm_llm.protocol.types import Tensors
 from tests.peft_reference import PeftReference
 from tests.tiny_models import (

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pfm_llm.backbone import Backbone
 from pfm_llm.base.errors import ArtefactError
-from pfm_llm.cohort_model import BASIS
-from pfm_llm.head import Normaliser
+from pfm_llm.model.backbone import Backbone
+from pfm_llm.model.cohort import BASIS
+from pfm_llm.model.head import Normaliser
 from pfm_llm.protocol.types import SharedState, Tensors
 from pfm_llm.text.prompts import Prompt
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pfm_llm import taste
 from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import HeadConfig, TasteConfig
-from pfm_llm.head import ITEM_IDS
+from pfm_llm.model.head import ITEM_IDS
+from pfm_llm.model.private import taste
 
 ITEMS, RANK, POSITIONS = 13, 3, 11
 BOTH = (Task.NEXT_ITEM, Task.LIKE)

@@ -1,0 +1,1 @@
+"""The trained thing: frozen backbone, LoRA, head, objective, and the many-clients pass."""
