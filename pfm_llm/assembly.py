@@ -11,7 +11,10 @@ from pfm_llm.alignment import start_from
 from pfm_llm.artefact import Artefact, read_artefact
 from pfm_llm.base.errors import CheckpointError, ConfigError
 from pfm_llm.base.processes import Processes
-from pfm_llm.client import LocalTrainer
+from pfm_llm.client.histories import ClientHistories
+from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.client.trainer import LocalTrainer
+from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.config.settings import changed_settings, like_threshold
 from pfm_llm.data.interactions import Interactions
@@ -20,11 +23,8 @@ from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
 from pfm_llm.evaluation import Evaluator
-from pfm_llm.histories import ClientHistories
 from pfm_llm.model.build import ModelParts, build_model, initial_private
-from pfm_llm.private_store import PrivateStore
 from pfm_llm.run_report import CONFIG_FILE
-from pfm_llm.trunk_cache import TrunkCache
 
 _BYTES_PER_GB = 10**9
 

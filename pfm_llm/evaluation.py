@@ -16,16 +16,16 @@ import torch
 
 from pfm_llm import metrics
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.client import LocalTrainer, plan_chunks
+from pfm_llm.client.histories import ClientHistories, History
+from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.client.trainer import LocalTrainer, plan_chunks
+from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.histories import ClientHistories, History
 from pfm_llm.model.batches import ChunkBatch, collate
 from pfm_llm.model.cohort import CohortModel, Parts
-from pfm_llm.private_store import PrivateStore
 from pfm_llm.protocol.types import Mode, PrivateState, SharedState, Tensors
 from pfm_llm.ranking import Ranks, concatenate, rank_scores
 from pfm_llm.text.encoding import HistoryEncoder, Window
-from pfm_llm.trunk_cache import TrunkCache
 
 UserVectors = dict[bool, list[torch.Tensor]]
 """Of one chunk of clients: with the shared LoRA and without, per client [Q, D]."""

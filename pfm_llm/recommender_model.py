@@ -13,20 +13,20 @@ from pfm_llm.alignment import start_from
 from pfm_llm.artefact import Artefact, prompt_file
 from pfm_llm.assembly import make_trainer
 from pfm_llm.base.errors import ArtefactError, DataError
-from pfm_llm.client import LocalTrainer
+from pfm_llm.client.histories import ClientHistories
+from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.client.trainer import LocalTrainer
+from pfm_llm.client.trunk_cache import TrunkCache, trunk_states
 from pfm_llm.config.schema import ExperimentConfig, InitFromConfig, parse_config
 from pfm_llm.data import sources
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import partition
 from pfm_llm.data.splits import TrainData
-from pfm_llm.histories import ClientHistories
 from pfm_llm.model.batches import collate
 from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private.taste import needs_no_text
-from pfm_llm.private_store import PrivateStore
 from pfm_llm.protocol.types import Mode, PrivateState
-from pfm_llm.trunk_cache import TrunkCache, trunk_states
 
 _USER = "me"
 

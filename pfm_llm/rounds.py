@@ -13,10 +13,10 @@ from pfm_llm.base.files import remove_temporary
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, log_to_trackers
 from pfm_llm.base.progress import Progress
-from pfm_llm.client import LocalTrainer
+from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.choices import ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.private_store import PrivateStore
 from pfm_llm.server.aggregation import RunningSum, SumPayload
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment, check_resumable
 from pfm_llm.server.server import RoundSummary, Server

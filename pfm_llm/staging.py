@@ -37,13 +37,13 @@ from pfm_llm.artefact import (
 )
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, PrivateLeakError, StorageError
+from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.choices import PrivateKind
 from pfm_llm.leak_search import find_private
 from pfm_llm.model.cohort import BASIS, BASIS_HEAD_A, SHARED_LORA
 from pfm_llm.model.head import initial_head
 from pfm_llm.model.lora import tensors_from_peft
 from pfm_llm.model.private import taste
-from pfm_llm.private_store import PrivateStore
 from pfm_llm.protocol.types import PrivateState, Tensors
 
 _AGAIN = "export the run again (scripts/evaluate.py)"

@@ -10,13 +10,13 @@ import torch
 from pfm_llm import evaluation, personality, ranking
 from pfm_llm.assembly import Assembly, make_trainer
 from pfm_llm.base.processes import Processes
+from pfm_llm.client.histories import ClientHistories
+from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.settings import like_threshold
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import TrainData
 from pfm_llm.evaluation import EvaluationTask, Evaluator
-from pfm_llm.histories import ClientHistories
 from pfm_llm.model.head import ITEM_BIAS
-from pfm_llm.private_store import PrivateStore
 from pfm_llm.protocol.types import Mode
 from pfm_llm.reporting import measure
 from pfm_llm.study.served import quality_of

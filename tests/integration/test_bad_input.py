@@ -16,7 +16,7 @@ from pfm_llm.base.errors import (
     PfmError,
     TrainingError,
 )
-from pfm_llm.client import LocalTrainer
+from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.experiment import run_experiment
 from pfm_llm.protocol.types import ClientUpdate
 from pfm_llm.server.checkpoint import CheckpointStore

@@ -22,7 +22,7 @@ import torch
 from pfm_llm import reporting
 from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
 from pfm_llm.base import files
-from pfm_llm.client import LocalTrainer
+from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.choices import PrivateKind
 from pfm_llm.experiment import run_experiment
 from pfm_llm.protocol.types import ClientUpdate
@@ -174,7 +174,7 @@ def test_the_caches_do_hold_histories(
 # --- builds that leak -------------------------------------------------------------------------
 
 Leak = Callable[[pytest.MonkeyPatch], None]
-LOGGER = logging.getLogger("pfm_llm.client")
+LOGGER = logging.getLogger("pfm_llm.client.trainer")
 
 
 def after_training(patch: pytest.MonkeyPatch, leak: Callable[..., Any]) -> None:

@@ -19,12 +19,12 @@ from pfm_llm.base.errors import (
     CorruptFileError,
     DataError,
 )
+from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.schema import load_config
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.experiment import load_shared, run_experiment
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
-from pfm_llm.private_store import PrivateStore
 from pfm_llm.recommender_model import RecommenderModel
 from pfm_llm.serving import RunRecommender
 from tests.integration.tiny import TITLES, Tiny, alone, metrics_of, results_of, tensor_files

@@ -27,7 +27,7 @@ from pfm_llm.base.errors import (
     PfmError,
     PrivateLeakError,
 )
-from pfm_llm.private_store import PrivateStore
+from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.protocol.types import PrivateState
 from pfm_llm.staging import stage
 from tests.integration.exports import (

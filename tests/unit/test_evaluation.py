@@ -11,12 +11,12 @@ import torch
 from pfm_llm import evaluation, ranking
 from pfm_llm.assembly import Assembly
 from pfm_llm.base.errors import DataError
+from pfm_llm.client.histories import ClientHistories, History
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut, TrainData
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured
-from pfm_llm.histories import ClientHistories, History
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private import taste

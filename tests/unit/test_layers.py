@@ -26,7 +26,6 @@ LAYERS = [line.split() for line in """
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 # The modules that have not moved into their package yet.
 PLACES = {module: line.split()[0] for line in """
-    client client local_steps histories trunk_cache private_store
     federation rounds aggregation_error
     evaluation evaluation ranking scoring metrics comparison run_report result_tables baselines
     evaluation personality

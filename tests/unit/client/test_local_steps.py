@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from pfm_llm.client.local_steps import StackedOptimizer, clip_per_client
 from pfm_llm.config.choices import LocalOptimizer
-from pfm_llm.local_steps import StackedOptimizer, clip_per_client
 
 CLIENTS, STEPS = 3, 4
 SHAPES = {"a": (2, 3), "b": (5,), "scalar": ()}

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from pfm_llm.client.histories import BatchSource, ClientHistories, History, LocalWork
+from pfm_llm.client.local_steps import StackedOptimizer
+from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import uses_taste
-from pfm_llm.histories import BatchSource, ClientHistories, History, LocalWork
-from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.model.private.taste import needs_no_text
-from pfm_llm.private_store import PrivateStore
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import PRIVATE_PREFIX, ClientUpdate, PrivateState, SharedState, Tensors
 

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm import histories as histories_module
 from pfm_llm.assembly import Assembly
-from pfm_llm.client import plan_chunks
+from pfm_llm.client.histories import LocalWork
+from pfm_llm.client.local_steps import StackedOptimizer
+from pfm_llm.client.trainer import histories as histories_module
+from pfm_llm.client.trainer import plan_chunks
 from pfm_llm.config.choices import Schedule
-from pfm_llm.histories import LocalWork
-from pfm_llm.local_steps import StackedOptimizer
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private import taste

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pfm_llm.base import files
+from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.text.encoding import Window
-from pfm_llm.trunk_cache import TrunkCache
 from tests.tiny_models import ARCHITECTURES, CLIENT_WINDOWS, make_backbone, random_window
 
 WINDOWS = CLIENT_WINDOWS[1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pfm_llm.base.errors import CorruptFileError, DiskSpaceError, StorageError
-from pfm_llm.private_store import PrivateStore
+from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.protocol.types import PrivateState
 
 

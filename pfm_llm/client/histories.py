@@ -8,13 +8,13 @@ import torch
 
 from pfm_llm.base import seeding
 from pfm_llm.base.errors import DataError
+from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.text.encoding import NO_LABEL, HistoryEncoder, Window
-from pfm_llm.trunk_cache import TrunkCache
 
 
 @dataclass(frozen=True)

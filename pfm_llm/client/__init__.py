@@ -1,0 +1,1 @@
+"""What one device runs: its histories, its private states, its local training."""

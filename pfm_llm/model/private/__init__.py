@@ -1,0 +1,1 @@
+"""The kinds of private parts, one file each."""
