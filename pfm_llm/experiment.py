@@ -19,11 +19,11 @@ from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.baselines import parse_names
 from pfm_llm.config.schema import ExperimentConfig, dump_config, load_config, training_hash
 from pfm_llm.export import export_shared_adapter
+from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.private_weight import with_chosen_weight
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.publishing import PublishRequest, publish
 from pfm_llm.reporting import evaluate_and_report, measure, validation_task
-from pfm_llm.rounds import Federation, resume_from, run_rounds
 from pfm_llm.server.checkpoint import Checkpoint, CheckpointStore, RunEnvironment
 from pfm_llm.server.server import Server
 from pfm_llm.versions import copy_artefact

@@ -16,7 +16,7 @@ from pfm_llm.base.errors import PfmError
 from pfm_llm.base.processes import start_processes
 from pfm_llm.config.schema import load_config
 from pfm_llm.experiment import make_federation
-from pfm_llm.rounds import Federation, commit, train_cohort
+from pfm_llm.federation.rounds import Federation, commit, train_cohort
 
 
 def main(config_file: str, out: Path) -> None:

@@ -26,7 +26,7 @@ from pfm_llm.config.choices import SplitKind
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split, TrainData
 from pfm_llm.experiment import make_federation
-from pfm_llm.rounds import run_rounds
+from pfm_llm.federation.rounds import run_rounds
 from pfm_llm.text.encoding import NO_TARGET
 from tests.integration.leaks import files_below
 from tests.integration.tiny import TITLES, Tiny, alone, write_items

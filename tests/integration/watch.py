@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pfm_llm import rounds
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.federation import rounds
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.protocol.types import PrivateState
 from pfm_llm.server.server import Server

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pfm_llm.aggregation_error import Factors, aggregation_error, factors_of
 from pfm_llm.base.errors import TrainingError
 from pfm_llm.base.files import remove_temporary
 from pfm_llm.base.metrics_log import MetricsLog
@@ -17,6 +16,7 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.choices import ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.federation.aggregation_error import Factors, aggregation_error, factors_of
 from pfm_llm.server.aggregation import RunningSum, SumPayload
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment, check_resumable
 from pfm_llm.server.server import RoundSummary, Server

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pfm_llm.aggregation_error import Factors, aggregation_error, factors_of
+from pfm_llm.federation.aggregation_error import Factors, aggregation_error, factors_of
 
 IN, OUT, RANK = 7, 5, 2
 SCALE = 16 / 8
