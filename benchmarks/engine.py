@@ -72,9 +72,9 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Set up, check, race, write the result and print it."""
-    from pfm_llm import run_report
     from pfm_llm.base import files
     from pfm_llm.base.processes import start_processes
+    from pfm_llm.environment import environment
 
     processes = start_processes(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         seconds_to_fill = bench.fill_trunk_cache()
         agreement = bench.check()
         seconds = race(bench.cases(), arguments.repeats)
-    here = run_report.environment(
+    here = environment(
         seed=config.seed,
         dtype=str(bench.assembly.parts.backbone.dtype).removeprefix("torch."),
         threads=processes.threads,
@@ -150,7 +150,8 @@ class Bench:
     def build(cls, config: "ExperimentConfig", num_clients: int, processes: Any) -> "Bench":
         """Load model and data, choose the clients, and set up both references."""
         from benchmarks.sequential_peft import SequentialPeft
-        from pfm_llm.assembly import RunFolders, assemble, load_corpus
+        from pfm_llm.assembly import assemble, load_corpus
+        from pfm_llm.folders import RunFolders
         from pfm_llm.model.lora import DualAdapter
 
         folders = RunFolders.of(Path(config.output.dir) / config.name)

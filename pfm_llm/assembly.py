@@ -1,105 +1,28 @@
 """From a config to the objects of an experiment: what training, evaluation and serving share."""
 
-import contextlib
 import functools
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pfm_llm.alignment import start_from
 from pfm_llm.artefact import Artefact, read_artefact
-from pfm_llm.base.errors import CheckpointError, ConfigError
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.client.trunk_cache import TrunkCache
-from pfm_llm.config.schema import ExperimentConfig, load_config
-from pfm_llm.config.settings import changed_settings, like_threshold
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settings import like_threshold
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.partition import partition
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
 from pfm_llm.evaluation import Evaluator
+from pfm_llm.folders import RunFolders
 from pfm_llm.model.build import ModelParts, build_model, initial_private
-from pfm_llm.run_report import CONFIG_FILE
 
 _BYTES_PER_GB = 10**9
-
-
-@dataclass(frozen=True)
-class RunFolders:
-    """Where a run's files are.
-
-    Attributes:
-        public: ``<output.dir>/<name>``: may be shown to anybody.
-        private: ``<output.dir>/<name>.private``, a folder apart: never leaves this machine.
-    """
-
-    public: Path
-    private: Path
-
-    @property
-    def initial_adapter(self) -> Path:
-        """The run's own copy of the published adapter that it started from."""
-        return self.public / "initial_adapter"
-
-    @property
-    def shared_adapter(self) -> Path:
-        """The exported shared adapter."""
-        return self.public / "shared_adapter"
-
-    @classmethod
-    def of(cls, public: Path) -> "RunFolders":
-        """The folders of the run at ``public``."""
-        return cls(public, public.with_name(f"{public.name}.private"))
-
-    @classmethod
-    def new(cls, config: ExperimentConfig) -> "RunFolders":
-        """Folders that do not exist yet: of ``<name>``, or of the next free ``<name>-<n>``."""
-        base = Path(config.output.dir) / config.name
-        folders, number = cls.of(base), 2
-        while _is_taken(folders.public) or folders.private.exists():
-            folders = cls.of(base.with_name(f"{config.name}-{number}"))
-            number += 1
-        return folders
-
-    @classmethod
-    def to_resume(cls, config: ExperimentConfig) -> "RunFolders":
-        """The folders of the run ``<name>``.
-
-        Raises:
-            ConfigError: There is no such run.
-            CheckpointError: It was started with other settings that training depends on.
-        """
-        folders = cls.of(Path(config.output.dir) / config.name)
-        path = folders.public / CONFIG_FILE
-        if not path.is_file():
-            raise ConfigError(f"no run at {folders.public} to resume; start it without --resume")
-        changed = changed_settings(load_config(path), config)
-        if changed:
-            raise CheckpointError(
-                f"{folders.public} cannot be resumed with other settings: {'; '.join(changed)}. "
-                "Restore them, or start a new run without --resume"
-            )
-        return folders
-
-    @contextlib.contextmanager
-    def discarded_on_failure(self) -> Iterator[None]:
-        """Delete both folders when the block fails, for a run that never began."""
-        try:
-            yield
-        except BaseException:
-            shutil.rmtree(self.public, ignore_errors=True)
-            shutil.rmtree(self.private, ignore_errors=True)
-            raise
-
-
-def _is_taken(folder: Path) -> bool:
-    """Whether a folder holds anything but what a start killed at its first write leaves."""
-    return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pfm_llm.config.settings import method_name
 from pfm_llm.personality import Bootstrap, Estimate
 from pfm_llm.protocol.types import Mode
 from pfm_llm.ranking import Ranks
-from pfm_llm.run_report import ResultRow, read_results
+from pfm_llm.results import ResultRow, read_results
 
 _NDCG = "ndcg"
 

@@ -10,20 +10,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pfm_llm import hub, ranking, run_report
-from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
+from pfm_llm import hub, ranking
+from pfm_llm.assembly import Assembly, assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, HubError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.baselines import parse_names
 from pfm_llm.config.schema import ExperimentConfig, dump_config, load_config, training_hash
+from pfm_llm.environment import environment
 from pfm_llm.export import export_shared_adapter
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
+from pfm_llm.folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunFolders
 from pfm_llm.private_weight import with_chosen_weight
 from pfm_llm.protocol.types import Mode, SharedState
+from pfm_llm.publication import request_of
 from pfm_llm.publishing import PublishRequest, publish
-from pfm_llm.reporting import evaluate_and_report, measure, validation_task
+from pfm_llm.reporting import evaluate_and_report, exported_model, measure, validation_task
 from pfm_llm.server.checkpoint import Checkpoint, CheckpointStore, RunEnvironment
 from pfm_llm.server.server import Server
 from pfm_llm.versions import copy_artefact
@@ -131,7 +134,7 @@ def open_run(run: Path) -> OpenedRun:
     Raises:
         CheckpointError: Nothing was ever committed.
     """
-    config = load_config(run / run_report.CONFIG_FILE)
+    config = load_config(run / CONFIG_FILE)
     processes = start_processes(config.runtime.threads)
     folders = RunFolders.of(run)
     assembly = assemble(config, load_corpus(config), folders, processes)
@@ -158,7 +161,7 @@ def make_federation(assembly: Assembly, folders: RunFolders, processes: Processe
         store=assembly.store,
         checkpoints=CheckpointStore(folders.public / SERVER_FOLDER),
         environment=environment,
-        metrics_log=MetricsLog(folders.public / run_report.METRICS_FILE),
+        metrics_log=MetricsLog(folders.public / METRICS_FILE),
         processes=processes,
     )
 
@@ -220,7 +223,7 @@ def _run_folders(config: ExperimentConfig, resume: bool, processes: Processes) -
 def _write_settings(config: ExperimentConfig, folders: RunFolders, processes: Processes) -> None:
     if processes.is_main:
         settled = config.model_copy(update={"name": folders.public.name})
-        files.write_text(folders.public / run_report.CONFIG_FILE, dump_config(settled))
+        files.write_text(folders.public / CONFIG_FILE, dump_config(settled))
         files.make_private_dir(folders.private)
     processes.wait()
 
@@ -228,7 +231,7 @@ def _write_settings(config: ExperimentConfig, folders: RunFolders, processes: Pr
 def _write_environment(assembly: Assembly, folders: RunFolders, processes: Processes) -> None:
     if not processes.is_main:
         return
-    here = run_report.environment(
+    here = environment(
         seed=assembly.config.seed,
         dtype=str(assembly.parts.backbone.dtype).removeprefix("torch."),
         threads=processes.threads,
@@ -238,7 +241,7 @@ def _write_environment(assembly: Assembly, folders: RunFolders, processes: Proce
     data = asdict(assembly.corpus.report)
     del data["examples"]  # rows of somebody's data; the run folder may be shown to anybody
     here |= {"data": data, "split": assembly.corpus.split.describe()}
-    files.write_json(folders.public / run_report.ENVIRONMENT_FILE, here)
+    files.write_json(folders.public / ENVIRONMENT_FILE, here)
     _log.info("%d threads x %d processes, %s", processes.threads, processes.count, here["dtype"])
 
 
@@ -268,9 +271,11 @@ def _push_when_due(
         if not federation.processes.is_main:
             return
         exported = folders.private / "pushed"
-        export_shared_adapter(assembly, exported, federation.server.shared, round_number, ())
+        export_shared_adapter(
+            exported_model(assembly), exported, federation.server.shared, round_number
+        )
         try:
-            published = publish(_request(assembly, folders, tag=None), exported)
+            published = publish(_request(assembly, folders, exported))
             _log.info("round %d is at %s", round_number, published.pushed.url)
         except HubError as error:
             _log.warning("round %d was not pushed, training goes on: %s", round_number, error)
@@ -300,7 +305,9 @@ def _push(assembly: Assembly, folders: RunFolders, processes: Processes) -> None
         _log.info("the shared adapter is at %s", published.pushed.url)
 
 
-def _request(assembly: Assembly, folders: RunFolders, tag: str | None) -> PublishRequest:
+def _request(
+    assembly: Assembly, folders: RunFolders, exported: Path | None = None, tag: str | None = None
+) -> PublishRequest:
     wanted = assembly.config.push_to_hub
     assert wanted is not None
-    return PublishRequest(run=folders.public, repo=wanted.repo, private=wanted.private, tag=tag)
+    return request_of(folders.public, wanted.repo, exported, private=wanted.private, tag=tag)

@@ -6,6 +6,7 @@ Built from an allow-list; nothing that is private is ever at hand here.
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pfm_llm.artefact import (
     ITEM_KEYS_FILE,
     MANIFEST_FILE,
     TRAINING_CONFIG_FILE,
+    Artefact,
     Base,
     Manifest,
     Metric,
@@ -28,39 +30,58 @@ from pfm_llm.artefact import (
     prompt_file,
     write_head,
 )
-from pfm_llm.assembly import Assembly
 from pfm_llm.base import files
 from pfm_llm.config.schema import ExperimentConfig, dump_config
+from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.backbone import Backbone
+from pfm_llm.model.build import ModelParts
 from pfm_llm.model.cohort import BASIS, SHARED_LORA
 from pfm_llm.model_card import CardFacts, model_card, shown_name
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.result_tables import results_table
-from pfm_llm.run_report import PLOTS_FOLDER, ResultRow
+from pfm_llm.results import ResultRow
 
+PLOTS_FOLDER = "plots"
 _EMBEDDED_NOTE = (
     "The weights that it was trained on are those of this model's Q4_1 GGUF file, dequantised "
     "(`pfm_llm.base.assets.smollm2_135m()` rebuilds them); the manifest holds their hash."
 )
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What an exported adapter is of.
+
+    Attributes:
+        config: The experiment.
+        parts: The model.
+        catalogue: Its items.
+        parents: The adapter that its training started from, if it did.
+    """
+
+    config: ExperimentConfig
+    parts: ModelParts
+    catalogue: Catalogue
+    parents: tuple[Parent, ...] = ()
+
+
 def export_shared_adapter(
-    assembly: Assembly,
+    what: Exported,
     folder: Path,
     shared: SharedState,
     round_number: int,
-    rows: Sequence[ResultRow],
+    rows: Sequence[ResultRow] = (),
 ) -> None:
     """Write the shared adapter's folder; files of an earlier export are replaced.
 
     Args:
-        assembly: The experiment.
-        folder: Where to.
+        what: Config, model and catalogue.
+        folder: Where to; the plots of the folder beside it are copied into it.
         shared: The shared state.
         round_number: After which round it stands.
         rows: Results for manifest and card; none before the evaluation.
     """
-    parts, config = assembly.parts, assembly.config
+    parts, config = what.parts, what.config
     lora = {n: t for n, t in shared.tensors.items() if n.startswith(SHARED_LORA)}
     head = {n: t for n, t in shared.tensors.items() if n.startswith("head.")}
     basis = {n: t for n, t in shared.tensors.items() if n.startswith(BASIS)}
@@ -68,7 +89,7 @@ def export_shared_adapter(
     write_head(folder, head, parts.normaliser)
     if basis:
         files.write_tensors(folder / BASIS_FILE, basis)
-    keys = item_keys(assembly.corpus.interactions.catalogue, parts.prompt)
+    keys = item_keys(what.catalogue, parts.prompt)
     texts = {
         ITEM_KEYS_FILE: json.dumps(keys) + "\n",
         TRAINING_CONFIG_FILE: dump_config(public_config(config)),
@@ -80,9 +101,9 @@ def export_shared_adapter(
     names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, *([BASIS_FILE] if basis else ())]
     names += [*texts, *plots]
     hashes = {name: files.sha256_of(folder / name) for name in names}
-    manifest = _manifest(assembly, round_number, rows, hashes)
+    manifest = _manifest(what, round_number, rows, hashes)
     files.write_bytes(folder / MANIFEST_FILE, manifest.to_bytes())
-    files.write_text(folder / CARD_FILE, _card(assembly, round_number, rows, plots))
+    files.write_text(folder / CARD_FILE, _card(what, round_number, rows, plots))
 
 
 def public_config(config: ExperimentConfig) -> ExperimentConfig:
@@ -110,13 +131,13 @@ def _copy_plots(source: Path, folder: Path) -> list[str]:
 
 
 def _card(
-    assembly: Assembly, round_number: int, rows: Sequence[ResultRow], plots: Sequence[str]
+    what: Exported, round_number: int, rows: Sequence[ResultRow], plots: Sequence[str]
 ) -> str:
-    config, backbone = assembly.config, assembly.parts.backbone
+    config, backbone = what.config, what.parts.backbone
     facts = CardFacts(
         name=config.name,
         base_model=backbone.portable_name,
-        prompt=assembly.parts.prompt.key,
+        prompt=what.parts.prompt.key,
         dataset=config.data.source,
         rounds=round_number,
         scores=rows,
@@ -129,10 +150,9 @@ def _card(
 
 
 def _manifest(
-    assembly: Assembly, round_number: int, rows: Sequence[ResultRow], hashes: dict[str, str]
+    what: Exported, round_number: int, rows: Sequence[ResultRow], hashes: dict[str, str]
 ) -> Manifest:
-    config, parts = assembly.config, assembly.parts
-    catalogue = assembly.corpus.interactions.catalogue
+    config, parts, catalogue = what.config, what.parts, what.catalogue
     return Manifest(
         format=FORMAT,
         pfm_llm=__version__,
@@ -150,7 +170,7 @@ def _manifest(
         catalogue_sha256=catalogue.content_hash(),
         num_items=len(catalogue),
         contract_sha256=parts.contract.hash(),
-        parents=_parents(assembly),
+        parents=what.parents,
         metrics=_metrics(rows),
         files=hashes,
     )
@@ -181,15 +201,17 @@ def _metrics(rows: Sequence[ResultRow]) -> tuple[Metric, ...]:
     )
 
 
-def _parents(assembly: Assembly) -> tuple[Parent, ...]:
-    artefact, started = assembly.artefact, assembly.config.init_from
-    if artefact is None or started is None:
-        return ()
-    return (
-        Parent(
-            relation="trained_from",
-            manifest_sha256=artefact.manifest_sha256,
-            repo=shown_name(started.adapter),
-            revision=started.revision,
-        ),
+def trained_from(artefact: Artefact, named: str, revision: str | None) -> Parent:
+    """The adapter that a training started from, as a parent of what it exports.
+
+    Args:
+        artefact: The adapter.
+        named: As the config names it.
+        revision: As the config names it.
+    """
+    return Parent(
+        relation="trained_from",
+        manifest_sha256=artefact.manifest_sha256,
+        repo=shown_name(named),
+        revision=revision,
     )

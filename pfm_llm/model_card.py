@@ -222,7 +222,7 @@ class CardFacts:
         prompt: Prompt key, such as ``next_item.v1``.
         dataset: Name or Hub id of the data, or a path (then only its name is shown).
         rounds: Rounds that were trained.
-        scores: Result rows of any method, mode and split; `run_report.ResultRow` fits.
+        scores: Result rows of any method, mode and split; `results.ResultRow` fits.
         results_table: The results as Markdown, as `result_tables.results_table` makes it; empty
             before the first evaluation.
         config: The resolved config, as nested mappings.

@@ -1,6 +1,6 @@
-"""Publishing a run's shared adapter: checked as `staging` does, linked, signed and pushed.
+"""Publishing a shared adapter: checked as `staging` does, linked, signed and pushed.
 
-Nothing is pushed from a run's folder, and nothing in it is changed.
+A copy is pushed; nothing in the exported folder is changed.
 """
 
 import tempfile
@@ -9,11 +9,8 @@ from pathlib import Path
 
 from pfm_llm import hub, signing
 from pfm_llm.artefact import CARD_FILE, MANIFEST_FILE, SIGNATURE_FILE, Artefact, Manifest, Parent
-from pfm_llm.assembly import RunFolders
 from pfm_llm.base import files
-from pfm_llm.config.schema import load_config
 from pfm_llm.model_card import addressed_card
-from pfm_llm.run_report import CONFIG_FILE
 from pfm_llm.staging import stage
 
 __all__ = ["PlannedFile", "PublishRequest", "Published", "plan", "publish", "stage"]
@@ -24,7 +21,8 @@ class PublishRequest:
     """What is to be published where.
 
     Attributes:
-        run: The run's folder.
+        exported: The folder of the exported adapter; it is not touched.
+        private_root: The private store to search it for; None where nothing is private.
         repo: ``user/name``.
         private: Make the repository private when it is created.
         tag: For this version.
@@ -32,7 +30,8 @@ class PublishRequest:
         signing_key: PEM file; None: not signed.
     """
 
-    run: Path
+    exported: Path
+    private_root: Path | None
     repo: str
     private: bool = True
     tag: str | None = None
@@ -68,21 +67,17 @@ class Published:
     pushed: hub.Pushed
 
 
-def plan(request: PublishRequest, exported: Path | None = None) -> list[PlannedFile]:
+def plan(request: PublishRequest) -> list[PlannedFile]:
     """The files that `publish` would push, after all of its checks; without network or token.
 
     The manifest will also name the version before it in the repository, which only the Hub knows.
-
-    Args:
-        request: What and where.
-        exported: The folder; None: the run's ``shared_adapter``.
 
     Raises:
         PfmError: As `publish`, but for what only the Hub can say.
     """
     hub.check_repo_id(request.repo)
     with tempfile.TemporaryDirectory() as scratch:
-        staged = _stage(request, exported, Path(scratch) / "staged")
+        staged = stage(request.exported, Path(scratch) / "staged", request.private_root)
         _finish(staged.folder, staged.manifest, request)
         paths = sorted(path for path in staged.folder.rglob("*") if path.is_file())
         return [
@@ -95,14 +90,10 @@ def plan(request: PublishRequest, exported: Path | None = None) -> list[PlannedF
         ]
 
 
-def publish(request: PublishRequest, exported: Path | None = None) -> Published:
-    """Check a run's shared adapter and push it; the run's folder is not touched.
+def publish(request: PublishRequest) -> Published:
+    """Check an exported adapter and push it.
 
     When the branch holds it already, nothing is sent but a missing tag or signature.
-
-    Args:
-        request: What and where.
-        exported: The folder; None: the run's ``shared_adapter``.
 
     Raises:
         PrivateLeakError: Something private is in the folder.
@@ -114,7 +105,7 @@ def publish(request: PublishRequest, exported: Path | None = None) -> Published:
     """
     hub.check_repo_id(request.repo)
     with tempfile.TemporaryDirectory() as scratch:
-        staged = _stage(request, exported, Path(scratch) / "staged")
+        staged = stage(request.exported, Path(scratch) / "staged", request.private_root)
         manifest = _placed(staged, request)
         _finish(staged.folder, manifest, request)
         pushed = hub.push_folder(
@@ -126,17 +117,6 @@ def publish(request: PublishRequest, exported: Path | None = None) -> Published:
             message=f"{manifest.name}, round {manifest.round}",
         )
     return Published(manifest, pushed)
-
-
-def _stage(request: PublishRequest, exported: Path | None, into: Path) -> Artefact:
-    """`stage` of a run's folder, with the private store that belongs to the run."""
-    # The private folder lies beside the run itself, not beside a link to it.
-    folders = RunFolders.of(request.run.resolve())
-    private_root: Path | None = folders.private
-    if not folders.private.is_dir():
-        config = load_config(request.run / CONFIG_FILE)
-        private_root = folders.private if config.adapters.private.enabled else None
-    return stage(exported or folders.shared_adapter, into, private_root)
 
 
 def _placed(staged: Artefact, request: PublishRequest) -> Manifest:

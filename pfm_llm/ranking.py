@@ -10,7 +10,7 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.baselines import FittedBaseline
 from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.run_report import ResultRow
+from pfm_llm.results import ResultRow
 
 FULL = "full"
 METRICS: dict[str, type[metrics.RankMetric]] = {

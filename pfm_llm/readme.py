@@ -22,7 +22,7 @@ from typing import Any
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.files import read_json
 from pfm_llm.result_tables import results_table
-from pfm_llm.run_report import read_results
+from pfm_llm.results import read_results
 from pfm_llm.suite_report.tables import markdown_table
 
 _TABLE = re.compile(

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from pfm_llm import comparison, evaluation, plots, ranking, result_tables, run_report
-from pfm_llm.assembly import Assembly, RunFolders
+from pfm_llm import comparison, evaluation, plots, ranking, result_tables
+from pfm_llm.artefact import Parent
+from pfm_llm.assembly import Assembly
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
@@ -22,11 +23,18 @@ from pfm_llm.config.settings import like_threshold, method_name
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, UserVectors
-from pfm_llm.export import export_shared_adapter
+from pfm_llm.export import PLOTS_FOLDER, Exported, export_shared_adapter, trained_from
+from pfm_llm.folders import (
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    RESULTS_FILE,
+    TABLE_FILE,
+    RunFolders,
+)
 from pfm_llm.metrics import RANK_METRICS, per_user
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.ranking import Ranks
-from pfm_llm.run_report import ResultRow
+from pfm_llm.results import ResultRow, write_results
 
 COMPARISONS = "comparisons"
 """Key of ``results.json``: rows of differences, as `comparison.rows_over` makes them."""
@@ -145,7 +153,17 @@ def evaluate_and_report(
         _write_report(folders, config, rows, comparisons, costs, baselines)
         _draw(folders, measured[-1])
         folder = folders.shared_adapter
-        export_shared_adapter(assembly, folder, shared, round_number, rows)
+        export_shared_adapter(exported_model(assembly), folder, shared, round_number, rows)
+
+
+def exported_model(assembly: Assembly) -> Exported:
+    """What `export_shared_adapter` takes of a run."""
+    artefact, started = assembly.artefact, assembly.config.init_from
+    parents: tuple[Parent, ...] = ()
+    if artefact is not None and started is not None:
+        parents = (trained_from(artefact, started.adapter, started.revision),)
+    catalogue = assembly.corpus.interactions.catalogue
+    return Exported(assembly.config, assembly.parts, catalogue, parents)
 
 
 def fit_run_baselines(assembly: Assembly) -> list[FittedBaseline]:
@@ -214,7 +232,7 @@ def _costs(
     evaluated: Measured,
     training_seconds: float | None,
 ) -> dict[str, Any]:
-    records = MetricsLog(folders.public / run_report.METRICS_FILE).read()
+    records = MetricsLog(folders.public / METRICS_FILE).read()
     clients = sum(record["num_clients"] for record in records)
     local = assembly.config.federation.local
     return {
@@ -244,24 +262,24 @@ def _write_report(
     extra = {
         COMPARISONS: [dataclasses.asdict(row) for row in comparisons],
         "config": config.model_dump(mode="json"),
-        "environment": files.read_json(folders.public / run_report.ENVIRONMENT_FILE),
+        "environment": files.read_json(folders.public / ENVIRONMENT_FILE),
         "costs": costs,
         "baselines": {
             b.name.value: {**b.hyperparameters, "validation_ndcg@10": b.validation_ndcg}
             for b in baselines
         },
     }
-    run_report.write_results(folders.public / run_report.RESULTS_FILE, rows, extra)
+    write_results(folders.public / RESULTS_FILE, rows, extra)
     tables = [
         result_tables.results_table(rows, split.value, confidence=config.evaluation.confidence)
         for split in config.evaluation.splits
     ]
-    files.write_text(folders.public / run_report.TABLE_FILE, "\n".join(tables))
+    files.write_text(folders.public / TABLE_FILE, "\n".join(tables))
 
 
 def _draw(folders: RunFolders, measured: Measured) -> None:
-    plots_folder = folders.public / run_report.PLOTS_FOLDER
-    records = MetricsLog(folders.public / run_report.METRICS_FILE).read()
+    plots_folder = folders.public / PLOTS_FOLDER
+    records = MetricsLog(folders.public / METRICS_FILE).read()
     plots.plot_loss(records, plots_folder / "loss.png")
     plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png")
     if Mode.SHARED_PRIVATE in measured.ranks:

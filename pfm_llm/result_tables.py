@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.protocol.types import Mode
-from pfm_llm.run_report import ResultRow
+from pfm_llm.results import ResultRow
 
 _TEXT_COLUMNS = ("Method", "Mode", "Budget")
 _METRICS = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}

@@ -24,9 +24,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from pfm_llm.experiment import evaluate_run
+    from pfm_llm.folders import RESULTS_FILE, newest_run
     from pfm_llm.reporting import COMPARISONS
     from pfm_llm.result_tables import terminal_table
-    from pfm_llm.run_report import RESULTS_FILE, newest_run, read_results
+    from pfm_llm.results import read_results
 
     run = Path(arguments.run) if arguments.run else newest_run(arguments.runs)
     evaluate_run(run, [Path(file) for file in arguments.against])

@@ -39,12 +39,13 @@ def main() -> None:
 def push(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from pfm_llm.publishing import PublishRequest, publish
-    from pfm_llm.run_report import newest_run
+    from pfm_llm.folders import newest_run
+    from pfm_llm.publication import request_of
+    from pfm_llm.publishing import publish
 
-    request = PublishRequest(
-        run=Path(arguments.run) if arguments.run else newest_run(arguments.runs),
-        repo=arguments.repo,
+    request = request_of(
+        Path(arguments.run) if arguments.run else newest_run(arguments.runs),
+        arguments.repo,
         private=arguments.private,
         tag=arguments.tag,
         revision=arguments.revision,
@@ -68,8 +69,8 @@ def show_plan(request: "PublishRequest") -> None:
     tag = f", tag {request.tag}" if request.tag else ""
     kind = "private" if request.private else "public"
     print(
-        f"\nfrom {request.run} to {request.repo}, branch {request.revision}{tag}; {kind} if the "
-        "repository is new.\nNothing was sent. A push also enters the version before it, if there "
+        f"\nfrom {request.exported} to {request.repo}, branch {request.revision}{tag}; {kind} if "
+        "the repository is new.\nNothing was sent. A push also enters the version before it, if there "
         "is one, in the manifest."
     )
 

@@ -20,10 +20,11 @@ from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut, Split
+from pfm_llm.environment import environment
 from pfm_llm.protocol.types import Mode
 from pfm_llm.ranking import Ranks
 from pfm_llm.result_tables import terminal_table
-from pfm_llm.run_report import ResultRow, environment, write_results
+from pfm_llm.results import ResultRow, write_results
 
 SELECTED_BY = "ndcg@10"
 """What is compared on validation, over the full catalogue."""

@@ -1,7 +1,7 @@
 """What the runs of a suite leave: a record of each experiment, and one result of each run.
 
 A record stands beside the experiment's folder and outlives it: its figures on validation. A result
-is what tables and reports are made of. Both are in the format of `run_report.write_results`.
+is what tables and reports are made of. Both are in the format of `results.write_results`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 from pfm_llm.base.errors import DataError, TrainingError
 from pfm_llm.config.schema import ExperimentConfig, training_hash
 from pfm_llm.protocol.types import Mode
-from pfm_llm.run_report import ResultRow, read_results, write_results
+from pfm_llm.results import ResultRow, read_results, write_results
 from pfm_llm.suite.plan import POPULARITY, VALIDATION, Plan, Point, SelectConfig, SuiteRun
 
 _FULL = "full"

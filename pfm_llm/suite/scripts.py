@@ -21,7 +21,7 @@ class ScriptCall:
         script: The Python file.
         config: A resolved config: data, split and evaluation are to be taken from it.
         seed: For all of the script's randomness.
-        output: Where it writes its rows, as `run_report.write_results` does.
+        output: Where it writes its rows, as `results.write_results` does.
         arguments: Further ones.
     """
 

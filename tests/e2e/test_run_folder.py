@@ -16,10 +16,11 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from pfm_llm.artefact import read_head
-from pfm_llm.assembly import RunFolders, assemble, load_corpus
+from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.config.schema import load_config, training_hash
 from pfm_llm.experiment import load_shared, run_experiment
+from pfm_llm.folders import RunFolders
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.head import context_vectors, score_items, user_vectors

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from pfm_llm.artefact import read_artefact
 from pfm_llm.experiment import run_experiment
-from pfm_llm.publishing import PublishRequest, publish
+from pfm_llm.publication import request_of
+from pfm_llm.publishing import publish
 from tests.hub_double import WRITE_TOKEN, HubDouble
 from tests.integration.tiny import TITLES, Tiny
 
@@ -25,7 +26,7 @@ def published(hub: HubDouble, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
     """A run, pushed to the double."""
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     run = run_experiment(tiny.config(tmp_path / "runs", federation__server__lr_lora=0.02))
-    publish(PublishRequest(run=run, repo=REPO))
+    publish(request_of(run, REPO))
     return REPO
 
 

@@ -25,7 +25,7 @@ from pfm_llm.artefact import (
     Parent,
     read_artefact,
 )
-from pfm_llm.assembly import RunFolders, assemble, load_corpus
+from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base.errors import (
     ArtefactError,
     ConfigError,
@@ -36,6 +36,8 @@ from pfm_llm.base.errors import (
 )
 from pfm_llm.config.schema import load_config
 from pfm_llm.experiment import run_experiment
+from pfm_llm.folders import RunFolders
+from pfm_llm.publication import request_of
 from pfm_llm.publishing import PublishRequest, plan, publish, stage
 from tests.hub_double import OWNER, WRITE_TOKEN, HubDouble
 from tests.integration.exports import (
@@ -64,7 +66,7 @@ REPO = f"{OWNER}/films"
 
 @pytest.fixture
 def request_(run: Path) -> PublishRequest:
-    return PublishRequest(run=run, repo=REPO)
+    return request_of(run, REPO)
 
 
 @pytest.fixture
@@ -140,10 +142,10 @@ def test_hub_versions_are_linked(
 ) -> None:
     source = Parent(relation="trained_from", manifest_sha256="a" * 64, repo="bob/other")
     seal(exported, parents=(source,))
-    first = publish(request_, exported)
+    first = publish(dataclasses.replace(request_, exported=exported))
     assert first.manifest.parents == (source,)
     seal(exported, round=8)
-    second = publish(request_, exported)
+    second = publish(dataclasses.replace(request_, exported=exported))
     link = Parent(
         relation="previous",
         manifest_sha256=sha256(on_hub(logged_in, first.pushed.revision)[MANIFEST_FILE]),
@@ -158,7 +160,9 @@ def test_hub_versions_are_linked(
         second.pushed.revision,
     )
     sent = num_sent(logged_in)
-    assert not publish(request_, exported).pushed.changed, "but for its parents it is there"
+    assert not publish(dataclasses.replace(request_, exported=exported)).pushed.changed, (
+        "but for its parents it is there"
+    )
     assert num_sent(logged_in) == sent
     assert the_hub.pull(REPO).manifest == second.manifest, "all files are as it lists them"
 
@@ -169,12 +173,12 @@ def test_hub_branch_gets_its_own_version(
     first = publish(request_)
     seal(exported, round=8)
     on_branch = dataclasses.replace(request_, revision="trial")
-    second = publish(on_branch, exported)
+    second = publish(dataclasses.replace(on_branch, exported=exported))
     assert second.manifest.parents[0].revision == first.pushed.revision
     branches = logged_in.repo(REPO).branches
     assert branches == {"main": first.pushed.revision, "trial": second.pushed.revision}
     seal(exported, round=9)
-    third = publish(on_branch, exported)
+    third = publish(dataclasses.replace(on_branch, exported=exported))
     assert third.manifest.parents[0].revision == second.pushed.revision
 
 
@@ -194,11 +198,11 @@ def test_hub_signature_is_of_what_was_pushed(
     assert not publish(signed).pushed.changed
     assert not publish(request_).pushed.changed, "a signature that is there stays"
     seal(exported, round=8)
-    publish(signed, exported)
+    publish(dataclasses.replace(signed, exported=exported))
     files = on_hub(logged_in)
     assert signing.verify(files[MANIFEST_FILE], files[SIGNATURE_FILE], public) == public
     seal(exported, round=9)
-    publish(request_, exported)
+    publish(dataclasses.replace(request_, exported=exported))
     assert SIGNATURE_FILE not in on_hub(logged_in), "it is not of this version"
     with pytest.raises(StorageError, match="cannot read the signing key"):
         plan(dataclasses.replace(request_, signing_key=tmp_path / "absent.pem"))
@@ -268,9 +272,9 @@ def test_without_the_private_store_nothing_is_published(
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     with pytest.raises(ArtefactError, match=r"no private store at .*moved\.private"):
-        publish(PublishRequest(moved, REPO))
+        publish(request_of(moved, REPO))
     with pytest.raises(ConfigError, match="cannot read config"):
-        publish(PublishRequest(tmp_path / "no_run", REPO))
+        publish(request_of(tmp_path / "no_run", REPO))
     assert logged_in.requests == []
 
 
@@ -279,24 +283,24 @@ def test_a_run_without_private_adapters_needs_no_private_store(
 ) -> None:
     run = run_experiment(tiny.config(tmp_path / "runs", adapters__private__enabled=False))
     shutil.rmtree(RunFolders.of(run).private)
-    assert publish(PublishRequest(run, REPO)).pushed.changed
+    assert publish(request_of(run, REPO)).pushed.changed
     assert "private_basis.safetensors" not in on_hub(logged_in)
 
 
 @pytest.mark.parametrize("kind", ["shared_basis", "taste"])
 def test_a_basis_is_published(kind: str, tiny: Tiny, tmp_path: Path, logged_in: HubDouble) -> None:
     run = run_experiment(tiny.config(tmp_path / "runs", adapters__private__kind=kind))
-    publish(PublishRequest(run, REPO))
+    publish(request_of(run, REPO))
     assert "private_basis.safetensors" in on_hub(logged_in)
     folder = copy_of(run / "shared_adapter", tmp_path / "copy")
     change_tensors(folder, "private_basis.safetensors", lambda t: t.popitem())
     seal(folder)
     with pytest.raises(ArtefactError, match=r"private_basis.safetensors lacks basis\."):
-        publish(PublishRequest(run, REPO), folder)
+        publish(request_of(run, REPO, folder))
     (folder / "private_basis.safetensors").unlink()
     seal(folder, names=[n for n in manifest_of(folder).files if "basis" not in n])
     with pytest.raises(ArtefactError, match=r"private_basis.safetensors is missing"):
-        publish(PublishRequest(run, REPO), folder)
+        publish(request_of(run, REPO, folder))
 
 
 def test_hub_run_may_be_named_by_a_link(
@@ -306,9 +310,9 @@ def test_hub_run_may_be_named_by_a_link(
     folder = copy_of(run / "shared_adapter", tmp_path / "copy")
     in_a_plot(folder, numbers_as(some_b(a_private_state(private)), torch.float32))
     seal(folder)
-    request = PublishRequest(tmp_path / "latest", REPO)
+    request = request_of(tmp_path / "latest", REPO)
     with pytest.raises(PrivateLeakError):
-        publish(request, folder)
+        publish(dataclasses.replace(request, exported=folder))
     assert publish(request).pushed.changed
 
 
@@ -317,11 +321,11 @@ def test_hub_gets_no_private_adapter_under_the_shared_one_s_names(
 ) -> None:
     write_private_adapter(exported, a_private_state(private))
     with pytest.raises(CorruptFileError, match="is not the file that the manifest lists"):
-        publish(request_, exported)
+        publish(dataclasses.replace(request_, exported=exported))
     seal(exported)
     read_artefact(exported)  # in form it is a shared adapter
     with pytest.raises(PrivateLeakError, match=r"adapter_model.safetensors of 1 client\)"):
-        publish(request_, exported)
+        publish(dataclasses.replace(request_, exported=exported))
     assert logged_in.requests == []
 
 
@@ -334,11 +338,11 @@ def test_hub_gets_no_private_adapter_that_peft_wrote(
     save_both_with_peft(assembly, state, exported)
     assert (exported / "private" / ADAPTER_FILE).is_file()
     with pytest.raises(PrivateLeakError, match=r"private/adapter_model.safetensors of 1 client"):
-        publish(request_, exported)
+        publish(dataclasses.replace(request_, exported=exported))
     by_itself = exported / "private"
     for folder in (by_itself, exported / "shared"):
         with pytest.raises(ArtefactError, match=r"nothing was sent|has no pfm_manifest\.json"):
-            publish(request_, folder)
+            publish(dataclasses.replace(request_, exported=folder))
     # With everything around it that belongs to a shared adapter.
     shutil.copytree(run / "shared_adapter", by_itself, dirs_exist_ok=True)
     for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
@@ -347,7 +351,7 @@ def test_hub_gets_no_private_adapter_that_peft_wrote(
         shutil.copy(assembly_model / "private" / name, by_itself / name)
     seal(by_itself)
     with pytest.raises(PrivateLeakError, match=r"adapter_model\.safetensors"):
-        publish(request_, by_itself)
+        publish(dataclasses.replace(request_, exported=by_itself))
     assert logged_in.requests == []
 
 
@@ -360,7 +364,7 @@ def test_hub_script_shows_what_it_would_push_and_sends_nothing(
     options = ("--runs", run.parent, "--repo", REPO, "--dry-run", "--tag", "v1", "--public")
     shown = run_script("push_adapter.py", *options, capsys=capsys)
     assert (shown.code, shown.err) == (0, "")
-    planned = plan(PublishRequest(run, REPO))
+    planned = plan(request_of(run, REPO))
     for file in planned:
         (line,) = [line for line in shown.out.splitlines() if line.startswith(f"{file.name} ")]
         assert line.split()[1:] == [f"{file.size:,}", file.sha256]

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from pfm_llm import reporting
-from pfm_llm.assembly import Assembly, Corpus, RunFolders, assemble, load_corpus
+from pfm_llm.assembly import Assembly, Corpus, assemble, load_corpus
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.choices import SplitKind
@@ -27,6 +27,7 @@ from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split, TrainData
 from pfm_llm.experiment import make_federation
 from pfm_llm.federation.rounds import run_rounds
+from pfm_llm.folders import RunFolders
 from pfm_llm.text.encoding import NO_TARGET
 from tests.integration.leaks import files_below
 from tests.integration.tiny import TITLES, Tiny, alone, write_items

@@ -20,12 +20,15 @@ import pytest
 import torch
 
 from pfm_llm import reporting
-from pfm_llm.assembly import Assembly, RunFolders, assemble, load_corpus
+from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base import files
+from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.choices import PrivateKind
 from pfm_llm.experiment import run_experiment
-from pfm_llm.protocol.types import ClientUpdate
+from pfm_llm.export import Exported
+from pfm_llm.folders import RunFolders
+from pfm_llm.protocol.types import ClientUpdate, PrivateState
 from pfm_llm.server.server import Server
 from tests.integration.leaks import DTYPES, Hunt, files_below
 from tests.integration.tiny import TITLES, Tiny, alone
@@ -242,13 +245,16 @@ def logged_as(form: Callable[[torch.Tensor], Any]) -> Leak:
     return install
 
 
-def beside_the_export(write: Callable[[Path, Assembly, str], Any]) -> Leak:
+def beside_the_export(write: Callable[[Path, Exported, PrivateState], Any]) -> Leak:
     def install(patch: pytest.MonkeyPatch) -> None:
         export = reporting.export_shared_adapter
 
-        def leaky(assembly: Assembly, folder: Path, *args: Any) -> None:
-            export(assembly, folder, *args)
-            write(folder, assembly, assembly.store.client_ids()[0])
+        def leaky(what: Exported, folder: Path, *args: Any) -> None:
+            export(what, folder, *args)
+            store = PrivateStore(RunFolders.of(folder.parent).private)
+            state = store.load_personalised(store.client_ids()[0])
+            assert state is not None
+            write(folder, what, state)
 
         patch.setattr(reporting, "export_shared_adapter", leaky)
 
@@ -256,28 +262,22 @@ def beside_the_export(write: Callable[[Path, Assembly, str], Any]) -> Leak:
 
 
 def as_dtype(dtype: torch.dtype) -> Leak:
-    def write(folder: Path, assembly: Assembly, client_id: str) -> None:
-        state = assembly.store.load_personalised(client_id)
-        assert state is not None
+    def write(folder: Path, what: Exported, state: PrivateState) -> None:
         tensors = {name: value.to(dtype) for name, value in state.tensors.items()}
         files.write_tensors(folder / "optimizer.safetensors", tensors)
 
     return beside_the_export(write)
 
 
-def as_json(folder: Path, assembly: Assembly, client_id: str) -> None:
-    state = assembly.store.load_personalised(client_id)
-    assert state is not None
+def as_json(folder: Path, what: Exported, state: PrivateState) -> None:
     numbers = {name: value.tolist() for name, value in state.tensors.items()}
     files.write_json(folder / "notes.json", numbers)
 
 
-def naive_push(folder: Path, assembly: Assembly, client_id: str) -> None:
+def naive_push(folder: Path, what: Exported, state: PrivateState) -> None:
     """What `save_pretrained` and `push_to_hub` write unless they are told otherwise."""
-    state = assembly.store.load_personalised(client_id)
-    assert state is not None
-    model = assembly.parts.adapter.peft_model()
-    assembly.parts.adapter.load_private(model, state.tensors, assembly.parts.shared.tensors)
+    model = what.parts.adapter.peft_model()
+    what.parts.adapter.load_private(model, state.tensors, what.parts.shared.tensors)
     model.save_pretrained(str(folder))
 
 

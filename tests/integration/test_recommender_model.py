@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pfm_llm.artefact import MANIFEST_FILE, Manifest, read_artefact
-from pfm_llm.assembly import RunFolders, assemble, load_corpus
+from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.base.errors import (
     ArtefactError,
@@ -23,6 +23,7 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.schema import load_config
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.experiment import load_shared, run_experiment
+from pfm_llm.folders import RunFolders
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.recommender_model import RecommenderModel

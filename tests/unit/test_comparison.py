@@ -11,7 +11,7 @@ from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.protocol.types import Mode
 from pfm_llm.ranking import Ranks
-from pfm_llm.run_report import write_results
+from pfm_llm.results import write_results
 from tests.suite_double import row
 
 CONFIG = ExperimentConfig(name="paired")

@@ -22,7 +22,7 @@ from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.ranking import Ranks
-from pfm_llm.run_report import ResultRow
+from pfm_llm.results import ResultRow
 from pfm_llm.text.encoding import NO_LABEL
 from tests.conftest import TinyAssembly
 from tests.tiny_models import stirred

@@ -26,11 +26,12 @@ LAYERS = [line.split() for line in """
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 # The modules that have not moved into their package yet.
 PLACES = {module: line.split()[0] for line in """
-    evaluation evaluation ranking scoring metrics comparison run_report result_tables baselines
+    evaluation evaluation ranking scoring metrics comparison results result_tables baselines
     evaluation personality
     publish alignment artefact export staging leak_search model_card publishing signing hub
-    publish versions assembly
-    runs experiment reporting plots private_weight study serving recommender_model
+    publish versions
+    runs assembly folders publication environment experiment reporting plots
+    runs private_weight study serving recommender_model
     suite suite_report readme
 """.strip().splitlines() for module in line.split()[1:]}  # fmt: skip
 

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm import run_report
+from pfm_llm import environment as environment_module
 from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
+from pfm_llm.environment import _git_state, environment
+from pfm_llm.folders import newest_run
 from pfm_llm.protocol.types import Mode
 from pfm_llm.result_tables import results_table, terminal_table
-from pfm_llm.run_report import ResultRow, environment, newest_run, read_results, write_results
+from pfm_llm.results import ResultRow, read_results, write_results
 
 
 def row(method: str = "pfm", mode: str = "shared_only", value: float = 0.1, **other) -> ResultRow:
@@ -332,7 +334,7 @@ def test_environment_names_neither_host_nor_home() -> None:
     text = json.dumps(environment(seed=0, dtype="float32", threads=1, num_processes=1))
     assert os.uname().nodename not in text
     assert str(Path.home()) + "/" not in text
-    assert str(Path(run_report.__file__).parent) not in text
+    assert str(Path(environment_module.__file__).parent) not in text
 
 
 @pytest.fixture
@@ -355,27 +357,27 @@ def test_git_state_is_commit_and_whether_tracked_files_changed(checkout) -> None
     ).stdout.strip()
     code = checkout / "code.py"
     (checkout / "untracked.txt").write_text("")
-    assert run_report._git_state(code) == {"commit": head, "dirty": False}
+    assert _git_state(code) == {"commit": head, "dirty": False}
     code.write_text("x = 2\n")
-    assert run_report._git_state(code) == {"commit": head, "dirty": True}
+    assert _git_state(code) == {"commit": head, "dirty": True}
 
 
 def test_code_that_the_surrounding_checkout_does_not_track_has_no_commit(checkout) -> None:
     installed = checkout / "site-packages" / "code.py"
     installed.parent.mkdir()
     installed.write_text("")
-    assert run_report._git_state(installed) is None
+    assert _git_state(installed) is None
 
 
 def test_git_state_outside_a_checkout_or_without_git_is_none(
     tmp_path, checkout, monkeypatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert run_report._git_state(checkout / "code.py") is None
+    assert _git_state(checkout / "code.py") is None
 
 
 def test_git_variables_of_a_hook_do_not_mislead(checkout, monkeypatch) -> None:
     monkeypatch.setenv("GIT_DIR", "/nowhere")
-    state = run_report._git_state(checkout / "code.py")
+    state = _git_state(checkout / "code.py")
     assert state is not None
     assert state["dirty"] is False

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from pfm_llm import results
 from pfm_llm.base.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
 from pfm_llm.config.schema import load_config, parse_config
-from pfm_llm.run_report import read_results
+from pfm_llm.results import read_results
 from pfm_llm.suite.running import run_suite
 from pfm_llm.suite.status import State, changes, list_text, status_of
 from tests.suite_double import COSTS, GRID, World
@@ -416,13 +417,11 @@ def test_a_missing_figure_fails_the_run_before_more_is_trained(world: World) -> 
 def test_a_disk_that_is_full_ends_no_other_run(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pfm_llm import run_report
-
     def full(path: Path, content: Any) -> None:
         raise StorageError(f"no space left while writing {path}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_report, "write_json", full)
+        patch.setattr(results, "write_json", full)
         failures = world.run()
     assert list(failures) == ["a-s0", "b-s0"]
     assert world.run() == {}

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.assembly import Assembly
+from pfm_llm.client import histories as histories_module
 from pfm_llm.client.histories import LocalWork
 from pfm_llm.client.local_steps import StackedOptimizer
-from pfm_llm.client.trainer import histories as histories_module
 from pfm_llm.client.trainer import plan_chunks
 from pfm_llm.config.choices import Schedule
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
