@@ -70,8 +70,8 @@ def show_plan(request: "PublishRequest") -> None:
     kind = "private" if request.private else "public"
     print(
         f"\nfrom {request.exported} to {request.repo}, branch {request.revision}{tag}; {kind} if "
-        "the repository is new.\nNothing was sent. A push also enters the version before it, if there "
-        "is one, in the manifest."
+        "the repository is new.\nNothing was sent. A push also enters the version before it, if "
+        "there is one, in the manifest."
     )
 
 
