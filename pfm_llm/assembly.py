@@ -18,7 +18,7 @@ from pfm_llm.data.partition import partition
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
-from pfm_llm.evaluation import Evaluator
+from pfm_llm.evaluation.evaluator import Evaluator
 from pfm_llm.folders import RunFolders
 from pfm_llm.model.build import ModelParts, build_model, initial_private
 

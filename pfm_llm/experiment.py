@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pfm_llm import hub, ranking
+from pfm_llm import hub
 from pfm_llm.assembly import Assembly, assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, HubError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, start_processes
-from pfm_llm.baselines import parse_names
 from pfm_llm.config.schema import ExperimentConfig, dump_config, load_config, training_hash
 from pfm_llm.environment import environment
+from pfm_llm.evaluation import ranking
+from pfm_llm.evaluation.baselines import parse_names
 from pfm_llm.export import export_shared_adapter
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunFolders

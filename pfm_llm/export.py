@@ -33,13 +33,13 @@ from pfm_llm.artefact import (
 from pfm_llm.base import files
 from pfm_llm.config.schema import ExperimentConfig, dump_config
 from pfm_llm.data.interactions import Catalogue
+from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.tables import results_table
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.build import ModelParts
 from pfm_llm.model.cohort import BASIS, SHARED_LORA
 from pfm_llm.model_card import CardFacts, model_card, shown_name
 from pfm_llm.protocol.types import Mode, SharedState
-from pfm_llm.result_tables import results_table
-from pfm_llm.results import ResultRow
 
 PLOTS_FOLDER = "plots"
 _EMBEDDED_NOTE = (

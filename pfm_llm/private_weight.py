@@ -12,12 +12,13 @@ from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
-from pfm_llm import evaluation, personality
 from pfm_llm.assembly import Assembly
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.base.processes import Processes
-from pfm_llm.evaluation import UserVectors
+from pfm_llm.evaluation import evaluator as evaluation
+from pfm_llm.evaluation import personality
+from pfm_llm.evaluation.evaluator import UserVectors
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.reporting import measure, validation_task
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.files import read_json
-from pfm_llm.result_tables import results_table
-from pfm_llm.results import read_results
+from pfm_llm.evaluation.results import read_results
+from pfm_llm.evaluation.tables import results_table
 from pfm_llm.suite_report.tables import markdown_table
 
 _TABLE = re.compile(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfm_llm import evaluation, hub, scoring
+from pfm_llm import hub
 from pfm_llm.alignment import start_from
 from pfm_llm.artefact import Artefact, prompt_file
 from pfm_llm.assembly import make_trainer
@@ -22,6 +22,8 @@ from pfm_llm.data import sources
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import partition
 from pfm_llm.data.splits import TrainData
+from pfm_llm.evaluation import evaluator as evaluation
+from pfm_llm.evaluation import scoring
 from pfm_llm.model.batches import collate
 from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.model.cohort import Parts

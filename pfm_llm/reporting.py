@@ -9,20 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from pfm_llm import comparison, evaluation, plots, ranking, result_tables
+from pfm_llm import plots
 from pfm_llm.artefact import Parent
 from pfm_llm.assembly import Assembly
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
 from pfm_llm.base.progress import Progress
-from pfm_llm.baselines import FittedBaseline, fit_baselines
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import like_threshold, method_name
-from pfm_llm.data.candidates import sample_negatives
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import OUR_MODES, EvaluationTask, Measured, UserVectors
+from pfm_llm.evaluation import comparison, ranking
+from pfm_llm.evaluation import evaluator as evaluation
+from pfm_llm.evaluation import tables as result_tables
+from pfm_llm.evaluation.baselines import FittedBaseline, fit_baselines
+from pfm_llm.evaluation.candidates import sample_negatives
+from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured, UserVectors
+from pfm_llm.evaluation.metrics import RANK_METRICS, per_user
+from pfm_llm.evaluation.ranking import Ranks
+from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.export import PLOTS_FOLDER, Exported, export_shared_adapter, trained_from
 from pfm_llm.folders import (
     ENVIRONMENT_FILE,
@@ -31,10 +37,7 @@ from pfm_llm.folders import (
     TABLE_FILE,
     RunFolders,
 )
-from pfm_llm.metrics import RANK_METRICS, per_user
 from pfm_llm.protocol.types import Mode, SharedState
-from pfm_llm.ranking import Ranks
-from pfm_llm.results import ResultRow, write_results
 
 COMPARISONS = "comparisons"
 """Key of ``results.json``: rows of differences, as `comparison.rows_over` makes them."""

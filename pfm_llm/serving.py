@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from pfm_llm import evaluation
 from pfm_llm.base.errors import DataError
+from pfm_llm.evaluation import evaluator as evaluation
 from pfm_llm.experiment import open_run
 from pfm_llm.model.batches import collate
 from pfm_llm.protocol.types import Mode

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from pfm_llm.config.schema import ExperimentConfig, dump_config
-from pfm_llm.results import ResultRow, write_results
+from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.suite.plan import Plan, make_plan
 from pfm_llm.suite.running import Tools, run_suite
 from pfm_llm.suite.scripts import ScriptCall

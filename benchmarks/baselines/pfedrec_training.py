@@ -26,7 +26,7 @@ from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split, TrainData
-from pfm_llm.ranking import headline
+from pfm_llm.evaluation.ranking import headline
 
 GRID = (Settings(), Settings(lr_eta=20.0), Settings(lr_eta=320.0))
 """What ``--grid`` compares on validation; without it the first."""

@@ -14,10 +14,10 @@ from benchmarks.baselines.sasrec_model import NO_TARGET, SasRec, Settings, cut, 
 from pfm_llm.base.errors import DataError, TrainingError
 from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import derive_seed, numpy_generator
-from pfm_llm.baselines import Histories, ScoreMatrix
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split
-from pfm_llm.ranking import headline
+from pfm_llm.evaluation.baselines import Histories, ScoreMatrix
+from pfm_llm.evaluation.ranking import headline
 
 METHOD = "sasrec"
 GRID = (Settings(), Settings(dropout=0.5), Settings(dim=64))

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pfm_llm import evaluation, personality, ranking
 from pfm_llm.assembly import Assembly, make_trainer
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.histories import ClientHistories
@@ -15,7 +14,9 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.settings import like_threshold
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import TrainData
-from pfm_llm.evaluation import EvaluationTask, Evaluator
+from pfm_llm.evaluation import evaluator as evaluation
+from pfm_llm.evaluation import personality, ranking
+from pfm_llm.evaluation.evaluator import EvaluationTask, Evaluator
 from pfm_llm.model.head import ITEM_BIAS
 from pfm_llm.protocol.types import Mode
 from pfm_llm.reporting import measure

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from pfm_llm import comparison, evaluation, personality
 from pfm_llm.config.choices import Task
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import EvaluationTask
+from pfm_llm.evaluation import comparison, personality
+from pfm_llm.evaluation import evaluator as evaluation
+from pfm_llm.evaluation.evaluator import EvaluationTask
+from pfm_llm.evaluation.personality import Bootstrap, Estimate
+from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.experiment import SERVER_FOLDER, OpenedRun, open_run, shared_state
 from pfm_llm.folders import RESULTS_FILE, RunFolders
-from pfm_llm.personality import Bootstrap, Estimate
 from pfm_llm.protocol.types import Mode
 from pfm_llm.reporting import (
     evaluation_task,
@@ -26,7 +28,6 @@ from pfm_llm.reporting import (
     rank_baselines,
     rows_of,
 )
-from pfm_llm.results import ResultRow, read_results, write_results
 from pfm_llm.server.checkpoint import CheckpointStore
 from pfm_llm.study.cold_start import known_by_few, known_by_none
 from pfm_llm.study.served import Served, quality_of

@@ -11,8 +11,8 @@ from typing import Any
 
 from pfm_llm.base.errors import DataError, TrainingError
 from pfm_llm.config.schema import ExperimentConfig, training_hash
+from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.protocol.types import Mode
-from pfm_llm.results import ResultRow, read_results, write_results
 from pfm_llm.suite.plan import POPULARITY, VALIDATION, Plan, Point, SelectConfig, SuiteRun
 
 _FULL = "full"

@@ -20,8 +20,8 @@ from pathlib import Path
 from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, ConfigError, LaunchError, PfmError, TrainingError
 from pfm_llm.config.schema import ExperimentConfig, dump_config, read_yaml
+from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.folders import CONFIG_FILE, RESULTS_FILE
-from pfm_llm.results import ResultRow, read_results, write_results
 from pfm_llm.suite import records
 from pfm_llm.suite.pace import Pace
 from pfm_llm.suite.plan import Plan, Point, SuiteRun

@@ -7,8 +7,8 @@ from typing import Any
 
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.files import read_json
+from pfm_llm.evaluation.results import ResultRow, read_results
 from pfm_llm.protocol.types import Mode
-from pfm_llm.results import ResultRow, read_results
 
 TEST = "test"
 FULL = "full"

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.protocol.types import Mode
-from pfm_llm.results import ResultRow
 from pfm_llm.suite_report.reading import SuiteResult, by_run, read_suite
 
 _NEXT_ITEM, _LIKE = "next_item", "like"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pfm_llm import personality
 from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.config.schema import dump_config, load_config
+from pfm_llm.evaluation import personality
 from pfm_llm.experiment import evaluate_run, open_run, run_experiment
 from pfm_llm.private_weight import WEIGHT_FILE
 from pfm_llm.protocol.types import Mode

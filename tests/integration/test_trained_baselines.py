@@ -16,10 +16,10 @@ from benchmarks.baselines import pfedrec, pfedrec_training, sasrec, sasrec_train
 from pfm_llm.assembly import load_corpus
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.schema import load_config
+from pfm_llm.evaluation.results import read_results
+from pfm_llm.evaluation.tables import results_table
 from pfm_llm.experiment import evaluate_run, run_experiment
 from pfm_llm.folders import RESULTS_FILE
-from pfm_llm.result_tables import results_table
-from pfm_llm.results import read_results
 from scripts._cli import run_safely
 from tests.integration.tiny import Tiny
 

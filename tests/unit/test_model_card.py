@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.tables import results_table
 from pfm_llm.model_card import NO_REPO, CardFacts, addressed_card, model_card
-from pfm_llm.result_tables import results_table
-from pfm_llm.results import ResultRow
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from pfm_llm.base.errors import DataError
+from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.readme import with_fresh_tables
-from pfm_llm.results import ResultRow, write_results
 
 ROOT = Path(__file__).parents[2]
 

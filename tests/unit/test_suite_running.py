@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pfm_llm import results
 from pfm_llm.base.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
 from pfm_llm.config.schema import load_config, parse_config
-from pfm_llm.results import read_results
+from pfm_llm.evaluation import results
+from pfm_llm.evaluation.results import read_results
 from pfm_llm.suite.running import run_suite
 from pfm_llm.suite.status import State, changes, list_text, status_of
 from tests.suite_double import COSTS, GRID, World

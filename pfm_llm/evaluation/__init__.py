@@ -1,0 +1,1 @@
+"""Honest ranking: metrics, baselines, comparisons, what a private part is worth."""

@@ -1,0 +1,185 @@
+"""Fit baselines on train, each with the hyperparameters that are best on validation."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+
+from pfm_llm.base.errors import ConfigError
+from pfm_llm.evaluation.baselines.common import Baseline, Histories, ScoreMatrix, Scorer
+from pfm_llm.evaluation.baselines.ease import Ease
+from pfm_llm.evaluation.baselines.ease_markov import EaseMarkov, mixtures
+from pfm_llm.evaluation.baselines.item_knn import ItemKnn
+from pfm_llm.evaluation.baselines.markov import MarkovRecency
+from pfm_llm.evaluation.baselines.popularity import Popularity
+from pfm_llm.evaluation.metrics import mean_over_users, ndcg
+from pfm_llm.evaluation.scoring import full_ranks
+
+EASE_WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Weights of EASE that ``ease_markov`` tries."""
+
+_SELECTION_K = 10
+_QUERIES_AT_ONCE = 512
+
+
+class BaselineName(StrEnum):
+    """The baselines of ``evaluation.baselines``."""
+
+    POPULARITY = "popularity"
+    EASE = "ease"
+    MARKOV_RECENCY = "markov_recency"
+    ITEM_KNN = "item_knn"
+    EASE_MARKOV = "ease_markov"
+
+
+class HeldOutQueries(Protocol):
+    """What choosing hyperparameters needs of a validation set."""
+
+    @property
+    def histories(self) -> Histories:
+        """Per query the item ids that came before."""
+
+    @property
+    def targets(self) -> Histories:
+        """Per query at least one item id that came next, none from its history."""
+
+
+@dataclass(frozen=True)
+class FittedBaseline:
+    """A baseline, ready to score.
+
+    Attributes:
+        name: Its key in ``evaluation.baselines`` and ``results.json``.
+        hyperparameters: As chosen on validation.
+        validation_ndcg: NDCG@10 on validation over the full catalogue.
+    """
+
+    name: BaselineName
+    hyperparameters: Mapping[str, float]
+    validation_ndcg: float
+    _model: Scorer = field(repr=False)
+
+    def score(self, histories: Histories) -> ScoreMatrix:
+        """See `Scorer.score`."""
+        return self._model.score(histories)
+
+
+def fit_baselines(
+    names: Sequence[str],
+    train_histories: Histories,
+    num_items: int,
+    validation: HeldOutQueries,
+) -> list[FittedBaseline]:
+    """Fit baselines on train, each with the hyperparameters that are best on validation.
+
+    Args:
+        names: `BaselineName` values; the result keeps their order.
+        train_histories: Per user the training item ids in order of time.
+        num_items: Size of the catalogue.
+        validation: Where NDCG@10 over the full catalogue is compared; ties keep the setting
+            that comes first in the grid. Seen items are masked.
+
+    Raises:
+        ConfigError: A name is unknown.
+        DataError: The catalogue is too large for a method, or validation is empty.
+    """
+    chosen = parse_names(names)
+    selection = _Selection(train_histories, num_items, validation)
+    return [selection.best(name) for name in chosen]
+
+
+def parse_names(names: Sequence[str]) -> list[BaselineName]:
+    """The baselines of these names.
+
+    Raises:
+        ConfigError: A name is unknown; the message gives the nearest or all valid ones.
+    """
+    return [_parse_name(name) for name in names]
+
+
+class _Selection:
+    """Chooses each baseline once, however often it is asked for or mixed."""
+
+    def __init__(
+        self, train_histories: Histories, num_items: int, validation: HeldOutQueries
+    ) -> None:
+        self._train_histories = train_histories
+        self._num_items = num_items
+        self._validation = validation
+        self._chosen: dict[BaselineName, FittedBaseline] = {}
+
+    def best(self, name: BaselineName) -> FittedBaseline:
+        """The baseline with its best setting."""
+        if name not in self._chosen:
+            mixed = name is BaselineName.EASE_MARKOV
+            self._chosen[name] = self._best_mixture() if mixed else self._best_setting(name)
+        return self._chosen[name]
+
+    def _best_setting(self, name: BaselineName) -> FittedBaseline:
+        def fit(setting: Baseline) -> FittedBaseline:
+            model = setting.fit(self._train_histories, self._num_items)
+            [value] = _validation_ndcg(lambda histories: [model.score(histories)], self._validation)
+            return FittedBaseline(name, model.hyperparameters, value, model)
+
+        # Generators all the way: only the best model so far and the newest are in memory.
+        return max((fit(setting) for setting in _grid(name)), key=lambda made: made.validation_ndcg)
+
+    def _best_mixture(self) -> FittedBaseline:
+        ease, markov = self.best(BaselineName.EASE), self.best(BaselineName.MARKOV_RECENCY)
+        values = _validation_ndcg(
+            lambda histories: mixtures(ease, markov, EASE_WEIGHTS, histories), self._validation
+        )
+        model = EaseMarkov(ease, markov, EASE_WEIGHTS[int(np.argmax(values))])
+        return FittedBaseline(BaselineName.EASE_MARKOV, model.hyperparameters, max(values), model)
+
+
+def _grid(name: BaselineName) -> Iterator[Baseline]:
+    match name:
+        case BaselineName.POPULARITY:
+            yield Popularity()
+        case BaselineName.EASE:
+            for l2 in (50.0, 100.0, 200.0, 500.0, 1000.0):
+                yield Ease(l2)
+        case BaselineName.MARKOV_RECENCY:
+            for decay in (0.7, 0.8, 0.9):
+                for distance_decay, window in ((0.7, 5), (0.9, 10)):
+                    for smoothing in (10.0, 100.0):
+                        yield MarkovRecency(decay, distance_decay, window, smoothing)
+        case BaselineName.ITEM_KNN:
+            for neighbours in (5, 10, 20, 50, 100, 200):
+                for shrinkage in (0.0, 10.0, 100.0):
+                    yield ItemKnn(neighbours, shrinkage)
+        case BaselineName.EASE_MARKOV:
+            raise AssertionError("a mixture has no grid of its own to fit")
+
+
+def _validation_ndcg(
+    score: Callable[[Histories], Iterable[ScoreMatrix]], validation: HeldOutQueries
+) -> list[float]:
+    """NDCG@10 of each of the scorings that ``score`` gives, in their order."""
+    histories, targets = validation.histories, validation.targets
+    values: list[list[np.ndarray]] = []
+    for start in range(0, max(len(targets), 1), _QUERIES_AT_ONCE):
+        part = slice(start, start + _QUERIES_AT_ONCE)
+        batch = [
+            ndcg(full_ranks(scores, histories[part], targets[part]), _SELECTION_K)
+            for scores in score(histories[part])
+        ]
+        values.append(batch)
+    counts = np.array([len(wanted) for wanted in targets], np.int64)
+    queries = np.repeat(np.arange(len(targets)), counts)
+    return [mean_over_users(np.concatenate(each), queries) for each in zip(*values, strict=True)]
+
+
+def _parse_name(name: str) -> BaselineName:
+    try:
+        return BaselineName(name)
+    except ValueError:
+        valid = [known.value for known in BaselineName]
+        nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"valid: {', '.join(valid)}"
+        message = f"evaluation.baselines: unknown baseline {name!r}; {hint}"
+    raise ConfigError(message)

@@ -1,0 +1,374 @@
+"""Ranking held-out items, honestly: full catalogue, seen items masked, ties against us.
+
+Everything is fitted on train. A taste vector is a function of the history that a query shows, as
+are the scores of every method. Before a private adapter of another kind is measured, every client
+takes ``personalise_steps`` on it from the shared state at hand, on its own training history,
+whether it ever was in a cohort or not. At test every method sees train and validation as input
+history; nothing is refitted.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pfm_llm.base.seeding import numpy_generator
+from pfm_llm.client.histories import ClientHistories, History
+from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.client.trainer import LocalTrainer, plan_chunks
+from pfm_llm.client.trunk_cache import TrunkCache
+from pfm_llm.data.splits import HeldOut
+from pfm_llm.evaluation import metrics
+from pfm_llm.evaluation.ranking import Ranks, concatenate, rank_scores
+from pfm_llm.model.batches import ChunkBatch, collate
+from pfm_llm.model.cohort import CohortModel, Parts
+from pfm_llm.protocol.types import Mode, PrivateState, SharedState, Tensors
+from pfm_llm.text.encoding import HistoryEncoder, Window
+
+UserVectors = dict[bool, list[torch.Tensor]]
+"""Of one chunk of clients: with the shared LoRA and without, per client [Q, D]."""
+
+OUR_MODES = (Mode.ZERO_SHOT, Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one evaluation found.
+
+    Attributes:
+        ranks: Per mode.
+        aucs: Per mode each user's AUC of likes, float64 [num_users], users ascending, NaN
+            without both classes; empty without the task ``like``.
+        like_fits: Per mode the mean log-likelihood of each user's labels, beside ``aucs``.
+        choice_fits: The same of what each user met.
+        num_personalised: Users whose private adapter is not zero.
+        num_users: Users evaluated.
+        private_steps: Private gradient steps that were taken for it, over all clients.
+    """
+
+    ranks: Mapping[Mode, Ranks]
+    aucs: Mapping[Mode, np.ndarray]
+    like_fits: Mapping[Mode, np.ndarray]
+    choice_fits: Mapping[Mode, np.ndarray]
+    num_personalised: int
+    num_users: int
+    private_steps: int
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """What to rank with what.
+
+    Attributes:
+        held_out: All queries.
+        negatives: From `candidates.sample_negatives` for ``held_out``.
+        shared: The shared state at hand.
+        round_number: After which round it stands.
+        parts: Per mode which adapters take part; None for zero-shot.
+        keep: Store the personalised adapters with their clients, for serving.
+        liked: Per query whether each target was liked; None: likes are not measured.
+        window_items: Queries show so many of the newest items; None: as many as a window holds.
+    """
+
+    held_out: HeldOut
+    negatives: np.ndarray
+    shared: SharedState
+    round_number: int
+    parts: Mapping[Mode, Parts | None]
+    keep: bool = False
+    liked: tuple[np.ndarray, ...] | None = None
+    window_items: int | None = None
+
+    @property
+    def uses_private(self) -> bool:
+        """Whether a private adapter takes part in any mode."""
+        return any(parts is not None and parts.private_weight for parts in self.parts.values())
+
+    @functools.cached_property
+    def query_of(self) -> Mapping[int, int]:
+        """User to index of the query in ``held_out``."""
+        return {int(user): index for index, user in enumerate(self.held_out.users)}
+
+
+@dataclass(frozen=True)
+class ChunkRanks:
+    """What one chunk of clients contributes; see `Measured`. ``users`` are those of ``aucs``."""
+
+    ranks: Mapping[Mode, Ranks]
+    users: np.ndarray
+    aucs: Mapping[Mode, np.ndarray]
+    like_fits: Mapping[Mode, np.ndarray]
+    choice_fits: Mapping[Mode, np.ndarray]
+    num_personalised: int
+    private_steps: int
+
+
+@dataclass(frozen=True)
+class ChunkScores:
+    """Scores of the queries of one chunk of clients.
+
+    Attributes:
+        order: The queries' indices in the held-out split, by client.
+        queries_per_client: How many of them each client of the chunk has.
+        scores: Per mode float32 [Q, I].
+        private: Stacked private tensors [C, ...] that took part; empty without any.
+        stacked: These beside the shared ones.
+    """
+
+    order: tuple[int, ...]
+    queries_per_client: tuple[int, ...]
+    scores: Mapping[Mode, np.ndarray]
+    private: Mapping[str, torch.Tensor]
+    stacked: Mapping[str, torch.Tensor]
+
+
+class Evaluator:
+    """Ranks the held-out items of clients with our model in its modes.
+
+    Args:
+        model: The many-clients model.
+        trainer: For personalisation.
+        histories: The clients and their training windows.
+        encoder: Renders queries.
+        cache: Trunk states of queries; they too stay with the client.
+        store: The clients' private folders.
+    """
+
+    def __init__(
+        self,
+        model: CohortModel,
+        trainer: LocalTrainer,
+        histories: ClientHistories,
+        encoder: HistoryEncoder,
+        cache: TrunkCache,
+        store: PrivateStore,
+    ) -> None:
+        self._model = model
+        self._trainer = trainer
+        self._histories = histories
+        self._encoder = encoder
+        self._cache = cache
+        self._store = store
+
+    def chunks(self, task: EvaluationTask, tokens_per_chunk: int) -> list[tuple[str, ...]]:
+        """The clients to evaluate, grouped; equal on every process."""
+        clients = {self._histories.client_of(int(user)) for user in task.held_out.users}
+
+        def num_tokens(client_id: str) -> int:
+            lengths = [len(window.tokens) for _, window in self._queries(client_id, task)]
+            return max(self._trainer.personalise_tokens(client_id), len(lengths) * max(lengths))
+
+        return plan_chunks(clients, num_tokens, tokens_per_chunk)
+
+    def rank_chunk(
+        self,
+        chunk: Sequence[str],
+        task: EvaluationTask,
+        private: Mapping[str, torch.Tensor] | None = None,
+        known: UserVectors | None = None,
+    ) -> ChunkRanks:
+        """Rank the targets of some clients' users; queries of other clients are passed over.
+
+        Args:
+            chunk: Client ids.
+            task: What to rank with what.
+            private: Stacked private tensors [C, ...] to serve them with; None: each client's own,
+                personalised now.
+            known: What earlier calls with this chunk, task and shared state have read out; it is
+                used and added to.
+        """
+        scored = self.score_chunk(chunk, task, private, known)
+        counts = scored.queries_per_client
+        ranks, aucs, likes, choices = {}, {}, {}, {}
+        held_out = task.held_out
+        histories, targets = (
+            [items[q] for q in scored.order] for items in (held_out.histories, held_out.targets)
+        )
+        for mode, parts in task.parts.items():
+            scores = scored.scores[mode]
+            ranks[mode] = rank_scores(scores, held_out, scored.order, task.negatives)
+            if task.liked is not None and parts is not None:
+                choices[mode] = metrics.per_user_choice_log_likelihood(scores, histories, targets)
+                aucs[mode], likes[mode] = self._likes(task, scored, parts)
+        personalised = private is None and bool(scored.private)
+        return ChunkRanks(
+            ranks=ranks,
+            users=held_out.users[list(scored.order)],
+            aucs=aucs,
+            like_fits=likes,
+            choice_fits=choices,
+            num_personalised=_count_non_zero(scored.private, counts),
+            private_steps=self._trainer.personalise_steps(chunk) if personalised else 0,
+        )
+
+    def score_chunk(
+        self,
+        chunk: Sequence[str],
+        task: EvaluationTask,
+        private: Mapping[str, torch.Tensor] | None = None,
+        known: UserVectors | None = None,
+    ) -> ChunkScores:
+        """Score the catalogue for the queries of some clients; see `rank_chunk`."""
+        queries = [self._queries(client_id, task) for client_id in chunk]
+
+        @functools.cache
+        def batch() -> ChunkBatch:
+            return self._collate(chunk, [[window for _, window in own] for own in queries])
+
+        if private is None:
+            private = {}
+            if task.uses_private:
+                private = self._personalised(chunk, task)
+                if task.keep:
+                    self._keep(chunk, private, task.round_number)
+        stacked = self._trainer.stack(task.shared, private, len(chunk))
+        known = {} if known is None else known
+        scores = {}
+        for mode, parts in task.parts.items():
+            if parts is None:
+                found = self._model.zero_shot_scores(batch())
+            else:
+                vectors = self._read(batch, stacked, parts, known)
+                found = self._model.score_vectors(vectors, stacked, parts)
+            scores[mode] = found.cpu().numpy()
+        return ChunkScores(
+            order=tuple(index for own in queries for index, _ in own),
+            queries_per_client=tuple(len(own) for own in queries),
+            scores=scores,
+            private=private,
+            stacked=stacked,
+        )
+
+    def _read(
+        self, batch: Callable[[], ChunkBatch], stacked: Tensors, parts: Parts, known: UserVectors
+    ) -> list[torch.Tensor]:
+        """User vectors; those that do not depend on what is private are read out once."""
+        if not self._trainer.reads_histories:
+            return self._model.user_vectors(batch(), stacked, parts)
+        if parts.shared_lora not in known:
+            known[parts.shared_lora] = self._model.user_vectors(batch(), stacked, parts)
+        return known[parts.shared_lora]
+
+    def _personalised(self, chunk: Sequence[str], task: EvaluationTask) -> dict[str, torch.Tensor]:
+        """Private tensors [C, ...], fitted now.
+
+        A taste vector is read off the history that the query shows, as every method's scores
+        are; what takes gradient steps is fitted to the training history, as all training is.
+        """
+        if not self._trainer.reads_histories:
+            return self._trainer.personalise(chunk, task.shared, task.round_number)
+        items, ratings = task.held_out.histories, task.held_out.history_ratings
+        shown: list[History | None] = [None] * len(chunk)
+        for c, client_id in enumerate(chunk):
+            for q in self._query_indices(client_id, task):
+                shown[c] = History(items[q], ratings[q] if ratings else None)
+        return self._trainer.fit_taste(chunk, task.shared, shown)
+
+    def _likes(
+        self, task: EvaluationTask, scored: ChunkScores, parts: Parts
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """AUC and log-likelihood of each query, in the order in which they were scored."""
+        assert task.liked is not None
+        logits = self._model.like_logits(scored.stacked, parts).cpu().numpy()
+        counts = scored.queries_per_client
+        rows = np.repeat(np.arange(len(counts)), counts)
+        targets = task.held_out.targets
+        scores = [logits[c][targets[q]] for c, q in zip(rows, scored.order, strict=True)]
+        liked = [task.liked[q] for q in scored.order]
+        return metrics.per_user_auc(scores, liked), metrics.per_user_log_likelihood(scores, liked)
+
+    def _queries(self, client_id: str, task: EvaluationTask) -> list[tuple[int, Window]]:
+        """A client's queries: index in ``held_out``, and window."""
+        histories, ratings = task.held_out.histories, task.held_out.history_ratings
+        indices = self._query_indices(client_id, task)
+        newest = slice(-task.window_items if task.window_items else None, None)
+        return [
+            (
+                q,
+                self._encoder.query_window(
+                    histories[q][newest], ratings[q][newest] if ratings else None
+                ),
+            )
+            for q in indices
+        ]
+
+    def _query_indices(self, client_id: str, task: EvaluationTask) -> list[int]:
+        users = self._histories.clients[client_id].users
+        return [task.query_of[user] for user in users if user in task.query_of]
+
+    def _collate(self, chunk: Sequence[str], windows: Sequence[Sequence[Window]]) -> ChunkBatch:
+        # A query is a cache entry of its own: it stays when the user's other queries change.
+        states = [
+            [self._cache.states([window], client_id)[0] for window in own]
+            for client_id, own in zip(chunk, windows, strict=True)
+        ]
+        return collate(windows, states, last_only=True)
+
+    def _keep(
+        self, chunk: Sequence[str], private: Mapping[str, torch.Tensor], round_number: int
+    ) -> None:
+        for c, client_id in enumerate(chunk):
+            tensors = {name: value[c].cpu() for name, value in private.items()}
+            self._store.save_personalised(PrivateState(client_id, round_number, tensors))
+
+
+def parts_of(modes: Sequence[Mode], private_weight: float) -> dict[Mode, Parts | None]:
+    """Which adapters take part in each mode; None for zero-shot.
+
+    Args:
+        modes: Some of `OUR_MODES`.
+        private_weight: Factor on the private adapter where it is on.
+    """
+    table: dict[Mode, Parts | None] = {
+        Mode.ZERO_SHOT: None,
+        Mode.SHARED_ONLY: Parts(shared_lora=True, private_weight=0.0),
+        Mode.PRIVATE_ONLY: Parts(shared_lora=False, private_weight=private_weight),
+        Mode.SHARED_PRIVATE: Parts(shared_lora=True, private_weight=private_weight),
+    }
+    return {mode: table[mode] for mode in modes}
+
+
+def combine(parts: Sequence[ChunkRanks]) -> Measured:
+    """Put the parts of all chunks together."""
+    modes = list(parts[0].ranks) if parts else []
+    ranks = {mode: concatenate([part.ranks[mode] for part in parts]) for mode in modes}
+    by_user = np.argsort(np.concatenate([part.users for part in parts])) if parts else None
+
+    def joined(name: str) -> dict[Mode, np.ndarray]:
+        found = [getattr(part, name) for part in parts]
+        modes = found[0] if found else ()
+        return {mode: np.concatenate([one[mode] for one in found])[by_user] for mode in modes}
+
+    num_users = len(np.unique(next(iter(ranks.values())).users)) if ranks else 0
+    return Measured(
+        ranks=ranks,
+        aucs=joined("aucs"),
+        like_fits=joined("like_fits"),
+        choice_fits=joined("choice_fits"),
+        num_personalised=sum(part.num_personalised for part in parts),
+        num_users=num_users,
+        private_steps=sum(part.private_steps for part in parts),
+    )
+
+
+def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut:
+    """A fixed random sample of the queries; all of them when ``max_users`` is None."""
+    count = len(held_out.users)
+    if max_users is None or max_users >= count:
+        return held_out
+    generator = numpy_generator(seed, f"evaluated users/{held_out.name}")
+    kept = np.sort(generator.choice(count, max_users, replace=False))
+    return held_out.take(kept)
+
+
+def _count_non_zero(private: Mapping[str, torch.Tensor], users: Sequence[int]) -> int:
+    # Without B, or with a taste vector of zero, nothing changes; A alone is random.
+    changes = [
+        value.flatten(1).ne(0).any(1) for name, value in private.items() if not name.endswith(".A")
+    ]
+    if not changes:
+        return 0
+    active = torch.stack(changes).any(0).tolist()
+    return sum(count for count, is_active in zip(users, active, strict=True) if is_active)

@@ -1,0 +1,64 @@
+"""New items: how well what nobody met in training is ranked, and what a private adapter adds."""
+
+import numpy as np
+
+from pfm_llm.base.errors import DataError
+from pfm_llm.evaluation.metrics import FloatArray, IntArray, per_user
+from pfm_llm.evaluation.personality.estimates import Bootstrap, Estimate, estimate, user_quality
+
+
+def new_item_figures(
+    own: IntArray,
+    shared: IntArray,
+    users: IntArray,
+    num_candidates: IntArray,
+    is_new: np.ndarray,
+    bootstrap: Bootstrap,
+) -> dict[str, Estimate]:
+    """Log-rank quality on new items: with the private adapter, without it, and above chance.
+
+    Definition, over the targets N(u) of user u that occur in nobody's training history:
+    ``mean_u mean_{t in N(u)} -ln(rank(t))``; a user without such a target is left out. Chance is
+    a random order of the n candidates, ``-(1/n) sum_{k=1..n} ln k``. Range: that of a log-rank,
+    or of a difference of two. Nothing was learned of these items' IDs: what tells them apart is
+    their text.
+
+    Args:
+        own: int64 [T], ranks of all targets with the private adapter, from 1.
+        shared: int64 [T], the same with the shared adapter alone.
+        users: int64 [T], whose target each is.
+        num_candidates: int64 [T], how many items it was ranked among, itself included.
+        is_new: bool [T], whether nobody met it in training.
+        bootstrap: How to make the intervals.
+
+    Returns:
+        ``new_items``, the gain; ``new_items_over_chance``; ``new_items_shared`` and
+        ``new_items_own``, the two qualities. Empty where no target is new.
+
+    Raises:
+        ConfigError: ``bootstrap`` is out of range.
+        DataError: Lengths differ.
+    """
+    lengths = {len(values) for values in (own, shared, users, num_candidates, is_new)}
+    if len(lengths) > 1:
+        raise DataError(f"new items: arrays of lengths {sorted(lengths)}; give one entry a target")
+    if not is_new.any():
+        return {}
+    own, shared, users = own[is_new], shared[is_new], users[is_new]
+    mine = user_quality("log_rank", own, users)
+    theirs = user_quality("log_rank", shared, users)
+    chance, _ = per_user(_chance(num_candidates[is_new]), users)
+    figures = {
+        "new_items": mine - theirs,
+        "new_items_over_chance": mine - chance,
+        "new_items_shared": theirs,
+        "new_items_own": mine,
+    }
+    return {name: estimate(values, bootstrap) for name, values in figures.items()}
+
+
+def _chance(num_candidates: IntArray) -> FloatArray:
+    """Mean of -ln(rank) over all ranks, for each number of candidates."""
+    sums = np.cumsum(np.log(np.arange(1, num_candidates.max() + 1)))
+    means: FloatArray = -sums[num_candidates - 1] / num_candidates
+    return means

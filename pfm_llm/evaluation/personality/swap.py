@@ -1,0 +1,84 @@
+"""Swap: users served with strangers' private adapters, to see whether their own is personal."""
+
+import numpy as np
+
+from pfm_llm.base.errors import DataError
+from pfm_llm.evaluation.metrics import FloatArray
+from pfm_llm.evaluation.personality.estimates import ROUNDING, Bootstrap, Estimate, estimate
+
+
+def swap_loss(quality: str, served: FloatArray, bootstrap: Bootstrap) -> dict[str, Estimate]:
+    """What a stranger's private adapter costs.
+
+    Definition, with q(u, v) the quality of user u served with v's private adapter and S
+    strangers v drawn for u: ``mean_u [q(u, u) - mean_v q(u, v)]``. Range: that of a difference
+    of the quality, [-1, 1] for NDCG and AUC. Positive: a user's own adapter serves better than
+    a stranger's, so what it holds is personal.
+
+    Args:
+        quality: Name of the quality, such as ``log_rank``, ``auc`` or ``log_likelihood``.
+        served: float64 [U, 1 + S], the quality per user (more is better, see
+            `estimates.user_quality`): column 0 with the own adapter, then with the strangers'.
+            A user with NaN in the row is left out.
+        bootstrap: How to make the interval.
+
+    Returns:
+        ``swap_<quality>``.
+
+    Raises:
+        ConfigError: ``bootstrap`` is out of range.
+        DataError: There is no stranger, or no user is left.
+    """
+    whole = _whole_rows(served)
+    return {f"swap_{quality}": estimate(whole[:, 0] - whole[:, 1:].mean(axis=1), bootstrap)}
+
+
+def identification(served: FloatArray, bootstrap: Bootstrap, by: str = "") -> dict[str, Estimate]:
+    """How often the own private adapter is the best of all that were tried.
+
+    Definition: the share of users u with q(u, u) > q(u, v) for all S strangers v; a tie counts
+    against us. Range: [0, 1], and 1 / (1 + S) by chance (`identification_chance`), or less with
+    ties. More: an adapter can be told from its user's taste alone. Prefer a quality without
+    many ties: ``log_rank``, or the ``log_likelihood`` of likes.
+
+    Args:
+        served: float64 [U, 1 + S]; see `swap_loss`.
+        bootstrap: How to make the interval.
+        by: Names the quality where it is another than the task's usual one.
+
+    Returns:
+        ``identification``, or ``identification_<by>``.
+
+    Raises:
+        ConfigError: ``bootstrap`` is out of range.
+        DataError: There is no stranger, or no user is left.
+    """
+    whole = _whole_rows(served)
+    is_best = whole[:, 0] > whole[:, 1:].max(axis=1) + ROUNDING
+    name = f"identification_{by}" if by else "identification"
+    return {name: estimate(is_best.astype(np.float64), bootstrap)}
+
+
+def identification_chance(num_strangers: int) -> float:
+    """1 / (1 + S): what `identification` is when adapters are interchangeable and never tie.
+
+    Raises:
+        DataError: There is no stranger.
+    """
+    if num_strangers < 1:
+        raise DataError(f"{num_strangers} strangers: a swap needs at least 1")
+    return 1.0 / (1 + num_strangers)
+
+
+def _whole_rows(served: FloatArray) -> FloatArray:
+    """The rows without NaN, float64 [users, 1 + S]."""
+    served = np.asarray(served, np.float64)
+    if served.ndim != 2 or served.shape[1] < 2:
+        raise DataError(
+            f"swap qualities of shape {served.shape}: give a row per user, with the own adapter "
+            "and at least 1 stranger's"
+        )
+    whole: FloatArray = served[~np.isnan(served).any(axis=1)]
+    if not len(whole):
+        raise DataError("swap: no user has all qualities; leave this measure out, or give users")
+    return whole

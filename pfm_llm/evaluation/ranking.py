@@ -1,0 +1,180 @@
+"""From scores to ranks of held-out items, and from ranks to rows of results."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pfm_llm.base.errors import DataError
+from pfm_llm.config.schema import EvaluationConfig
+from pfm_llm.data.splits import HeldOut
+from pfm_llm.evaluation import metrics, scoring
+from pfm_llm.evaluation.baselines import FittedBaseline
+from pfm_llm.evaluation.results import ResultRow
+
+FULL = "full"
+METRICS: dict[str, type[metrics.RankMetric]] = {
+    "ndcg": metrics.Ndcg,
+    "hit_rate": metrics.HitRate,
+    "mrr": metrics.Mrr,
+}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of all targets of some queries, from 1.
+
+    Attributes:
+        users: int64 [T], whose target each is.
+        full: int64 [T], rank among the full catalogue without seen items.
+        sampled: int64 [T], rank among the target and its sampled negatives.
+    """
+
+    users: np.ndarray
+    full: np.ndarray
+    sampled: np.ndarray
+
+
+def rank_scores(
+    scores: np.ndarray, held_out: HeldOut, queries: Sequence[int], negatives: np.ndarray
+) -> Ranks:
+    """Rank the targets of some queries.
+
+    Args:
+        scores: float [Q, I], a row per query.
+        held_out: Where the queries are from.
+        queries: int [Q], their indices in it.
+        negatives: int [all targets of ``held_out``, num_negatives].
+    """
+    histories = [held_out.histories[q] for q in queries]
+    targets = [held_out.targets[q] for q in queries]
+    starts = np.concatenate([[0], np.cumsum([len(t) for t in held_out.targets])])
+    rows = np.concatenate([np.arange(starts[q], starts[q + 1]) for q in queries])
+    users = np.concatenate([np.full(len(held_out.targets[q]), held_out.users[q]) for q in queries])
+    return Ranks(
+        users=users.astype(np.int64),
+        full=scoring.full_ranks(scores, histories, targets),
+        sampled=scoring.sampled_ranks(scores, targets, negatives[rows]),
+    )
+
+
+def rank_baseline(
+    baseline: FittedBaseline, held_out: HeldOut, negatives: np.ndarray, batch: int = 1024
+) -> Ranks:
+    """Rank all targets with a baseline."""
+
+    def score(queries: Sequence[int]) -> np.ndarray:
+        return np.asarray(baseline.score([held_out.histories[q] for q in queries]))
+
+    return rank_all(score, held_out, negatives, batch)
+
+
+def rank_all(
+    score: Callable[[Sequence[int]], np.ndarray],
+    held_out: HeldOut,
+    negatives: np.ndarray,
+    batch: int = 1024,
+) -> Ranks:
+    """Rank all targets of a split.
+
+    Args:
+        score: Indices of queries to their scores, float [queries, I].
+        held_out: The queries.
+        negatives: See `rank_scores`.
+        batch: How many queries are scored at once.
+    """
+    parts = []
+    for start in range(0, len(held_out.users), batch):
+        queries = range(start, min(start + batch, len(held_out.users)))
+        parts.append(rank_scores(score(queries), held_out, queries, negatives))
+    return concatenate(parts)
+
+
+def headline(ranks: Ranks, k: int = 10) -> dict[str, float]:
+    """NDCG and hit rate at k over the full catalogue, for the log of a run."""
+    figures: dict[str, float] = {}
+    for metric in (metrics.Ndcg(k), metrics.HitRate(k)):
+        figures |= metric.compute(ranks=ranks.full, groups=ranks.users) or {}
+    return figures
+
+
+def result_rows(
+    ranks: Ranks, describe: Callable[..., ResultRow], config: EvaluationConfig, seed: int
+) -> list[ResultRow]:
+    """Rows for ``results.json``: every metric, k and set of candidates, with intervals.
+
+    Args:
+        ranks: What was measured.
+        describe: Makes a row from ``candidates, metric, k, value, ci_low, ci_high, num_users``.
+        config: Cut-offs and bootstrap.
+        seed: The experiment's seed.
+    """
+    rows = []
+    for candidates, values in (
+        (FULL, ranks.full),
+        (f"sampled{config.num_negatives}", ranks.sampled),
+    ):
+        for name, metric in METRICS.items():
+            for k in config.ks:
+                computed = metric(k).compute(ranks=values, groups=ranks.users)
+                assert computed is not None
+                own, users = metrics.per_user(metrics.RANK_METRICS[name](values, k), ranks.users)
+                low, high = metrics.bootstrap_interval(
+                    own, config.bootstrap, config.confidence, seed
+                )
+                rows.append(
+                    describe(
+                        candidates=candidates,
+                        metric=name,
+                        k=k,
+                        value=computed[f"{name}@{k}"],
+                        ci_low=low,
+                        ci_high=high,
+                        num_users=len(users),
+                    )
+                )
+    return rows
+
+
+def auc_row(
+    aucs: np.ndarray, describe: Callable[..., ResultRow], config: EvaluationConfig, seed: int
+) -> ResultRow:
+    """The row of a task of likes: the mean AUC over the users that have both classes.
+
+    Args:
+        aucs: float64 [users], NaN without both classes.
+        describe: As in `result_rows`.
+        config: The same.
+        seed: The same.
+
+    Raises:
+        DataError: No user has both classes.
+    """
+    own = aucs[~np.isnan(aucs)]
+    if not len(own):
+        raise DataError(
+            "no user has both a liked and a disliked held-out item: there is no AUC; raise "
+            "data.held_out, or set data.like_threshold to a rating that divides them"
+        )
+    low, high = metrics.bootstrap_interval(own, config.bootstrap, config.confidence, seed)
+    return describe(
+        candidates=FULL,
+        metric="auc",
+        k=0,
+        value=float(own.mean()),
+        ci_low=low,
+        ci_high=high,
+        num_users=len(own),
+    )
+
+
+def concatenate(parts: Sequence[Ranks]) -> Ranks:
+    """Ranks of several groups of users, ordered by user."""
+    users = np.concatenate([part.users for part in parts])
+    # By user, so that the result does not depend on how the work was divided.
+    order = np.argsort(users, kind="stable")
+    return Ranks(
+        users=users[order],
+        full=np.concatenate([part.full for part in parts])[order],
+        sampled=np.concatenate([part.sampled for part in parts])[order],
+    )

@@ -1,0 +1,172 @@
+"""Result rows as tables, in Markdown and in plain text."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pfm_llm.base.errors import DataError
+from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.protocol.types import Mode
+
+_TEXT_COLUMNS = ("Method", "Mode", "Budget")
+_METRICS = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}
+_FULL = "full"
+_SAMPLED = "sampled"
+
+
+def results_table(
+    rows: Sequence[ResultRow],
+    split: str = "test",
+    ks: Sequence[int] = (10,),
+    confidence: float = 0.95,
+) -> str:
+    """The results as Markdown: baselines first, then the modes; the best of a column in bold.
+
+    Rows of different task, protocol or seed are never put in one table: each such group gets a
+    table of its own. Budgets that differ get a column.
+
+    Args:
+        rows: Measured numbers of any split.
+        split: Which split to show.
+        ks: Cut-offs to show.
+        confidence: What the intervals in the rows cover, for their label.
+
+    Raises:
+        DataError: Two rows fill the same cell.
+    """
+    blocks = []
+    for group in _groups(rows, split):
+        header, body = _grid(group, _columns(group, ks, confidence), "**{}**")
+        rule = ["---" if column in _TEXT_COLUMNS else "---:" for column in header]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
+        how = "whole catalogue ranked unless negatives are named. Best in bold."
+        blocks.append(f"{_caption(group)}; {how}\n\n{table}\n")
+    return "\n".join(blocks) or f"No results on the {split} split.\n"
+
+
+def terminal_table(
+    rows: Sequence[ResultRow],
+    split: str = "test",
+    ks: Sequence[int] = (10,),
+    confidence: float = 0.95,
+) -> str:
+    """`results_table` as aligned plain text; the best of a column is marked with ``*``."""
+    blocks = []
+    for group in _groups(rows, split):
+        header, body = _grid(group, _columns(group, ks, confidence), "*{}")
+        short = [
+            h.replace("Hit rate", "Hit").replace(", ", " /").replace(" neg.", "") for h in header
+        ]
+        how = "whole catalogue ranked; /n: among n sampled negatives; *: best"
+        blocks.append(f"{_caption(group)}\n{how}\n\n{_align(short, body)}\n")
+    return "\n".join(blocks) or f"No results on the {split} split.\n"
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of numbers: which rows it shows, and under what heading."""
+
+    candidates: str
+    metric: str
+    k: int
+    heading: str
+    with_interval: bool
+
+    def shows(self, row: ResultRow) -> bool:
+        return (row.candidates, row.metric, row.k) == (self.candidates, self.metric, self.k)
+
+
+def _groups(rows: Sequence[ResultRow], split: str) -> list[list[ResultRow]]:
+    """Rows of one split, in groups of equal task, protocol and seed, in order of appearance."""
+    groups: dict[tuple[str, str, int], list[ResultRow]] = {}
+    for row in rows:
+        if row.split == split:
+            groups.setdefault((row.task, row.protocol, row.seed), []).append(row)
+    return list(groups.values())
+
+
+def _columns(rows: Sequence[ResultRow], ks: Sequence[int], confidence: float) -> list[_Column]:
+    """The columns that at least one row fills: the full catalogue first, then samples."""
+    candidates = sorted({row.candidates for row in rows}, key=lambda name: (name != _FULL, name))
+    columns = []
+    for name in candidates:
+        for k in ks:
+            for metric, label in _METRICS.items():
+                heading = f"{label}@{k}"
+                with_interval = name == _FULL and metric == "ndcg"
+                if with_interval:
+                    heading += f" [{confidence * 100:g} %]"
+                elif name != _FULL:
+                    heading += f", {name.removeprefix(_SAMPLED)} neg."
+                columns.append(_Column(name, metric, k, heading, with_interval))
+    return [column for column in columns if any(map(column.shows, rows))]
+
+
+def _grid(
+    rows: Sequence[ResultRow], columns: Sequence[_Column], best: str
+) -> tuple[list[str], list[list[str]]]:
+    """Header and body of one table; ``best`` is the format of a column's largest value."""
+    lines: dict[tuple[str, str, str], dict[_Column, ResultRow]] = {}
+    for row, column in itertools.product(rows, columns):
+        if column.shows(row):
+            cells = lines.setdefault((row.method, row.mode, row.budget), {})
+            if column in cells:
+                raise DataError(
+                    f"two results for {row.method}/{row.mode}, {column.heading} on {row.split}; "
+                    "make the table from the rows of one evaluation"
+                )
+            cells[column] = row
+    modes = list(Mode)
+    order = sorted(lines, key=lambda key: (key[1] != Mode.NONE, modes.index(Mode(key[1]))))
+    tops = {
+        column: max(_figure(cells[column]) for cells in lines.values() if column in cells)
+        for column in columns
+    }
+    num_names = 3 if len({budget for _, _, budget in lines}) > 1 else 2
+    header = [*_TEXT_COLUMNS[:num_names], *(column.heading for column in columns)]
+    body = []
+    for key in order:
+        names = [key[0], "-" if key[1] == Mode.NONE else key[1], key[2]][:num_names]
+        body.append([*names, *(_cell(lines[key].get(c), c, tops[c], best) for c in columns)])
+    return header, body
+
+
+def _cell(row: ResultRow | None, column: _Column, top: str, best: str) -> str:
+    if row is None:
+        return "-"
+    figure = _figure(row)
+    text = best.format(figure) if figure == top else figure
+    return f"{text} [{row.ci_low:.4f}, {row.ci_high:.4f}]" if column.with_interval else text
+
+
+def _figure(row: ResultRow) -> str:
+    """The value as shown, so that what looks equal is also marked as equal."""
+    return f"{row.value:.4f}"
+
+
+def _caption(rows: Sequence[ResultRow]) -> str:
+    users = sorted({row.num_users for row in rows})
+    budgets = {row.budget for row in rows}
+    parts = [
+        f"{rows[0].split.capitalize()} split",
+        rows[0].task,
+        rows[0].protocol,
+        *(filter(None, budgets) if len(budgets) == 1 else ()),
+        f"{'-'.join(str(n) for n in sorted({users[0], users[-1]}))} users",
+        f"seed {rows[0].seed}",
+    ]
+    return " · ".join(parts)
+
+
+def _align(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Columns of text to the left, of numbers to the right, under a rule."""
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if name in _TEXT_COLUMNS else cell.rjust(width)
+            for cell, width, name in zip(cells, widths, header, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, body)])
