@@ -19,9 +19,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
 
-    from pfm_llm import hub
     from pfm_llm.config.schema import load_config, parse_config
     from pfm_llm.experiment import run_experiment
+    from pfm_llm.publish import hub
 
     manifest = hub.pull(arguments.adapter, arguments.revision).manifest
     tree = load_config(arguments.config).model_dump(mode="json")

@@ -4,8 +4,6 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfm_llm.alignment import start_from
-from pfm_llm.artefact import Artefact, read_artefact
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
@@ -21,6 +19,8 @@ from pfm_llm.data.splits import Split, split_interactions
 from pfm_llm.evaluation.evaluator import Evaluator
 from pfm_llm.folders import RunFolders
 from pfm_llm.model.build import ModelParts, build_model, initial_private
+from pfm_llm.publish.alignment import start_from
+from pfm_llm.publish.artefact import Artefact, read_artefact
 
 _BYTES_PER_GB = 10**9
 

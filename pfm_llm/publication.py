@@ -5,7 +5,7 @@ from typing import Any
 
 from pfm_llm.config.schema import load_config
 from pfm_llm.folders import CONFIG_FILE, RunFolders
-from pfm_llm.publishing import PublishRequest
+from pfm_llm.publish.publishing import PublishRequest
 
 
 def request_of(

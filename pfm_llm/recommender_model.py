@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfm_llm import hub
-from pfm_llm.alignment import start_from
-from pfm_llm.artefact import Artefact, prompt_file
 from pfm_llm.assembly import make_trainer
 from pfm_llm.base.errors import ArtefactError, DataError
 from pfm_llm.client.histories import ClientHistories
@@ -29,6 +26,9 @@ from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private.taste import needs_no_text
 from pfm_llm.protocol.types import Mode, PrivateState
+from pfm_llm.publish import hub
+from pfm_llm.publish.alignment import start_from
+from pfm_llm.publish.artefact import Artefact, prompt_file
 
 _USER = "me"
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from pfm_llm import plots
-from pfm_llm.artefact import Parent
 from pfm_llm.assembly import Assembly
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
@@ -29,7 +28,6 @@ from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured, Us
 from pfm_llm.evaluation.metrics import RANK_METRICS, per_user
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow, write_results
-from pfm_llm.export import PLOTS_FOLDER, Exported, export_shared_adapter, trained_from
 from pfm_llm.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
@@ -38,6 +36,8 @@ from pfm_llm.folders import (
     RunFolders,
 )
 from pfm_llm.protocol.types import Mode, SharedState
+from pfm_llm.publish.artefact import Parent
+from pfm_llm.publish.export import PLOTS_FOLDER, Exported, export_shared_adapter, trained_from
 
 COMPARISONS = "comparisons"
 """Key of ``results.json``: rows of differences, as `comparison.rows_over` makes them."""

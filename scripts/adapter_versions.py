@@ -44,7 +44,7 @@ def main() -> None:
 def list_command(arguments: argparse.Namespace) -> None:
     import json
 
-    from pfm_llm.versions import list_versions, versions_text, versions_tree
+    from pfm_llm.publish.versions import list_versions, versions_text, versions_tree
 
     versions = list_versions(arguments.repo, arguments.revision)
     print(json.dumps(versions_tree(versions)) if arguments.json else versions_text(versions))
@@ -53,8 +53,8 @@ def list_command(arguments: argparse.Namespace) -> None:
 def diff_command(arguments: argparse.Namespace) -> None:
     import json
 
-    from pfm_llm.hub import pull_named
-    from pfm_llm.versions import diff_text, diff_tree, diff_versions
+    from pfm_llm.publish.hub import pull_named
+    from pfm_llm.publish.versions import diff_text, diff_tree, diff_versions
 
     diff = diff_versions(pull_named(arguments.older), pull_named(arguments.newer))
     print(json.dumps(diff_tree(diff)) if arguments.json else diff_text(diff))
@@ -63,7 +63,7 @@ def diff_command(arguments: argparse.Namespace) -> None:
 def verify_command(arguments: argparse.Namespace) -> None:
     import json
 
-    from pfm_llm.versions import chain_text, chain_tree, verify_chain
+    from pfm_llm.publish.versions import chain_text, chain_tree, verify_chain
 
     report = verify_chain(arguments.repo, arguments.revision, arguments.trusted_key)
     print(json.dumps(chain_tree(report)) if arguments.json else chain_text(report))
@@ -74,8 +74,8 @@ def verify_command(arguments: argparse.Namespace) -> None:
 def rollback_command(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from pfm_llm.signing import load_key, public_key
-    from pfm_llm.versions import rollback
+    from pfm_llm.publish.signing import load_key, public_key
+    from pfm_llm.publish.versions import rollback
 
     key = load_key(Path(arguments.signing_key)) if arguments.signing_key else None
     pushed = rollback(arguments.repo, arguments.to, signing_key=key, revision=arguments.revision)
@@ -90,7 +90,7 @@ def rollback_command(arguments: argparse.Namespace) -> None:
 def keygen_command(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from pfm_llm.signing import new_key
+    from pfm_llm.publish.signing import new_key
 
     public = new_key(Path(arguments.path))
     print(f"private key: {arguments.path} (keep it to yourself, and a copy in a safe place)")
@@ -100,8 +100,8 @@ def keygen_command(arguments: argparse.Namespace) -> None:
 def pull_command(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from pfm_llm.hub import pull
-    from pfm_llm.versions import copy_artefact
+    from pfm_llm.publish.hub import pull
+    from pfm_llm.publish.versions import copy_artefact
 
     artefact = pull(arguments.repo, arguments.revision)
     if arguments.to:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from _cli import run_safely
 
 if TYPE_CHECKING:
-    from pfm_llm.publishing import PublishRequest
+    from pfm_llm.publish.publishing import PublishRequest
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def push(arguments: argparse.Namespace) -> None:
 
     from pfm_llm.folders import newest_run
     from pfm_llm.publication import request_of
-    from pfm_llm.publishing import publish
+    from pfm_llm.publish.publishing import publish
 
     request = request_of(
         Path(arguments.run) if arguments.run else newest_run(arguments.runs),
@@ -59,7 +59,7 @@ def push(arguments: argparse.Namespace) -> None:
 
 
 def show_plan(request: "PublishRequest") -> None:
-    from pfm_llm.publishing import plan
+    from pfm_llm.publish.publishing import plan
 
     planned = plan(request)
     width = max(len(file.name) for file in planned)

@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 
-from pfm_llm.artefact import (
+from pfm_llm.base import files
+from pfm_llm.config.model import AdaptersConfig, HeadConfig, LoraAdapterConfig, WindowConfig
+from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_PROJ, STATE_PROJ, Normaliser
+from pfm_llm.protocol.types import Tensors
+from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     CARD_FILE,
@@ -26,11 +30,7 @@ from pfm_llm.artefact import (
     read_artefact,
     write_head,
 )
-from pfm_llm.base import files
-from pfm_llm.config.model import AdaptersConfig, HeadConfig, LoraAdapterConfig, WindowConfig
-from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_PROJ, STATE_PROJ, Normaliser
-from pfm_llm.protocol.types import Tensors
-from pfm_llm.signing import SigningKey, sign
+from pfm_llm.publish.signing import SigningKey, sign
 from pfm_llm.text.prompts import load_prompt
 
 MODULES = ("model.layers.9.self_attn.q_proj", "model.layers.10.mlp.up_proj")

@@ -15,7 +15,6 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from pfm_llm.artefact import read_head
 from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.config.schema import load_config, training_hash
@@ -24,6 +23,7 @@ from pfm_llm.folders import RunFolders
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.head import context_vectors, score_items, user_vectors
+from pfm_llm.publish.artefact import read_head
 from tests.integration.leaks import files_below
 from tests.integration.scripts import run_script
 from tests.integration.tiny import Tiny, alone, leftovers, metrics_of, results_of

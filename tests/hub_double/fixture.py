@@ -18,7 +18,7 @@ def talk_to(hub: HubDouble, patch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants, file_download, hf_api
     from huggingface_hub.utils import _http
 
-    from pfm_llm.hub import calls
+    from pfm_llm.publish.hub import calls
 
     for variable, text in hub.environ().items():
         patch.setenv(variable, text)

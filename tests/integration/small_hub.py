@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pfm_llm import hub as the_hub
-from pfm_llm import signing
-from pfm_llm.artefact import Artefact, Parent
+from pfm_llm.publish import hub as the_hub
+from pfm_llm.publish import signing
+from pfm_llm.publish.artefact import Artefact, Parent
 from tests.hub_double import OWNER, WRITE_TOKEN, HubDouble
 from tests.integration.pushes import api, without_the_hubs
 from tests.small_artefacts import follows, make_artefact

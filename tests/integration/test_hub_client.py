@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
-from pfm_llm import hub as the_hub
-from pfm_llm.artefact import BASIS_FILE, CARD_FILE, MANIFEST_FILE, Artefact
 from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
-from pfm_llm.hub import pull, push_folder, sending
+from pfm_llm.publish import hub as the_hub
+from pfm_llm.publish.artefact import BASIS_FILE, CARD_FILE, MANIFEST_FILE, Artefact
+from pfm_llm.publish.hub import pull, push_folder, sending
 from tests.hub_double import OWNER, HubDouble
 from tests.integration.pushes import api
 from tests.integration.small_hub import (

@@ -6,10 +6,10 @@ import httpx2
 import pytest
 from huggingface_hub import constants
 
-from pfm_llm import hub as the_hub
-from pfm_llm.artefact import CARD_FILE, Artefact
 from pfm_llm.base.errors import HubError
-from pfm_llm.hub import calls, pull
+from pfm_llm.publish import hub as the_hub
+from pfm_llm.publish.artefact import CARD_FILE, Artefact
+from pfm_llm.publish.hub import calls, pull
 from tests.hub_double import OTHER_TOKEN, READ_TOKEN, HubDouble
 from tests.integration.pushes import api
 from tests.integration.small_hub import (

@@ -14,17 +14,6 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pfm_llm import hub as the_hub
-from pfm_llm import signing
-from pfm_llm.artefact import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    CARD_FILE,
-    MANIFEST_FILE,
-    SIGNATURE_FILE,
-    Parent,
-    read_artefact,
-)
 from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base.errors import (
     ArtefactError,
@@ -38,7 +27,18 @@ from pfm_llm.config.schema import load_config
 from pfm_llm.experiment import run_experiment
 from pfm_llm.folders import RunFolders
 from pfm_llm.publication import request_of
-from pfm_llm.publishing import PublishRequest, plan, publish, stage
+from pfm_llm.publish import hub as the_hub
+from pfm_llm.publish import signing
+from pfm_llm.publish.artefact import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CARD_FILE,
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    Parent,
+    read_artefact,
+)
+from pfm_llm.publish.publishing import PublishRequest, plan, publish, stage
 from tests.hub_double import OWNER, WRITE_TOKEN, HubDouble
 from tests.integration.exports import (
     a_private_state,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import CommitOperationDelete, constants
 
-from pfm_llm import hub as the_hub
-from pfm_llm.artefact import BASIS_FILE, CARD_FILE, MANIFEST_FILE, Artefact
 from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError, StorageError
-from pfm_llm.hub import calls, pull
+from pfm_llm.publish import hub as the_hub
+from pfm_llm.publish.artefact import BASIS_FILE, CARD_FILE, MANIFEST_FILE, Artefact
+from pfm_llm.publish.hub import calls, pull
 from tests.hub_double import OWNER, HubDouble
 from tests.integration.pushes import api, without_the_hubs
 from tests.integration.small_hub import LARGE, REPO, logged_in, push, small, two, upon_head

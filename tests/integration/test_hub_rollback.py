@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from pfm_llm import signing
-from pfm_llm.artefact import (
+from pfm_llm.base.errors import HubError
+from pfm_llm.publish import signing
+from pfm_llm.publish.artefact import (
     ITEM_KEYS_FILE,
     SIGNATURE_FILE,
     Artefact,
     Parent,
 )
-from pfm_llm.base.errors import HubError
-from pfm_llm.versions import list_versions, rollback, verify_chain
+from pfm_llm.publish.versions import list_versions, rollback, verify_chain
 from tests.hub_double import READ_TOKEN, HubDouble
 from tests.integration.scripts import run_script
 from tests.integration.small_hub import (

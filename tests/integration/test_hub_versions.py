@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from pfm_llm import hub as the_hub
-from pfm_llm import signing
-from pfm_llm.artefact import (
+from pfm_llm.base.errors import ArtefactError, HubError
+from pfm_llm.publish import hub as the_hub
+from pfm_llm.publish import signing
+from pfm_llm.publish.artefact import (
     CARD_FILE,
     ITEM_KEYS_FILE,
     MANIFEST_FILE,
@@ -17,8 +18,7 @@ from pfm_llm.artefact import (
     Artefact,
     Parent,
 )
-from pfm_llm.base.errors import ArtefactError, HubError
-from pfm_llm.versions import find_commit, list_versions, rollback, verify_chain
+from pfm_llm.publish.versions import find_commit, list_versions, rollback, verify_chain
 from tests.hub_double import OWNER, HubDouble
 from tests.integration.pushes import api
 from tests.integration.small_hub import (

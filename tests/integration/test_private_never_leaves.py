@@ -26,9 +26,9 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.choices import PrivateKind
 from pfm_llm.experiment import run_experiment
-from pfm_llm.export import Exported
 from pfm_llm.folders import RunFolders
 from pfm_llm.protocol.types import ClientUpdate, PrivateState
+from pfm_llm.publish.export import Exported
 from pfm_llm.server.server import Server
 from tests.integration.leaks import DTYPES, Hunt, files_below
 from tests.integration.tiny import TITLES, Tiny, alone

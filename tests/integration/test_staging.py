@@ -11,7 +11,15 @@ import pytest
 import torch
 import yaml
 
-from pfm_llm.artefact import (
+from pfm_llm.base.errors import (
+    ArtefactError,
+    CorruptFileError,
+    PfmError,
+    PrivateLeakError,
+)
+from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.protocol.types import PrivateState
+from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     CARD_FILE,
@@ -21,15 +29,7 @@ from pfm_llm.artefact import (
     SIGNATURE_FILE,
     TRAINING_CONFIG_FILE,
 )
-from pfm_llm.base.errors import (
-    ArtefactError,
-    CorruptFileError,
-    PfmError,
-    PrivateLeakError,
-)
-from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.protocol.types import PrivateState
-from pfm_llm.staging import stage
+from pfm_llm.publish.staging import stage
 from tests.integration.exports import (
     a_private_state,
     change_json,

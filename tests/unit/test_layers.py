@@ -26,8 +26,6 @@ LAYERS = [line.split() for line in """
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 # The modules that have not moved into their package yet.
 PLACES = {module: line.split()[0] for line in """
-    publish alignment artefact export staging leak_search model_card publishing signing hub
-    publish versions
     runs assembly folders publication environment experiment reporting plots
     runs private_weight study serving recommender_model
     suite suite_report readme

@@ -4,8 +4,10 @@ import logging
 import tempfile
 from pathlib import Path
 
-from pfm_llm import hub, signing
-from pfm_llm.artefact import (
+from pfm_llm.base import files
+from pfm_llm.base.errors import ArtefactError
+from pfm_llm.publish import hub, signing
+from pfm_llm.publish.artefact import (
     CARD_FILE,
     MANIFEST_FILE,
     SIGNATURE_FILE,
@@ -14,9 +16,7 @@ from pfm_llm.artefact import (
     Parent,
     read_artefact,
 )
-from pfm_llm.base import files
-from pfm_llm.base.errors import ArtefactError
-from pfm_llm.versions.history import find_commit
+from pfm_llm.publish.versions.history import find_commit
 
 _log = logging.getLogger(__name__)
 

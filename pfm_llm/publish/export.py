@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm import __version__
-from pfm_llm.alignment import item_keys
-from pfm_llm.artefact import (
+from pfm_llm.base import files
+from pfm_llm.config.schema import ExperimentConfig, dump_config
+from pfm_llm.data.interactions import Catalogue
+from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.tables import results_table
+from pfm_llm.model.backbone import Backbone
+from pfm_llm.model.build import ModelParts
+from pfm_llm.model.cohort import BASIS, SHARED_LORA
+from pfm_llm.protocol.types import Mode, SharedState
+from pfm_llm.publish.alignment import item_keys
+from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     BASIS_FILE,
@@ -30,16 +39,7 @@ from pfm_llm.artefact import (
     prompt_file,
     write_head,
 )
-from pfm_llm.base import files
-from pfm_llm.config.schema import ExperimentConfig, dump_config
-from pfm_llm.data.interactions import Catalogue
-from pfm_llm.evaluation.results import ResultRow
-from pfm_llm.evaluation.tables import results_table
-from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.build import ModelParts
-from pfm_llm.model.cohort import BASIS, SHARED_LORA
-from pfm_llm.model_card import CardFacts, model_card, shown_name
-from pfm_llm.protocol.types import Mode, SharedState
+from pfm_llm.publish.card import CardFacts, model_card, shown_name
 
 PLOTS_FOLDER = "plots"
 _EMBEDDED_NOTE = (

@@ -8,12 +8,12 @@ from operator import attrgetter
 
 import torch
 
-from pfm_llm.artefact import Artefact
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, LIKE_BIAS
 from pfm_llm.model.private.taste import LIKE_FEATURES, READ_IN, READ_OUT
 from pfm_llm.model.start import Start
 from pfm_llm.protocol.types import Tensors
+from pfm_llm.publish.artefact import Artefact
 from pfm_llm.text.prompts import Prompt
 
 PER_ITEM = (ITEM_BIAS, ITEM_IDS, LIKE_BIAS, LIKE_FEATURES, READ_IN, READ_OUT)

@@ -10,7 +10,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.evaluation.tables import results_table
-from pfm_llm.model_card import NO_REPO, CardFacts, addressed_card, model_card
+from pfm_llm.publish.card import NO_REPO, CardFacts, addressed_card, model_card
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -290,7 +290,7 @@ def test_settings_come_from_the_config_and_missing_ones_are_left_out(facts) -> N
 
 
 def test_every_listed_setting_exists_in_the_config(facts) -> None:
-    from pfm_llm.model_card import _SETTINGS
+    from pfm_llm.publish.card import _SETTINGS
 
     card = model_card(facts)
     assert [label for label in _SETTINGS.values() if f"| {label} | " not in card] == []

@@ -19,7 +19,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pfm_llm.artefact import (
+from pfm_llm.base import files
+from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
+from pfm_llm.publish.artefact import (
     CARD_FILE,
     LISTED_FILES,
     MANIFEST_FILE,
@@ -30,9 +32,7 @@ from pfm_llm.artefact import (
     is_listed,
     read_artefact,
 )
-from pfm_llm.base import files
-from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
-from pfm_llm.hub.calls import check_repo_id, hub_api, hub_errors, is_cut, retried
+from pfm_llm.publish.hub.calls import check_repo_id, hub_api, hub_errors, is_cut, retried
 
 MANAGED_FILES = (*LISTED_FILES, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE)
 """Patterns of all that is pushed and pulled; whatever else a repository holds is left alone."""

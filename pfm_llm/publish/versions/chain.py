@@ -9,10 +9,10 @@ repository and makes all that follows anew.
 import re
 from dataclasses import dataclass
 
-from pfm_llm import hub, signing
-from pfm_llm.artefact import MANIFEST_FILE, Parent
 from pfm_llm.base.errors import ArtefactError, HubError, StorageError
-from pfm_llm.versions.history import Version, list_versions
+from pfm_llm.publish import hub, signing
+from pfm_llm.publish.artefact import MANIFEST_FILE, Parent
+from pfm_llm.publish.versions.history import Version, list_versions
 
 _OID = re.compile("[0-9a-f]{40}")
 

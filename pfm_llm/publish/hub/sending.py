@@ -9,10 +9,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import GitRefs, RepoFile
 
-from pfm_llm.artefact import MANIFEST_FILE, Manifest, is_listed, read_artefact
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, HubError
-from pfm_llm.hub.calls import (
+from pfm_llm.publish.artefact import MANIFEST_FILE, Manifest, is_listed, read_artefact
+from pfm_llm.publish.hub.calls import (
     PUSHING,
     WAITS,
     check_repo_id,
@@ -23,7 +23,7 @@ from pfm_llm.hub.calls import (
     retried,
     status_of,
 )
-from pfm_llm.hub.reading import MANAGED_FILES, check_complete, git_oid, read_file
+from pfm_llm.publish.hub.reading import MANAGED_FILES, check_complete, git_oid, read_file
 
 _Operations = list[CommitOperationAdd | CommitOperationDelete]
 _OID = re.compile("[0-9a-f]{40}")

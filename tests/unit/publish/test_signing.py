@@ -8,8 +8,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from pfm_llm import signing
 from pfm_llm.base.errors import ArtefactError, DiskSpaceError, StorageError
+from pfm_llm.publish import signing
 
 CONTENT = b'{"format": 2}\n'
 

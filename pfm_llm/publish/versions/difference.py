@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from pfm_llm.alignment import PER_ITEM, align_items
-from pfm_llm.artefact import TRAINING_CONFIG_FILE, Artefact, Metric
 from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.protocol.types import Tensors
+from pfm_llm.publish.alignment import PER_ITEM, align_items
+from pfm_llm.publish.artefact import TRAINING_CONFIG_FILE, Artefact, Metric
 
 _FACTOR = re.compile(r"lora\.(?P<module>.+)\.A")
 _LAYER = re.compile(r".*?\.\d+(?=\.|$)")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pfm_llm.base.errors import StorageError
-from pfm_llm.leak_search import DTYPES, RUN, TEXT, Finding, find_private, find_private_in
 from pfm_llm.protocol.types import PrivateState
+from pfm_llm.publish.leak_search import DTYPES, RUN, TEXT, Finding, find_private, find_private_in
 
 NAME = "private.lora.layer.B"
 DTYPE_NAMES = [str(dtype).removeprefix("torch.") for dtype in DTYPES]

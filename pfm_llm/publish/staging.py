@@ -19,7 +19,16 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from pfm_llm.artefact import (
+from pfm_llm.base import files
+from pfm_llm.base.errors import ArtefactError, PrivateLeakError, StorageError
+from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.config.choices import PrivateKind
+from pfm_llm.model.cohort import BASIS, BASIS_HEAD_A, SHARED_LORA
+from pfm_llm.model.head import initial_head
+from pfm_llm.model.lora import tensors_from_peft
+from pfm_llm.model.private import taste
+from pfm_llm.protocol.types import PrivateState, Tensors
+from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     BASIS_FILE,
@@ -35,16 +44,7 @@ from pfm_llm.artefact import (
     read_artefact,
     read_head,
 )
-from pfm_llm.base import files
-from pfm_llm.base.errors import ArtefactError, PrivateLeakError, StorageError
-from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.config.choices import PrivateKind
-from pfm_llm.leak_search import find_private
-from pfm_llm.model.cohort import BASIS, BASIS_HEAD_A, SHARED_LORA
-from pfm_llm.model.head import initial_head
-from pfm_llm.model.lora import tensors_from_peft
-from pfm_llm.model.private import taste
-from pfm_llm.protocol.types import PrivateState, Tensors
+from pfm_llm.publish.leak_search import find_private
 
 _AGAIN = "export the run again (scripts/evaluate.py)"
 _NOTHING_SENT = "nothing was sent"

@@ -7,11 +7,18 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfm_llm import hub, signing
-from pfm_llm.artefact import CARD_FILE, MANIFEST_FILE, SIGNATURE_FILE, Artefact, Manifest, Parent
 from pfm_llm.base import files
-from pfm_llm.model_card import addressed_card
-from pfm_llm.staging import stage
+from pfm_llm.publish import hub, signing
+from pfm_llm.publish.artefact import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    Artefact,
+    Manifest,
+    Parent,
+)
+from pfm_llm.publish.card import addressed_card
+from pfm_llm.publish.staging import stage
 
 __all__ = ["PlannedFile", "PublishRequest", "Published", "plan", "publish", "stage"]
 

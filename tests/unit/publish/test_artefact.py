@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from pfm_llm import artefact
-from pfm_llm.alignment import align_items, aligned_tensors, item_keys
-from pfm_llm.artefact import Manifest, check_listing
 from pfm_llm.base.errors import ArtefactError, CorruptFileError
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.lora import tensors_from_peft
+from pfm_llm.publish import artefact
+from pfm_llm.publish.alignment import align_items, aligned_tensors, item_keys
+from pfm_llm.publish.artefact import Manifest, check_listing
 from pfm_llm.text.prompts import load_prompt
 
 PROMPT = load_prompt("next_item.v1")

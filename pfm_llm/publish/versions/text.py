@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pfm_llm.artefact import Metric
-from pfm_llm.versions.chain import ChainReport
-from pfm_llm.versions.difference import Change, MetricChange, VersionDiff
-from pfm_llm.versions.history import Version
+from pfm_llm.publish.artefact import Metric
+from pfm_llm.publish.versions.chain import ChainReport
+from pfm_llm.publish.versions.difference import Change, MetricChange, VersionDiff
+from pfm_llm.publish.versions.history import Version
 
 _SHORT = 12
 

@@ -1,16 +1,16 @@
 """Versions of a published adapter: list them, compare two, check their chain, roll back."""
 
-from pfm_llm.versions.chain import ChainReport, CheckedVersion, verify_chain
-from pfm_llm.versions.difference import (
+from pfm_llm.publish.versions.chain import ChainReport, CheckedVersion, verify_chain
+from pfm_llm.publish.versions.difference import (
     Change,
     MetricChange,
     SettingChange,
     VersionDiff,
     diff_versions,
 )
-from pfm_llm.versions.history import Version, find_commit, list_versions
-from pfm_llm.versions.restore import copy_artefact, rollback
-from pfm_llm.versions.text import (
+from pfm_llm.publish.versions.history import Version, find_commit, list_versions
+from pfm_llm.publish.versions.restore import copy_artefact, rollback
+from pfm_llm.publish.versions.text import (
     chain_text,
     chain_tree,
     diff_text,

@@ -1,7 +1,7 @@
 """The Hub: publishing a folder, and getting it back. Only this package uses its client."""
 
-from pfm_llm.hub.calls import check_repo_id, hub_errors
-from pfm_llm.hub.reading import (
+from pfm_llm.publish.hub.calls import check_repo_id, hub_errors
+from pfm_llm.publish.hub.reading import (
     MANAGED_FILES,
     Commit,
     head_manifest,
@@ -11,7 +11,7 @@ from pfm_llm.hub.reading import (
     pull_named,
     read_file,
 )
-from pfm_llm.hub.sending import Pushed, push_folder
+from pfm_llm.publish.hub.sending import Pushed, push_folder
 
 __all__ = [
     "MANAGED_FILES",

@@ -1,0 +1,1 @@
+"""The shared adapter as an artefact: exported, checked, signed, pushed, pulled, rolled back."""
