@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.sequential_peft import SequentialPeft
-    from pfm_llm.assembly import Assembly
     from pfm_llm.config.schema import ExperimentConfig
+    from pfm_llm.runs.run import Assembly
     from pfm_llm.text.encoding import Window
 
 STACKED, SAME_LAYERS, COMMON_RECIPE = "stacked_cached", "peft_same_layers", "peft_common_recipe"
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Set up, check, race, write the result and print it."""
     from pfm_llm.base import files
     from pfm_llm.base.processes import start_processes
-    from pfm_llm.environment import environment
+    from pfm_llm.runs.environment import environment
 
     processes = start_processes(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,9 +150,9 @@ class Bench:
     def build(cls, config: "ExperimentConfig", num_clients: int, processes: Any) -> "Bench":
         """Load model and data, choose the clients, and set up both references."""
         from benchmarks.sequential_peft import SequentialPeft
-        from pfm_llm.assembly import assemble, load_corpus
-        from pfm_llm.folders import RunFolders
         from pfm_llm.model.lora import DualAdapter
+        from pfm_llm.runs.folders import RunFolders
+        from pfm_llm.runs.run import assemble, load_corpus
 
         folders = RunFolders.of(Path(config.output.dir) / config.name)
         assembly = assemble(config, load_corpus(config), folders, processes)

@@ -20,8 +20,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from pfm_llm.config.schema import load_config, parse_config
-    from pfm_llm.experiment import run_experiment
     from pfm_llm.publish import hub
+    from pfm_llm.runs.experiment import run_experiment
 
     manifest = hub.pull(arguments.adapter, arguments.revision).manifest
     tree = load_config(arguments.config).model_dump(mode="json")

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfm_llm.assembly import make_trainer
 from pfm_llm.base.errors import ArtefactError, DataError
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
@@ -29,6 +28,7 @@ from pfm_llm.protocol.types import Mode, PrivateState
 from pfm_llm.publish import hub
 from pfm_llm.publish.alignment import start_from
 from pfm_llm.publish.artefact import Artefact, prompt_file
+from pfm_llm.runs.run import make_trainer
 
 _USER = "me"
 

@@ -37,8 +37,8 @@ def train(arguments: argparse.Namespace) -> None:
     from pfm_llm.config.schema import load_config
     from pfm_llm.evaluation.results import read_results
     from pfm_llm.evaluation.tables import terminal_table
-    from pfm_llm.experiment import run_experiment
-    from pfm_llm.folders import RESULTS_FILE
+    from pfm_llm.runs.experiment import run_experiment
+    from pfm_llm.runs.folders import RESULTS_FILE
 
     config = load_config(arguments.config or default_config(), arguments.set)
     run = run_experiment(config, resume=arguments.resume, from_round=arguments.from_round)

@@ -39,9 +39,9 @@ def main() -> None:
 def push(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from pfm_llm.folders import newest_run
-    from pfm_llm.publication import request_of
     from pfm_llm.publish.publishing import publish
+    from pfm_llm.runs.folders import newest_run
+    from pfm_llm.runs.publication import request_of
 
     request = request_of(
         Path(arguments.run) if arguments.run else newest_run(arguments.runs),

@@ -51,7 +51,7 @@ def recommend(arguments: argparse.Namespace) -> None:
 def of_run(arguments: argparse.Namespace) -> "list[Recommendation]":
     from pathlib import Path
 
-    from pfm_llm.folders import newest_run
+    from pfm_llm.runs.folders import newest_run
     from pfm_llm.serving import RunRecommender
 
     run = Path(arguments.run) if arguments.run else newest_run(arguments.runs)

@@ -15,10 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pfm_llm.assembly import Assembly, assemble, load_corpus
 from pfm_llm.base.processes import Processes
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.folders import RunFolders
+from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.run import Assembly, assemble, load_corpus
 from tests.integration.tiny import Tiny, make_tiny
 
 _CACHE = "PFM_LLM_CACHE"

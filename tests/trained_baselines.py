@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pfm_llm.assembly import load_corpus
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import Split
+from pfm_llm.runs.run import load_corpus
 from tests.integration.tiny import Tiny, write_interactions
 
 NUM_ITEMS = 30

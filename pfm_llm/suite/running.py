@@ -21,7 +21,7 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, ConfigError, LaunchError, PfmError, TrainingError
 from pfm_llm.config.schema import ExperimentConfig, dump_config, read_yaml
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
-from pfm_llm.folders import CONFIG_FILE, RESULTS_FILE
+from pfm_llm.runs.folders import CONFIG_FILE, RESULTS_FILE
 from pfm_llm.suite import records
 from pfm_llm.suite.pace import Pace
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
@@ -50,8 +50,8 @@ class Tools:
     @classmethod
     def real(cls) -> "Tools":
         """Those of the library."""
-        from pfm_llm.experiment import run_experiment
-        from pfm_llm.study import study_run
+        from pfm_llm.runs.experiment import run_experiment
+        from pfm_llm.runs.study import study_run
 
         def train(config: ExperimentConfig, resume: bool) -> Path:
             gc.collect()  # the last model hangs in cycles, and two may not fit

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pfm_llm import plots
 from pfm_llm.base import files
+from pfm_llm.runs import plots
 from pfm_llm.suite_report.reading import SuiteResult, by_run
 from pfm_llm.suite_report.tables import NDCG, Column, mean_figures, summary_lines
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pfm_llm.experiment import run_experiment
+from pfm_llm.runs.experiment import run_experiment
 from tests.integration.tiny import Tiny
 
 

@@ -15,15 +15,15 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.config.schema import load_config, training_hash
-from pfm_llm.experiment import load_shared, run_experiment
-from pfm_llm.folders import RunFolders
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.head import context_vectors, score_items, user_vectors
 from pfm_llm.publish.artefact import read_head
+from pfm_llm.runs.experiment import load_shared, run_experiment
+from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.run import assemble, load_corpus
 from tests.integration.leaks import files_below
 from tests.integration.scripts import run_script
 from tests.integration.tiny import Tiny, alone, leftovers, metrics_of, results_of

@@ -11,8 +11,8 @@ import pytest
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import PrivateKind, Schedule, ServerOptimizer
 from pfm_llm.config.schema import dump_config, load_config
-from pfm_llm.experiment import evaluate_run, run_experiment
 from pfm_llm.publish.artefact import read_head
+from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.serving import RunRecommender
 from tests.integration.leaks import files_below
 from tests.integration.tiny import Tiny, metrics_of, results_of

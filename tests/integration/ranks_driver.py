@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.base.errors import PfmError
 from pfm_llm.base.processes import start_processes
 from pfm_llm.config.schema import load_config
-from pfm_llm.experiment import make_federation
 from pfm_llm.federation.rounds import Federation, commit, train_cohort
-from pfm_llm.folders import RunFolders
+from pfm_llm.runs.experiment import make_federation
+from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.run import assemble, load_corpus
 
 
 def main(config_file: str, out: Path) -> None:

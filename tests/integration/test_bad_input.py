@@ -17,8 +17,8 @@ from pfm_llm.base.errors import (
     TrainingError,
 )
 from pfm_llm.client.trainer import LocalTrainer
-from pfm_llm.experiment import run_experiment
 from pfm_llm.protocol.types import ClientUpdate
+from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore
 from pfm_llm.serving import RunRecommender
 from tests.integration.scripts import run_script

@@ -12,8 +12,8 @@ import yaml
 
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.evaluation.results import ResultRow, read_results
-from pfm_llm.experiment import run_experiment
-from pfm_llm.folders import RESULTS_FILE
+from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.suite.plan import Plan, make_plan
 from pfm_llm.suite.running import Tools, run_suite
 from pfm_llm.suite.status import State, status_of

@@ -17,7 +17,7 @@ from pfm_llm.base.errors import (
     PfmError,
     StorageError,
 )
-from pfm_llm.experiment import evaluate_run, run_experiment
+from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore
 from pfm_llm.serving import RunRecommender
 from tests.integration.tiny import (

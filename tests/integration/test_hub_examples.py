@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pfm_llm.experiment import run_experiment
-from pfm_llm.publication import request_of
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.publish.publishing import publish
+from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.publication import request_of
 from tests.hub_double import WRITE_TOKEN, HubDouble
 from tests.integration.tiny import TITLES, Tiny
 

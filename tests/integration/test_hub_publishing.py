@@ -14,7 +14,6 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base.errors import (
     ArtefactError,
     ConfigError,
@@ -24,9 +23,6 @@ from pfm_llm.base.errors import (
     StorageError,
 )
 from pfm_llm.config.schema import load_config
-from pfm_llm.experiment import run_experiment
-from pfm_llm.folders import RunFolders
-from pfm_llm.publication import request_of
 from pfm_llm.publish import hub as the_hub
 from pfm_llm.publish import signing
 from pfm_llm.publish.artefact import (
@@ -39,6 +35,10 @@ from pfm_llm.publish.artefact import (
     read_artefact,
 )
 from pfm_llm.publish.publishing import PublishRequest, plan, publish, stage
+from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.publication import request_of
+from pfm_llm.runs.run import assemble, load_corpus
 from tests.hub_double import OWNER, WRITE_TOKEN, HubDouble
 from tests.integration.exports import (
     a_private_state,

@@ -15,7 +15,7 @@ import pytest
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.experiment import run_experiment
+from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore
 from tests.integration.tiny import Tiny, leftovers, metrics_of, results_of, tensor_files
 

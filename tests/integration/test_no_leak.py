@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from pfm_llm import reporting
-from pfm_llm.assembly import Assembly, Corpus, assemble, load_corpus
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.choices import SplitKind
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split, TrainData
-from pfm_llm.experiment import make_federation
 from pfm_llm.federation.rounds import run_rounds
-from pfm_llm.folders import RunFolders
+from pfm_llm.runs import report as reporting
+from pfm_llm.runs.experiment import make_federation
+from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.run import Assembly, Corpus, assemble, load_corpus
 from pfm_llm.text.encoding import NO_TARGET
 from tests.integration.leaks import files_below
 from tests.integration.tiny import TITLES, Tiny, alone, write_items

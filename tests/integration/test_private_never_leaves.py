@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 import torch
 
-from pfm_llm import reporting
-from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.choices import PrivateKind
-from pfm_llm.experiment import run_experiment
-from pfm_llm.folders import RunFolders
 from pfm_llm.protocol.types import ClientUpdate, PrivateState
 from pfm_llm.publish.export import Exported
+from pfm_llm.runs import report as reporting
+from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.run import assemble, load_corpus
 from pfm_llm.server.server import Server
 from tests.integration.leaks import DTYPES, Hunt, files_below
 from tests.integration.tiny import TITLES, Tiny, alone

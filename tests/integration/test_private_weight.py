@@ -10,10 +10,10 @@ import pytest
 from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.config.schema import dump_config, load_config
 from pfm_llm.evaluation import personality
-from pfm_llm.experiment import evaluate_run, open_run, run_experiment
-from pfm_llm.private_weight import WEIGHT_FILE
 from pfm_llm.protocol.types import Mode
-from pfm_llm.reporting import evaluation_task, measure
+from pfm_llm.runs.experiment import evaluate_run, open_run, run_experiment
+from pfm_llm.runs.private_weight import WEIGHT_FILE
+from pfm_llm.runs.report import evaluation_task, measure
 from tests.integration.tiny import Tiny
 
 WEIGHTS = [0.0, 0.5, 1.5]

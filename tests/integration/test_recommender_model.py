@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pfm_llm.assembly import assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.base.errors import (
     ArtefactError,
@@ -21,12 +20,13 @@ from pfm_llm.base.errors import (
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.schema import load_config
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.experiment import load_shared, run_experiment
-from pfm_llm.folders import RunFolders
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.publish.artefact import MANIFEST_FILE, Manifest, read_artefact
 from pfm_llm.recommender_model import RecommenderModel
+from pfm_llm.runs.experiment import load_shared, run_experiment
+from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.run import assemble, load_corpus
 from pfm_llm.serving import RunRecommender
 from tests.integration.tiny import TITLES, Tiny, alone, metrics_of, results_of, tensor_files
 

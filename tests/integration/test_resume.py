@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pfm_llm import experiment
 from pfm_llm.base.errors import CheckpointError, ConfigError, CorruptFileError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.experiment import run_experiment
+from pfm_llm.runs import experiment
+from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment
 from tests.integration.tiny import (
     Tiny,

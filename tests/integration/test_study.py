@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pfm_llm.evaluation.results import ResultRow
-from pfm_llm.experiment import open_run, run_experiment
-from pfm_llm.folders import RESULTS_FILE
-from pfm_llm.study import study_run
-from pfm_llm.study.cold_start import first_events
+from pfm_llm.runs.experiment import open_run, run_experiment
+from pfm_llm.runs.folders import RESULTS_FILE
+from pfm_llm.runs.study import study_run
+from pfm_llm.runs.study.cold_start import first_events
 from tests.integration.tiny import Tiny, random_histories
 
 LIKES: dict[str, Any] = {

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from benchmarks.baselines import pfedrec, pfedrec_training, sasrec, sasrec_training
-from pfm_llm.assembly import load_corpus
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.schema import load_config
 from pfm_llm.evaluation.results import read_results
 from pfm_llm.evaluation.tables import results_table
-from pfm_llm.experiment import evaluate_run, run_experiment
-from pfm_llm.folders import RESULTS_FILE
+from pfm_llm.runs.experiment import evaluate_run, run_experiment
+from pfm_llm.runs.folders import RESULTS_FILE
+from pfm_llm.runs.run import load_corpus
 from scripts._cli import run_safely
 from tests.integration.tiny import Tiny
 

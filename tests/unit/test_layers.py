@@ -22,12 +22,12 @@ LAYERS = [line.split() for line in """
     runs
     suite
     recommender
+    serving
 """.strip().splitlines()]  # fmt: skip
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 # The modules that have not moved into their package yet.
 PLACES = {module: line.split()[0] for line in """
-    runs assembly folders publication environment experiment reporting plots
-    runs private_weight study serving recommender_model
+    recommender recommender_model
     suite suite_report readme
 """.strip().splitlines() for module in line.split()[1:]}  # fmt: skip
 

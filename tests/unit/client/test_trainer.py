@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.assembly import Assembly
 from pfm_llm.client import histories as histories_module
 from pfm_llm.client.histories import LocalWork
 from pfm_llm.client.local_steps import StackedOptimizer
@@ -20,6 +19,7 @@ from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import ClientUpdate, PrivateState
+from pfm_llm.runs.run import Assembly
 from pfm_llm.text.encoding import Window
 from tests.conftest import TinyAssembly
 

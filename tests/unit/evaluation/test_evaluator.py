@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from pfm_llm.assembly import Assembly
 from pfm_llm.base.errors import DataError
 from pfm_llm.client.histories import ClientHistories, History
 from pfm_llm.config.choices import Task
@@ -24,6 +23,7 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import Mode, SharedState
+from pfm_llm.runs.run import Assembly
 from pfm_llm.text.encoding import NO_LABEL
 from tests.conftest import TinyAssembly
 from tests.tiny_models import stirred

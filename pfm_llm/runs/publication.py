@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.config.schema import load_config
-from pfm_llm.folders import CONFIG_FILE, RunFolders
+from pfm_llm.runs.folders import CONFIG_FILE, RunFolders
 from pfm_llm.publish.publishing import PublishRequest
 
 

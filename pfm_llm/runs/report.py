@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pfm_llm import plots
-from pfm_llm.assembly import Assembly
+from pfm_llm.runs import plots
+from pfm_llm.runs.run import Assembly
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
@@ -28,7 +28,7 @@ from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured, Us
 from pfm_llm.evaluation.metrics import RANK_METRICS, per_user
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow, write_results
-from pfm_llm.folders import (
+from pfm_llm.runs.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
     RESULTS_FILE,

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm import environment as environment_module
+from pfm_llm.runs import environment as environment_module
 from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
-from pfm_llm.environment import _git_state, environment
+from pfm_llm.runs.environment import _git_state, environment
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.evaluation.tables import results_table, terminal_table
-from pfm_llm.folders import newest_run
+from pfm_llm.runs.folders import newest_run
 from pfm_llm.protocol.types import Mode
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pfm_llm.assembly import Assembly, make_trainer
+from pfm_llm.runs.run import Assembly, make_trainer
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
@@ -19,8 +19,8 @@ from pfm_llm.evaluation import personality, ranking
 from pfm_llm.evaluation.evaluator import EvaluationTask, Evaluator
 from pfm_llm.model.head import ITEM_BIAS
 from pfm_llm.protocol.types import Mode
-from pfm_llm.reporting import measure
-from pfm_llm.study.served import quality_of
+from pfm_llm.runs.report import measure
+from pfm_llm.runs.study.served import quality_of
 
 _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequenc
 import numpy as np
 import torch
 
-from pfm_llm.assembly import Assembly
+from pfm_llm.runs.run import Assembly
 from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.evaluation import evaluator as evaluation

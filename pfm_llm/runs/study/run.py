@@ -18,10 +18,10 @@ from pfm_llm.evaluation import evaluator as evaluation
 from pfm_llm.evaluation.evaluator import EvaluationTask
 from pfm_llm.evaluation.personality import Bootstrap, Estimate
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
-from pfm_llm.experiment import SERVER_FOLDER, OpenedRun, open_run, shared_state
-from pfm_llm.folders import RESULTS_FILE, RunFolders
+from pfm_llm.runs.experiment import SERVER_FOLDER, OpenedRun, open_run, shared_state
+from pfm_llm.runs.folders import RESULTS_FILE, RunFolders
 from pfm_llm.protocol.types import Mode
-from pfm_llm.reporting import (
+from pfm_llm.runs.report import (
     evaluation_task,
     fit_run_baselines,
     measure,
@@ -29,8 +29,8 @@ from pfm_llm.reporting import (
     rows_of,
 )
 from pfm_llm.server.checkpoint import CheckpointStore
-from pfm_llm.study.cold_start import known_by_few, known_by_none
-from pfm_llm.study.served import Served, quality_of
+from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
+from pfm_llm.runs.study.served import Served, quality_of
 
 WINDOWS = (32, 16, 8, 4)
 GIVEN = (0, 1, 2, 5, 10)
