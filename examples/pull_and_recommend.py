@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--private-folder", default="my_private_adapter")
     arguments = parser.parse_args()
 
-    from pfm_llm.recommender_model import RecommenderModel
+    from pfm_llm.recommender import RecommenderModel
 
     model = RecommenderModel.from_pretrained(
         arguments.adapter,

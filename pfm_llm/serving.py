@@ -8,7 +8,7 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.evaluation import evaluator as evaluation
 from pfm_llm.model.batches import collate
 from pfm_llm.protocol.types import Mode
-from pfm_llm.recommender_model import Recommendation, best_items
+from pfm_llm.recommender import Recommendation, best_items
 from pfm_llm.runs.experiment import open_run
 
 

@@ -38,9 +38,9 @@ def benchmark(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from pfm_llm.suite.plan import make_plan
+    from pfm_llm.suite.report.page import write_report
     from pfm_llm.suite.running import Tools, run_suite
     from pfm_llm.suite.status import list_text
-    from pfm_llm.suite_report.page import write_report
 
     results = Path(arguments.results)
     plan = make_plan(Path(arguments.suite), arguments.budget, arguments.only)

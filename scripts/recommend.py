@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from _cli import run_safely
 
 if TYPE_CHECKING:
-    from pfm_llm.recommender_model import Recommendation
+    from pfm_llm.recommender import Recommendation
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def of_run(arguments: argparse.Namespace) -> "list[Recommendation]":
 def of_adapter(arguments: argparse.Namespace) -> "list[Recommendation]":
     import sys
 
-    from pfm_llm.recommender_model import RecommenderModel
+    from pfm_llm.recommender import RecommenderModel
 
     model = RecommenderModel.from_pretrained(
         arguments.adapter,

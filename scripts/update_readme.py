@@ -17,9 +17,9 @@ def update(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
     from pfm_llm.base import files
-    from pfm_llm.readme import with_fresh_tables
-    from pfm_llm.suite_report.page import write_report
-    from pfm_llm.suite_report.reading import suite_folders
+    from pfm_llm.suite.readme import with_fresh_tables
+    from pfm_llm.suite.report.page import write_report
+    from pfm_llm.suite.report.reading import suite_folders
 
     path = Path(__file__).resolve().parent.parent / "README.md"
     text = path.read_text()

@@ -86,7 +86,7 @@ model = PeftModel.from_pretrained(base, {adapter!r})
 `{prompt}`: `pfm_llm` does both, on this catalogue or on another:
 
 ```python
-from pfm_llm.recommender_model import RecommenderModel
+from pfm_llm.recommender import RecommenderModel
 
 model = RecommenderModel.from_pretrained({arguments})
 best = model.recommend(history)  # item ids, oldest first

@@ -15,9 +15,9 @@ from pfm_llm.evaluation.results import ResultRow, read_results
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.suite.plan import Plan, make_plan
+from pfm_llm.suite.report.page import write_report
 from pfm_llm.suite.running import Tools, run_suite
 from pfm_llm.suite.status import State, status_of
-from pfm_llm.suite_report.page import write_report
 from tests.integration.scripts import SCRIPTS, run_script
 from tests.integration.tiny import Tiny
 

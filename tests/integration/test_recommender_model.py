@@ -23,7 +23,7 @@ from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.publish.artefact import MANIFEST_FILE, Manifest, read_artefact
-from pfm_llm.recommender_model import RecommenderModel
+from pfm_llm.recommender import RecommenderModel
 from pfm_llm.runs.experiment import load_shared, run_experiment
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.run import assemble, load_corpus

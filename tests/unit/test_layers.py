@@ -27,8 +27,6 @@ LAYERS = [line.split() for line in """
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 # The modules that have not moved into their package yet.
 PLACES = {module: line.split()[0] for line in """
-    recommender recommender_model
-    suite suite_report readme
 """.strip().splitlines() for module in line.split()[1:]}  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.base.files import read_json
 from pfm_llm.evaluation.results import read_results
 from pfm_llm.evaluation.tables import results_table
-from pfm_llm.suite_report.tables import markdown_table
+from pfm_llm.suite.report.tables import markdown_table
 
 _TABLE = re.compile(
     r"(<!-- (?P<kind>table|suite): (?P<path>\S+) -->\n).*?(?P<end><!-- end of table -->)",

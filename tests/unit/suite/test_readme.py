@@ -6,7 +6,7 @@ import pytest
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.evaluation.results import ResultRow, write_results
-from pfm_llm.readme import with_fresh_tables
+from pfm_llm.suite.readme import with_fresh_tables
 
 ROOT = Path(__file__).parents[2]
 

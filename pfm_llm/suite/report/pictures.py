@@ -9,8 +9,8 @@ import numpy as np
 
 from pfm_llm.base import files
 from pfm_llm.runs import plots
-from pfm_llm.suite_report.reading import SuiteResult, by_run
-from pfm_llm.suite_report.tables import NDCG, Column, mean_figures, summary_lines
+from pfm_llm.suite.report.reading import SuiteResult, by_run
+from pfm_llm.suite.report.tables import NDCG, Column, mean_figures, summary_lines
 
 _CURVE = re.compile(
     r"(?P<name>memory|cold_start)(_(?P<quality>[a-z_]+?))?_(?P<x>\d+)(_(?P<part>shared|own))?"

@@ -13,9 +13,9 @@ from jinja2 import Environment, StrictUndefined
 
 from pfm_llm.base import files
 from pfm_llm.protocol.types import Mode
-from pfm_llm.suite_report import pictures
-from pfm_llm.suite_report.reading import SuiteResult, by_run, read_suite
-from pfm_llm.suite_report.tables import (
+from pfm_llm.suite.report import pictures
+from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
+from pfm_llm.suite.report.tables import (
     COLUMNS,
     Cell,
     Column,

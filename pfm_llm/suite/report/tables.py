@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.protocol.types import Mode
-from pfm_llm.suite_report.reading import SuiteResult, by_run, read_suite
+from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
 
 _NEXT_ITEM, _LIKE = "next_item", "like"
 _POPULARITY, _POOLED = "popularity", "central"
