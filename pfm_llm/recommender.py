@@ -18,8 +18,7 @@ from pfm_llm.data import sources
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import partition
 from pfm_llm.data.splits import TrainData
-from pfm_llm.evaluation import evaluator as evaluation
-from pfm_llm.evaluation import scoring
+from pfm_llm.evaluation import evaluator, scoring
 from pfm_llm.model.batches import collate
 from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.model.cohort import Parts
@@ -284,7 +283,7 @@ def _config_of(
 
 def _parts(has_private: bool, weight: float) -> Parts:
     mode = Mode.SHARED_PRIVATE if has_private else Mode.SHARED_ONLY
-    parts = evaluation.parts_of([mode], weight)[mode]
+    parts = evaluator.parts_of([mode], weight)[mode]
     assert parts is not None
     return parts
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.evaluation import evaluator as evaluation
+from pfm_llm.evaluation import evaluator
 from pfm_llm.model.batches import collate
 from pfm_llm.protocol.types import Mode
 from pfm_llm.recommender import Recommendation, best_items
@@ -50,7 +50,7 @@ class RunRecommender:
         batch = collate([[window]], [states], last_only=True)
         private = self._private(client_id)
         mode = Mode.SHARED_PRIVATE if private else Mode.SHARED_ONLY
-        parts = evaluation.parts_of([mode], self._assembly.config.adapters.private.weight)[mode]
+        parts = evaluator.parts_of([mode], self._assembly.config.adapters.private.weight)[mode]
         assert parts is not None
         stacked = self._assembly.trainer.stack(self._shared, private, 1)
         scores = self._assembly.parts.model.scores(batch, stacked, parts)[0].cpu().numpy()

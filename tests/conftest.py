@@ -19,7 +19,7 @@ from pfm_llm.base.processes import Processes
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.run import Assembly, assemble, load_corpus
-from tests.integration.tiny import Tiny, make_tiny
+from tests.support.tiny import Tiny, make_tiny
 
 _CACHE = "PFM_LLM_CACHE"
 _OUTER_CACHE = os.environ.get(_CACHE)

@@ -1,7 +1,7 @@
 """How strongly the private part counts: chosen on validation when a run ends.
 
 A private part that pays in one domain can harm in another, where an item occurs once and its
-embedding remembers whose. With ``evaluation.private_weights`` a run asks validation, pooled over
+embedding remembers whose. With ``evaluator.private_weights`` a run asks validation, pooled over
 the users: of the weights given, the one by which mean log-rank is best. With 0 among them the
 fall-back is the shared part alone. What is measured on test plays no part in it.
 """
@@ -16,7 +16,7 @@ from pfm_llm.runs.run import Assembly
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.base.processes import Processes
-from pfm_llm.evaluation import evaluator as evaluation
+from pfm_llm.evaluation import evaluator
 from pfm_llm.evaluation import personality
 from pfm_llm.evaluation.evaluator import UserVectors
 from pfm_llm.protocol.types import Mode, SharedState
@@ -37,7 +37,7 @@ def with_chosen_weight(
 
     Args:
         assembly: The run's objects. They are returned as they are without
-            ``evaluation.private_weights``, and where nobody has a validation query.
+            ``evaluator.private_weights``, and where nobody has a validation query.
         processes: Who works on it.
         run: The run's public folder, where the choice is kept.
         shared: The shared state at hand.
@@ -87,7 +87,7 @@ def _gains(
     known: dict[tuple[str, ...], UserVectors] = defaultdict(dict)
 
     def quality(weight: float) -> float:
-        parts = evaluation.parts_of([Mode.SHARED_PRIVATE], weight)
+        parts = evaluator.parts_of([Mode.SHARED_PRIVATE], weight)
         asked = dataclasses.replace(task, parts=parts, liked=None)
         ranks = measure(assembly, processes, asked, known).ranks[Mode.SHARED_PRIVATE]
         return float(personality.user_quality("log_rank", ranks.full, ranks.users).mean())

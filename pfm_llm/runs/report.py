@@ -20,8 +20,8 @@ from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import like_threshold, method_name
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import comparison, ranking
-from pfm_llm.evaluation import evaluator as evaluation
-from pfm_llm.evaluation import tables as result_tables
+from pfm_llm.evaluation import evaluator
+from pfm_llm.evaluation import tables
 from pfm_llm.evaluation.baselines import FittedBaseline, fit_baselines
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured, UserVectors
@@ -63,7 +63,7 @@ def evaluation_task(
         ),
         shared=shared,
         round_number=round_number,
-        parts=evaluation.parts_of(modes, config.adapters.private.weight),
+        parts=evaluator.parts_of(modes, config.adapters.private.weight),
         keep=keep,
         liked=None if threshold is None else held_out.liked(threshold),
     )
@@ -74,7 +74,7 @@ def validation_task(
 ) -> EvaluationTask:
     """`evaluation_task` on the sample of validation that choices are made on."""
     config = assembly.config
-    held_out = evaluation.sample_users(
+    held_out = evaluator.sample_users(
         assembly.corpus.split.validation, config.evaluation.max_users, config.seed
     )
     return evaluation_task(assembly, held_out, shared, round_number, modes)
@@ -103,7 +103,7 @@ def measure(
             read = None if known is None else known[chunk]
             found.append((index, assembly.evaluator.rank_chunk(chunk, task, None, read)))
             progress.update(min(len(chunk) * processes.count, total - progress.count))
-    return evaluation.combine(processes.gather(found))
+    return evaluator.combine(processes.gather(found))
 
 
 def evaluate_and_report(
@@ -273,11 +273,11 @@ def _write_report(
         },
     }
     write_results(folders.public / RESULTS_FILE, rows, extra)
-    tables = [
-        result_tables.results_table(rows, split.value, confidence=config.evaluation.confidence)
+    texts = [
+        tables.results_table(rows, split.value, confidence=config.evaluation.confidence)
         for split in config.evaluation.splits
     ]
-    files.write_text(folders.public / TABLE_FILE, "\n".join(tables))
+    files.write_text(folders.public / TABLE_FILE, "\n".join(texts))
 
 
 def _draw(folders: RunFolders, measured: Measured) -> None:

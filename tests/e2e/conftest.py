@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pfm_llm.runs.experiment import run_experiment
-from tests.integration.tiny import Tiny
+from tests.support.tiny import Tiny
 
 
 @pytest.fixture(scope="session")

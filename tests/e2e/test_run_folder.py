@@ -24,9 +24,9 @@ from pfm_llm.publish.artefact import read_head
 from pfm_llm.runs.experiment import load_shared, run_experiment
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.run import assemble, load_corpus
-from tests.integration.leaks import files_below
-from tests.integration.scripts import run_script
-from tests.integration.tiny import Tiny, alone, leftovers, metrics_of, results_of
+from tests.support.leaks import files_below
+from tests.support.scripts import run_script
+from tests.support.tiny import Tiny, alone, leftovers, metrics_of, results_of
 
 MODES = ("zero_shot", "shared_only", "private_only", "shared_private")
 BASELINES = ("popularity", "ease", "markov_recency")

@@ -14,8 +14,8 @@ from pfm_llm.config.schema import dump_config, load_config
 from pfm_llm.publish.artefact import read_head
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.serving import RunRecommender
-from tests.integration.leaks import files_below
-from tests.integration.tiny import Tiny, metrics_of, results_of
+from tests.support.leaks import files_below
+from tests.support.tiny import Tiny, metrics_of, results_of
 
 SMALL: dict[str, Any] = {
     "federation__num_rounds": 2,

@@ -1,5 +1,5 @@
 """What integration tests share."""
 
-from tests.hub_double.fixture import hub
+from tests.support.hub_double.fixture import hub
 
 __all__ = ["hub"]

@@ -21,8 +21,8 @@ from pfm_llm.protocol.types import ClientUpdate
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore
 from pfm_llm.serving import RunRecommender
-from tests.integration.scripts import run_script
-from tests.integration.tiny import (
+from tests.support.scripts import run_script
+from tests.support.tiny import (
     TITLES,
     Tiny,
     leftovers,

@@ -18,8 +18,8 @@ from pfm_llm.suite.plan import Plan, make_plan
 from pfm_llm.suite.report.page import write_report
 from pfm_llm.suite.running import Tools, run_suite
 from pfm_llm.suite.status import State, status_of
-from tests.integration.scripts import SCRIPTS, run_script
-from tests.integration.tiny import Tiny
+from tests.support.scripts import SCRIPTS, run_script
+from tests.support.tiny import Tiny
 
 SUITE: dict[str, Any] = {
     "name": "films",

@@ -20,7 +20,7 @@ from pfm_llm.base.errors import (
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore
 from pfm_llm.serving import RunRecommender
-from tests.integration.tiny import (
+from tests.support.tiny import (
     Tiny,
     leftovers,
     results_of,

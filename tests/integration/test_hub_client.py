@@ -11,9 +11,10 @@ from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
 from pfm_llm.publish import hub as the_hub
 from pfm_llm.publish.artefact import BASIS_FILE, CARD_FILE, MANIFEST_FILE, Artefact
 from pfm_llm.publish.hub import pull, push_folder, sending
-from tests.hub_double import OWNER, HubDouble
-from tests.integration.pushes import api
-from tests.integration.small_hub import (
+from tests.support.hub_double import OWNER, HubDouble
+from tests.support.pushes import api
+from tests.support.small_artefacts import contents
+from tests.support.small_hub import (
     LARGE,
     REPO,
     logged_in,
@@ -24,7 +25,6 @@ from tests.integration.small_hub import (
     two,
     upon_head,
 )
-from tests.small_artefacts import contents
 
 __all__ = ["logged_in", "small", "two"]
 pytestmark = pytest.mark.usefixtures("logged_in")

@@ -10,9 +10,10 @@ from pfm_llm.base.errors import HubError
 from pfm_llm.publish import hub as the_hub
 from pfm_llm.publish.artefact import CARD_FILE, Artefact
 from pfm_llm.publish.hub import calls, pull
-from tests.hub_double import OTHER_TOKEN, READ_TOKEN, HubDouble
-from tests.integration.pushes import api
-from tests.integration.small_hub import (
+from tests.support.hub_double import OTHER_TOKEN, READ_TOKEN, HubDouble
+from tests.support.pushes import api
+from tests.support.small_artefacts import contents
+from tests.support.small_hub import (
     LARGE,
     REPO,
     logged_in,
@@ -22,7 +23,6 @@ from tests.integration.small_hub import (
     stored,
     two,
 )
-from tests.small_artefacts import contents
 
 __all__ = ["logged_in", "small", "two"]
 pytestmark = pytest.mark.usefixtures("logged_in")

@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.hub_double import OTHER_TOKEN, READ_TOKEN, HubDouble
-from tests.integration.pushes import (
+from tests.support.hub_double import OTHER_TOKEN, READ_TOKEN, HubDouble
+from tests.support.pushes import (
     FILES,
     LARGE,
     REPO,
@@ -30,7 +30,7 @@ from tests.integration.pushes import (
     stored,
     write_folder,
 )
-from tests.tiny_models import make_backbone
+from tests.support.tiny_models import make_backbone
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import HfApi, constants, file_exists, hf_api
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from tests.hub_double import WRITE_TOKEN, HubDouble
-from tests.hub_double.fixture import talk_to
-from tests.integration.pushes import (
+from tests.support.hub_double import WRITE_TOKEN, HubDouble
+from tests.support.hub_double.fixture import talk_to
+from tests.support.pushes import (
     FILES,
     LARGE,
     REPO,

@@ -13,8 +13,8 @@ from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.publish.publishing import publish
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.publication import request_of
-from tests.hub_double import WRITE_TOKEN, HubDouble
-from tests.integration.tiny import TITLES, Tiny
+from tests.support.hub_double import WRITE_TOKEN, HubDouble
+from tests.support.tiny import TITLES, Tiny
 
 ROOT = Path(__file__).parents[2]
 REPO = "alice/films"

@@ -39,8 +39,7 @@ from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.publication import request_of
 from pfm_llm.runs.run import assemble, load_corpus
-from tests.hub_double import OWNER, WRITE_TOKEN, HubDouble
-from tests.integration.exports import (
+from tests.support.exports import (
     a_private_state,
     change_tensors,
     copy_of,
@@ -56,9 +55,10 @@ from tests.integration.exports import (
     state_files,
     write_private_adapter,
 )
-from tests.integration.pushes import without_the_hubs
-from tests.integration.scripts import run_script
-from tests.integration.tiny import Tiny, alone
+from tests.support.hub_double import OWNER, WRITE_TOKEN, HubDouble
+from tests.support.pushes import without_the_hubs
+from tests.support.scripts import run_script
+from tests.support.tiny import Tiny, alone
 
 __all__ = ["exported", "private", "run"]
 REPO = f"{OWNER}/films"

@@ -11,10 +11,10 @@ from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError, Stora
 from pfm_llm.publish import hub as the_hub
 from pfm_llm.publish.artefact import BASIS_FILE, CARD_FILE, MANIFEST_FILE, Artefact
 from pfm_llm.publish.hub import calls, pull
-from tests.hub_double import OWNER, HubDouble
-from tests.integration.pushes import api, without_the_hubs
-from tests.integration.small_hub import LARGE, REPO, logged_in, push, small, two, upon_head
-from tests.small_artefacts import contents
+from tests.support.hub_double import OWNER, HubDouble
+from tests.support.pushes import api, without_the_hubs
+from tests.support.small_artefacts import contents
+from tests.support.small_hub import LARGE, REPO, logged_in, push, small, two, upon_head
 
 __all__ = ["logged_in", "small", "two"]
 pytestmark = pytest.mark.usefixtures("logged_in")

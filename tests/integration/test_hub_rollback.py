@@ -16,9 +16,10 @@ from pfm_llm.publish.artefact import (
     Parent,
 )
 from pfm_llm.publish.versions import list_versions, rollback, verify_chain
-from tests.hub_double import READ_TOKEN, HubDouble
-from tests.integration.scripts import run_script
-from tests.integration.small_hub import (
+from tests.support.hub_double import READ_TOKEN, HubDouble
+from tests.support.scripts import run_script
+from tests.support.small_artefacts import contents, make_artefact
+from tests.support.small_hub import (
     REPO,
     key,
     logged_in,
@@ -32,7 +33,6 @@ from tests.integration.small_hub import (
     two,
     upon_head,
 )
-from tests.small_artefacts import contents, make_artefact
 
 __all__ = ["key", "logged_in", "small", "three", "two"]
 pytestmark = pytest.mark.usefixtures("logged_in")

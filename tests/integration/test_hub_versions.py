@@ -19,9 +19,10 @@ from pfm_llm.publish.artefact import (
     Parent,
 )
 from pfm_llm.publish.versions import find_commit, list_versions, rollback, verify_chain
-from tests.hub_double import OWNER, HubDouble
-from tests.integration.pushes import api
-from tests.integration.small_hub import (
+from tests.support.hub_double import OWNER, HubDouble
+from tests.support.pushes import api
+from tests.support.small_artefacts import make_artefact
+from tests.support.small_hub import (
     REPO,
     delete,
     key,
@@ -34,7 +35,6 @@ from tests.integration.small_hub import (
     two,
     upon_head,
 )
-from tests.small_artefacts import make_artefact
 
 __all__ = ["key", "logged_in", "small", "three", "two"]
 pytestmark = pytest.mark.usefixtures("logged_in")

@@ -17,7 +17,7 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore
-from tests.integration.tiny import Tiny, leftovers, metrics_of, results_of, tensor_files
+from tests.support.tiny import Tiny, leftovers, metrics_of, results_of, tensor_files
 
 ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {

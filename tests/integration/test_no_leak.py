@@ -24,13 +24,13 @@ from pfm_llm.config.choices import SplitKind
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split, TrainData
 from pfm_llm.federation.rounds import run_rounds
-from pfm_llm.runs import report as reporting
+from pfm_llm.runs import report
 from pfm_llm.runs.experiment import make_federation
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.run import Assembly, Corpus, assemble, load_corpus
 from pfm_llm.text.encoding import NO_TARGET
-from tests.integration.leaks import files_below
-from tests.integration.tiny import TITLES, Tiny, alone, write_items
+from tests.support.leaks import files_below
+from tests.support.tiny import TITLES, Tiny, alone, write_items
 
 NUM_ITEMS, NUM_USERS = 50, 12
 CANARIES = range(30, NUM_ITEMS)
@@ -322,7 +322,7 @@ def test_a_trainer_that_sees_everything_is_caught(canaries: Assembly) -> None:
 
 
 def test_baselines_know_nothing_of_held_out_items(canaries: Assembly) -> None:
-    fitted = reporting.fit_run_baselines(canaries)
+    fitted = report.fit_run_baselines(canaries)
     assert [baseline.name for baseline in fitted] == ["popularity", "ease", "markov_recency"]
     train = canaries.corpus.split.train.interactions
     histories = [train.history(user) for user in range(NUM_USERS)]
@@ -344,19 +344,21 @@ def test_choices_of_baselines_do_not_depend_on_test_items(tiny: Tiny, tmp_path: 
     chosen = [
         [
             (baseline.name, dict(baseline.hyperparameters), baseline.validation_ndcg)
-            for baseline in reporting.fit_run_baselines(wired(config_of(tiny, tmp_path / name, h)))
+            for baseline in report.fit_run_baselines(wired(config_of(tiny, tmp_path / name, h)))
         ]
         for name, h in (("a", histories), ("b", other))
     ]
     assert chosen[0] == chosen[1]
 
 
-@pytest.mark.parametrize("module", ["client", "cohort_model", "local_steps", "rounds", "server"])
-def test_training_draws_no_candidates(module: str) -> None:
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+@pytest.mark.parametrize("room", ["client", "federation", "model", "server"])
+def test_training_draws_no_candidates(room: str) -> None:
+    paths = list((PACKAGE / room).rglob("*.py"))
+    assert paths
     imported = {
         f"{node.module}.{alias.name}"
-        for node in ast.walk(tree)
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

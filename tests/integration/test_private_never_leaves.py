@@ -25,14 +25,14 @@ from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.choices import PrivateKind
 from pfm_llm.protocol.types import ClientUpdate, PrivateState
 from pfm_llm.publish.export import Exported
-from pfm_llm.runs import report as reporting
+from pfm_llm.runs import report
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.run import assemble, load_corpus
 from pfm_llm.server.server import Server
-from tests.integration.leaks import DTYPES, Hunt, files_below
-from tests.integration.tiny import TITLES, Tiny, alone
-from tests.integration.watch import Watch
+from tests.support.leaks import DTYPES, Hunt, files_below
+from tests.support.tiny import TITLES, Tiny, alone
+from tests.support.watch import Watch
 
 ROUNDS = 3
 SETTINGS: dict[str, Any] = {
@@ -247,7 +247,7 @@ def logged_as(form: Callable[[torch.Tensor], Any]) -> Leak:
 
 def beside_the_export(write: Callable[[Path, Exported, PrivateState], Any]) -> Leak:
     def install(patch: pytest.MonkeyPatch) -> None:
-        export = reporting.export_shared_adapter
+        export = report.export_shared_adapter
 
         def leaky(what: Exported, folder: Path, *args: Any) -> None:
             export(what, folder, *args)
@@ -256,7 +256,7 @@ def beside_the_export(write: Callable[[Path, Exported, PrivateState], Any]) -> L
             assert state is not None
             write(folder, what, state)
 
-        patch.setattr(reporting, "export_shared_adapter", leaky)
+        patch.setattr(report, "export_shared_adapter", leaky)
 
     return install
 

@@ -14,7 +14,7 @@ from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.experiment import evaluate_run, open_run, run_experiment
 from pfm_llm.runs.private_weight import WEIGHT_FILE
 from pfm_llm.runs.report import evaluation_task, measure
-from tests.integration.tiny import Tiny
+from tests.support.tiny import Tiny
 
 WEIGHTS = [0.0, 0.5, 1.5]
 SETTINGS = {

@@ -14,10 +14,10 @@ import torch
 from pfm_llm.base import files
 from pfm_llm.base.errors import LaunchError
 from pfm_llm.base.processes import check_launch
-from tests.integration.tiny import Tiny, leftovers, metrics_of, results_of
+from tests.support.tiny import Tiny, leftovers, metrics_of, results_of
 
 ROOT = Path(__file__).parents[2]
-DRIVER = Path(__file__).with_name("ranks_driver.py")
+DRIVER = ROOT / "tests" / "support" / "ranks_driver.py"
 TRAIN = ROOT / "scripts" / "fed_train.py"
 TIMEOUT_S = 600
 # Chunks of one to three clients: five of them for a cohort of eight.

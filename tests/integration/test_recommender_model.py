@@ -28,7 +28,7 @@ from pfm_llm.runs.experiment import load_shared, run_experiment
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.run import assemble, load_corpus
 from pfm_llm.serving import RunRecommender
-from tests.integration.tiny import TITLES, Tiny, alone, metrics_of, results_of, tensor_files
+from tests.support.tiny import TITLES, Tiny, alone, metrics_of, results_of, tensor_files
 
 HISTORY = ["i3", "i4", "i6"]
 

@@ -14,7 +14,7 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.runs import experiment
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment
-from tests.integration.tiny import (
+from tests.support.tiny import (
     Tiny,
     leftovers,
     metrics_of,

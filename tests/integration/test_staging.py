@@ -30,7 +30,7 @@ from pfm_llm.publish.artefact import (
     TRAINING_CONFIG_FILE,
 )
 from pfm_llm.publish.staging import stage
-from tests.integration.exports import (
+from tests.support.exports import (
     a_private_state,
     change_json,
     change_tensors,

@@ -13,7 +13,7 @@ from pfm_llm.runs.experiment import open_run, run_experiment
 from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.runs.study import study_run
 from pfm_llm.runs.study.cold_start import first_events
-from tests.integration.tiny import Tiny, random_histories
+from tests.support.tiny import Tiny, random_histories
 
 LIKES: dict[str, Any] = {
     "tasks": ["next_item", "like"],

@@ -21,7 +21,7 @@ from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.runs.run import load_corpus
 from scripts._cli import run_safely
-from tests.integration.tiny import Tiny
+from tests.support.tiny import Tiny
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"sasrec": sasrec, "pfedrec": pfedrec}

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +26,10 @@ LAYERS = [line.split() for line in """
     serving
 """.strip().splitlines()]  # fmt: skip
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
-# The modules that have not moved into their package yet.
-PLACES = {module: line.split()[0] for line in """
-""".strip().splitlines() for module in line.split()[1:]}  # fmt: skip
+SERVER_MAY_IMPORT = {"base", "protocol", "config", "server"}
+MAX_ROOMS, MAX_FILES = 20, 15
+MAX_LINES, MAX_BODY, MAX_PARAMETERS = 410, 40, 7
+CODE = ("pfm_llm", "scripts", "benchmarks", "examples")
 
 
 def imported(path: Path) -> set[str]:
@@ -54,8 +56,7 @@ def module_imports(package: Path) -> dict[str, set[str]]:
 
 def room(name: str) -> str:
     """The room that a module stands in: ``pfm_llm.data.splits`` -> ``data``."""
-    first = name.removeprefix("pfm_llm.").split(".")[0]
-    return first if (PACKAGE / first).is_dir() and first in HEIGHT else PLACES.get(first, first)
+    return name.removeprefix("pfm_llm.").split(".")[0]
 
 
 def wrong_imports(package: Path) -> list[str]:
@@ -84,6 +85,27 @@ def users_of(package: Path, library: str) -> set[str]:
     }
 
 
+def too_large(path: Path) -> list[str]:
+    """One line for each limit that a file, or a function in it but for its docstring, exceeds."""
+    text, name = path.read_text(), path.name
+    found = []
+    if (lines := text.count("\n")) > MAX_LINES:
+        found.append(f"{name} has {lines} lines")
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        docstring = ast.get_docstring(node, clean=False)
+        size = (node.end_lineno or 0) - node.lineno + 1
+        size -= docstring.count("\n") + 1 if docstring else 0
+        if size > MAX_BODY:
+            found.append(f"{name}: {node.name} has {size} lines")
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        own = [a for a in arguments if a.arg not in ("self", "cls")]
+        if len(own) > MAX_PARAMETERS:
+            found.append(f"{name}: {node.name} has {len(own)} parameters")
+    return found
+
+
 def callers_of_from_pretrained(package: Path) -> set[str]:
     """``module:function`` (outermost) of each use of an attribute ``from_pretrained``."""
     return {
@@ -100,6 +122,37 @@ def test_imports_go_downwards_only() -> None:
     assert wrong_imports(PACKAGE) == []
 
 
+def test_every_line_of_the_layers_has_its_room() -> None:
+    rooms = {room(module) for module in module_imports(PACKAGE)}
+    assert rooms == HEIGHT.keys()
+    assert len(rooms) <= MAX_ROOMS
+
+
+def test_no_room_is_crowded() -> None:
+    folders = [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())]
+    assert len(folders) > 10
+    crowded = {
+        folder.name: len(files)
+        for folder in folders
+        if len(files := [*folder.glob("[!_]*.py"), *folder.glob("[!_]*/__init__.py")]) > MAX_FILES
+    }
+    assert crowded == {}
+
+
+def test_the_server_imports_nothing_of_the_clients() -> None:
+    """Nor a model: what a server knows is the contract, the table and the config."""
+    names = {
+        name
+        for module, found in module_imports(PACKAGE).items()
+        if room(module) == "server"
+        for name in found
+    }
+    ours = {room(name) for name in names if name.startswith("pfm_llm.")}
+    assert ours <= SERVER_MAY_IMPORT
+    libraries = {name.split(".")[0] for name in names} - {"pfm_llm"} - sys.stdlib_module_names
+    assert libraries == {"torch"}
+
+
 def test_modules_have_no_import_loops() -> None:
     graph = {
         f"pfm_llm.{module}": {name for name in names if name.startswith("pfm_llm.")}
@@ -108,14 +161,20 @@ def test_modules_have_no_import_loops() -> None:
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError and names the loop
 
 
-def test_only_one_module_imports_peft() -> None:
-    assert len(users_of(PACKAGE, "peft")) == 1
+def test_only_lora_imports_peft() -> None:
+    assert users_of(PACKAGE, "peft") == {"model.lora"}
+
+
+def test_files_and_functions_stay_small() -> None:
+    paths = [path for folder in CODE for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(paths) > 100
+    assert [line for path in paths for line in too_large(path)] == []
 
 
 def test_models_are_loaded_in_backbone_and_converted_in_assets_only() -> None:
     callers = callers_of_from_pretrained(PACKAGE)
-    others = {caller for caller in callers if "backbone.py:" not in caller}
-    assert {caller.rpartition("/")[2] for caller in others} == {"assets.py:_dequantise"}
+    others = {caller for caller in callers if not caller.startswith("model/backbone.py:")}
+    assert others == {"base/assets.py:_dequantise"}
     assert callers != others
 
 
@@ -140,3 +199,14 @@ def test_the_checks_see_what_is_wrong(tmp_path: Path) -> None:
         "text imports (relative)",
     ]
     assert callers_of_from_pretrained(tmp_path) == {"data/partition.py:load"}
+
+
+def test_the_limits_see_what_is_too_large(tmp_path: Path) -> None:
+    path = tmp_path / "large.py"
+    lines = ["def f(a, b, c, d, e, g, h, i):", '    """Long."""', *["    a += 1"] * 41]
+    path.write_text("\n".join([*lines, *["x = 1"] * 370]))
+    assert too_large(path) == [
+        "large.py has 412 lines",
+        "large.py: f has 42 lines",
+        "large.py: f has 8 parameters",
+    ]

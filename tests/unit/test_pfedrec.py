@@ -16,7 +16,7 @@ from benchmarks.baselines.pfedrec_training import (
     train,
 )
 from pfm_llm.base.errors import TrainingError
-from tests.trained_baselines import NUM_ITEMS, circles, without_test, world
+from tests.support.trained_baselines import NUM_ITEMS, circles, without_test, world
 
 SMALL = Settings(dim=4, lr_eta=1.0, rounds=3, batch=4)
 

@@ -12,7 +12,7 @@ from benchmarks.baselines.sasrec_model import NO_TARGET, SasRec, Settings, cut, 
 from benchmarks.baselines.sasrec_training import train, train_epochs
 from pfm_llm.base.errors import DataError, TrainingError
 from pfm_llm.evaluation.metrics import ndcg
-from tests.trained_baselines import NUM_ITEMS, circles, without_test, world
+from tests.support.trained_baselines import NUM_ITEMS, circles, without_test, world
 
 SMALL = Settings(dim=16, window=4, batch=8, epochs=3, dropout=0.0, lr=1e-2)
 

@@ -14,7 +14,7 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.settings import like_threshold
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import TrainData
-from pfm_llm.evaluation import evaluator as evaluation
+from pfm_llm.evaluation import evaluator
 from pfm_llm.evaluation import personality, ranking
 from pfm_llm.evaluation.evaluator import EvaluationTask, Evaluator
 from pfm_llm.model.head import ITEM_BIAS
@@ -61,7 +61,7 @@ def known_by_few(
             histories=tuple(history[:given] for history in task.held_out.histories),
             history_ratings=None if rated is None else tuple(own[:given] for own in rated),
         ),
-        parts=evaluation.parts_of(_SERVED, config.adapters.private.weight),
+        parts=evaluator.parts_of(_SERVED, config.adapters.private.weight),
         keep=False,
         liked=None,
     )
@@ -74,8 +74,8 @@ def known_by_few(
         # An empty store: what a client learned from its whole history must not be known.
         store = PrivateStore(Path(empty))
         trainer = make_trainer(config, parts, histories, store)
-        evaluator = Evaluator(parts.model, trainer, histories, parts.encoder, cache, store)
-        found = measure(dataclasses.replace(assembly, evaluator=evaluator), processes, few)
+        afresh = Evaluator(parts.model, trainer, histories, parts.encoder, cache, store)
+        found = measure(dataclasses.replace(assembly, evaluator=afresh), processes, few)
     return (
         quality_of(found, Mode.SHARED_PRIVATE),
         quality_of(found, Mode.SHARED_ONLY),

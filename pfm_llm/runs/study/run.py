@@ -14,7 +14,7 @@ import numpy as np
 from pfm_llm.config.choices import Task
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import comparison, personality
-from pfm_llm.evaluation import evaluator as evaluation
+from pfm_llm.evaluation import evaluator
 from pfm_llm.evaluation.evaluator import EvaluationTask
 from pfm_llm.evaluation.personality import Bootstrap, Estimate
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
@@ -163,7 +163,7 @@ class _Study:
         split = self._assembly.corpus.split
         held_out, users = split.validation, self._task.held_out.users
         task = dataclasses.replace(
-            self._task_of(held_out), parts=evaluation.parts_of([Mode.SHARED_ONLY], 0.0), liked=None
+            self._task_of(held_out), parts=evaluator.parts_of([Mode.SHARED_ONLY], 0.0), liked=None
         )
         validated = measure(self._assembly, self._opened.processes, task)
         quality = quality_of(validated, Mode.SHARED_ONLY)
@@ -203,7 +203,7 @@ class _Study:
             task = dataclasses.replace(
                 self._task,
                 window_items=items,
-                parts=evaluation.parts_of(_SERVED, self.private_weight),
+                parts=evaluator.parts_of(_SERVED, self.private_weight),
                 keep=False,
                 liked=None,
             )

@@ -10,7 +10,7 @@ import torch
 from pfm_llm.runs.run import Assembly
 from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.evaluation import evaluator as evaluation
+from pfm_llm.evaluation import evaluator
 from pfm_llm.evaluation import personality, scoring
 from pfm_llm.evaluation.evaluator import EvaluationTask, Measured, UserVectors
 from pfm_llm.protocol.types import Mode, SharedState
@@ -47,7 +47,7 @@ class Served:
         count = min(STRANGERS, len(order) - 1)
         shifts = 1 + generator.choice(len(order) - 1, count, replace=False)
         only = dataclasses.replace(
-            task, parts=evaluation.parts_of([Mode.SHARED_PRIVATE], self._weight), keep=False
+            task, parts=evaluator.parts_of([Mode.SHARED_PRIVATE], self._weight), keep=False
         )
         served = []
         known: dict[tuple[str, ...], UserVectors] = defaultdict(dict)
@@ -81,7 +81,7 @@ class Served:
     ) -> Measured:
         """Each client with the adapter of its lender; ``known`` is what was read out before."""
         rank = self._assembly.evaluator.rank_chunk
-        return evaluation.combine(
+        return evaluator.combine(
             [
                 rank(chunk, task, self._kept([lender[c] for c in chunk]), known[chunk])
                 for chunk in chunks
@@ -124,7 +124,7 @@ class Served:
             self._task,
             shared=shared,
             round_number=round_number,
-            parts=evaluation.parts_of([Mode.SHARED_PRIVATE], self._weight),
+            parts=evaluator.parts_of([Mode.SHARED_PRIVATE], self._weight),
             keep=False,
             liked=None,
         )

@@ -13,7 +13,7 @@ import torch
 from pfm_llm.base import files
 from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.text.encoding import Window
-from tests.tiny_models import ARCHITECTURES, CLIENT_WINDOWS, make_backbone, random_window
+from tests.support.tiny_models import ARCHITECTURES, CLIENT_WINDOWS, make_backbone, random_window
 
 WINDOWS = CLIENT_WINDOWS[1]
 NUM_TOP = 2

@@ -12,7 +12,7 @@ from pfm_llm.evaluation import comparison
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import write_results
 from pfm_llm.protocol.types import Mode
-from tests.suite_double import row
+from tests.support.suite_double import row
 
 CONFIG = ExperimentConfig(name="paired")
 USERS = [3, 5, 8]

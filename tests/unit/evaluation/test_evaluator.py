@@ -13,8 +13,7 @@ from pfm_llm.client.histories import ClientHistories, History
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.splits import HeldOut, TrainData
-from pfm_llm.evaluation import evaluator as evaluation
-from pfm_llm.evaluation import ranking
+from pfm_llm.evaluation import evaluator, ranking
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.evaluation.ranking import Ranks
@@ -26,7 +25,7 @@ from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.runs.run import Assembly
 from pfm_llm.text.encoding import NO_LABEL
 from tests.conftest import TinyAssembly
-from tests.tiny_models import stirred
+from tests.support.tiny_models import stirred
 
 STEPS = {"federation__local__personalise_steps": 3, "federation__local__private_lr": 0.05}
 # Without adaptive steps nothing hangs on rounding; and each user's shortened history is a query.
@@ -48,14 +47,14 @@ def _task(
         ),
         shared=SharedState(stirred(assembly.parts.shared.tensors, 1, 0.1)),
         round_number=4,
-        parts=evaluation.parts_of(modes, config.adapters.private.weight),
+        parts=evaluator.parts_of(modes, config.adapters.private.weight),
         keep=keep,
     )
 
 
 def _measure(assembly: Assembly, task: EvaluationTask, tokens_per_chunk: int = 300) -> Measured:
     chunks = assembly.evaluator.chunks(task, tokens_per_chunk)
-    return evaluation.combine([assembly.evaluator.rank_chunk(chunk, task) for chunk in chunks])
+    return evaluator.combine([assembly.evaluator.rank_chunk(chunk, task) for chunk in chunks])
 
 
 def _scores_alone(assembly: Assembly, task: EvaluationTask, query: int) -> dict[Mode, np.ndarray]:
@@ -80,7 +79,7 @@ def _scores_alone(assembly: Assembly, task: EvaluationTask, query: int) -> dict[
 def test_ranks_equal_brute_force(split: str, tiny_assembly: TinyAssembly) -> None:
     """One query at a time; rank = 1 + unseen others that score at least as high."""
     assembly = tiny_assembly(data__split=split, data__held_out=0.4, **SETTINGS)
-    held_out = evaluation.sample_users(assembly.corpus.split.test, 10, seed=0)
+    held_out = evaluator.sample_users(assembly.corpus.split.test, 10, seed=0)
     task = _task(assembly, held_out=held_out)
     measured = _measure(assembly, task)
     row = 0
@@ -149,7 +148,7 @@ def test_modes_without_private_parts_train_nobody(tiny_assembly: TinyAssembly) -
     measured = _measure(assembly, task)
     assert list(measured.ranks) == [Mode.ZERO_SHOT, Mode.SHARED_ONLY]
     assert (measured.num_personalised, measured.private_steps) == (0, 0)
-    weightless = replace(task, parts=evaluation.parts_of(OUR_MODES, private_weight=0.0))
+    weightless = replace(task, parts=evaluator.parts_of(OUR_MODES, private_weight=0.0))
     assert not weightless.uses_private
 
 
@@ -158,7 +157,7 @@ def test_personalised_adapters_are_kept_for_serving_when_asked(
     keep: bool, tiny_assembly: TinyAssembly
 ) -> None:
     assembly = tiny_assembly(**SETTINGS)
-    held_out = evaluation.sample_users(assembly.corpus.split.test, 6, seed=0)
+    held_out = evaluator.sample_users(assembly.corpus.split.test, 6, seed=0)
     task = _task(assembly, held_out=held_out, keep=keep)
     _measure(assembly, task, 10**6)
     for client_id in (assembly.histories.client_of(int(user)) for user in held_out.users):
@@ -174,7 +173,7 @@ def test_personalised_adapters_are_kept_for_serving_when_asked(
 
 def test_clients_of_other_users_are_passed_over(tiny_assembly: TinyAssembly) -> None:
     assembly = tiny_assembly(data__users_per_client=5, **SETTINGS)
-    held_out = evaluation.sample_users(assembly.corpus.split.test, 4, seed=0)
+    held_out = evaluator.sample_users(assembly.corpus.split.test, 4, seed=0)
     task = _task(assembly, [Mode.SHARED_ONLY], held_out)
     measured = _measure(assembly, task)
     assert measured.ranks[Mode.SHARED_ONLY].users.tolist() == held_out.users.tolist()
@@ -195,24 +194,24 @@ def test_clients_without_training_windows_fill_a_chunk_too(tiny_assembly: TinyAs
 
 def test_a_sample_of_users_is_fixed_and_whole(tiny_assembly: TinyAssembly) -> None:
     held_out = tiny_assembly().corpus.split.validation
-    sample = evaluation.sample_users(held_out, 5, seed=3)
-    again = evaluation.sample_users(held_out, 5, seed=3)
+    sample = evaluator.sample_users(held_out, 5, seed=3)
+    again = evaluator.sample_users(held_out, 5, seed=3)
     assert sample.users.tolist() == again.users.tolist() == sorted(set(sample.users.tolist()))
     assert len(sample.users) == 5
     for index, user in enumerate(sample.users.tolist()):
         origin = held_out.users.tolist().index(user)
         assert np.array_equal(sample.histories[index], held_out.histories[origin])
         assert np.array_equal(sample.targets[index], held_out.targets[origin])
-    other = evaluation.sample_users(held_out, 5, seed=4)
+    other = evaluator.sample_users(held_out, 5, seed=4)
     assert other.users.tolist() != sample.users.tolist()
-    assert evaluation.sample_users(held_out, None, seed=3) is held_out
-    assert evaluation.sample_users(held_out, 24, seed=3) is held_out
+    assert evaluator.sample_users(held_out, None, seed=3) is held_out
+    assert evaluator.sample_users(held_out, 24, seed=3) is held_out
 
 
 def test_a_sample_keeps_ratings_with_their_users() -> None:
     held_out = _held_out(histories=[[0], [1], [2]], targets=[[3], [3], [3]])
     rated = replace(held_out, history_ratings=tuple(np.array([u / 2]) for u in range(3)))
-    sample = evaluation.sample_users(rated, 2, seed=0)
+    sample = evaluator.sample_users(rated, 2, seed=0)
     assert sample.history_ratings is not None
     assert [r[0] * 2 for r in sample.history_ratings] == sample.users.tolist()
 
@@ -262,9 +261,9 @@ def test_rank_baseline_does_not_depend_on_its_batches() -> None:
 
 
 def test_combine_orders_by_user_and_adds_up() -> None:
-    def part(users: list[int], count: int) -> evaluation.ChunkRanks:
+    def part(users: list[int], count: int) -> evaluator.ChunkRanks:
         ranks = Ranks(np.array(users), np.array(users) + 1, np.array(users) + 2)
-        return evaluation.ChunkRanks(
+        return evaluator.ChunkRanks(
             ranks={Mode.SHARED_ONLY: ranks},
             users=np.unique(users),
             aucs={Mode.SHARED_ONLY: np.unique(users) / 10},
@@ -274,7 +273,7 @@ def test_combine_orders_by_user_and_adds_up() -> None:
             private_steps=10 * count,
         )
 
-    measured = evaluation.combine([part([4, 1, 1], 2), part([3, 0], 1)])
+    measured = evaluator.combine([part([4, 1, 1], 2), part([3, 0], 1)])
     ranks = measured.ranks[Mode.SHARED_ONLY]
     assert ranks.users.tolist() == [0, 1, 1, 3, 4]
     assert ranks.full.tolist() == [1, 2, 2, 4, 5]
@@ -282,11 +281,11 @@ def test_combine_orders_by_user_and_adds_up() -> None:
     assert measured.aucs[Mode.SHARED_ONLY].tolist() == [0.0, 0.1, 0.3, 0.4]
     assert measured.like_fits[Mode.SHARED_ONLY].tolist() == [0, -1, -3, -4]
     assert measured.choice_fits[Mode.SHARED_ONLY].tolist() == [0, -2, -6, -8]
-    assert evaluation.combine([]).num_users == 0
+    assert evaluator.combine([]).num_users == 0
 
 
 def test_parts_of_each_mode() -> None:
-    assert evaluation.parts_of(OUR_MODES, 0.5) == {
+    assert evaluator.parts_of(OUR_MODES, 0.5) == {
         Mode.ZERO_SHOT: None,
         Mode.SHARED_ONLY: Parts(shared_lora=True, private_weight=0.0),
         Mode.PRIVATE_ONLY: Parts(shared_lora=False, private_weight=0.5),
@@ -402,7 +401,7 @@ def test_user_vectors_are_read_out_once_for_all_taste_vectors(
         return read(*arguments)
 
     monkeypatch.setattr(model, "user_vectors", counted)
-    known: evaluation.UserVectors = {}
+    known: evaluator.UserVectors = {}
     found = [evaluator.score_chunk(chunk, task, own, known).scores for own in (private, swapped)]
     assert count == 1
     for one, other in zip(found, expected, strict=True):

@@ -17,8 +17,8 @@ from pfm_llm.model.backbone import (
     pad_tokens,
     resolve_dtype,
 )
-from tests.integration.tiny import Tiny
-from tests.tiny_models import (
+from tests.support.tiny import Tiny
+from tests.support.tiny_models import (
     ARCHITECTURES,
     HIDDEN,
     NUM_LAYERS,

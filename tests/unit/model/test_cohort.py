@@ -10,8 +10,8 @@ from pfm_llm.config.model import HeadConfig
 from pfm_llm.model.batches import Dropout, collate
 from pfm_llm.model.cohort import CohortLinear, Parts
 from pfm_llm.protocol.types import Tensors
-from tests.peft_reference import PeftReference
-from tests.tiny_models import (
+from tests.support.peft_reference import PeftReference
+from tests.support.tiny_models import (
     ARCHITECTURES,
     CLIENT_WINDOWS,
     NUM_ITEMS,

@@ -18,8 +18,8 @@ from pfm_llm.model.backbone import Backbone, load_backbone
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.lora import DualAdapter
-from tests.integration.tiny import Tiny
-from tests.tiny_models import (
+from tests.support.tiny import Tiny
+from tests.support.tiny_models import (
     ARCHITECTURES,
     CLIENT_WINDOWS,
     HIDDEN,

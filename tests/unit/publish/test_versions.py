@@ -9,7 +9,7 @@ from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig
 from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_PROJ, STATE_PROJ
 from pfm_llm.publish.artefact import Artefact, Metric
 from pfm_llm.publish.versions.difference import Change, diff_versions, product_norm
-from tests.small_artefacts import ITEMS, MODULES, make_artefact, random_head, random_lora
+from tests.support.small_artefacts import ITEMS, MODULES, make_artefact, random_head, random_lora
 
 
 def dense(artefact: Artefact, module: str) -> torch.Tensor:

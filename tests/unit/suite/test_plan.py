@@ -8,9 +8,9 @@ import pytest
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.schema import training_hash
 from pfm_llm.suite.plan import load_suite, make_plan
-from tests.suite_double import GRID, World
+from tests.support.suite_double import GRID, World
 
-SUITES = sorted((Path(__file__).parents[2] / "configs" / "suites").glob("*.yaml"))
+SUITES = sorted((Path(__file__).parents[3] / "configs" / "suites").glob("*.yaml"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.suite.readme import with_fresh_tables
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_tables_of_the_readme_are_those_of_the_committed_results() -> None:

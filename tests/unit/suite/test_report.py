@@ -16,7 +16,7 @@ from pfm_llm.suite.readme import with_fresh_tables
 from pfm_llm.suite.report.page import write_report
 from pfm_llm.suite.report.reading import read_suite, suite_folders
 from pfm_llm.suite.report.tables import markdown_table
-from tests.suite_double import COSTS, World, popularity, row
+from tests.support.suite_double import COSTS, World, popularity, row
 
 
 def on_test(**changes: Any) -> ResultRow:

@@ -14,7 +14,7 @@ from pfm_llm.evaluation import results
 from pfm_llm.evaluation.results import read_results
 from pfm_llm.suite.running import run_suite
 from pfm_llm.suite.status import State, changes, list_text, status_of
-from tests.suite_double import COSTS, GRID, World
+from tests.support.suite_double import COSTS, GRID, World
 
 ALL = [("a-s0-0.1", False), ("a-s0-0.2", False), ("a-s0-0.3", False), ("b-s0", False)]
 

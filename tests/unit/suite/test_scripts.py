@@ -10,7 +10,7 @@ from pfm_llm.base.errors import ConfigError, TrainingError
 from pfm_llm.suite import scripts
 from pfm_llm.suite.scripts import ScriptCall, call_script
 from pfm_llm.suite.status import State, status_of
-from tests.suite_double import World
+from tests.support.suite_double import World
 
 GOOD = """
 import argparse, json, pathlib, sys

@@ -10,8 +10,8 @@ from threading import RLock
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlencode
 
-from tests.hub_double.store import MAIN, Commit, Repo
-from tests.hub_double.wire import Call, Reply
+from tests.support.hub_double.store import MAIN, Commit, Repo
+from tests.support.hub_double.wire import Call, Reply
 
 
 class Caller(NamedTuple):

@@ -9,9 +9,9 @@ from urllib.parse import parse_qs
 
 import yaml
 
-from tests.hub_double.state import HubError, HubState, Routes
-from tests.hub_double.store import MAIN, Commit, Entry, Repo, lfs_pointer
-from tests.hub_double.wire import Call, Reply
+from tests.support.hub_double.state import HubError, HubState, Routes
+from tests.support.hub_double.store import MAIN, Commit, Entry, Repo, lfs_pointer
+from tests.support.hub_double.wire import Call, Reply
 
 route = Routes()
 _MODEL = "/api/models/{repo}"

@@ -8,9 +8,9 @@ import pytest
 from pfm_llm.publish import hub as the_hub
 from pfm_llm.publish import signing
 from pfm_llm.publish.artefact import Artefact, Parent
-from tests.hub_double import OWNER, WRITE_TOKEN, HubDouble
-from tests.integration.pushes import api, without_the_hubs
-from tests.small_artefacts import follows, make_artefact
+from tests.support.hub_double import OWNER, WRITE_TOKEN, HubDouble
+from tests.support.pushes import api, without_the_hubs
+from tests.support.small_artefacts import follows, make_artefact
 
 REPO = f"{OWNER}/small"
 LARGE = ["adapter_model.safetensors", "recommender_head.safetensors"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
-from tests.hub_double import OWNER, WRITE_TOKEN, HubDouble
+from tests.support.hub_double import OWNER, WRITE_TOKEN, HubDouble
 
 REPO = f"{OWNER}/tiny"
 WEIGHTS = bytes(range(256)) * 300

@@ -11,7 +11,7 @@ import torch
 
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import NO_TARGET, Window
-from tests.tiny_models import TinyCohort
+from tests.support.tiny_models import TinyCohort
 
 _FACTOR = {"A": "lora_A", "B": "lora_B"}
 

@@ -8,7 +8,7 @@ from typing import Any
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import Split
 from pfm_llm.runs.run import load_corpus
-from tests.integration.tiny import Tiny, write_interactions
+from tests.support.tiny import Tiny, write_interactions
 
 NUM_ITEMS = 30
 

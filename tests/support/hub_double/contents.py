@@ -8,9 +8,9 @@ import re
 from typing import Any
 from urllib.parse import quote
 
-from tests.hub_double.state import HubError, HubState, Routes, lines
-from tests.hub_double.store import Entry, Repo
-from tests.hub_double.wire import Call, Reply
+from tests.support.hub_double.state import HubError, HubState, Routes, lines
+from tests.support.hub_double.store import Entry, Repo
+from tests.support.hub_double.wire import Call, Reply
 
 route = Routes()
 storage_route = Routes()

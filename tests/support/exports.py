@@ -16,7 +16,7 @@ from pfm_llm.protocol.types import PrivateState
 from pfm_llm.publish.artefact import ADAPTER_FILE, MANIFEST_FILE, Manifest
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
-from tests.integration.tiny import Tiny
+from tests.support.tiny import Tiny
 
 
 @pytest.fixture(scope="module")

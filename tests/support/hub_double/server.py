@@ -7,10 +7,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Self
 
-from tests.hub_double import api, contents
-from tests.hub_double.state import Caller, HubError, HubState, Routes
-from tests.hub_double.store import MAIN, Repo
-from tests.hub_double.wire import Call, Fault, Faults, Listener, Reply, Request
+from tests.support.hub_double import api, contents
+from tests.support.hub_double.state import Caller, HubError, HubState, Routes
+from tests.support.hub_double.store import MAIN, Repo
+from tests.support.hub_double.wire import Call, Fault, Faults, Listener, Reply, Request
 
 OWNER = "alice"
 WRITE_TOKEN = "hf_alice_may_write"

@@ -15,7 +15,7 @@ from pfm_llm.federation import rounds
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.protocol.types import PrivateState
 from pfm_llm.server.server import Server
-from tests.integration.leaks import Hunt, files_below
+from tests.support.leaks import Hunt, files_below
 
 
 class Watch(logging.Handler):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.hub_double.server import HubDouble
+from tests.support.hub_double.server import HubDouble
 
 
 def talk_to(hub: HubDouble, patch: pytest.MonkeyPatch) -> None:
