@@ -1,22 +1,16 @@
-"""Streamed aggregation of updates, and the server's step.
+"""Streamed aggregation of updates: updates come in, a mean goes out.
 
-Nothing here knows of clients' data or private states: updates come in, a mean goes out, and
-`ServerStep` turns the mean into the next shared state.
+Nothing here knows of clients' data or private states.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Self, TypedDict
 
 import torch
 
 from pfm_llm.base.errors import ContractError, TrainingError
-from pfm_llm.config.choices import LearningRateSchedule, ServerOptimizer, Weighting
-from pfm_llm.config.schema import ServerConfig
-from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors
-
-_MAX_RATE = 1e30
-"""Beyond it a learning rate, divided by Adam's bias correction, may not fit into float32."""
+from pfm_llm.config.choices import Weighting
+from pfm_llm.protocol.types import ClientUpdate, Tensors
 
 
 class SumPayload(TypedDict):
@@ -165,7 +159,7 @@ class RunningSum:
         if twice:
             raise ContractError(f"client {min(twice)!r} would be counted twice in this round")
         if self._client_ids:
-            _check_same_tensors(tensors, self._tensors, client_ids[0])
+            check_same_tensors(tensors, self._tensors, client_ids[0])
 
     def _accumulate(self, tensors: Tensors, weight: float) -> None:
         if not self._tensors:
@@ -177,165 +171,8 @@ class RunningSum:
             self._tensors[name].add_(tensor.detach().cpu(), alpha=weight)
 
 
-@dataclass(frozen=True)
-class OptimizerState:
-    """What the server's optimizer remembers.
-
-    Attributes:
-        step: How many steps were taken.
-        first: Momentum of ``fedavgm`` and ``fedadam``, float32, named as the shared tensors;
-            empty for ``average``.
-        second: Mean of squares of ``fedadam``, likewise; empty for the others.
-    """
-
-    step: int
-    first: Tensors
-    second: Tensors
-
-
-@dataclass(frozen=True)
-class ServerStep:
-    """The server's optimizer: state in, state out.
-
-    With Δ the aggregated update, η the group's learning rate times `lr_factor`:
-
-    - ``average``: w ← w + η Δ, η = `lr_factor` times ``lr_scale``: ``lr_*`` do not apply. With a
-      constant schedule and ``lr_scale: 1`` that is FedAvg (arXiv 1602.05629, algorithm 1).
-    - ``fedavgm``: v ← momentum · v + Δ; w ← w + η v (arXiv 1909.06335).
-    - ``fedadam``: m ← momentum · m + (1 - momentum) Δ; v ← beta2 · v + (1 - beta2) Δ²;
-      w ← w + η m̂ / (√v̂ + eps) (arXiv 2003.00295, algorithm 2). Unlike there, m̂ and v̂ are
-      corrected for their start at zero, as in Adam, so that the first rounds take whole steps:
-      with Δ = -gradient this is Adam.
-
-    ``weight_decay`` is decoupled, w ← (1 - η · weight_decay) w before the step, and applies to
-    every tensor.
-
-    Attributes:
-        config: Optimizer and learning rates.
-        num_rounds: Over how many rounds the schedule runs.
-    """
-
-    config: ServerConfig
-    num_rounds: int
-
-    def initial_state(self, shared: SharedState) -> OptimizerState:
-        """The state before the first step: zeros where the optimizer needs moments."""
-        optimizer = self.config.optimizer
-        return OptimizerState(
-            step=0,
-            first={} if optimizer is ServerOptimizer.AVERAGE else _zeros(shared.tensors),
-            second=_zeros(shared.tensors) if optimizer is ServerOptimizer.FEDADAM else {},
-        )
-
-    def lr_factor(self, round_number: int) -> float:
-        """The schedule's factor in (0, 1] for a round, from 1.
-
-        A linear warm-up over ``warmup_rounds``, r / (warmup_rounds + 1); then 1, or half a
-        cosine from 1 that would reach 0 in the round after the last.
-        """
-        warmup = self.config.warmup_rounds
-        if round_number <= warmup:
-            return round_number / (warmup + 1)
-        if self.config.lr_schedule is LearningRateSchedule.CONSTANT:
-            return 1.0
-        progress = (round_number - 1 - warmup) / (self.num_rounds - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-    def learning_rate(self, name: str) -> float:
-        """The learning rate of a shared tensor's group, before the schedule.
-
-        Raises:
-            ContractError: The name belongs to no group.
-        """
-        groups = {
-            "lora.": self.config.lr_lora,
-            "basis.taste.like.items": self.config.lr_taste_like_items,
-            "basis.taste.like.": self.config.lr_taste_like,
-            "basis.taste.next_item.read_": self.config.lr_taste_items,
-            "basis.taste.": self.config.lr_taste,
-            "basis.": self.config.lr_lora,
-            "head.item_ids": self.config.lr_item_ids,
-            "head.item_bias": self.config.lr_item_bias,
-            "head.like_bias": self.config.lr_item_bias,
-            "head.like_ids": self.config.lr_item_bias,
-            "head.": self.config.lr_head,  # the first match counts: special cases stand before
-        }
-        for prefix, rate in groups.items():
-            if name.startswith(prefix):
-                if self.config.optimizer is ServerOptimizer.AVERAGE:
-                    return self.config.lr_scale
-                # A basis has a loss of its own: what suits the shared part does not suit it.
-                return rate if prefix.startswith("basis.taste.") else rate * self.config.lr_scale
-        raise ContractError(f"{name!r} is no shared tensor: it has no learning rate")
-
-    def step(
-        self, shared: SharedState, aggregate: Tensors, state: OptimizerState, round_number: int
-    ) -> tuple[SharedState, OptimizerState]:
-        """Take one step; the arguments are left as they are.
-
-        Args:
-            shared: The state that the clients started from.
-            aggregate: Mean update, the same names and shapes.
-            state: What the optimizer remembers.
-            round_number: The round, from 1, for the schedule.
-
-        Returns:
-            The next shared state and optimizer state.
-
-        Raises:
-            ContractError: ``aggregate`` does not fit ``shared``.
-            TrainingError: A result is not finite.
-        """
-        _check_same_tensors(aggregate, shared.tensors, "the aggregate")
-        first, second = self._moments(aggregate, state)
-        factor, count = self.lr_factor(round_number), state.step + 1
-        tensors = {}
-        for name, tensor in shared.tensors.items():
-            rate = self._rate(name, factor)
-            moved = tensor * (1 - rate * self.config.weight_decay)
-            if name in second:
-                correction1 = 1 - self.config.momentum**count
-                correction2 = 1 - self.config.beta2**count
-                root = (second[name].sqrt() / math.sqrt(correction2)).add_(self.config.eps)
-                moved.addcdiv_(first[name], root, value=rate / correction1)
-            else:
-                moved.add_(first.get(name, aggregate[name]), alpha=rate)
-            tensors[name] = moved
-        for results in (tensors, first, second):
-            _check_finite(results, round_number)
-        return SharedState(tensors), OptimizerState(count, first, second)
-
-    def _rate(self, name: str, factor: float) -> float:
-        rate = factor * self.learning_rate(name)
-        if rate > _MAX_RATE:
-            raise TrainingError(
-                f"the server's learning rate of {name} is {rate:g}, beyond float32; "
-                "lower the learning rates in federation.server"
-            )
-        return rate
-
-    def _moments(
-        self, aggregate: Tensors, state: OptimizerState
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        momentum, beta2 = self.config.momentum, self.config.beta2
-        adam = self.config.optimizer is ServerOptimizer.FEDADAM
-        gain = 1 - momentum if adam else 1.0
-        first = {
-            name: (moment * momentum).add_(aggregate[name], alpha=gain)
-            for name, moment in state.first.items()
-        }
-        second = {
-            name: (moment * beta2).addcmul_(aggregate[name], aggregate[name], value=1 - beta2)
-            for name, moment in state.second.items()
-        }
-        return first, second
-
-
-def _zeros(tensors: Tensors) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-
-
-def _check_same_tensors(tensors: Tensors, expected: Tensors, whose: str) -> None:
+def check_same_tensors(tensors: Tensors, expected: Tensors, whose: str) -> None:
+    """Raise `ContractError` unless the tensors have the expected names and shapes."""
     if tensors.keys() != expected.keys():
         name = min(tensors.keys() ^ expected.keys())
         problem = "lacks" if name in expected else "has the unexpected tensor"
@@ -345,13 +182,4 @@ def _check_same_tensors(tensors: Tensors, expected: Tensors, whose: str) -> None
             raise ContractError(
                 f"{whose}: {name} has shape {list(tensors[name].shape)}, "
                 f"must be {list(tensor.shape)}"
-            )
-
-
-def _check_finite(tensors: Tensors, round_number: int) -> None:
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise TrainingError(
-                f"the server's step of round {round_number} made {name} not finite; "
-                "lower the learning rates in federation.server"
             )

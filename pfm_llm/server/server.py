@@ -11,8 +11,9 @@ from pfm_llm.base.errors import CheckpointError, ContractError
 from pfm_llm.config.schema import FederationConfig
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
 from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors
-from pfm_llm.server.aggregation import OptimizerState, RunningSum, ServerStep, update_weight
+from pfm_llm.server.aggregation import RunningSum, update_weight
 from pfm_llm.server.participation import select_cohort
+from pfm_llm.server.step import OptimizerState, ServerStep
 
 _LOG = logging.getLogger(__name__)
 _SHARED, _FIRST, _SECOND, _STEP = "shared/", "first/", "second/", "optimizer/step"
