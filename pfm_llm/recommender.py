@@ -23,7 +23,7 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private.taste import needs_no_text
-from pfm_llm.protocol.types import Mode, PrivateState
+from pfm_llm.protocol.types import Mode, PrivateState, SharedState
 from pfm_llm.publish import hub
 from pfm_llm.publish.alignment import start_from
 from pfm_llm.publish.artefact import Artefact, prompt_file
@@ -206,7 +206,8 @@ class RecommenderModel:
         )
         trainer, client_id, store = self._trainer(interactions, Path(folder), steps)
         round_number = self.artefact.manifest.round
-        fitted = trainer.personalise([client_id], self.parts.shared, round_number)
+        shared = SharedState(self.parts.shared.tensors, round_number)
+        fitted = trainer.personalise([client_id], shared)
         tensors = {name: value[0].cpu() for name, value in fitted.items()}
         state = PrivateState(client_id, round_number, tensors)
         store.save_personalised(state)

@@ -25,7 +25,7 @@ class RunRecommender:
     def __init__(self, run: Path) -> None:
         opened = open_run(run)
         self._assembly = opened.assembly
-        self._shared, self._round = opened.shared, opened.round_number
+        self._shared = opened.shared
 
     def recommend(self, user_id: str, n: int = 10) -> list[Recommendation]:
         """The best unseen items for a user after their whole history.
@@ -58,7 +58,9 @@ class RunRecommender:
 
     def _private(self, client_id: str) -> dict[str, torch.Tensor]:
         store = self._assembly.store
-        state = store.load_personalised(client_id) or store.load(client_id, at_most=self._round)
+        state = store.load_personalised(client_id) or store.load(
+            client_id, at_most=self._shared.round_number
+        )
         if state is None:
             return {}
         device = self._assembly.parts.model.item_texts.device

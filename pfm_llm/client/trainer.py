@@ -84,10 +84,9 @@ class LocalTrainer:
         size = functools.partial(self._histories.num_tokens, limit=limit)
         return plan_chunks(cohort, size, self._config.runtime.tokens_per_chunk)
 
-    def train_chunk(
-        self, chunk: Sequence[str], shared: SharedState, round_number: int
-    ) -> list[ClientUpdate]:
+    def train_chunk(self, chunk: Sequence[str], shared: SharedState) -> list[ClientUpdate]:
         """Train some clients for one round; their new private states go to their store."""
+        round_number = shared.round_number + 1
         work = self.round_work()
         trains_private = any(moves for _, moves in work.plan())
         private = self._load_private(chunk, round_number - 1) if trains_private else {}
@@ -122,21 +121,19 @@ class LocalTrainer:
             windows_per_step=local.windows_per_step,
         )
 
-    def personalise(
-        self, chunk: Sequence[str], shared: SharedState, round_number: int
-    ) -> dict[str, torch.Tensor]:
+    def personalise(self, chunk: Sequence[str], shared: SharedState) -> dict[str, torch.Tensor]:
         """Fit private adapters to the shared state at hand, on training histories only.
 
         Taste vectors are fitted in closed form, as `fit_taste` does. Others start from each
-        client's newest private state up to ``round_number``. Clients that have nothing to train
-        on keep what they have.
+        client's newest private state up to the round of ``shared``. Clients that have nothing to
+        train on keep what they have.
 
         Returns:
             Stacked private tensors [C, ...]; the store is not changed.
         """
         if self.reads_histories:
             return self.fit_taste(chunk, shared, [None] * len(chunk))
-        private = self._load_private(chunk, round_number)
+        private = self._load_private(chunk, shared.round_number)
         able = [c for c, client_id in enumerate(chunk) if self._histories.windows(client_id)]
         steps = self._local.personalise_steps
         if not steps or not able:
@@ -150,7 +147,7 @@ class LocalTrainer:
         )
         fitted = {name: value[able] for name, value in private.items()}
         stacked = self.stack(shared, fitted, len(able))
-        new, _ = self._train([chunk[c] for c in able], stacked, work, round_number)
+        new, _ = self._train([chunk[c] for c in able], stacked, work, shared.round_number)
         # A client whose fit went astray keeps its old adapter.
         good = torch.stack([new[name].flatten(1).isfinite().all(1) for name in private]).all(0)
         rows = torch.tensor(able, device=good.device)[good]

@@ -65,7 +65,6 @@ class EvaluationTask:
         held_out: All queries.
         negatives: From `candidates.sample_negatives` for ``held_out``.
         shared: The shared state at hand.
-        round_number: After which round it stands.
         parts: Per mode which adapters take part; None for zero-shot.
         keep: Store the personalised adapters with their clients, for serving.
         liked: Per query whether each target was liked; None: likes are not measured.
@@ -75,7 +74,6 @@ class EvaluationTask:
     held_out: HeldOut
     negatives: np.ndarray
     shared: SharedState
-    round_number: int
     parts: Mapping[Mode, Parts | None]
     keep: bool = False
     liked: tuple[np.ndarray, ...] | None = None
@@ -222,7 +220,7 @@ class Evaluator:
             if task.uses_private:
                 private = self._personalised(chunk, task)
                 if task.keep:
-                    self._keep(chunk, private, task.round_number)
+                    self._keep(chunk, private, task.shared.round_number)
         stacked = self._trainer.stack(task.shared, private, len(chunk))
         known = {} if known is None else known
         scores = {}
@@ -258,7 +256,7 @@ class Evaluator:
         are; what takes gradient steps is fitted to the training history, as all training is.
         """
         if not self._trainer.reads_histories:
-            return self._trainer.personalise(chunk, task.shared, task.round_number)
+            return self._trainer.personalise(chunk, task.shared)
         items, ratings = task.held_out.histories, task.held_out.history_ratings
         shown: list[History | None] = [None] * len(chunk)
         for c, client_id in enumerate(chunk):

@@ -24,8 +24,8 @@ from pfm_llm.server.server import RoundSummary, Server
 _log = logging.getLogger(__name__)
 _BYTES_PER_NUMBER = 4
 
-Validate = Callable[[int], Mapping[str, Any]]
-"""Evaluates on validation after the given round; returns figures for the log."""
+Validate = Callable[[], Mapping[str, Any]]
+"""Evaluates the server's shared state on validation; returns figures for the log."""
 
 OnCommit = Callable[[int], None]
 """Told of each round that has been committed."""
@@ -87,29 +87,26 @@ def run_rounds(
         for round_number in range(first_round, last_round + 1):
             started = time.perf_counter()
             cohort = server.select_cohort(round_number)
-            total, error = train_cohort(federation, cohort, round_number)
-            summary = server.aggregate(total, round_number)
+            total, error = train_cohort(federation, cohort)
+            summary = server.aggregate(total)
             _require_usable(summary)
             record = _record(federation, summary, time.perf_counter() - started)
             if error is not None:
                 record["aggregation_error"] = error
             if every and round_number % every == 0 and round_number < last_round:
-                record["validation"] = validate(round_number)
+                record["validation"] = validate()
             _report(federation, record, progress)
             if round_number % config.output.checkpoint_every == 0 or round_number == last_round:
                 commit(federation, round_number)
                 on_commit(round_number)
 
 
-def train_cohort(
-    federation: Federation, cohort: Sequence[str], round_number: int
-) -> tuple[RunningSum, float | None]:
+def train_cohort(federation: Federation, cohort: Sequence[str]) -> tuple[RunningSum, float | None]:
     """Train a cohort, each process its chunks, and sum the updates in the order of chunks.
 
     Args:
         federation: The parts.
         cohort: Client ids.
-        round_number: The round.
 
     Returns:
         The sum over the whole cohort, equal on every process; and, where models are averaged, by
@@ -122,8 +119,8 @@ def train_cohort(
         for index, chunk in processes.share(trainer.chunks(cohort)):
             subtotal = RunningSum()
             own: list[tuple[float, Factors]] = []
-            for update in trainer.train_chunk(chunk, server.shared, round_number):
-                if server.receive(subtotal, update, round_number) and averages:
+            for update in trainer.train_chunk(chunk, server.shared):
+                if server.receive(subtotal, update) and averages:
                     weight = server.weight_of(update)
                     own.append((weight, factors_of(server.shared.tensors, update.delta)))
             pieces.append((index, (subtotal.to_payload(), own)))
@@ -208,7 +205,7 @@ def resume_from(federation: Federation, from_round: int | None = None) -> int:
     committed = 0
     if checkpoint is not None:
         check_resumable(checkpoint.environment, federation.environment)
-        federation.server.load_state_tensors(dict(checkpoint.tensors))
+        federation.server.load_state_tensors(checkpoint.tensors, checkpoint.round_number)
         committed = checkpoint.round_number
     with federation.processes.together():
         if federation.processes.is_main:

@@ -46,9 +46,11 @@ class SharedState:
 
     Attributes:
         tensors: Name to float32 CPU tensor; names begin with ``lora.``, ``head.``, ``basis.``.
+        round_number: The round after which it stands; 0 before any.
     """
 
     tensors: Tensors
+    round_number: int = 0
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,6 @@ def export_shared_adapter(
     what: Exported,
     folder: Path,
     shared: SharedState,
-    round_number: int,
     rows: Sequence[ResultRow] = (),
 ) -> None:
     """Write the shared adapter's folder; files of an earlier export are replaced.
@@ -78,7 +77,6 @@ def export_shared_adapter(
         what: Config, model and catalogue.
         folder: Where to; the plots of the folder beside it are copied into it.
         shared: The shared state.
-        round_number: After which round it stands.
         rows: Results for manifest and card; none before the evaluation.
     """
     parts, config = what.parts, what.config
@@ -101,9 +99,9 @@ def export_shared_adapter(
     names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, *([BASIS_FILE] if basis else ())]
     names += [*texts, *plots]
     hashes = {name: files.sha256_of(folder / name) for name in names}
-    manifest = _manifest(what, round_number, rows, hashes)
+    manifest = _manifest(what, shared.round_number, rows, hashes)
     files.write_bytes(folder / MANIFEST_FILE, manifest.to_bytes())
-    files.write_text(folder / CARD_FILE, _card(what, round_number, rows, plots))
+    files.write_text(folder / CARD_FILE, _card(what, shared.round_number, rows, plots))
 
 
 def public_config(config: ExperimentConfig) -> ExperimentConfig:

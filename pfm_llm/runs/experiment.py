@@ -77,9 +77,9 @@ def run_experiment(
     seconds = time.perf_counter() - started
     if first_round > 1:
         _log.info("resumed at round %d: training time below is of this part alone", first_round)
-    trained = federation.server.shared, config.federation.num_rounds
-    assembly = with_chosen_weight(assembly, processes, folders.public, *trained)
-    evaluate_and_report(assembly, folders, processes, *trained, seconds)
+    shared = federation.server.shared
+    assembly = with_chosen_weight(assembly, processes, folders.public, shared)
+    evaluate_and_report(assembly, folders, processes, shared, seconds)
     _push(assembly, folders, processes)
     processes.accelerator.end_training()
     return folders.public
@@ -105,7 +105,6 @@ def evaluate_run(run: Path, against: Sequence[Path] = ()) -> Path:
         RunFolders.of(run),
         opened.processes,
         opened.shared,
-        opened.round_number,
         None,
         against,
     )
@@ -120,13 +119,11 @@ class OpenedRun:
         assembly: Its objects.
         processes: Who works on it.
         shared: The shared state of its last commit.
-        round_number: That commit's round.
     """
 
     assembly: Assembly
     processes: Processes
     shared: SharedState
-    round_number: int
 
 
 def open_run(run: Path) -> OpenedRun:
@@ -139,9 +136,9 @@ def open_run(run: Path) -> OpenedRun:
     processes = start_processes(config.runtime.threads)
     folders = RunFolders.of(run)
     assembly = assemble(config, load_corpus(config), folders, processes)
-    shared, round_number = load_shared(assembly, folders)
-    assembly = with_chosen_weight(assembly, processes, folders.public, shared, round_number)
-    return OpenedRun(assembly, processes, shared, round_number)
+    shared = load_shared(assembly, folders)
+    assembly = with_chosen_weight(assembly, processes, folders.public, shared)
+    return OpenedRun(assembly, processes, shared)
 
 
 def make_federation(assembly: Assembly, folders: RunFolders, processes: Processes) -> Federation:
@@ -178,8 +175,8 @@ def _new_server(assembly: Assembly) -> Server:
     )
 
 
-def load_shared(assembly: Assembly, folders: RunFolders) -> tuple[SharedState, int]:
-    """The shared state of a run's last commit, and its round.
+def load_shared(assembly: Assembly, folders: RunFolders) -> SharedState:
+    """The shared state of a run's last commit.
 
     Raises:
         CheckpointError: Nothing was ever committed.
@@ -189,23 +186,23 @@ def load_shared(assembly: Assembly, folders: RunFolders) -> tuple[SharedState, i
         raise CheckpointError(
             f"{folders.public} has no committed round; run scripts/fed_train.py --resume first"
         )
-    return shared_state(assembly, checkpoint), checkpoint.round_number
+    return shared_state(assembly, checkpoint)
 
 
 def shared_state(assembly: Assembly, checkpoint: Checkpoint) -> SharedState:
     """The shared state that a commit of the experiment holds."""
     server = _new_server(assembly)
-    server.load_state_tensors(dict(checkpoint.tensors))
+    server.load_state_tensors(checkpoint.tensors, checkpoint.round_number)
     return server.shared
 
 
 def _validate(
-    federation: Federation, assembly: Assembly, processes: Processes, round_number: int
+    federation: Federation, assembly: Assembly, processes: Processes
 ) -> Mapping[str, Any]:
     modes = [Mode.SHARED_ONLY]
     if assembly.config.adapters.private.enabled:
         modes.append(Mode.SHARED_PRIVATE)
-    task = validation_task(assembly, federation.server.shared, round_number, modes)
+    task = validation_task(assembly, federation.server.shared, modes)
     found = measure(assembly, processes, task)
     return {mode.value: ranking.headline(found.ranks[mode]) for mode in modes}
 
@@ -272,9 +269,7 @@ def _push_when_due(
         if not federation.processes.is_main:
             return
         exported = folders.private / "pushed"
-        export_shared_adapter(
-            exported_model(assembly), exported, federation.server.shared, round_number
-        )
+        export_shared_adapter(exported_model(assembly), exported, federation.server.shared)
         try:
             published = publish(_request(assembly, folders, exported))
             _log.info("round %d is at %s", round_number, published.pushed.url)

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def with_chosen_weight(
-    assembly: Assembly, processes: Processes, run: Path, shared: SharedState, round_number: int
+    assembly: Assembly, processes: Processes, run: Path, shared: SharedState
 ) -> Assembly:
     """A run's objects, with the weight that validation chooses, or has chosen before.
 
@@ -41,7 +41,6 @@ def with_chosen_weight(
         processes: Who works on it.
         run: The run's public folder, where the choice is kept.
         shared: The shared state at hand.
-        round_number: After which round it stands.
 
     Raises:
         CorruptFileError: The kept choice cannot be read.
@@ -52,12 +51,12 @@ def with_chosen_weight(
     if not asked or not len(assembly.corpus.split.validation.users):
         return assembly
     with processes.together():
-        weight = _kept(run / WEIGHT_FILE, round_number, config.evaluation.private_weights)
+        weight = _kept(run / WEIGHT_FILE, shared.round_number, config.evaluation.private_weights)
     if weight is None:
-        gains = _gains(assembly, processes, shared, round_number)
+        gains = _gains(assembly, processes, shared)
         weight = max(gains, key=lambda w: (gains[w], -w))
         if processes.is_main:
-            found = {"round": round_number, "weight": weight, "gain_log_rank": gains}
+            found = {"round": shared.round_number, "weight": weight, "gain_log_rank": gains}
             files.write_json(run / WEIGHT_FILE, found)
             _log.info("private part counts %g, chosen on validation", weight)
         processes.wait()
@@ -80,10 +79,10 @@ def _kept(path: Path, round_number: int, weights: Collection[float]) -> float | 
 
 
 def _gains(
-    assembly: Assembly, processes: Processes, shared: SharedState, round_number: int
+    assembly: Assembly, processes: Processes, shared: SharedState
 ) -> dict[float, float]:
     """Mean gain in log-rank over no private part, on validation, by weight; ascending."""
-    task = validation_task(assembly, shared, round_number, ())
+    task = validation_task(assembly, shared, ())
     known: dict[tuple[str, ...], UserVectors] = defaultdict(dict)
 
     def quality(weight: float) -> float:

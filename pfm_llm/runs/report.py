@@ -49,7 +49,6 @@ def evaluation_task(
     assembly: Assembly,
     held_out: HeldOut,
     shared: SharedState,
-    round_number: int,
     modes: Sequence[Mode] = OUR_MODES,
     keep: bool = False,
 ) -> EvaluationTask:
@@ -62,7 +61,6 @@ def evaluation_task(
             held_out, assembly.parts.model.num_items, config.evaluation.num_negatives, config.seed
         ),
         shared=shared,
-        round_number=round_number,
         parts=evaluator.parts_of(modes, config.adapters.private.weight),
         keep=keep,
         liked=None if threshold is None else held_out.liked(threshold),
@@ -70,14 +68,14 @@ def evaluation_task(
 
 
 def validation_task(
-    assembly: Assembly, shared: SharedState, round_number: int, modes: Sequence[Mode]
+    assembly: Assembly, shared: SharedState, modes: Sequence[Mode]
 ) -> EvaluationTask:
     """`evaluation_task` on the sample of validation that choices are made on."""
     config = assembly.config
     held_out = evaluator.sample_users(
         assembly.corpus.split.validation, config.evaluation.max_users, config.seed
     )
-    return evaluation_task(assembly, held_out, shared, round_number, modes)
+    return evaluation_task(assembly, held_out, shared, modes)
 
 
 def measure(
@@ -111,7 +109,6 @@ def evaluate_and_report(
     folders: RunFolders,
     processes: Processes,
     shared: SharedState,
-    round_number: int,
     training_seconds: float | None,
     against: Sequence[Path] = (),
 ) -> None:
@@ -122,7 +119,6 @@ def evaluate_and_report(
         folders: Where it is.
         processes: Who works on it.
         shared: The shared state at hand.
-        round_number: After which round it stands.
         training_seconds: Of the last start; None: nothing was trained.
         against: Result files of trained baselines, to be compared with as the run's own are.
     """
@@ -135,7 +131,7 @@ def evaluate_and_report(
     started = time.perf_counter()
     splits = [getattr(assembly.corpus.split, name.value) for name in config.evaluation.splits]
     tasks = [
-        evaluation_task(assembly, held_out, shared, round_number, modes, keep=True)
+        evaluation_task(assembly, held_out, shared, modes, keep=True)
         for held_out in splits
     ]
     others = [comparison.read_references(against, config, one.name) for one in splits]
@@ -156,7 +152,7 @@ def evaluate_and_report(
         _write_report(folders, config, rows, comparisons, costs, baselines)
         _draw(folders, measured[-1])
         folder = folders.shared_adapter
-        export_shared_adapter(exported_model(assembly), folder, shared, round_number, rows)
+        export_shared_adapter(exported_model(assembly), folder, shared, rows)
 
 
 def exported_model(assembly: Assembly) -> Exported:
@@ -196,7 +192,7 @@ def rows_of(
 ) -> list[ResultRow]:
     """Rows for ``results.json``: of the baselines, and of every mode that was measured."""
     config = assembly.config
-    held_out, round_number = task.held_out, task.round_number
+    held_out, round_number = task.held_out, task.shared.round_number
     cohort = config.federation.cohort_size
     circumstances = functools.partial(
         ResultRow, protocol=config.data.split.value, split=held_out.name, seed=config.seed

@@ -88,6 +88,11 @@ class Server:
         return self._shared
 
     @property
+    def round_under_way(self) -> int:
+        """The round after the one that the shared state stands after, from 1."""
+        return self._shared.round_number + 1
+
+    @property
     def contract(self) -> UpdateContract:
         """What updates must look like."""
         return self._contract
@@ -104,17 +109,17 @@ class Server:
             self._cohort = (round_number, cohort)
         return self._cohort[1]
 
-    def receive(self, total: RunningSum, update: ClientUpdate, round_number: int) -> bool:
+    def receive(self, total: RunningSum, update: ClientUpdate) -> bool:
         """Check one update and add it to a sum, or refuse and count it; the round goes on.
 
         Args:
             total: The sum of a chunk or a round.
             update: What arrived.
-            round_number: The round under way.
 
         Returns:
             Whether it was accepted.
         """
+        round_number = self.round_under_way
         try:
             self._contract.check(update, round_number)
             if update.client_id not in self.select_cohort(round_number):
@@ -132,27 +137,25 @@ class Server:
         """How much an update counts; see `aggregation.update_weight`."""
         return update_weight(self._config.server.weighting, update.num_examples)
 
-    def aggregate(self, total: RunningSum, round_number: int) -> RoundSummary:
+    def aggregate(self, total: RunningSum) -> RoundSummary:
         """Step from the round's sum to the next shared state.
 
-        When no update was accepted the state stays as it is, with a warning.
+        When no update was accepted the tensors stay as they are, with a warning.
 
         Args:
             total: The sum over the whole cohort.
-            round_number: The round, from 1.
 
         Raises:
             ContractError: The sum holds other tensors than the shared state.
             TrainingError: The step led to values that are not finite.
                 After either error the state is what it was before.
         """
-        norm = 0.0
+        norm, round_number = 0.0, self.round_under_way
+        moved: Tensors = {}
         if total.num_updates:
             mean = total.mean()
-            moved, self._optimizer = self._step.step(
-                self._trained(), mean, self._optimizer, round_number
-            )
-            self._shared = SharedState({**self._shared.tensors, **moved.tensors})
+            stepped, self._optimizer = self._step.step(self._trained(), mean, self._optimizer)
+            moved = stepped.tensors
             norm = math.hypot(*(float(torch.linalg.vector_norm(t)) for t in mean.values()))
         else:
             _LOG.warning(
@@ -160,6 +163,7 @@ class Server:
                 round_number,
                 len(total.refusals),
             )
+        self._shared = SharedState({**self._shared.tensors, **moved}, round_number)
         return RoundSummary(
             round_number=round_number,
             num_updates=total.num_updates,
@@ -172,7 +176,8 @@ class Server:
 
     def _trained(self) -> SharedState:
         """The part of the shared state that the contract lists."""
-        return SharedState({name: self._shared.tensors[name] for name in self._contract.tensors})
+        trained = {name: self._shared.tensors[name] for name in self._contract.tensors}
+        return SharedState(trained, self._shared.round_number)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint must hold of the server, for `load_state_tensors`."""
@@ -189,8 +194,12 @@ class Server:
         tensors[_STEP] = torch.tensor(self._optimizer.step)
         return tensors
 
-    def load_state_tensors(self, tensors: Tensors) -> None:
+    def load_state_tensors(self, tensors: Tensors, round_number: int) -> None:
         """Go on from what `state_tensors` returned.
+
+        Args:
+            tensors: The state.
+            round_number: After which round it stands.
 
         Raises:
             CheckpointError: It is of another model or optimizer; the state is unchanged.
@@ -206,7 +215,7 @@ class Server:
             prefix, _, rest = name.partition("/")
             if name != _STEP:
                 groups[prefix + "/"][rest] = tensor.clone()
-        self._shared = SharedState(groups[_SHARED])
+        self._shared = SharedState(groups[_SHARED], round_number)
         step = int(tensors[_STEP])
         self._optimizer = OptimizerState(step, groups[_FIRST], groups[_SECOND])
 

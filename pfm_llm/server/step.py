@@ -107,7 +107,7 @@ class ServerStep:
         raise ContractError(f"{name!r} is no shared tensor: it has no learning rate")
 
     def step(
-        self, shared: SharedState, aggregate: Tensors, state: OptimizerState, round_number: int
+        self, shared: SharedState, aggregate: Tensors, state: OptimizerState
     ) -> tuple[SharedState, OptimizerState]:
         """Take one step; the arguments are left as they are.
 
@@ -115,7 +115,6 @@ class ServerStep:
             shared: The state that the clients started from.
             aggregate: Mean update, the same names and shapes.
             state: What the optimizer remembers.
-            round_number: The round, from 1, for the schedule.
 
         Returns:
             The next shared state and optimizer state.
@@ -126,6 +125,7 @@ class ServerStep:
         """
         check_same_tensors(aggregate, shared.tensors, "the aggregate")
         first, second = self._moments(aggregate, state)
+        round_number = shared.round_number + 1
         factor, count = self.lr_factor(round_number), state.step + 1
         tensors = {}
         for name, tensor in shared.tensors.items():
@@ -141,7 +141,7 @@ class ServerStep:
             tensors[name] = moved
         for results in (tensors, first, second):
             _check_finite(results, round_number)
-        return SharedState(tensors), OptimizerState(count, first, second)
+        return SharedState(tensors, round_number), OptimizerState(count, first, second)
 
     def _rate(self, name: str, factor: float) -> float:
         rate = factor * self.learning_rate(name)

@@ -17,7 +17,7 @@ from pfm_llm.base.errors import (
     TrainingError,
 )
 from pfm_llm.client.trainer import LocalTrainer
-from pfm_llm.protocol.types import ClientUpdate
+from pfm_llm.protocol.types import ClientUpdate, SharedState
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore
 from pfm_llm.serving import RunRecommender
@@ -222,9 +222,9 @@ def poisoned(
     """Change the updates of later rounds; ``poison`` also gets the place in the chunk."""
     train_chunk = LocalTrainer.train_chunk
 
-    def poisonous(trainer: LocalTrainer, chunk: Any, shared: Any, number: int) -> Any:
-        updates = train_chunk(trainer, chunk, shared, number)
-        if number < from_round:
+    def poisonous(trainer: LocalTrainer, chunk: Any, shared: SharedState) -> Any:
+        updates = train_chunk(trainer, chunk, shared)
+        if shared.round_number + 1 < from_round:
             return updates
         return [poison(place, update) for place, update in enumerate(updates)]
 

@@ -369,7 +369,7 @@ def test_an_update_pushes_all_unseen_items_alike(canaries: Assembly) -> None:
     # With one gradient step the bias moves by one-hot minus softmax: up for the client's own
     # training targets, down for all others. A held-out item is among the others.
     client_id = canaries.histories.client_of(0)
-    update = canaries.trainer.train_chunk((client_id,), canaries.parts.shared, 1)[0]
+    update = canaries.trainer.train_chunk((client_id,), canaries.parts.shared)[0]
     bias = update.delta["head.item_bias"].numpy()
     history = canaries.corpus.interactions.history(0)
     targets = set(history[1:-2].tolist())

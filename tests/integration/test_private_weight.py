@@ -49,7 +49,7 @@ def log_rank_on_validation(run: Path, weight: float) -> float:
     adapters = config.adapters.model_copy(update={"private": private})
     fixed = dataclasses.replace(assembly, config=config.model_copy(update={"adapters": adapters}))
     task = evaluation_task(
-        fixed, assembly.corpus.split.validation, opened.shared, 4, [Mode.SHARED_PRIVATE]
+        fixed, assembly.corpus.split.validation, opened.shared, [Mode.SHARED_PRIVATE]
     )
     ranks = measure(fixed, opened.processes, task).ranks[Mode.SHARED_PRIVATE]
     return float(personality.user_quality("log_rank", ranks.full, ranks.users).mean())

@@ -60,7 +60,7 @@ def catalogue_of(*numbers: int, extra: tuple[str, ...] = ()) -> Catalogue:
 def test_scores_are_those_of_the_run(run: Path, tiny: Tiny, model: RecommenderModel) -> None:
     config = load_config(run / "config.yaml")
     assembly = assemble(config, load_corpus(config), RunFolders.of(run), alone())
-    shared, _ = load_shared(assembly, RunFolders.of(run))
+    shared = load_shared(assembly, RunFolders.of(run))
     items = assembly.corpus.interactions.history(5)
     window = assembly.parts.encoder.query_window(items)
     batch = collate([[window]], [assembly.cache.states([window], "x")], last_only=True)

@@ -66,7 +66,7 @@ class Watch(logging.Handler):
             patch.setattr(owner, name, tapped)
 
         before(Processes, "gather", lambda _, pieces: self._pass("gather", pieces))
-        before(Server, "receive", lambda _, total, update, number: self._pass("update", update))
+        before(Server, "receive", lambda _, total, update: self._pass("update", update))
         before(rounds, "log_to_trackers", lambda _, values, step: self._pass("tracker", values))
         before(PrivateStore, "save", lambda _, state: self._learn(state))
         before(PrivateStore, "save_personalised", lambda _, state: self._learn(state))

@@ -124,7 +124,7 @@ class _Study:
             if self._config.adapters.private.enabled or mode is Mode.SHARED_ONLY
         ]
         return evaluation_task(
-            self._assembly, held_out, opened.shared, opened.round_number, modes, keep
+            self._assembly, held_out, opened.shared, modes, keep
         )
 
     def _gain(self, name: str) -> np.ndarray:
@@ -257,12 +257,12 @@ class _Study:
         checkpoint = store.load(before_round)
         assert checkpoint is not None
         before = shared_state(self._assembly, checkpoint)
-        newest = self._opened.shared, self._opened.round_number
+        newest = self._opened.shared
         old_private, before_top = self._served.top(
-            before, before_round, None, f"lists of round {before_round}"
+            before, None, f"lists of round {before_round}"
         )
-        _, untuned_top = self._served.top(*newest, old_private, "lists after the merge")
-        _, retuned_top = self._served.top(*newest, None, "the same, tuned anew")
+        _, untuned_top = self._served.top(newest, old_private, "lists after the merge")
+        _, retuned_top = self._served.top(newest, None, "the same, tuned anew")
         return personality.named_estimates(
             personality.integrity(before_top, untuned_top, self._bootstrap),
             personality.integrity(before_top, retuned_top, self._bootstrap, retuned=True),

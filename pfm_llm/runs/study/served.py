@@ -105,7 +105,6 @@ class Served:
     def top(
         self,
         shared: SharedState,
-        round_number: int,
         private: Sequence[Mapping[str, torch.Tensor]] | None,
         description: str,
     ) -> tuple[list[Mapping[str, torch.Tensor]], np.ndarray]:
@@ -113,7 +112,6 @@ class Served:
 
         Args:
             shared: The shared state.
-            round_number: After which round it stands.
             private: Private tensors chunk by chunk; None: fitted to ``shared``.
             description: What the progress bar says.
 
@@ -123,7 +121,6 @@ class Served:
         task = dataclasses.replace(
             self._task,
             shared=shared,
-            round_number=round_number,
             parts=evaluator.parts_of([Mode.SHARED_PRIVATE], self._weight),
             keep=False,
             liked=None,

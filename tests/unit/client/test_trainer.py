@@ -18,7 +18,7 @@ from pfm_llm.config.choices import Schedule
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private import taste
-from pfm_llm.protocol.types import ClientUpdate, PrivateState
+from pfm_llm.protocol.types import ClientUpdate, PrivateState, SharedState
 from pfm_llm.runs.run import Assembly
 from pfm_llm.text.encoding import Window
 from tests.conftest import TinyAssembly
@@ -69,10 +69,11 @@ def _train(
     assembly: Assembly, chunks: Sequence[Sequence[str]] | None = None, round_number: int = 1
 ) -> dict[str, ClientUpdate]:
     chunks = chunks or assembly.trainer.chunks(assembly.histories.trainable)
+    shared = SharedState(assembly.parts.shared.tensors, round_number - 1)
     return {
         update.client_id: update
         for chunk in chunks
-        for update in assembly.trainer.train_chunk(chunk, assembly.parts.shared, round_number)
+        for update in assembly.trainer.train_chunk(chunk, shared)
     }
 
 
@@ -138,7 +139,9 @@ def test_an_update_says_what_it_was_trained_on(tiny_assembly: TinyAssembly) -> N
     assembly = tiny_assembly()
     offsets = assembly.corpus.split.train.interactions.offsets
     client_id = assembly.histories.trainable[3]
-    (update,) = assembly.trainer.train_chunk([client_id], assembly.parts.shared, 7)
+    (update,) = assembly.trainer.train_chunk(
+        [client_id], SharedState(assembly.parts.shared.tensors, 6)
+    )
     user = assembly.histories.clients[client_id].users[0]
     assert update.num_examples == offsets[user + 1] - offsets[user] - 1
     assert (update.client_id, update.round_number) == (client_id, 7)
@@ -156,7 +159,7 @@ def test_sgd_with_one_joint_step_sends_minus_lr_times_the_gradient(
         federation__local__schedule="joint", federation__local__shared_lr=0.5, **PLAIN
     )
     client_id = assembly.histories.trainable[0]
-    (update,) = assembly.trainer.train_chunk([client_id], assembly.parts.shared, 1)
+    (update,) = assembly.trainer.train_chunk([client_id], assembly.parts.shared)
     private = assembly.parts.adapter.initial_private(assembly.config.seed, client_id, 8)
     leaves = {
         name: value[None].clone().requires_grad_()
@@ -333,7 +336,7 @@ def test_personalise_fits_a_copy_and_leaves_store_and_shared_state(
     )
     chunk = assembly.histories.trainable[:3]
     before = {n: v.clone() for n, v in assembly.parts.shared.tensors.items()}
-    private = assembly.trainer.personalise(chunk, assembly.parts.shared, 4)
+    private = assembly.trainer.personalise(chunk, SharedState(assembly.parts.shared.tensors, 4))
     assert assembly.trainer.personalise_steps(chunk) == 9
     assert not any(assembly.store.load(c) or assembly.store.load_personalised(c) for c in chunk)
     assert _same(assembly.parts.shared.tensors, before, 0.0)
@@ -347,7 +350,7 @@ def test_personalise_fits_a_copy_and_leaves_store_and_shared_state(
 def test_personalise_without_steps_keeps_what_there_is(tiny_assembly: TinyAssembly) -> None:
     assembly = tiny_assembly(federation__local__personalise_steps=0)
     chunk = assembly.histories.trainable[:2]
-    private = assembly.trainer.personalise(chunk, assembly.parts.shared, 4)
+    private = assembly.trainer.personalise(chunk, SharedState(assembly.parts.shared.tensors, 4))
     initial = assembly.parts.adapter.initial_private(assembly.config.seed, chunk[1], 8)
     assert _same({n: v[1] for n, v in private.items()}, initial, 0.0)
     assert assembly.trainer.personalise_steps(chunk) == 0
@@ -356,7 +359,7 @@ def test_personalise_without_steps_keeps_what_there_is(tiny_assembly: TinyAssemb
 def test_a_fit_in_closed_form_takes_no_steps(tiny_assembly: TinyAssembly) -> None:
     assembly = tiny_assembly(method="pfm", federation__local__personalise_steps=3)
     chunk = assembly.histories.trainable[:2]
-    private = assembly.trainer.personalise(chunk, assembly.parts.shared, 0)
+    private = assembly.trainer.personalise(chunk, assembly.parts.shared)
     assert private["private.taste.next_item"].any()
     assert assembly.trainer.personalise_steps(chunk) == 0
 
@@ -378,7 +381,7 @@ def test_what_is_read_needs_no_pass_over_any_text(
         raise AssertionError("the trunk was read")
 
     monkeypatch.setattr(assembly.histories, "trunk_states", fail)
-    private = assembly.trainer.personalise(chunk, shared, 0)
+    private = assembly.trainer.personalise(chunk, shared)
     assert _same(private, expected, 0.0)
     assert all(private["private.taste.next_item"].any(1))
 
@@ -398,7 +401,7 @@ def test_personalise_keeps_the_whole_old_adapter_of_a_client_whose_fit_diverges(
 
     monkeypatch.setattr(StackedOptimizer, "step", diverging)
     chunk = assembly.histories.trainable[:2]
-    private = assembly.trainer.personalise(chunk, assembly.parts.shared, 1)
+    private = assembly.trainer.personalise(chunk, SharedState(assembly.parts.shared.tensors, 1))
     initial = assembly.parts.adapter.initial_private(assembly.config.seed, chunk[0], 8)
     assert _same({name: value[0] for name, value in private.items()}, initial, 0.0)
     assert all(value[1].any() for value in private.values())

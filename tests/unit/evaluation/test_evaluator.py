@@ -45,8 +45,7 @@ def _task(
         negatives=sample_negatives(
             held_out, assembly.parts.model.num_items, config.evaluation.num_negatives, config.seed
         ),
-        shared=SharedState(stirred(assembly.parts.shared.tensors, 1, 0.1)),
-        round_number=4,
+        shared=SharedState(stirred(assembly.parts.shared.tensors, 1, 0.1), 4),
         parts=evaluator.parts_of(modes, config.adapters.private.weight),
         keep=keep,
     )
@@ -63,7 +62,7 @@ def _scores_alone(assembly: Assembly, task: EvaluationTask, query: int) -> dict[
     client_id = assembly.histories.client_of(user)
     window = assembly.parts.encoder.query_window(task.held_out.histories[query])
     batch = collate([[window]], [assembly.cache.states([window], client_id)], last_only=True)
-    private = assembly.trainer.personalise([client_id], task.shared, task.round_number)
+    private = assembly.trainer.personalise([client_id], task.shared)
     stacked = assembly.trainer.stack(task.shared, private, 1)
     return {
         mode: (
@@ -165,7 +164,7 @@ def test_personalised_adapters_are_kept_for_serving_when_asked(
         assert (state is not None) is keep
         if state is not None:
             assert state.version == 4
-            alone = assembly.trainer.personalise([client_id], task.shared, 4)
+            alone = assembly.trainer.personalise([client_id], task.shared)
             for name, value in state.tensors.items():
                 torch.testing.assert_close(value, alone[name][0], atol=1e-5, rtol=1e-5)
         assert assembly.store.versions(client_id) == ()  # training does not go on from it
@@ -344,7 +343,7 @@ def test_a_taste_vector_reads_what_the_query_shows_and_no_target(
         assert torch.equal(private[0][name], private[1][name])
         found[held_out.name] = private[0][name]
     task = _task(assembly)
-    on_train = assembly.trainer.personalise(assembly.histories.trainable, task.shared, 4)
+    on_train = assembly.trainer.personalise(assembly.histories.trainable, task.shared)
     assert torch.equal(found["validation"], on_train[taste.vector_name(Task.NEXT_ITEM)])
     assert not torch.allclose(found["test"], found["validation"])
 

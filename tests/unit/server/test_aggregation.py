@@ -191,7 +191,7 @@ def test_one_client_with_full_weight_is_local_training() -> None:
     delta = {name: trained[name] - start[name] for name in _NAMES}
     mean = _sum([_update("a", delta, num_examples=9)], [9.0]).mean()
     step, shared = _step(ServerOptimizer.AVERAGE, lr_lora=5.0), SharedState(start)
-    after, state = step.step(shared, mean, step.initial_state(shared), 1)
+    after, state = step.step(shared, mean, step.initial_state(shared))
     for name in _NAMES:
         torch.testing.assert_close(after.tensors[name], trained[name], rtol=0, atol=1e-6)
     assert (state.step, state.first, state.second) == (1, {}, {})
@@ -210,7 +210,7 @@ def _assert_equals_torch(step: ServerStep, torch_optimizer: Any, num_rounds: int
         for name, parameter in parameters.items():
             parameter.grad = -aggregate[name]
         optimizer.step()
-        shared, state = step.step(shared, aggregate, state, round_number)
+        shared, state = step.step(shared, aggregate, state)
         for name, parameter in parameters.items():
             torch.testing.assert_close(shared.tensors[name], parameter.data, rtol=1e-5, atol=1e-6)
     assert state.step == num_rounds
@@ -242,8 +242,8 @@ def test_fedavgm_without_momentum_and_with_rate_one_is_average() -> None:
     shared, aggregate = SharedState(_random(0)), _random(1)
     average = _step(ServerOptimizer.AVERAGE)
     plain = _step(ServerOptimizer.FEDAVGM, momentum=0.0, **rates)
-    expected, _ = average.step(shared, aggregate, average.initial_state(shared), 1)
-    found, _ = plain.step(shared, aggregate, plain.initial_state(shared), 1)
+    expected, _ = average.step(shared, aggregate, average.initial_state(shared))
+    found, _ = plain.step(shared, aggregate, plain.initial_state(shared))
     assert all(torch.equal(found.tensors[n], expected.tensors[n]) for n in _NAMES)
 
 
@@ -252,7 +252,7 @@ def test_first_fedadam_step_is_the_learning_rate_of_each_group() -> None:
     step = _step(ServerOptimizer.FEDADAM, **_RATES)
     shared = SharedState({name: torch.zeros(3, 2) for name in _NAMES})
     ones = {name: torch.full((3, 2), -4.0) for name in _NAMES}
-    after, _ = step.step(shared, ones, step.initial_state(shared), 1)
+    after, _ = step.step(shared, ones, step.initial_state(shared))
     found = {name: after.tensors[name][0, 0].item() for name in _NAMES}
     expected = {
         "lora.m.A": -0.01,
@@ -268,7 +268,7 @@ def test_weight_decay_shrinks_before_the_step() -> None:
     # average: lr 1, so 2 * (1 - 0.25) + 0.5 = 2
     step = _step(ServerOptimizer.AVERAGE, weight_decay=0.25)
     shared = SharedState({"lora.A": torch.tensor([2.0])})
-    after, _ = step.step(shared, {"lora.A": torch.tensor([0.5])}, step.initial_state(shared), 1)
+    after, _ = step.step(shared, {"lora.A": torch.tensor([0.5])}, step.initial_state(shared))
     assert after.tensors["lora.A"].tolist() == [2.0]
 
 
@@ -306,8 +306,9 @@ def test_schedule_is_never_zero_within_the_run(num_rounds: int, warmup: int) -> 
 def test_schedule_scales_the_step(optimizer: ServerOptimizer) -> None:
     step = _step(optimizer, 2, lr_schedule=LearningRateSchedule.COSINE, **_RATES)
     shared, aggregate = SharedState({n: torch.zeros(3, 2) for n in _NAMES}), _random(1)
-    whole, _ = step.step(shared, aggregate, step.initial_state(shared), 1)
-    half, _ = step.step(shared, aggregate, step.initial_state(shared), 2)  # factor 1/2
+    whole, _ = step.step(shared, aggregate, step.initial_state(shared))
+    later = SharedState(shared.tensors, 1)
+    half, _ = step.step(later, aggregate, step.initial_state(later))  # factor 1/2
     for name in _NAMES:
         torch.testing.assert_close(half.tensors[name], whole.tensors[name] / 2)
 
@@ -316,17 +317,17 @@ def test_schedule_scales_the_step(optimizer: ServerOptimizer) -> None:
 def test_step_leaves_its_arguments_as_they_are(optimizer: ServerOptimizer) -> None:
     step, shared, aggregate = _step(optimizer), SharedState(_random(0)), _random(1)
     state = step.initial_state(shared)
-    _, state = step.step(shared, aggregate, state, 1)
+    _, state = step.step(shared, aggregate, state)
     before = [
         {name: tensor.clone() for name, tensor in group.items()}
         for group in (shared.tensors, aggregate, state.first, state.second)
     ]
-    once = step.step(shared, aggregate, state, 2)
+    once = step.step(shared, aggregate, state)
     after = [shared.tensors, aggregate, state.first, state.second]
     for old, new in zip(before, after, strict=True):
         assert old.keys() == new.keys()
         assert all(torch.equal(old[n], new[n]) for n in old)
-    again = step.step(shared, aggregate, state, 2)
+    again = step.step(shared, aggregate, state)
     assert all(torch.equal(once[0].tensors[n], again[0].tensors[n]) for n in _NAMES)
 
 
@@ -334,18 +335,18 @@ def test_step_refuses_an_aggregate_that_does_not_fit() -> None:
     step, shared = _step(ServerOptimizer.AVERAGE), SharedState(_random(0))
     state = step.initial_state(shared)
     with pytest.raises(ContractError, match=r"has the unexpected tensor 'private\.x'"):
-        step.step(shared, _random(1) | {"private.x": torch.ones(1)}, state, 1)
+        step.step(shared, _random(1) | {"private.x": torch.ones(1)}, state)
     with pytest.raises(ContractError, match=r"shape \[1\], must be \[3, 2\]"):
-        step.step(shared, _random(1) | {"lora.m.A": torch.ones(1)}, state, 1)
+        step.step(shared, _random(1) | {"lora.m.A": torch.ones(1)}, state)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 1e30])
 def test_step_to_values_that_are_not_finite_is_a_training_error(value: float) -> None:
     # 1e30 squared overflows the second moment, which would silently stop the tensor.
-    step, shared = _step(ServerOptimizer.FEDADAM), SharedState(_random(0))
+    step, shared = _step(ServerOptimizer.FEDADAM), SharedState(_random(0), 3)
     aggregate = _random(1) | {"head.item_bias": torch.full((3, 2), value)}
     with pytest.raises(TrainingError, match=r"round 4 made head.item_bias not finite"):
-        step.step(shared, aggregate, step.initial_state(shared), 4)
+        step.step(shared, aggregate, step.initial_state(shared))
 
 
 def test_the_scale_moves_every_rate_but_those_of_the_taste_basis() -> None:

@@ -51,8 +51,8 @@ def _snapshot(server: Server) -> dict[str, torch.Tensor]:
 def test_a_round_of_averaging() -> None:
     server, total = _server(), RunningSum()
     for client_id, value in zip(_CLIENTS, (1.0, 2.0, 3.0, 6.0), strict=True):
-        assert server.receive(total, _update(server, client_id, value), 1)
-    summary = server.aggregate(total, 1)
+        assert server.receive(total, _update(server, client_id, value))
+    summary = server.aggregate(total)
     assert torch.equal(server.shared.tensors["lora.m.A"], torch.full((2, 3), 3.0))
     assert summary.loss == 3.0
     assert (summary.num_updates, summary.num_examples, summary.refusals) == (4, 4, ())
@@ -67,9 +67,9 @@ def test_a_round_of_averaging() -> None:
 def test_weighting(weighting: Weighting, expected: float) -> None:
     # uniform: (0 + 10) / 2; by examples: (3 * 0 + 1 * 10) / 4
     server, total = _server(weighting=weighting), RunningSum()
-    server.receive(total, _update(server, "a", 0.0, num_examples=3), 1)
-    server.receive(total, _update(server, "b", 10.0, num_examples=1), 1)
-    server.aggregate(total, 1)
+    server.receive(total, _update(server, "a", 0.0, num_examples=3))
+    server.receive(total, _update(server, "b", 10.0, num_examples=1))
+    server.aggregate(total)
     assert server.shared.tensors["head.item_bias"].tolist() == [expected] * 4
 
 
@@ -90,10 +90,10 @@ def test_bad_updates_are_refused_and_counted_and_the_round_goes_on(
         _update(server, "stranger", 1.0),
     ]
     with caplog.at_level(logging.WARNING, logger="pfm_llm.server.server"):
-        assert server.receive(total, _update(server, "a", 2.0), 1)
-        assert not any(server.receive(total, update, 1) for update in bad)
-        assert not server.receive(total, _update(server, "a", 9.0), 1)  # a second time
-    summary = server.aggregate(total, 1)
+        assert server.receive(total, _update(server, "a", 2.0))
+        assert not any(server.receive(total, update) for update in bad)
+        assert not server.receive(total, _update(server, "a", 9.0))  # a second time
+    summary = server.aggregate(total)
     assert server.shared.tensors["head.item_bias"].tolist() == [2.0] * 4
     assert summary.num_updates == 1
     reasons = ("loss is nan", "round 2", "lacks", "contract", "not in the cohort", "twice")
@@ -103,18 +103,19 @@ def test_bad_updates_are_refused_and_counted_and_the_round_goes_on(
 
 def test_a_client_outside_the_cohort_is_refused() -> None:
     server, total = _server(cohort_size=2), RunningSum()
+    server.load_state_tensors(server.state_tensors(), 2)
     cohort = server.select_cohort(3)
     outside = next(client for client in _CLIENTS if client not in cohort)
-    assert server.receive(total, _update(server, cohort[0], 1.0, 3), 3)
-    assert not server.receive(total, _update(server, outside, 1.0, 3), 3)
+    assert server.receive(total, _update(server, cohort[0], 1.0, 3))
+    assert not server.receive(total, _update(server, outside, 1.0, 3))
 
 
 def test_nothing_accepted_leaves_the_state_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     server, total = _server(optimizer=ServerOptimizer.FEDADAM), RunningSum()
-    server.receive(total, _update(server, "a", math.nan), 1)
+    server.receive(total, _update(server, "a", math.nan))
     before = _snapshot(server)
     with caplog.at_level(logging.WARNING, logger="pfm_llm.server.server"):
-        summary = server.aggregate(total, 1)
+        summary = server.aggregate(total)
     assert "none of 1 updates was accepted" in caplog.text
     assert (summary.num_updates, summary.loss, summary.update_norm) == (0, None, 0.0)
     assert len(summary.refusals) == 1
@@ -124,13 +125,13 @@ def test_nothing_accepted_leaves_the_state_and_says_so(caplog: pytest.LogCapture
 
 def test_a_step_that_is_not_finite_leaves_the_state() -> None:
     server, total = _server(optimizer=ServerOptimizer.FEDADAM), RunningSum()
-    server.receive(total, _update(server, "a", 1.0), 1)
-    server.aggregate(total, 1)
+    server.receive(total, _update(server, "a", 1.0))
+    server.aggregate(total)
     before = _snapshot(server)
     huge = RunningSum()
-    server.receive(huge, _update(server, "b", 1e30, 2), 2)
+    server.receive(huge, _update(server, "b", 1e30, 2))
     with pytest.raises(TrainingError, match="not finite"):
-        server.aggregate(huge, 2)
+        server.aggregate(huge)
     after = server.state_tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -140,8 +141,8 @@ def _play(server: Server, rounds: range) -> None:
         total = RunningSum()
         for index, client_id in enumerate(server.select_cohort(round_number)):
             value = math.sin(10 * round_number + index)
-            server.receive(total, _update(server, client_id, value, round_number), round_number)
-        server.aggregate(total, round_number)
+            server.receive(total, _update(server, client_id, value, round_number))
+        server.aggregate(total)
 
 
 @pytest.mark.parametrize("optimizer", list(ServerOptimizer))
@@ -152,7 +153,8 @@ def test_restored_server_goes_on_to_the_bit(optimizer: ServerOptimizer) -> None:
     _play(first, range(1, 4))
     saved = first.state_tensors()
     second = _server(cohort_size=3, optimizer=optimizer)
-    second.load_state_tensors(saved)
+    second.load_state_tensors(saved, 3)
+    assert second.shared.round_number == first.shared.round_number == 3
     _play(second, range(4, 7))
     expected, found = whole.state_tensors(), second.state_tensors()
     assert expected.keys() == found.keys()
@@ -170,7 +172,7 @@ def test_state_of_another_model_is_refused(other: dict[str, Any], message: str) 
     server = _server(**other)
     before = _snapshot(server)
     with pytest.raises(CheckpointError, match=message):
-        server.load_state_tensors(_server().state_tensors())
+        server.load_state_tensors(_server().state_tensors(), 1)
     after = server.state_tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
