@@ -324,8 +324,7 @@ def client_tensors(
 
     head = {n: t for n, t in assembly.parts.shared.tensors.items() if n.startswith("head.")}
     shared = stirred({**adapter.initial_shared(_SEED), **head}, _SEED, "shared")
-    dim = assembly.config.head.dim
-    own = (adapter.initial_private(_SEED, client, dim) for client in clients)
+    own = (assembly.parts.private.initial(client) for client in clients)
     return tuple(
         shared | stirred(tensors, _SEED, client)
         for client, tensors in zip(clients, own, strict=True)

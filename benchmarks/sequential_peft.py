@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from pfm_llm.base import seeding
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.cohort import PRIVATE_HEAD_A, PRIVATE_HEAD_B
 from pfm_llm.model.head import Normaliser
 from pfm_llm.model.lora import PRIVATE, SHARED, DualAdapter
 from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
@@ -146,6 +145,6 @@ def _layer_index(module: str, layers_path: str) -> int:
 
 
 def _private_head(head: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if PRIVATE_HEAD_B not in head:
+    if "private.head.B" not in head:
         return None
-    return head[PRIVATE_HEAD_A], head[PRIVATE_HEAD_B]
+    return head["private.head.A"], head["private.head.B"]

@@ -22,7 +22,6 @@ from pfm_llm.evaluation import evaluator, scoring
 from pfm_llm.model.batches import collate
 from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.model.cohort import Parts
-from pfm_llm.model.private.taste import needs_no_text
 from pfm_llm.protocol.types import Mode, PrivateState, SharedState
 from pfm_llm.publish import hub
 from pfm_llm.publish.alignment import start_from
@@ -192,8 +191,8 @@ class RecommenderModel:
         items = self._items(history)
         if not len(items):
             raise DataError("an empty history has nothing to learn from; give an item")
-        alone = needs_no_text(self._config.adapters.private, self._config.head)
-        if len(items) < 2 and not alone:
+        private = self.parts.private
+        if len(items) < 2 and (private.takes_steps or private.reads_text):
             raise DataError("a history of one item has no next item to learn from; give two")
         interactions = Interactions(
             catalogue=self.catalogue,

@@ -12,16 +12,12 @@ from pfm_llm.client.local_steps import StackedOptimizer
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.config.settings import uses_taste
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import CohortModel, Parts
-from pfm_llm.model.private.taste import needs_no_text
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import PRIVATE_PREFIX, ClientUpdate, PrivateState, SharedState, Tensors
 
 _log = logging.getLogger(__name__)
-
-InitialPrivate = Callable[[str], dict[str, torch.Tensor]]
 
 
 def plan_chunks(
@@ -58,7 +54,6 @@ class LocalTrainer:
         histories: The clients' data.
         store: Where private states live; nothing else ever receives them.
         contract: What an update may hold.
-        initial_private: Private tensors of a client that has none yet.
     """
 
     def __init__(
@@ -68,14 +63,13 @@ class LocalTrainer:
         histories: ClientHistories,
         store: PrivateStore,
         contract: UpdateContract,
-        initial_private: InitialPrivate,
     ) -> None:
         self._config = config
         self._model = model
         self._histories = histories
         self._store = store
         self._contract = contract
-        self._initial_private = initial_private
+        self._private = model.objective.private
         self._local = config.federation.local
 
     def chunks(self, cohort: Sequence[str]) -> list[tuple[str, ...]]:
@@ -110,9 +104,8 @@ class LocalTrainer:
     def round_work(self) -> LocalWork:
         """The steps that a client takes in a round."""
         local = self._local
-        # Taste vectors are fitted within each step, in closed form.
-        steps_on = self._config.adapters.private.enabled and not self.reads_histories
-        private_in_round = steps_on and local.schedule is not Schedule.PRIVATE_AFTER
+        after = local.schedule is Schedule.PRIVATE_AFTER
+        private_in_round = self._private.takes_steps and not after
         return LocalWork(
             shared_steps=local.shared_local_steps,
             private_steps=local.private_local_steps if private_in_round else 0,
@@ -124,15 +117,15 @@ class LocalTrainer:
     def personalise(self, chunk: Sequence[str], shared: SharedState) -> dict[str, torch.Tensor]:
         """Fit private adapters to the shared state at hand, on training histories only.
 
-        Taste vectors are fitted in closed form, as `fit_taste` does. Others start from each
-        client's newest private state up to the round of ``shared``. Clients that have nothing to
+        A part that takes no steps is fitted by `fit`. Others start from each client's newest
+        private state up to the round of ``shared``. Clients that have nothing to
         train on keep what they have.
 
         Returns:
             Stacked private tensors [C, ...]; the store is not changed.
         """
-        if self.reads_histories:
-            return self.fit_taste(chunk, shared, [None] * len(chunk))
+        if not self._private.takes_steps:
+            return self.fit(chunk, shared, [None] * len(chunk))
         private = self._load_private(chunk, shared.round_number)
         able = [c for c, client_id in enumerate(chunk) if self._histories.windows(client_id)]
         steps = self._local.personalise_steps
@@ -153,19 +146,10 @@ class LocalTrainer:
         rows = torch.tensor(able, device=good.device)[good]
         return {n: value.index_copy(0, rows, new[n][good]) for n, value in private.items()}
 
-    @property
-    def reads_histories(self) -> bool:
-        """Whether the private part is a function of the history at hand: a taste vector."""
-        return uses_taste(self._config)
-
-    @property
-    def _needs_no_text(self) -> bool:
-        return needs_no_text(self._config.adapters.private, self._config.head)
-
-    def fit_taste(
+    def fit(
         self, chunk: Sequence[str], shared: SharedState, shown: Sequence[History | None]
     ) -> dict[str, torch.Tensor]:
-        """Taste vectors for the shared state at hand and the history of each client.
+        """Private tensors for the shared state at hand and the history of each client.
 
         Args:
             chunk: Client ids.
@@ -173,16 +157,16 @@ class LocalTrainer:
             shown: Per client its training history and what came after it; None: the former.
 
         Returns:
-            Stacked private tensors [C, ...]; zero for clients of whom nothing can be told.
+            Stacked private tensors [C, ...]; the initial ones for clients without a history.
 
         Raises:
             DataError: A history does not begin with the training history.
         """
         histories = self._histories
-        if self._needs_no_text:
+        if not self._private.reads_text:
             events = [histories.events(c, given) for c, given in zip(chunk, shown, strict=True)]
-            return self._model.read_taste(events, self._stack_shared(shared, len(chunk)))
-        private = self._stack_private([self._initial_private(client_id) for client_id in chunk])
+            return self._model.fit_without_text(events, self._stack_shared(shared, len(chunk)))
+        private = self._stack_private([self._private.initial(client_id) for client_id in chunk])
         later = [
             () if given is None else histories.later_windows(client_id, given)
             for client_id, given in zip(chunk, shown, strict=True)
@@ -193,19 +177,19 @@ class LocalTrainer:
             return private
         states = [histories.trunk_states(chunk[c], later[c]) for c in able]
         batch = collate([windows[c] for c in able], states)
-        fitted = self._model.fit_taste(batch, self._stack_shared(shared, len(able)))
+        fitted = self._model.fit(batch, self._stack_shared(shared, len(able)))
         rows = torch.tensor(able, device=self._model.item_texts.device)
         return {name: value.index_copy(0, rows, fitted[name]) for name, value in private.items()}
 
     def personalise_tokens(self, client_id: str) -> int:
         """Padded tokens that one step of `personalise` reads of a client."""
-        if self._needs_no_text:
+        if not (self._private.takes_steps or self._private.reads_text):
             return 0
         return self._histories.num_tokens(client_id, self._local.personalise_windows)
 
     def personalise_steps(self, chunk: Sequence[str]) -> int:
         """How many private gradient steps `personalise` takes, over all clients of the chunk."""
-        if self.reads_histories:
+        if not self._private.takes_steps:
             return 0
         able = sum(bool(self._histories.windows(client_id)) for client_id in chunk)
         return self._local.personalise_steps * able
@@ -276,7 +260,7 @@ class LocalTrainer:
         states = []
         for client_id in chunk:
             state = self._store.load(client_id, at_most=at_most)
-            states.append(state.tensors if state else self._initial_private(client_id))
+            states.append(state.tensors if state else self._private.initial(client_id))
         return self._stack_private(states)
 
     def _stack_private(self, states: Sequence[Tensors]) -> dict[str, torch.Tensor]:

@@ -47,14 +47,6 @@ class ItemIds(StrEnum):
     BOTH = "both"
 
 
-class PrivateKind(StrEnum):
-    """What a private adapter is made of."""
-
-    INDEPENDENT = "independent"
-    SHARED_BASIS = "shared_basis"
-    TASTE = "taste"
-
-
 class Schedule(StrEnum):
     """When the private adapter is trained relative to the shared one."""
 

@@ -1,10 +1,11 @@
 """Settings of the model: windows, adapters, head. What a published adapter says of itself."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pfm_llm.config.choices import ItemIds, PrivateKind
+from pfm_llm.config.choices import ItemIds
+from pfm_llm.config.private_kinds import PRIVATE_KINDS
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -38,20 +39,14 @@ class LoraAdapterConfig(Settings):
 
 
 class TasteConfig(Settings):
-    """The private taste vector; see taste.py."""
+    """The user embedding, kind ``taste``; see model/private/taste.py."""
 
     rank: PositiveCount = Field(16, description="numbers a user, where the next item's are fitted")
     like_rank: PositiveCount = Field(8, description="numbers a user and fit for likes")
-    like_fits: PositiveCount = Field(4, description="fits for likes, of one basis each; averaged")
-    read_rank: Count = Field(128, description="numbers a user, read off what was met; 0: fitted")
+    read_rank: Count = Field(128, description="numbers a user, read off the history; 0: fitted")
     dropout: Fraction | None = Field(
         None, description="dropout on vectors that are read; None: that of the head"
     )
-    read_events: Positive = Field(5.0, description="events that a read past shrinks by, at first")
-    precision: Positive = Field(30.0, description="of the prior where fitted, before training")
-    half_life: Positive = Field(20.0, description="in events, next item fitted; before training")
-    half_life_like: Positive = Field(100.0, description="the same for likes, which drift slowly")
-    block: PositiveCount = Field(8, description="events that one fitted vector predicts at once")
 
 
 class PrivateAdapterConfig(LoraAdapterConfig):
@@ -60,16 +55,19 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     enabled: bool = True
     rank: PositiveCount = 4
     alpha: PositiveCount = 8
-    kind: PrivateKind = PrivateKind.INDEPENDENT
+    kind: str = Field("independent", description="one of config/private_kinds.py")
+    options: dict[str, Any] = Field({}, description="settings of a kind that reads its own")
     on_layers: bool = Field(True, description="false: on the head alone (not of kind taste)")
     taste: TasteConfig = TasteConfig()
     head_rank: Count = Field(4, description="rank of the private head term; 0: none")
     weight: float = Field(1.0, ge=0, le=1.5, description="private_weight at serving time")
 
-    @property
-    def is_taste(self) -> bool:
-        """Whether it is on, and a taste vector."""
-        return self.enabled and self.kind is PrivateKind.TASTE
+    @field_validator("kind")
+    @classmethod
+    def _is_registered(cls, kind: str) -> str:
+        if kind not in PRIVATE_KINDS:
+            raise ValueError(f"no private kind {kind!r}; valid: {', '.join(PRIVATE_KINDS)}")
+        return kind
 
 
 class AdaptersConfig(Settings):

@@ -14,7 +14,6 @@ from pfm_llm.config.choices import (
     HeldOutSplit,
     LearningRateSchedule,
     LocalOptimizer,
-    PrivateKind,
     Regime,
     Repeats,
     Schedule,
@@ -35,6 +34,7 @@ from pfm_llm.config.model import (
     Settings,
     WindowConfig,
 )
+from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.text import apply_override, explain
 
 _FEDAVG_STEPS = 4
@@ -237,19 +237,16 @@ def _private_problem(config: ExperimentConfig) -> str | None:
     private, local = config.adapters.private, config.federation.local
     if not private.enabled:
         return None
-    if private.kind is PrivateKind.TASTE and config.data.users_per_client > 1:
+    spec, kind = PRIVATE_KINDS[private.kind], f"adapters.private.kind: {private.kind}"
+    if spec.one_user and config.data.users_per_client > 1:
         return (
-            "adapters.private.kind: taste is one user's past in order; set data.users_per_client: "
-            "1, or choose another kind"
+            f"{kind} reads one user's history in order; set data.users_per_client: 1, or choose "
+            "another kind"
         )
-    shared_basis = private.kind is PrivateKind.SHARED_BASIS
-    if shared_basis and local.schedule is not Schedule.ALTERNATE:
-        return (
-            "adapters.private.kind: shared_basis needs federation.local.schedule: alternate "
-            "(the private part is fitted before the basis takes its gradient)"
-        )
-    if shared_basis and local.private_local_steps == 0:
-        return "adapters.private.kind: shared_basis needs private_local_steps of at least 1"
+    if spec.schedule not in (None, local.schedule):
+        return f"{kind} needs federation.local.schedule: {spec.schedule}"
+    if local.private_local_steps < spec.min_steps:
+        return f"{kind} needs private_local_steps of at least {spec.min_steps}"
     if not private.on_layers and not private.head_rank:
         return "adapters.private: on_layers: false with head_rank: 0 leaves nothing private"
     return None
@@ -358,10 +355,7 @@ def training_hash(config: ExperimentConfig) -> str:
     elsewhere: dict[str, Any] = dict.fromkeys(sections, True)
     # How strongly it counts is a matter of serving.
     private = config.adapters.private
-    unused: dict[str, Any] = {"weight": True}
-    if not private.is_taste:
-        unused["taste"] = True
-    elif private.taste.dropout is None:  # as before there was the setting
-        unused["taste"] = {"dropout": True}
-    elsewhere["adapters"] = {"private": unused}
+    # Settings of a kind are read by that kind alone, and none where the private part is off.
+    kinds = [k for k in PRIVATE_KINDS if not private.enabled or k != private.kind]
+    elsewhere["adapters"] = {"private": {"weight": True, **dict.fromkeys(kinds, True)}}
     return hashlib.sha256(config.model_dump_json(exclude=elsewhere).encode()).hexdigest()

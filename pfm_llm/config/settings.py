@@ -11,11 +11,6 @@ def method_name(config: ExperimentConfig) -> str:
     return config.method.value if config.method else _CUSTOM
 
 
-def uses_taste(config: ExperimentConfig) -> bool:
-    """Whether the private part is a taste vector, a function of the history at hand."""
-    return config.adapters.private.is_taste
-
-
 def like_threshold(config: ExperimentConfig) -> float | None:
     """Ratings from here on are likes to learn from and to measure; None: likes are no task."""
     return config.data.like_threshold if Task.LIKE in config.tasks else None

@@ -1,10 +1,10 @@
 """Ranking held-out items, honestly: full catalogue, seen items masked, ties against us.
 
-Everything is fitted on train. A taste vector is a function of the history that a query shows, as
-are the scores of every method. Before a private adapter of another kind is measured, every client
-takes ``personalise_steps`` on it from the shared state at hand, on its own training history,
-whether it ever was in a cohort or not. At test every method sees train and validation as input
-history; nothing is refitted.
+Everything is fitted on train. A private part that takes no steps is a function of the history that
+a query shows, as are the scores of every method. Before a part that takes steps is measured, every
+client takes ``personalise_steps`` on it from the shared state at hand, on its own training
+history, whether it ever was in a cohort or not. At test every method sees train and validation as
+input history; nothing is refitted.
 """
 
 import functools
@@ -197,7 +197,7 @@ class Evaluator:
             aucs=aucs,
             like_fits=likes,
             choice_fits=choices,
-            num_personalised=_count_non_zero(scored.private, counts),
+            num_personalised=self._count_active(scored.private, counts),
             private_steps=self._trainer.personalise_steps(chunk) if personalised else 0,
         )
 
@@ -243,7 +243,7 @@ class Evaluator:
         self, batch: Callable[[], ChunkBatch], stacked: Tensors, parts: Parts, known: UserVectors
     ) -> list[torch.Tensor]:
         """User vectors; those that do not depend on what is private are read out once."""
-        if not self._trainer.reads_histories:
+        if self._model.objective.private.acts_on_states:
             return self._model.user_vectors(batch(), stacked, parts)
         if parts.shared_lora not in known:
             known[parts.shared_lora] = self._model.user_vectors(batch(), stacked, parts)
@@ -252,17 +252,18 @@ class Evaluator:
     def _personalised(self, chunk: Sequence[str], task: EvaluationTask) -> dict[str, torch.Tensor]:
         """Private tensors [C, ...], fitted now.
 
-        A taste vector is read off the history that the query shows, as every method's scores
-        are; what takes gradient steps is fitted to the training history, as all training is.
+        A part that takes gradient steps is trained on the training history, like everything that
+        is trained. Any other part is fitted to the history that the query shows, like the scores
+        of every method.
         """
-        if not self._trainer.reads_histories:
+        if self._model.objective.private.takes_steps:
             return self._trainer.personalise(chunk, task.shared)
         items, ratings = task.held_out.histories, task.held_out.history_ratings
         shown: list[History | None] = [None] * len(chunk)
         for c, client_id in enumerate(chunk):
             for q in self._query_indices(client_id, task):
                 shown[c] = History(items[q], ratings[q] if ratings else None)
-        return self._trainer.fit_taste(chunk, task.shared, shown)
+        return self._trainer.fit(chunk, task.shared, shown)
 
     def _likes(
         self, task: EvaluationTask, scored: ChunkScores, parts: Parts
@@ -303,6 +304,13 @@ class Evaluator:
             for client_id, own in zip(chunk, windows, strict=True)
         ]
         return collate(windows, states, last_only=True)
+
+    def _count_active(self, private: Tensors, users: Sequence[int]) -> int:
+        """How many users have private tensors that change anything; ``users`` is per client."""
+        if not private:
+            return 0
+        active = self._model.objective.private.active(private).tolist()
+        return sum(count for count, is_active in zip(users, active, strict=True) if is_active)
 
     def _keep(
         self, chunk: Sequence[str], private: Mapping[str, torch.Tensor], round_number: int
@@ -359,14 +367,3 @@ def sample_users(held_out: HeldOut, max_users: int | None, seed: int) -> HeldOut
     generator = numpy_generator(seed, f"evaluated users/{held_out.name}")
     kept = np.sort(generator.choice(count, max_users, replace=False))
     return held_out.take(kept)
-
-
-def _count_non_zero(private: Mapping[str, torch.Tensor], users: Sequence[int]) -> int:
-    # Without B, or with a taste vector of zero, nothing changes; A alone is random.
-    changes = [
-        value.flatten(1).ne(0).any(1) for name, value in private.items() if not name.endswith(".A")
-    ]
-    if not changes:
-        return 0
-    active = torch.stack(changes).any(0).tolist()
-    return sum(count for count, is_active in zip(users, active, strict=True) if is_active)

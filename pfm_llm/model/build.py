@@ -17,7 +17,6 @@ from pfm_llm.base import assets, files
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.config.settings import uses_taste
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.backbone import Backbone, load_backbone
@@ -25,7 +24,7 @@ from pfm_llm.model.cohort import CohortModel
 from pfm_llm.model.head import Normaliser
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
-from pfm_llm.model.private import taste
+from pfm_llm.model.private import PrivateContext, PrivatePart, Sizes, make_private_part
 from pfm_llm.model.start import Start
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import SharedState
@@ -62,6 +61,11 @@ class ModelParts:
     shared: SharedState
     contract: UpdateContract
 
+    @property
+    def private(self) -> PrivatePart:
+        """The kind of private part."""
+        return self.model.objective.private
+
 
 def build_model(
     config: ExperimentConfig,
@@ -93,12 +97,10 @@ def build_model(
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
     states = item_states(backbone, encoder, prompt, catalogue.content_hash())
-    shared = _initial_shared(config, adapter, backbone.hidden_size, len(catalogue))
-    if start is None:
-        normaliser = recommender_head.fit_normaliser(states)
-    else:
-        normaliser = start.normaliser
-        shared = start.shared(shared, prompt)
+    private = _private_part(config, adapter, backbone.hidden_size, len(catalogue))
+    shared = _initial_shared(config, adapter, private)
+    normaliser = start.normaliser if start else recommender_head.fit_normaliser(states)
+    shared = start.shared(shared, prompt) if start else shared
     texts = normaliser(states)[:, : config.head.dim].contiguous()
     return ModelParts(
         backbone=backbone,
@@ -108,7 +110,11 @@ def build_model(
         adapter=adapter,
         normaliser=normaliser,
         model=CohortModel(
-            top, adapter.top_paths(), adapter.scales(), normaliser, _objective(config, texts)
+            top,
+            adapter.top_paths(),
+            adapter.scale(),
+            normaliser,
+            Objective(texts, config.tasks, private, config.federation.local.unseen_only),
         ),
         shared=shared,
         contract=_contract(_trained(config, shared), backbone, prompt, catalogue),
@@ -138,11 +144,6 @@ def _encoder(
     )
 
 
-def _objective(config: ExperimentConfig, texts: torch.Tensor) -> Objective:
-    block = config.adapters.private.taste.block if uses_taste(config) else None
-    return Objective(texts, config.tasks, block, config.federation.local.unseen_only)
-
-
 def _trained(config: ExperimentConfig, shared: SharedState) -> SharedState:
     """The part of the shared state that the method trains and that is sent."""
     if config.method is None:
@@ -162,26 +163,24 @@ def _contract(
     )
 
 
-def _initial_shared(
+def _private_part(
     config: ExperimentConfig, adapter: DualAdapter, hidden_size: int, num_items: int
-) -> SharedState:
-    head = recommender_head.initial_head(
-        config.head, hidden_size, num_items, config.seed, config.tasks
+) -> PrivatePart:
+    sizes = Sizes(hidden_size, adapter.modules, num_items)
+    return make_private_part(
+        PrivateContext(config.adapters.private, config.tasks, config.head, sizes, config.seed)
     )
-    tensors = {**adapter.initial_shared(config.seed), **head}
-    if uses_taste(config):
-        settings = config.adapters.private.taste
-        tensors |= taste.initial_basis(settings, config.tasks, config.head, num_items, config.seed)
-    return SharedState(tensors)
 
 
-def initial_private(
-    config: ExperimentConfig, adapter: DualAdapter, client_id: str
-) -> dict[str, torch.Tensor]:
-    """A client's private tensors before it has trained any; they change nothing."""
-    if uses_taste(config):
-        return taste.initial_vectors(config.adapters.private.taste, config.tasks, config.head)
-    return adapter.initial_private(config.seed, client_id, config.head.dim)
+def _initial_shared(
+    config: ExperimentConfig, adapter: DualAdapter, private: PrivatePart
+) -> SharedState:
+    sizes = private.context.sizes
+    head = recommender_head.initial_head(
+        config.head, sizes.hidden_size, sizes.num_items, config.seed, config.tasks
+    )
+    lora, basis = adapter.initial_shared(config.seed), private.initial_shared()
+    return SharedState({**lora, **head, **basis})
 
 
 def item_states(

@@ -23,18 +23,14 @@ from pfm_llm.config.choices import Task
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.model.head import Normaliser
-from pfm_llm.model.objective import Objective, Outputs
-from pfm_llm.model.private import taste
+from pfm_llm.model.objective import Objective
+from pfm_llm.model.outputs import Outputs
 from pfm_llm.model.readout import Readout, read_last_mlp_only
 from pfm_llm.protocol.types import Tensors
 
 SHARED_LORA = "lora."
 BASIS = "basis."
-PRIVATE_LORA = "private.lora."
-PRIVATE_HEAD_A = "private.head.A"
-PRIVATE_HEAD_B = "private.head.B"
-BASIS_HEAD_A = "basis.head.A"
-_SLICED = ("head.", "basis.taste.", "private.taste.")
+_FACTOR = (".A", ".B")
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class CohortModel:
     Args:
         top: The top view of the backbone; its adapted linear layers are replaced.
         modules: Path in the full model to path in ``top`` of each adapted layer.
-        scales: alpha / rank of the shared and of the private adapter.
+        scale: alpha / rank of the shared adapter.
         normaliser: The catalogue's whitening.
         objective: What is minimised, over the catalogue's whitened texts.
     """
@@ -117,12 +113,12 @@ class CohortModel:
         self,
         top: Any,
         modules: dict[str, str],
-        scales: tuple[float, float],
+        scale: float,
         normaliser: Normaliser,
         objective: Objective,
     ) -> None:
         self._top = top
-        self._scales = scales
+        self._scale = scale
         self._linears: dict[str, CohortLinear] = {}
         for name, path in modules.items():
             linear = CohortLinear(top.get_submodule(path))
@@ -165,7 +161,7 @@ class CohortModel:
         read = self._outputs(batch, vectors)
         if dropout is not None:
             read = [
-                _with_dropout(one, own, dropout, client)
+                self._with_dropout(one, own, dropout, client)
                 for client, (one, own) in enumerate(zip(read, owns, strict=True))
             ]
         personal = bool(parts.private_weight)
@@ -175,11 +171,11 @@ class CohortModel:
         ]
 
     @torch.no_grad()
-    def fit_taste(self, batch: ChunkBatch, stacked: Tensors) -> dict[str, torch.Tensor]:
-        """Each client's taste vectors for the shared state at hand, stacked [C, ...].
+    def fit(self, batch: ChunkBatch, stacked: Tensors) -> dict[str, torch.Tensor]:
+        """Each client's private tensors for the shared state at hand, stacked [C, ...].
 
         Args:
-            batch: All that the clients met, collated to train.
+            batch: The clients' whole histories, collated to train.
             stacked: Their shared tensors, with a leading client dimension.
         """
         parts = Parts(shared_lora=True, private_weight=0.0)
@@ -187,33 +183,33 @@ class CohortModel:
         return self._fitted(owns, self._outputs(batch, vectors))
 
     @torch.no_grad()
-    def read_taste(
+    def fit_without_text(
         self, events: Sequence[tuple[np.ndarray, np.ndarray]], stacked: Tensors
     ) -> dict[str, torch.Tensor]:
-        """`fit_taste` where the next item's vector is read: without a pass over any text.
+        """`fit` for a private part that reads no text: without a pass of the language model.
 
         Args:
-            events: Per client the items that it met, oldest first, int [n], and whether each
-                was liked, 0, 1, or `encoding.NO_LABEL`; vectors of no event are zero.
+            events: Per client the items of its history, oldest first, int [n], and whether each
+                was liked, 0, 1, or `encoding.NO_LABEL`.
             stacked: Their shared tensors, with a leading client dimension.
         """
-        outputs = []
-        for own in events:
-            met, liked = (joined([values]).to(self.item_texts.device) for values in own)
-            outputs.append(Outputs(torch.empty(0), met, liked, met, torch.arange(len(met))))
+        outputs = [
+            Outputs.of_history(*(joined([values]).to(self.item_texts.device) for values in own))
+            for own in events
+        ]
         return self._fitted(_slices(stacked, len(events)), outputs)
 
     def _fitted(
         self, owns: Sequence[Tensors], outputs: Sequence[Outputs]
     ) -> dict[str, torch.Tensor]:
-        found = [self.objective.fit_taste(*one) for one in zip(owns, outputs, strict=True)]
+        found = [self.objective.fit(*one) for one in zip(owns, outputs, strict=True)]
         return {name: torch.stack([vectors[name] for vectors in found]) for name in found[0]}
 
     @torch.no_grad()
     def user_vectors(self, batch: ChunkBatch, stacked: Tensors, parts: Parts) -> list[torch.Tensor]:
         """Per client its user vectors [K_c, D] at every output of the batch, float32.
 
-        A taste vector has no part in them.
+        What a private part adds to scores is not in them.
         """
         return self._user_vectors(batch, stacked, parts)[1]
 
@@ -230,7 +226,7 @@ class CohortModel:
         found = []
         for own, states in zip(owns, vectors, strict=True):
             scores = recommender_head.score_items(own, states, self.item_texts)
-            added = self._taste_scores(own, Task.NEXT_ITEM, parts.private_weight)
+            added = self._added_scores(own, Task.NEXT_ITEM, parts.private_weight)
             found.append(scores if added is None else scores + added)
         return torch.cat(found)
 
@@ -238,22 +234,20 @@ class CohortModel:
     def like_logits(self, stacked: Tensors, parts: Parts) -> torch.Tensor:
         """Log-odds [C, I] that each client likes each item, float32.
 
-        They depend on no state: what a client likes is in its taste vector, if anywhere.
+        They depend on no user vector: what one client likes is in its private part, if anywhere.
         """
         num_clients = len(stacked[recommender_head.LIKE_TEXT])
         found = []
         for own in _slices(stacked, num_clients):
             logits = recommender_head.like_logits(own, self.item_texts)
-            added = self._taste_scores(own, Task.LIKE, parts.private_weight)
+            added = self._added_scores(own, Task.LIKE, parts.private_weight)
             found.append(logits if added is None else logits + added)
         return torch.stack(found)
 
-    def _taste_scores(self, own: Tensors, task: Task, weight: float) -> torch.Tensor | None:
-        """What a client's taste vector adds to the scores of the catalogue [I]."""
-        vector = own.get(taste.vector_name(task))
-        if vector is None or not weight:
+    def _added_scores(self, own: Tensors, task: Task, weight: float) -> torch.Tensor | None:
+        if not weight:
             return None
-        return self.objective.features(own, task).flatten(1) @ (vector * weight)
+        return self.objective.private.added_scores(own, task, self.item_texts, weight)
 
     @torch.no_grad()
     def zero_shot_scores(self, batch: ChunkBatch) -> torch.Tensor:
@@ -266,9 +260,9 @@ class CohortModel:
     def _user_vectors(
         self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None = None
     ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
-        """Per client its head, basis and taste vectors, and its user vectors [K_c, D]."""
+        """Per client its tensors but for LoRA factors, and its user vectors [K_c, D]."""
         owns = _slices(stacked, batch.num_clients)
-        private_heads = _private_heads(stacked, batch.num_clients, parts.private_weight)
+        private_heads = self._private_heads(stacked, batch.num_clients, parts.private_weight)
         self._set_factors(batch, stacked, parts, dropout)
         states = self._output_states(self._with_item_inputs(batch, owns), batch, dropout)
         vectors = [
@@ -356,44 +350,43 @@ class CohortModel:
 
     def _pairs(self, name: str, stacked: Tensors, parts: Parts) -> list[_Pair]:
         """The factors of each adapter that takes part."""
-        shared_scale, private_scale = self._scales
         pairs = []
         if parts.shared_lora:
             a, b = stacked[f"{SHARED_LORA}{name}.A"], stacked[f"{SHARED_LORA}{name}.B"]
-            pairs.append(_Pair(a, b * shared_scale, is_private=False))
-        if parts.private_weight and f"{PRIVATE_LORA}{name}.B" in stacked:
-            own_a, basis = stacked.get(f"{PRIVATE_LORA}{name}.A"), f"{BASIS}{name}.A"
-            b = stacked[f"{PRIVATE_LORA}{name}.B"] * (private_scale * parts.private_weight)
-            pairs.append(_Pair(stacked[basis] if own_a is None else own_a, b, is_private=True))
+            pairs.append(_Pair(a, b * self._scale, is_private=False))
+        if parts.private_weight:
+            own = self.objective.private.factors(name, stacked, parts.private_weight)
+            if own is not None:
+                pairs.append(_Pair(*own, is_private=True))
         return pairs
 
+    def _private_heads(
+        self, stacked: Tensors, num_clients: int, weight: float
+    ) -> Sequence[tuple[torch.Tensor, torch.Tensor] | None]:
+        found = self.objective.private.head_factors(stacked, weight) if weight else None
+        if found is None:
+            return [None] * num_clients
+        a, b = found
+        return list(zip(a.unbind(0), b.unbind(0), strict=True))
 
-def _with_dropout(outputs: Outputs, own: Tensors, dropout: Dropout, client: int) -> Outputs:
-    """A client's outputs with this step's factors on user vectors, and on tastes that are read."""
+    def _with_dropout(
+        self, outputs: Outputs, own: Tensors, dropout: Dropout, client: int
+    ) -> Outputs:
+        """A client's outputs with this step's factors on user vectors and on private ones."""
 
-    def keep(rows: torch.Tensor | None, rate: float) -> torch.Tensor | None:
-        if rows is None or not rate:
-            return None
-        shape = (len(outputs.targets), rows.shape[1])
-        return dropout.keep(shape, rate, client).to(outputs.vectors)
+        def keep(width: int, rate: float) -> torch.Tensor | None:
+            if not width or not rate:
+                return None
+            shape = (len(outputs.targets), width)
+            return dropout.keep(shape, rate, client).to(outputs.vectors)
 
-    kept = keep(outputs.vectors, dropout.head)
-    kept_taste = keep(own.get(taste.READ_IN), dropout.taste)
-    return dataclasses.replace(outputs, kept=kept, kept_taste=kept_taste)
+        kept = keep(outputs.vectors.shape[1], dropout.head)
+        kept_private = keep(self.objective.private.dropout_width(own), dropout.taste)
+        return dataclasses.replace(outputs, kept=kept, kept_private=kept_private)
 
 
 def _slices(stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:
-    """Per client its slice of what is not LoRA: head, taste basis, taste vectors."""
+    """Per client its slice of all tensors but LoRA factors."""
     # unbind, not indexing: its backward is one stack instead of C zero-filled scatters.
-    slices = {n: v.unbind(0) for n, v in stacked.items() if n.startswith(_SLICED)}
+    slices = {n: v.unbind(0) for n, v in stacked.items() if not n.endswith(_FACTOR)}
     return [{n: v[c] for n, v in slices.items()} for c in range(num_clients)]
-
-
-def _private_heads(
-    stacked: Tensors, num_clients: int, weight: float
-) -> Sequence[tuple[torch.Tensor, torch.Tensor] | None]:
-    if not weight or PRIVATE_HEAD_B not in stacked:
-        return [None] * num_clients
-    a = stacked.get(PRIVATE_HEAD_A, stacked.get(BASIS_HEAD_A))
-    assert a is not None
-    return list(zip(a.unbind(0), (stacked[PRIVATE_HEAD_B] * weight).unbind(0), strict=True))

@@ -7,7 +7,6 @@ This is the only module that imports ``peft``. Both adapters are pure LoRA on
 
 import contextlib
 import copy
-import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,16 +17,16 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from pfm_llm.base import files, seeding
+from pfm_llm.base import files
 from pfm_llm.base.errors import BackboneError, CorruptFileError
-from pfm_llm.config.choices import PrivateKind
 from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
+from pfm_llm.model.private import PrivatePart
+from pfm_llm.model.private.lora import random_a
+from pfm_llm.protocol.types import Tensors
 
 SHARED = "shared"
 PRIVATE = "private"
-PERSONAL = "personal"
 ALL_LINEAR = "all-linear"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -64,56 +63,17 @@ class DualAdapter:
             paths[name] = f"{layers_name}.{int(index) - first}.{rest}"
         return paths
 
-    def scales(self) -> tuple[float, float]:
-        """The factors alpha / rank of the shared and of the private adapter."""
-        shared, private = self._config.shared, self._config.private
-        return shared.alpha / shared.rank, private.alpha / private.rank
+    def scale(self) -> float:
+        """The factor alpha / rank of the shared adapter."""
+        shared = self._config.shared
+        return shared.alpha / shared.rank
 
     def initial_shared(self, seed: int) -> dict[str, torch.Tensor]:
-        """Shared LoRA before training (and the bases, for ``shared_basis``); B is zero.
-
-        A is drawn as PEFT draws it: Kaiming-uniform with a = sqrt(5), that is uniform in
-        ±1/sqrt(in_features).
-        """
-        tensors = {}
-        rank, private = self._config.shared.rank, self._config.private
-        shared_basis = private.enabled and private.kind is PrivateKind.SHARED_BASIS
+        """The shared LoRA before training: A is drawn as PEFT draws it, B is zero."""
+        tensors, rank = {}, self._config.shared.rank
         for name, (fan_in, fan_out) in self.modules.items():
-            tensors[f"lora.{name}.A"] = _random_a(rank, fan_in, seed, f"shared/{name}")
+            tensors[f"lora.{name}.A"] = random_a(rank, fan_in, seed, f"shared/{name}")
             tensors[f"lora.{name}.B"] = torch.zeros(fan_out, rank)
-            if shared_basis and private.on_layers:
-                tensors[f"basis.{name}.A"] = _random_a(private.rank, fan_in, seed, f"basis/{name}")
-        if shared_basis and private.head_rank:
-            width = self._backbone.hidden_size
-            tensors["basis.head.A"] = _random_a(private.head_rank, width, seed, "basis/head")
-        return tensors
-
-    def initial_private(self, seed: int, client_id: str, head_dim: int) -> dict[str, torch.Tensor]:
-        """A client's private LoRA before training; with B zero it changes nothing.
-
-        Taste vectors are no LoRA: see `taste.initial_vectors`.
-
-        Args:
-            seed: The experiment's seed.
-            client_id: Whose; every client draws its own A.
-            head_dim: Dimensions D of the recommender head.
-        """
-        private, tensors = self._config.private, {}
-        if private.kind is PrivateKind.TASTE:
-            return {}
-        own_a = private.kind is PrivateKind.INDEPENDENT
-        modules = self.modules if private.on_layers else {}
-        for name, (fan_in, fan_out) in modules.items():
-            key = f"{PRIVATE_PREFIX}lora.{name}"
-            if own_a:
-                tensors[f"{key}.A"] = _random_a(private.rank, fan_in, seed, key, client_id)
-            tensors[f"{key}.B"] = torch.zeros(fan_out, private.rank)
-        if private.head_rank:
-            key = f"{PRIVATE_PREFIX}head"
-            if own_a:
-                width = self._backbone.hidden_size
-                tensors[f"{key}.A"] = _random_a(private.head_rank, width, seed, key, client_id)
-            tensors[f"{key}.B"] = torch.zeros(head_dim, private.head_rank)
         return tensors
 
     def peft_model(self) -> Any:
@@ -132,36 +92,21 @@ class DualAdapter:
         """Put the shared LoRA into a model from `peft_model`."""
         self._load(peft_model, SHARED, {n: shared[n] for n in shared if n.startswith("lora.")})
 
-    def load_private(self, peft_model: Any, private: Tensors, shared: Tensors) -> None:
-        """Put a private LoRA into a model from `peft_model`; a shared basis is folded in."""
-        tensors = {}
-        for name in self.modules:
-            key = f"{PRIVATE_PREFIX}lora.{name}"
-            if f"{key}.B" not in private:
-                continue  # the private part is in the head alone
-            a = private.get(f"{key}.A", shared.get(f"basis.{name}.A"))
-            assert a is not None
-            tensors[f"lora.{name}.A"], tensors[f"lora.{name}.B"] = a, private[f"{key}.B"]
-        self._load(peft_model, PRIVATE, tensors)
-
-    def personal_model(self, shared: Tensors, private: Tensors, weight: float = 1.0) -> Any:
-        """A `peft.PeftModel` whose one active adapter, ``personal``, is both adapters in one.
-
-        Their factors are concatenated along the rank (PEFT's ``cat``), which is exact. The
-        recommender head and its private term are not in it: they are in the head's file and in
-        the private store.
+    def load_private(self, peft_model: Any, part: PrivatePart, tensors: Tensors) -> None:
+        """Put a private LoRA into a model from `peft_model`.
 
         Args:
-            shared: The shared state's tensors.
-            private: A client's private tensors.
-            weight: Factor on the private adapter.
+            peft_model: The model.
+            part: The kind of private part; a basis is folded in.
+            tensors: A client's shared and private tensors.
         """
-        model = self.peft_model()
-        self.load_shared(model, shared)
-        self.load_private(model, private, shared)
-        model.add_weighted_adapter([SHARED, PRIVATE], [1.0, weight], PERSONAL, "cat")
-        model.set_adapter(PERSONAL)
-        return model
+        lora, private = {}, self._config.private
+        for name in self.modules:
+            # PEFT multiplies with the scale itself.
+            factors = part.factors(name, tensors, private.rank / private.alpha)
+            if factors is not None:  # else the private part is elsewhere
+                lora[f"lora.{name}.A"], lora[f"lora.{name}.B"] = factors
+        self._load(peft_model, PRIVATE, lora)
 
     def export_shared(self, shared: Tensors, folder: Path, base_name: str) -> None:
         """Write the shared adapter as a PEFT folder, and nothing else.
@@ -271,11 +216,6 @@ def tensors_from_peft(state: Tensors) -> dict[str, torch.Tensor]:
             raise CorruptFileError(f"{key} is no factor of a LoRA: not a folder of ours")
         tensors[f"lora.{match['module']}.{match['factor']}"] = value
     return tensors
-
-
-def _random_a(rank: int, fan_in: int, seed: int, purpose: str, client_id: str = "") -> torch.Tensor:
-    generator = seeding.generator(seed, f"lora/{purpose}", client=client_id)
-    return (torch.rand(rank, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
 
 
 def _clone_structure(model: Any) -> Any:

@@ -109,7 +109,6 @@ _SHAPE_SETTINGS = (
     "adapters.private.taste.rank",
     "adapters.private.taste.read_rank",
     "adapters.private.taste.like_rank",
-    "adapters.private.taste.like_fits",
 )
 """What the shapes of an adapter's tensors follow from."""
 

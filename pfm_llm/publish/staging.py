@@ -22,11 +22,10 @@ from safetensors import safe_open
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, PrivateLeakError, StorageError
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.config.choices import PrivateKind
-from pfm_llm.model.cohort import BASIS, BASIS_HEAD_A, SHARED_LORA
+from pfm_llm.model.cohort import SHARED_LORA
 from pfm_llm.model.head import initial_head
 from pfm_llm.model.lora import tensors_from_peft
-from pfm_llm.model.private import taste
+from pfm_llm.model.private import PrivateContext, Sizes, make_private_part
 from pfm_llm.protocol.types import PrivateState, Tensors
 from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
@@ -260,22 +259,20 @@ def _check_tensors(staged: Artefact) -> None:
 
 def _basis_shapes(manifest: Manifest, lora: Tensors, width: int) -> _Shapes:
     """What the basis of the private part holds, of whatever kind it is; empty without one."""
-    private = manifest.adapters.private
-    if not private.enabled or private.kind is PrivateKind.INDEPENDENT:
-        return {}
-    if private.kind is PrivateKind.TASTE:
-        initial = taste.initial_basis(
-            private.taste, manifest.tasks, manifest.head, manifest.num_items, seed=0
+    modules = {
+        module: (lora[f"{key}.A"].shape[1], lora[f"{key}.B"].shape[0])
+        for module, key in ((name, f"{SHARED_LORA}{name}") for name in manifest.modules)
+    }
+    private = make_private_part(
+        PrivateContext(
+            manifest.adapters.private,
+            manifest.tasks,
+            manifest.head,
+            Sizes(width, modules, manifest.num_items),
+            seed=0,
         )
-        return {name: tuple(value.shape) for name, value in initial.items()}
-    bases: _Shapes = {}
-    if private.on_layers:
-        for module in manifest.modules:
-            fan_in = lora[f"{SHARED_LORA}{module}.A"].shape[1]
-            bases[f"{BASIS}{module}.A"] = (private.rank, fan_in)
-    if private.head_rank:
-        bases[BASIS_HEAD_A] = (private.head_rank, width)
-    return bases
+    )
+    return {name: tuple(value.shape) for name, value in private.initial_shared().items()}
 
 
 def _check_shapes(staged: Artefact, file: str, found: Tensors, wanted: _Shapes) -> None:

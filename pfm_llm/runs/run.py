@@ -1,6 +1,5 @@
 """From a config to the objects of an experiment: what training, evaluation and serving share."""
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
 from pfm_llm.evaluation.evaluator import Evaluator
 from pfm_llm.runs.folders import RunFolders
-from pfm_llm.model.build import ModelParts, build_model, initial_private
+from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.publish.alignment import start_from
 from pfm_llm.publish.artefact import Artefact, read_artefact
 
@@ -118,8 +117,7 @@ def make_trainer(
     config: ExperimentConfig, parts: ModelParts, histories: ClientHistories, store: PrivateStore
 ) -> LocalTrainer:
     """Local training of a model on some clients' histories."""
-    private_of = functools.partial(initial_private, config, parts.adapter)
-    return LocalTrainer(config, parts.model, histories, store, parts.contract, private_of)
+    return LocalTrainer(config, parts.model, histories, store, parts.contract)
 
 
 def _trunk_cache(

@@ -15,7 +15,7 @@ from typing import Any
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.schema import ExperimentConfig, parse_config, training_hash
-from pfm_llm.config.settings import changed_settings, uses_taste
+from pfm_llm.config.settings import changed_settings
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
 
 
@@ -101,13 +101,14 @@ def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
 
 
 def _gained(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
-    """Settings of a taste that an earlier run lacks: it had a taste of another make."""
-    if not uses_taste(config) or stored.get("script"):  # a script's model has no taste
+    """Settings of the private kind that an earlier run lacks: its kind was made otherwise."""
+    private = config.adapters.private
+    if not private.enabled or stored.get("script"):  # a script's model has no private part
         return []
-    before = stored["config"].get("adapters", {}).get("private", {}).get("taste", {})
-    now = config.adapters.private.taste.model_dump()
+    before = stored["config"].get("adapters", {}).get("private", {}).get(private.kind, {})
+    now = private.model_dump().get(private.kind, {})
     return [
-        f"adapters.private.taste.{name} did not exist"
+        f"adapters.private.{private.kind}.{name} did not exist"
         for name, value in now.items()
         if name not in before and value is not None  # None: as it was without the setting
     ]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config.choices import PrivateKind, Schedule, ServerOptimizer
+from pfm_llm.config.choices import Schedule, ServerOptimizer
+from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.schema import dump_config, load_config
 from pfm_llm.publish.artefact import read_head
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
@@ -24,8 +25,8 @@ SMALL: dict[str, Any] = {
 }
 KINDS = [
     (schedule, kind)
-    for schedule, kind in itertools.product(Schedule, PrivateKind)
-    if kind is not PrivateKind.SHARED_BASIS or schedule is Schedule.ALTERNATE
+    for schedule, (kind, spec) in itertools.product(Schedule, PRIVATE_KINDS.items())
+    if spec.schedule in (None, schedule)
 ]
 
 
@@ -47,14 +48,14 @@ def modes(run: Path) -> set[str]:
 @pytest.mark.parametrize("optimizer", list(ServerOptimizer))
 @pytest.mark.parametrize(("schedule", "kind"), KINDS)
 def test_every_schedule_kind_and_server_optimizer(
-    schedule: Schedule, kind: PrivateKind, optimizer: ServerOptimizer, tiny: Tiny, tmp_path: Path
+    schedule: Schedule, kind: str, optimizer: ServerOptimizer, tiny: Tiny, tmp_path: Path
 ) -> None:
     run = run_experiment(
         tiny.config(
             tmp_path,
             **SMALL,
             federation__local={"schedule": schedule.value, "personalise_steps": 1},
-            adapters__private__kind=kind.value,
+            adapters__private__kind=kind,
             federation__server__optimizer=optimizer.value,
         )
     )
@@ -62,11 +63,11 @@ def test_every_schedule_kind_and_server_optimizer(
     assert modes(run) == {"zero_shot", "shared_only", "private_only", "shared_private"}
     trained = list(run.with_name("tiny.private").rglob("private.r*"))
     # Otherwise private parts are fitted for evaluation alone.
-    by_steps = kind is not PrivateKind.TASTE and schedule is not Schedule.PRIVATE_AFTER
+    by_steps = kind != "taste" and schedule is not Schedule.PRIVATE_AFTER
     assert bool(trained) is by_steps
     assert len(list(run.with_name("tiny.private").rglob("personalised.r*"))) == 8
     has_basis = (run / "shared_adapter" / "private_basis.safetensors").exists()
-    assert has_basis is (kind is not PrivateKind.INDEPENDENT)
+    assert has_basis is (kind != "independent")
     assert RunRecommender(run).recommend(some_user(run), 3)
 
 

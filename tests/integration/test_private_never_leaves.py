@@ -22,7 +22,7 @@ import torch
 from pfm_llm.base import files
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
-from pfm_llm.config.choices import PrivateKind
+from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.protocol.types import ClientUpdate, PrivateState
 from pfm_llm.publish.export import Exported
 from pfm_llm.runs import report
@@ -65,19 +65,19 @@ def watched(config: Any, patch: pytest.MonkeyPatch) -> Iterator[Watch]:
         logging.getLogger("pfm_llm").setLevel(logging.NOTSET)
 
 
-@pytest.fixture(scope="module", params=list(PrivateKind))
-def kind(request: pytest.FixtureRequest) -> PrivateKind:
-    return PrivateKind(request.param)
+@pytest.fixture(scope="module", params=list(PRIVATE_KINDS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def run_folder(kind: PrivateKind, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp(kind) / "tiny"
 
 
 @pytest.fixture(scope="module")
-def watch(tiny: Tiny, kind: PrivateKind, run_folder: Path) -> Iterator[Watch]:
-    config = tiny.config(run_folder.parent, adapters__private__kind=kind.value, **SETTINGS)
+def watch(tiny: Tiny, kind: str, run_folder: Path) -> Iterator[Watch]:
+    config = tiny.config(run_folder.parent, adapters__private__kind=kind, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch, watched(config, patch) as watch:
         yield watch
 
@@ -218,7 +218,7 @@ def change_under_shared_names(patch: pytest.MonkeyPatch) -> None:
     """Not the private tensors but how they changed."""
 
     def leak(trainer: LocalTrainer, update: ClientUpdate) -> ClientUpdate:
-        private, first = private_of(trainer, update), trainer._initial_private(update.client_id)
+        private, first = private_of(trainer, update), trainer._private.initial(update.client_id)
         change = {name.removeprefix("private."): private[name] - first[name] for name in private}
         delta = {name: change.get(name, value) for name, value in update.delta.items()}
         return dataclasses.replace(update, delta=delta)
@@ -277,7 +277,8 @@ def as_json(folder: Path, what: Exported, state: PrivateState) -> None:
 def naive_push(folder: Path, what: Exported, state: PrivateState) -> None:
     """What `save_pretrained` and `push_to_hub` write unless they are told otherwise."""
     model = what.parts.adapter.peft_model()
-    what.parts.adapter.load_private(model, state.tensors, what.parts.shared.tensors)
+    tensors = {**what.parts.shared.tensors, **state.tensors}
+    what.parts.adapter.load_private(model, what.parts.private, tensors)
     model.save_pretrained(str(folder))
 
 

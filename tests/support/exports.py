@@ -118,7 +118,8 @@ def save_both_with_peft(assembly: Any, state: PrivateState, folder: Path) -> Non
     """What `save_pretrained` writes of a model with both adapters unless it is told otherwise."""
     model = assembly.parts.adapter.peft_model()
     assembly.parts.adapter.load_shared(model, assembly.parts.shared.tensors)
-    assembly.parts.adapter.load_private(model, state.tensors, assembly.parts.shared.tensors)
+    tensors = {**assembly.parts.shared.tensors, **state.tensors}
+    assembly.parts.adapter.load_private(model, assembly.parts.private, tensors)
     model.save_pretrained(str(folder))
 
 

@@ -28,7 +28,7 @@ class PeftReference:
         self._cohort = cohort
         self._peft: Any = cohort.adapter.peft_model().eval()
         cohort.adapter.load_shared(self._peft, tensors)
-        cohort.adapter.load_private(self._peft, tensors, tensors)
+        cohort.adapter.load_private(self._peft, cohort.private, tensors)
         self._model = self._peft.get_base_model()
         self._weights = {
             f"{prefix}.{module}.{factor}": self._model.get_submodule(

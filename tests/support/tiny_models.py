@@ -22,6 +22,7 @@ from pfm_llm.model.cohort import CohortModel
 from pfm_llm.model.head import Normaliser, initial_head
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
+from pfm_llm.model.private import PrivateContext, PrivatePart, Sizes, make_private_part
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
 
@@ -121,6 +122,7 @@ class TinyCohort:
     backbone: Backbone
     adapters: AdaptersConfig
     adapter: DualAdapter
+    private: PrivatePart
     normaliser: Normaliser
     item_texts: torch.Tensor
     trunk: torch.nn.Module
@@ -139,7 +141,8 @@ class TinyCohort:
         tensors = {
             **self.adapter.initial_shared(0),
             **initial_head(self.head, self.backbone.hidden_size, NUM_ITEMS, 0),
-            **self.adapter.initial_private(0, f"client-{seed}", self.head.dim),
+            **self.private.initial_shared(),
+            **self.private.initial(f"client-{seed}"),
         }
         return stirred(tensors, seed, noise)
 
@@ -151,6 +154,15 @@ def stirred(tensors: Tensors, seed: int, noise: float = 0.2) -> dict[str, torch.
         name: value + noise * torch.randn(value.shape, generator=generator)
         for name, value in tensors.items()
     }
+
+
+def private_part(
+    config: AdaptersConfig, adapter: DualAdapter, head: HeadConfig, seed: int = 0
+) -> PrivatePart:
+    """The private part of some settings, on a tiny model."""
+    sizes = Sizes(HIDDEN, adapter.modules, NUM_ITEMS)
+    context = PrivateContext(config.private, (Task.NEXT_ITEM,), head, sizes, seed)
+    return make_private_part(context)
 
 
 def make_cohort(
@@ -178,15 +190,18 @@ def make_cohort(
     )
     item_texts = torch.randn(NUM_ITEMS, head.dim, generator=generator)
     adapter = DualAdapter(backbone, config)
+    private = private_part(config, adapter, head)
     trunk, top = backbone.split(config.num_layers)
     model = CohortModel(
         top,
         adapter.top_paths(),
-        adapter.scales(),
+        adapter.scale(),
         normaliser,
-        Objective(item_texts, (Task.NEXT_ITEM,), None, unseen_only),
+        Objective(item_texts, (Task.NEXT_ITEM,), private, unseen_only),
     )
-    return TinyCohort(backbone, config, adapter, normaliser, item_texts, trunk, model, head)
+    return TinyCohort(
+        backbone, config, adapter, private, normaliser, item_texts, trunk, model, head
+    )
 
 
 def stack(clients: Sequence[Tensors]) -> dict[str, torch.Tensor]:

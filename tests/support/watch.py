@@ -12,7 +12,9 @@ import pytest
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.federation import rounds
-from pfm_llm.model.lora import DualAdapter
+from pfm_llm.model.private import PrivatePart
+from pfm_llm.model.private.lora import IndependentLora
+from pfm_llm.model.private.taste import UserEmbedding
 from pfm_llm.protocol.types import PrivateState
 from pfm_llm.server.server import Server
 from tests.support.leaks import Hunt, files_below
@@ -84,15 +86,16 @@ class Watch(logging.Handler):
 
     def _learn_initial(self, patch: pytest.MonkeyPatch) -> None:
         """So that the first change of each tensor is known too."""
-        original = DualAdapter.initial_private
+        for kind in (IndependentLora, UserEmbedding):
+            original = kind.initial
 
-        def tapped(adapter: DualAdapter, seed: int, client_id: str, head_dim: int) -> Any:
-            tensors = original(adapter, seed, client_id, head_dim)
-            if client_id not in self.states:
-                self.hunt.learn(client_id, tensors)
-            return tensors
+            def tapped(part: PrivatePart, client_id: str, original: Any = original) -> Any:
+                tensors = original(part, client_id)
+                if client_id not in self.states:
+                    self.hunt.learn(client_id, tensors)
+                return tensors
 
-        patch.setattr(DualAdapter, "initial_private", tapped)
+            patch.setattr(kind, "initial", tapped)
 
     def _search_after_commits(self, patch: pytest.MonkeyPatch) -> None:
         original = rounds.commit

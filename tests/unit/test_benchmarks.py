@@ -25,6 +25,7 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
+from pfm_llm.model.private import PrivateContext, PrivatePart, Sizes, make_private_part
 from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
 
 HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2
@@ -63,9 +64,14 @@ def make_window(client: int, ends: list[int]) -> Window:
     )
 
 
+def make_part(adapter: DualAdapter) -> PrivatePart:
+    sizes = Sizes(HIDDEN, adapter.modules, ITEMS)
+    return make_private_part(PrivateContext(ADAPTERS.private, (Task.NEXT_ITEM,), HEAD, sizes, 0))
+
+
 def make_tensors(adapter: DualAdapter, client: int) -> dict[str, torch.Tensor]:
     shared = adapter.initial_shared(0) | head.initial_head(HEAD, HIDDEN, ITEMS, 0)
-    private = adapter.initial_private(0, f"c{client}", HEAD.dim)
+    private = make_part(adapter).initial(f"c{client}")
     return stirred(shared, 0, "shared") | stirred(private, 0, f"c{client}")
 
 
@@ -91,9 +97,9 @@ def test_the_reference_computes_what_the_many_clients_pass_computes(
     model = CohortModel(
         top,
         adapter.top_paths(),
-        adapter.scales(),
+        adapter.scale(),
         normaliser,
-        Objective(texts, (Task.NEXT_ITEM,), None),
+        Objective(texts, (Task.NEXT_ITEM,), make_part(adapter)),
     )
     leaves = {n: torch.stack([t[n] for t in tensors]).requires_grad_() for n in tensors[0]}
     losses = model.losses(collate([[w] for w in windows], [[h] for h in hidden]), leaves, Parts())

@@ -1,50 +1,36 @@
-"""The private taste vector: a few numbers of a user, in a basis that everybody learns.
+"""A user embedding that the client computes at home, in item features that everybody learns.
 
-A random private LoRA must learn its directions from one user's hundred events. Here directions
-are the business of all: item i has features v_i, and the client keeps phi alone, which adds
-``phi . v_i`` to the score of item i. phi is a function of the history and of the shared state:
-nothing is lost when a new shared state arrives, little data shrink it to zero, and no data are
-zero. It is found in one of two ways.
+A private LoRA that starts at random must learn its directions from one user's hundred events.
+Here all clients learn the directions: item i has features v_i, and the client keeps the vector
+phi alone, which adds ``phi . v_i`` to the score of item i. phi is a function of the history and of
+the shared state: a new shared state makes no kept vector stale, few events give a small vector,
+and no events give zero. phi is found in one of two ways.
 
-*Read*, for the next item where items have IDs. What was met is summed up, as in FISM (Kabbur,
-Ning and Karypis 2013, KDD, equation 4) with a fading past:
+*Read*, for the next item where items have IDs. The items of the history are summed up, as in FISM
+(Kabbur, Ning and Karypis 2013, KDD, equation 4) with a fading past::
 
     phi = sum_t w_t a_{y_t} / (n + sum_t w_t),    v_i = b_i        [r]
 
 with a_i and b_i two embeddings of each item, learned for this alone. A quarter of the features each
-fades at a pace of its own, from a few events to hundreds. It reads all of a history, also what
-comes before the windows that are trained on; the prompt shows the newest. In training it has
-dropout at a rate of its own, lest the embeddings remember who met an item.
+fades at a pace of its own, from a few events to hundreds. The vector reads the whole history, also
+the items before the windows that are trained on. In training it has dropout at a rate of its own,
+or the embeddings would remember which user met an item.
 
-*Fitted*, for likes, and for the next item by text alone:
+*Fitted* (`fits` has the equations), for likes, and for the next item by text alone::
 
     v_i = T z_i + G e_i [+ f_i]    [r], z_i its whitened text, e_i its standardised ID embedding
 
-with r free numbers f_i of an item for likes, where items have IDs. phi is the minimum, to a few
-Newton steps from zero, of the client's own loss with a Gaussian prior:
+with r free numbers f_i of an item for likes, where items have IDs, and a feature 1 for the user's
+own level of likes. A basis that is learned from so few likes is largely chance: M of them start and
+are learned apart, each has a fit of its own, and their logits are averaged. In training, likes are
+fitted to the windows at hand, and in serving to all rated items.
 
-    phi = argmin  sum_t w_t loss(s_t + V phi, y_t) + lambda/2 |phi|^2,    s_t the shared scores
-
-For the next item the loss is the softmax cross-entropy over what was not met by then, with one
-step,
-
-    g = sum_t w_t (v_{y_t} - E_{p_t} v),    H = sum_t w_t Cov_{p_t}(v) + lambda I,    phi = H^-1 g
-
-and for likes the logistic loss, with a feature 1 added for the user's own level. Much in a basis
-that is learned from so few likes is chance: M of them start and are learned apart, each has a fit
-of its own, and their logits are averaged. In training likes see the windows at hand, and in serving
-all that was rated.
-
-In both, w_t = 2^(-a_t / h) for an event that is a_t events old and h a learned half-life: tastes
-drift, and what was met last tells most.
-
-Training is *prequential* (Dawid 1984): each position is predicted with the phi of earlier ones
-alone; where phi is fitted, with that of all before its block. The basis then receives the
-gradient of what generalises from a user's past to the user's future, as serving will ask of it,
-and from every amount of past: fitted in-sample it would learn to remember, and fitted to long
-histories alone the prior would never see what little data are worth. That private parameters are
-fitted anew per task inside of the training of the shared ones is CAVIA (Zintgraf et al. 2019,
-arXiv 1810.03642, equations 2 and 3); the closed form is the Laplace approximation.
+Training is *prequential* (Dawid 1984): each position is predicted with the phi of earlier positions
+alone; where phi is fitted, with that of all positions before its block. The features then receive
+the gradient of what generalises from a user's past to the user's future, from every length of past.
+Fitted in-sample, the features would learn to remember the past. Private parameters that are fitted
+anew for each task inside the training of the shared ones are those of CAVIA (Zintgraf et al. 2019,
+arXiv 1810.03642, equations 2 and 3).
 """
 
 import math
@@ -54,16 +40,25 @@ import torch.nn.functional as F
 
 from pfm_llm.base import seeding
 from pfm_llm.config.choices import ItemIds, Task
-from pfm_llm.config.model import HeadConfig, PrivateAdapterConfig, TasteConfig
-from pfm_llm.model.head import ITEM_IDS, fading, item_width, standard_ids
+from pfm_llm.config.model import HeadConfig, TasteConfig
+from pfm_llm.model.head import ITEM_IDS, item_width, standard_ids
+from pfm_llm.model.outputs import SharedView
+from pfm_llm.model.private.fits import blocks, fit_likes, fit_next_item, past_weights
+from pfm_llm.model.private.part import PrivatePart
 from pfm_llm.protocol.types import Tensors
 
-_FEATURE_STD = 0.3
+LIKE_FITS = 4
+"""M, the fits for likes."""
+BLOCK = 8
+"""Positions that one fitted vector predicts at once in training."""
+_PRECISION = 30.0
+_HALF_LIFE, _HALF_LIFE_LIKE = 20.0, 100.0
+_READ_EVENTS = 5.0
+_READ_HALF_LIVES = (4.0, 15.0, 60.0, 240.0)
+"""Before training: lambda; h in events, of the next item and of likes, which drift slowly; n."""
+_FEATURE_STD, _READ_STD = 0.3, 0.1
 _LEVEL_PRECISION = 1.0
 """Prior on a user's level of likes: one unit of log-odds."""
-_LIKE_STEPS = 2
-_READ_STD = 0.1
-_READ_HALF_LIVES = (4.0, 15.0, 60.0, 240.0)
 READ_IN, READ_OUT = "basis.taste.next_item.read_in", "basis.taste.next_item.read_out"
 """Names of all a_i and of all b_i, [I, r]."""
 READ_PRIOR = "basis.taste.next_item.log_events"
@@ -97,15 +92,102 @@ def vector_name(task: Task) -> str:
     return f"private.taste.{task}"
 
 
+class UserEmbedding(PrivatePart):
+    """The kind ``taste``: a vector of some numbers a task."""
+
+    @property
+    def reads_text(self) -> bool:
+        """The vectors of the next item are fitted to scores, unless they are read."""
+        return not self._is_read
+
+    @property
+    def _is_read(self) -> bool:
+        return is_read(self.context.settings.taste, Task.NEXT_ITEM, self.context.head)
+
+    def initial_shared(self) -> dict[str, torch.Tensor]:
+        """Features, priors and half-lives; see `initial_basis`."""
+        context = self.context
+        return initial_basis(
+            context.settings.taste,
+            context.tasks,
+            context.head,
+            context.sizes.num_items,
+            context.seed,
+        )
+
+    def initial(self, client_id: str) -> dict[str, torch.Tensor]:
+        """Zero vectors, the same for every client."""
+        return {vector_name(task): torch.zeros(self._width(task)) for task in self.context.tasks}
+
+    def past_scores(self, view: SharedView) -> torch.Tensor:
+        """The vector of each position's past times the features of the catalogue, [K, I]."""
+        own, outputs = view.own, view.outputs
+        features = item_features(own, Task.NEXT_ITEM, view.texts)
+        if self._is_read:
+            read = read_vectors(own, outputs.met)[outputs.known]
+            kept = outputs.kept_private
+            return (read if kept is None else read * kept) @ features.T
+        block = blocks(len(outputs.targets), BLOCK).to(outputs.targets.device)
+        past = past_weights(block, half_life(own, Task.NEXT_ITEM))
+        prior = prior_precisions(own, Task.NEXT_ITEM)
+        fitted = fit_next_item(view.fixed_scores, outputs.targets, features, prior, past)
+        return fitted[block] @ features.T
+
+    def past_likes(self, view: SharedView) -> torch.Tensor:
+        """Each fit's vector of the past times the features of the rated items, [M, R]."""
+        own, rated = view.own, view.rated
+        features = item_features(own, Task.LIKE, view.texts)[rated.items]
+        block = blocks(len(rated.where), BLOCK).to(rated.where.device)
+        past = past_weights(block, half_life(own, Task.LIKE))[:, rated.where]
+        prior = prior_precisions(own, Task.LIKE)
+        fitted = fit_likes(rated.logits.detach(), rated.liked, features, prior, past)
+        return (fitted[:, block[rated.where]] * features.transpose(0, 1)).sum(2)
+
+    def dropout_width(self, own: Tensors) -> int:
+        """Vectors that are read have dropout."""
+        return own[READ_IN].shape[1] if self._is_read else 0
+
+    def fit(self, view: SharedView) -> dict[str, torch.Tensor]:
+        """The vectors of all outputs; where they are read, user vectors are not asked for."""
+        own, outputs = view.own, view.outputs
+        one_block = torch.zeros_like(outputs.targets)
+        if self._is_read:
+            found = read_vectors(own, outputs.met)
+        else:
+            features = item_features(own, Task.NEXT_ITEM, view.texts)
+            past = past_weights(one_block, half_life(own, Task.NEXT_ITEM))[-1:]
+            prior = prior_precisions(own, Task.NEXT_ITEM)
+            found = fit_next_item(view.fixed_scores, outputs.targets, features, prior, past)
+        vectors = {vector_name(Task.NEXT_ITEM): found[-1]}
+        if Task.LIKE in self.context.tasks:
+            rated = view.rated
+            features = item_features(own, Task.LIKE, view.texts)[rated.items]
+            past = past_weights(one_block, half_life(own, Task.LIKE))[-1:, rated.where]
+            prior = prior_precisions(own, Task.LIKE)
+            fitted = fit_likes(rated.logits, rated.liked, features, prior, past)
+            vectors[vector_name(Task.LIKE)] = fitted[:, 0].flatten() / len(fitted)
+        return vectors
+
+    def added_scores(
+        self, own: Tensors, task: Task, texts: torch.Tensor, weight: float
+    ) -> torch.Tensor | None:
+        """The client's vector times the features of the catalogue."""
+        vector = own.get(vector_name(task))
+        if vector is None:
+            return None
+        return item_features(own, task, texts).flatten(1) @ (vector * weight)
+
+    def _width(self, task: Task) -> int:
+        settings = self.context.settings.taste
+        if task is Task.LIKE:
+            return LIKE_FITS * (settings.like_rank + 1)
+        return settings.read_rank if self._is_read else settings.rank
+
+
 def is_read(config: TasteConfig, task: Task, head: HeadConfig) -> bool:
     """Whether a task's vector is read off the history instead of fitted to it."""
     has_ids = head.item_ids is not ItemIds.NONE
     return task is Task.NEXT_ITEM and has_ids and bool(config.read_rank)
-
-
-def needs_no_text(private: PrivateAdapterConfig, head: HeadConfig) -> bool:
-    """Whether all that is private follows from what was met, be it one item, without a pass."""
-    return private.is_taste and is_read(private.taste, Task.NEXT_ITEM, head)
 
 
 def initial_basis(
@@ -131,34 +213,21 @@ def initial_basis(
             tensors[READ_IN] = torch.randn(shape, generator=generator) * _READ_STD
             tensors[READ_OUT] = torch.zeros(shape)
             half_lives = torch.tensor(_READ_HALF_LIVES)
-            tensors[READ_PRIOR] = torch.full_like(half_lives, config.read_events).log()
+            tensors[READ_PRIOR] = torch.full_like(half_lives, _READ_EVENTS).log()
             tensors[half_life_name(task)] = half_lives.log()
             continue
         likes = task is Task.LIKE
-        rows = (config.like_fits, config.like_rank) if likes else (config.rank,)
+        rows = (LIKE_FITS, config.like_rank) if likes else (config.rank,)
         drawn = torch.randn(*rows, width, generator=generator) * _FEATURE_STD / width**0.5
         tensors[text_name(task)] = drawn[..., :dim].clone()
         if has_ids:
             tensors[ids_name(task)] = drawn[..., dim:].clone()
             if likes:
                 tensors[LIKE_FEATURES] = torch.zeros(num_items, *rows)
-        tensors[precision_name(task)] = torch.tensor([math.log(config.precision)])
-        half_life = config.half_life_like if likes else config.half_life
-        tensors[half_life_name(task)] = torch.tensor([math.log(half_life)])
+        tensors[precision_name(task)] = torch.tensor([math.log(_PRECISION)])
+        start = _HALF_LIFE_LIKE if likes else _HALF_LIFE
+        tensors[half_life_name(task)] = torch.tensor([math.log(start)])
     return tensors
-
-
-def initial_vectors(
-    config: TasteConfig, tasks: tuple[Task, ...], head: HeadConfig
-) -> dict[str, torch.Tensor]:
-    """A client's vectors before anything was met: zero, float32."""
-
-    def width(task: Task) -> int:
-        if task is Task.LIKE:
-            return config.like_fits * (config.like_rank + 1)
-        return config.read_rank if is_read(config, task, head) else config.rank
-
-    return {vector_name(task): torch.zeros(width(task)) for task in tasks}
 
 
 def item_features(shared: Tensors, task: Task, item_texts: torch.Tensor) -> torch.Tensor:
@@ -200,122 +269,26 @@ def prior_precisions(shared: Tensors, task: Task) -> torch.Tensor:
     return precisions
 
 
-def blocks(num_positions: int, size: int) -> torch.Tensor:
-    """The block of each position, int64 [K]: ``size`` neighbours are predicted together."""
-    return torch.arange(num_positions) // size
-
-
-def past_weights(shared: Tensors, task: Task, block: torch.Tensor) -> torch.Tensor:
-    """What each position counts in the fits that predict the blocks, and in that to all.
-
-    Args:
-        shared: For the half-life.
-        task: Whose.
-        block: int64 [K], ascending.
-
-    Returns:
-        float32 [F + 1, K]: row f has the positions before block f, zero elsewhere; the last row
-        has all. The newest position of a row counts one.
-    """
-    return _fading_past(block, shared[half_life_name(task)].exp())
-
-
-def _fading_past(block: torch.Tensor, half_life: torch.Tensor) -> torch.Tensor:
-    num_positions = len(block)
-    place = torch.arange(num_positions, device=block.device)
-    starts = torch.nonzero(torch.diff(block, prepend=block.new_full((1,), -1)))[:, 0]
-    ends = torch.cat([starts, starts.new_full((1,), num_positions)])
-    return fading(ends[:, None] - 1 - place, half_life)
+def half_life(shared: Tensors, task: Task) -> torch.Tensor:
+    """h, float32, in events: [1], or [4] where a vector is read."""
+    return shared[half_life_name(task)].exp()
 
 
 def read_vectors(shared: Tensors, items: torch.Tensor) -> torch.Tensor:
-    """Taste vectors for the next item, read off what was met.
+    """Vectors for the next item, read off the history of one user.
 
     Args:
         shared: One client's shared tensors.
-        items: int64 [K], what was met, oldest first; of one user.
+        items: int64 [K], the history, oldest first.
 
     Returns:
         float32 [K + 1, r]: row t has the items before t, the last row all of them.
     """
-    half_lives, priors = (
-        shared[name].exp() for name in (half_life_name(Task.NEXT_ITEM), READ_PRIOR)
-    )
+    paces, priors = half_life(shared, Task.NEXT_ITEM), shared[READ_PRIOR].exp()
     each = torch.arange(len(items), device=items.device)
-    parts = F.embedding(items, shared[READ_IN]).tensor_split(len(half_lives), dim=1)
+    parts = F.embedding(items, shared[READ_IN]).tensor_split(len(paces), dim=1)
     read = []
-    for part, half_life, prior in zip(parts, half_lives, priors, strict=True):
-        weights = _fading_past(each, half_life)
+    for part, pace, prior in zip(parts, paces, priors, strict=True):
+        weights = past_weights(each, pace)
         read.append(weights @ part / (weights.sum(1, keepdim=True) + prior))
     return torch.cat(read, 1)
-
-
-def fit_next_item(
-    scores: torch.Tensor,
-    targets: torch.Tensor,
-    features: torch.Tensor,
-    precisions: torch.Tensor,
-    weights: torch.Tensor,
-) -> torch.Tensor:
-    """Taste vectors for the softmax loss, one for each way to weigh the positions.
-
-    Args:
-        scores: float32 [K, I], shared scores at each position.
-        targets: int64 [K].
-        features: float32 [I, r].
-        precisions: float32 [r].
-        weights: float32 [F, K], from `past_weights`.
-
-    Returns:
-        float32 [F, r]; zero where all weights are.
-    """
-    probabilities = scores.softmax(1)
-    means = probabilities @ features
-    gradient = weights @ (features[targets] - means)
-    # Of the products of two features: E v v' - E v E v', summed over the positions.
-    second = (weights @ probabilities) @ _products(features) - weights @ _products(means)
-    return _newton_step(gradient, second, precisions)
-
-
-def fit_likes(
-    logits: torch.Tensor,
-    liked: torch.Tensor,
-    features: torch.Tensor,
-    precisions: torch.Tensor,
-    weights: torch.Tensor,
-) -> torch.Tensor:
-    """Taste vectors for the logistic loss, one for each way to weigh the rated items.
-
-    Args:
-        logits: float32 [K], shared log-odds of each rated item.
-        liked: float32 [K], 0 or 1.
-        features: float32 [K, M, r + 1], of the rated items.
-        precisions: float32 [r + 1].
-        weights: float32 [F, K], from `past_weights`.
-
-    Returns:
-        float32 [M, F, r + 1]; zero where all weights are.
-    """
-    features = features.transpose(0, 1)
-    vectors = features.new_zeros(len(features), len(weights), features.shape[2])
-    products = _products(features)
-    for _ in range(_LIKE_STEPS):
-        odds = torch.sigmoid(logits + vectors @ features.mT)
-        second = (weights * odds * (1 - odds)) @ products
-        gradient = (weights * (liked - odds)) @ features - precisions * vectors
-        vectors = vectors + _newton_step(gradient, second, precisions)
-    return vectors
-
-
-def _newton_step(
-    gradient: torch.Tensor, second: torch.Tensor, precisions: torch.Tensor
-) -> torch.Tensor:
-    """Up the penalised likelihood: gradient [.., r], its curvature [.., r * r] but the prior's."""
-    hessian = second.unflatten(-1, (gradient.shape[-1], -1)) + torch.diag(precisions)
-    step: torch.Tensor = torch.linalg.solve(hessian, gradient)
-    return step
-
-
-def _products(rows: torch.Tensor) -> torch.Tensor:
-    """The outer product of each row with itself, [.., r] to [.., r * r]."""
-    return (rows[..., :, None] * rows[..., None, :]).flatten(-2)

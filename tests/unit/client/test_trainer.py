@@ -160,7 +160,7 @@ def test_sgd_with_one_joint_step_sends_minus_lr_times_the_gradient(
     )
     client_id = assembly.histories.trainable[0]
     (update,) = assembly.trainer.train_chunk([client_id], assembly.parts.shared)
-    private = assembly.parts.adapter.initial_private(assembly.config.seed, client_id, 8)
+    private = assembly.parts.private.initial(client_id)
     leaves = {
         name: value[None].clone().requires_grad_()
         for name, value in {**assembly.parts.shared.tensors, **private}.items()
@@ -230,7 +230,7 @@ def test_a_client_that_diverges_spoils_neither_the_others_nor_its_own_store(
 ) -> None:
     assembly, clean = tiny_assembly(**PLAIN), tiny_assembly(**PLAIN)
     chunk = assembly.histories.trainable[:3]
-    initial = assembly.parts.adapter.initial_private(assembly.config.seed, chunk[0], 8)
+    initial = assembly.parts.private.initial(chunk[0])
     poison = {name: torch.full_like(value, torch.nan) for name, value in initial.items()}
     assembly.store.save(PrivateState(chunk[0], 1, poison))
     found = _train(assembly, [chunk], round_number=2)
@@ -251,7 +251,7 @@ def test_losses_of_the_first_shared_step_are_reported_when_the_first_client_dive
     settings = {**PLAIN, "federation__local__shared_local_steps": 3}
     assembly, clean = tiny_assembly(**settings), tiny_assembly(**settings)
     chunk = assembly.histories.trainable[:2]
-    initial = assembly.parts.adapter.initial_private(assembly.config.seed, chunk[0], 8)
+    initial = assembly.parts.private.initial(chunk[0])
     poison = {name: torch.full_like(value, torch.nan) for name, value in initial.items()}
     assembly.store.save(PrivateState(chunk[0], 0, poison))
     found, expected = _train(assembly, [chunk]), _train(clean, [chunk])
@@ -351,7 +351,7 @@ def test_personalise_without_steps_keeps_what_there_is(tiny_assembly: TinyAssemb
     assembly = tiny_assembly(federation__local__personalise_steps=0)
     chunk = assembly.histories.trainable[:2]
     private = assembly.trainer.personalise(chunk, SharedState(assembly.parts.shared.tensors, 4))
-    initial = assembly.parts.adapter.initial_private(assembly.config.seed, chunk[1], 8)
+    initial = assembly.parts.private.initial(chunk[1])
     assert _same({n: v[1] for n, v in private.items()}, initial, 0.0)
     assert assembly.trainer.personalise_steps(chunk) == 0
 
@@ -375,7 +375,7 @@ def test_what_is_read_needs_no_pass_over_any_text(
     windows = [whole.windows(client_id) for client_id in chunk]
     batch = collate(windows, [whole.trunk_states(c) for c in chunk])
     stacked = assembly.trainer.stack(shared, {}, len(chunk))
-    expected = assembly.parts.model.fit_taste(batch, stacked)
+    expected = assembly.parts.model.fit(batch, stacked)
 
     def fail(*_: object) -> None:
         raise AssertionError("the trunk was read")
@@ -402,7 +402,7 @@ def test_personalise_keeps_the_whole_old_adapter_of_a_client_whose_fit_diverges(
     monkeypatch.setattr(StackedOptimizer, "step", diverging)
     chunk = assembly.histories.trainable[:2]
     private = assembly.trainer.personalise(chunk, SharedState(assembly.parts.shared.tensors, 1))
-    initial = assembly.parts.adapter.initial_private(assembly.config.seed, chunk[0], 8)
+    initial = assembly.parts.private.initial(chunk[0])
     assert _same({name: value[0] for name, value in private.items()}, initial, 0.0)
     assert all(value[1].any() for value in private.values())
 

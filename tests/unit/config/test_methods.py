@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config.choices import PrivateKind, Regime
+from pfm_llm.config.choices import Regime
 from pfm_llm.config.methods import SPECS, Method
 from pfm_llm.config.schema import parse_config
 
@@ -67,7 +67,7 @@ def test_an_unknown_method_names_the_valid_ones() -> None:
 
 def test_ours_has_a_taste_vector_and_text_alone_has_no_item_parameters() -> None:
     ours = parse_config(_tree(method="pfm"))
-    assert ours.adapters.private.kind is PrivateKind.TASTE
+    assert ours.adapters.private.kind == "taste"
     text = parse_config(_tree(method="pfm_text"))
     assert (text.head.item_ids, text.head.item_bias) == ("none", False)
 

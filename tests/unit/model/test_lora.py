@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pfm_llm.base.errors import BackboneError
 from pfm_llm.config.choices import Dtype
-from pfm_llm.config.model import AdaptersConfig
+from pfm_llm.config.model import AdaptersConfig, HeadConfig
 from pfm_llm.config.schema import BackboneConfig
 from pfm_llm.model.backbone import Backbone, load_backbone
 from pfm_llm.model.batches import collate
@@ -22,11 +22,11 @@ from tests.support.tiny import Tiny
 from tests.support.tiny_models import (
     ARCHITECTURES,
     CLIENT_WINDOWS,
-    HIDDEN,
     NUM_LAYERS,
     gpt2_backbone,
     make_backbone,
     make_cohort,
+    private_part,
     stack,
     stirred,
 )
@@ -40,7 +40,6 @@ LLAMA_LINEARS = {
     "mlp.up_proj": (32, 48),
     "mlp.down_proj": (48, 32),
 }
-SHARED_BASIS = {"private": {"rank": 2, "kind": "shared_basis", "head_rank": 3}}
 
 
 def _adapter(architecture: str = "llama", **settings: object) -> DualAdapter:
@@ -125,61 +124,18 @@ def test_initial_factors_are_distributed_as_peft_draws_them() -> None:
     assert all(tensor.dtype is torch.float32 for tensor in tensors.values())
 
 
-def test_names_and_shapes_of_an_independent_private_adapter() -> None:
-    adapter = _adapter(targets="k_proj", private={"rank": 3, "head_rank": 2})
-    shapes = {n: tuple(t.shape) for n, t in adapter.initial_private(0, "u", head_dim=5).items()}
-    key = "private.lora.model.layers.{}.self_attn.k_proj.{}"
-    assert shapes == {
-        **{key.format(n, "A"): (3, 32) for n in (2, 3)},
-        **{key.format(n, "B"): (16, 3) for n in (2, 3)},
-        "private.head.A": (2, HIDDEN),
-        "private.head.B": (5, 2),
-    }
-    assert not any(name.startswith("basis.") for name in adapter.initial_shared(0))
-    without = _adapter(targets="k_proj", private={"head_rank": 0})
-    assert not any("head" in name for name in without.initial_private(0, "u", 5))
-
-
-def test_with_a_shared_basis_a_client_keeps_no_factor_a() -> None:
-    adapter = _adapter(targets="k_proj", **SHARED_BASIS)
-    private, shared = adapter.initial_private(0, "u", head_dim=5), adapter.initial_shared(0)
-    key = "model.layers.{}.self_attn.k_proj.{}"
-    assert {n: tuple(t.shape) for n, t in private.items()} == {
-        **{f"private.lora.{key.format(n, 'B')}": (16, 2) for n in (2, 3)},
-        "private.head.B": (5, 3),
-    }
-    bases = {n: tuple(t.shape) for n, t in shared.items() if n.startswith("basis.")}
-    assert bases == {
-        **{f"basis.{key.format(n, 'A')}": (2, 32) for n in (2, 3)},
-        "basis.head.A": (3, HIDDEN),
-    }
-    assert all(shared[name].any() for name in bases)
-
-
-def test_a_disabled_private_adapter_has_no_basis() -> None:
-    private = {**SHARED_BASIS["private"], "enabled": False}
-    assert not any(n.startswith("basis.") for n in _adapter(private=private).initial_shared(0))
-
-
-def test_same_seed_same_bits_and_every_client_and_seed_its_own() -> None:
+def test_same_seed_same_bits_and_every_module_and_seed_its_own() -> None:
     adapter = _adapter()
-    first, again = (adapter.initial_private(0, "a", 4) for _ in range(2))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    factors = [name for name in first if name.endswith(".A")]
-    for other in (adapter.initial_private(0, "b", 4), adapter.initial_private(1, "a", 4)):
-        assert not any(torch.equal(first[name], other[name]) for name in factors)
     shared = adapter.initial_shared(0)
     assert all(torch.equal(shared[name], adapter.initial_shared(0)[name]) for name in shared)
     drawn = [shared[name] for name in shared if name.endswith("_proj.A") and "q_proj" in name]
-    assert not torch.equal(drawn[0], drawn[1])  # every module its own
+    assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], adapter.initial_shared(1)[next(iter(shared))])
-    private = first["private.lora.model.layers.2.self_attn.q_proj.A"]
-    assert not torch.equal(private[:4], shared["lora.model.layers.2.self_attn.q_proj.A"][:4])
 
 
-def test_scales_are_alpha_over_rank() -> None:
+def test_the_scale_is_alpha_over_rank() -> None:
     adapter = _adapter(shared={"rank": 8, "alpha": 4}, private={"rank": 2, "alpha": 5})
-    assert adapter.scales() == (0.5, 2.5)
+    assert adapter.scale() == 0.5
 
 
 @pytest.fixture
@@ -217,7 +173,7 @@ def _our_states(
     trunk, top = backbone.split(config.num_layers)
     for name, path in adapter.top_paths().items():
         linear = top.get_submodule(path)
-        change = shared[f"lora.{name}.B"] @ shared[f"lora.{name}.A"] * adapter.scales()[0]
+        change = shared[f"lora.{name}.B"] @ shared[f"lora.{name}.A"] * adapter.scale()
         linear.weight = torch.nn.Parameter(linear.weight + change)
     states = trunk(input_ids=tokens, use_cache=False).last_hidden_state
     hidden: torch.Tensor = top(inputs_embeds=states, use_cache=False).last_hidden_state
@@ -239,9 +195,11 @@ def test_an_exported_folder_holds_the_shared_adapter_and_nothing_else(
 ) -> None:
     adapter = DualAdapter(tiny_backbone, AdaptersConfig(num_layers=2))
     shared = stirred(adapter.initial_shared(0), 1)
-    private = stirred(adapter.initial_private(0, "u", 8), 2)
+    part = private_part(AdaptersConfig(num_layers=2), adapter, HeadConfig(dim=8))
+    private = stirred(part.initial("u"), 2)
     peft = adapter.peft_model()
-    adapter.load_private(peft, private, shared)  # it exists elsewhere, and must not come along
+    # It exists elsewhere, and must not come along.
+    adapter.load_private(peft, part, {**shared, **private})
     everything = {**shared, **private, "head.item_bias": torch.ones(3)}
     for _ in range(2):  # the second export replaces the first
         adapter.export_shared(everything, tmp_path / "out", "org/base")
@@ -270,7 +228,7 @@ def test_a_shared_basis_is_folded_into_a_private_peft_adapter() -> None:
     tensors = cohort.client_tensors(1)
     peft = cohort.adapter.peft_model().eval()
     cohort.adapter.load_shared(peft, tensors)
-    cohort.adapter.load_private(peft, tensors, tensors)
+    cohort.adapter.load_private(peft, cohort.private, tensors)
     name = next(iter(cohort.adapter.modules))
     folded = peft.get_base_model().get_submodule(f"{name}.lora_A.private").weight
     assert torch.equal(folded, tensors[f"basis.{name}.A"])

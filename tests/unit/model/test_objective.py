@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from pfm_llm.config.choices import Task
-from pfm_llm.config.model import HeadConfig, TasteConfig
+from pfm_llm.config.model import HeadConfig, PrivateAdapterConfig, TasteConfig
 from pfm_llm.model import head as recommender_head
-from pfm_llm.model.objective import Objective, Outputs
-from pfm_llm.model.private import taste
+from pfm_llm.model.objective import Objective
+from pfm_llm.model.outputs import Outputs
+from pfm_llm.model.private import PrivateContext, Sizes, fits, make_private_part, taste
 from pfm_llm.text.encoding import NO_LABEL
 
 ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3
 HEAD = HeadConfig(dim=8, id_dim=4)
-FITTED = TasteConfig(rank=3, read_rank=0, like_rank=3, like_fits=2, precision=5.0)
+FITTED = TasteConfig(rank=3, read_rank=0, like_rank=3)
 READ = FITTED.model_copy(update={"read_rank": 5})
 BOTH = (Task.NEXT_ITEM, Task.LIKE)
 
@@ -64,8 +65,18 @@ def _unrated(outputs: Outputs) -> Outputs:
     return dataclasses.replace(outputs, liked=torch.full((POSITIONS,), NO_LABEL))
 
 
-def _objective(block_size: int | None, tasks: tuple[Task, ...] = BOTH) -> Objective:
-    return Objective(_random(ITEMS, HEAD.dim, seed=9), tasks, block_size)
+@pytest.fixture(autouse=True)
+def _blocks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taste, "BLOCK", 4)
+
+
+def _objective(config: TasteConfig | None = FITTED, tasks: tuple[Task, ...] = BOTH) -> Objective:
+    """With the user embedding of a config, or without a private part."""
+    settings = PrivateAdapterConfig(
+        kind="taste", enabled=config is not None, taste=config or TasteConfig()
+    )
+    context = PrivateContext(settings, tasks, HEAD, Sizes(HIDDEN, {}, ITEMS), seed=0)
+    return Objective(_random(ITEMS, HEAD.dim, seed=9), tasks, make_private_part(context))
 
 
 def test_without_a_private_part_it_is_the_two_cross_entropies() -> None:
@@ -82,11 +93,10 @@ def test_without_a_private_part_it_is_the_two_cross_entropies() -> None:
     torch.testing.assert_close(alone.loss(own, outputs), next_item)
 
 
-@pytest.mark.parametrize("config", [FITTED, READ])
-@pytest.mark.parametrize("block_size", [None, 4])
-def test_what_was_met_is_no_candidate(block_size: int | None, config: TasteConfig) -> None:
+@pytest.mark.parametrize("config", [FITTED, READ, None])
+def test_what_was_met_is_no_candidate(config: TasteConfig | None) -> None:
     """All is as if the catalogue held the candidates alone."""
-    own, outputs, tasks = _own(config), _outputs(), (Task.NEXT_ITEM,)
+    own, outputs, tasks = _own(config or FITTED), _outputs(), (Task.NEXT_ITEM,)
     gone = torch.tensor([item for item in range(ITEMS) if item not in outputs.met][:3])
     left = torch.tensor([item for item in range(ITEMS) if item not in gone])
     seen = torch.zeros(POSITIONS, ITEMS, dtype=torch.bool)
@@ -96,7 +106,7 @@ def test_what_was_met_is_no_candidate(block_size: int | None, config: TasteConfi
     smaller = {
         name: value[left] if value.shape[:1] == (ITEMS,) else value for name, value in own.items()
     }
-    whole = _objective(block_size, tasks)
+    whole = _objective(config, tasks)
     masked = dataclasses.replace(outputs, seen=seen)
     renamed = dataclasses.replace(
         outputs,
@@ -106,8 +116,8 @@ def test_what_was_met_is_no_candidate(block_size: int | None, config: TasteConfi
     cut = dataclasses.replace(whole, item_texts=whole.item_texts[left])
     torch.testing.assert_close(whole.loss(own, masked), cut.loss(smaller, renamed))
     assert not torch.allclose(whole.loss(own, masked), whole.loss(own, outputs))
-    if block_size is not None:
-        fitted, expected = whole.fit_taste(own, masked), cut.fit_taste(smaller, renamed)
+    if config is not None:
+        fitted, expected = whole.fit(own, masked), cut.fit(smaller, renamed)
         torch.testing.assert_close(fitted, expected)
         assert all(value.any() for value in fitted.values())
 
@@ -120,12 +130,12 @@ def test_the_shared_part_learns_what_it_would_learn_without_a_private_one(
     names = list(own)
     with_taste, without = (
         torch.autograd.grad(
-            _objective(size).loss(own, outputs),
+            _objective(kind).loss(own, outputs),
             [own[name] for name in names],
             allow_unused=True,
             materialize_grads=True,
         )
-        for size in (4, None)
+        for kind in (config, None)
     )
     for name, one, other in zip(names, with_taste, without, strict=True):
         if name.startswith("basis."):
@@ -138,15 +148,15 @@ def test_the_shared_part_learns_what_it_would_learn_without_a_private_one(
 def test_each_block_is_predicted_from_the_past_alone() -> None:
     """What comes at or after a block never changes the vector that predicts it."""
     own, outputs = _own(), _outputs()
-    objective = _objective(4, (Task.NEXT_ITEM,))
+    objective = _objective(tasks=(Task.NEXT_ITEM,))
     scores = recommender_head.score_items(own, outputs.vectors, objective.item_texts)
-    features = objective.features(own, Task.NEXT_ITEM)
+    features = taste.item_features(own, Task.NEXT_ITEM, objective.item_texts)
     precisions = taste.prior_precisions(own, Task.NEXT_ITEM)
     losses = []
     for start in range(0, POSITIONS, 4):
         one_block = torch.zeros(start, dtype=torch.long)
-        past = taste.past_weights(own, Task.NEXT_ITEM, one_block)[-1:]
-        vector = taste.fit_next_item(
+        past = fits.past_weights(one_block, taste.half_life(own, Task.NEXT_ITEM))[-1:]
+        vector = fits.fit_next_item(
             scores[:start], outputs.targets[:start], features, precisions, past
         )[0]
         mine = slice(start, start + 4)
@@ -157,28 +167,29 @@ def test_each_block_is_predicted_from_the_past_alone() -> None:
 
 
 def test_a_position_is_predicted_with_what_was_read_before_it() -> None:
-    own, outputs, objective = _own(READ), _outputs(), _objective(4, (Task.NEXT_ITEM,))
+    own, outputs = _own(READ), _outputs()
+    objective = _objective(READ, (Task.NEXT_ITEM,))
     scores = recommender_head.score_items(own, outputs.vectors, objective.item_texts)
     kept = (_random(POSITIONS, 5, seed=3) > 0).float() * 2
     losses = {False: 0.0, True: 0.0}
     for t in range(POSITIONS):
         # What fitting to the first t events gives, that is, an agent that knows no more.
         before = _first(outputs, t)
-        vector = objective.fit_taste(own, before)[taste.vector_name(Task.NEXT_ITEM)]
+        vector = objective.fit(own, before)[taste.vector_name(Task.NEXT_ITEM)]
         assert vector.any()
         for drops in losses:
             added = own[taste.READ_OUT] @ (vector * kept[t] if drops else vector)
             losses[drops] += F.cross_entropy(scores[t] + added, outputs.targets[t]).item()
     shared = F.cross_entropy(scores, outputs.targets).item()
     for drops, total in losses.items():
-        given = dataclasses.replace(outputs, kept_taste=kept) if drops else outputs
+        given = dataclasses.replace(outputs, kept_private=kept) if drops else outputs
         expected = torch.tensor(shared + total / POSITIONS)
         torch.testing.assert_close(objective.loss(own, given), expected)
 
 
 def test_dropout_reaches_the_shared_part_alone() -> None:
     """The basis is trained on the scores that serving has."""
-    own, outputs, objective = _own(), _outputs(), _objective(4, (Task.NEXT_ITEM,))
+    own, outputs, objective = _own(), _outputs(), _objective(tasks=(Task.NEXT_ITEM,))
     kept = (_random(POSITIONS, HEAD.dim, seed=3) > 0).float() * 2
     dropped = dataclasses.replace(outputs, kept=kept)
     shared = [
@@ -197,9 +208,9 @@ def test_fitting_gives_a_vector_for_each_task(labels: str) -> None:
     outputs = _outputs()
     if labels == "none":
         outputs = _unrated(outputs)
-    vectors = _objective(4).fit_taste(own, outputs)
+    vectors = _objective().fit(own, outputs)
     assert vectors[taste.vector_name(Task.NEXT_ITEM)].shape == (3,)
-    assert vectors[taste.vector_name(Task.LIKE)].shape == (8,)
+    assert vectors[taste.vector_name(Task.LIKE)].shape == (4 * 4,)
     assert vectors[taste.vector_name(Task.NEXT_ITEM)].any()
     assert bool(vectors[taste.vector_name(Task.LIKE)].any()) == (labels == "all")
 
@@ -208,27 +219,27 @@ def test_without_any_label_there_is_no_loss_of_likes() -> None:
     own, outputs = _own(), _outputs()
     bare = _unrated(outputs)
     torch.testing.assert_close(
-        _objective(4).loss(own, bare), _objective(4, (Task.NEXT_ITEM,)).loss(own, bare)
+        _objective().loss(own, bare), _objective(tasks=(Task.NEXT_ITEM,)).loss(own, bare)
     )
 
 
 def test_likes_are_predicted_by_the_mean_of_fits_that_are_learned_apart() -> None:
-    """Two bases: the loss is the mean of what each has alone, the served logits the mean too."""
+    """Four bases: the loss is the mean of what each has alone, the served logits the mean too."""
     own, outputs = _own(), _outputs()
-    objective = _objective(4)
+    objective = _objective()
     alone = []
-    for fit in range(2):
+    for fit in range(4):
         one = dict(own)
         for name in (taste.text_name(Task.LIKE), taste.ids_name(Task.LIKE)):
             one[name] = own[name][fit : fit + 1]
         one[taste.LIKE_FEATURES] = own[taste.LIKE_FEATURES][:, fit : fit + 1]
         alone.append(one)
     losses = [objective.loss(one, outputs) for one in alone]
-    torch.testing.assert_close(objective.loss(own, outputs), sum(losses) / 2)
-    assert not torch.allclose(*losses)
+    torch.testing.assert_close(objective.loss(own, outputs), sum(losses) / 4)
+    assert not torch.allclose(*losses[:2])
     added = [
-        objective.features(one, Task.LIKE).flatten(1)
-        @ objective.fit_taste(one, outputs)[taste.vector_name(Task.LIKE)]
+        taste.item_features(one, Task.LIKE, objective.item_texts).flatten(1)
+        @ objective.fit(one, outputs)[taste.vector_name(Task.LIKE)]
         for one in (own, *alone)
     ]
-    torch.testing.assert_close(added[0], (added[1] + added[2]) / 2)
+    torch.testing.assert_close(added[0], sum(added[1:]) / 4)

@@ -304,13 +304,13 @@ def test_a_setting_that_the_config_gained_since_does_not_make_results_stale(worl
 
 @pytest.mark.parametrize(
     ("method", "expected"),
-    [("pfm", ["adapters.private.taste.like_fits did not exist"]), ("shared_only", [])],
+    [("pfm", ["adapters.private.taste.read_rank did not exist"]), ("shared_only", [])],
 )
 def test_a_taste_of_another_make_is_another(method: str, expected: list[str]) -> None:
     config = parse_config({"name": "x", "method": method})
     stored = {"config": config.model_dump(mode="json"), "training_hash": "of another version"}
     assert changes(stored, config) == []
-    del stored["config"]["adapters"]["private"]["taste"]["like_fits"]
+    del stored["config"]["adapters"]["private"]["taste"]["read_rank"]
     assert changes(stored, config) == expected
     assert changes(stored | {"script": ["benchmarks/x.py"]}, config) == []
 
@@ -326,7 +326,7 @@ def test_a_run_begun_with_a_taste_of_another_make_is_not_resumed(world: World) -
             world.run(["b"])
     path = world.runs / "b-s0" / "config.yaml"
     config = yaml.safe_load(path.read_text())
-    del config["adapters"]["private"]["taste"]["like_fits"]
+    del config["adapters"]["private"]["taste"]["read_rank"]
     path.write_text(yaml.safe_dump(config))
     world.before = lambda name: None
     assert world.run(["b"]) == {}

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from pfm_llm.config.choices import ItemIds, Task
-from pfm_llm.config.model import HeadConfig, TasteConfig
+from pfm_llm.config.model import HeadConfig, PrivateAdapterConfig, TasteConfig
 from pfm_llm.model.head import ITEM_IDS
-from pfm_llm.model.private import taste
+from pfm_llm.model.private import PrivateContext, Sizes, fits, make_private_part, taste
 
 ITEMS, RANK, POSITIONS = 13, 3, 11
 BOTH = (Task.NEXT_ITEM, Task.LIKE)
@@ -38,7 +38,7 @@ def test_the_next_item_fit_is_one_newton_step_of_the_weighted_penalised_loss() -
     zero = torch.zeros(RANK, dtype=torch.float64)
     gradient = torch.autograd.functional.jacobian(loss, zero)
     hessian = torch.autograd.functional.hessian(loss, zero)
-    fitted = taste.fit_next_item(scores, targets, features, precisions, weights[None])
+    fitted = fits.fit_next_item(scores, targets, features, precisions, weights[None])
     torch.testing.assert_close(fitted[0], -torch.linalg.solve(hessian, gradient))
 
 
@@ -61,7 +61,7 @@ def test_the_fit_of_likes_comes_near_the_minimum() -> None:
 
     optimizer.step(closure)
     both = torch.stack([other, features], 1)
-    fitted = taste.fit_likes(logits, liked, both, precisions, weights[None])
+    fitted = fits.fit_likes(logits, liked, both, precisions, weights[None])
     assert fitted.shape == (2, 1, RANK)
     torch.testing.assert_close(fitted[1, 0], vector.detach(), atol=1e-3, rtol=0)
 
@@ -73,15 +73,15 @@ def test_each_row_of_weights_has_a_fit_of_its_own_and_none_is_zero() -> None:
     precisions = torch.full((RANK,), 2.0, dtype=torch.float64)
     weights = torch.zeros(3, POSITIONS, dtype=torch.float64)
     weights[1, :4], weights[2] = 1.0, 0.5
-    fitted = taste.fit_next_item(scores, targets, features, precisions, weights)
-    liking = taste.fit_likes(scores[:, 0], liked, rated, precisions, weights)[0]
+    fitted = fits.fit_next_item(scores, targets, features, precisions, weights)
+    liking = fits.fit_likes(scores[:, 0], liked, rated, precisions, weights)[0]
     assert not fitted[0].any()
     assert not liking[0].any()
-    alone = taste.fit_next_item(scores[:4], targets[:4], features, precisions, weights[1:2, :4])
+    alone = fits.fit_next_item(scores[:4], targets[:4], features, precisions, weights[1:2, :4])
     torch.testing.assert_close(fitted[1], alone[0])
-    alone = taste.fit_likes(scores[:4, 0], liked[:4], rated[:4], precisions, weights[1:2, :4])
+    alone = fits.fit_likes(scores[:4, 0], liked[:4], rated[:4], precisions, weights[1:2, :4])
     torch.testing.assert_close(liking[1], alone[0, 0])
-    nothing = taste.fit_next_item(scores[:0], targets[:0], features, precisions, weights[:1, :0])
+    nothing = fits.fit_next_item(scores[:0], targets[:0], features, precisions, weights[:1, :0])
     assert torch.equal(nothing, torch.zeros(1, RANK, dtype=torch.float64))
 
 
@@ -91,7 +91,7 @@ def test_little_data_give_a_small_vector() -> None:
     scores, targets = torch.zeros(POSITIONS, ITEMS).double(), torch.zeros(POSITIONS).long()
     counts = torch.tensor([1, 4, POSITIONS])
     weights = (torch.arange(POSITIONS) < counts[:, None]).double()
-    norms = taste.fit_next_item(scores, targets, features, precisions, weights).norm(dim=1)
+    norms = fits.fit_next_item(scores, targets, features, precisions, weights).norm(dim=1)
     assert 0 < norms[0] < norms[1] < norms[2]
 
 
@@ -99,12 +99,13 @@ def test_little_data_give_a_small_vector() -> None:
     ("positions", "size", "expected"), [(5, 2, [0, 0, 1, 1, 2]), (3, 8, [0, 0, 0]), (0, 4, [])]
 )
 def test_blocks_are_contiguous(positions: int, size: int, expected: list[int]) -> None:
-    assert taste.blocks(positions, size).tolist() == expected
+    assert fits.blocks(positions, size).tolist() == expected
 
 
 def test_a_block_is_predicted_from_earlier_ones_of_which_the_newest_count_most() -> None:
     shared = {taste.half_life_name(Task.LIKE): torch.tensor([2.0]).log()}
-    found = taste.past_weights(shared, Task.LIKE, taste.blocks(5, 2))
+    half_life = taste.half_life(shared, Task.LIKE)
+    found = fits.past_weights(fits.blocks(5, 2), half_life)
     half = 0.5**0.5
     expected = [
         [0, 0, 0, 0, 0],
@@ -113,61 +114,59 @@ def test_a_block_is_predicted_from_earlier_ones_of_which_the_newest_count_most()
         [0.25, 0.5 * half, 0.5, half, 1],
     ]
     torch.testing.assert_close(found, torch.tensor(expected))
-    none = taste.past_weights(shared, Task.LIKE, taste.blocks(0, 2))
+    none = fits.past_weights(fits.blocks(0, 2), half_life)
     assert none.shape == (1, 0)
 
 
+def _vectors(config: TasteConfig, head: HeadConfig) -> dict[str, torch.Tensor]:
+    settings = PrivateAdapterConfig(kind="taste", taste=config)
+    context = PrivateContext(settings, BOTH, head, Sizes(16, {}, ITEMS), seed=3)
+    return make_private_part(context).initial("anybody")
+
+
 def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
-    config = TasteConfig(
-        rank=RANK,
-        read_rank=0,
-        like_rank=5,
-        like_fits=2,
-        precision=20.0,
-        half_life=9.0,
-        half_life_like=30.0,
-    )
+    config = TasteConfig(rank=RANK, read_rank=0, like_rank=5)
     basis = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
     again = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
     other = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=4)
-    for task, shape in zip(BOTH, ((RANK,), (2, 5)), strict=True):
+    for task, shape in zip(BOTH, ((RANK,), (4, 5)), strict=True):
         assert basis[taste.text_name(task)].shape == (*shape, 8)
         assert basis[taste.ids_name(task)].shape == (*shape, 4)
-        assert float(basis[taste.precision_name(task)]) == pytest.approx(math.log(20.0))
-        half_life = 30.0 if task is Task.LIKE else 9.0
+        assert float(basis[taste.precision_name(task)]) == pytest.approx(math.log(30.0))
+        half_life = 100.0 if task is Task.LIKE else 20.0
         assert float(basis[taste.half_life_name(task)]) == pytest.approx(math.log(half_life))
     assert all(torch.equal(basis[name], again[name]) for name in basis)
     assert not torch.equal(basis[taste.text_name(Task.LIKE)], other[taste.text_name(Task.LIKE)])
     no_ids = HEAD.model_copy(update={"item_ids": ItemIds.NONE})
     text_only = taste.initial_basis(config, (Task.NEXT_ITEM,), no_ids, ITEMS, seed=3)
     assert taste.ids_name(Task.NEXT_ITEM) not in text_only
-    assert basis[taste.LIKE_FEATURES].shape == (ITEMS, 2, 5)
+    assert basis[taste.LIKE_FEATURES].shape == (ITEMS, 4, 5)
     assert not basis[taste.LIKE_FEATURES].any()
     assert taste.LIKE_FEATURES not in taste.initial_basis(config, BOTH, no_ids, ITEMS, seed=3)
-    vectors = taste.initial_vectors(config, BOTH, HEAD)
-    assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [RANK, 2 * (5 + 1)]
+    vectors = _vectors(config, HEAD)
+    assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [RANK, 4 * (5 + 1)]
     assert all(not value.any() for value in vectors.values())
     assert all(name.startswith("private.") for name in vectors)
     assert all(name.startswith("basis.") for name in basis)
 
 
 def test_what_was_met_is_read_where_items_have_ids_and_no_taste_is_shared() -> None:
-    config = TasteConfig(read_rank=6, read_events=2.0, like_rank=RANK, like_fits=1)
+    config = TasteConfig(read_rank=6, like_rank=RANK)
     basis = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
     assert basis[taste.READ_IN].shape == basis[taste.READ_OUT].shape == (ITEMS, 6)
     assert basis[taste.READ_IN].any()
     assert not basis[taste.READ_OUT].any()
-    assert basis[taste.READ_PRIOR].exp().tolist() == pytest.approx([2.0] * 4)
+    assert basis[taste.READ_PRIOR].exp().tolist() == pytest.approx([5.0] * 4)
     half_lives = basis[taste.half_life_name(Task.NEXT_ITEM)].exp()
     assert half_lives.tolist() == pytest.approx([4.0, 15.0, 60.0, 240.0])
     assert taste.text_name(Task.NEXT_ITEM) not in basis
     assert taste.text_name(Task.LIKE) in basis
-    vectors = taste.initial_vectors(config, BOTH, HEAD)
-    assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [6, RANK + 1]
+    vectors = _vectors(config, HEAD)
+    assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [6, 4 * (RANK + 1)]
     assert all(name.startswith("basis.") for name in basis)
     no_ids = HEAD.model_copy(update={"item_ids": ItemIds.NONE})
     assert taste.READ_IN not in taste.initial_basis(config, BOTH, no_ids, ITEMS, seed=3)
-    fitted = taste.initial_vectors(config, BOTH, no_ids)
+    fitted = _vectors(config, no_ids)
     assert len(fitted[taste.vector_name(Task.NEXT_ITEM)]) == config.rank
 
 
@@ -193,7 +192,7 @@ def test_reading_is_the_shrunk_mean_of_a_fading_past() -> None:
 
 
 def test_features_are_the_stated_sum_and_send_no_gradient_to_the_ids() -> None:
-    config = TasteConfig(rank=RANK, read_rank=0, like_rank=RANK, like_fits=2)
+    config = TasteConfig(rank=RANK, read_rank=0, like_rank=RANK)
     shared = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
     shared[ITEM_IDS] = (_random(ITEMS, 4).float() * 7 + 2).requires_grad_()
     texts = _random(ITEMS, 8, seed=1).float()
@@ -208,12 +207,12 @@ def test_features_are_the_stated_sum_and_send_no_gradient_to_the_ids() -> None:
     assert shared[ITEM_IDS].grad is None
     assert text.grad is not None
     assert by_ids.grad is not None
-    shared[taste.LIKE_FEATURES] = _random(ITEMS, 2, RANK, seed=2).float()
+    shared[taste.LIKE_FEATURES] = _random(ITEMS, 4, RANK, seed=2).float()
     liking = taste.item_features(shared, Task.LIKE, texts)
-    assert torch.equal(liking[..., -1], torch.ones(ITEMS, 2))
+    assert torch.equal(liking[..., -1], torch.ones(ITEMS, 4))
     text, by_ids = (shared[name(Task.LIKE)] for name in (taste.text_name, taste.ids_name))
     free = shared[taste.LIKE_FEATURES]
-    for fit in range(2):
+    for fit in range(4):
         expected = texts @ text[fit].T + ids @ by_ids[fit].T + free[:, fit]
         torch.testing.assert_close(liking[:, fit, :-1], expected)
     assert taste.prior_precisions(shared, Task.LIKE).tolist() == pytest.approx(

@@ -1,0 +1,105 @@
+"""What is read out of one client's windows, and what the shared part makes of it."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from pfm_llm.model import head as recommender_head
+from pfm_llm.protocol.types import Tensors
+from pfm_llm.text.encoding import NO_LABEL
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The outputs of one client: positions whose next item is predicted.
+
+    Attributes:
+        vectors: float32 [K, D], user vectors; empty where only the history is read.
+        targets: int64 [K], the next item at each position.
+        liked: int64 [K], whether the user liked it, 0 or 1, or `NO_LABEL`.
+        met: int64 [H], the client's history up to the last target, oldest first.
+        known: int64 [K], how many items of the history come before each target.
+        kept: float32 [K, D], dropout's factors on the user vectors in training, or None.
+        kept_private: float32 [K, r], dropout's factors on private vectors in training, or None.
+        seen: bool [K, I], the items that are no candidates at each position; None: all are.
+    """
+
+    vectors: torch.Tensor
+    targets: torch.Tensor
+    liked: torch.Tensor
+    met: torch.Tensor
+    known: torch.Tensor
+    kept: torch.Tensor | None = None
+    kept_private: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+
+    @classmethod
+    def of_history(cls, items: torch.Tensor, liked: torch.Tensor) -> "Outputs":
+        """A history whose every item is a target, without user vectors.
+
+        Args:
+            items: int64 [n], oldest first.
+            liked: int64 [n], 0, 1, or `NO_LABEL`.
+        """
+        place = torch.arange(len(items), device=items.device)
+        return cls(torch.empty(0), items, liked, items, place)
+
+
+@dataclass(frozen=True)
+class Rated:
+    """The rated ones among a client's outputs.
+
+    Attributes:
+        where: bool [K], which outputs have a label.
+        items: int64 [R], the rated items.
+        liked: float32 [R], 0 or 1.
+        logits: float32 [R], the shared log-odds that an item is liked.
+    """
+
+    where: torch.Tensor
+    items: torch.Tensor
+    liked: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SharedView:
+    """One client's outputs under its own copy of the shared tensors.
+
+    Attributes:
+        own: One client's tensors but for LoRA factors.
+        outputs: What was read out.
+        texts: float32 [I, D], whitened texts of the catalogue.
+    """
+
+    own: Tensors
+    outputs: Outputs
+    texts: torch.Tensor
+
+    @functools.cached_property
+    def scores(self) -> torch.Tensor:
+        """Scores [K, I], with dropout in training; minus infinity for items that are seen."""
+        vectors, kept = self.outputs.vectors, self.outputs.kept
+        return self._scored(vectors if kept is None else vectors * kept)
+
+    @functools.cached_property
+    def fixed_scores(self) -> torch.Tensor:
+        """The same as serving has them, without dropout; no gradient flows through them."""
+        if self.outputs.kept is None:
+            return self.scores.detach()
+        with torch.no_grad():
+            return self._scored(self.outputs.vectors)
+
+    @functools.cached_property
+    def rated(self) -> Rated:
+        """The outputs with a label."""
+        where = self.outputs.liked != NO_LABEL
+        items, liked = self.outputs.targets[where], self.outputs.liked[where].float()
+        logits = recommender_head.like_logits(self.own, self.texts)[items]
+        return Rated(where, items, liked, logits)
+
+    def _scored(self, vectors: torch.Tensor) -> torch.Tensor:
+        scores = recommender_head.score_items(self.own, vectors, self.texts)
+        seen = self.outputs.seen
+        return scores if seen is None else scores.masked_fill(seen, -torch.inf)
