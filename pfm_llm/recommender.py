@@ -15,6 +15,7 @@ from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.client.trunk_cache import TrunkCache, trunk_states
 from pfm_llm.config.schema import ExperimentConfig, InitFromConfig, parse_config
 from pfm_llm.data import sources
+from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import partition
 from pfm_llm.data.splits import TrainData
@@ -155,7 +156,8 @@ class RecommenderModel:
         weight: float | None = None,
     ) -> np.ndarray:
         """Scores of the whole catalogue after a history, float32 [I]; see `recommend`."""
-        window = self.parts.encoder.query_window(self._items(history), _as_floats(ratings))
+        shown = History(self._items(history), _as_floats(ratings))
+        window = self.parts.encoder.query_window(shown)
         states = trunk_states(self.parts.trunk, [window])
         batch = collate([[window]], [states], last_only=True)
         tensors = {} if private is None else dict(private.tensors)

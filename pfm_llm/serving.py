@@ -44,7 +44,7 @@ class RunRecommender:
             first = ", ".join(interactions.user_ids[:3])
             raise DataError(f"no user {user_id!r} in the data; users are {first}, …") from None
         items = interactions.history(user)
-        window = self._assembly.parts.encoder.query_window(items, interactions.ratings_of(user))
+        window = self._assembly.parts.encoder.query_window(interactions.history_of(user))
         client_id = self._assembly.histories.client_of(user)
         states = self._assembly.cache.states([window], client_id)
         batch = collate([[window]], [states], last_only=True)

@@ -11,23 +11,11 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.data.history import History
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
-from pfm_llm.text.encoding import NO_LABEL, HistoryEncoder, Window
-
-
-@dataclass(frozen=True)
-class History:
-    """What one user met.
-
-    Attributes:
-        items: int [n], oldest first.
-        ratings: float [n], where there are any.
-    """
-
-    items: np.ndarray
-    ratings: np.ndarray | None
+from pfm_llm.text.encoding import HistoryEncoder, Window
 
 
 class ClientHistories:
@@ -74,14 +62,15 @@ class ClientHistories:
     def windows(self, client_id: str) -> tuple[Window, ...]:
         """A client's training windows, by user, oldest first."""
         if client_id not in self._windows:
-            found: list[Window] = []
-            for user in self.clients[client_id].users:
-                found += self._cut(self._known(user))
-            self._windows[client_id] = tuple(found)
+            self._windows[client_id] = tuple(
+                window
+                for user in self.clients[client_id].users
+                for window in self._encoder.training_windows(self._known(user))
+            )
         return self._windows[client_id]
 
     def later_windows(self, client_id: str, history: History) -> tuple[Window, ...]:
-        """What a history that goes on after the training history adds to `windows`.
+        """The windows that a history that goes on after the training history adds to `windows`.
 
         Args:
             client_id: A client of one user.
@@ -90,56 +79,30 @@ class ClientHistories:
         Raises:
             DataError: The history does not begin with the training history.
         """
-        num_known = self._num_known(client_id, history)
-        return self._cut(history, num_known) if len(history.items) > num_known else ()
+        num_known = len(self.history(client_id))
+        whole = self.history(client_id, history)
+        return self._encoder.training_windows(whole, num_known) if len(whole) > num_known else ()
 
-    def events(
-        self, client_id: str, history: History | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What a client of one user met, and whether it was liked.
+    def history(self, client_id: str, shown: History | None = None) -> History:
+        """The history of a client of one user, with likes where they are a task.
 
         Args:
             client_id: The client.
-            history: The training history, and what came after it; None: the training history.
-
-        Returns:
-            int [n], oldest first, and int8 [n], 0, 1, or `NO_LABEL`.
+            shown: The training history, and what came after it; None: the training history.
 
         Raises:
-            DataError: The history does not begin with the training history.
+            DataError: ``shown`` does not begin with the training history.
         """
-        if history is None:
-            history = self._known(self._only_user(client_id))
-        self._num_known(client_id, history)
-        liked = self._liked(history)
-        nothing = np.full(len(history.items), NO_LABEL, np.int8)
-        return history.items, nothing if liked is None else liked.astype(np.int8)
-
-    def _num_known(self, client_id: str, history: History) -> int:
-        user = self._only_user(client_id)
-        known = self._known(user).items
-        if not np.array_equal(history.items[: len(known)], known):
-            raise DataError(f"user {user}: a history that does not begin with the training history")
-        return len(known)
-
-    def _only_user(self, client_id: str) -> int:
         (user,) = self.clients[client_id].users
-        return user
+        known = self._known(user)
+        if shown is None:
+            return known
+        if not np.array_equal(shown.items[: len(known)], known.items):
+            raise DataError(f"user {user}: a history that does not begin with the training history")
+        return shown.labelled(self._like_threshold)
 
     def _known(self, user: int) -> History:
-        interactions = self._train.interactions
-        return History(interactions.history(user), interactions.ratings_of(user))
-
-    def _liked(self, history: History) -> np.ndarray | None:
-        if self._like_threshold is None or history.ratings is None:
-            return None
-        liked: np.ndarray = history.ratings >= self._like_threshold
-        return liked
-
-    def _cut(self, history: History, num_known: int = 0) -> tuple[Window, ...]:
-        return self._encoder.training_windows(
-            history.items, history.ratings, self._liked(history), num_known
-        )
+        return self._train.interactions.history_of(user).labelled(self._like_threshold)
 
     def trunk_states(self, client_id: str, later: Sequence[Window] = ()) -> list[torch.Tensor]:
         """Trunk states [T, d] of each training window of a client, and of `later_windows`.

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from pfm_llm.client.histories import BatchSource, ClientHistories, History, LocalWork
+from pfm_llm.client.histories import BatchSource, ClientHistories, LocalWork
 from pfm_llm.client.local_steps import StackedOptimizer
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.data.history import History
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.protocol.contract import UpdateContract
@@ -164,8 +165,8 @@ class LocalTrainer:
         """
         histories = self._histories
         if not self._private.reads_text:
-            events = [histories.events(c, given) for c, given in zip(chunk, shown, strict=True)]
-            return self._model.fit_without_text(events, self._stack_shared(shared, len(chunk)))
+            whole = [histories.history(c, given) for c, given in zip(chunk, shown, strict=True)]
+            return self._model.fit_without_text(whole, self._stack_shared(shared, len(chunk)))
         private = self._stack_private([self._private.initial(client_id) for client_id in chunk])
         later = [
             () if given is None else histories.later_windows(client_id, given)

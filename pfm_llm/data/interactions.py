@@ -16,6 +16,7 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.config.choices import Repeats
 from pfm_llm.config.schema import DataConfig
+from pfm_llm.data.history import History
 from pfm_llm.data.report import LoadReport
 
 TITLE = "title"
@@ -111,6 +112,10 @@ class Interactions:
         if self.ratings is None:
             return None
         return self.ratings[self.offsets[user] : self.offsets[user + 1]]
+
+    def history_of(self, user: int) -> History:
+        """Items and ratings of internal user ``user``, as one value."""
+        return History(self.history(user), self.ratings_of(user))
 
     def content_hash(self) -> str:
         """SHA-256 over all that this holds, the catalogue included, in hex."""

@@ -40,6 +40,7 @@ import numpy as np
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.choices import SplitKind
 from pfm_llm.config.schema import DataConfig
+from pfm_llm.data.history import History, Query
 from pfm_llm.data.interactions import Interactions
 
 _MIN_EVENTS = 3
@@ -104,6 +105,12 @@ class HeldOut:
             targets=tuple(self.targets[query] for query in queries),
             target_ratings=pick(self.target_ratings),
         )
+
+    def query(self, index: int) -> Query:
+        """One query as a value; whether its targets were liked is not in it."""
+        ratings = self.history_ratings
+        history = History(self.histories[index], None if ratings is None else ratings[index])
+        return Query(int(self.users[index]), history, self.targets[index])
 
     def liked(self, threshold: float) -> tuple[np.ndarray, ...]:
         """Which targets were liked: the labels of the task ``like``.

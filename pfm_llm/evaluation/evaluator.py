@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.client.histories import ClientHistories, History
+from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer, plan_chunks
 from pfm_llm.client.trunk_cache import TrunkCache
+from pfm_llm.data.history import History
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import metrics
 from pfm_llm.evaluation.ranking import Ranks, concatenate, rank_scores
@@ -258,11 +259,10 @@ class Evaluator:
         """
         if self._model.objective.private.takes_steps:
             return self._trainer.personalise(chunk, task.shared)
-        items, ratings = task.held_out.histories, task.held_out.history_ratings
         shown: list[History | None] = [None] * len(chunk)
         for c, client_id in enumerate(chunk):
             for q in self._query_indices(client_id, task):
-                shown[c] = History(items[q], ratings[q] if ratings else None)
+                shown[c] = task.held_out.query(q).history
         return self._trainer.fit(chunk, task.shared, shown)
 
     def _likes(
@@ -280,17 +280,10 @@ class Evaluator:
 
     def _queries(self, client_id: str, task: EvaluationTask) -> list[tuple[int, Window]]:
         """A client's queries: index in ``held_out``, and window."""
-        histories, ratings = task.held_out.histories, task.held_out.history_ratings
-        indices = self._query_indices(client_id, task)
         newest = slice(-task.window_items if task.window_items else None, None)
         return [
-            (
-                q,
-                self._encoder.query_window(
-                    histories[q][newest], ratings[q][newest] if ratings else None
-                ),
-            )
-            for q in indices
+            (q, self._encoder.query_window(task.held_out.query(q).history[newest]))
+            for q in self._query_indices(client_id, task)
         ]
 
     def _query_indices(self, client_id: str, task: EvaluationTask) -> list[int]:

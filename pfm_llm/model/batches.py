@@ -28,11 +28,8 @@ class ChunkBatch:
         targets: int64 [K], the next item at each output, or `NO_TARGET`.
         liked: int64 [K], whether it was liked, 0 or 1, or `encoding.NO_LABEL`.
         outputs_per_client: How many of the K outputs belong to each client.
-        before_rows, before_items: int64 [S], the items that were met before a row, and the row.
-        known: int64 [K], how many items its user had met before each output's target. This and the
-            next are of use in training alone: a query does not tell what came before it.
-        met_per_client: Per client int64 [H], what its last user met up to the last target, oldest
-            first.
+        known: int64 [K], how many items of the user's history come before each output's target.
+        histories: Per row int64 [H], the user's history up to the row's last target or item.
     """
 
     trunk: torch.Tensor
@@ -45,10 +42,8 @@ class ChunkBatch:
     targets: torch.Tensor
     liked: torch.Tensor
     outputs_per_client: tuple[int, ...]
-    before_rows: torch.Tensor
-    before_items: torch.Tensor
     known: torch.Tensor
-    met_per_client: tuple[torch.Tensor, ...]
+    histories: tuple[torch.Tensor, ...]
 
     @property
     def num_clients(self) -> int:
@@ -61,19 +56,26 @@ class ChunkBatch:
         nothing = torch.zeros_like(self.row_clients)
         return nothing.scatter_reduce(0, self.rows, self.ends + 1, "amax")
 
+    @property
+    def histories_per_client(self) -> tuple[torch.Tensor, ...]:
+        """Per client the history of its last row, int64 [H]."""
+        last = dict(zip(self.row_clients.tolist(), self.histories, strict=True))
+        nothing = self.items.new_zeros(0)
+        return tuple(last.get(client, nothing) for client in range(self.num_clients))
+
     def seen(self, num_items: int) -> torch.Tensor:
-        """What each output's user had met by then, bool [K, I]; its target is never among it.
+        """The items that each output's user had met by then, bool [K, I], without its target.
 
         Outputs must have targets.
         """
-        rows = self.rows
-        place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
-        # When each row's user met each item, as a position of the row.
-        met = rows.new_full((len(self.row_clients), num_items), len(rows))
-        keys = rows * num_items + self.items
-        met = met.flatten().scatter_reduce(0, keys, place, "amin").view(met.shape)
-        met[self.before_rows, self.before_items] = -1
-        seen = met[rows[self.outputs]] <= place[self.outputs, None]
+        lengths = torch.tensor([len(history) for history in self.histories])
+        row = torch.arange(len(lengths)).repeat_interleave(lengths).to(self.items)
+        place = torch.cat([torch.arange(length) for length in lengths]).to(self.items)
+        # When each row's user met each item first, as a place in the history; never: very late.
+        never = self.items.new_full((len(lengths) * num_items,), torch.iinfo(torch.int64).max)
+        keys = row * num_items + torch.cat(self.histories)
+        first = never.scatter_reduce(0, keys, place, "amin").view(-1, num_items)
+        seen = first[self.rows[self.outputs]] < self.known[:, None]
         return seen.scatter(1, self.targets[:, None], False)
 
 
@@ -92,7 +94,7 @@ def collate(
     """
     flat = [(c, w) for c, own in enumerate(windows) for w in own]
     lengths = torch.tensor([len(w) for _, w in flat])
-    before = torch.tensor([len(w.before) for _, w in flat])
+    before = torch.tensor([w.start for _, w in flat])
     row_clients = torch.tensor([c for c, _ in flat])
     rows = torch.arange(len(flat)).repeat_interleave(lengths)
     position_clients = row_clients.repeat_interleave(lengths)
@@ -112,10 +114,8 @@ def collate(
         targets=targets[outputs].to(device),
         liked=joined([w.liked for _, w in flat])[outputs].to(device),
         outputs_per_client=_counts(position_clients[outputs], len(windows)),
-        before_rows=torch.arange(len(flat)).repeat_interleave(before).to(device),
-        before_items=joined([w.before for _, w in flat]).to(device),
         known=(outputs + 1 - starts[rows[outputs]]).to(device),
-        met_per_client=tuple(joined([w.met for w in own[-1:]]).to(device) for own in windows),
+        histories=tuple(joined([w.met]).to(device) for _, w in flat),
     )
 
 

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from pfm_llm.config.choices import Task
+from pfm_llm.data.history import History
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.model.head import Normaliser
@@ -184,20 +184,21 @@ class CohortModel:
 
     @torch.no_grad()
     def fit_without_text(
-        self, events: Sequence[tuple[np.ndarray, np.ndarray]], stacked: Tensors
+        self, histories: Sequence[History], stacked: Tensors
     ) -> dict[str, torch.Tensor]:
         """`fit` for a private part that reads no text: without a pass of the language model.
 
         Args:
-            events: Per client the items of its history, oldest first, int [n], and whether each
-                was liked, 0, 1, or `encoding.NO_LABEL`.
+            histories: One a client.
             stacked: Their shared tensors, with a leading client dimension.
         """
         outputs = [
-            Outputs.of_history(*(joined([values]).to(self.item_texts.device) for values in own))
-            for own in events
+            Outputs.of_history(
+                *(joined([values]).to(self.item_texts.device) for values in (own.items, own.labels))
+            )
+            for own in histories
         ]
-        return self._fitted(_slices(stacked, len(events)), outputs)
+        return self._fitted(_slices(stacked, len(histories)), outputs)
 
     def _fitted(
         self, owns: Sequence[Tensors], outputs: Sequence[Outputs]
@@ -289,7 +290,7 @@ class CohortModel:
                 seen=None if seen is None else seen[span],
             )
             for own, span, met in zip(
-                vectors, spans(batch.outputs_per_client), batch.met_per_client, strict=True
+                vectors, spans(batch.outputs_per_client), batch.histories_per_client, strict=True
             )
         ]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from pfm_llm.data.history import NO_LABEL
 from pfm_llm.model import head as recommender_head
 from pfm_llm.protocol.types import Tensors
-from pfm_llm.text.encoding import NO_LABEL
 
 
 @dataclass(frozen=True)

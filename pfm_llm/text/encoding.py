@@ -5,9 +5,10 @@ each item is known exactly and a text is tokenised once, however often it occurs
 ``j`` of a window is its ``j``-th item; the state there predicts the item after it.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +17,74 @@ import numpy as np
 from pfm_llm.base import assets
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.model import WindowConfig
+from pfm_llm.data.history import NO_LABEL, History
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.text.prompts import Prompt
 from pfm_llm.text.token_table import tokenise
 
 NO_TARGET = -1
-NO_LABEL = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
     """One pass over a stretch of one history.
+
+    Position j of the window is item ``start + j`` of the history, and its target is the item after
+    that, if it is one of ``history[first_target:]``.
 
     Attributes:
         tokens: int32 [T], the rendered text.
         item_ends: int32 [L], index in ``tokens`` of each item's last token, ascending.
-        items: int32 [L], the item at each position.
-        targets: int32 [L], the next item, or `NO_TARGET` where there is none to learn from.
-        liked: int8 [L], whether the user liked that next item, 0 or 1, or `NO_LABEL`.
-        before: int32 [S], the items of the history that come before the window.
+        history: The history that the stretch is part of.
+        start: How many items of the history come before the window.
+        first_target: Items of the history before this one are no targets here.
     """
 
     tokens: np.ndarray
     item_ends: np.ndarray
-    items: np.ndarray
-    targets: np.ndarray
-    liked: np.ndarray
-    before: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    history: History
+    start: int
+    first_target: int
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.item_ends)
+
+    @property
+    def items(self) -> np.ndarray:
+        """Int [L], the item at each position."""
+        return self.history.items[self.start : self.start + len(self)]
+
+    @functools.cached_property
+    def has_target(self) -> np.ndarray:
+        """Bool [L], whether each position has a target."""
+        place = self.start + 1 + np.arange(len(self))
+        return (place >= self.first_target) & (place < len(self.history))
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int32 [L], the item after each position, or `NO_TARGET`."""
+        return self._following(self.history.items.astype(np.int32), NO_TARGET)
+
+    @property
+    def liked(self) -> np.ndarray:
+        """int8 [L], whether the user liked the target, 0 or 1, or `NO_LABEL`."""
+        return self._following(self.history.labels, NO_LABEL)
 
     @property
     def num_targets(self) -> int:
         """How many predictions this window trains."""
-        return int((self.targets != NO_TARGET).sum())
+        return int(self.has_target.sum())
 
     @property
     def met(self) -> np.ndarray:
-        """All that the history holds up to the window's last target, int32, oldest first."""
-        last = self.targets[-1:]
-        return np.concatenate([self.before, self.items, last[last != NO_TARGET]])
+        """Int [H], the history up to the last target, or item, of the window."""
+        return self.history.items[: self.start + len(self) + bool(self.has_target[-1:].any())]
+
+    def _following(self, values: np.ndarray, missing: int) -> np.ndarray:
+        following = np.full(len(self), missing, values.dtype)
+        (position,) = np.nonzero(self.has_target)
+        following[position] = values[self.start + 1 + position]
+        return following
 
 
 def windows_hash(windows: Sequence[Window]) -> str:
@@ -118,53 +146,33 @@ class HistoryEncoder:
         return [self._cut(table[item], item).tolist() for item in range(len(texts))]
 
     def window(
-        self,
-        items: np.ndarray,
-        ratings: np.ndarray | None = None,
-        targets: np.ndarray | None = None,
-        liked: np.ndarray | None = None,
-        before: np.ndarray | None = None,
+        self, history: History, start: int = 0, stop: int | None = None, first_target: int = 1
     ) -> Window:
         """Encode a stretch of a history as one window.
 
         Args:
-            items: int [L], oldest first, L >= 1.
-            ratings: float [L], where the prompt shows them.
-            targets: int [L]; all `NO_TARGET` when None.
-            liked: int [L], labels of the targets; all `NO_LABEL` when None.
-            before: int [S], what the history holds before the stretch; nothing when None.
+            history: Oldest item first; its ratings are needed where the prompt shows them.
+            start: How many items of the history come before the stretch.
+            stop: Where it ends; None: with the history.
+            first_target: See `Window`.
 
         Raises:
             DataError: The stretch is empty.
         """
-        if len(items) == 0:
+        part = history[slice(start, stop)]
+        if not len(part):
             raise DataError("an empty history cannot be encoded: it has no item to read")
+        ratings = part.ratings
         pieces = [
             self._piece(int(item), None if ratings is None else float(ratings[j]))
-            for j, item in enumerate(items)
+            for j, item in enumerate(part.items)
         ]
         header = np.asarray(self._header, dtype=np.int32)
         ends = len(header) + np.cumsum([len(piece) for piece in pieces]) - 1
-        if targets is None:
-            targets = np.full(len(items), NO_TARGET)
-        if liked is None:
-            liked = np.full(len(items), NO_LABEL)
-        return Window(
-            tokens=np.concatenate([header, *pieces]),
-            item_ends=ends.astype(np.int32),
-            items=np.asarray(items, dtype=np.int32),
-            targets=np.asarray(targets, dtype=np.int32),
-            liked=np.asarray(liked, dtype=np.int8),
-            before=np.asarray([] if before is None else before, dtype=np.int32),
-        )
+        tokens = np.concatenate([header, *pieces])
+        return Window(tokens, ends.astype(np.int32), history, start, first_target)
 
-    def training_windows(
-        self,
-        items: np.ndarray,
-        ratings: np.ndarray | None = None,
-        liked: np.ndarray | None = None,
-        num_known: int = 0,
-    ) -> tuple[Window, ...]:
+    def training_windows(self, history: History, num_known: int = 0) -> tuple[Window, ...]:
         """Cut a training history into windows that end with its last item.
 
         Every transition is a target exactly once: the last position of a window predicts the
@@ -175,39 +183,25 @@ class HistoryEncoder:
         first items. The newest of them shows the same items as the query, unless it is long.
 
         Args:
-            items: int [n], the training history, oldest first.
-            ratings: float [n], where the prompt shows them.
-            liked: bool [n], whether the user liked each item, where likes are learned.
+            history: The training history.
             num_known: How many of the first items other windows have as targets, or as the
-                first item of all; they are none here.
+                first item of all; they are no targets here.
 
         Returns:
             Windows, oldest first; the newest ``max_windows`` of them.
         """
-        if len(items) < 2:
-            return ()
-        targets = np.append(items[1:], NO_TARGET)
-        targets[: max(num_known - 1, 0)] = NO_TARGET
-        labels = None if liked is None else np.append(liked[1:].astype(np.int8), NO_LABEL)
-        size = self.config.items
-        spans = [slice(max(0, stop - size), stop) for stop in range(len(items), 0, -size)]
+        size, first = self.config.items, max(num_known, 1)
+        stops = range(len(history), 0, -size)
+        spans = [(max(0, stop - size), stop) for stop in stops]
         # Without a target: all is known, or the newest window is one item long.
-        spans = [span for span in spans if (targets[span] != NO_TARGET).any()]
-        return tuple(
-            self.window(
-                items[s],
-                None if ratings is None else ratings[s],
-                targets[s],
-                None if labels is None else labels[s],
-                items[: s.start],
-            )
-            for s in reversed(spans[: self.config.max_windows])
-        )
+        spans = [s for s in spans if max(s[0] + 1, first) < min(s[1] + 1, len(history))]
+        newest = spans[: self.config.max_windows]
+        return tuple(self.window(history, *span, first) for span in reversed(newest))
 
-    def query_window(self, items: np.ndarray, ratings: np.ndarray | None = None) -> Window:
+    def query_window(self, history: History) -> Window:
         """The newest stretch of a history, whose last state ranks the catalogue."""
-        size = self.config.items
-        return self.window(items[-size:], None if ratings is None else ratings[-size:])
+        start = max(0, len(history) - self.config.items)
+        return self.window(history, start, first_target=len(history))
 
     def _piece(self, item: int, rating: float | None) -> np.ndarray:
         key = (item, rating if self._prompt.uses_rating else None)

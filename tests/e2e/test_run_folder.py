@@ -201,7 +201,7 @@ def test_adapter_loads_by_plain_peft_to_equal_hidden_states(finished: Path, tiny
     shared = load_shared(assembly, folders)
     ours = assembly.parts.adapter.peft_model().eval()
     assembly.parts.adapter.load_shared(ours, shared.tensors)
-    window = assembly.parts.encoder.query_window(assembly.corpus.interactions.history(0))
+    window = assembly.parts.encoder.query_window(assembly.corpus.interactions.history_of(0))
     tokens = torch.from_numpy(window.tokens).long()[None]
     plain = plain_peft(finished, tiny)
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
     folders = RunFolders.of(run)
     assembly = assemble(config, load_corpus(config), folders, alone())
     shared = load_shared(assembly, folders)
-    window = assembly.parts.encoder.query_window(assembly.corpus.interactions.history(3))
+    window = assembly.parts.encoder.query_window(assembly.corpus.interactions.history_of(3))
     states = assembly.cache.states([window], "user-of-this-test")
     batch = collate([[window]], [states], last_only=True)
     stacked = assembly.trainer.stack(shared, {}, 1)

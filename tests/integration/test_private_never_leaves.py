@@ -23,6 +23,7 @@ from pfm_llm.base import files
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
+from pfm_llm.data.history import History
 from pfm_llm.protocol.types import ClientUpdate, PrivateState
 from pfm_llm.publish.export import Exported
 from pfm_llm.runs import report
@@ -144,7 +145,9 @@ def history_hunt(tiny: Tiny, run_folder: Path, watch: Watch) -> Hunt:
     for user in range(corpus.interactions.num_users):
         history = corpus.interactions.history(user)
         hunt.learn_integers(f"items of {user}", history)
-        hunt.learn_integers(f"tokens of {user}", assembly.parts.encoder.window(history).tokens)
+        hunt.learn_integers(
+            f"tokens of {user}", assembly.parts.encoder.window(History(history)).tokens
+        )
     private = run_folder.with_name("tiny.private")
     for number, path in enumerate(sorted(private.rglob("trunk/*.safetensors"))):
         # The first states are those of the header, alike for everybody; the last are the user's.

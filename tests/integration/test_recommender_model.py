@@ -19,6 +19,7 @@ from pfm_llm.base.errors import (
 )
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.schema import load_config
+from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
@@ -62,7 +63,7 @@ def test_scores_are_those_of_the_run(run: Path, tiny: Tiny, model: RecommenderMo
     assembly = assemble(config, load_corpus(config), RunFolders.of(run), alone())
     shared = load_shared(assembly, RunFolders.of(run))
     items = assembly.corpus.interactions.history(5)
-    window = assembly.parts.encoder.query_window(items)
+    window = assembly.parts.encoder.query_window(History(items))
     batch = collate([[window]], [assembly.cache.states([window], "x")], last_only=True)
     stacked = assembly.trainer.stack(shared, {}, 1)
     expected = assembly.parts.model.scores(batch, stacked, Parts(private_weight=0.0))[0]

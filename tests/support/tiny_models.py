@@ -17,6 +17,7 @@ from transformers import (
 
 from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import AdaptersConfig, HeadConfig
+from pfm_llm.data.history import History
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.cohort import CohortModel
 from pfm_llm.model.head import Normaliser, initial_head
@@ -24,7 +25,7 @@ from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.private import PrivateContext, PrivatePart, Sizes, make_private_part
 from pfm_llm.protocol.types import Tensors
-from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
+from pfm_llm.text.encoding import Window
 
 VOCABULARY = 97
 HIDDEN = 32
@@ -95,15 +96,13 @@ def random_window(item_lengths: Sequence[int], seed: int, header: int = 2) -> Wi
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor(item_lengths)
     num_tokens = header + int(lengths.sum())
-    items = torch.randint(NUM_ITEMS, (len(lengths) + 1,), generator=generator)
-    targets = items[1:].clone()
-    targets[-1] = NO_TARGET
+    items = torch.randint(NUM_ITEMS, (len(lengths) + 1,), generator=generator)[:-1].int().numpy()
     return Window(
         tokens=torch.randint(VOCABULARY, (num_tokens,), generator=generator).int().numpy(),
         item_ends=(header - 1 + lengths.cumsum(0)).int().numpy(),
-        items=items[:-1].int().numpy(),
-        targets=targets.int().numpy(),
-        liked=torch.where(targets == NO_TARGET, NO_LABEL, items[:-1] % 2).numpy().astype("int8"),
+        history=History(items, liked=items % 2 == 1),
+        start=0,
+        first_target=1,
     )
 
 

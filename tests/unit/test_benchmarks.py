@@ -19,6 +19,7 @@ from pfm_llm.config.model import (
     LoraAdapterConfig,
     PrivateAdapterConfig,
 )
+from pfm_llm.data.history import History
 from pfm_llm.model import head
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.batches import collate
@@ -26,7 +27,7 @@ from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.private import PrivateContext, PrivatePart, Sizes, make_private_part
-from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
+from pfm_llm.text.encoding import Window
 
 HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2
 HEAD = HeadConfig(dim=8, id_dim=4)
@@ -58,9 +59,9 @@ def make_window(client: int, ends: list[int]) -> Window:
     return Window(
         tokens=generator.integers(0, 40, ends[-1] + 1).astype(np.int32),
         item_ends=np.array(ends, dtype=np.int32),
-        items=items.astype(np.int32),
-        targets=np.append(items[1:], NO_TARGET).astype(np.int32),
-        liked=np.full(len(items), NO_LABEL, np.int8),
+        history=History(items.astype(np.int32)),
+        start=0,
+        first_target=1,
     )
 
 

@@ -203,10 +203,8 @@ def test_other_tokens_or_other_windows_are_another_entry(tmp_path: Path) -> None
 def test_a_window_shortened_on_the_left_is_its_own_entry(tmp_path: Path) -> None:
     """Its states are not a slice of the longer one's, which have attended to what was cut."""
     long = random_window([3, 3, 3], 1, header=0)
-    cut = Window(
-        np.ascontiguousarray(long.tokens[3:]), long.item_ends[1:] - 3, long.items[1:],
-        long.targets[1:], long.liked[1:],
-    )  # fmt: skip
+    tokens = np.ascontiguousarray(long.tokens[3:])
+    cut = Window(tokens, long.item_ends[1:] - 3, long.history, start=1, first_target=1)
     cache = _cache(tmp_path)
     (whole,), (shortened,) = cache.states([long], "u"), cache.states([cut], "u")
     assert (cache.hits, cache.misses) == (0, 2)

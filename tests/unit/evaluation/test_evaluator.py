@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.client.histories import ClientHistories, History
+from pfm_llm.client.histories import ClientHistories
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import EvaluationConfig
+from pfm_llm.data.history import NO_LABEL, History
 from pfm_llm.data.splits import HeldOut, TrainData
 from pfm_llm.evaluation import evaluator, ranking
 from pfm_llm.evaluation.candidates import sample_negatives
@@ -23,7 +24,6 @@ from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.runs.run import Assembly
-from pfm_llm.text.encoding import NO_LABEL
 from tests.conftest import TinyAssembly
 from tests.support.tiny_models import stirred
 
@@ -60,7 +60,7 @@ def _scores_alone(assembly: Assembly, task: EvaluationTask, query: int) -> dict[
     """Scores of one query in every mode, in passes of its own."""
     user = int(task.held_out.users[query])
     client_id = assembly.histories.client_of(user)
-    window = assembly.parts.encoder.query_window(task.held_out.histories[query])
+    window = assembly.parts.encoder.query_window(task.held_out.query(query).history)
     batch = collate([[window]], [assembly.cache.states([window], client_id)], last_only=True)
     private = assembly.trainer.personalise([client_id], task.shared)
     stacked = assembly.trainer.stack(task.shared, private, 1)
@@ -353,16 +353,16 @@ def test_a_history_that_does_not_go_on_from_train_is_refused(
 ) -> None:
     histories = tiny_assembly(method="pfm").histories
     own, client_id = histories._train.interactions.history(0), histories.client_of(0)
-    for refuses in (histories.later_windows, histories.events):
+    for refuses in (histories.later_windows, histories.history):
         with pytest.raises(DataError, match="does not begin with the training history"):
             refuses(client_id, History(own[::-1], None))
     assert histories.later_windows(client_id, History(own, None)) == ()
-    items, liked = histories.events(client_id)
-    assert np.array_equal(items, own)
-    assert set(liked.tolist()) == {NO_LABEL}
+    known = histories.history(client_id)
+    assert np.array_equal(known.items, own)
+    assert set(known.labels.tolist()) == {NO_LABEL}
 
 
-def test_events_are_all_that_was_met_each_with_its_own_label(tiny_assembly: TinyAssembly) -> None:
+def test_a_history_has_all_events_each_with_its_own_label(tiny_assembly: TinyAssembly) -> None:
     assembly = tiny_assembly(method="pfm")
     train = assembly.corpus.split.train.interactions
     ratings = np.arange(len(train.items), dtype=np.float32) % 6
@@ -375,11 +375,11 @@ def test_events_are_all_that_was_met_each_with_its_own_label(tiny_assembly: Tiny
     )
     client_id = histories.client_of(1)
     own = slice(train.offsets[1], train.offsets[2])
-    items, liked = histories.events(client_id)
-    assert items.tolist() == train.items[own].tolist()
-    assert liked.tolist() == [int(r >= 3) for r in ratings[own]]
-    grown = History(np.append(items, 0), np.append(ratings[own], 5.0))
-    assert histories.events(client_id, grown)[1].tolist() == [*liked.tolist(), 1]
+    known = histories.history(client_id)
+    assert known.items.tolist() == train.items[own].tolist()
+    assert known.labels.tolist() == [int(r >= 3) for r in ratings[own]]
+    grown = History(np.append(known.items, 0), np.append(ratings[own], 5.0))
+    assert histories.history(client_id, grown).labels.tolist() == [*known.labels.tolist(), 1]
 
 
 def test_user_vectors_are_read_out_once_for_all_taste_vectors(

@@ -5,29 +5,26 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from pfm_llm.data.history import History
 from pfm_llm.model.batches import ChunkBatch, collate
-from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
+from pfm_llm.text.encoding import Window
 
 NUM_ITEMS = 7
 
 
-def _cut(history: list[int], size: int, known: int = 0) -> list[Window]:
+def _cut(items: list[int], size: int, known: int = 0) -> list[Window]:
     """Windows that tile a history; a token an item. The first ``known`` targets are none."""
-    windows = []
-    targets = [*[NO_TARGET] * known, *history[1 + known :], NO_TARGET][-len(history) :]
-    for start in range(0, len(history), size):
-        stop = min(len(history), start + size)
-        windows.append(
-            Window(
-                tokens=np.zeros(stop - start, np.int32),
-                item_ends=np.arange(stop - start, dtype=np.int32),
-                items=np.array(history[start:stop], np.int32),
-                targets=np.array(targets[start:stop], np.int32),
-                liked=np.full(stop - start, NO_LABEL, np.int8),
-                before=np.array(history[:start], np.int32),
-            )
+    history = History(np.array(items, np.int32))
+    return [
+        Window(
+            tokens=np.zeros(len(items[start : start + size]), np.int32),
+            item_ends=np.arange(len(items[start : start + size]), dtype=np.int32),
+            history=history,
+            start=start,
+            first_target=known + 1,
         )
-    return windows
+        for start in range(0, len(items), size)
+    ]
 
 
 def _batch(histories: list[list[int]], size: int) -> ChunkBatch:
@@ -42,7 +39,7 @@ def _batch(histories: list[list[int]], size: int) -> ChunkBatch:
     ),
     size=st.integers(1, 5),
 )
-def test_seen_is_what_the_user_had_met_but_for_the_target(
+def test_seen_are_the_items_before_a_target_without_the_target(
     histories: list[list[int]], size: int
 ) -> None:
     expected = [
@@ -59,7 +56,7 @@ def test_seen_is_what_the_user_had_met_but_for_the_target(
     known=st.integers(0, 5),
     data=st.data(),
 )
-def test_each_target_is_at_its_place_in_all_that_was_met(
+def test_each_target_is_at_its_place_in_the_history(
     history: list[int], size: int, known: int, data: st.DataObject
 ) -> None:
     """Whichever windows a step reads, and where the first targets are none."""
@@ -68,7 +65,7 @@ def test_each_target_is_at_its_place_in_all_that_was_met(
     chosen = data.draw(st.sets(st.sampled_from(range(len(windows))), min_size=1))
     picked = [windows[i] for i in sorted(chosen)]
     batch = collate([picked], [[torch.zeros(len(w.tokens), 2) for w in picked]])
-    [met] = batch.met_per_client
+    [met] = batch.histories_per_client
     places = batch.known.tolist()
     assert met.tolist() == history[: len(met)]
     assert met[batch.known].tolist() == batch.targets.tolist()
@@ -79,4 +76,4 @@ def test_each_target_is_at_its_place_in_all_that_was_met(
 
 
 def _starts(windows: list[Window], size: int) -> set[int]:
-    return {len(window.before) // size for window in windows}
+    return {window.start // size for window in windows}

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from pfm_llm.config.choices import Task
 from pfm_llm.config.model import HeadConfig, PrivateAdapterConfig, TasteConfig
+from pfm_llm.data.history import NO_LABEL
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.outputs import Outputs
 from pfm_llm.model.private import PrivateContext, Sizes, fits, make_private_part, taste
-from pfm_llm.text.encoding import NO_LABEL
 
 ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3
 HEAD = HeadConfig(dim=8, id_dim=4)

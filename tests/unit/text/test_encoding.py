@@ -1,6 +1,7 @@
 """Histories as windows: every transition once, exact item ends, and the edges."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.model import WindowConfig
+from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.text.encoding import NO_TARGET, HistoryEncoder, Window, windows_hash
 from pfm_llm.text.prompts import Prompt
@@ -41,8 +43,9 @@ def _text(window: Window) -> str:
     return "".join(map(chr, window.tokens.tolist()))
 
 
-def _history(*items: int) -> np.ndarray:
-    return np.array(items, dtype=np.int32)
+def _history(*items: int, ratings: Sequence[float] | None = None) -> History:
+    rated = None if ratings is None else np.array(ratings, np.float32)
+    return History(np.array(items, dtype=np.int32), rated)
 
 
 def test_a_window_is_the_header_and_its_items_and_knows_where_each_ends() -> None:
@@ -52,8 +55,8 @@ def test_a_window_is_the_header_and_its_items_and_knows_where_each_ends() -> Non
     assert window.item_ends.tolist() == [4, 8]
     assert [window.tokens[end] for end in window.item_ends] == [NEW_LINE, NEW_LINE]
     assert window.items.tolist() == [0, 2]
-    assert window.targets.tolist() == [NO_TARGET, NO_TARGET]
-    assert (len(window), window.num_targets) == (2, 0)
+    assert window.targets.tolist() == [2, NO_TARGET]
+    assert (len(window), window.num_targets) == (2, 1)
     assert {a.dtype for a in (window.tokens, window.item_ends, window.items)} == {np.dtype("int32")}
 
 
@@ -68,16 +71,16 @@ def test_a_long_text_is_cut_but_ends_with_its_end_token() -> None:
 
 def test_ratings_are_read_where_the_prompt_shows_them() -> None:
     encoder = _encoder(RATED)
-    ratings = np.array([5.0, 3.5], dtype=np.float32)
-    assert _text(encoder.window(_history(0, 1), ratings)) == "H:\na=5\nbb=3.5\n"
+    rated = _history(0, 1, ratings=[5.0, 3.5])
+    assert _text(encoder.window(rated)) == "H:\na=5\nbb=3.5\n"
     assert _text(encoder.window(_history(0, 1))) == "H:\na\nbb\n"
     known = HistoryEncoder(RATED, CATALOGUE, Characters(), encoder.config, 1000, (5.0, 3.5))
-    assert _text(known.window(_history(0, 1), ratings)) == "H:\na=5\nbb=3.5\n"
-    windows = encoder.training_windows(_history(0, 1, 2, 4), np.array([1, 2, 3, 4.0]))
+    assert _text(known.window(rated)) == "H:\na=5\nbb=3.5\n"
+    longer = _history(0, 1, 2, 4, ratings=[1, 2, 3, 4])
+    windows = encoder.training_windows(longer)
     assert [_text(window) for window in windows] == ["H:\na=1\n", "H:\nbb=2\nccc=3\né=4\n"]
-    query = encoder.query_window(_history(0, 1, 2, 4), np.array([1, 2, 3, 4.0]))
-    assert _text(query) == "H:\nbb=2\nccc=3\né=4\n"
-    assert _text(_encoder().window(_history(0), ratings)) == "H:\na\n"
+    assert _text(encoder.query_window(longer)) == "H:\nbb=2\nccc=3\né=4\n"
+    assert _text(_encoder().window(rated[:1])) == "H:\na\n"
 
 
 @given(
@@ -99,8 +102,8 @@ def test_every_transition_is_a_target_exactly_once(items: list[int], size: int) 
     assert all(window.num_targets for window in windows)
     if size > 1:  # else the last item makes a window without target, which is left out
         assert [item for item, _ in pairs] == items
-        befores = [items[:start] for start in np.cumsum([0, *map(len, windows[:-1])])]
-        assert [window.before.tolist() for window in windows] == befores
+        starts = np.cumsum([0, *map(len, windows[:-1])]).tolist()
+        assert [window.start for window in windows] == starts
     for window in windows:
         assert window.item_ends[-1] == len(window.tokens) - 1
         assert all(window.tokens[end] == NEW_LINE for end in window.item_ends)
@@ -125,8 +128,10 @@ def test_a_history_that_grew_adds_the_new_transitions(
     assert found == list(itertools.pairwise(items))
     assert all(window.num_targets for window in new)
     for window in new:
-        assert window.before.tolist() == items[: len(window.before)]
-        assert window.items.tolist() == items[len(window.before) :][: len(window)]
+        assert window.items.tolist() == items[window.start :][: len(window)]
+        # The user's history, up to the last target of the window.
+        stop = window.start + len(window) + bool(window.targets[-1] != NO_TARGET)
+        assert window.met.tolist() == items[:stop]
     assert new[-1].tokens.tolist() == encoder.query_window(history).tokens.tolist()
 
 
@@ -136,7 +141,7 @@ def test_a_history_that_grew_adds_the_new_transitions(
     max_windows=st.integers(1, 4),
 )
 def test_max_windows_keeps_the_newest(length: int, size: int, max_windows: int) -> None:
-    history = np.arange(length) % 5
+    history = _history(*(np.arange(length) % 5).tolist())
     every = _encoder(items=size).training_windows(history)
     newest = _encoder(items=size, max_windows=max_windows).training_windows(history)
     assert len(newest) == min(max_windows, len(every))
@@ -189,13 +194,12 @@ def test_a_prompt_field_that_the_catalogue_lacks_is_refused() -> None:
 def test_the_hash_of_windows_depends_on_tokens_and_on_where_windows_end() -> None:
     encoder = _encoder()
     one, two = encoder.window(_history(0)), encoder.window(_history(1))
-    again = encoder.window(_history(0), targets=_history(3))
+    again = encoder.window(_history(0, 3), stop=1)
     assert windows_hash([one]) == windows_hash([again])
     hashes = {windows_hash(windows) for windows in ([one], [two], [one, two], [two, one], [])}
     assert len(hashes) == 5
 
     def bare(*tokens: int) -> Window:
-        empty = np.zeros(0, np.int32)
-        return Window(np.array(tokens, np.int32), empty, empty, empty, empty)
+        return Window(np.array(tokens, np.int32), np.zeros(0, np.int32), _history(), 0, 1)
 
     assert windows_hash([bare(1, 2), bare(3)]) != windows_hash([bare(1), bare(2, 3)])
