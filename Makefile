@@ -3,13 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.docs
 # Said explicitly, accelerate needs no config file and warns about no defaults.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
 	--mixed_precision no --dynamo_backend no
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint format bench suite table clean
+.PHONY: help install demo test check lint format bench suite claims table docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,9 +53,19 @@ bench: install ## race the stacked engine against one client at a time
 suite: install ## compare methods on MovieLens-100K, small budget; goes on where it stopped
 	$(LAUNCH) scripts/benchmark.py --suite configs/suites/ml100k.yaml --budget small
 
-table: install ## rebuild README's tables and the reports from the committed results
+claims: install ## look up every figure that README and docs state, in the committed results
+	$(BIN)/python scripts/update_claims.py
+
+table: claims ## rebuild the tables of README and docs, and the reports, from the committed results
 	$(BIN)/python scripts/update_readme.py
 
+docs: install $(DOCS_STAMP) ## build the documentation into site/; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(DOCS_STAMP): pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	@touch $@
+
 clean: ## remove tool caches and build output; .venv, runs and assets stay
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Rebuild the tables of README.md and the reports of all suites from the results (make table)."""
+"""Rebuild the tables of README.md and docs/, and the suites' reports, from results (make table)."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from _cli import run_safely
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; fail when README.md is stale"
+        "--check", action="store_true", help="change nothing; fail when a table is stale"
     )
     run_safely(update, parser.parse_args())
 
@@ -21,18 +21,18 @@ def update(arguments: argparse.Namespace) -> None:
     from pfm_llm.suite.report.page import write_report
     from pfm_llm.suite.report.reading import suite_folders
 
-    path = Path(__file__).resolve().parent.parent / "README.md"
-    text = path.read_text()
-    fresh = with_fresh_tables(text, path.parent)
-    if arguments.check and fresh != text:
-        raise SystemExit("README.md is stale; run make table")
-    if fresh == text:
-        print("README.md is up to date")
-    else:
+    root = Path(__file__).resolve().parent.parent
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = path.read_text()
+        fresh = with_fresh_tables(text, root)
+        if fresh == text:
+            continue
+        if arguments.check:
+            raise SystemExit(f"{path.name} is stale; run make table")
         files.write_text(path, fresh)
-        print("README.md rebuilt")
+        print(f"{path.name} rebuilt")
     if not arguments.check:
-        for folder in suite_folders(path.parent / "results"):
+        for folder in suite_folders(root / "results"):
             print(write_report(folder))
 
 

@@ -1,6 +1,6 @@
-"""Tables of README.md, rebuilt from result files so that no figure is typed by hand.
+"""Tables of README.md and docs/, rebuilt from result files so that no figure is typed by hand.
 
-A table stands between two comments, the first of which names its file or its suite's folder::
+A table stands between two comments, the first of which says what it is made of::
 
     <!-- table: results/ml100k/results.json -->
     ...
@@ -10,8 +10,15 @@ A table stands between two comments, the first of which names its file or its su
     ...
     <!-- end of table -->
 
-A file with ``ratios`` (of ``benchmarks/engine.py``) becomes a table of the race, any other a
-table of results; a suite's folder becomes a table of its methods.
+    <!-- claims: next.films hits.films: popularity ease pfm -->
+    ...
+    <!-- end of table -->
+
+The third has a column for each prefix and a row for each name: its figures are the claims
+``next.films.popularity``, ``hits.films.popularity`` and so on of ``results/claims.json``, its
+headings their units, and its rows' names the notes of the first column. A file with ``ratios`` (of
+``benchmarks/engine.py``) becomes a table of the race, any other file a table of results; a suite's
+folder becomes a table of its methods.
 """
 
 import re
@@ -23,10 +30,11 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.base.files import read_json
 from pfm_llm.evaluation.results import read_results
 from pfm_llm.evaluation.tables import results_table
+from pfm_llm.suite.claims import Claim, read_claims
 from pfm_llm.suite.report.tables import markdown_table
 
 _TABLE = re.compile(
-    r"(<!-- (?P<kind>table|suite): (?P<path>\S+) -->\n).*?(?P<end><!-- end of table -->)",
+    r"(<!-- (?P<kind>table|suite|claims): (?P<what>[^>]+) -->\n).*?(?P<end><!-- end of table -->)",
     flags=re.DOTALL,
 )
 
@@ -39,24 +47,48 @@ def with_fresh_tables(text: str, root: Path) -> str:
         root: What the named files are relative to.
 
     Raises:
-        DataError: A named file does not exist, or a named folder holds no results.
+        DataError: A named file or claim does not exist, or a named folder holds no results.
     """
 
     def rebuilt(match: re.Match[str]) -> str:
-        make = markdown_table if match["kind"] == "suite" else _table
-        return f"{match[1]}{make(root / match['path'])}\n{match['end']}"
+        what = match["what"]
+        if match["kind"] == "claims":
+            table = _claims_table(what, read_claims(root))
+        else:
+            table = (markdown_table if match["kind"] == "suite" else _table)(root / what)
+        return f"{match[1]}{table}\n{match['end']}"
 
     return _TABLE.sub(rebuilt, text)
 
 
 def _table(path: Path) -> str:
     if not path.is_file():
-        raise DataError(f"README.md names {path.name} at {path.parent}, which is not there")
+        raise DataError(f"a table is to be made of {path}, which is not there")
     content = read_json(path)
     if "ratios" in content:
         return _race_table(content)
     rows, extra = read_results(path)
     return f"{results_table(rows).strip()}\n\n{_costs(extra)}"
+
+
+def _claims_table(what: str, claims: Mapping[str, Claim]) -> str:
+    """A row for each name, a column for each prefix; intervals in the first column alone."""
+    prefixes, names = (part.split() for part in what.split(":"))
+    missing = [f"{p}.{n}" for p in prefixes for n in names if f"{p}.{n}" not in claims]
+    if missing:
+        raise DataError(f"no claim {', '.join(missing)}; see results/claims.yaml, run make claims")
+    rows = [[claims[f"{prefix}.{name}"] for prefix in prefixes] for name in names]
+    first, *others = (claim.unit for claim in rows[0])
+    lines = [
+        f"| What ranks | {' | '.join([f'{first} [95 %]', *others])} |",
+        f"| --- |{' ---: |' * len(prefixes)}",
+    ]
+    for own in rows:
+        values = [f"{claim.value:.4f}" for claim in own]
+        if own[0].ci_low is not None:
+            values[0] += f" [{own[0].ci_low:.4f}, {own[0].ci_high:.4f}]"
+        lines.append(f"| {own[0].note} | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
 def _costs(extra: Mapping[str, Any]) -> str:
@@ -71,7 +103,7 @@ def _costs(extra: Mapping[str, Any]) -> str:
         f"{per_update:.1f} MB a client and round each way ({costs['bytes_up'] / 1e9:.2f} GB up, "
         f"{costs['bytes_down'] / 1e9:.2f} GB down in all); before the evaluation {fitted}, "
         "after which "
-        f"{costs['share_of_users_with_private_adapter']:.0%} of the users have a private adapter "
+        f"{costs['share_of_users_with_private_adapter']:.0%} of the users have a private part "
         f"that is not zero. Measured on {here['threads']} threads of {here['cpu']}, "
         f"{here['dtype']}: {costs['round_seconds'] / 60:.0f} min of rounds, "
         f"{costs['evaluation_seconds'] / 60:.0f} min of evaluation."

@@ -1,20 +1,30 @@
-"""README's tables are those of the committed results."""
+"""The tables of README and docs are those of the committed results."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.evaluation.results import ResultRow, write_results
+from pfm_llm.suite.claims import Claim, claims_text
 from pfm_llm.suite.readme import with_fresh_tables
 
 ROOT = Path(__file__).parents[3]
 
 
-def test_tables_of_the_readme_are_those_of_the_committed_results() -> None:
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_the_tables_of_a_page_are_those_of_the_committed_results(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert "<!-- end of table -->" in text
+    assert with_fresh_tables(text, ROOT) == text, f"{name} is stale; run make table"
+
+
+def test_the_front_page_has_one_table_of_at_most_eight_rows() -> None:
     text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- table: ") >= 2
-    assert with_fresh_tables(text, ROOT) == text, "README.md is stale; run make table"
+    [table] = re.findall(r"<!-- claims: .*?<!-- end of table -->", text, re.DOTALL)
+    assert text.count("<!-- end of table -->") == 1
+    assert len(re.findall(r"^\|", table, re.MULTILINE)) <= 2 + 8
 
 
 def test_a_stale_table_is_replaced_and_the_text_around_it_stays(tmp_path: Path) -> None:
@@ -42,6 +52,39 @@ def test_a_stale_table_is_replaced_and_the_text_around_it_stays(tmp_path: Path) 
 def test_a_missing_result_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.json"):
         with_fresh_tables("<!-- table: nothing.json -->\n<!-- end of table -->", tmp_path)
+
+
+def claims_file(root: Path, *names: str) -> None:
+    """Claims ``one.<name>`` and ``two.<name>`` for each name, with values 0.1 and 0.2."""
+    (root / "results").mkdir()
+    rows = [
+        Claim(f"{prefix}.{name}", value, 0.05, 0.3, unit, None, None, "c", "f", "c", (0,), note)
+        for name in names
+        for prefix, value, unit, note in (
+            ("one", 0.1, "NDCG", f"The {name}"),
+            ("two", 0.2, "HR", ""),
+        )
+    ]
+    (root / "results" / "claims.json").write_text(claims_text(rows))
+
+
+def test_a_table_of_claims_has_a_row_for_each_name_and_a_column_for_each_prefix(
+    tmp_path: Path,
+) -> None:
+    claims_file(tmp_path, "first", "last")
+    text = "<!-- claims: one two: last first -->\n<!-- end of table -->"
+    assert with_fresh_tables(text, tmp_path).splitlines()[1:-1] == [
+        "| What ranks | NDCG [95 %] | HR |",
+        "| --- | ---: | ---: |",
+        "| The last | 0.1000 [0.0500, 0.3000] | 0.2000 |",
+        "| The first | 0.1000 [0.0500, 0.3000] | 0.2000 |",
+    ]
+
+
+def test_a_table_of_claims_that_are_not_there_is_an_error(tmp_path: Path) -> None:
+    claims_file(tmp_path, "first")
+    with pytest.raises(DataError, match=r"no claim two\.next"):
+        with_fresh_tables("<!-- claims: two: next -->\n<!-- end of table -->", tmp_path)
 
 
 def test_costs_stand_below_a_table_of_results(tmp_path: Path) -> None:
