@@ -13,7 +13,7 @@ from pfm_llm.config.choices import ServerOptimizer, Weighting
 from pfm_llm.config.schema import FederationConfig, ServerConfig
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import ClientUpdate, SharedState
-from pfm_llm.server.aggregation import RunningSum
+from pfm_llm.server.aggregation import WeightedMean
 from pfm_llm.server.server import Server
 
 _CLIENTS = ("a", "b", "c", "d")
@@ -49,7 +49,7 @@ def _snapshot(server: Server) -> dict[str, torch.Tensor]:
 
 
 def test_a_round_of_averaging() -> None:
-    server, total = _server(), RunningSum()
+    server, total = _server(), WeightedMean()
     for client_id, value in zip(_CLIENTS, (1.0, 2.0, 3.0, 6.0), strict=True):
         assert server.receive(total, _update(server, client_id, value))
     summary = server.aggregate(total)
@@ -66,7 +66,7 @@ def test_a_round_of_averaging() -> None:
 )
 def test_weighting(weighting: Weighting, expected: float) -> None:
     # uniform: (0 + 10) / 2; by examples: (3 * 0 + 1 * 10) / 4
-    server, total = _server(weighting=weighting), RunningSum()
+    server, total = _server(weighting=weighting), WeightedMean()
     server.receive(total, _update(server, "a", 0.0, num_examples=3))
     server.receive(total, _update(server, "b", 10.0, num_examples=1))
     server.aggregate(total)
@@ -81,7 +81,7 @@ def _without(update: ClientUpdate, name: str) -> ClientUpdate:
 def test_bad_updates_are_refused_and_counted_and_the_round_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    server, total = _server(), RunningSum()
+    server, total = _server(), WeightedMean()
     bad = [
         _update(server, "b", math.nan),
         _update(server, "c", 1.0, round_number=2),
@@ -102,7 +102,7 @@ def test_bad_updates_are_refused_and_counted_and_the_round_goes_on(
 
 
 def test_a_client_outside_the_cohort_is_refused() -> None:
-    server, total = _server(cohort_size=2), RunningSum()
+    server, total = _server(cohort_size=2), WeightedMean()
     server.load_state_tensors(server.state_tensors(), 2)
     cohort = server.select_cohort(3)
     outside = next(client for client in _CLIENTS if client not in cohort)
@@ -111,7 +111,7 @@ def test_a_client_outside_the_cohort_is_refused() -> None:
 
 
 def test_nothing_accepted_leaves_the_state_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    server, total = _server(optimizer=ServerOptimizer.FEDADAM), RunningSum()
+    server, total = _server(optimizer=ServerOptimizer.FEDADAM), WeightedMean()
     server.receive(total, _update(server, "a", math.nan))
     before = _snapshot(server)
     with caplog.at_level(logging.WARNING, logger="pfm_llm.server.server"):
@@ -124,11 +124,11 @@ def test_nothing_accepted_leaves_the_state_and_says_so(caplog: pytest.LogCapture
 
 
 def test_a_step_that_is_not_finite_leaves_the_state() -> None:
-    server, total = _server(optimizer=ServerOptimizer.FEDADAM), RunningSum()
+    server, total = _server(optimizer=ServerOptimizer.FEDADAM), WeightedMean()
     server.receive(total, _update(server, "a", 1.0))
     server.aggregate(total)
     before = _snapshot(server)
-    huge = RunningSum()
+    huge = WeightedMean()
     server.receive(huge, _update(server, "b", 1e30, 2))
     with pytest.raises(TrainingError, match="not finite"):
         server.aggregate(huge)
@@ -138,7 +138,7 @@ def test_a_step_that_is_not_finite_leaves_the_state() -> None:
 
 def _play(server: Server, rounds: range) -> None:
     for round_number in rounds:
-        total = RunningSum()
+        total = WeightedMean()
         for index, client_id in enumerate(server.select_cohort(round_number)):
             value = math.sin(10 * round_number + index)
             server.receive(total, _update(server, client_id, value, round_number))
