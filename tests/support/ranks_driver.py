@@ -35,6 +35,7 @@ def main(config_file: str, out: Path) -> None:
         "chunks": len(chunks),
         "own_chunks": len(processes.share(chunks)),
         "num_updates": updates.tally.num_updates,
+        "noted": updates.tally.noted,
         "threads": torch.get_num_threads(),
         "disk_full_at_commit": failure_of(federation, where=0),
         "disk_full_at_private_save": failure_of(federation, where=1),

@@ -248,9 +248,7 @@ def test_a_client_is_never_counted_twice(kind: Kind) -> None:
         (_random(0) | {"head.item_bias": torch.ones(6)}, r"shape \[6\], must be \[3, 2\]"),
     ],
 )
-def test_a_misfit_changes_nothing(
-    kind: Kind, delta: dict[str, torch.Tensor], message: str
-) -> None:
+def test_a_misfit_changes_nothing(kind: Kind, delta: dict[str, torch.Tensor], message: str) -> None:
     total = _sum([_update("a", _random(0))], [1.0], kind)
     with pytest.raises(ContractError, match=message):
         total.add(_update("b", delta), 1.0)
