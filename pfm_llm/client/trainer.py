@@ -16,6 +16,7 @@ from pfm_llm.data.history import History
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.protocol.contract import UpdateContract
+from pfm_llm.protocol.stages import Stages
 from pfm_llm.protocol.types import PRIVATE_PREFIX, ClientUpdate, PrivateState, SharedState, Tensors
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,10 @@ class LocalTrainer:
         self._contract = contract
         self._private = model.objective.private
         self._local = config.federation.local
+        federation = config.federation
+        self._stages = Stages(
+            [stage.choice for stage in federation.stages], config.seed, federation.cohort_size
+        )
 
     def chunks(self, cohort: Sequence[str]) -> list[tuple[str, ...]]:
         """The cohort's chunks; equal on every process."""
@@ -97,7 +102,11 @@ class LocalTrainer:
                 round_number=round_number,
                 num_examples=counts[c],
                 loss=losses[c],
-                delta={name: (new[name][c] - received[name][c]).cpu() for name in sent},
+                delta=self._stages.on_client(
+                    {name: (new[name][c] - received[name][c]).cpu() for name in sent},
+                    client_id,
+                    round_number,
+                ),
             )
             for c, client_id in enumerate(chunk)
         ]

@@ -62,6 +62,13 @@ class Weighting(StrEnum):
     NUM_EXAMPLES = "num_examples"
 
 
+class Aggregation(StrEnum):
+    """What the server makes of a round's updates; see `server.aggregation`."""
+
+    MEAN = "mean"
+    MEDIAN = "median"
+
+
 class ServerOptimizer(StrEnum):
     """What the server does with the aggregated update."""
 

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import (
+    Aggregation,
     Dtype,
     HeldOutSplit,
     LearningRateSchedule,
@@ -35,6 +36,7 @@ from pfm_llm.config.model import (
     WindowConfig,
 )
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
+from pfm_llm.config.stages import StageConfig, stages_problem
 from pfm_llm.config.text import apply_override, explain
 
 _FEDAVG_STEPS = 4
@@ -107,6 +109,7 @@ class ServerConfig(Settings):
 
     optimizer: ServerOptimizer = ServerOptimizer.FEDADAM
     weighting: Weighting = Weighting.UNIFORM
+    aggregator: Aggregation = Field(Aggregation.MEAN, description="median: of each number")
     lr_lora: Positive = 1e-3
     lr_head: Positive = 3e-3
     lr_item_ids: Positive = 3e-3
@@ -131,6 +134,9 @@ class FederationConfig(Settings):
     cohort_size: PositiveCount = 16
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
+    stages: tuple[StageConfig, ...] = Field(
+        (), description="what is done to each update, in order, such as [{clip: {norm: 1.0}}]"
+    )
 
 
 class EvaluationConfig(Settings):
@@ -226,6 +232,7 @@ class ExperimentConfig(Settings):
             _private_problem(self),
             _task_problem(self),
             _regime_problem(self),
+            _aggregation_problem(self),
             _output_problem(self),
         ):
             if problem is not None:
@@ -283,6 +290,16 @@ def _regime_problem(config: ExperimentConfig) -> str | None:
             "and federation.server.optimizer: average or fedavgm"
         )
     return None
+
+
+def _aggregation_problem(config: ExperimentConfig) -> str | None:
+    server = config.federation.server
+    if server.aggregator is Aggregation.MEDIAN and server.weighting is not Weighting.UNIFORM:
+        return (
+            "federation.server.aggregator: median counts every client once; set "
+            "federation.server.weighting: uniform"
+        )
+    return stages_problem(config.federation.stages)
 
 
 def _output_problem(config: ExperimentConfig) -> str | None:

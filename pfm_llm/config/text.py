@@ -72,6 +72,9 @@ def explain(problem: Any, root: type[BaseModel]) -> str:
 def _keys_at(location: list[str], root: type[BaseModel]) -> list[str]:
     model: Any = root
     for part in location:
+        if part.isdecimal():  # an entry of a list: `model` is tuple[Entry, ...]
+            model = typing.get_args(model)[0]
+            continue
         annotation = model.model_fields[part].annotation
         options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
         model = next((o for o in options if isinstance(o, type)), annotation)

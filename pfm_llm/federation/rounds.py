@@ -12,12 +12,9 @@ from pfm_llm.base.files import remove_temporary
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, log_to_trackers
 from pfm_llm.base.progress import Progress
-from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.client.trainer import LocalTrainer
-from pfm_llm.config.choices import ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.federation.aggregation_error import Factors, aggregation_error, factors_of
-from pfm_llm.server.aggregation import RunningSum, SumPayload
+from pfm_llm.federation.exchange import Exchange
+from pfm_llm.server.aggregation import Aggregator
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment, check_resumable
 from pfm_llm.server.server import RoundSummary, Server
 
@@ -38,8 +35,7 @@ class Federation:
     Attributes:
         config: The experiment.
         server: Holds the shared state.
-        trainer: The clients' side.
-        store: The clients' private folders.
+        exchange: Has cohorts trained.
         checkpoints: The commit point.
         environment: What a resumed run must match.
         metrics_log: A line per round.
@@ -48,8 +44,7 @@ class Federation:
 
     config: ExperimentConfig
     server: Server
-    trainer: LocalTrainer
-    store: PrivateStore
+    exchange: Exchange
     checkpoints: CheckpointStore
     environment: RunEnvironment
     metrics_log: MetricsLog
@@ -71,8 +66,9 @@ def run_rounds(
         on_commit: Called after every commit, on every process.
 
     Raises:
-        TrainingError: A round in which no update was usable, or a step that was not finite. What
-            was committed before stays.
+        TrainingError: A round in which a part of the cohort was not trained or no update was
+            usable, or a step that was not finite. That round does not count, and what was
+            committed before stays.
     """
     config, server = federation.config, federation.server
     last_round, every = config.federation.num_rounds, config.evaluation.every
@@ -87,49 +83,16 @@ def run_rounds(
         for round_number in range(first_round, last_round + 1):
             started = time.perf_counter()
             cohort = server.select_cohort(round_number)
-            total, error = train_cohort(federation, cohort)
-            summary = server.aggregate(total)
-            _require_usable(summary)
+            updates = federation.exchange.train(cohort, server.shared)
+            _check_complete(updates, cohort, round_number)
+            summary = server.aggregate(updates)
             record = _record(federation, summary, time.perf_counter() - started)
-            if error is not None:
-                record["aggregation_error"] = error
             if every and round_number % every == 0 and round_number < last_round:
                 record["validation"] = validate()
             _report(federation, record, progress)
             if round_number % config.output.checkpoint_every == 0 or round_number == last_round:
                 commit(federation, round_number)
                 on_commit(round_number)
-
-
-def train_cohort(federation: Federation, cohort: Sequence[str]) -> tuple[RunningSum, float | None]:
-    """Train a cohort, each process its chunks, and sum the updates in the order of chunks.
-
-    Args:
-        federation: The parts.
-        cohort: Client ids.
-
-    Returns:
-        The sum over the whole cohort, equal on every process; and, where models are averaged, by
-        how much the mean of the LoRA factors misses the mean of their products.
-    """
-    server, trainer, processes = federation.server, federation.trainer, federation.processes
-    pieces: list[tuple[int, tuple[SumPayload, list[tuple[float, Factors]]]]] = []
-    averages = federation.config.federation.server.optimizer is not ServerOptimizer.FEDADAM
-    with processes.together():
-        for index, chunk in processes.share(trainer.chunks(cohort)):
-            subtotal = RunningSum()
-            own: list[tuple[float, Factors]] = []
-            for update in trainer.train_chunk(chunk, server.shared):
-                if server.receive(subtotal, update) and averages:
-                    weight = server.weight_of(update)
-                    own.append((weight, factors_of(server.shared.tensors, update.delta)))
-            pieces.append((index, (subtotal.to_payload(), own)))
-    total = RunningSum()
-    clients: list[tuple[float, Factors]] = []
-    for payload, own in processes.gather(pieces):
-        total.merge(RunningSum.from_payload(payload))
-        clients += own
-    return total, aggregation_error(clients)
 
 
 def commit(federation: Federation, round_number: int) -> None:
@@ -143,16 +106,25 @@ def commit(federation: Federation, round_number: int) -> None:
             federation.checkpoints.save(
                 round_number, federation.server.state_tensors(), federation.environment
             )
-            federation.store.prune(min(federation.checkpoints.rounds()))
+            federation.exchange.prune(min(federation.checkpoints.rounds()))
 
 
-def _require_usable(summary: RoundSummary) -> None:
-    if summary.num_updates == 0:
-        reason = summary.refusals[0] if summary.refusals else "the cohort sent nothing"
+def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: int) -> None:
+    """Raise `TrainingError` unless every client is accounted for and some update is usable."""
+    tally = updates.tally
+    silent = sorted(set(cohort).difference(tally.client_ids))
+    if len(silent) > len(tally.refusals):
         raise TrainingError(
-            f"round {summary.round_number}: none of {len(summary.refusals)} updates was usable "
-            f"({reason}); lower the learning rates under federation.local and federation.server, "
-            "then go on with --resume from the last commit"
+            f"round {round_number}: of {len(cohort)} clients {tally.num_updates} sent an update "
+            f"and {len(tally.refusals)} were refused; nothing is known of the others (among "
+            f"{', '.join(map(repr, silent[:3]))}). The round does not count; go on with --resume "
+            "from the last commit"
+        )
+    if not tally.num_updates:
+        raise TrainingError(
+            f"round {round_number}: none of {len(tally.refusals)} updates was usable "
+            f"({tally.refusals[0]}); lower the learning rates under federation.local and "
+            "federation.server, then go on with --resume from the last commit"
         )
 
 
@@ -160,7 +132,7 @@ def _record(federation: Federation, summary: RoundSummary, seconds: float) -> di
     sent = federation.server.contract.tensors.values()
     size = sum(math.prod(spec.shape) for spec in sent) * _BYTES_PER_NUMBER
     num_clients = summary.num_updates + len(summary.refusals)
-    return {
+    record = {
         "round": summary.round_number,
         "loss": summary.loss,
         "num_clients": num_clients,
@@ -172,7 +144,9 @@ def _record(federation: Federation, summary: RoundSummary, seconds: float) -> di
         "bytes_down": size * num_clients,
         "lr_factor": summary.lr_factor,
         "aggregated_norm": summary.update_norm,
+        **federation.exchange.diagnostics,
     }
+    return {**record, "stages": summary.stages} if summary.stages else record
 
 
 def _report(federation: Federation, record: Mapping[str, Any], progress: Progress) -> None:
@@ -211,7 +185,7 @@ def resume_from(federation: Federation, from_round: int | None = None) -> int:
         if federation.processes.is_main:
             if from_round is not None:
                 federation.checkpoints.rollback(from_round)
-            discarded = federation.store.discard_newer(committed)
+            discarded = federation.exchange.discard_newer(committed)
             federation.metrics_log.truncate_after(committed)
             remove_temporary(federation.metrics_log.path.parent)
             _log.info(

@@ -184,8 +184,10 @@ class UpdateContract:
 
 
 def _check_spec(client_id: str, name: str, tensor: Any, spec: TensorSpec) -> None:
-    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
-        raise ContractError(f"client {_show(client_id)}: {name} is not a dense tensor")
+    dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+    # A nested tensor may have that layout and no shape; one on `meta` has no values.
+    if not dense or tensor.is_nested or tensor.is_meta:
+        raise ContractError(f"client {_show(client_id)}: {name} is not a dense tensor with values")
     found = TensorSpec.of(tensor)
     if found != spec:
         raise ContractError(f"client {_show(client_id)}: {name} is {found}, must be {spec}")

@@ -15,10 +15,12 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, HubError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, start_processes
+from pfm_llm.config.choices import Aggregation, ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig, dump_config, load_config, training_hash
 from pfm_llm.runs.environment import environment
 from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.baselines import parse_names
+from pfm_llm.federation.exchange import LocalExchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunFolders
 from pfm_llm.runs.private_weight import with_chosen_weight
@@ -152,11 +154,13 @@ def make_federation(assembly: Assembly, folders: RunFolders, processes: Processe
         tokens_per_chunk=config.runtime.tokens_per_chunk,
         device=processes.device,
     )
+    server, settings = _new_server(assembly), config.federation.server
+    averages = settings.optimizer is not ServerOptimizer.FEDADAM
+    measure_error = averages and settings.aggregator is Aggregation.MEAN
     return Federation(
         config=config,
-        server=_new_server(assembly),
-        trainer=assembly.trainer,
-        store=assembly.store,
+        server=server,
+        exchange=LocalExchange(server, assembly.trainer, assembly.store, processes, measure_error),
         checkpoints=CheckpointStore(folders.public / SERVER_FOLDER),
         environment=environment,
         metrics_log=MetricsLog(folders.public / METRICS_FILE),

@@ -242,6 +242,7 @@ def _costs(
         "bytes_up": sum(record["bytes_up"] for record in records),
         "bytes_down": sum(record["bytes_down"] for record in records),
         "refused_updates": sum(record["refused"] for record in records),
+        "stages_in_last_round": records[-1].get("stages", {}) if records else {},
         "round_seconds": sum(record["seconds"] for record in records),
         "training_seconds_of_last_start": training_seconds,
         "personalise_client_steps": evaluated.private_steps,

@@ -1,27 +1,73 @@
-"""Streamed aggregation of updates: updates come in, a mean goes out.
+"""Aggregation: a round's updates come in, one update goes out.
 
 Nothing here knows of clients' data or private states.
 """
 
+import abc
+import dataclasses
 import math
-from typing import Self, TypedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self, TypedDict
 
 import torch
 
 from pfm_llm.base.errors import ContractError, TrainingError
-from pfm_llm.config.choices import Weighting
+from pfm_llm.config.choices import Aggregation, Weighting
 from pfm_llm.protocol.types import ClientUpdate, Tensors
 
 
-class SumPayload(TypedDict):
-    """A `RunningSum` as plain data, to cross a process boundary."""
+@dataclass
+class Tally:
+    """Whose updates an aggregator holds, and their numbers.
 
-    tensors: dict[str, torch.Tensor]
-    total_weight: float
-    weighted_loss: float
-    num_examples: int
-    client_ids: list[str]
-    refusals: list[str]
+    Attributes:
+        client_ids: Whose updates were added, in order.
+        refusals: Why others were refused, one reason for each.
+        total_weight: The sum of the weights of those that were added.
+        weighted_loss: The sum of their losses (nats), each times its weight.
+        num_examples: The sum of their examples.
+        noted: Name of a stage to what it noted of each update, in order.
+    """
+
+    client_ids: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    total_weight: float = 0.0
+    weighted_loss: float = 0.0
+    num_examples: int = 0
+    noted: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates were added."""
+        return len(self.client_ids)
+
+    @property
+    def loss(self) -> float | None:
+        """Their weighted mean loss (nats); None when nothing was added."""
+        return self.weighted_loss / self.total_weight if self.client_ids else None
+
+    def note(self, noted: Mapping[str, float]) -> None:
+        """Keep what the stages noted of one update."""
+        for name, figure in noted.items():
+            self.noted.setdefault(name, []).append(figure)
+
+    def merge(self, other: "Tally") -> None:
+        """Count what another tally counted."""
+        self.client_ids += other.client_ids
+        self.refusals += other.refusals
+        self.total_weight += other.total_weight
+        self.weighted_loss += other.weighted_loss
+        self.num_examples += other.num_examples
+        for name, figures in other.noted.items():
+            self.noted.setdefault(name, []).extend(figures)
+
+
+class Payload(TypedDict):
+    """An `Aggregator` as plain data, to cross a process boundary."""
+
+    held: list[dict[str, torch.Tensor]]
+    tally: dict[str, Any]
 
 
 def update_weight(weighting: Weighting, num_examples: int) -> float:
@@ -29,22 +75,36 @@ def update_weight(weighting: Weighting, num_examples: int) -> float:
     return 1.0 if weighting is Weighting.UNIFORM else float(num_examples)
 
 
-class RunningSum:
-    """The weighted sum of the updates seen so far; no update is kept.
+class Aggregator(abc.ABC):
+    """Gathers the updates of a chunk of clients or of a round, and makes one update of them.
 
-    Sums are held in float64: float32 values then add up without rounding that a float32 mean
-    could show, in whatever order clients, chunks and processes come. Equal updates aggregate to
-    exactly themselves.
+    A kind of aggregation says what it holds of an update (`_take`) and what it makes of all that
+    it holds (`_combine`). Checks and counts are the same for all kinds, so they stand here. The
+    result must not depend on the order of clients, chunks and processes, and equal updates must
+    aggregate to themselves.
+
+    Attributes:
+        tally: Whose updates are in it.
     """
 
     def __init__(self) -> None:
-        """Start an empty sum."""
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._total_weight = 0.0
-        self._weighted_loss = 0.0
-        self._num_examples = 0
-        self._client_ids: list[str] = []
-        self._refusals: list[str] = []
+        """Start empty."""
+        self.tally = Tally()
+        # Sums or single updates, as the kind wants; all have the names and shapes of an update.
+        self._held: list[dict[str, torch.Tensor]] = []
+
+    @abc.abstractmethod
+    def _take(self, tensors: Tensors, weight: float) -> None:
+        """Take in one update, or what another aggregator of this kind holds (weight 1).
+
+        Args:
+            tensors: Names and shapes are those of what is held; not to be kept or changed.
+            weight: How much an update counts, above 0.
+        """
+
+    @abc.abstractmethod
+    def _combine(self) -> dict[str, torch.Tensor]:
+        """The aggregate of what is held: name to float32 CPU tensor of an update's shape."""
 
     def add(self, update: ClientUpdate, weight: float) -> None:
         """Add one update.
@@ -54,121 +114,122 @@ class RunningSum:
             weight: How much it counts, above 0; see `update_weight`.
 
         Raises:
-            ContractError: The client is in the sum already, the tensors differ in name or shape
-                from those before, or the weight is not a positive number. The sum is unchanged.
+            ContractError: The client was added already, the tensors differ in name or shape
+                from those before, or the weight is not a positive number. Nothing is changed.
         """
         if not (math.isfinite(weight) and weight > 0):
             raise ContractError(
                 f"client {update.client_id!r}: weight {weight} is not a positive number"
             )
         self._check_joinable([update.client_id], update.delta)
-        self._accumulate(update.delta, weight)
-        self._total_weight += weight
-        self._weighted_loss += weight * update.loss
-        self._num_examples += update.num_examples
-        self._client_ids.append(update.client_id)
+        self._take(update.delta, weight)
+        own = Tally([update.client_id], [], weight, weight * update.loss, update.num_examples)
+        self.tally.merge(own)
 
     def refuse(self, reason: str) -> None:
         """Count an update that was refused; ``reason`` names the client."""
-        self._refusals.append(reason)
+        self.tally.refusals.append(reason)
 
-    def merge(self, other: "RunningSum") -> None:
-        """Add another sum, of other clients of the same round.
+    def merge(self, other: Self) -> None:
+        """Add what another aggregator holds, of other clients of the same round.
 
         Raises:
-            ContractError: A client is in both, or the tensors differ in name or shape. The sum
-                is unchanged.
+            ContractError: A client is in both, or the tensors differ in name or shape. Nothing
+                is changed.
         """
-        if other._client_ids:
-            self._check_joinable(other._client_ids, other._tensors)
-            self._accumulate(other._tensors, 1.0)
-        self._total_weight += other._total_weight
-        self._weighted_loss += other._weighted_loss
-        self._num_examples += other._num_examples
-        self._client_ids += other._client_ids
-        self._refusals += other._refusals
+        if other._held:
+            self._check_joinable(other.tally.client_ids, other._held[0])
+            for tensors in other._held:
+                self._take(tensors, 1.0)
+        self.tally.merge(other.tally)
 
-    def mean(self) -> dict[str, torch.Tensor]:
-        """The weighted mean: name to float32 CPU tensor.
+    def result(self) -> dict[str, torch.Tensor]:
+        """The aggregate: name to float32 CPU tensor of an update's shape.
 
         Raises:
             TrainingError: Nothing was added.
         """
-        if not self._client_ids:
-            raise TrainingError("no update was accepted in this round: there is no mean")
-        return {
-            name: (total / self._total_weight).to(torch.float32)
-            for name, total in self._tensors.items()
-        }
+        if not self.tally.client_ids:
+            raise TrainingError("no update was accepted in this round: nothing can be aggregated")
+        return self._combine()
 
-    @property
-    def num_updates(self) -> int:
-        """How many updates were added."""
-        return len(self._client_ids)
-
-    @property
-    def total_weight(self) -> float:
-        """The sum of their weights."""
-        return self._total_weight
-
-    @property
-    def num_examples(self) -> int:
-        """The sum of their examples."""
-        return self._num_examples
-
-    @property
-    def loss(self) -> float | None:
-        """Their weighted mean loss (nats); None when nothing was added."""
-        return self._weighted_loss / self._total_weight if self._client_ids else None
-
-    @property
-    def client_ids(self) -> tuple[str, ...]:
-        """Whose updates were added, in order."""
-        return tuple(self._client_ids)
-
-    @property
-    def refusals(self) -> tuple[str, ...]:
-        """Why updates were refused, one reason for each."""
-        return tuple(self._refusals)
-
-    def to_payload(self) -> SumPayload:
-        """The sum as plain data. The tensors (float64) are shared with this sum, not copied."""
-        return SumPayload(
-            tensors=dict(self._tensors),
-            total_weight=self._total_weight,
-            weighted_loss=self._weighted_loss,
-            num_examples=self._num_examples,
-            client_ids=list(self._client_ids),
-            refusals=list(self._refusals),
-        )
+    def to_payload(self) -> Payload:
+        """Everything as plain data. The tensors are shared with this aggregator, not copied."""
+        return Payload(held=list(self._held), tally=dataclasses.asdict(self.tally))
 
     @classmethod
-    def from_payload(cls, payload: SumPayload) -> Self:
-        """The sum that `to_payload` described; adding to it leaves the payload unchanged."""
-        result = cls()
-        result._tensors = {name: t.clone() for name, t in payload["tensors"].items()}
-        result._total_weight = payload["total_weight"]
-        result._weighted_loss = payload["weighted_loss"]
-        result._num_examples = payload["num_examples"]
-        result._client_ids = list(payload["client_ids"])
-        result._refusals = list(payload["refusals"])
-        return result
+    def from_payload(cls, payload: Payload) -> Self:
+        """What `to_payload` described; adding to it leaves the payload unchanged."""
+        made = cls()
+        made._held = [{n: t.clone() for n, t in held.items()} for held in payload["held"]]
+        made.tally.merge(Tally(**payload["tally"]))
+        return made
 
     def _check_joinable(self, client_ids: list[str], tensors: Tensors) -> None:
-        twice = set(client_ids).intersection(self._client_ids)
+        twice = set(client_ids).intersection(self.tally.client_ids)
         if twice:
             raise ContractError(f"client {min(twice)!r} would be counted twice in this round")
-        if self._client_ids:
-            check_same_tensors(tensors, self._tensors, client_ids[0])
+        if self._held:
+            check_same_tensors(tensors, self._held[0], client_ids[0])
 
-    def _accumulate(self, tensors: Tensors, weight: float) -> None:
-        if not self._tensors:
-            self._tensors = {
-                name: torch.zeros(tensor.shape, dtype=torch.float64)
-                for name, tensor in tensors.items()
-            }
+
+class WeightedMean(Aggregator):
+    """The weighted mean of the updates, streamed: no update is kept.
+
+        Δ̄ = Σ_u w_u Δ_u / Σ_u w_u        (FedAvg, arXiv 1602.05629, algorithm 1)
+
+    Sums are held in float64: float32 values then add up without rounding that a float32 mean
+    could show, in whatever order clients, chunks and processes come. Equal updates aggregate to
+    exactly themselves. One client can move the mean as far as it likes.
+    """
+
+    def _take(self, tensors: Tensors, weight: float) -> None:
+        if not self._held:
+            zeros = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in tensors.items()}
+            self._held.append(zeros)
         for name, tensor in tensors.items():
-            self._tensors[name].add_(tensor.detach().cpu(), alpha=weight)
+            self._held[0][name].add_(tensor.detach().cpu(), alpha=weight)
+
+    def _combine(self) -> dict[str, torch.Tensor]:
+        total = self.tally.total_weight
+        return {name: (held / total).to(torch.float32) for name, held in self._held[0].items()}
+
+
+class CoordinateMedian(Aggregator):
+    """The median over clients, of each number on its own.
+
+        Δ̃[j] = median { Δ_u[j] : u in the cohort }   (Yin et al. 2018, arXiv 1803.01498, option I)
+
+    Of an even number of clients it is the mean of the two in the middle, taken in float64. As long
+    as fewer than half of the clients are hostile, each number stays within the range of the
+    others' values.
+
+    The median is unweighted: a weight is a client's own claim (its number of examples), and one
+    client that claims many would be the majority. Config validation holds ``weighting: uniform``.
+
+    It keeps the updates of a round, 4 bytes a number and client; the mean keeps 8 bytes a number.
+    Where most clients leave a number as it is, its median change is 0: a table with a row for
+    each item learns less of rare items than under the mean.
+    """
+
+    def _take(self, tensors: Tensors, weight: float) -> None:
+        self._held.append({n: t.detach().to("cpu", copy=True) for n, t in tensors.items()})
+
+    def _combine(self) -> dict[str, torch.Tensor]:
+        return {name: self._median(name) for name in self._held[0]}
+
+    def _median(self, name: str) -> torch.Tensor:
+        ordered = torch.stack([held[name] for held in self._held]).sort(dim=0).values
+        count = len(ordered)
+        low, high = ordered[(count - 1) // 2], ordered[count // 2]
+        return ((low.double() + high.double()) / 2).to(torch.float32)
+
+
+AGGREGATORS: Mapping[Aggregation, Callable[[], Aggregator]] = {
+    Aggregation.MEAN: WeightedMean,
+    Aggregation.MEDIAN: CoordinateMedian,
+}
+"""What ``federation.server.aggregator`` chooses from."""
 
 
 def check_same_tensors(tensors: Tensors, expected: Tensors, whose: str) -> None:

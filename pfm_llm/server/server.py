@@ -1,17 +1,19 @@
-"""The server: selects cohorts, judges and sums updates, steps. It sees no private state."""
+"""The server: selects cohorts, judges and aggregates updates, steps. It sees no private state."""
 
+import dataclasses
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from pfm_llm.base.errors import CheckpointError, ContractError
 from pfm_llm.config.schema import FederationConfig
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
+from pfm_llm.protocol.stages import Stages
 from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors
-from pfm_llm.server.aggregation import RunningSum, update_weight
+from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, update_weight
 from pfm_llm.server.participation import select_cohort
 from pfm_llm.server.step import OptimizerState, ServerStep
 
@@ -28,9 +30,10 @@ class RoundSummary:
         num_updates: Updates that were accepted.
         refusals: Why others were refused, one reason for each.
         num_examples: Examples behind the accepted updates.
-        loss: Their weighted mean loss (nats) before local training; None when none was accepted.
-        update_norm: Euclidean norm of the aggregated update; 0 when none was accepted.
+        loss: Their weighted mean loss (nats) before local training.
+        update_norm: Euclidean norm of the aggregated update.
         lr_factor: The schedule's factor of this round.
+        stages: Per stage of the updates what it found and did, as its ``summary`` says.
     """
 
     round_number: int
@@ -40,6 +43,7 @@ class RoundSummary:
     loss: float | None
     update_norm: float
     lr_factor: float
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Server:
@@ -80,6 +84,7 @@ class Server:
         self._seed = seed
         self._step = ServerStep(config.server, config.num_rounds)
         self._optimizer = self._step.initial_state(SharedState(trained))
+        self._stages = Stages([stage.choice for stage in config.stages], seed, config.cohort_size)
         self._cohort: tuple[int, tuple[str, ...]] = (0, ())
 
     @property
@@ -109,11 +114,15 @@ class Server:
             self._cohort = (round_number, cohort)
         return self._cohort[1]
 
-    def receive(self, total: RunningSum, update: ClientUpdate) -> bool:
-        """Check one update and add it to a sum, or refuse and count it; the round goes on.
+    def new_aggregator(self) -> Aggregator:
+        """An empty aggregator of the kind that the config names, for a chunk or a round."""
+        return AGGREGATORS[self._config.server.aggregator]()
+
+    def receive(self, updates: Aggregator, update: ClientUpdate) -> bool:
+        """Check one update and add it to others, or refuse and count it; the round goes on.
 
         Args:
-            total: The sum of a chunk or a round.
+            updates: Those of a chunk or a round so far.
             update: What arrived.
 
         Returns:
@@ -126,52 +135,45 @@ class Server:
                 raise ContractError(
                     f"client {update.client_id!r:.80} is not in the cohort of round {round_number}"
                 )
-            total.add(update, self.weight_of(update))
+            delta, noted = self._stages.on_server(update.delta, update.client_id, round_number)
+            updates.add(dataclasses.replace(update, delta=delta), self.weight_of(update))
         except ContractError as error:
             _LOG.warning("round %d: refused an update: %s", round_number, error)
-            total.refuse(str(error))
+            updates.refuse(str(error))
             return False
+        updates.tally.note(noted)
         return True
 
     def weight_of(self, update: ClientUpdate) -> float:
         """How much an update counts; see `aggregation.update_weight`."""
         return update_weight(self._config.server.weighting, update.num_examples)
 
-    def aggregate(self, total: RunningSum) -> RoundSummary:
-        """Step from the round's sum to the next shared state.
-
-        When no update was accepted the tensors stay as they are, with a warning.
+    def aggregate(self, updates: Aggregator) -> RoundSummary:
+        """Step from the round's updates to the next shared state.
 
         Args:
-            total: The sum over the whole cohort.
+            updates: Those of the whole cohort.
 
         Raises:
-            ContractError: The sum holds other tensors than the shared state.
-            TrainingError: The step led to values that are not finite.
-                After either error the state is what it was before.
+            ContractError: They hold other tensors than the shared state.
+            TrainingError: None was accepted, or the step led to values that are not finite.
+                After either error the state is what it was before, and so is the round.
         """
-        norm, round_number = 0.0, self.round_under_way
-        moved: Tensors = {}
-        if total.num_updates:
-            mean = total.mean()
-            stepped, self._optimizer = self._step.step(self._trained(), mean, self._optimizer)
-            moved = stepped.tensors
-            norm = math.hypot(*(float(torch.linalg.vector_norm(t)) for t in mean.values()))
-        else:
-            _LOG.warning(
-                "round %d: none of %d updates was accepted; the shared state is unchanged",
-                round_number,
-                len(total.refusals),
-            )
-        self._shared = SharedState({**self._shared.tensors, **moved}, round_number)
+        round_number, tally = self.round_under_way, updates.tally
+        aggregate = self._stages.on_aggregate(updates.result(), round_number)
+        stepped, self._optimizer = self._step.step(self._trained(), aggregate, self._optimizer)
+        self._shared = SharedState({**self._shared.tensors, **stepped.tensors}, round_number)
         return RoundSummary(
             round_number=round_number,
-            num_updates=total.num_updates,
-            refusals=total.refusals,
-            num_examples=total.num_examples,
-            loss=total.loss,
-            update_norm=norm,
+            num_updates=tally.num_updates,
+            refusals=tuple(tally.refusals),
+            num_examples=tally.num_examples,
+            loss=tally.loss,
+            update_norm=math.hypot(
+                *(float(torch.linalg.vector_norm(t)) for t in aggregate.values())
+            ),
             lr_factor=self._step.lr_factor(round_number),
+            stages=self._stages.summary(tally.noted),
         )
 
     def _trained(self) -> SharedState:

@@ -16,7 +16,7 @@ from pfm_llm.publish.artefact import read_head
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.serving import RunRecommender
 from tests.support.leaks import files_below
-from tests.support.tiny import Tiny, metrics_of, results_of
+from tests.support.tiny import Tiny, metrics_of, results_of, tensor_files
 
 SMALL: dict[str, Any] = {
     "federation__num_rounds": 2,
@@ -80,6 +80,7 @@ def test_every_schedule_kind_and_server_optimizer(
             id="local steps and clipping",
         ),
         pytest.param({"federation__server__weighting": "num_examples"}, id="weighting"),
+        pytest.param({"federation__server__aggregator": "median"}, id="median"),
         pytest.param({"federation__server__lr_schedule": "constant"}, id="constant"),
         pytest.param({"federation__local__private_local_steps": 0}, id="no private steps"),
         pytest.param({"federation__local__personalise_steps": 0}, id="no personalisation"),
@@ -99,6 +100,34 @@ def test_every_other_switch(settings: dict[str, Any], tiny: Tiny, tmp_path: Path
     run = run_experiment(tiny.config(tmp_path, **{**SMALL, **settings}))
     assert all(np.isfinite(record["loss"]) for record in metrics_of(run))
     assert {row["num_users"] for row in results_of(run)["rows"]} == {8}
+
+
+def test_clients_clip_and_the_round_tells_of_it(tiny: Tiny, tmp_path: Path) -> None:
+    plain, wide, narrow = (
+        run_experiment(tiny.config(tmp_path / name, **SMALL, federation__stages=stages))
+        for name, stages in (
+            ("plain", []),
+            ("wide", [{"clip": {"norm": 1e6}}]),
+            ("narrow", [{"clip": {"norm": 1e-3}}]),
+        )
+    )
+    figures = [record["stages"]["clip"] for record in metrics_of(wide)]
+    assert all(found["clipped"] == 0 for found in figures)
+    assert all(1e-3 < found["median_norm"] <= found["largest_norm"] < 1e6 for found in figures)
+    trained = [
+        # The server's files name the settings, which differ.
+        {name: content for name, content in tensor_files(run).items() if "/server/" not in name}
+        for run in (plain, wide, narrow)
+    ]
+    assert len(trained[0]) > 8
+    assert trained[0] == trained[1] != trained[2]
+    # The server sees what the clients have clipped.
+    for record in metrics_of(narrow):
+        assert record["stages"]["clip"]["clipped"] == 4
+        assert 0.9e-3 < record["stages"]["clip"]["largest_norm"] <= 1e-3
+        assert record["aggregated_norm"] <= 1e-3
+    last = results_of(narrow)["costs"]["stages_in_last_round"]
+    assert last == metrics_of(narrow)[-1]["stages"]
 
 
 @pytest.mark.parametrize("split", ["last_fraction", "global_temporal"])

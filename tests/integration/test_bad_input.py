@@ -264,6 +264,26 @@ def test_nan_of_one_client_is_refused_and_the_round_goes_on(
     assert results_of(run)["costs"]["refused_updates"] == 2
 
 
+def test_a_huge_value_of_one_client_ends_no_run_where_updates_are_clipped(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_is_huge(place: int, update: ClientUpdate) -> ClientUpdate:
+        if place:
+            return update
+        name = "head.item_bias"
+        return replace(update, delta={**update.delta, name: update.delta[name] + 1e25})
+
+    poisoned(monkeypatch, 1, first_is_huge)
+    with pytest.raises(TrainingError, match="not finite"):
+        run_experiment(tiny.config(tmp_path / "bare", federation__num_rounds=2))
+    stages = [{"clip": {"norm": 1.0}}]
+    run = run_experiment(tiny.config(tmp_path, federation__num_rounds=2, federation__stages=stages))
+    for record in metrics_of(run):
+        assert record["refused"] == 0
+        assert record["stages"]["clip"]["largest_norm"] > 1e25
+        assert record["aggregated_norm"] <= 1.0
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -56,8 +56,12 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def driven(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """What the driver found on one and on two processes."""
-    root = tmp_path_factory.mktemp("ranks")
-    config = tiny.config_file(root / "config.yaml", root, **SETTINGS)
+    return drive(tiny, tmp_path_factory.mktemp("ranks"), SETTINGS)
+
+
+def drive(tiny: Tiny, root: Path, settings: dict[str, Any]) -> dict[int, Path]:
+    """The driver's folders, by number of processes."""
+    config = tiny.config_file(root / "config.yaml", root, **settings)
     folders = {}
     for count in (1, 2):
         folders[count] = root / str(count)
@@ -93,6 +97,22 @@ def test_aggregated_update_on_two_processes_equals_that_on_one(driven: dict[int,
         scale = expected.abs().max()
         assert (first[name] - expected).abs().max() <= 1e-5 * scale, name
     assert sum(bool(expected.any()) for expected in alone.values()) > len(alone) // 2
+
+
+@pytest.mark.slow
+def test_median_of_clipped_updates_on_two_processes_equals_that_on_one(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    robust = {
+        "federation__server__aggregator": "median",
+        "federation__stages": [{"clip": {"norm": 0.1}}],
+    }
+    both = drive(tiny, tmp_path, {**SETTINGS, **robust})
+    test_aggregated_update_on_two_processes_equals_that_on_one(both)
+    noted = [found(both, i, n)["noted"] for i, n in ((0, 1), (0, 2), (1, 2))]
+    assert noted[1] == noted[2]
+    assert noted[1]["clip"] == pytest.approx(noted[0]["clip"], rel=1e-5)
+    assert len(noted[0]["clip"]) == 8
 
 
 @pytest.mark.parametrize("what", ["disk_full_at_commit", "disk_full_at_private_save"])

@@ -14,7 +14,7 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import PfmError
 from pfm_llm.base.processes import start_processes
 from pfm_llm.config.schema import load_config
-from pfm_llm.federation.rounds import Federation, commit, train_cohort
+from pfm_llm.federation.rounds import Federation, commit
 from pfm_llm.runs.experiment import make_federation
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.run import assemble, load_corpus
@@ -24,18 +24,18 @@ def main(config_file: str, out: Path) -> None:
     config = load_config(config_file)
     processes = start_processes(config.runtime.threads)
     folders = RunFolders.of(out / "run")
-    federation = make_federation(
-        assemble(config, load_corpus(config), folders, processes), folders, processes
-    )
+    assembly = assemble(config, load_corpus(config), folders, processes)
+    federation = make_federation(assembly, folders, processes)
     mine = out / f"{processes.index}-of-{processes.count}"
     cohort = federation.server.select_cohort(1)
-    chunks = federation.trainer.chunks(cohort)
-    total, _ = train_cohort(federation, cohort, 1)
-    files.write_tensors(mine.with_suffix(".safetensors"), total.mean())
+    chunks = assembly.trainer.chunks(cohort)
+    updates = federation.exchange.train(cohort, federation.server.shared)
+    files.write_tensors(mine.with_suffix(".safetensors"), updates.result())
     found = {
         "chunks": len(chunks),
         "own_chunks": len(processes.share(chunks)),
-        "num_updates": total.num_updates,
+        "num_updates": updates.tally.num_updates,
+        "noted": updates.tally.noted,
         "threads": torch.get_num_threads(),
         "disk_full_at_commit": failure_of(federation, where=0),
         "disk_full_at_private_save": failure_of(federation, where=1),
@@ -60,7 +60,8 @@ def failure_of(federation: Federation, where: int) -> str:
         if where == 0:
             commit(federation, 1)
         else:
-            train_cohort(federation, federation.server.select_cohort(1), 1)
+            cohort = federation.server.select_cohort(1)
+            federation.exchange.train(cohort, federation.server.shared)
     except PfmError as error:
         return f"{type(error).__name__}: {error}"
     finally:

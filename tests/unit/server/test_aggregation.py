@@ -3,7 +3,7 @@
 import itertools
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,19 @@ from pfm_llm.base.errors import ContractError, TrainingError
 from pfm_llm.config.choices import LearningRateSchedule, ServerOptimizer, Weighting
 from pfm_llm.config.schema import ServerConfig
 from pfm_llm.protocol.types import ClientUpdate, SharedState
-from pfm_llm.server.aggregation import RunningSum, update_weight
+from pfm_llm.server.aggregation import (
+    AGGREGATORS,
+    Aggregator,
+    CoordinateMedian,
+    WeightedMean,
+    update_weight,
+)
 from pfm_llm.server.step import ServerStep
 
 _NAMES = ("lora.m.A", "basis.m.A", "head.user.weight", "head.item_ids.weight", "head.item_bias")
+
+Kind = Callable[[], Aggregator]
+every_kind = pytest.mark.parametrize("kind", list(AGGREGATORS.values()))
 
 
 def _random(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -33,8 +42,10 @@ def _update(
     return ClientUpdate(client_id, 1, "hash", num_examples, loss, delta)
 
 
-def _sum(updates: Sequence[ClientUpdate], weights: Sequence[float]) -> RunningSum:
-    total = RunningSum()
+def _sum(
+    updates: Sequence[ClientUpdate], weights: Sequence[float], kind: Kind = WeightedMean
+) -> Aggregator:
+    total = kind()
     for update, weight in zip(updates, weights, strict=True):
         total.add(update, weight)
     return total
@@ -52,10 +63,20 @@ def test_weighted_mean_of_two_updates() -> None:
     ]
     total = _sum(updates, [3.0, 1.0])
     # (3 * 1 + 1 * 5) / 4 = 2; (3 * 0 + 1 * 8) / 4 = 2; loss (3 * 2 + 1 * 6) / 4 = 3
-    assert total.mean()["lora.A"].tolist() == [2.0, 2.0]
-    assert total.loss == 3.0
-    assert (total.num_updates, total.total_weight, total.num_examples) == (2, 4.0, 4)
-    assert total.client_ids == ("a", "b")
+    assert total.result()["lora.A"].tolist() == [2.0, 2.0]
+    tally = total.tally
+    assert tally.loss == 3.0
+    assert (tally.num_updates, tally.total_weight, tally.num_examples) == (2, 4.0, 4)
+    assert tally.client_ids == ["a", "b"]
+
+
+def test_median_is_the_middle_or_the_mean_of_the_two_in_the_middle() -> None:
+    values = [[1.0, -7.0], [5.0, 8.0], [2.0, 9.0], [4.0, -9.0]]
+    updates = [_update(str(v), {"lora.A": torch.tensor(v)}) for v in values]
+    three = _sum(updates[:3], [1.0, 1.0, 100.0], CoordinateMedian)
+    assert three.result()["lora.A"].tolist() == [2.0, 8.0]
+    four = _sum(updates, [1.0] * 4, CoordinateMedian)
+    assert four.result()["lora.A"].tolist() == [(2 + 4) / 2, (-7 + 8) / 2]
 
 
 def test_weightings() -> None:
@@ -63,17 +84,36 @@ def test_weightings() -> None:
     assert update_weight(Weighting.NUM_EXAMPLES, 17) == 17.0
 
 
+@every_kind
 @settings(deadline=None)
 @given(
     weights=st.lists(st.integers(1, 1000), min_size=1, max_size=9),
     scale=st.floats(1e-20, 1e20),
     seed=st.integers(0, 2**16),
 )
-def test_equal_updates_aggregate_to_themselves(weights: list[int], scale: float, seed: int) -> None:
+def test_equal_updates_aggregate_to_themselves(
+    kind: Kind, weights: list[int], scale: float, seed: int
+) -> None:
     delta = _random(seed, scale)
     updates = [_update(str(index), delta) for index in range(len(weights))]
-    mean = _sum(updates, [float(weight) for weight in weights]).mean()
-    assert all(torch.equal(mean[name], delta[name]) for name in _NAMES)  # to the bit
+    found = _sum(updates, [float(weight) for weight in weights], kind).result()
+    assert all(torch.equal(found[name], delta[name]) for name in _NAMES)  # to the bit
+
+
+def _in_chunks(
+    kind: Kind, deltas: list[dict[str, torch.Tensor]], weights: list[float], data: st.DataObject
+) -> dict[str, torch.Tensor]:
+    """The aggregate, with clients in any order and chunks that come from other processes."""
+    count = len(deltas)
+    order = data.draw(st.permutations(range(count)))
+    cuts = sorted(data.draw(st.sets(st.integers(0, count), max_size=3)) | {0, count})
+    total = kind()
+    for start, stop in itertools.pairwise(cuts):
+        chunk = [_update(str(i), deltas[i]) for i in order[start:stop]]
+        partial = _sum(chunk, [weights[i] for i in order[start:stop]], kind)
+        payload = pickle.loads(pickle.dumps(partial.to_payload()))
+        total.merge(type(total).from_payload(payload))
+    return total.result()
 
 
 @settings(deadline=None)
@@ -83,79 +123,123 @@ def test_mean_is_brute_force_whatever_the_order_and_grouping(
 ) -> None:
     deltas = [_random(index, 10.0**index) for index in range(count)]
     weights = [float(index % 3 + 1) for index in range(count)]
-    order = data.draw(st.permutations(range(count)))
-    cuts = sorted(data.draw(st.sets(st.integers(0, count), max_size=3)) | {0, count})
-    total = RunningSum()
-    for start, stop in itertools.pairwise(cuts):
-        chunk = [_update(str(i), deltas[i]) for i in order[start:stop]]
-        partial = _sum(chunk, [weights[i] for i in order[start:stop]])
-        total.merge(RunningSum.from_payload(pickle.loads(pickle.dumps(partial.to_payload()))))
-    for name, mean in total.mean().items():
-        stacked = np.stack([deltas[i][name].double().numpy() for i in range(count)])
+    for name, mean in _in_chunks(WeightedMean, deltas, weights, data).items():
+        stacked = np.stack([delta[name].double().numpy() for delta in deltas])
         expected = np.average(stacked, axis=0, weights=weights).astype(np.float32)
         np.testing.assert_allclose(mean.numpy(), expected, rtol=1e-6)
         assert mean.dtype is torch.float32
+
+
+@settings(deadline=None)
+@given(data=st.data(), count=st.integers(1, 8))
+def test_median_is_brute_force_whatever_the_order_grouping_and_weights(
+    data: st.DataObject, count: int
+) -> None:
+    deltas = [_random(index, 10.0**index) for index in range(count)]
+    weights = [float(index % 3 + 1) for index in range(count)]
+    for name, median in _in_chunks(CoordinateMedian, deltas, weights, data).items():
+        stacked = np.stack([delta[name].double().numpy() for delta in deltas])
+        expected = np.median(stacked, axis=0).astype(np.float32)
+        assert torch.equal(median, torch.from_numpy(expected))  # to the bit
+
+
+@every_kind
+def test_the_order_of_clients_changes_no_bit_where_float64_holds_the_sums(kind: Kind) -> None:
+    # Multiples of 2^-20 below 2^10: their sums have fewer than 53 bits.
+    deltas = [{n: (t * 2**20).round() / 2**20 for n, t in _random(i).items()} for i in range(5)]
+    updates = [_update(str(index), delta) for index, delta in enumerate(deltas)]
+    expected = _sum(updates, [1.0] * 5, kind).result()
+    for order in itertools.permutations(updates):
+        found = _sum(order, [1.0] * 5, kind).result()
+        assert all(torch.equal(found[name], expected[name]) for name in _NAMES)
+
+
+@pytest.mark.parametrize("hostile", [-1e25, 1e3, 1e25])
+def test_one_hostile_client_of_eight_moves_the_mean_and_not_the_median(hostile: float) -> None:
+    honest = [_random(seed) for seed in range(7)]
+    updates = [_update(str(index), delta) for index, delta in enumerate(honest)]
+    updates.append(_update("hostile", {name: torch.full((3, 2), hostile) for name in _NAMES}))
+    mean, median = (
+        _sum(updates, [1.0] * 8, kind).result() for kind in (WeightedMean, CoordinateMedian)
+    )
+    for name in _NAMES:
+        values = torch.stack([delta[name] for delta in honest])
+        low, high = values.min(dim=0).values, values.max(dim=0).values
+        assert ((low <= median[name]) & (median[name] <= high)).all()
+        assert ((mean[name] < low) | (mean[name] > high)).all()
 
 
 def test_sum_survives_cancellation_that_float32_would_lose() -> None:
     # In float32 1e8 + 1 = 1e8, so the mean of (1e8, 1, -1e8) would be 0 instead of 1/3.
     values = [1e8, 1.0, -1e8]
     updates = [_update(str(v), {"lora.A": torch.tensor([v])}) for v in values]
-    assert _sum(updates, [1.0] * 3).mean()["lora.A"].item() == pytest.approx(1 / 3)
+    assert _sum(updates, [1.0] * 3).result()["lora.A"].item() == pytest.approx(1 / 3)
 
 
-def test_merge_counts_updates_examples_and_refusals() -> None:
-    first = _sum([_update("a", _random(0), num_examples=2, loss=1.0)], [2.0])
+@every_kind
+def test_merge_counts_updates_examples_refusals_and_notes(kind: Kind) -> None:
+    first = _sum([_update("a", _random(0), num_examples=2, loss=1.0)], [2.0], kind)
     first.refuse("client 'x': too late")
-    second = _sum([_update("b", _random(1), num_examples=5, loss=8.0)], [5.0])
+    first.tally.note({"clip": 0.5})
+    second = _sum([_update("b", _random(1), num_examples=5, loss=8.0)], [5.0], kind)
     second.refuse("client 'y': NaN")
+    second.tally.note({"clip": 2.0})
     first.merge(second)
-    first.merge(RunningSum())
-    assert first.client_ids == ("a", "b")
-    assert first.num_examples == 7
-    assert first.loss == pytest.approx((2 * 1 + 5 * 8) / 7)
-    assert first.refusals == ("client 'x': too late", "client 'y': NaN")
+    first.merge(kind())
+    assert first.tally.client_ids == ["a", "b"]
+    assert first.tally.num_examples == 7
+    assert first.tally.loss == pytest.approx((2 * 1 + 5 * 8) / 7)
+    assert first.tally.refusals == ["client 'x': too late", "client 'y': NaN"]
+    assert first.tally.noted == {"clip": [0.5, 2.0]}
+    assert second.tally.noted == {"clip": [2.0]}
 
 
-def test_merging_into_an_empty_sum_leaves_the_other_alone() -> None:
-    other = _sum([_update("a", _random(0))], [1.0])
-    total = RunningSum()
+@every_kind
+def test_merging_into_an_empty_one_leaves_the_other_alone(kind: Kind) -> None:
+    other = _sum([_update("a", _random(0))], [1.0], kind)
+    total = kind()
     total.merge(other)
     total.add(_update("b", _random(1)), 1.0)
-    assert all(torch.equal(other.mean()[name], _random(0)[name]) for name in _NAMES)
+    assert all(torch.equal(other.result()[name], _random(0)[name]) for name in _NAMES)
 
 
-def test_payload_round_trips_and_is_not_written_to() -> None:
-    total = _sum([_update("a", _random(0), 3, 1.5)], [3.0])
+@every_kind
+def test_payload_round_trips_and_is_not_written_to(kind: Kind) -> None:
+    total = _sum([_update("a", _random(0), 3, 1.5)], [3.0], kind)
     total.refuse("client 'x': late")
+    total.tally.note({"clip": 0.5})
     payload = total.to_payload()
-    copy = RunningSum.from_payload(payload)
+    copy = type(total).from_payload(payload)
     copy.add(_update("b", _random(1)), 1.0)
-    assert RunningSum.from_payload(payload).to_payload().keys() == payload.keys()
-    assert payload["client_ids"] == ["a"]
-    assert payload["refusals"] == ["client 'x': late"]
-    expected = 3 * _random(0)["lora.m.A"].double()
-    assert torch.equal(payload["tensors"]["lora.m.A"], expected)
+    copy.refuse("client 'y': late")
+    copy.tally.note({"clip": 1.5})
+    again = type(total).from_payload(payload)
+    assert again.tally == total.tally
+    assert again.tally.client_ids == ["a"]
+    assert all(torch.equal(again.result()[name], _random(0)[name]) for name in _NAMES)
 
 
-def test_updates_are_not_changed_or_kept() -> None:
+@every_kind
+def test_updates_are_not_changed_or_kept(kind: Kind) -> None:
     update = _update("a", _random(0))
-    total = _sum([update], [2.0])
+    total = _sum([update], [2.0], kind)
     for tensor in update.delta.values():
         tensor.zero_()
-    assert torch.equal(total.mean()["lora.m.A"], _random(0)["lora.m.A"])
+    assert torch.equal(total.result()["lora.m.A"], _random(0)["lora.m.A"])
 
 
-def test_a_client_is_never_counted_twice() -> None:
-    total = _sum([_update("a", _random(0))], [1.0])
+@every_kind
+def test_a_client_is_never_counted_twice(kind: Kind) -> None:
+    total = _sum([_update("a", _random(0))], [1.0], kind)
     with pytest.raises(ContractError, match="'a' would be counted twice"):
         total.add(_update("a", _random(1)), 1.0)
     with pytest.raises(ContractError, match="'a' would be counted twice"):
-        total.merge(_sum([_update("b", _random(2)), _update("a", _random(1))], [1.0, 1.0]))
-    assert total.client_ids == ("a",)
-    assert torch.equal(total.mean()["lora.m.A"], _random(0)["lora.m.A"])
+        total.merge(_sum([_update("b", _random(2)), _update("a", _random(1))], [1.0, 1.0], kind))
+    assert total.tally.client_ids == ["a"]
+    assert torch.equal(total.result()["lora.m.A"], _random(0)["lora.m.A"])
 
 
+@every_kind
 @pytest.mark.parametrize(
     ("delta", "message"),
     [
@@ -164,32 +248,34 @@ def test_a_client_is_never_counted_twice() -> None:
         (_random(0) | {"head.item_bias": torch.ones(6)}, r"shape \[6\], must be \[3, 2\]"),
     ],
 )
-def test_a_misfit_leaves_the_sum_unchanged(delta: dict[str, torch.Tensor], message: str) -> None:
-    total = _sum([_update("a", _random(0))], [1.0])
+def test_a_misfit_changes_nothing(kind: Kind, delta: dict[str, torch.Tensor], message: str) -> None:
+    total = _sum([_update("a", _random(0))], [1.0], kind)
     with pytest.raises(ContractError, match=message):
         total.add(_update("b", delta), 1.0)
-    assert total.num_updates == 1
-    assert all(torch.equal(total.mean()[name], _random(0)[name]) for name in _NAMES)
+    assert total.tally.num_updates == 1
+    assert all(torch.equal(total.result()[name], _random(0)[name]) for name in _NAMES)
 
 
+@every_kind
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
-def test_weights_must_be_positive_numbers(weight: float) -> None:
+def test_weights_must_be_positive_numbers(kind: Kind, weight: float) -> None:
     with pytest.raises(ContractError, match="is not a positive number"):
-        RunningSum().add(_update("a", _random(0)), weight)
+        kind().add(_update("a", _random(0)), weight)
 
 
-def test_empty_sum_has_no_mean() -> None:
-    total = RunningSum()
+@every_kind
+def test_nothing_aggregates_to_nothing(kind: Kind) -> None:
+    total = kind()
     total.refuse("client 'x': NaN")
-    assert total.loss is None
+    assert total.tally.loss is None
     with pytest.raises(TrainingError, match="no update was accepted"):
-        total.mean()
+        total.result()
 
 
 def test_one_client_with_full_weight_is_local_training() -> None:
     start, trained = _random(0), _random(1)
     delta = {name: trained[name] - start[name] for name in _NAMES}
-    mean = _sum([_update("a", delta, num_examples=9)], [9.0]).mean()
+    mean = _sum([_update("a", delta, num_examples=9)], [9.0]).result()
     step, shared = _step(ServerOptimizer.AVERAGE, lr_lora=5.0), SharedState(start)
     after, state = step.step(shared, mean, step.initial_state(shared))
     for name in _NAMES:

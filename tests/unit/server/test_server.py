@@ -3,17 +3,19 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from pfm_llm.base.errors import CheckpointError, ConfigError, ContractError, TrainingError
-from pfm_llm.config.choices import ServerOptimizer, Weighting
+from pfm_llm.config.choices import Aggregation, ServerOptimizer, Weighting
 from pfm_llm.config.schema import FederationConfig, ServerConfig
+from pfm_llm.config.stages import ClipConfig, StageConfig
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import ClientUpdate, SharedState
-from pfm_llm.server.aggregation import RunningSum
+from pfm_llm.server.aggregation import WeightedMean
 from pfm_llm.server.server import Server
 
 _CLIENTS = ("a", "b", "c", "d")
@@ -32,7 +34,9 @@ def _contract(shared: SharedState) -> UpdateContract:
 def _server(cohort_size: int = 4, width: int = 3, **settings: Any) -> Server:
     settings.setdefault("optimizer", ServerOptimizer.AVERAGE)
     settings.setdefault("lr_schedule", "constant")
-    config = FederationConfig(cohort_size=cohort_size, server=ServerConfig(**settings))
+    stages = settings.pop("stages", ())
+    server = ServerConfig(**settings)
+    config = FederationConfig(cohort_size=cohort_size, server=server, stages=stages)
     shared = _shared(width)
     return Server(shared, _contract(shared), _CLIENTS, config, seed=0)
 
@@ -49,7 +53,7 @@ def _snapshot(server: Server) -> dict[str, torch.Tensor]:
 
 
 def test_a_round_of_averaging() -> None:
-    server, total = _server(), RunningSum()
+    server, total = _server(), WeightedMean()
     for client_id, value in zip(_CLIENTS, (1.0, 2.0, 3.0, 6.0), strict=True):
         assert server.receive(total, _update(server, client_id, value))
     summary = server.aggregate(total)
@@ -66,7 +70,7 @@ def test_a_round_of_averaging() -> None:
 )
 def test_weighting(weighting: Weighting, expected: float) -> None:
     # uniform: (0 + 10) / 2; by examples: (3 * 0 + 1 * 10) / 4
-    server, total = _server(weighting=weighting), RunningSum()
+    server, total = _server(weighting=weighting), WeightedMean()
     server.receive(total, _update(server, "a", 0.0, num_examples=3))
     server.receive(total, _update(server, "b", 10.0, num_examples=1))
     server.aggregate(total)
@@ -81,7 +85,7 @@ def _without(update: ClientUpdate, name: str) -> ClientUpdate:
 def test_bad_updates_are_refused_and_counted_and_the_round_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    server, total = _server(), RunningSum()
+    server, total = _server(), WeightedMean()
     bad = [
         _update(server, "b", math.nan),
         _update(server, "c", 1.0, round_number=2),
@@ -102,7 +106,7 @@ def test_bad_updates_are_refused_and_counted_and_the_round_goes_on(
 
 
 def test_a_client_outside_the_cohort_is_refused() -> None:
-    server, total = _server(cohort_size=2), RunningSum()
+    server, total = _server(cohort_size=2), WeightedMean()
     server.load_state_tensors(server.state_tensors(), 2)
     cohort = server.select_cohort(3)
     outside = next(client for client in _CLIENTS if client not in cohort)
@@ -110,25 +114,24 @@ def test_a_client_outside_the_cohort_is_refused() -> None:
     assert not server.receive(total, _update(server, outside, 1.0, 3))
 
 
-def test_nothing_accepted_leaves_the_state_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    server, total = _server(optimizer=ServerOptimizer.FEDADAM), RunningSum()
+def test_nothing_accepted_leaves_state_and_round_as_they_are() -> None:
+    server, total = _server(optimizer=ServerOptimizer.FEDADAM), WeightedMean()
     server.receive(total, _update(server, "a", math.nan))
     before = _snapshot(server)
-    with caplog.at_level(logging.WARNING, logger="pfm_llm.server.server"):
-        summary = server.aggregate(total)
-    assert "none of 1 updates was accepted" in caplog.text
-    assert (summary.num_updates, summary.loss, summary.update_norm) == (0, None, 0.0)
-    assert len(summary.refusals) == 1
+    with pytest.raises(TrainingError, match="no update was accepted"):
+        server.aggregate(total)
+    assert len(total.tally.refusals) == 1
+    assert server.round_under_way == 1
     after = server.state_tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_step_that_is_not_finite_leaves_the_state() -> None:
-    server, total = _server(optimizer=ServerOptimizer.FEDADAM), RunningSum()
+    server, total = _server(optimizer=ServerOptimizer.FEDADAM), WeightedMean()
     server.receive(total, _update(server, "a", 1.0))
     server.aggregate(total)
     before = _snapshot(server)
-    huge = RunningSum()
+    huge = WeightedMean()
     server.receive(huge, _update(server, "b", 1e30, 2))
     with pytest.raises(TrainingError, match="not finite"):
         server.aggregate(huge)
@@ -138,7 +141,7 @@ def test_a_step_that_is_not_finite_leaves_the_state() -> None:
 
 def _play(server: Server, rounds: range) -> None:
     for round_number in rounds:
-        total = RunningSum()
+        total = WeightedMean()
         for index, client_id in enumerate(server.select_cohort(round_number)):
             value = math.sin(10 * round_number + index)
             server.receive(total, _update(server, client_id, value, round_number))
@@ -188,3 +191,96 @@ def test_cohorts_are_a_function_of_the_round() -> None:
 def test_contract_of_another_shared_state_is_refused() -> None:
     with pytest.raises(ContractError, match=r"lora\.m\.A is float32\[2, 3\]"):
         Server(_shared(3), _contract(_shared(5)), _CLIENTS, FederationConfig(), 0)
+
+
+def test_the_config_names_the_aggregator() -> None:
+    assert type(_server().new_aggregator()) is WeightedMean
+    server = _server(aggregator=Aggregation.MEDIAN)
+    total = server.new_aggregator()
+    for client_id, value in zip(_CLIENTS, (1.0, 2.0, 4.0, 1e25), strict=True):
+        assert server.receive(total, _update(server, client_id, value))
+    server.aggregate(total)
+    assert server.shared.tensors["head.item_bias"].tolist() == [3.0] * 4  # (2 + 4) / 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: torch.zeros(4, device="meta"), id="meta"),
+        pytest.param(lambda: torch.zeros(4).to_sparse(), id="sparse"),
+        pytest.param(lambda: _nested(layout=torch.strided), id="nested"),
+        pytest.param(lambda: _nested(layout=torch.jagged), id="jagged"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_tensors_without_plain_values_are_refused(make: Callable[[], torch.Tensor]) -> None:
+    server, total = _server(), WeightedMean()
+    update = _update(server, "a", 1.0)
+    odd = dataclasses.replace(update, delta={**update.delta, "head.item_bias": make()})
+    assert not server.receive(total, odd)
+    assert "head.item_bias is not a dense tensor with values" in total.tally.refusals[0]
+    assert server.receive(total, update)
+
+
+def _nested(layout: torch.layout) -> torch.Tensor:
+    made: torch.Tensor = torch.nested.nested_tensor([torch.zeros(2)] * 2, layout=layout)
+    return made
+
+
+def _clipping(norm: float, **settings: Any) -> Server:
+    stages = (StageConfig(clip=ClipConfig(norm=norm)),)
+    return _server(stages=stages, optimizer=ServerOptimizer.FEDADAM, **settings)
+
+
+def _poisoned(server: Server, client_id: str, value: float, round_number: int) -> ClientUpdate:
+    update = _update(server, client_id, 0.01, round_number)
+    bias = update.delta["head.item_bias"].clone()
+    bias[2] = value
+    return dataclasses.replace(update, delta={**update.delta, "head.item_bias": bias})
+
+
+@pytest.mark.parametrize("value", [1e3, 1e25, 3e38])
+def test_one_huge_value_ends_no_run_and_spoils_no_moment_where_updates_are_clipped(
+    value: float,
+) -> None:
+    server = _clipping(norm=0.5)
+    for round_number in (1, 2, 3):
+        total = server.new_aggregator()
+        for client_id in _CLIENTS[:3]:
+            assert server.receive(total, _update(server, client_id, 0.01, round_number))
+        assert server.receive(total, _poisoned(server, "d", value, round_number))
+        summary = server.aggregate(total)
+        # Only the update that its client did not clip stands beyond the bound.
+        clip = summary.stages["clip"]
+        assert clip["clipped"] == 1
+        assert clip["largest_norm"] == pytest.approx(value, rel=1e-3)
+        assert clip["median_norm"] == pytest.approx(0.01 * math.sqrt(10))
+        assert summary.update_norm <= 0.5
+    moments = {n: t for n, t in server.state_tensors().items() if n.startswith("second/")}
+    # (1 - .99^3) of the square of the mean: at most .5 of one client, .01 of each of three.
+    mean = (0.5 + 3 * 0.01) / 4
+    assert max(float(t.max()) for t in moments.values()) <= (1 - 0.99**3) * mean**2 * 1.0001
+    # Without the stage the first such round ends the run, or the moment remembers it.
+    bare = _server(optimizer=ServerOptimizer.FEDADAM)
+    total = bare.new_aggregator()
+    bare.receive(total, _poisoned(bare, "d", value, 1))
+    if value > 1e19:
+        with pytest.raises(TrainingError, match="not finite"):
+            bare.aggregate(total)
+    else:
+        bare.aggregate(total)
+        assert bare.state_tensors()["second/head.item_bias"].max() > 1e3
+
+
+def test_updates_within_the_bound_are_aggregated_as_without_the_stage() -> None:
+    plain, clipping = _server(optimizer=ServerOptimizer.FEDADAM), _clipping(norm=100.0)
+    _play(plain, range(1, 4))
+    _play(clipping, range(1, 4))
+    expected, found = plain.state_tensors(), clipping.state_tensors()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_no_stages_no_figures() -> None:
+    server, total = _server(), WeightedMean()
+    server.receive(total, _update(server, "a", 1.0))
+    assert server.aggregate(total).stages == {}

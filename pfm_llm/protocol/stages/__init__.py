@@ -1,0 +1,76 @@
+"""The stages that an update passes on its way from a client into the aggregate.
+
+A new stage is a file beside this one, its settings in `config.stages`, and a line in `STAGES`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from pfm_llm.protocol.stages.clip import Clip
+from pfm_llm.protocol.stages.stage import StageContext, UpdateStage
+from pfm_llm.protocol.types import Tensors
+
+STAGES: Mapping[str, Callable[..., UpdateStage]] = {"clip": Clip}
+"""Name in ``federation.stages`` to what is made of its settings."""
+
+
+class Stages:
+    """The stages of one federation, which client and server run alike.
+
+    A client runs them in the order of the config. The server runs them in the reverse order, so
+    that it first undoes or checks what a client did last; on the aggregate the order is that of
+    the config again.
+    """
+
+    def __init__(
+        self, chosen: Iterable[tuple[str, Mapping[str, Any]]], seed: int, cohort_size: int
+    ) -> None:
+        """Make the stages.
+
+        Args:
+            chosen: Name (a key of `STAGES`) and settings of each; every name once.
+            seed: The experiment's seed.
+            cohort_size: How many clients are asked in a round.
+        """
+        self._stages = {name: STAGES[name](**settings) for name, settings in chosen}
+        self._seed = seed
+        self._cohort_size = cohort_size
+
+    def on_client(self, delta: Tensors, client_id: str, round_number: int) -> Tensors:
+        """What a client sends in place of its own update."""
+        context = self._context(round_number, client_id)
+        for stage in self._stages.values():
+            delta = stage.on_client(delta, context)
+        return delta
+
+    def on_server(
+        self, delta: Tensors, client_id: str, round_number: int
+    ) -> tuple[Tensors, dict[str, float]]:
+        """What the server aggregates in place of an update, and what each stage noted of it.
+
+        Raises:
+            ContractError: A stage refuses the update.
+        """
+        context, noted = self._context(round_number, client_id), {}
+        for name, stage in reversed(self._stages.items()):
+            delta, figure = stage.on_server(delta, context)
+            if figure is not None:
+                noted[name] = figure
+        return delta, noted
+
+    def on_aggregate(self, aggregate: Tensors, round_number: int) -> Tensors:
+        """What the server steps with in place of the aggregate."""
+        for stage in self._stages.values():
+            aggregate = stage.on_aggregate(aggregate, self._context(round_number))
+        return aggregate
+
+    def summary(self, noted: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+        """Per stage that noted something, its figures of a round."""
+        return {
+            name: dict(stage.summary(noted[name]))
+            for name, stage in self._stages.items()
+            if noted.get(name)
+        }
+
+    def _context(self, round_number: int, client_id: str = "") -> StageContext:
+        return StageContext(self._seed, round_number, self._cohort_size, client_id)

@@ -1,0 +1,63 @@
+"""Clipping: no client moves the aggregate by more than a given length."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pfm_llm.protocol.stages.stage import StageContext, UpdateStage
+from pfm_llm.protocol.types import Tensors
+
+_MARGIN = 1e-6
+"""A clipped update ends this share below the bound, so that float32 cannot lift it above."""
+
+
+@dataclass(frozen=True)
+class Clip(UpdateStage):
+    """Scales an update whose Euclidean norm exceeds a bound C.
+
+        Δ ← Δ · min(1, C / ‖Δ‖₂)
+
+    The norm is taken over all numbers of all tensors that are sent, in float64: for shapes
+    [a, b], [c], … over a · b + c + … numbers (arXiv 1710.06963, "flat clipping", and arXiv
+    1911.07963 as a defence). The client clips, and the server clips again what arrives. An honest
+    update passes the server unchanged, to the bit.
+
+    Attributes:
+        norm: The bound C, above 0.
+    """
+
+    norm: float
+
+    def on_client(self, delta: Tensors, context: StageContext) -> Tensors:
+        """Clip. An update that is not finite stays as it is, for the server to refuse."""
+        return self._clipped(delta, _norm(delta))
+
+    def on_server(self, delta: Tensors, context: StageContext) -> tuple[Tensors, float | None]:
+        """Clip, and note the norm that the update arrived with."""
+        norm = _norm(delta)
+        return self._clipped(delta, norm), norm
+
+    def summary(self, noted: Sequence[float]) -> Mapping[str, float]:
+        """How many updates stand at the bound or beyond, and the norms that arrived.
+
+        ``largest_norm`` above the bound means that a client did not clip.
+        """
+        return {
+            "clipped": sum(norm >= self.norm * (1 - 2 * _MARGIN) for norm in noted),
+            "median_norm": statistics.median(noted),
+            "largest_norm": max(noted),
+        }
+
+    def _clipped(self, delta: Tensors, norm: float) -> Tensors:
+        if not self.norm < norm < math.inf:
+            return delta
+        scale = self.norm / norm * (1 - _MARGIN)  # may be too small for float32
+        return {name: (tensor.double() * scale).to(tensor.dtype) for name, tensor in delta.items()}
+
+
+def _norm(tensors: Tensors) -> float:
+    norms = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors.values())
+    return math.hypot(*map(float, norms))
