@@ -22,7 +22,7 @@ class Settings(BaseModel):
 class WindowConfig(Settings):
     """How a history is cut into passes."""
 
-    items: PositiveCount = Field(32, description="items per window")
+    items: PositiveCount = Field(16, description="items per window")
     max_windows: PositiveCount | None = Field(
         None, description="train on the newest so many windows; None: the whole history"
     )
@@ -60,7 +60,7 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     enabled: bool = True
     rank: PositiveCount = 4
     alpha: PositiveCount = 8
-    kind: PrivateKind = PrivateKind.INDEPENDENT
+    kind: PrivateKind = PrivateKind.TASTE
     on_layers: bool = Field(True, description="false: on the head alone (not of kind taste)")
     taste: TasteConfig = TasteConfig()
     head_rank: Count = Field(4, description="rank of the private head term; 0: none")
@@ -92,6 +92,6 @@ class HeadConfig(Settings):
         True, description="a linear way from the window's items to the user vector"
     )
     dropout: Fraction = Field(
-        0.0,
+        0.4,
         description="dropout on user vectors, and on tastes read without one of their own",
     )

@@ -16,6 +16,7 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.choices import ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settle import known
 from pfm_llm.federation.aggregation_error import Factors, aggregation_error, factors_of
 from pfm_llm.server.aggregation import RunningSum, SumPayload
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment, check_resumable
@@ -75,7 +76,8 @@ def run_rounds(
             was committed before stays.
     """
     config, server = federation.config, federation.server
-    last_round, every = config.federation.num_rounds, config.evaluation.every
+    last_round, every = known(config.federation.num_rounds), known(config.evaluation.every)
+    commit_every = known(config.output.checkpoint_every)
     progress = Progress(
         last_round,
         "federated rounds",
@@ -96,7 +98,7 @@ def run_rounds(
             if every and round_number % every == 0 and round_number < last_round:
                 record["validation"] = validate(round_number)
             _report(federation, record, progress)
-            if round_number % config.output.checkpoint_every == 0 or round_number == last_round:
+            if round_number % commit_every == 0 or round_number == last_round:
                 commit(federation, round_number)
                 on_commit(round_number)
 

@@ -9,6 +9,7 @@ import torch
 
 from pfm_llm.base.errors import CheckpointError, ContractError
 from pfm_llm.config.schema import FederationConfig
+from pfm_llm.config.settle import known
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
 from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors
 from pfm_llm.server.aggregation import OptimizerState, RunningSum, ServerStep, update_weight
@@ -77,7 +78,7 @@ class Server:
         self._client_ids = tuple(client_ids)
         self._config = config
         self._seed = seed
-        self._step = ServerStep(config.server, config.num_rounds)
+        self._step = ServerStep(config.server, known(config.num_rounds))
         self._optimizer = self._step.initial_state(SharedState(trained))
         self._cohort: tuple[int, tuple[str, ...]] = (0, ())
 
@@ -98,7 +99,7 @@ class Server:
             ConfigError: The cohort is larger than the number of clients.
         """
         if self._cohort[0] != round_number:
-            size = self._config.cohort_size
+            size = known(self._config.cohort_size)
             cohort = select_cohort(self._client_ids, size, self._seed, round_number)
             self._cohort = (round_number, cohort)
         return self._cohort[1]
