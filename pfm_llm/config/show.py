@@ -35,16 +35,16 @@ def describe(
     """
     path = find_config(path_or_name)
     config = load_config(path, overrides)
-    method = SPECS[config.method].settings
-    origins = dict.fromkeys(leaves(config.model_dump(mode="json")), "default")
-    following = [key for key in FOLLOWING if leaves(config.model_dump(mode="json"))[key] is None]
-    origins |= dict.fromkeys(following, "follows from the number of clients")
-    origins |= dict.fromkeys(method, f"method {config.method}")
+    settings = leaves(config.model_dump(mode="json"))
+    following = [key for key in FOLLOWING if settings[key] is None]
+    origins = dict.fromkeys(settings, "default")
+    origins |= dict.fromkeys(SPECS[config.method].settings, f"method {config.method}")
     origins |= dict.fromkeys(leaves(read_yaml(path)), path.name)
     for override in overrides:
         changed: dict[str, Any] = {}
         apply_override(changed, override)
         origins |= dict.fromkeys(leaves(changed), "--set")
+    origins |= dict.fromkeys(following, "follows from the number of clients")
     if num_clients is not None:
         config = settle(config, num_clients)
     return "\n".join(_lines(config.model_dump(mode="json"), origins)) + "\n"
@@ -58,6 +58,6 @@ def _lines(tree: dict[str, Any], origins: dict[str, str], parent: str = "") -> l
         if isinstance(value, dict):
             lines += [f"{indent}{name}:", *_lines(value, origins, f"{key}.")]
         else:
-            text = yaml.safe_dump({name: value}, default_flow_style=None, width=1000).rstrip()
-            lines.append(f"{indent + text:{_WIDTH}}  # {origins[key]}")
+            text = yaml.safe_dump([value], default_flow_style=True, width=1000).strip()[1:-1]
+            lines.append(f"{f'{indent}{name}: {text}':{_WIDTH}}  # {origins[key]}")
     return lines

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import engine
 from benchmarks.sequential_peft import SequentialPeft, relative_difference, stirred
 from pfm_llm.base import files
-from pfm_llm.config.choices import Task
+from pfm_llm.config.choices import PrivateKind, Task
 from pfm_llm.config.model import (
     AdaptersConfig,
     HeadConfig,
@@ -32,7 +32,7 @@ HEAD = HeadConfig(dim=8, id_dim=4)
 ADAPTERS = AdaptersConfig(
     num_layers=ADAPTED,
     shared=LoraAdapterConfig(rank=3, alpha=6),
-    private=PrivateAdapterConfig(rank=2, alpha=5, head_rank=2),
+    private=PrivateAdapterConfig(kind=PrivateKind.INDEPENDENT, rank=2, alpha=5, head_rank=2),
 )
 
 

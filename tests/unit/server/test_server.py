@@ -32,7 +32,8 @@ def _contract(shared: SharedState) -> UpdateContract:
 def _server(cohort_size: int = 4, width: int = 3, **settings: Any) -> Server:
     settings.setdefault("optimizer", ServerOptimizer.AVERAGE)
     settings.setdefault("lr_schedule", "constant")
-    config = FederationConfig(cohort_size=cohort_size, server=ServerConfig(**settings))
+    server = ServerConfig(**{"lr_scale": 1.0, "warmup_rounds": 0} | settings)
+    config = FederationConfig(num_rounds=100, cohort_size=cohort_size, server=server)
     shared = _shared(width)
     return Server(shared, _contract(shared), _CLIENTS, config, seed=0)
 
