@@ -22,7 +22,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def line(text: str, name: str) -> str:
-    (found,) = [each for each in text.splitlines() if each.strip().startswith(f"{name}: ")]
+    found, *_ = [
+        each for each in text.splitlines() if each.strip().startswith(f"{name}: ")
+    ]  # the outermost comes first
     return " ".join(found.split())
 
 
