@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def bench_config(num_layers: int | None, folder: str) -> "ExperimentConfig":
-    """The default experiment, cut to one window of each client.
+    """LoRA alone, shared and private, on one window of 32 items of each client.
 
     Args:
         num_layers: Adapted layers; None: the default.
@@ -116,8 +116,12 @@ def bench_config(num_layers: int | None, folder: str) -> "ExperimentConfig":
         {
             "name": "engine",
             "seed": _SEED,
-            "window": {"max_windows": 1},
-            "adapters": {} if num_layers is None else {"num_layers": num_layers},
+            "method": "custom",
+            "window": {"items": 32, "max_windows": 1},
+            "adapters": {"private": {"kind": "independent"}}
+            | ({} if num_layers is None else {"num_layers": num_layers}),
+            "head": {"dropout": 0.0},
+            "federation": {"local": {"schedule": "alternate"}},
             "output": {"dir": folder},
         },
         origin="benchmarks/engine.py",

@@ -269,6 +269,7 @@ def _config_of(
     started = InitFromConfig(adapter=artefact.origin, allow_base_mismatch=allow_base_mismatch)
     tree: Mapping[str, Any] = {
         "name": manifest.name,
+        "method": "custom",
         "prompt": str(artefact.folder / prompt_file(manifest.prompt)),
         "window": manifest.window.model_dump(mode="json"),
         "adapters": manifest.adapters.model_dump(mode="json"),

@@ -12,7 +12,7 @@ from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.history import History
-from pfm_llm.data.partition import Client
+from pfm_llm.data.partition import Client, trainable
 from pfm_llm.data.splits import TrainData
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.text.encoding import HistoryEncoder, Window
@@ -48,12 +48,7 @@ class ClientHistories:
     @property
     def trainable(self) -> tuple[str, ...]:
         """Ids of the clients that have something to learn from: at least one transition."""
-        offsets = self._train.interactions.offsets
-        return tuple(
-            client_id
-            for client_id, client in self.clients.items()
-            if any(offsets[user + 1] - offsets[user] >= 2 for user in client.users)
-        )
+        return trainable(tuple(self.clients.values()), self._train)
 
     def client_of(self, user: int) -> str:
         """The client that holds a user's data."""

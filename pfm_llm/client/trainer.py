@@ -12,6 +12,7 @@ from pfm_llm.client.local_steps import StackedOptimizer
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settle import known
 from pfm_llm.data.history import History
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import CohortModel, Parts
@@ -74,9 +75,8 @@ class LocalTrainer:
         self._private = model.objective.private
         self._local = config.federation.local
         federation = config.federation
-        self._stages = Stages(
-            [stage.choice for stage in federation.stages], config.seed, federation.cohort_size
-        )
+        stages = [stage.choice for stage in federation.stages]
+        self._stages = Stages(stages, config.seed, known(federation.cohort_size))
 
     def chunks(self, cohort: Sequence[str]) -> list[tuple[str, ...]]:
         """The cohort's chunks; equal on every process."""

@@ -23,7 +23,7 @@ class Settings(BaseModel):
 class WindowConfig(Settings):
     """How a history is cut into passes."""
 
-    items: PositiveCount = Field(32, description="items per window")
+    items: PositiveCount = Field(16, description="items per window")
     max_windows: PositiveCount | None = Field(
         None, description="train on the newest so many windows; None: the whole history"
     )
@@ -55,7 +55,7 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     enabled: bool = True
     rank: PositiveCount = 4
     alpha: PositiveCount = 8
-    kind: str = Field("independent", description="one of config/private_kinds.py")
+    kind: str = Field("taste", description="one of config/private_kinds.py")
     options: dict[str, Any] = Field({}, description="settings of a kind that reads its own")
     on_layers: bool = Field(True, description="false: on the head alone (not of kind taste)")
     taste: TasteConfig = TasteConfig()
@@ -90,6 +90,6 @@ class HeadConfig(Settings):
         True, description="a linear way from the window's items to the user vector"
     )
     dropout: Fraction = Field(
-        0.0,
+        0.4,
         description="dropout on user vectors, and on tastes read without one of their own",
     )

@@ -3,13 +3,6 @@
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig, training_hash
 
-_CUSTOM = "custom"
-
-
-def method_name(config: ExperimentConfig) -> str:
-    """The method's name in results: ``custom`` for settings that are none of `methods`."""
-    return config.method.value if config.method else _CUSTOM
-
 
 def like_threshold(config: ExperimentConfig) -> float | None:
     """Ratings from here on are likes to learn from and to measure; None: likes are no task."""
@@ -23,7 +16,7 @@ def changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list
         replaced = saved.model_copy(update={section: getattr(current, section)})
         if training_hash(replaced) != training_hash(saved):
             old, new = (
-                _leaves(config.model_dump(mode="json")[section], section)
+                leaves(config.model_dump(mode="json")[section], section)
                 for config in (saved, current)
             )
             changed += [
@@ -34,11 +27,12 @@ def changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list
     return changed
 
 
-def _leaves(tree: object, key: str) -> dict[str, object]:
+def leaves(tree: object, key: str = "") -> dict[str, object]:
+    """Dotted key to value of every setting in a tree that stands at ``key``."""
     if not isinstance(tree, dict):
         return {key: tree}
     return {
         leaf: value
         for name, child in tree.items()
-        for leaf, value in _leaves(child, f"{key}.{name}").items()
+        for leaf, value in leaves(child, f"{key}.{name}" if key else name).items()
     }

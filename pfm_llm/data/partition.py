@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.data.interactions import Interactions
+from pfm_llm.data.splits import TrainData
 
 _MAX_ID_LENGTH = 80
 _SAFE_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{_MAX_ID_LENGTH}}}")
@@ -65,6 +66,16 @@ def partition(interactions: Interactions, users_per_client: int, seed: int) -> t
             tuple(sorted(int(user) for user in shuffled[start : start + users_per_client])),
         )
         for number, start in enumerate(starts)
+    )
+
+
+def trainable(clients: Sequence[Client], train: TrainData) -> tuple[str, ...]:
+    """Ids of the clients that have something to learn from: at least one transition."""
+    offsets = train.interactions.offsets
+    return tuple(
+        client.client_id
+        for client in clients
+        if any(offsets[user + 1] - offsets[user] >= 2 for user in client.users)
     )
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.config.settings import method_name
 from pfm_llm.evaluation import personality, ranking
 from pfm_llm.evaluation.personality import Bootstrap, Estimate
 from pfm_llm.evaluation.ranking import Ranks
@@ -150,7 +149,7 @@ def estimate_rows(
     """
     describe = functools.partial(
         ResultRow,
-        method=method_name(config),
+        method=config.method.value,
         mode=mode.value,
         task=task.value,
         protocol=config.data.split.value,

@@ -13,6 +13,7 @@ from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, log_to_trackers
 from pfm_llm.base.progress import Progress
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settle import known
 from pfm_llm.federation.exchange import Exchange
 from pfm_llm.server.aggregation import Aggregator
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment, check_resumable
@@ -71,7 +72,8 @@ def run_rounds(
             committed before stays.
     """
     config, server = federation.config, federation.server
-    last_round, every = config.federation.num_rounds, config.evaluation.every
+    last_round, every = known(config.federation.num_rounds), known(config.evaluation.every)
+    commit_every = known(config.output.checkpoint_every)
     progress = Progress(
         last_round,
         "federated rounds",
@@ -90,7 +92,7 @@ def run_rounds(
             if every and round_number % every == 0 and round_number < last_round:
                 record["validation"] = validate()
             _report(federation, record, progress)
-            if round_number % config.output.checkpoint_every == 0 or round_number == last_round:
+            if round_number % commit_every == 0 or round_number == last_round:
                 commit(federation, round_number)
                 on_commit(round_number)
 

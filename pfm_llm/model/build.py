@@ -146,8 +146,6 @@ def _encoder(
 
 def _trained(config: ExperimentConfig, shared: SharedState) -> SharedState:
     """The part of the shared state that the method trains and that is sent."""
-    if config.method is None:
-        return shared
     spec = SPECS[config.method]
     return SharedState({n: value for n, value in shared.tensors.items() if spec.trains(n)})
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pfm_llm.runs.run import Assembly, assemble, load_corpus
+from pfm_llm.config.settle import known
+from pfm_llm.runs.run import Assembly, assemble, load_corpus, settled
 from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, HubError
 from pfm_llm.base.metrics_log import MetricsLog
@@ -59,12 +60,15 @@ def run_experiment(
     folders = _run_folders(config, resume, processes)
     # Bad input shows before the first round; a run that never began leaves nothing.
     with contextlib.nullcontext() if resume else folders.discarded_on_failure():
-        if not resume:
-            _write_settings(config, folders, processes)
-            _fetch_initial_adapter(config, folders, processes)
         corpus = load_corpus(config)
         if processes.is_main:
             _log.info("data: %s\n%s", corpus.report.describe(), corpus.split.describe())
+        config = settled(config, corpus)
+        if resume:
+            folders.check_settings(config)
+        else:
+            _write_settings(config, folders, processes)
+            _fetch_initial_adapter(config, folders, processes)
         assembly = assemble(config, corpus, folders, processes)
         federation = make_federation(assembly, folders, processes)
         federation.server.select_cohort(1)
@@ -137,7 +141,8 @@ def open_run(run: Path) -> OpenedRun:
     config = load_config(run / CONFIG_FILE)
     processes = start_processes(config.runtime.threads)
     folders = RunFolders.of(run)
-    assembly = assemble(config, load_corpus(config), folders, processes)
+    corpus = load_corpus(config)
+    assembly = assemble(settled(config, corpus), corpus, folders, processes)
     shared = load_shared(assembly, folders)
     assembly = with_chosen_weight(assembly, processes, folders.public, shared)
     return OpenedRun(assembly, processes, shared)
@@ -224,8 +229,8 @@ def _run_folders(config: ExperimentConfig, resume: bool, processes: Processes) -
 
 def _write_settings(config: ExperimentConfig, folders: RunFolders, processes: Processes) -> None:
     if processes.is_main:
-        settled = config.model_copy(update={"name": folders.public.name})
-        files.write_text(folders.public / CONFIG_FILE, dump_config(settled))
+        named = config.model_copy(update={"name": folders.public.name})
+        files.write_text(folders.public / CONFIG_FILE, dump_config(named))
         files.make_private_dir(folders.private)
     processes.wait()
 
@@ -243,6 +248,7 @@ def _write_environment(assembly: Assembly, folders: RunFolders, processes: Proce
     data = asdict(assembly.corpus.report)
     del data["examples"]  # rows of somebody's data; the run folder may be shown to anybody
     here |= {"data": data, "split": assembly.corpus.split.describe()}
+    here["num_clients"] = len(assembly.histories.trainable)
     files.write_json(folders.public / ENVIRONMENT_FILE, here)
     _log.info("%d threads x %d processes, %s", processes.threads, processes.count, here["dtype"])
 

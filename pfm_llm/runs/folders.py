@@ -65,19 +65,27 @@ class RunFolders:
 
         Raises:
             ConfigError: There is no such run.
-            CheckpointError: It was started with other settings that training depends on.
         """
         folders = cls.of(Path(config.output.dir) / config.name)
-        path = folders.public / CONFIG_FILE
-        if not path.is_file():
+        if not (folders.public / CONFIG_FILE).is_file():
             raise ConfigError(f"no run at {folders.public} to resume; start it without --resume")
-        changed = changed_settings(load_config(path), config)
+        return folders
+
+    def check_settings(self, config: ExperimentConfig) -> None:
+        """Make sure that the run was started with the settings at hand.
+
+        Args:
+            config: A settled config.
+
+        Raises:
+            CheckpointError: A setting that training depends on was another.
+        """
+        changed = changed_settings(load_config(self.public / CONFIG_FILE), config)
         if changed:
             raise CheckpointError(
-                f"{folders.public} cannot be resumed with other settings: {'; '.join(changed)}. "
+                f"{self.public} cannot be resumed with other settings: {'; '.join(changed)}. "
                 "Restore them, or start a new run without --resume"
             )
-        return folders
 
     @contextlib.contextmanager
     def discarded_on_failure(self) -> Iterator[None]:

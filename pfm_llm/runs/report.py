@@ -17,7 +17,8 @@ from pfm_llm.base.processes import Processes
 from pfm_llm.base.progress import Progress
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.config.settings import like_threshold, method_name
+from pfm_llm.config.settle import known
+from pfm_llm.config.settings import like_threshold
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import comparison, ranking
 from pfm_llm.evaluation import evaluator
@@ -193,7 +194,7 @@ def rows_of(
     """Rows for ``results.json``: of the baselines, and of every mode that was measured."""
     config = assembly.config
     held_out, round_number = task.held_out, task.shared.round_number
-    cohort = config.federation.cohort_size
+    cohort = known(config.federation.cohort_size)
     circumstances = functools.partial(
         ResultRow, protocol=config.data.split.value, split=held_out.name, seed=config.seed
     )
@@ -211,7 +212,7 @@ def rows_of(
         trained = mode is not Mode.ZERO_SHOT
         describe = functools.partial(
             circumstances,
-            method=method_name(config),
+            method=config.method.value,
             mode=mode.value,
             budget=f"{round_number} rounds x {cohort} clients" if trained else "no training",
             regime=(config.regime or "") if trained else "",

@@ -10,8 +10,9 @@ from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import like_threshold
+from pfm_llm.config.settle import settle
 from pfm_llm.data.interactions import Interactions
-from pfm_llm.data.partition import partition
+from pfm_llm.data.partition import partition, trainable
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
@@ -70,6 +71,12 @@ def load_corpus(config: ExperimentConfig) -> Corpus:
     """Load and split the data of an experiment."""
     interactions, report = load_interactions(config.data, config.seed)
     return Corpus(interactions, report, split_interactions(interactions, config.data))
+
+
+def settled(config: ExperimentConfig, corpus: Corpus) -> ExperimentConfig:
+    """A config with the settings that follow from its data; see `settle`."""
+    clients = partition(corpus.interactions, config.data.users_per_client, config.seed)
+    return settle(config, len(trainable(clients, corpus.split.train)))
 
 
 def assemble(

@@ -10,6 +10,7 @@ import torch
 
 from pfm_llm.base.errors import CheckpointError, ContractError
 from pfm_llm.config.schema import FederationConfig
+from pfm_llm.config.settle import known
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
 from pfm_llm.protocol.stages import Stages
 from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors
@@ -82,9 +83,10 @@ class Server:
         self._client_ids = tuple(client_ids)
         self._config = config
         self._seed = seed
-        self._step = ServerStep(config.server, config.num_rounds)
+        self._step = ServerStep(config.server, known(config.num_rounds))
         self._optimizer = self._step.initial_state(SharedState(trained))
-        self._stages = Stages([stage.choice for stage in config.stages], seed, config.cohort_size)
+        stages = [stage.choice for stage in config.stages]
+        self._stages = Stages(stages, seed, known(config.cohort_size))
         self._cohort: tuple[int, tuple[str, ...]] = (0, ())
 
     @property
@@ -109,7 +111,7 @@ class Server:
             ConfigError: The cohort is larger than the number of clients.
         """
         if self._cohort[0] != round_number:
-            size = self._config.cohort_size
+            size = known(self._config.cohort_size)
             cohort = select_cohort(self._client_ids, size, self._seed, round_number)
             self._cohort = (round_number, cohort)
         return self._cohort[1]

@@ -8,8 +8,20 @@ import torch
 from pfm_llm.base.errors import ContractError, TrainingError
 from pfm_llm.config.choices import LearningRateSchedule, ServerOptimizer
 from pfm_llm.config.schema import ServerConfig
+from pfm_llm.config.settle import known
 from pfm_llm.protocol.types import SharedState, Tensors
 from pfm_llm.server.aggregation import check_same_tensors
+
+TASTE_RATES = {
+    "basis.taste.like.items": 1e-2,
+    "basis.taste.like.": 3e-3,  # overfits sooner than the rest
+    "basis.taste.next_item.read_": 3e-2,  # embeddings, one row an item
+    "basis.taste.": 1e-2,
+}
+"""Learning rates of the basis of taste vectors, by prefix of a name; the first match counts."""
+
+_BETA2, _EPS = 0.99, 1e-8
+"""β₂ and ε of `ServerStep`'s ``fedadam``."""
 
 _MAX_RATE = 1e30
 """Beyond it a learning rate, divided by Adam's bias correction, may not fit into float32."""
@@ -40,8 +52,8 @@ class ServerStep:
     - ``average``: w ← w + η Δ, η = `lr_factor` times ``lr_scale``: ``lr_*`` do not apply. With a
       constant schedule and ``lr_scale: 1`` that is FedAvg (arXiv 1602.05629, algorithm 1).
     - ``fedavgm``: v ← momentum · v + Δ; w ← w + η v (arXiv 1909.06335).
-    - ``fedadam``: m ← momentum · m + (1 - momentum) Δ; v ← beta2 · v + (1 - beta2) Δ²;
-      w ← w + η m̂ / (√v̂ + eps) (arXiv 2003.00295, algorithm 2). Unlike there, m̂ and v̂ are
+    - ``fedadam``: m ← momentum · m + (1 - momentum) Δ; v ← β₂ v + (1 - β₂) Δ²;
+      w ← w + η m̂ / (√v̂ + ε) (arXiv 2003.00295, algorithm 2). Unlike there, m̂ and v̂ are
       corrected for their start at zero, as in Adam, so that the first rounds take whole steps:
       with Δ = -gradient this is Adam.
 
@@ -71,7 +83,7 @@ class ServerStep:
         A linear warm-up over ``warmup_rounds``, r / (warmup_rounds + 1); then 1, or half a
         cosine from 1 that would reach 0 in the round after the last.
         """
-        warmup = self.config.warmup_rounds
+        warmup = known(self.config.warmup_rounds)
         if round_number <= warmup:
             return round_number / (warmup + 1)
         if self.config.lr_schedule is LearningRateSchedule.CONSTANT:
@@ -87,10 +99,7 @@ class ServerStep:
         """
         groups = {
             "lora.": self.config.lr_lora,
-            "basis.taste.like.items": self.config.lr_taste_like_items,
-            "basis.taste.like.": self.config.lr_taste_like,
-            "basis.taste.next_item.read_": self.config.lr_taste_items,
-            "basis.taste.": self.config.lr_taste,
+            **TASTE_RATES,
             "basis.": self.config.lr_lora,
             "head.item_ids": self.config.lr_item_ids,
             "head.item_bias": self.config.lr_item_bias,
@@ -133,8 +142,8 @@ class ServerStep:
             moved = tensor * (1 - rate * self.config.weight_decay)
             if name in second:
                 correction1 = 1 - self.config.momentum**count
-                correction2 = 1 - self.config.beta2**count
-                root = (second[name].sqrt() / math.sqrt(correction2)).add_(self.config.eps)
+                correction2 = 1 - _BETA2**count
+                root = (second[name].sqrt() / math.sqrt(correction2)).add_(_EPS)
                 moved.addcdiv_(first[name], root, value=rate / correction1)
             else:
                 moved.add_(first.get(name, aggregate[name]), alpha=rate)
@@ -155,7 +164,7 @@ class ServerStep:
     def _moments(
         self, aggregate: Tensors, state: OptimizerState
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        momentum, beta2 = self.config.momentum, self.config.beta2
+        momentum, beta2 = self.config.momentum, _BETA2
         adam = self.config.optimizer is ServerOptimizer.FEDADAM
         gain = 1 - momentum if adam else 1.0
         first = {

@@ -11,6 +11,7 @@ from typing import Any
 
 from pfm_llm.base.errors import DataError, TrainingError
 from pfm_llm.config.schema import ExperimentConfig, training_hash
+from pfm_llm.config.settle import settle
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.plan import POPULARITY, VALIDATION, Plan, Point, SelectConfig, SuiteRun
@@ -26,11 +27,17 @@ class Record:
         rows: Its figures on validation; none when it failed.
         failed: Why it cannot be chosen: training went wrong with this value.
         seconds: It took so long, without the final evaluation; None when it was resumed.
+        num_clients: It trained on so many; None when that is not known, as of a script.
     """
 
     rows: tuple[ResultRow, ...]
     failed: str | None = None
     seconds: float | None = None
+    num_clients: int | None = None
+
+    def settled(self, config: ExperimentConfig) -> ExperimentConfig:
+        """The experiment's config with the settings that follow from its data."""
+        return config if self.num_clients is None else settle(config, self.num_clients)
 
 
 def write_record(point: Point, record: Record) -> None:
@@ -40,7 +47,7 @@ def write_record(point: Point, record: Record) -> None:
         StorageError: It cannot be written.
     """
     extra = {
-        **_settings(point.config),
+        **_settings(point.config, record),
         "value": point.value,
         "failed": record.failed,
         "seconds": record.seconds,
@@ -56,7 +63,8 @@ def read_record(point: Point) -> Record:
         CorruptFileError: It is not what `write_record` writes.
     """
     rows, extra = read_results(point.record)
-    return Record(tuple(rows), extra.get("failed"), extra.get("seconds"))
+    kept = (extra.get(name) for name in ("failed", "seconds", "num_clients"))
+    return Record(tuple(rows), *kept)
 
 
 def mode_of(config: ExperimentConfig) -> Mode:
@@ -138,7 +146,7 @@ def result_extra(
     """What stands in a result beside rows, environment and costs."""
     return {
         **_heading(plan, run),
-        **_settings(run.points[choice.index].config),
+        **_settings(run.points[choice.index].config, records[choice.index]),
         "grid": {
             "key": run.key,
             "chosen": run.points[choice.index].value,
@@ -147,7 +155,7 @@ def result_extra(
                     "value": point.value,
                     "figure": figure,
                     "failed": record.failed,
-                    "training_hash": training_hash(point.config),
+                    "training_hash": training_hash(record.settled(point.config)),
                 }
                 for point, figure, record in zip(run.points, choice.figures, records, strict=True)
             ],
@@ -169,7 +177,7 @@ def write_failure(plan: Plan, run: SuiteRun, path: Path, message: str) -> None:
     ]
     extra = {
         **_heading(plan, run),
-        **_settings(run.points[0].config),
+        **_settings(run.points[0].config, Record(())),
         "grid": {"key": run.key, "chosen": None, "values": values},
         "failed": message,
     }
@@ -201,10 +209,12 @@ def _heading(plan: Plan, run: SuiteRun) -> dict[str, Any]:
     }
 
 
-def _settings(config: ExperimentConfig) -> dict[str, Any]:
+def _settings(config: ExperimentConfig, record: Record) -> dict[str, Any]:
+    settled = record.settled(config)
     return {
-        "training_hash": training_hash(config),
-        "config": config.model_dump(mode="json"),
+        "training_hash": training_hash(settled),
+        "config": settled.model_dump(mode="json"),
+        "num_clients": record.num_clients,
     }
 
 

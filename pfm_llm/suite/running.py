@@ -21,7 +21,7 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, ConfigError, LaunchError, PfmError, TrainingError
 from pfm_llm.config.schema import ExperimentConfig, dump_config, read_yaml
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
-from pfm_llm.runs.folders import CONFIG_FILE, RESULTS_FILE
+from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, RESULTS_FILE
 from pfm_llm.suite import records
 from pfm_llm.suite.pace import Pace
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
@@ -146,7 +146,8 @@ class _Runner:
                 chosen.record.unlink()  # or a kill would leave half a run that seems whole
             self._train(run, chosen)
         # What is measured, and how, may have changed since it was trained.
-        files.write_text(chosen.folder / CONFIG_FILE, dump_config(chosen.config))
+        config = found[choice.index].settled(chosen.config)
+        files.write_text(chosen.folder / CONFIG_FILE, dump_config(config))
         with self._pace.evaluating(run):
             rows = self._tools.evaluate(chosen.folder, self._plan.budget)
         _, extra = read_results(chosen.folder / RESULTS_FILE)
@@ -169,13 +170,13 @@ class _Runner:
         try:
             folder = self._tools.train(point.config, resume)
         except TrainingError as error:
-            record = Record((), failed=str(error))
+            record = Record((), failed=str(error), num_clients=_num_clients(point))
         except CheckpointError as error:
             raise CheckpointError(f"{error}; or delete {point.folder} to train it anew") from error
         else:
             rows, _ = read_results(folder / RESULTS_FILE)
             seconds = None if resume else self._pace.now() - started
-            record = Record(tuple(rows), None, seconds)
+            record = Record(tuple(rows), None, seconds, _num_clients(point))
         records.write_record(point, record)
         _log.info("%s", self._pace.trained(point, record, self._describe(run, point, record)))
         return record
@@ -232,7 +233,13 @@ def _is_begun(point: Point) -> bool:
     except ConfigError:  # none, or cut off
         return False
     # Read as a config it would have today's default of what it lacks.
-    return not changes({"config": tree}, point.config)
+    return not changes({"config": tree, "num_clients": _num_clients(point)}, point.config)
+
+
+def _num_clients(point: Point) -> int | None:
+    """The clients that an experiment trains on; None as long as its folder does not say it."""
+    environment = read_tree(point.folder / ENVIRONMENT_FILE) or {}
+    return environment.get("num_clients")
 
 
 def _discard(point: Point) -> None:

@@ -2,8 +2,9 @@
 
 A result belongs to the settings that it was made with: it counts as long as the settings that
 training depends on (`config.training_hash`), the grid, the script and what chooses are still the
-same. A setting that the config has gained since stands at its default in older results, but for
-those of a taste, which tell how it is made.
+same. Settings that follow from the size of the data are judged by the number of clients that the
+result names. A setting that the config has gained since stands at its default in older results, but
+for those of a taste, which tell how it is made.
 """
 
 import json
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.config.earlier import from_earlier
 from pfm_llm.config.schema import ExperimentConfig, parse_config, training_hash
 from pfm_llm.config.settings import changed_settings
+from pfm_llm.config.settle import settle, settle_like
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
 
 
@@ -84,8 +87,8 @@ def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
     """What differs, of all that training depends on; empty when nothing does.
 
     Args:
-        stored: Holds the ``config`` of an earlier run as it was written, and, where there is one,
-            its ``training_hash``.
+        stored: Holds the ``config`` of an earlier run as it was written, and, where they are
+            known, its ``training_hash`` and the ``num_clients`` that it trained on.
         config: What would be run now.
 
     Returns:
@@ -94,10 +97,21 @@ def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
     if stored.get("training_hash") == training_hash(config):
         return []
     try:
-        old = parse_config(dict(stored["config"]))
+        old = parse_config(from_earlier(stored["config"]))
     except (ConfigError, KeyError, TypeError, ValueError):
         return ["it was made with settings that this version does not know"]
-    return changed_settings(old, config) + _gained(stored, config)
+    num_clients = _num_clients(stored)  # None: a script's, which trains a model of its own
+    settled = settle_like(config, old) if num_clients is None else settle(config, num_clients)
+    return changed_settings(old, settled) + _gained(stored, config)
+
+
+def _num_clients(stored: Mapping[str, Any]) -> int | None:
+    """The clients that an earlier run trained on; None where it does not say."""
+    if stored.get("num_clients") is not None:
+        return int(stored["num_clients"])
+    # Results from before that was kept are of one user a client.
+    data = stored.get("environment", {}).get("data", {})
+    return data.get("num_users")
 
 
 def _gained(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:

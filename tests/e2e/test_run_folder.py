@@ -70,7 +70,7 @@ def test_config_is_the_resolved_one(finished: Path, tiny: Tiny) -> None:
     asked = tiny.config(finished.parent, federation__server__lr_lora=0.02)
     assert training_hash(config) == training_hash(asked)
     written = yaml.safe_load((finished / "config.yaml").read_text())
-    assert written["federation"]["server"]["beta2"] == 0.99  # a default, spelt out
+    assert written["federation"]["server"]["momentum"] == 0.9  # a default, spelt out
     assert results_of(finished)["config"] == config.model_dump(mode="json")
 
 

@@ -14,20 +14,23 @@ from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.experiment import evaluate_run, open_run, run_experiment
 from pfm_llm.runs.private_weight import WEIGHT_FILE
 from pfm_llm.runs.report import evaluation_task, measure
+from pfm_llm.server.aggregation import TASTE_RATES
 from tests.support.tiny import Tiny
 
 WEIGHTS = [0.0, 0.5, 1.5]
 SETTINGS = {
     "method": "pfm",
     "evaluation__private_weights": WEIGHTS,
-    # Large rates, so that the weights matter after four rounds.
-    "federation__server": {"lr_taste": 0.5, "lr_taste_items": 0.5},
 }
 
 
 @pytest.fixture(scope="module")
 def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_experiment(tiny.config(tmp_path_factory.mktemp("weights"), **SETTINGS))
+    with pytest.MonkeyPatch.context() as patch:
+        # Large rates, so that the weights matter after four rounds.
+        for name in ("basis.taste.next_item.read_", "basis.taste."):
+            patch.setitem(TASTE_RATES, name, 0.5)
+        return run_experiment(tiny.config(tmp_path_factory.mktemp("weights"), **SETTINGS))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pfm_llm.config.schema import ExperimentConfig, dump_config
+from pfm_llm.config.settle import settle
 from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.suite.plan import Plan, make_plan
 from pfm_llm.suite.running import Tools, run_suite
@@ -21,6 +22,7 @@ BASE: dict[str, Any] = {
 }
 GRID = {"key": "federation.server.lr_lora", "values": [0.1, 0.2, 0.3]}
 POPULARITY = 0.05
+NUM_CLIENTS = 40
 
 
 def row(**changes: Any) -> ResultRow:
@@ -135,7 +137,8 @@ class World:
         self.started.append((config.name, resume))
         folder.with_name(f"{config.name}.private").mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
+        (folder / "config.yaml").write_text(dump_config(settle(config, NUM_CLIENTS)))
+        (folder / "environment.json").write_text(json.dumps({"num_clients": NUM_CLIENTS}))
         self.before(config.name)
         self.now += 10
         mode = "shared_private" if config.adapters.private.enabled else "shared_only"

@@ -39,6 +39,7 @@ class Tiny:
         """A config tree; ``settings`` are dotted keys with ``__`` for each dot."""
         tree: dict[str, Any] = {
             "name": "tiny",
+            "method": "custom",
             "data": {"source": str(self.interactions), "items": str(self.items)},
             "backbone": {"name": str(self.model), "dtype": "float32"},
             "window": {"items": 4},
@@ -47,16 +48,24 @@ class Tiny:
                 "shared": {"rank": 2, "alpha": 4},
                 "private": {"rank": 2, "alpha": 4, "head_rank": 2},
             },
-            "head": {"dim": 8, "id_dim": 4},
+            "head": {"dim": 8, "id_dim": 4, "dropout": 0.0},
             "federation": {
                 "num_rounds": 4,
                 "cohort_size": 4,
-                "local": {"personalise_steps": 2},
+                "local": {
+                    "personalise_steps": 2,
+                    "personalise_windows": None,
+                    "private_lr": 5e-4,
+                },
+                "server": {"lr_item_ids": 3e-3, "lr_scale": 1.0, "warmup_rounds": 0},
             },
-            "evaluation": {"bootstrap": 20, "num_negatives": 5, "ks": [5, 10]},
+            "evaluation": {"every": 0, "bootstrap": 20, "num_negatives": 5, "ks": [5, 10]},
             "runtime": {"threads": 1},
             "output": {"dir": str(output), "checkpoint_every": 2},
         }
+        if settings.get("method", "custom") == "custom":  # a method fixes them itself
+            tree["adapters"]["private"]["kind"] = "independent"
+            tree["federation"]["local"]["schedule"] = "alternate"
         for key, value in settings.items():
             *parents, last = key.split("__")
             node = tree

@@ -34,7 +34,7 @@ HEAD = HeadConfig(dim=8, id_dim=4)
 ADAPTERS = AdaptersConfig(
     num_layers=ADAPTED,
     shared=LoraAdapterConfig(rank=3, alpha=6),
-    private=PrivateAdapterConfig(rank=2, alpha=5, head_rank=2),
+    private=PrivateAdapterConfig(kind="independent", rank=2, alpha=5, head_rank=2),
 )
 
 

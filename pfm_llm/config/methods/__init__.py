@@ -12,6 +12,7 @@ from typing import Any
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.methods.central import SPEC as CENTRAL
+from pfm_llm.config.methods.custom import SPEC as CUSTOM
 from pfm_llm.config.methods.fedrep import SPEC as FEDREP
 from pfm_llm.config.methods.fedsa_lora import SPEC as FEDSA_LORA
 from pfm_llm.config.methods.ffa_lora import SPEC as FFA_LORA
@@ -34,6 +35,7 @@ class Method(StrEnum):
     FEDREP = "fedrep"
     PFM = "pfm"
     PFM_TEXT = "pfm_text"
+    CUSTOM = "custom"
 
 
 SPECS: dict[Method, MethodSpec] = {
@@ -45,6 +47,7 @@ SPECS: dict[Method, MethodSpec] = {
     Method.FEDREP: FEDREP,
     Method.PFM: PFM,
     Method.PFM_TEXT: PFM_TEXT,
+    Method.CUSTOM: CUSTOM,
 }
 
 
@@ -52,23 +55,24 @@ def with_method(tree: dict[str, Any], origin: str) -> dict[str, Any]:
     """A tree of settings with those that its method fixes.
 
     Args:
-        tree: Settings as read from YAML; without ``method`` they are returned as they are, and
-            so are those with an unknown one, for validation to refuse.
+        tree: Settings as read from YAML; without ``method`` it is `Method.PFM`. A tree with an
+            unknown method is returned as it is, for validation to refuse.
         origin: Where the tree is from, for messages.
 
     Raises:
         ConfigError: The tree sets a key otherwise than its method does.
     """
-    if tree.get("method") not in [method.value for method in SPECS]:
+    name = tree.get("method", Method.PFM.value)
+    if name not in list(Method):
         return tree
-    method = Method(tree["method"])
+    method = Method(name)
     tree = copy.deepcopy(tree)
     for key, value in SPECS[method].settings.items():
         found = find_setting(tree, key)
         if found is not None and found != value:
             raise ConfigError(
                 f"{origin}: method {method} fixes {key}: {value}, but the config says {found}; "
-                "leave it out"
+                "leave it out, or set method: custom, which fixes nothing"
             )
         set_setting(tree, key, value)
     return tree

@@ -19,6 +19,11 @@ class MethodSpec:
     settings: Mapping[str, Any]
     frozen: tuple[str, ...] = ()
 
+    @property
+    def shares_nothing(self) -> bool:
+        """Whether no shared tensor is trained, so that clients have nothing to send."""
+        return "*" in self.frozen
+
     def trains(self, name: str) -> bool:
         """Whether a shared tensor is trained and sent."""
         return not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.frozen)

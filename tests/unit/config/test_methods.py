@@ -37,6 +37,7 @@ def test_every_method_has_its_paper_or_its_equation() -> None:
         (Method.FEDREP, SHARED_NAMES[2:3]),
         (Method.PFM, ()),
         (Method.PFM_TEXT, ()),
+        (Method.CUSTOM, ()),
     ],
 )
 def test_what_a_method_leaves_untrained(method: Method, untrained: tuple[str, ...]) -> None:
@@ -56,8 +57,42 @@ def test_a_config_with_a_method_is_valid_and_says_what_it_fixes(method: Method) 
 
 
 def test_a_setting_that_contradicts_the_method_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"shared_only fixes adapters\.private\.enabled: False"):
+    message = r"shared_only fixes adapters\.private\.enabled: False.* set method: custom"
+    with pytest.raises(ConfigError, match=message):
         parse_config(_tree(method="shared_only", adapters={"private": {"enabled": True}}))
+
+
+def test_without_a_method_it_is_ours() -> None:
+    assert parse_config(_tree()) == parse_config(_tree(method="pfm"))
+    with pytest.raises(ConfigError, match=r"pfm fixes adapters\.private\.kind: taste"):
+        parse_config(_tree(adapters={"private": {"kind": "independent"}}))
+
+
+def test_custom_fixes_nothing_and_starts_from_the_same_settings() -> None:
+    private = {"kind": "independent", "enabled": True}
+    config = parse_config(_tree(method="custom", adapters={"private": private}))
+    assert config.adapters.private.kind == "independent"
+    ours, custom = (
+        parse_config(_tree(method=method)).model_dump(exclude={"method"})
+        for method in ("pfm", "custom")
+    )
+    assert custom == ours
+
+
+@pytest.mark.parametrize("local", [{"shared_local_steps": 4}, {"private_local_steps": 0}])
+def test_a_method_that_shares_nothing_takes_no_shared_steps(local: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"local_only trains nothing that is shared.* remove"):
+        parse_config(_tree(method="local_only", federation={"local": local}))
+
+
+def test_a_method_that_shares_nothing_averages_nothing() -> None:
+    averaging = {
+        "local": {"shared_local_steps": 4, "private_local_steps": 4},
+        "server": {"optimizer": "average"},
+    }
+    with pytest.raises(ConfigError, match="local_only trains nothing that is shared"):
+        parse_config(_tree(method="local_only", regime="fedavg", federation=averaging))
+    assert parse_config(_tree(method="local_only", regime="fedsgd")).method is Method.LOCAL_ONLY
 
 
 def test_an_unknown_method_names_the_valid_ones() -> None:

@@ -26,13 +26,13 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def private(**values: Any) -> dict[str, Any]:
-    return {"name": "x", "adapters": {"private": values}}
+    return {"name": "x", "method": "custom", "adapters": {"private": values}}
 
 
 def test_a_name_is_enough_and_defaults_are_typed() -> None:
     config = parse_config({"name": "x"})
     assert config.backbone.dtype is Dtype.AUTO
-    assert config.adapters.private.kind == "independent"
+    assert config.adapters.private.kind == "taste"
     assert config.evaluation.ks == (5, 10, 20)
 
 
@@ -75,7 +75,8 @@ def test_dump_and_load_give_an_equal_config(
         ),
         ({"data": {"columns": {"zzz": 1}}}, r"unknown key data\.columns\.zzz; valid here: user, "),
         ({"data": {"split": "random"}}, r"data\.split: .*'leave_last_out'"),
-        ({"method": "pfm", "data": {"users_per_client": 2}}, r"taste reads one user's history"),
+        ({"data": {"users_per_client": 2}}, r"taste reads one user's history.* set method: custom"),
+        ({"method": None}, r"method: .*'pfm'.*'custom'"),
         ({"window": {"items": 0}}, r"window\.items: .*greater than or equal to 1"),
         ({"adapters": {"private": {"weight": 1.6}}}, r"adapters\.private\.weight: .*1\.5"),
         ({"adapters": {"private": {"dropout": 1}}}, r"adapters\.private\.dropout: .*less than 1"),
@@ -149,7 +150,7 @@ def test_overrides_are_yaml_applied_in_order(tmp_path: Path) -> None:
             "window.max_windows=null",
             "runtime.trackers=[tensorboard]",
             "data.source=a=b.csv",
-            "adapters.private.enabled=false",
+            "method=shared_only",
         ],
     )
     assert (config.federation.num_rounds, config.federation.cohort_size) == (11, 3)
@@ -196,6 +197,20 @@ def test_training_hash_ignores_the_order_of_keys() -> None:
 def test_training_hash_sees_what_the_trained_tensors_depend_on(tree: dict[str, Any]) -> None:
     base = parse_config({"name": "x"})
     assert training_hash(parse_config({"name": "x", **tree})) != training_hash(base)
+
+
+def test_training_hash_sees_passes_as_long_as_rounds_follow_from_them() -> None:
+    def hash_of(**federation: Any) -> str:
+        return training_hash(parse_config({"name": "x", "federation": federation}))
+
+    assert hash_of(passes=2.0) != hash_of()
+    assert hash_of(passes=2.0, num_rounds=9) == hash_of(num_rounds=9)
+
+
+def test_training_hash_does_not_see_the_private_part_where_there_is_none() -> None:
+    base = parse_config({"name": "x", "method": "shared_only"})
+    other = {"name": "x", "method": "shared_only", "adapters": {"private": {"kind": "independent"}}}
+    assert training_hash(parse_config(other)) == training_hash(base)
 
 
 @pytest.mark.parametrize(

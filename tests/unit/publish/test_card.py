@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settle import settle
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.evaluation.tables import results_table
 from pfm_llm.publish.card import NO_REPO, CardFacts, addressed_card, model_card
@@ -51,7 +52,7 @@ def facts() -> CardFacts:
         rounds=150,
         scores=SCORES,
         results_table=results_table(SCORES),
-        config=ExperimentConfig(name="ml100k").model_dump(mode="json"),
+        config=settle(ExperimentConfig(name="ml100k"), 943).model_dump(mode="json"),
     )
 
 
@@ -187,7 +188,7 @@ def test_formulas_name_the_head_s_tensors_and_only_those_there_are(facts) -> Non
             missing = any(name.startswith(start) for start in absent)
             assert (f"head.{name}" in card) is not missing, name
     assert "item_keys.json[i]" in model_card(facts)
-    assert "newest 32 items" in model_card(facts)
+    assert "newest 16 items" in model_card(facts)
 
 
 def test_the_formulas_are_those_of_the_head(facts) -> None:
@@ -280,7 +281,7 @@ def test_text_holds_the_results_table_and_says_which_row_the_folder_gives(facts)
 
 def test_settings_come_from_the_config_and_missing_ones_are_left_out(facts) -> None:
     card = model_card(facts)
-    assert "| Clients per round | 16 |" in card
+    assert "| Clients per round | 8 |" in card
     assert "| LoRA rank | 8 |" in card
     assert "| Server optimizer | fedadam |" in card
     assert "in 150 rounds" in card

@@ -53,6 +53,7 @@ def _sum(
 
 def _step(optimizer: ServerOptimizer, num_rounds: int = 10, **settings: Any) -> ServerStep:
     settings.setdefault("lr_schedule", LearningRateSchedule.CONSTANT)
+    settings = {"lr_scale": 1.0, "warmup_rounds": 0} | settings
     return ServerStep(ServerConfig(optimizer=optimizer, **settings), num_rounds)
 
 
@@ -306,8 +307,8 @@ _RATES = {"lr_lora": 0.01, "lr_head": 0.02, "lr_item_ids": 0.04, "lr_item_bias":
 
 
 def test_fedadam_is_torch_adam() -> None:
-    step = _step(ServerOptimizer.FEDADAM, momentum=0.8, beta2=0.95, eps=1e-3, **_RATES)
-    _assert_equals_torch(step, lambda groups: torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-3))
+    step = _step(ServerOptimizer.FEDADAM, momentum=0.8, **_RATES)
+    _assert_equals_torch(step, lambda groups: torch.optim.Adam(groups, betas=(0.8, 0.99), eps=1e-8))
 
 
 def test_fedadam_with_weight_decay_is_torch_adamw() -> None:
@@ -443,8 +444,9 @@ def test_the_scale_moves_every_rate_but_those_of_the_taste_basis() -> None:
         assert scaled.learning_rate(name) == pytest.approx(3 * plain.learning_rate(name))
     for name in ("basis.taste.like.text", "basis.taste.like.items", "basis.taste.next_item.ids"):
         assert scaled.learning_rate(name) == plain.learning_rate(name)
-    assert plain.learning_rate("basis.taste.like.text") == ServerConfig().lr_taste_like
-    assert plain.learning_rate("basis.taste.like.items") == ServerConfig().lr_taste_like_items
-    assert plain.learning_rate("basis.taste.next_item.text") == ServerConfig().lr_taste
+    assert plain.learning_rate("basis.taste.like.text") == 3e-3
+    assert plain.learning_rate("basis.taste.like.items") == 1e-2
+    assert plain.learning_rate("basis.taste.next_item.text") == 1e-2
+    assert plain.learning_rate("basis.taste.next_item.read_in") == 3e-2
     averaging = ServerConfig(optimizer=ServerOptimizer.AVERAGE, lr_scale=0.5)
     assert ServerStep(averaging, num_rounds=10).learning_rate("basis.taste.like.text") == 0.5

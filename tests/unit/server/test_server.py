@@ -35,8 +35,8 @@ def _server(cohort_size: int = 4, width: int = 3, **settings: Any) -> Server:
     settings.setdefault("optimizer", ServerOptimizer.AVERAGE)
     settings.setdefault("lr_schedule", "constant")
     stages = settings.pop("stages", ())
-    server = ServerConfig(**settings)
-    config = FederationConfig(cohort_size=cohort_size, server=server, stages=stages)
+    server = ServerConfig(**{"lr_scale": 1.0, "warmup_rounds": 0} | settings)
+    config = FederationConfig(num_rounds=100, cohort_size=cohort_size, server=server, stages=stages)
     shared = _shared(width)
     return Server(shared, _contract(shared), _CLIENTS, config, seed=0)
 

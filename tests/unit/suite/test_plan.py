@@ -69,7 +69,7 @@ def test_a_run_s_method_overrules_the_base_but_not_the_run(world: World) -> None
         runs=[
             {"name": "fedrep", "set": {"method": "fedrep"}},
             {"name": "local", "set": {"method": "local_only"}},
-            {"name": "none"},
+            {"name": "none", "set": {"method": "custom"}},
         ],
     )
     configs = [run.points[0].config for run in world.plan().runs]

@@ -10,10 +10,11 @@ import yaml
 
 from pfm_llm.base.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
 from pfm_llm.config.schema import load_config, parse_config
+from pfm_llm.config.settle import settle
 from pfm_llm.evaluation import results
 from pfm_llm.evaluation.results import read_results
 from pfm_llm.suite.running import run_suite
-from pfm_llm.suite.status import State, changes, list_text, status_of
+from pfm_llm.suite.status import State, changes, list_text, read_tree, status_of
 from tests.support.suite_double import COSTS, GRID, World
 
 ALL = [("a-s0-0.1", False), ("a-s0-0.2", False), ("a-s0-0.3", False), ("b-s0", False)]
@@ -76,7 +77,7 @@ def test_losing_folders_are_deleted_with_their_private_ones_unless_kept(world: W
 
 
 def test_without_private_adapter_the_shared_mode_chooses(world: World) -> None:
-    world.write(set={"output.dir": str(world.folder / "runs"), "adapters.private.enabled": False})
+    world.write(set={"output.dir": str(world.folder / "runs"), "method": "shared_only"})
     assert world.run() == {}
     assert world.result("a-s0")["grid"]["chosen"] == 0.2
 
@@ -300,6 +301,38 @@ def test_a_setting_that_the_config_gained_since_does_not_make_results_stale(worl
         del content["config"]["head"]["dropout"]
         path.write_text(json.dumps(content | {"training_hash": "of another version"}))
     assert states(world)[1] is State.DONE
+
+
+def test_settings_that_follow_from_the_clients_are_kept_and_judged_with_their_values(
+    world: World,
+) -> None:
+    """Without num_rounds, 3.4 passes over 40 clients in cohorts of 8 are 17 rounds: 10 in tens."""
+    base = {"name": "base", "data": {"source": "interactions.csv"}}
+    (world.folder / "base.yaml").write_text(yaml.safe_dump(base))
+    world.run(["b"])
+    for tree in (world.result("b-s0"), read_tree(world.runs / "b-s0.json")):
+        assert tree is not None
+        assert tree["config"]["federation"]["num_rounds"] == 10
+        assert tree["num_clients"] == 40
+    assert load_config(world.runs / "b-s0" / "config.yaml").federation.num_rounds == 10
+    world.run(["b"])
+    assert world.started == [("b-s0", False)]
+    (world.folder / "base.yaml").write_text(
+        yaml.safe_dump(base | {"federation": {"passes": 6.0}})  # 30 rounds
+    )
+    assert "federation.num_rounds was 10, is 30" in detail(world, 1)
+
+
+def test_a_result_that_lacks_the_number_of_clients_is_judged_by_its_users() -> None:
+    """Results of before that number was kept: 3.4 passes over 943 users are 400 rounds."""
+    config = parse_config({"name": "x"})
+    stored = {
+        "config": settle(config, 943).model_dump(mode="json"),
+        "environment": {"data": {"num_users": 943}},
+    }
+    assert changes(stored, config) == []
+    stored["environment"] = {"data": {"num_users": 2000}}
+    assert changes(stored, config) == ["federation.num_rounds was 400, is 850"]
 
 
 @pytest.mark.parametrize(

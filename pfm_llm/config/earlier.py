@@ -1,0 +1,36 @@
+"""Config trees as earlier versions wrote them into results, read as trees of this version."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from pfm_llm.config.methods import Method
+from pfm_llm.config.text import find_setting
+
+CONSTANTS: dict[str, Any] = {
+    "federation.server.beta2": 0.99,
+    "federation.server.eps": 1e-8,
+    "federation.server.lr_taste": 1e-2,
+    "federation.server.lr_taste_items": 3e-2,
+    "federation.server.lr_taste_like": 3e-3,
+    "federation.server.lr_taste_like_items": 1e-2,
+}
+"""Settings that there were once, by dotted key, and the value that is now a constant."""
+
+
+def from_earlier(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole config tree of an earlier version as a tree of this one.
+
+    Args:
+        tree: Every setting of its version. A setting of `CONSTANTS` with another value than the
+            constant is left in it, for validation to refuse; a tree of this version is returned
+            as it is.
+    """
+    present = copy.deepcopy(dict(tree))
+    if "method" in present and present["method"] is None:
+        present["method"] = Method.CUSTOM.value
+    for key, value in CONSTANTS.items():
+        if find_setting(present, key) == value:
+            parent, _, last = key.rpartition(".")
+            del find_setting(present, parent)[last]
+    return present
