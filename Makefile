@@ -4,7 +4,8 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Said explicitly, accelerate needs no config file and warns about no defaults.
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
+# -q: an error of ours is one line; without it accelerate adds its own traceback.
+LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 \
 	--mixed_precision no --dynamo_backend no
 
 .DEFAULT_GOAL := help
@@ -12,7 +13,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
 .PHONY: help install demo test check lint format bench suite table clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## build .venv with the exact versions of constraints.txt
 
