@@ -187,7 +187,7 @@ def load_shared(assembly: Assembly, folders: RunFolders) -> tuple[SharedState, i
     checkpoint = CheckpointStore(folders.public / SERVER_FOLDER).load()
     if checkpoint is None:
         raise CheckpointError(
-            f"{folders.public} has no committed round; run scripts/fed_train.py --resume first"
+            f"{folders.public} has no committed round; run `pfm train --resume` first"
         )
     return shared_state(assembly, checkpoint), checkpoint.round_number
 
@@ -300,8 +300,8 @@ def _push(assembly: Assembly, folders: RunFolders, processes: Processes) -> None
             published = publish(_request(assembly, folders, tag=wanted.tag))
         except HubError as error:
             raise HubError(
-                f"{error}\nThe run is complete; push it later with scripts/push_adapter.py "
-                f"--run {folders.public} --repo {wanted.repo}"
+                f"{error}\nThe run is complete; push it later with `pfm push "
+                f"--run {folders.public} --repo {wanted.repo}`"
             ) from error
         _log.info("the shared adapter is at %s", published.pushed.url)
 
