@@ -10,25 +10,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pfm_llm.runs.run import Assembly, assemble, load_corpus
 from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, HubError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.config.schema import ExperimentConfig, dump_config, load_config, training_hash
-from pfm_llm.runs.environment import environment
 from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.baselines import parse_names
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
-from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunFolders
-from pfm_llm.runs.private_weight import with_chosen_weight
 from pfm_llm.protocol.types import Mode, SharedState
-from pfm_llm.runs.publication import request_of
 from pfm_llm.publish import hub
 from pfm_llm.publish.export import export_shared_adapter
 from pfm_llm.publish.publishing import PublishRequest, publish
 from pfm_llm.publish.versions import copy_artefact
+from pfm_llm.runs.environment import environment
+from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunFolders
+from pfm_llm.runs.private_weight import with_chosen_weight
+from pfm_llm.runs.publication import request_of
 from pfm_llm.runs.report import evaluate_and_report, exported_model, measure, validation_task
+from pfm_llm.runs.run import Assembly, assemble, load_corpus
 from pfm_llm.server.checkpoint import Checkpoint, CheckpointStore, RunEnvironment
 from pfm_llm.server.server import Server
 

@@ -12,15 +12,14 @@ from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
-from pfm_llm.runs.run import Assembly
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.base.processes import Processes
-from pfm_llm.evaluation import evaluator
-from pfm_llm.evaluation import personality
+from pfm_llm.evaluation import evaluator, personality
 from pfm_llm.evaluation.evaluator import UserVectors
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.runs.report import measure, validation_task
+from pfm_llm.runs.run import Assembly
 
 WEIGHT_FILE = "private_weight.json"
 """In a run's public folder: the weight, its round, and the mean log-rank gain of each."""

@@ -13,14 +13,13 @@ import numpy as np
 
 from pfm_llm.config.choices import Task
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import comparison, personality
-from pfm_llm.evaluation import evaluator
+from pfm_llm.evaluation import comparison, evaluator, personality
 from pfm_llm.evaluation.evaluator import EvaluationTask
 from pfm_llm.evaluation.personality import Bootstrap, Estimate
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
+from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.experiment import SERVER_FOLDER, OpenedRun, open_run, shared_state
 from pfm_llm.runs.folders import RESULTS_FILE, RunFolders
-from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.report import (
     evaluation_task,
     fit_run_baselines,
@@ -28,9 +27,9 @@ from pfm_llm.runs.report import (
     rank_baselines,
     rows_of,
 )
-from pfm_llm.server.checkpoint import CheckpointStore
 from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
 from pfm_llm.runs.study.served import Served, quality_of
+from pfm_llm.server.checkpoint import CheckpointStore
 
 WINDOWS = (32, 16, 8, 4)
 GIVEN = (0, 1, 2, 5, 10)

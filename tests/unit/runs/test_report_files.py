@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.runs import environment as environment_module
 from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
-from pfm_llm.runs.environment import _git_state, environment
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.evaluation.tables import results_table, terminal_table
-from pfm_llm.runs.folders import newest_run
 from pfm_llm.protocol.types import Mode
+from pfm_llm.runs import environment as environment_module
+from pfm_llm.runs.environment import _git_state, environment
+from pfm_llm.runs.folders import newest_run
 
 
 def row(method: str = "pfm", mode: str = "shared_only", value: float = 0.1, **other) -> ResultRow:
