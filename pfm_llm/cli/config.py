@@ -24,13 +24,13 @@ def show(
 
 def list_configs() -> None:
     """List the names of the shipped configs, with the first line of each."""
-    from pfm_llm.config.shipped import shipped_configs
+    from pfm_llm.config.shipped import shipped_folder
 
-    configs = shipped_configs()
-    width = max(map(len, configs))
-    for name, path in configs.items():
-        first = path.read_text().partition("\n")[0]
-        print(f"{name:{width}}  {first.removeprefix('#').strip()}")
+    files = sorted(shipped_folder().glob("*.yaml"))
+    width = max(len(file.stem) for file in files)
+    for file in files:
+        first = file.read_text().partition("\n")[0]
+        print(f"{file.stem:{width}}  {first.removeprefix('#').strip()}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"show": show, "list": list_configs}

@@ -5,6 +5,12 @@ from typing import Annotated
 
 import typer
 
+_Name = Annotated[
+    str,
+    typer.Option(
+        "--suite", metavar="FILE|NAME", help="YAML file, or a shipped one such as suites/ml100k."
+    ),
+]
 _Keep = Annotated[
     bool,
     typer.Option(
@@ -16,7 +22,7 @@ _Keep = Annotated[
 
 
 def suite(
-    file: Annotated[Path, typer.Option("--suite", metavar="FILE", help="YAML file of the suite.")],
+    name: _Name,
     budget: Annotated[str, typer.Option(help="One of the suite's budgets.")] = "small",
     only: Annotated[
         list[str] | None,
@@ -36,10 +42,11 @@ def suite(
     """
     import sys
 
+    from pfm_llm.config.shipped import find_config
     from pfm_llm.suite.plan import make_plan
     from pfm_llm.suite.status import list_text
 
-    plan = make_plan(file, budget, only or [])
+    plan = make_plan(find_config(name), budget, only or [])
     if show:
         print(list_text(plan, results))
         return

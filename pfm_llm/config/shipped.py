@@ -1,35 +1,41 @@
-"""The configs that are shipped with the package."""
+"""The configs that come with the package, by name."""
 
 from pathlib import Path
 
 from pfm_llm.base.errors import ConfigError
 
-
-def shipped_configs() -> dict[str, Path]:
-    """Name to file of each shipped config, by name."""
-    package = Path(__file__).parents[1]
-    # The build copies the configs into the wheel; a checkout has them beside the package.
-    packaged = package / "_configs"
-    folder = packaged if packaged.is_dir() else package.parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+_SUFFIX = ".yaml"
 
 
 def find_config(name_or_path: str | Path) -> Path:
-    """The file of a config.
+    """The file of a config or suite.
 
     Args:
-        name_or_path: The path of a YAML file, or the name of a shipped config.
+        name_or_path: The name of a shipped one, such as ``quickstart`` or ``suites/games``, or
+            the path of a YAML file (it ends in ``.yaml`` or ``.yml``). A file of the given path
+            comes first.
 
     Raises:
-        ConfigError: It is neither; the message lists the shipped ones.
+        ConfigError: No config of that name is shipped; the message lists those that are.
     """
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    if path.is_file() or path.suffix in (_SUFFIX, ".yml"):
         return path
-    shipped = shipped_configs()
+    folder = shipped_folder()
+    shipped = {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for file in sorted(folder.rglob(f"*{_SUFFIX}"))
+    }
     if str(name_or_path) not in shipped:
         raise ConfigError(
-            f"no config {str(name_or_path)!r}: give the path of a YAML file, or one of "
-            f"{', '.join(shipped)}"
+            f"there is no config {str(name_or_path)!r}; shipped are {', '.join(shipped)}; "
+            "or give the path of a .yaml file"
         )
     return shipped[str(name_or_path)]
+
+
+def shipped_folder() -> Path:
+    """The folder of the shipped configs: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    packaged = package / "_configs"
+    return packaged if packaged.is_dir() else package.parent / "configs"

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from pfm_llm import __version__
 from pfm_llm.cli.main import make_app
 from pfm_llm.config.schema import load_config
-from pfm_llm.config.shipped import shipped_configs
+from pfm_llm.config.shipped import find_config
 from pfm_llm.runs import experiment, publication
 
 Run = Callable[..., Result]
@@ -60,13 +60,13 @@ Stopped = Callable[[Result], tuple[object, ...]]
 )
 def test_set_takes_several_and_repeats(pfm: Run, stopped: Stopped, overrides: list[str]) -> None:
     config, named = stopped(pfm("train", "--config", "ml100k", *overrides))
-    assert config == load_config(shipped_configs()["ml100k"], ["seed=3", "data.held_out=0.3"])
+    assert config == load_config(find_config("ml100k"), ["seed=3", "data.held_out=0.3"])
     assert named == {"resume": True, "from_round": None}
 
 
 def test_train_runs_the_quickstart_when_no_config_is_named(pfm: Run, stopped: Stopped) -> None:
     config, _ = stopped(pfm("train"))
-    assert config == load_config(shipped_configs()["quickstart"])
+    assert config == load_config(find_config("quickstart"))
 
 
 def test_a_value_after_another_option_is_no_override(pfm: Run, stopped: Stopped) -> None:
@@ -95,7 +95,7 @@ def test_a_new_repository_is_private_unless_public_is_said(
     ("words", "message"),
     [
         (["train", "--from-round", "3"], "error: --from-round goes with --resume"),
-        (["train", "--config", "quickstar"], "one of games, groceries, ml100k, quickstart"),
+        (["train", "--config", "quickstar"], "shipped are games, groceries, ml100k, quickstart"),
         (["train", "--config", "quickstart", "--set", "sead=1"], "did you mean seed?"),
         (["recommend"], "error: give --user, or --adapter with --history"),
         (["recommend", "--user", "1", "--adapter", "a"], "error: give --user, or --adapter"),
