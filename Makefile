@@ -5,7 +5,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DOCS_STAMP := .venv/.docs
 # Said explicitly, accelerate needs no config file and warns about no defaults.
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
+# -q: an error of ours is one line; without it accelerate adds its own traceback.
+LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 \
 	--mixed_precision no --dynamo_backend no
 
 .DEFAULT_GOAL := help
@@ -13,7 +14,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
 .PHONY: help install demo test check lint format bench suite claims table docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## build .venv with the exact versions of constraints.txt
 

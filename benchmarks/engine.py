@@ -59,7 +59,7 @@ def main() -> None:
     if min(arguments.repeats, arguments.clients) < 1:
         parser.error("--repeats and --clients must be at least 1")
     from pfm_llm.base.errors import PfmError
-    from scripts._cli import prepare
+    from pfm_llm.cli.start import prepare
 
     prepare()  # before torch starts
 

@@ -17,13 +17,14 @@ if __name__ == "__main__":  # so that `benchmarks` is a package however this is 
 
 def main() -> None:
     from benchmarks.baselines.cli import make_parser
-    from scripts._cli import run_safely
+    from pfm_llm.cli.start import run_safely
 
     parser = make_parser(__doc__)
     parser.add_argument(
         "--negatives", choices=("honest", "published"), default="honest", help="see above"
     )
-    run_safely(run, parser.parse_args(), "interrupted; start it again")
+    arguments = parser.parse_args()
+    run_safely(functools.partial(run, arguments), "interrupted; start it again")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -15,9 +15,10 @@ if __name__ == "__main__":  # so that `benchmarks` is a package however this is 
 
 def main() -> None:
     from benchmarks.baselines.cli import make_parser
-    from scripts._cli import run_safely
+    from pfm_llm.cli.start import run_safely
 
-    run_safely(run, make_parser(__doc__).parse_args(), "interrupted; start it again")
+    arguments = make_parser(__doc__).parse_args()
+    run_safely(functools.partial(run, arguments), "interrupted; start it again")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from pfm_llm.base.errors import ConfigError, LaunchError, PfmError
 T = TypeVar("T")
 
 _HOW = (
-    "start several CPU processes with: accelerate launch --multi_gpu --num_processes 2 "
+    "start several CPU processes with: accelerate launch -q --multi_gpu --num_processes 2 "
     "--num_machines 1 --mixed_precision no --dynamo_backend no scripts/fed_train.py … "
     "(or with torchrun --nproc_per_node 2)"
 )

@@ -81,6 +81,17 @@ def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, Load
     return interactions, report
 
 
+def read_source(config: DataConfig) -> tuple[SourceTables, ColumnsConfig]:
+    """The tables of ``data.source`` as they are, without a cache, and which column is what.
+
+    Raises:
+        DataError: The source is missing or cannot be read.
+        AssetError: The embedded data set cannot be had.
+    """
+    source = _find(config)
+    return source.read(), source.columns
+
+
 def load_catalogue(source: str, columns: ColumnsConfig | None = None) -> Catalogue:
     """Load items alone: those of a data source, or of a CSV, TSV or Parquet file of items.
 

@@ -92,10 +92,10 @@ def read_results(path: Path) -> tuple[list[ResultRow], dict[str, Any]]:
         CorruptFileError: The file is not what `write_results` writes.
     """
     if not path.is_file():
-        raise DataError(f"no results at {path}; run scripts/evaluate.py first")
+        raise DataError(f"no results at {path}; run `pfm evaluate` first")
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
-        raise CorruptFileError(f"{path} holds no list of rows; run scripts/evaluate.py again")
+        raise CorruptFileError(f"{path} holds no list of rows; run `pfm evaluate` again")
     rows = [_parse_row(row, f"{path}, row {n}") for n, row in enumerate(content.pop("rows"), 1)]
     return rows, content
 

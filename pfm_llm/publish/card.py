@@ -122,7 +122,7 @@ checkout of pfm_llm {version}:
 """
 
 _COMMAND = (
-    "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no "
+    "accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no "
     "--dynamo_backend no scripts/fed_train.py --config training_config.yaml"
 )
 

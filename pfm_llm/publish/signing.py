@@ -26,7 +26,7 @@ _FIELDS = {"algorithm", "public_key", "signature"}
 _KEY_BYTES, _SIGNATURE_BYTES = 32, 64
 _PRIVATE_MODE = 0o600
 _OF_OTHERS = 0o077
-_HOW_TO_GET_A_KEY = "make a key with `scripts/adapter_versions.py keygen PATH`"
+_HOW_TO_GET_A_KEY = "make a key with `pfm versions keygen PATH`"
 
 
 def new_key(path: Path) -> str:

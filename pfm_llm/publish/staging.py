@@ -45,7 +45,7 @@ from pfm_llm.publish.artefact import (
 )
 from pfm_llm.publish.leak_search import find_private
 
-_AGAIN = "export the run again (scripts/evaluate.py)"
+_AGAIN = "export the run again (`pfm evaluate`)"
 _NOTHING_SENT = "nothing was sent"
 _PATH = re.compile(r"/|~|\\\\|[A-Za-z]:[\\/]|file:")
 _KEY = re.compile(r"[0-9a-f]{32}")

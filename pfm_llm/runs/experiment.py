@@ -10,28 +10,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pfm_llm.config.settle import known
-from pfm_llm.runs.run import Assembly, assemble, load_corpus, settled
 from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, HubError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.config.choices import Aggregation, ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig, dump_config, load_config, training_hash
-from pfm_llm.runs.environment import environment
 from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.baselines import parse_names
 from pfm_llm.federation.exchange import LocalExchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
-from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunFolders
-from pfm_llm.runs.private_weight import with_chosen_weight
 from pfm_llm.protocol.types import Mode, SharedState
-from pfm_llm.runs.publication import request_of
 from pfm_llm.publish import hub
 from pfm_llm.publish.export import export_shared_adapter
 from pfm_llm.publish.publishing import PublishRequest, publish
 from pfm_llm.publish.versions import copy_artefact
+from pfm_llm.runs.environment import environment
+from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunFolders
+from pfm_llm.runs.private_weight import with_chosen_weight
+from pfm_llm.runs.publication import request_of
 from pfm_llm.runs.report import evaluate_and_report, exported_model, measure, validation_task
+from pfm_llm.runs.run import Assembly, assemble, load_corpus, settled
 from pfm_llm.server.checkpoint import Checkpoint, CheckpointStore, RunEnvironment
 from pfm_llm.server.server import Server
 
@@ -193,7 +192,7 @@ def load_shared(assembly: Assembly, folders: RunFolders) -> SharedState:
     checkpoint = CheckpointStore(folders.public / SERVER_FOLDER).load()
     if checkpoint is None:
         raise CheckpointError(
-            f"{folders.public} has no committed round; run scripts/fed_train.py --resume first"
+            f"{folders.public} has no committed round; run `pfm train --resume` first"
         )
     return shared_state(assembly, checkpoint)
 
@@ -305,8 +304,8 @@ def _push(assembly: Assembly, folders: RunFolders, processes: Processes) -> None
             published = publish(_request(assembly, folders, tag=wanted.tag))
         except HubError as error:
             raise HubError(
-                f"{error}\nThe run is complete; push it later with scripts/push_adapter.py "
-                f"--run {folders.public} --repo {wanted.repo}"
+                f"{error}\nThe run is complete; push it later with `pfm push "
+                f"--run {folders.public} --repo {wanted.repo}`"
             ) from error
         _log.info("the shared adapter is at %s", published.pushed.url)
 

@@ -118,7 +118,7 @@ def newest_run(output_dir: str | Path) -> Path:
         if not file.parent.name.endswith(".private")
     ]
     if not runs:
-        raise ConfigError(f"no run in {output_dir}; run scripts/fed_train.py first")
+        raise ConfigError(f"no run in {output_dir}; run `pfm train` first")
     return max(runs, key=lambda folder: (_started_ns(folder), folder.name))
 
 

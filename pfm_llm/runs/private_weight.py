@@ -12,15 +12,14 @@ from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
-from pfm_llm.runs.run import Assembly
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.base.processes import Processes
-from pfm_llm.evaluation import evaluator
-from pfm_llm.evaluation import personality
+from pfm_llm.evaluation import evaluator, personality
 from pfm_llm.evaluation.evaluator import UserVectors
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.runs.report import measure, validation_task
+from pfm_llm.runs.run import Assembly
 
 WEIGHT_FILE = "private_weight.json"
 """In a run's public folder: the weight, its round, and the mean log-rank gain of each."""
@@ -78,9 +77,7 @@ def _kept(path: Path, round_number: int, weights: Collection[float]) -> float | 
         raise CorruptFileError(f"{path} is damaged ({error}); delete it") from error
 
 
-def _gains(
-    assembly: Assembly, processes: Processes, shared: SharedState
-) -> dict[float, float]:
+def _gains(assembly: Assembly, processes: Processes, shared: SharedState) -> dict[float, float]:
     """Mean gain in log-rank over no private part, on validation, by weight; ascending."""
     task = validation_task(assembly, shared, ())
     known: dict[tuple[str, ...], UserVectors] = defaultdict(dict)

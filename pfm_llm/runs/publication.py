@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.config.schema import load_config
-from pfm_llm.runs.folders import CONFIG_FILE, RunFolders
 from pfm_llm.publish.publishing import PublishRequest
+from pfm_llm.runs.folders import CONFIG_FILE, RunFolders
 
 
 def request_of(

@@ -9,26 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from pfm_llm.runs import plots
-from pfm_llm.runs.run import Assembly
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
 from pfm_llm.base.progress import Progress
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.config.settle import known
 from pfm_llm.config.settings import like_threshold
+from pfm_llm.config.settle import known
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import comparison, ranking
-from pfm_llm.evaluation import evaluator
-from pfm_llm.evaluation import tables
+from pfm_llm.evaluation import comparison, evaluator, ranking, tables
 from pfm_llm.evaluation.baselines import FittedBaseline, fit_baselines
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured, UserVectors
 from pfm_llm.evaluation.metrics import RANK_METRICS, per_user
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow, write_results
+from pfm_llm.protocol.types import Mode, SharedState
+from pfm_llm.publish.artefact import Parent
+from pfm_llm.publish.export import PLOTS_FOLDER, Exported, export_shared_adapter, trained_from
+from pfm_llm.runs import plots
 from pfm_llm.runs.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
@@ -36,9 +36,7 @@ from pfm_llm.runs.folders import (
     TABLE_FILE,
     RunFolders,
 )
-from pfm_llm.protocol.types import Mode, SharedState
-from pfm_llm.publish.artefact import Parent
-from pfm_llm.publish.export import PLOTS_FOLDER, Exported, export_shared_adapter, trained_from
+from pfm_llm.runs.run import Assembly
 
 COMPARISONS = "comparisons"
 """Key of ``results.json``: rows of differences, as `comparison.rows_over` makes them."""
@@ -131,10 +129,7 @@ def evaluate_and_report(
     ]
     started = time.perf_counter()
     splits = [getattr(assembly.corpus.split, name.value) for name in config.evaluation.splits]
-    tasks = [
-        evaluation_task(assembly, held_out, shared, modes, keep=True)
-        for held_out in splits
-    ]
+    tasks = [evaluation_task(assembly, held_out, shared, modes, keep=True) for held_out in splits]
     others = [comparison.read_references(against, config, one.name) for one in splits]
     measured = [measure(assembly, processes, task) for task in tasks]
     with processes.together():

@@ -17,10 +17,10 @@ from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, split_interactions
 from pfm_llm.evaluation.evaluator import Evaluator
-from pfm_llm.runs.folders import RunFolders
 from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.publish.alignment import start_from
 from pfm_llm.publish.artefact import Artefact, read_artefact
+from pfm_llm.runs.folders import RunFolders
 
 _BYTES_PER_GB = 10**9
 

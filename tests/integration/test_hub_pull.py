@@ -66,7 +66,7 @@ def test_hub_says_what_a_pull_does_not_find(hub: HubDouble, two: tuple[str, str]
     with pytest.raises(HubError, match="no such repository"):
         pull(f"{OWNER}/other")
     for revision in ("v9", "0" * 40):
-        with pytest.raises(HubError, match=r"no such commit, tag or branch.*adapter_versions\.py"):
+        with pytest.raises(HubError, match=r"no such commit, tag or branch.*pfm versions list"):
             pull(REPO, revision)
     with pytest.raises(HubError, match="no such commit, tag or branch"):
         the_hub.list_commits(REPO, "v9")

@@ -169,7 +169,7 @@ def test_accelerate_on_cpu_that_starts_one_process_is_refused(tiny: Tiny, tmp_pa
     done = run([*accelerate("--cpu", "--num_processes=2"), "--config", config])
     assert done.returncode != 0
     assert "error: MASTER_ADDR is set but WORLD_SIZE is not" in done.stderr
-    assert "accelerate launch --multi_gpu --num_processes 2" in done.stderr
+    assert "accelerate launch -q --multi_gpu --num_processes 2" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 

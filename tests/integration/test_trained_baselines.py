@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,13 +15,13 @@ import pytest
 
 from benchmarks.baselines import pfedrec, pfedrec_training, sasrec, sasrec_training
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.cli.start import run_safely
 from pfm_llm.config.schema import load_config
 from pfm_llm.evaluation.results import read_results
 from pfm_llm.evaluation.tables import results_table
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.runs.run import load_corpus
-from scripts._cli import run_safely
 from tests.support.tiny import Tiny
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +150,7 @@ def test_a_wrong_setting_is_one_message(
     with pytest.raises(ConfigError):
         sasrec.run(given)
     with pytest.raises(SystemExit):
-        run_safely(sasrec.run, given)
+        run_safely(functools.partial(sasrec.run, given))
     assert "data.splitt" in capsys.readouterr().err
     assert not given.output.exists()
 

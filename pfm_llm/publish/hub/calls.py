@@ -195,7 +195,7 @@ def _answered(error: HfHubHTTPError, repo: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return (
             "it has no such commit, tag or branch; "
-            f"`scripts/adapter_versions.py list {repo}` shows what it has{said}"
+            f"`pfm versions list {repo}` shows what it has{said}"
         )
     if isinstance(error, RemoteEntryNotFoundError):
         return f"it has no such file{said}"
@@ -218,7 +218,7 @@ def _not_logged_in(error: HfHubHTTPError) -> str:
 _REMEDIES = {
     403: "the token may not do this: it takes one with write access to {owner}, from "
     "https://huggingface.co/settings/tokens; `hf auth whoami` says whose this one is",
-    409: "it conflicts with what is there; see `scripts/adapter_versions.py list`, and run again "
+    409: "it conflicts with what is there; see `pfm versions list`, and run again "
     "if another push was under way",
     412: "somebody else has pushed in the meantime; run again to go on from theirs",
     413: "a file is larger than the Hub takes",

@@ -269,5 +269,5 @@ def _overtaken(repo: str, before: str, now: str) -> HubError:
     return HubError(
         f"cannot push to {repo}: its head was {before[:12]} when this push was prepared and is "
         f"{now[:12]} now, so somebody else has pushed; look at it with "
-        f"`scripts/adapter_versions.py list {repo}`, and run again to push on top of it"
+        f"`pfm versions list {repo}`, and run again to push on top of it"
     )

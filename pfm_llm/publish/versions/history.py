@@ -103,7 +103,7 @@ def _by_prefix(repo: str, wanted: str, known: Sequence[str]) -> str:
     if not _PREFIX.fullmatch(lowered):
         raise HubError(
             f"{repo} has no tag {wanted!r}, and it is no commit (4 to 40 hexadecimal digits); "
-            f"`scripts/adapter_versions.py list {repo}` shows what there is"
+            f"`pfm versions list {repo}` shows what there is"
         )
     found = [oid for oid in known if oid.startswith(lowered)]
     if len(found) == 1:
@@ -112,10 +112,7 @@ def _by_prefix(repo: str, wanted: str, known: Sequence[str]) -> str:
         raise HubError(f"{wanted} may be {' or '.join(found)} in {repo}: write more of it")
     if len(lowered) == _OID_DIGITS:
         return lowered  # of another branch; the Hub knows
-    raise HubError(
-        f"{repo} has no commit {wanted}; "
-        f"`scripts/adapter_versions.py list {repo}` shows what there is"
-    )
+    raise HubError(f"{repo} has no commit {wanted}; `pfm versions list {repo}` shows what there is")
 
 
 def _read_version(repo: str, commit: hub.Commit, tags: dict[str, str]) -> Version | None:

@@ -7,19 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pfm_llm.runs.run import Assembly, make_trainer
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.settings import like_threshold
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import TrainData
-from pfm_llm.evaluation import evaluator
-from pfm_llm.evaluation import personality, ranking
+from pfm_llm.evaluation import evaluator, personality, ranking
 from pfm_llm.evaluation.evaluator import EvaluationTask, Evaluator
 from pfm_llm.model.head import ITEM_BIAS
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.report import measure
+from pfm_llm.runs.run import Assembly, make_trainer
 from pfm_llm.runs.study.served import quality_of
 
 _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)

@@ -13,14 +13,13 @@ import numpy as np
 
 from pfm_llm.config.choices import Task
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import comparison, personality
-from pfm_llm.evaluation import evaluator
+from pfm_llm.evaluation import comparison, evaluator, personality
 from pfm_llm.evaluation.evaluator import EvaluationTask
 from pfm_llm.evaluation.personality import Bootstrap, Estimate
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
+from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.experiment import SERVER_FOLDER, OpenedRun, open_run, shared_state
 from pfm_llm.runs.folders import RESULTS_FILE, RunFolders
-from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.report import (
     evaluation_task,
     fit_run_baselines,
@@ -28,9 +27,9 @@ from pfm_llm.runs.report import (
     rank_baselines,
     rows_of,
 )
-from pfm_llm.server.checkpoint import CheckpointStore
 from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
 from pfm_llm.runs.study.served import Served, quality_of
+from pfm_llm.server.checkpoint import CheckpointStore
 
 WINDOWS = (32, 16, 8, 4)
 GIVEN = (0, 1, 2, 5, 10)
@@ -123,9 +122,7 @@ class _Study:
             for mode in _MODES
             if self._config.adapters.private.enabled or mode is Mode.SHARED_ONLY
         ]
-        return evaluation_task(
-            self._assembly, held_out, opened.shared, modes, keep
-        )
+        return evaluation_task(self._assembly, held_out, opened.shared, modes, keep)
 
     def _gain(self, name: str) -> np.ndarray:
         own, shared = (quality_of(self._test, mode, name) for mode in reversed(_SERVED))
@@ -258,9 +255,7 @@ class _Study:
         assert checkpoint is not None
         before = shared_state(self._assembly, checkpoint)
         newest = self._opened.shared
-        old_private, before_top = self._served.top(
-            before, None, f"lists of round {before_round}"
-        )
+        old_private, before_top = self._served.top(before, None, f"lists of round {before_round}")
         _, untuned_top = self._served.top(newest, old_private, "lists after the merge")
         _, retuned_top = self._served.top(newest, None, "the same, tuned anew")
         return personality.named_estimates(

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequenc
 import numpy as np
 import torch
 
-from pfm_llm.runs.run import Assembly
 from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.evaluation import evaluator
-from pfm_llm.evaluation import personality, scoring
+from pfm_llm.evaluation import evaluator, personality, scoring
 from pfm_llm.evaluation.evaluator import EvaluationTask, Measured, UserVectors
 from pfm_llm.protocol.types import Mode, SharedState
+from pfm_llm.runs.run import Assembly
 
 STRANGERS = 9
 TOP_K = 20

@@ -62,7 +62,7 @@ def read_suite(folder: Path) -> list[SuiteResult]:
     """
     results = [_read(path) for path in sorted(folder.glob("*.json"))]
     if not results:
-        raise DataError(f"no results in {folder}; run scripts/benchmark.py first")
+        raise DataError(f"no results in {folder}; run `pfm suite` first")
     return sorted(results, key=lambda result: (result.position, result.run, result.seed))
 
 
@@ -99,5 +99,5 @@ def _read(path: Path) -> SuiteResult:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
-            f"{path} is not a result of a suite ({error}); delete it and run scripts/benchmark.py"
+            f"{path} is not a result of a suite ({error}); delete it and run `pfm suite`"
         ) from error

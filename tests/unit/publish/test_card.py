@@ -151,7 +151,7 @@ def test_the_command_that_repeats_the_training_is_whole(facts) -> None:
         block for block in model_card(facts).split("```console\n") if block.startswith("accelerate")
     ]
     assert command.split("\n```")[0] == (
-        "accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no "
+        "accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no "
         "--dynamo_backend no scripts/fed_train.py --config training_config.yaml"
     )
 

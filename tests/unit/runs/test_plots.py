@@ -7,8 +7,8 @@ import pytest
 from matplotlib import image
 from matplotlib.figure import Figure
 
-from pfm_llm.runs import plots
 from pfm_llm.base.errors import StorageError
+from pfm_llm.runs import plots
 from pfm_llm.runs.plots import (
     Curve,
     Point,

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.runs import environment as environment_module
 from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
-from pfm_llm.runs.environment import _git_state, environment
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.evaluation.tables import results_table, terminal_table
-from pfm_llm.runs.folders import newest_run
 from pfm_llm.protocol.types import Mode
+from pfm_llm.runs import environment as environment_module
+from pfm_llm.runs.environment import _git_state, environment
+from pfm_llm.runs.folders import newest_run
 
 
 def row(method: str = "pfm", mode: str = "shared_only", value: float = 0.1, **other) -> ResultRow:
@@ -101,7 +101,7 @@ def test_extra_that_cannot_be_written_is_refused_and_no_file_is_left(tmp_path, e
 
 
 def test_missing_results_name_the_script_that_makes_them(tmp_path) -> None:
-    with pytest.raises(DataError, match=r"scripts/evaluate\.py"):
+    with pytest.raises(DataError, match=r"pfm evaluate"):
         read_results(tmp_path / "results.json")
 
 
@@ -311,7 +311,7 @@ def test_newest_run_passes_over_private_folders_files_and_folders_without_config
 
 @pytest.mark.parametrize("name", [".", "absent"])
 def test_no_run_names_the_script_that_makes_one(tmp_path, name) -> None:
-    with pytest.raises(ConfigError, match=r"run scripts/fed_train\.py first"):
+    with pytest.raises(ConfigError, match=r"run `pfm train` first"):
         newest_run(tmp_path / name)
 
 

@@ -155,7 +155,7 @@ def test_what_failed_is_said_below(folder: Path) -> None:
 
 
 def test_no_results_and_foreign_files_are_errors(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"run scripts/benchmark\.py first"):
+    with pytest.raises(DataError, match=r"run `pfm suite` first"):
         read_suite(folder)
     write_results(folder / "x.json", [], {"run": "x"})
     with pytest.raises(CorruptFileError, match=r"x\.json is not a result of a suite"):

@@ -1,6 +1,5 @@
-"""What the scripts share: start-up settings, logging, and errors without a traceback."""
+"""What every command shares: start-up settings, logging, and errors without a traceback."""
 
-import argparse
 import logging
 import os
 import sys
@@ -8,33 +7,37 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-_HERE = Path(__file__).resolve().parent
-# Python puts this folder first on the path, where evaluate.py would hide the library `evaluate`.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 plus the number of the signal."""
 
 
-def run_safely(
-    command: Callable[[argparse.Namespace], None],
-    arguments: argparse.Namespace,
-    when_interrupted: str = "interrupted; --resume goes on from the last commit",
-) -> None:
-    """Run a command; a deliberate error is one message and its exit code."""
+def run_safely(command: Callable[[], None], when_interrupted: str = "interrupted") -> None:
+    """Run a command; a deliberate error is one message and its exit code.
+
+    Args:
+        command: What to run.
+        when_interrupted: The message after Ctrl-C.
+
+    Raises:
+        SystemExit: The command failed, or was interrupted.
+    """
     prepare()
 
     from pfm_llm.base.errors import PfmError
 
     try:
-        command(arguments)
+        command()
     except PfmError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
 
 
 def prepare() -> None:
     """Set what torch and its companions read when they start, and where messages go."""
+    _forget_folder_of_script()
     # Before torch starts: waiting threads that spin for long starve each other on a busy machine,
     # and those that sleep at once are late for the next of many small operations.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -42,7 +45,9 @@ def prepare() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries; ours log lines there
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # Not the root logger: at INFO, httpx writes each request with its signed URL.
+    logging.getLogger("pfm_llm").setLevel(logging.INFO)
     # From inside the library; nothing that a user could change.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 
@@ -52,6 +57,9 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def default_config() -> Path:
-    """The config that runs when none is named."""
-    return _HERE.parent / "configs" / "quickstart.yaml"
+def _forget_folder_of_script() -> None:
+    """Python puts a script's folder first on the path; evaluate.py would hide that library."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is not None:
+        folder = Path(script).resolve().parent
+        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]

@@ -1,0 +1,6 @@
+"""``python -m pfm_llm.cli`` and ``accelerate launch -m pfm_llm.cli``: the command ``pfm``."""
+
+from pfm_llm.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""``pfm push``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pfm_llm.cli import options
+
+if TYPE_CHECKING:
+    from pfm_llm.publish.publishing import PublishRequest
+
+
+def push(
+    repo: Annotated[str, typer.Option(metavar="USER/NAME", help="Repository to push to.")],
+    run: options.Run = None,
+    runs: options.Runs = Path("runs"),
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository is private (the default).")
+    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Tag of this version, such as v1.")] = None,
+    revision: Annotated[str, typer.Option(metavar="BRANCH", help="Branch to push to.")] = "main",
+    signing_key: options.SigningKey = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, list the files, send nothing.")
+    ] = False,
+) -> None:
+    """Push a run's shared adapter to the Hugging Face Hub.
+
+    Nothing is sent before all files have been searched for anything private.
+    """
+    from pfm_llm.base.errors import ConfigError
+
+    if private and public:
+        raise ConfigError("--private and --public exclude each other")
+
+    from pfm_llm.publish.publishing import publish
+    from pfm_llm.runs.publication import request_of
+
+    request = request_of(
+        options.run_folder(run, runs),
+        repo,
+        private=not public,
+        tag=tag,
+        revision=revision,
+        signing_key=signing_key,
+    )
+    if dry_run:
+        _show_plan(request)
+        return
+    pushed = publish(request).pushed
+    print(f"{'pushed' if pushed.changed else 'nothing new'}: {pushed.url}")
+
+
+def _show_plan(request: "PublishRequest") -> None:
+    from pfm_llm.publish.publishing import plan
+
+    planned = plan(request)
+    width = max(len(file.name) for file in planned)
+    for file in planned:
+        print(f"{file.name:{width}}  {file.size:>11,}  {file.sha256}")
+    print(f"{f'{len(planned)} files':{width}}  {sum(file.size for file in planned):>11,}  bytes")
+    tag = f", tag {request.tag}" if request.tag else ""
+    kind = "private" if request.private else "public"
+    print(
+        f"\nfrom {request.exported} to {request.repo}, branch {request.revision}{tag}; {kind} if "
+        "the repository is new.\nNothing was sent. A push also enters the version before it, if "
+        "there is one, in the manifest."
+    )

@@ -1,0 +1,122 @@
+"""``pfm versions``: the versions of a published adapter, and a signing key."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pfm_llm.cli import options
+
+HELP = "Versions of a published adapter, and a key to sign them."
+
+_Repo = Annotated[str, typer.Argument(metavar="USER/NAME", show_default=False)]
+_Place = Annotated[
+    str, typer.Argument(help="user/name, user/name@revision or a folder.", show_default=False)
+]
+_Revision = Annotated[str, typer.Option(help="Branch, tag or commit.")]
+
+
+def show_versions(
+    repo: _Repo, revision: _Revision = "main", as_json: options.AsJson = False
+) -> None:
+    """List the versions of a repository, newest first."""
+    import json
+
+    from pfm_llm.publish.versions import list_versions, versions_text, versions_tree
+
+    versions = list_versions(repo, revision)
+    print(json.dumps(versions_tree(versions)) if as_json else versions_text(versions))
+
+
+def diff(older: _Place, newer: _Place, as_json: options.AsJson = False) -> None:
+    """Say what changed from one version to another."""
+    import json
+
+    from pfm_llm.publish.hub import pull_named
+    from pfm_llm.publish.versions import diff_text, diff_tree, diff_versions
+
+    found = diff_versions(pull_named(older), pull_named(newer))
+    print(json.dumps(diff_tree(found)) if as_json else diff_text(found))
+
+
+def verify(
+    repo: _Repo,
+    revision: _Revision = "main",
+    trusted_key: Annotated[
+        str | None, typer.Option(help="Public key that all versions must be signed with.")
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Check files, signatures and the parent of each version."""
+    import json
+
+    from pfm_llm.publish.versions import chain_text, chain_tree, verify_chain
+
+    report = verify_chain(repo, revision, trusted_key)
+    print(json.dumps(chain_tree(report)) if as_json else chain_text(report))
+    if not report.is_whole:
+        raise typer.Exit(1)
+
+
+def roll_back(
+    repo: _Repo,
+    to: Annotated[str, typer.Option(help="Commit, the unique start of one, or a tag.")],
+    revision: Annotated[str, typer.Option(metavar="BRANCH", help="Branch to push to.")] = "main",
+    signing_key: options.SigningKey = None,
+) -> None:
+    """Publish an older version anew."""
+    from pfm_llm.publish.signing import load_key, public_key
+    from pfm_llm.publish.versions import rollback
+
+    key = load_key(signing_key) if signing_key else None
+    pushed = rollback(repo, to, signing_key=key, revision=revision)
+    if not pushed.changed:
+        print(f"{repo} holds that version already: {pushed.url}")
+        return
+    signed = f"signed by {public_key(key)}" if key else "not signed"
+    print(f"rolled back to {to} with commit {pushed.revision[:12]}, {signed}")
+    print(pushed.url)
+
+
+def keygen(
+    path: Annotated[
+        Path, typer.Argument(help="File to write; never an existing one.", show_default=False)
+    ],
+) -> None:
+    """Make a private key to sign with."""
+    from pfm_llm.publish.signing import new_key
+
+    public = new_key(path)
+    print(f"private key: {path} (keep it to yourself, and a copy in a safe place)")
+    print(f"public key: {public} (tell it to those who are to trust you)")
+
+
+def pull(
+    repo: _Repo,
+    revision: _Revision = "main",
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Copy it there; default: keep it in the cache."),
+    ] = None,
+) -> None:
+    """Fetch a version and check its files."""
+    from pfm_llm.publish import hub
+    from pfm_llm.publish.versions import copy_artefact
+
+    artefact = hub.pull(repo, revision)
+    if to is not None:
+        artefact = copy_artefact(artefact, to)
+    print(f"{artefact.origin}: {artefact.manifest.name}, round {artefact.manifest.round}")
+    print(f"manifest {artefact.manifest_sha256}, all files as it lists them")
+    print(artefact.folder)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "list": show_versions,
+    "diff": diff,
+    "verify": verify,
+    "rollback": roll_back,
+    "keygen": keygen,
+    "pull": pull,
+}

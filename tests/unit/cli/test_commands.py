@@ -1,0 +1,146 @@
+"""What each command makes of its command line."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pfm_llm import __version__
+from pfm_llm.cli.main import make_app
+from pfm_llm.config.schema import load_config
+from pfm_llm.config.shipped import find_config
+from pfm_llm.runs import experiment, publication
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def pfm() -> Iterator[Run]:
+    """Runs a command line in this process."""
+    logger = logging.getLogger("pfm_llm")
+    level = logger.level
+    yield lambda *words: CliRunner().invoke(make_app(), [str(word) for word in words])
+    logger.setLevel(level)
+
+
+class Stop(Exception):
+    """Ends a command where its real work would begin; holds what that was given."""
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[[Result], tuple[object, ...]]:
+    """What training, evaluation or a push would have been called with."""
+
+    def stop(*values: object, **named: object) -> None:
+        raise Stop(*values, named)
+
+    monkeypatch.setattr(experiment, "run_experiment", stop)
+    monkeypatch.setattr(experiment, "evaluate_run", stop)
+    monkeypatch.setattr(publication, "request_of", stop)
+
+    def given(result: Result) -> tuple[object, ...]:
+        assert isinstance(result.exception, Stop), result.output
+        return result.exception.args
+
+    return given
+
+
+Stopped = Callable[[Result], tuple[object, ...]]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--set", "seed=3", "data.held_out=0.3", "--resume"],
+        ["--resume", "--set", "seed=3", "--set", "data.held_out=0.3"],
+        ["--set=seed=3", "data.held_out=0.3", "--resume"],
+    ],
+)
+def test_set_takes_several_and_repeats(pfm: Run, stopped: Stopped, overrides: list[str]) -> None:
+    config, named = stopped(pfm("train", "--config", "ml100k", *overrides))
+    assert config == load_config(find_config("ml100k"), ["seed=3", "data.held_out=0.3"])
+    assert named == {"resume": True, "from_round": None}
+
+
+def test_train_runs_the_quickstart_when_no_config_is_named(pfm: Run, stopped: Stopped) -> None:
+    config, _ = stopped(pfm("train"))
+    assert config == load_config(find_config("quickstart"))
+
+
+def test_a_value_after_another_option_is_no_override(pfm: Run, stopped: Stopped) -> None:
+    result = pfm("train", "--set", "seed=3", "--resume", "data.held_out=0.3")
+    assert result.exit_code == 2
+    assert "data.held_out=0.3" in result.stderr
+
+
+def test_against_takes_several_files(pfm: Run, stopped: Stopped) -> None:
+    given = stopped(pfm("evaluate", "--run", "runs/a", "--against", "x.json", "y.json"))
+    assert given == (Path("runs/a"), [Path("x.json"), Path("y.json")], {})
+
+
+@pytest.mark.parametrize(
+    ("options", "private"), [([], True), (["--private"], True), (["--public"], False)]
+)
+def test_a_new_repository_is_private_unless_public_is_said(
+    pfm: Run, stopped: Stopped, options: list[str], private: bool
+) -> None:
+    *_, named = stopped(pfm("push", "--run", "runs/a", "--repo", "me/films", *options))
+    assert isinstance(named, dict)
+    assert named["private"] is private
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--from-round", "3"], "error: --from-round goes with --resume"),
+        (["train", "--config", "quickstar"], "shipped are games, groceries, ml100k, quickstart"),
+        (["train", "--config", "quickstart", "--set", "sead=1"], "did you mean seed?"),
+        (["recommend"], "error: give --user, or --adapter with --history"),
+        (["recommend", "--user", "1", "--adapter", "a"], "error: give --user, or --adapter"),
+        (["recommend", "--adapter", "a"], "error: --adapter and --history go together"),
+        (["push", "--repo", "a/b", "--private", "--public"], "error: --private and --public"),
+        (["push"], "Missing option '--repo'"),
+        (["data", "check", "x.csv", "--column", "usr=a"], "user, item, timestamp, rating, title"),
+        (["data", "check", "/none.csv"], "error: /none.csv does not exist"),
+        (["suite", "--suite", "/none.yaml"], "error: cannot read config /none.yaml"),
+    ],
+)
+def test_a_wrong_command_line_is_said_in_a_message(
+    pfm: Run, words: list[str], message: str
+) -> None:
+    result = pfm(*words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_version(pfm: Run) -> None:
+    assert pfm("--version").stdout == f"pfm_llm {__version__}\n"
+
+
+def test_config_list_says_a_line_of_each(pfm: Run) -> None:
+    lines = pfm("config", "list").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["games", "groceries", "ml100k", "quickstart"]
+    assert lines[2].split(maxsplit=1)[1].startswith("MovieLens-100K")
+
+
+def test_config_show_resolves_names_and_overrides(pfm: Run) -> None:
+    result = pfm("config", "show", "ml100k", "--set", "seed=7")
+    assert result.exit_code == 0, result.stderr
+    assert "seed: 7" in result.stdout
+
+
+def test_data_check_ends_with_1_when_training_would_fail(pfm: Run, tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    header = "user_id,item_id,timestamp,title"
+    path.write_text("\n".join([header, *(f"u,i{n},{n},t{n}" for n in range(4))]))
+    good = pfm("data", "check", path)
+    assert good.exit_code == 0, good.stderr
+    assert "problem" not in good.stdout
+    path.write_text(path.read_text() + "\nu,i9,soon,t9")
+    bad = pfm("data", "check", path)
+    assert bad.exit_code == 1
+    assert "problem: " in bad.stdout

@@ -1,0 +1,157 @@
+"""A look at a source says what training would meet, and what would stop it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pfm_llm.base.errors import ConfigError, DataError
+from pfm_llm.config.schema import ColumnsConfig, DataConfig
+from pfm_llm.data.check import Ratings, check_data, data_config
+
+HEADER = "who,film,at,stars,title,city"
+
+
+def write(path: Path, *rows: str) -> str:
+    path.write_text("\n".join([HEADER, *rows, ""]))
+    return str(path)
+
+
+def film_rows(user: str, stars: list[int], start: int = 0) -> list[str]:
+    """One row per rating, of items 0, 1, …, a second apart."""
+    return [
+        f"{user},{item},{start + item},{rating},Film {item},Bonn"
+        for item, rating in enumerate(stars)
+    ]
+
+
+def config(source: str, *more: str) -> DataConfig:
+    return data_config(source, columns=["user=who", "item=film", "timestamp=at", *more])
+
+
+def test_columns_counts_lengths_and_times(tmp_path: Path) -> None:
+    day = 86_400
+    rows = [
+        *film_rows("a", [5, 3, 4, 1], start=10_000 * day),
+        *film_rows("b", [2] * 10, start=10_001 * day),
+        *film_rows("c", [2]),  # too few, and the only ones of 1970
+    ]
+    checked = check_data(config(write(tmp_path / "own.csv", *rows)))
+    assert checked.columns == {
+        "user": "who",
+        "item": "film",
+        "timestamp": "at",
+        "rating": None,
+        "title": "title",
+    }
+    assert checked.unused == ("stars", "city")
+    assert checked.item_fields == ("title",)
+    assert checked.report.num_rows == 15
+    assert (checked.report.num_users, checked.report.num_items) == (2, 10)
+    assert sum(checked.report.dropped.values()) == 1
+    assert (checked.lengths[0], checked.lengths[-1]) == (4, 10)
+    assert checked.times == (10_000 * day, 10_001 * day + 9)
+    assert "time: 1997-05-19 to 1997-05-20" in checked.describe()
+    assert checked.problems == ()
+
+
+def test_an_order_is_not_shown_as_dates(tmp_path: Path) -> None:
+    text = check_data(config(write(tmp_path / "own.csv", *film_rows("a", [1] * 5)))).describe()
+    assert "time: 0 to 4, taken as an order" in text
+
+
+def test_without_timestamps_the_order_of_the_file_counts(tmp_path: Path) -> None:
+    source = write(tmp_path / "own.csv", *film_rows("a", [1] * 5))
+    checked = check_data(config(source, "timestamp=null"))
+    assert checked.times is None
+    assert "the rows are taken in the order of the file" in checked.describe()
+
+
+def test_ratings_say_who_has_both_classes(tmp_path: Path) -> None:
+    rows = [*film_rows("a", [5, 3, 4]), *film_rows("b", [5, 5, 5]), *film_rows("c", [1, 2, 1])]
+    checked = check_data(config(write(tmp_path / "own.csv", *rows), "rating=stars"))
+    # Likes are 4 and above: 2 of a, 3 of b, 0 of c, of 9.
+    assert checked.ratings == Ratings(1.0, 5.0, 4.0, pytest.approx(5 / 9), 1)
+    assert "cannot be measured" not in checked.describe()
+
+
+def test_ratings_that_nobody_has_both_classes_of(tmp_path: Path) -> None:
+    rows = [*film_rows("b", [5, 5, 5]), *film_rows("c", [1, 2, 1])]
+    checked = check_data(config(write(tmp_path / "own.csv", *rows), "rating=stars"))
+    assert checked.ratings is not None
+    assert checked.ratings.num_users_with_both == 0
+    assert "the task like cannot be measured" in checked.describe()
+
+
+def test_titles_that_come_twice(tmp_path: Path) -> None:
+    rows = [f"a,{item},{item},1,{title},x" for item, title in enumerate("xyxzx")]
+    checked = check_data(config(write(tmp_path / "own.csv", *rows)))
+    assert (checked.num_same_titles, checked.same_titles) == (2, ("x",))
+
+
+def test_too_many_bad_rows_are_a_problem_and_the_rest_is_shown(tmp_path: Path) -> None:
+    rows = [*film_rows("a", [1] * 5), "a,7,soon,1,Film 7,x"]
+    checked = check_data(config(write(tmp_path / "own.csv", *rows)))
+    (problem,) = checked.problems
+    assert "1 of 6 rows cannot be used, more than data.max_bad_rows: 0.01" in problem
+    assert "own.csv line 7" in problem
+    assert checked.report.num_interactions == 5
+    assert f"problem: {problem}" in checked.describe()
+
+
+def test_no_usable_row_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1 of 1 rows cannot be used"):
+        check_data(config(write(tmp_path / "own.csv", "a,7,soon,1,Film 7,x")))
+
+
+def test_nobody_to_ask_is_a_problem(tmp_path: Path) -> None:
+    rows = [*film_rows("a", [1] * 5), *film_rows("b", [1] * 4)]
+    asked = config(write(tmp_path / "own.csv", *rows))
+    checked = check_data(asked.model_copy(update={"keep_ties": True}))
+    assert checked.problems == ()
+    same_time = write(tmp_path / "same.csv", *(f"a,{n},7,1,Film {n},x" for n in range(5)))
+    checked = check_data(config(same_time).model_copy(update={"keep_ties": True}))
+    (problem,) = checked.problems
+    assert "no user can be asked at validation" in problem
+    assert checked.split is None
+
+
+def test_the_block_reads_back_to_what_was_checked(tmp_path: Path) -> None:
+    items = tmp_path / "it: ems.csv"
+    items.write_text("film,title,maker\n" + "".join(f"{n},Film {n},M\n" for n in range(5)))
+    source = write(tmp_path / "own.csv", *film_rows("a", [1] * 5))
+    asked = data_config(source, str(items), ["user=who", "item=film", "timestamp=null"])
+    checked = check_data(asked)
+    assert checked.item_fields == ("title", "maker")
+    assert checked.describe().endswith(checked.block())
+    assert DataConfig.model_validate(yaml.safe_load(checked.block())["data"]) == asked
+
+
+def test_a_source_with_columns_of_its_own_has_a_block_without_them(tmp_path: Path) -> None:
+    (tmp_path / "movies.csv").write_text(
+        "movieId,title,genres\n" + "".join(f"{n},Film {n} (1999),Drama\n" for n in range(5))
+    )
+    (tmp_path / "ratings.csv").write_text(
+        "userId,movieId,rating,timestamp\n" + "".join(f"1,{n},{n + 0.5},{n}\n" for n in range(5))
+    )
+    checked = check_data(data_config(str(tmp_path)))
+    assert checked.columns["rating"] == "rating"
+    assert checked.item_fields == ("title", "year", "genres")
+    assert yaml.safe_load(checked.block()) == {"data": {"source": str(tmp_path)}}
+
+
+def test_nothing_is_written_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PFM_LLM_CACHE", str(tmp_path / "cache"))
+    check_data(config(write(tmp_path / "own.csv", *film_rows("a", [1] * 5))))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("entry", ["user", "user=", "usr=x", "=x", ""])
+def test_columns_in_another_form_are_refused(entry: str) -> None:
+    with pytest.raises(ConfigError, match="write role=name, with one of the roles user, item"):
+        data_config("x.csv", columns=[entry])
+
+
+def test_null_is_no_column_where_there_may_be_none() -> None:
+    asked = data_config("x.csv", columns=["timestamp=null", "title=null"]).columns
+    assert asked == ColumnsConfig(timestamp=None, title="null")
