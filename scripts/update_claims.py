@@ -1,8 +1,9 @@
 """Rebuild results/claims.json from the committed result files (make claims)."""
 
 import argparse
+import functools
 
-from _cli import run_safely
+from pfm_llm.cli.start import run_safely
 
 
 def main() -> None:
@@ -10,7 +11,7 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="change nothing; fail when claims.json is stale"
     )
-    run_safely(update, parser.parse_args())
+    run_safely(functools.partial(update, parser.parse_args()))
 
 
 def update(arguments: argparse.Namespace) -> None:

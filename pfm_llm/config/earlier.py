@@ -14,6 +14,12 @@ CONSTANTS: dict[str, Any] = {
     "federation.server.lr_taste_items": 3e-2,
     "federation.server.lr_taste_like": 3e-3,
     "federation.server.lr_taste_like_items": 1e-2,
+    "adapters.private.taste.like_fits": 4,
+    "adapters.private.taste.read_events": 5.0,
+    "adapters.private.taste.precision": 30.0,
+    "adapters.private.taste.half_life": 20.0,
+    "adapters.private.taste.half_life_like": 100.0,
+    "adapters.private.taste.block": 8,
 }
 """Settings that there were once, by dotted key, and the value that is now a constant."""
 

@@ -373,8 +373,9 @@ def training_hash(config: ExperimentConfig) -> str:
     # How strongly it counts is a matter of serving.
     private = config.adapters.private
     # Settings of a kind are read by that kind alone, and none where the private part is off.
-    kinds = [k for k in PRIVATE_KINDS if not private.enabled or k != private.kind]
-    elsewhere["adapters"] = {"private": {"weight": True, **dict.fromkeys(kinds, True)}}
+    kinds = (kind for kind in PRIVATE_KINDS if kind != private.kind)
+    unread = {*kinds, "weight"} if private.enabled else {*type(private).model_fields} - {"enabled"}
+    elsewhere["adapters"] = {"private": dict.fromkeys(unread, True)}
     if config.federation.num_rounds is not None:
         elsewhere["federation"] = {"passes": True}
     return hashlib.sha256(config.model_dump_json(exclude=elsewhere).encode()).hexdigest()

@@ -29,7 +29,7 @@ def changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list
 
 def leaves(tree: object, key: str = "") -> dict[str, object]:
     """Dotted key to value of every setting in a tree that stands at ``key``."""
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not tree:
         return {key: tree}
     return {
         leaf: value

@@ -55,7 +55,7 @@ def _lines(tree: dict[str, Any], origins: dict[str, str], parent: str = "") -> l
     for name, value in tree.items():
         key = f"{parent}{name}"
         indent = "  " * parent.count(".")
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             lines += [f"{indent}{name}:", *_lines(value, origins, f"{key}.")]
         else:
             text = yaml.safe_dump([value], default_flow_style=True, width=1000).strip()[1:-1]

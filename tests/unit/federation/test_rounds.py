@@ -12,6 +12,7 @@ import torch
 from pfm_llm.base.errors import TrainingError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.config.schema import parse_config
+from pfm_llm.config.settle import settle
 from pfm_llm.federation.exchange import Exchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.protocol.contract import UpdateContract
@@ -65,7 +66,8 @@ class ToyExchange:
 
 def federation_of(folder: Path, **settings: Any) -> tuple[Federation, ToyExchange]:
     tree = {"num_rounds": 4, "cohort_size": 4, **settings}
-    config = parse_config({"name": "toy", "federation": tree, "output": {"checkpoint_every": 2}})
+    given = {"name": "toy", "federation": tree, "output": {"checkpoint_every": 2}}
+    config = settle(parse_config(given), len(CLIENTS))
     shared = SharedState({"lora.m.A": torch.zeros(2, 3), "head.item_bias": torch.zeros(4)})
     contract = UpdateContract.from_shared(
         shared, backbone_hash="b", prompt_hash="p", catalogue_hash="c"
