@@ -321,10 +321,14 @@ def client_tensors(
         clients: Client ids. All share the same shared tensors.
     """
     from benchmarks.sequential_peft import stirred
+    from pfm_llm.model.parameters import parameter_table
+    from pfm_llm.protocol.parameters import Sizes
 
-    head = {n: t for n, t in assembly.parts.shared.tensors.items() if n.startswith("head.")}
-    shared = stirred({**adapter.initial_shared(_SEED), **head}, _SEED, "shared")
-    dim = assembly.config.head.dim
+    parts, config = assembly.parts, assembly.config
+    sizes = Sizes(parts.backbone.hidden_size, adapter.modules, parts.model.num_items)
+    initial = parameter_table(config, sizes).initial_state()
+    shared = stirred(initial.tensors, _SEED, "shared")
+    dim = config.head.dim
     own = (adapter.initial_private(_SEED, client, dim) for client in clients)
     return tuple(
         shared | stirred(tensors, _SEED, client)

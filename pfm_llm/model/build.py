@@ -15,19 +15,19 @@ from torch import nn
 
 from pfm_llm.base import assets, files
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
-from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import uses_taste
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.model import head as recommender_head
 from pfm_llm.model.backbone import Backbone, load_backbone
 from pfm_llm.model.cohort import CohortModel
-from pfm_llm.model.head import Normaliser
+from pfm_llm.model.head import Normaliser, fit_normaliser
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
+from pfm_llm.model.parameters import parameter_table
 from pfm_llm.model.private import taste
 from pfm_llm.model.start import Start
 from pfm_llm.protocol.contract import UpdateContract
+from pfm_llm.protocol.parameters import ParameterTable, Sizes
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.text.encoding import HistoryEncoder
 from pfm_llm.text.prompts import Prompt, load_prompt
@@ -48,6 +48,7 @@ class ModelParts:
         adapter: Shared and private LoRA in PEFT's terms.
         normaliser: The catalogue's whitening, or that of the adapter it starts from.
         model: The many-clients model.
+        table: The shared tensors.
         shared: The shared state that it starts with.
         contract: What updates may hold.
     """
@@ -59,6 +60,7 @@ class ModelParts:
     adapter: DualAdapter
     normaliser: Normaliser
     model: CohortModel
+    table: ParameterTable
     shared: SharedState
     contract: UpdateContract
 
@@ -92,13 +94,12 @@ def build_model(
     encoder = _encoder(config, catalogue, ratings, prompt, backbone)
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
+    table = parameter_table(config, Sizes(backbone.hidden_size, adapter.modules, len(catalogue)))
     states = item_states(backbone, encoder, prompt, catalogue.content_hash())
-    shared = _initial_shared(config, adapter, backbone.hidden_size, len(catalogue))
     if start is None:
-        normaliser = recommender_head.fit_normaliser(states)
+        normaliser, shared = fit_normaliser(states), table.initial_state()
     else:
-        normaliser = start.normaliser
-        shared = start.shared(shared, prompt)
+        normaliser, shared = start.normaliser, start.shared(table, prompt)
     texts = normaliser(states)[:, : config.head.dim].contiguous()
     return ModelParts(
         backbone=backbone,
@@ -110,8 +111,13 @@ def build_model(
         model=CohortModel(
             top, adapter.top_paths(), adapter.scales(), normaliser, _objective(config, texts)
         ),
+        table=table,
         shared=shared,
-        contract=_contract(_trained(config, shared), backbone, prompt, catalogue),
+        contract=table.contract(
+            backbone_hash=backbone.weights_hash,
+            prompt_hash=prompt.content_hash(),
+            catalogue_hash=catalogue.content_hash(),
+        ),
     )
 
 
@@ -141,38 +147,6 @@ def _encoder(
 def _objective(config: ExperimentConfig, texts: torch.Tensor) -> Objective:
     block = config.adapters.private.taste.block if uses_taste(config) else None
     return Objective(texts, config.tasks, block, config.federation.local.unseen_only)
-
-
-def _trained(config: ExperimentConfig, shared: SharedState) -> SharedState:
-    """The part of the shared state that the method trains and that is sent."""
-    if config.method is None:
-        return shared
-    spec = SPECS[config.method]
-    return SharedState({n: value for n, value in shared.tensors.items() if spec.trains(n)})
-
-
-def _contract(
-    shared: SharedState, backbone: Backbone, prompt: Prompt, catalogue: Catalogue
-) -> UpdateContract:
-    return UpdateContract.from_shared(
-        shared,
-        backbone_hash=backbone.weights_hash,
-        prompt_hash=prompt.content_hash(),
-        catalogue_hash=catalogue.content_hash(),
-    )
-
-
-def _initial_shared(
-    config: ExperimentConfig, adapter: DualAdapter, hidden_size: int, num_items: int
-) -> SharedState:
-    head = recommender_head.initial_head(
-        config.head, hidden_size, num_items, config.seed, config.tasks
-    )
-    tensors = {**adapter.initial_shared(config.seed), **head}
-    if uses_taste(config):
-        settings = config.adapters.private.taste
-        tensors |= taste.initial_basis(settings, config.tasks, config.head, num_items, config.seed)
-    return SharedState(tensors)
 
 
 def initial_private(

@@ -7,7 +7,6 @@ This is the only module that imports ``peft``. Both adapters are pure LoRA on
 
 import contextlib
 import copy
-import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,12 +17,13 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from pfm_llm.base import files, seeding
+from pfm_llm.base import files
 from pfm_llm.base.errors import BackboneError, CorruptFileError
 from pfm_llm.config.choices import PrivateKind
 from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
+from pfm_llm.model.private.lora import random_a
+from pfm_llm.protocol.types import PRIVATE_PREFIX, Group, Tensors, lora_name, of_group
 
 SHARED = "shared"
 PRIVATE = "private"
@@ -69,25 +69,6 @@ class DualAdapter:
         shared, private = self._config.shared, self._config.private
         return shared.alpha / shared.rank, private.alpha / private.rank
 
-    def initial_shared(self, seed: int) -> dict[str, torch.Tensor]:
-        """Shared LoRA before training (and the bases, for ``shared_basis``); B is zero.
-
-        A is drawn as PEFT draws it: Kaiming-uniform with a = sqrt(5), that is uniform in
-        ±1/sqrt(in_features).
-        """
-        tensors = {}
-        rank, private = self._config.shared.rank, self._config.private
-        shared_basis = private.enabled and private.kind is PrivateKind.SHARED_BASIS
-        for name, (fan_in, fan_out) in self.modules.items():
-            tensors[f"lora.{name}.A"] = _random_a(rank, fan_in, seed, f"shared/{name}")
-            tensors[f"lora.{name}.B"] = torch.zeros(fan_out, rank)
-            if shared_basis and private.on_layers:
-                tensors[f"basis.{name}.A"] = _random_a(private.rank, fan_in, seed, f"basis/{name}")
-        if shared_basis and private.head_rank:
-            width = self._backbone.hidden_size
-            tensors["basis.head.A"] = _random_a(private.head_rank, width, seed, "basis/head")
-        return tensors
-
     def initial_private(self, seed: int, client_id: str, head_dim: int) -> dict[str, torch.Tensor]:
         """A client's private LoRA before training; with B zero it changes nothing.
 
@@ -106,13 +87,13 @@ class DualAdapter:
         for name, (fan_in, fan_out) in modules.items():
             key = f"{PRIVATE_PREFIX}lora.{name}"
             if own_a:
-                tensors[f"{key}.A"] = _random_a(private.rank, fan_in, seed, key, client_id)
+                tensors[f"{key}.A"] = random_a(private.rank, fan_in, seed, key, client_id)
             tensors[f"{key}.B"] = torch.zeros(fan_out, private.rank)
         if private.head_rank:
             key = f"{PRIVATE_PREFIX}head"
             if own_a:
                 width = self._backbone.hidden_size
-                tensors[f"{key}.A"] = _random_a(private.head_rank, width, seed, key, client_id)
+                tensors[f"{key}.A"] = random_a(private.head_rank, width, seed, key, client_id)
             tensors[f"{key}.B"] = torch.zeros(head_dim, private.head_rank)
         return tensors
 
@@ -130,7 +111,7 @@ class DualAdapter:
 
     def load_shared(self, peft_model: Any, shared: Tensors) -> None:
         """Put the shared LoRA into a model from `peft_model`."""
-        self._load(peft_model, SHARED, {n: shared[n] for n in shared if n.startswith("lora.")})
+        self._load(peft_model, SHARED, of_group(shared, Group.LORA))
 
     def load_private(self, peft_model: Any, private: Tensors, shared: Tensors) -> None:
         """Put a private LoRA into a model from `peft_model`; a shared basis is folded in."""
@@ -269,13 +250,8 @@ def tensors_from_peft(state: Tensors) -> dict[str, torch.Tensor]:
         match = _PEFT_KEY.fullmatch(key)
         if match is None:
             raise CorruptFileError(f"{key} is no factor of a LoRA: not a folder of ours")
-        tensors[f"lora.{match['module']}.{match['factor']}"] = value
+        tensors[lora_name(match["module"], match["factor"])] = value
     return tensors
-
-
-def _random_a(rank: int, fan_in: int, seed: int, purpose: str, client_id: str = "") -> torch.Tensor:
-    generator = seeding.generator(seed, f"lora/{purpose}", client=client_id)
-    return (torch.rand(rank, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)
 
 
 def _clone_structure(model: Any) -> Any:

@@ -19,11 +19,14 @@ from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import AdaptersConfig, HeadConfig
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.cohort import CohortModel
-from pfm_llm.model.head import Normaliser, initial_head
+from pfm_llm.model.head import Normaliser
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
+from pfm_llm.model.parameters import parameter_table
+from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
+from tests.support.tables import Drawn, config_of, drawn
 
 VOCABULARY = 97
 HIDDEN = 32
@@ -137,11 +140,19 @@ class TinyCohort:
     def client_tensors(self, seed: int, noise: float = 0.2) -> dict[str, torch.Tensor]:
         """Shared, head and private tensors of one client, all away from zero."""
         tensors = {
-            **self.adapter.initial_shared(0),
-            **initial_head(self.head, self.backbone.hidden_size, NUM_ITEMS, 0),
+            **shared_tensors(self.adapter, self.adapters, self.head),
             **self.adapter.initial_private(0, f"client-{seed}", self.head.dim),
         }
         return stirred(tensors, seed, noise)
+
+
+def shared_tensors(
+    adapter: DualAdapter, adapters: AdaptersConfig, head: HeadConfig | None = None, seed: int = 0
+) -> Drawn:
+    """The shared tensors of a tiny model before training."""
+    sizes = Sizes(HIDDEN, adapter.modules, NUM_ITEMS)
+    head = head or HeadConfig(dim=8, id_dim=4)
+    return drawn(parameter_table(config_of(head, adapters, seed=seed), sizes).values())
 
 
 def stirred(tensors: Tensors, seed: int, noise: float = 0.2) -> dict[str, torch.Tensor]:

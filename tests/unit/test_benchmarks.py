@@ -25,7 +25,10 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
+from pfm_llm.model.parameters import parameter_table
+from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.text.encoding import NO_LABEL, NO_TARGET, Window
+from tests.support.tables import config_of, drawn
 
 HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2
 HEAD = HeadConfig(dim=8, id_dim=4)
@@ -64,7 +67,8 @@ def make_window(client: int, ends: list[int]) -> Window:
 
 
 def make_tensors(adapter: DualAdapter, client: int) -> dict[str, torch.Tensor]:
-    shared = adapter.initial_shared(0) | head.initial_head(HEAD, HIDDEN, ITEMS, 0)
+    sizes = Sizes(HIDDEN, adapter.modules, ITEMS)
+    shared = drawn(parameter_table(config_of(HEAD, ADAPTERS), sizes).values())
     private = adapter.initial_private(0, f"c{client}", HEAD.dim)
     return stirred(shared, 0, "shared") | stirred(private, 0, f"c{client}")
 

@@ -48,6 +48,7 @@ arXiv 1810.03642, equations 2 and 3); the closed form is the Laplace approximati
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,9 @@ import torch.nn.functional as F
 from pfm_llm.base import seeding
 from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import HeadConfig, PrivateAdapterConfig, TasteConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model.head import ITEM_IDS, fading, item_width, standard_ids
+from pfm_llm.protocol.parameters import Parameter, Sizes, Unseen
 from pfm_llm.protocol.types import Tensors
 
 _FEATURE_STD = 0.3
@@ -108,44 +111,66 @@ def needs_no_text(private: PrivateAdapterConfig, head: HeadConfig) -> bool:
     return private.is_taste and is_read(private.taste, Task.NEXT_ITEM, head)
 
 
-def initial_basis(
-    config: TasteConfig, tasks: tuple[Task, ...], head: HeadConfig, num_items: int, seed: int
-) -> dict[str, torch.Tensor]:
-    """The basis before training, float32.
+def basis_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
+    """The tensors of the basis; each task has a basis of its own.
+
+    They have a loss of their own, so that ``lr_scale`` does not apply to them.
 
     Args:
-        config: Number of features and prior.
-        tasks: What is predicted; each task has a basis of its own.
-        head: For the dimensions D of the texts and E of the item IDs, if there are any.
-        num_items: Size of the catalogue.
-        seed: The experiment's seed.
+        config: Taste, head, tasks, seed and the server's learning rates.
+        sizes: Of the catalogue.
     """
-    dim = head.dim
-    has_ids = head.item_ids is not ItemIds.NONE
-    width = item_width(head)
-    tensors = {}
-    for task in tasks:
-        generator = seeding.generator(seed, f"taste/{task}")
-        if is_read(config, task, head):
-            shape = (num_items, config.read_rank)
-            tensors[READ_IN] = torch.randn(shape, generator=generator) * _READ_STD
-            tensors[READ_OUT] = torch.zeros(shape)
-            half_lives = torch.tensor(_READ_HALF_LIVES)
-            tensors[READ_PRIOR] = torch.full_like(half_lives, config.read_events).log()
-            tensors[half_life_name(task)] = half_lives.log()
-            continue
-        likes = task is Task.LIKE
-        rows = (config.like_fits, config.like_rank) if likes else (config.rank,)
-        drawn = torch.randn(*rows, width, generator=generator) * _FEATURE_STD / width**0.5
-        tensors[text_name(task)] = drawn[..., :dim].clone()
-        if has_ids:
-            tensors[ids_name(task)] = drawn[..., dim:].clone()
-            if likes:
-                tensors[LIKE_FEATURES] = torch.zeros(num_items, *rows)
-        tensors[precision_name(task)] = torch.tensor([math.log(config.precision)])
-        half_life = config.half_life_like if likes else config.half_life
-        tensors[half_life_name(task)] = torch.tensor([math.log(half_life)])
-    return tensors
+    found = []
+    for task in config.tasks:
+        is_one_read = is_read(config.adapters.private.taste, task, config.head)
+        found += _read_basis(config, sizes) if is_one_read else _fitted_basis(config, sizes, task)
+    return found
+
+
+def _read_basis(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
+    taste, server = config.adapters.private.taste, config.federation.server
+    shape, paces = (sizes.num_items, taste.read_rank), (len(_READ_HALF_LIVES),)
+    events, half_lives = torch.full(paces, taste.read_events), torch.tensor(_READ_HALF_LIVES)
+
+    def draw() -> torch.Tensor:
+        generator = seeding.generator(config.seed, f"taste/{Task.NEXT_ITEM}")
+        return torch.randn(shape, generator=generator) * _READ_STD
+
+    rate, item_rate = server.lr_taste, server.lr_taste_items
+    return [
+        Parameter(READ_IN, shape, item_rate, draw, per_item=True),
+        Parameter(READ_OUT, shape, item_rate, per_item=True, unseen=Unseen.MEAN),
+        Parameter(READ_PRIOR, paces, rate, events.log),
+        Parameter(half_life_name(Task.NEXT_ITEM), paces, rate, half_lives.log),
+    ]
+
+
+def _fitted_basis(config: ExperimentConfig, sizes: Sizes, task: Task) -> list[Parameter]:
+    taste, server, dim = config.adapters.private.taste, config.federation.server, config.head.dim
+    rank: tuple[int, ...] = (taste.rank,)
+    rate, half_life = server.lr_taste, taste.half_life
+    if likes := task is Task.LIKE:
+        rank, rate = (taste.like_fits, taste.like_rank), server.lr_taste_like
+        half_life = taste.half_life_like
+    width = item_width(config.head)
+
+    def draw(part: slice) -> torch.Tensor:
+        # T and G are parts of one draw.
+        generator = seeding.generator(config.seed, f"taste/{task}")
+        drawn = torch.randn(*rank, width, generator=generator) * _FEATURE_STD / width**0.5
+        return drawn[..., part].clone()
+
+    found = [Parameter(text_name(task), (*rank, dim), rate, partial(draw, slice(0, dim)))]
+    if config.head.item_ids is not ItemIds.NONE:
+        ids = partial(draw, slice(dim, width))
+        found.append(Parameter(ids_name(task), (*rank, width - dim), rate, ids))
+        if likes:
+            shape, item_rate = (sizes.num_items, *rank), server.lr_taste_like_items
+            found.append(Parameter(LIKE_FEATURES, shape, item_rate, per_item=True))
+    logs = {precision_name(task): taste.precision, half_life_name(task): half_life}
+    for name, value in logs.items():
+        found.append(Parameter(name, (1,), rate, partial(torch.tensor, [math.log(value)])))
+    return found
 
 
 def initial_vectors(

@@ -10,8 +10,11 @@ from pfm_llm.config.choices import Task
 from pfm_llm.config.model import HeadConfig, TasteConfig
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.objective import Objective, Outputs
+from pfm_llm.model.parameters import parameter_table
 from pfm_llm.model.private import taste
+from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.text.encoding import NO_LABEL
+from tests.support.tables import config_of, drawn
 
 ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3
 HEAD = HeadConfig(dim=8, id_dim=4)
@@ -25,8 +28,8 @@ def _random(*shape: int, seed: int) -> torch.Tensor:
 
 
 def _own(config: TasteConfig = FITTED) -> dict[str, torch.Tensor]:
-    own = recommender_head.initial_head(HEAD, HIDDEN, ITEMS, 0, BOTH)
-    own |= taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=0)
+    whole, sizes = config_of(HEAD, taste=config, tasks=BOTH), Sizes(HIDDEN, {}, ITEMS)
+    own = drawn(parameter_table(whole, sizes).values())
     stirred = {
         name: value + _random(*value.shape, seed=index) * 0.3
         for index, (name, value) in enumerate(own.items())
