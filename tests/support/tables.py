@@ -1,6 +1,6 @@
 """Shared tensors from settings alone, and tables of made-up ones; no language model is needed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,14 +52,8 @@ def drawn(parameters: Iterable[Parameter]) -> Drawn:
     return {parameter.name: parameter.initial() for parameter in parameters}
 
 
-def table_of(tensors: Tensors, rates: Mapping[str, float] | float = 1.0) -> ParameterTable:
-    """A table under which these tensors are the initial ones, and all are sent."""
+def table_of(tensors: Tensors) -> ParameterTable:
+    """A table whose initial tensors these are; all are sent, at a learning rate of 1."""
     return ParameterTable(
-        Parameter(
-            name,
-            tuple(value.shape),
-            rates if isinstance(rates, float) else rates[name],
-            value.clone,
-        )
-        for name, value in tensors.items()
+        Parameter(name, tuple(value.shape), 1.0, value.clone) for name, value in tensors.items()
     )
