@@ -325,10 +325,16 @@ def client_tensors(
         clients: Client ids. All share the same shared tensors.
     """
     from benchmarks.sequential_peft import stirred
+    from pfm_llm.model.parameters import parameter_table
+    from pfm_llm.model.private import make_private_part
+    from pfm_llm.protocol.parameters import Sizes
 
-    head = {n: t for n, t in assembly.parts.shared.tensors.items() if n.startswith("head.")}
-    shared = stirred({**adapter.initial_shared(_SEED), **head}, _SEED, "shared")
-    own = (assembly.parts.private.initial(client) for client in clients)
+    parts, config = assembly.parts, assembly.config
+    sizes = Sizes(parts.backbone.hidden_size, adapter.modules, parts.model.num_items)
+    initial = parameter_table(config, sizes).initial_state()
+    shared = stirred(initial.tensors, _SEED, "shared")
+    private = make_private_part(config, sizes)
+    own = (private.initial(client) for client in clients)
     return tuple(
         shared | stirred(tensors, _SEED, client)
         for client, tensors in zip(clients, own, strict=True)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pfm_llm.protocol.types import Tensors
+from pfm_llm.protocol.types import Tensors, lora_modules, lora_name
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Module to A [r, in] and B [out, r], float32."""
@@ -31,11 +31,8 @@ def factors_of(tensors: Tensors, delta: Tensors) -> Factors:
         delta: Its change of them; a factor that it did not send stayed as it was.
     """
     found: Factors = {}
-    for name in tensors:
-        if not (name.startswith("lora.") and name.endswith(".A")):
-            continue
-        module = name.removesuffix(".A")
-        a, b = (_moved(tensors, delta, f"{module}.{factor}") for factor in "AB")
+    for module in lora_modules(tensors):
+        a, b = (_moved(tensors, delta, lora_name(module, factor)) for factor in "AB")
         found[module] = (a, b)
     return found
 

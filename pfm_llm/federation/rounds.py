@@ -1,7 +1,6 @@
 """The federated loop: cohort, local training, aggregation, server step, commit."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment, check_res
 from pfm_llm.server.server import RoundSummary, Server
 
 _log = logging.getLogger(__name__)
-_BYTES_PER_NUMBER = 4
 
 Validate = Callable[[], Mapping[str, Any]]
 """Evaluates the server's shared state on validation; returns figures for the log."""
@@ -131,8 +129,7 @@ def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: in
 
 
 def _record(federation: Federation, summary: RoundSummary, seconds: float) -> dict[str, Any]:
-    sent = federation.server.contract.tensors.values()
-    size = sum(math.prod(spec.shape) for spec in sent) * _BYTES_PER_NUMBER
+    size = federation.server.table.num_bytes
     num_clients = summary.num_updates + len(summary.refusals)
     record = {
         "round": summary.round_number,

@@ -15,18 +15,18 @@ from torch import nn
 
 from pfm_llm.base import assets, files
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
-from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.model import head as recommender_head
 from pfm_llm.model.backbone import Backbone, load_backbone
 from pfm_llm.model.cohort import CohortModel
-from pfm_llm.model.head import Normaliser
+from pfm_llm.model.head import Normaliser, fit_normaliser
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
-from pfm_llm.model.private import PrivateContext, PrivatePart, Sizes, make_private_part
+from pfm_llm.model.parameters import parameter_table
+from pfm_llm.model.private import PrivatePart, make_private_part
 from pfm_llm.model.start import Start
 from pfm_llm.protocol.contract import UpdateContract
+from pfm_llm.protocol.parameters import ParameterTable, Sizes
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.text.encoding import HistoryEncoder
 from pfm_llm.text.prompts import Prompt, load_prompt
@@ -47,6 +47,7 @@ class ModelParts:
         adapter: Shared and private LoRA in PEFT's terms.
         normaliser: The catalogue's whitening, or that of the adapter it starts from.
         model: The many-clients model.
+        table: The shared tensors.
         shared: The shared state that it starts with.
         contract: What updates may hold.
     """
@@ -58,6 +59,7 @@ class ModelParts:
     adapter: DualAdapter
     normaliser: Normaliser
     model: CohortModel
+    table: ParameterTable
     shared: SharedState
     contract: UpdateContract
 
@@ -96,12 +98,14 @@ def build_model(
     encoder = _encoder(config, catalogue, ratings, prompt, backbone)
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
+    sizes = Sizes(backbone.hidden_size, adapter.modules, len(catalogue))
+    private, table = make_private_part(config, sizes), parameter_table(config, sizes)
     states = item_states(backbone, encoder, prompt, catalogue.content_hash())
-    private = _private_part(config, adapter, backbone.hidden_size, len(catalogue))
-    shared = _initial_shared(config, adapter, private)
-    normaliser = start.normaliser if start else recommender_head.fit_normaliser(states)
-    shared = start.shared(shared, prompt) if start else shared
+    normaliser = start.normaliser if start else fit_normaliser(states)
+    shared = start.shared(table, prompt) if start else table.initial_state()
     texts = normaliser(states)[:, : config.head.dim].contiguous()
+    unseen_only = config.federation.local.unseen_only
+    objective = Objective(texts, config.tasks, private, unseen_only)
     return ModelParts(
         backbone=backbone,
         trunk=trunk,
@@ -109,15 +113,14 @@ def build_model(
         encoder=encoder,
         adapter=adapter,
         normaliser=normaliser,
-        model=CohortModel(
-            top,
-            adapter.top_paths(),
-            adapter.scale(),
-            normaliser,
-            Objective(texts, config.tasks, private, config.federation.local.unseen_only),
-        ),
+        model=CohortModel(top, adapter.top_paths(), adapter.scale(), normaliser, objective),
+        table=table,
         shared=shared,
-        contract=_contract(_trained(config, shared), backbone, prompt, catalogue),
+        contract=table.contract(
+            backbone_hash=backbone.weights_hash,
+            prompt_hash=prompt.content_hash(),
+            catalogue_hash=catalogue.content_hash(),
+        ),
     )
 
 
@@ -142,43 +145,6 @@ def _encoder(
     return HistoryEncoder(
         prompt, catalogue, backbone.tokenizer, config.window, backbone.max_tokens, values
     )
-
-
-def _trained(config: ExperimentConfig, shared: SharedState) -> SharedState:
-    """The part of the shared state that the method trains and that is sent."""
-    spec = SPECS[config.method]
-    return SharedState({n: value for n, value in shared.tensors.items() if spec.trains(n)})
-
-
-def _contract(
-    shared: SharedState, backbone: Backbone, prompt: Prompt, catalogue: Catalogue
-) -> UpdateContract:
-    return UpdateContract.from_shared(
-        shared,
-        backbone_hash=backbone.weights_hash,
-        prompt_hash=prompt.content_hash(),
-        catalogue_hash=catalogue.content_hash(),
-    )
-
-
-def _private_part(
-    config: ExperimentConfig, adapter: DualAdapter, hidden_size: int, num_items: int
-) -> PrivatePart:
-    sizes = Sizes(hidden_size, adapter.modules, num_items)
-    return make_private_part(
-        PrivateContext(config.adapters.private, config.tasks, config.head, sizes, config.seed)
-    )
-
-
-def _initial_shared(
-    config: ExperimentConfig, adapter: DualAdapter, private: PrivatePart
-) -> SharedState:
-    sizes = private.context.sizes
-    head = recommender_head.initial_head(
-        config.head, sizes.hidden_size, sizes.num_items, config.seed, config.tasks
-    )
-    lora, basis = adapter.initial_shared(config.seed), private.initial_shared()
-    return SharedState({**lora, **head, **basis})
 
 
 def item_states(

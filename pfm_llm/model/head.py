@@ -45,7 +45,8 @@ head.like_bias        [I]       task ``like`` and ``item_bias``
 ====================  ========  ===========================
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,8 @@ from pfm_llm.base import seeding
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import HeadConfig
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.protocol.parameters import Parameter, Sizes, Unseen
 from pfm_llm.protocol.types import Tensors
 
 STATE_PROJ = "head.state_proj"
@@ -117,42 +120,47 @@ def fit_normaliser(states: torch.Tensor) -> Normaliser:
     return Normaliser(mean.float(), basis.float())
 
 
-def initial_head(
-    config: HeadConfig,
-    hidden_size: int,
-    num_items: int,
-    seed: int,
-    tasks: tuple[Task, ...] = (Task.NEXT_ITEM,),
-) -> dict[str, torch.Tensor]:
-    """Head parameters before training; float32, shapes as in the module's table.
+def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
+    """The tensors of the module's table.
+
+    Args:
+        config: Head, tasks, seed and the server's learning rates.
+        sizes: Of hidden states and catalogue.
 
     Raises:
         ConfigError: ``head.dim`` exceeds the hidden size.
     """
-    if config.dim > hidden_size:
-        raise ConfigError(
-            f"head.dim: {config.dim} exceeds the backbone's hidden size {hidden_size}; lower it"
-        )
-    head = {STATE_PROJ: torch.eye(config.dim, hidden_size), ITEM_PROJ: torch.eye(config.dim)}
-    if config.item_bias:
-        head[ITEM_BIAS] = torch.zeros(num_items)
-    if config.item_ids is not ItemIds.NONE:
-        generator = seeding.generator(seed, "head")
-        shape = (num_items, config.id_dim)
-        head[ITEM_IDS] = torch.randn(shape, generator=generator) * _ID_STD
-        head[ITEM_IDS_OUT] = torch.zeros(config.dim, config.id_dim)
-        if config.item_ids is ItemIds.BOTH:
-            head[ITEM_IDS_IN] = torch.zeros(hidden_size, config.id_dim)
-    if config.item_context:
-        head[CONTEXT_PROJ] = torch.zeros(config.dim, len(_HALF_LIVES) * item_width(config))
-        head[CONTEXT_LOG_H] = torch.tensor(_HALF_LIVES).log()
-    if Task.LIKE in tasks:
-        head[LIKE_TEXT] = torch.zeros(config.dim)
-        if config.item_ids is not ItemIds.NONE:
-            head[LIKE_IDS] = torch.zeros(config.id_dim)
-        if config.item_bias:
-            head[LIKE_BIAS] = torch.zeros(num_items)
-    return head
+    head, server, width = config.head, config.federation.server, sizes.hidden_size
+    dim, id_dim, has_ids = head.dim, head.id_dim, head.item_ids is not ItemIds.NONE
+    if dim > width:
+        raise ConfigError(f"head.dim: {dim} exceeds the backbone's hidden size {width}; lower it")
+    rate, id_rate, bias_rate = (
+        rate * server.lr_scale for rate in (server.lr_head, server.lr_item_ids, server.lr_item_bias)
+    )
+    bias = Parameter(ITEM_BIAS, (sizes.num_items,), bias_rate, per_item=True, unseen=Unseen.MEAN)
+    half_lives, paces = torch.tensor(_HALF_LIVES), (len(_HALF_LIVES),)
+    ids = (sizes.num_items, id_dim)
+    draw_ids = partial(_random_ids, ids, config.seed)
+    context = (dim, len(_HALF_LIVES) * item_width(head))
+    likes = Task.LIKE in config.tasks
+    declared = [
+        (True, Parameter(STATE_PROJ, (dim, width), rate, partial(torch.eye, dim, width))),
+        (True, Parameter(ITEM_PROJ, (dim, dim), rate, partial(torch.eye, dim))),
+        (head.item_bias, bias),
+        (has_ids, Parameter(ITEM_IDS, ids, id_rate, draw_ids, per_item=True)),
+        (has_ids, Parameter(ITEM_IDS_OUT, (dim, id_dim), id_rate)),
+        (head.item_ids is ItemIds.BOTH, Parameter(ITEM_IDS_IN, (width, id_dim), id_rate)),
+        (head.item_context, Parameter(CONTEXT_PROJ, context, rate)),
+        (head.item_context, Parameter(CONTEXT_LOG_H, paces, rate, half_lives.log)),
+        (likes, Parameter(LIKE_TEXT, (dim,), rate)),
+        (likes and has_ids, Parameter(LIKE_IDS, (id_dim,), bias_rate)),
+        (likes and head.item_bias, replace(bias, name=LIKE_BIAS)),
+    ]
+    return [parameter for is_there, parameter in declared if is_there]
+
+
+def _random_ids(shape: tuple[int, int], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=seeding.generator(seed, "head")) * _ID_STD
 
 
 def item_width(config: HeadConfig) -> int:

@@ -22,8 +22,7 @@ from pfm_llm.base.errors import BackboneError, CorruptFileError
 from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.private import PrivatePart
-from pfm_llm.model.private.lora import random_a
-from pfm_llm.protocol.types import Tensors
+from pfm_llm.protocol.types import Group, Tensors, lora_name, of_group
 
 SHARED = "shared"
 PRIVATE = "private"
@@ -68,14 +67,6 @@ class DualAdapter:
         shared = self._config.shared
         return shared.alpha / shared.rank
 
-    def initial_shared(self, seed: int) -> dict[str, torch.Tensor]:
-        """The shared LoRA before training: A is drawn as PEFT draws it, B is zero."""
-        tensors, rank = {}, self._config.shared.rank
-        for name, (fan_in, fan_out) in self.modules.items():
-            tensors[f"lora.{name}.A"] = random_a(rank, fan_in, seed, f"shared/{name}")
-            tensors[f"lora.{name}.B"] = torch.zeros(fan_out, rank)
-        return tensors
-
     def peft_model(self) -> Any:
         """A fresh `peft.PeftModel` with both adapters, on modules of its own.
 
@@ -90,7 +81,7 @@ class DualAdapter:
 
     def load_shared(self, peft_model: Any, shared: Tensors) -> None:
         """Put the shared LoRA into a model from `peft_model`."""
-        self._load(peft_model, SHARED, {n: shared[n] for n in shared if n.startswith("lora.")})
+        self._load(peft_model, SHARED, of_group(shared, Group.LORA))
 
     def load_private(self, peft_model: Any, part: PrivatePart, tensors: Tensors) -> None:
         """Put a private LoRA into a model from `peft_model`.
@@ -105,7 +96,7 @@ class DualAdapter:
             # PEFT multiplies with the scale itself.
             factors = part.factors(name, tensors, private.rank / private.alpha)
             if factors is not None:  # else the private part is elsewhere
-                lora[f"lora.{name}.A"], lora[f"lora.{name}.B"] = factors
+                lora[lora_name(name, "A")], lora[lora_name(name, "B")] = factors
         self._load(peft_model, PRIVATE, lora)
 
     def export_shared(self, shared: Tensors, folder: Path, base_name: str) -> None:
@@ -214,7 +205,7 @@ def tensors_from_peft(state: Tensors) -> dict[str, torch.Tensor]:
         match = _PEFT_KEY.fullmatch(key)
         if match is None:
             raise CorruptFileError(f"{key} is no factor of a LoRA: not a folder of ours")
-        tensors[f"lora.{match['module']}.{match['factor']}"] = value
+        tensors[lora_name(match["module"], match["factor"])] = value
     return tensors
 
 

@@ -1,16 +1,19 @@
 """What a model starts from when it goes on from a published adapter."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import yaml
 
 from pfm_llm.base.errors import ArtefactError
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.cohort import BASIS
 from pfm_llm.model.head import Normaliser
-from pfm_llm.protocol.types import SharedState, Tensors
+from pfm_llm.protocol.parameters import Parameter, ParameterTable
+from pfm_llm.protocol.types import Group, SharedState, Tensors, of_group
 from pfm_llm.text.prompts import Prompt
 
 _log = logging.getLogger(__name__)
@@ -28,7 +31,7 @@ class Start:
         prompt_hash: Of that prompt's content.
         normaliser: The whitening that its head was trained with; never refitted.
         tensors: Its shared tensors; rows of items follow the catalogue at hand.
-        settings: What its shapes follow from, for messages: dotted key to value.
+        settings: What its shapes follow from, for messages: a tree of the config's keys.
     """
 
     origin: str
@@ -39,7 +42,7 @@ class Start:
     prompt_hash: str
     normaliser: Normaliser
     tensors: Tensors
-    settings: Mapping[str, str]
+    settings: Mapping[str, Any]
 
     def check_base(self, backbone: Backbone, allow_mismatch: bool) -> None:
         """Compare the base that it was trained on with the one at hand.
@@ -71,11 +74,11 @@ class Start:
             "init_from.allow_base_mismatch) and expect worse recommendations"
         )
 
-    def shared(self, initial: SharedState, prompt: Prompt) -> SharedState:
+    def shared(self, table: ParameterTable, prompt: Prompt) -> SharedState:
         """Its shared state; a basis that it lacks starts anew.
 
         Args:
-            initial: What the config would start with, which says the names and the shapes.
+            table: The shared tensors of the config.
             prompt: The prompt at hand.
 
         Raises:
@@ -86,24 +89,22 @@ class Start:
                 f"{self.origin} was trained with prompt {self.prompt}, the config asks for "
                 f"{prompt.key}; set prompt: to the adapter's"
             )
-        tensors = {}
-        for name, value in initial.tensors.items():
-            found = self.tensors.get(name, value if name.startswith(BASIS) else None)
-            if found is None or found.shape != value.shape:
-                raise ArtefactError(self._does_not_fit(name, found, value))
-            tensors[name] = found
-        for name, value in self.tensors.items():
-            if name not in tensors and not name.startswith(BASIS):
-                raise ArtefactError(self._does_not_fit(name, value, None))
-        return SharedState(tensors)
+        unused = of_group(self.tensors, Group.BASIS).keys() - table.keys()
+        tensors = {name: value for name, value in self.tensors.items() if name not in unused}
+        for name, parameter in of_group(table, Group.BASIS).items():
+            if name not in tensors:
+                tensors[name] = parameter.initial()
+        for name in {**table, **tensors}:
+            theirs, ours = tensors.get(name), table.get(name)
+            if theirs is None or ours is None or tuple(theirs.shape) != ours.shape:
+                raise ArtefactError(self._does_not_fit(name, theirs, ours))
+        return SharedState({name: tensors[name] for name in table})
 
-    def _does_not_fit(
-        self, name: str, theirs: torch.Tensor | None, ours: torch.Tensor | None
-    ) -> str:
+    def _does_not_fit(self, name: str, theirs: torch.Tensor | None, ours: Parameter | None) -> str:
         there, here = (
-            "absent" if tensor is None else str(list(tensor.shape)) for tensor in (theirs, ours)
+            "absent" if known is None else str(list(known.shape)) for known in (theirs, ours)
         )
-        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        settings = yaml.safe_dump(self.settings, default_flow_style=True, width=math.inf).strip()
         return (
             f"{self.origin} does not fit the config: {name} is {there} there and {here} here. Set "
             f"adapters and head as the adapter has them: {settings}"

@@ -16,9 +16,9 @@ from typing import Any, Self
 import torch
 
 from pfm_llm.base.errors import ContractError
-from pfm_llm.protocol.types import PRIVATE_PREFIX, ClientUpdate, SharedState, Tensors
+from pfm_llm.protocol.types import PRIVATE_PREFIX, ClientUpdate, Group, Tensors, in_group
 
-SHARED_PREFIXES = ("lora.", "head.", "basis.")
+_SHARED_GROUPS = (Group.LORA, Group.HEAD, Group.BASIS)
 MAX_EXAMPLES = 2**31 - 1
 """An update that claims more is refused: no client has them, and its weight would drown all."""
 
@@ -69,25 +69,11 @@ class UpdateContract:
 
     def __post_init__(self) -> None:
         for name in self.tensors:
-            if name.startswith(PRIVATE_PREFIX):
-                raise ContractError(f"{_show(name)} is private and can never be in a contract")
-            if not name.startswith(SHARED_PREFIXES):
-                raise ContractError(
-                    f"{_show(name)} cannot be in a contract: shared tensors begin with "
-                    f"{', '.join(SHARED_PREFIXES)}"
-                )
+            check_shared_name(name, "a contract")
         for field in ("backbone_hash", "prompt_hash", "catalogue_hash"):
             if not getattr(self, field):
                 raise ContractError(f"the contract's {field} is empty; it must identify one")
         object.__setattr__(self, "tensors", dict(self.tensors))
-
-    @classmethod
-    def from_shared(
-        cls, shared: SharedState, *, backbone_hash: str, prompt_hash: str, catalogue_hash: str
-    ) -> Self:
-        """The contract under which updates of ``shared`` are sent."""
-        specs = {name: TensorSpec.of(tensor) for name, tensor in shared.tensors.items()}
-        return cls(specs, backbone_hash, prompt_hash, catalogue_hash)
 
     def hash(self) -> str:
         """SHA-256, in hex, over names, shapes, dtypes and the three identities."""
@@ -181,6 +167,25 @@ class UpdateContract:
             problems = [f"lacks {_show_names(missing)}"] if missing else []
             problems += [f"has {_show_names(extra)}, not in the contract"] if extra else []
             raise ContractError(f"client {_show(client_id)}: the update {' and '.join(problems)}")
+
+
+def check_shared_name(name: str, where: str) -> None:
+    """Refuse a name that is not one of a shared tensor.
+
+    Args:
+        name: Of a tensor.
+        where: Where it would stand, for messages.
+
+    Raises:
+        ContractError: It is private, or of no known group.
+    """
+    if name.startswith(PRIVATE_PREFIX):
+        raise ContractError(f"{_show(name)} is private and can never be in {where}")
+    if not any(in_group(name, group) for group in _SHARED_GROUPS):
+        raise ContractError(
+            f"{_show(name)} cannot be in {where}: shared tensors begin with "
+            f"{', '.join(f'{group}.' for group in _SHARED_GROUPS)}"
+        )
 
 
 def _check_spec(client_id: str, name: str, tensor: Any, spec: TensorSpec) -> None:

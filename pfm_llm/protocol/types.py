@@ -18,15 +18,47 @@ name                   shape                                lives in
 ``model.layers.26.self_attn.q_proj``. All are float32 on the CPU between rounds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
+_Value = TypeVar("_Value")
 
 PRIVATE_PREFIX = "private."
+
+
+class Group(StrEnum):
+    """The groups of tensors; a name begins with that of its group and a dot."""
+
+    LORA = "lora"
+    HEAD = "head"
+    BASIS = "basis"
+    PRIVATE = "private"
+
+
+def in_group(name: str, group: Group) -> bool:
+    """Whether a tensor's name is of a group."""
+    return name.startswith(f"{group}.")
+
+
+def of_group(named: Mapping[str, _Value], group: Group) -> dict[str, _Value]:
+    """What a mapping by tensor name has of one group."""
+    return {name: value for name, value in named.items() if in_group(name, group)}
+
+
+def lora_name(module: str, factor: str) -> str:
+    """Name of the factor ``A`` or ``B`` of a module's shared LoRA."""
+    return f"{Group.LORA}.{module}.{factor}"
+
+
+def lora_modules(names: Iterable[str]) -> list[str]:
+    """The modules whose shared LoRA is among some tensors, in their order."""
+    factors = [name for name in names if in_group(name, Group.LORA) and name.endswith(".A")]
+    return [name.removeprefix(f"{Group.LORA}.").removesuffix(".A") for name in factors]
 
 
 class Mode(StrEnum):

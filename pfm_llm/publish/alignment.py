@@ -4,21 +4,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import torch
 
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, LIKE_BIAS
-from pfm_llm.model.private.taste import LIKE_FEATURES, READ_IN, READ_OUT
 from pfm_llm.model.start import Start
+from pfm_llm.protocol.parameters import ParameterTable, Unseen
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.publish.artefact import Artefact
 from pfm_llm.text.prompts import Prompt
-
-PER_ITEM = (ITEM_BIAS, ITEM_IDS, LIKE_BIAS, LIKE_FEATURES, READ_IN, READ_OUT)
-"""Shared tensors with a row for each item of the catalogue."""
-_MEAN_FOR_NEW = (ITEM_BIAS, LIKE_BIAS, READ_OUT)
 
 
 def item_keys(catalogue: Catalogue, prompt: Prompt) -> tuple[str, ...]:
@@ -73,44 +67,30 @@ def align_items(known: Sequence[str], wanted: Sequence[str]) -> Alignment:
     return Alignment(tuple(row_of.get(key) for key in wanted), len(known))
 
 
-def aligned_tensors(tensors: Tensors, alignment: Alignment) -> dict[str, torch.Tensor]:
+def aligned_tensors(
+    tensors: Tensors, alignment: Alignment, table: ParameterTable
+) -> dict[str, torch.Tensor]:
     """Shared tensors for another catalogue: rows that belong to items follow their items.
 
-    An item that was never seen gets the mean bias, the mean embedding where a taste is weighed,
-    and else zero embeddings: it is ranked by its text, neither favoured nor held back.
+    An item that was never seen gets the row that each tensor's `Unseen` says. It is ranked by its
+    text, neither favoured nor held back.
 
     Args:
         tensors: Shared tensors over the artefact's items.
         alignment: From `align_items`.
+        table: Of the artefact; says which tensors have rows that belong to items.
     """
     aligned = dict(tensors)
     rows = torch.tensor([-1 if row is None else row for row in alignment.rows])
-    for name in PER_ITEM:
+    for name in table.per_item:
         if name not in tensors:
             continue
-        old = tensors[name]
-        default = old.mean(0) if name in _MEAN_FOR_NEW else torch.zeros(old.shape[1:])
+        old, unseen = tensors[name], table[name].unseen
+        default = old.mean(0) if unseen is Unseen.MEAN else torch.zeros(old.shape[1:])
         new = default.expand(len(rows), *old.shape[1:]).clone()
         new[rows >= 0] = old[rows[rows >= 0]]
         aligned[name] = new
     return aligned
-
-
-_SHAPE_SETTINGS = (
-    "adapters.num_layers",
-    "adapters.shared.rank",
-    "head.dim",
-    "head.item_ids",
-    "head.id_dim",
-    "head.item_bias",
-    "adapters.private.kind",
-    "adapters.private.rank",
-    "adapters.private.head_rank",
-    "adapters.private.taste.rank",
-    "adapters.private.taste.read_rank",
-    "adapters.private.taste.like_rank",
-)
-"""What the shapes of an adapter's tensors follow from."""
 
 
 def start_from(artefact: Artefact, catalogue: Catalogue) -> tuple[Start, Alignment]:
@@ -125,7 +105,7 @@ def start_from(artefact: Artefact, catalogue: Catalogue) -> tuple[Start, Alignme
         prompt=manifest.prompt,
         prompt_hash=manifest.prompt_sha256,
         normaliser=artefact.normaliser(),
-        tensors=aligned_tensors(artefact.shared_tensors(), alignment),
-        settings={key: str(attrgetter(key)(manifest)).lower() for key in _SHAPE_SETTINGS},
+        tensors=aligned_tensors(artefact.shared_tensors(), alignment, artefact.table()),
+        settings=manifest.model_dump(mode="json", include={"adapters", "head"}),
     )
     return start, alignment

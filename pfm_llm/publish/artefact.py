@@ -37,9 +37,12 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, CorruptFileError
 from pfm_llm.config.choices import Dtype, Task
 from pfm_llm.config.model import AdaptersConfig, HeadConfig, WindowConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model.head import Normaliser
 from pfm_llm.model.lora import tensors_from_peft
-from pfm_llm.protocol.types import Tensors
+from pfm_llm.model.parameters import parameter_table
+from pfm_llm.protocol.parameters import ParameterTable, Sizes
+from pfm_llm.protocol.types import Tensors, lora_name
 from pfm_llm.text.prompts import Prompt, load_prompt
 
 FORMAT = 4
@@ -218,10 +221,31 @@ class Artefact:
     manifest_sha256: str
     origin: str
 
+    def table(self) -> ParameterTable:
+        """The shared tensors that follow from the manifest; their learning rates mean nothing.
+
+        The widths of the base model, which the manifest does not have, are those of the files.
+        """
+        lora, manifest = self._lora(), self.manifest
+        modules = {
+            module: (_width(lora, module, "A"), _width(lora, module, "B"))
+            for module in manifest.modules
+        }
+        sizes = Sizes(self.normaliser().mean.numel(), modules, manifest.num_items)
+        config = ExperimentConfig.model_construct(
+            name=manifest.name,
+            adapters=manifest.adapters,
+            head=manifest.head,
+            tasks=manifest.tasks,
+        )
+        return parameter_table(config, sizes)
+
+    def _lora(self) -> dict[str, torch.Tensor]:
+        return tensors_from_peft(files.read_tensors(self.folder / ADAPTER_FILE)[0])
+
     def shared_tensors(self) -> dict[str, torch.Tensor]:
         """LoRA, basis and head, float32, under the names of `types`."""
-        lora, _ = files.read_tensors(self.folder / ADAPTER_FILE)
-        tensors = tensors_from_peft(lora)
+        tensors = self._lora()
         if BASIS_FILE in self.manifest.files:
             tensors |= files.read_tensors(self.folder / BASIS_FILE)[0]
         head, _ = read_head(self.folder)
@@ -243,6 +267,12 @@ class Artefact:
     def prompt(self) -> Prompt:
         """The prompt that it was trained with."""
         return load_prompt(str(self.folder / prompt_file(self.manifest.prompt)))
+
+
+def _width(lora: Tensors, module: str, factor: str) -> int:
+    """The dimension of a factor that is not the rank; 0 where there is no such factor."""
+    found = lora.get(lora_name(module, factor))
+    return found.shape["BA".index(factor)] if found is not None and found.dim() == 2 else 0
 
 
 def read_artefact(folder: Path, origin: str | None = None) -> Artefact:

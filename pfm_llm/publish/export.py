@@ -18,8 +18,7 @@ from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.evaluation.tables import results_table
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.build import ModelParts
-from pfm_llm.model.cohort import BASIS, SHARED_LORA
-from pfm_llm.protocol.types import Mode, SharedState
+from pfm_llm.protocol.types import Group, Mode, SharedState, of_group
 from pfm_llm.publish.alignment import item_keys
 from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
@@ -80,12 +79,9 @@ def export_shared_adapter(
         rows: Results for manifest and card; none before the evaluation.
     """
     parts, config = what.parts, what.config
-    lora = {n: t for n, t in shared.tensors.items() if n.startswith(SHARED_LORA)}
-    head = {n: t for n, t in shared.tensors.items() if n.startswith("head.")}
-    basis = {n: t for n, t in shared.tensors.items() if n.startswith(BASIS)}
-    parts.adapter.export_shared(lora, folder, parts.backbone.portable_name)
-    write_head(folder, head, parts.normaliser)
-    if basis:
+    parts.adapter.export_shared(shared.tensors, folder, parts.backbone.portable_name)
+    write_head(folder, of_group(shared.tensors, Group.HEAD), parts.normaliser)
+    if basis := of_group(shared.tensors, Group.BASIS):
         files.write_tensors(folder / BASIS_FILE, basis)
     keys = item_keys(what.catalogue, parts.prompt)
     texts = {

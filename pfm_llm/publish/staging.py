@@ -15,18 +15,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import safe_open
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, PrivateLeakError, StorageError
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.model.cohort import SHARED_LORA
-from pfm_llm.model.head import initial_head
 from pfm_llm.model.lora import tensors_from_peft
-from pfm_llm.model.private import PrivateContext, Sizes, make_private_part
-from pfm_llm.protocol.types import PrivateState, Tensors
+from pfm_llm.protocol.contract import TensorSpec
+from pfm_llm.protocol.types import Group, PrivateState, Tensors, of_group
 from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -59,8 +56,6 @@ _PLAIN_LORA: dict[str, Any] = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "layer_replication")),
     **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "auto_mapping")),
 }
-
-_Shapes = dict[str, tuple[int | None, ...]]
 
 
 def stage(exported: Path, into: Path, private_root: Path | None) -> Artefact:
@@ -235,47 +230,29 @@ def _check_adapter_config(staged: Artefact) -> None:
 
 def _check_tensors(staged: Artefact) -> None:
     """Every tensor that belongs into a file, of its shape and in float32, and nothing else."""
-    manifest, folder = staged.manifest, staged.folder
-    rank = manifest.adapters.shared.rank
+    folder, specs = staged.folder, staged.table().specs
     lora = tensors_from_peft(files.read_tensors(folder / ADAPTER_FILE)[0])
-    factors: _Shapes = {f"{SHARED_LORA}{module}.A": (rank, None) for module in manifest.modules}
-    factors |= {f"{SHARED_LORA}{module}.B": (None, rank) for module in manifest.modules}
-    _check_shapes(staged, ADAPTER_FILE, lora, factors)
+    _check_specs(staged, ADAPTER_FILE, lora, of_group(specs, Group.LORA))
 
     head, normaliser = read_head(folder)
     width = normaliser.mean.numel()
-    initial = initial_head(manifest.head, width, manifest.num_items, 0, manifest.tasks)
-    shapes: _Shapes = {name: tuple(value.shape) for name, value in initial.items()}
-    shapes |= {"normaliser.mean": (width,), "normaliser.basis": (width, width)}
-    whitening = {"normaliser.mean": normaliser.mean, "normaliser.basis": normaliser.basis}
-    _check_shapes(staged, HEAD_FILE, {**head, **whitening}, shapes)
+    head |= {"normaliser.mean": normaliser.mean, "normaliser.basis": normaliser.basis}
+    whitening = {
+        "normaliser.mean": TensorSpec((width,)),
+        "normaliser.basis": TensorSpec((width, width)),
+    }
+    _check_specs(staged, HEAD_FILE, head, of_group(specs, Group.HEAD) | whitening)
 
-    bases = _basis_shapes(manifest, lora, width)
-    if bool(bases) != (BASIS_FILE in manifest.files):
+    bases = of_group(specs, Group.BASIS)
+    if bool(bases) != (BASIS_FILE in staged.manifest.files):
         raise _refusal(staged, BASIS_FILE, f"is {'missing' if bases else 'of no use here'}")
     if bases:
-        _check_shapes(staged, BASIS_FILE, files.read_tensors(folder / BASIS_FILE)[0], bases)
+        _check_specs(staged, BASIS_FILE, files.read_tensors(folder / BASIS_FILE)[0], bases)
 
 
-def _basis_shapes(manifest: Manifest, lora: Tensors, width: int) -> _Shapes:
-    """What the basis of the private part holds, of whatever kind it is; empty without one."""
-    modules = {
-        module: (lora[f"{key}.A"].shape[1], lora[f"{key}.B"].shape[0])
-        for module, key in ((name, f"{SHARED_LORA}{name}") for name in manifest.modules)
-    }
-    private = make_private_part(
-        PrivateContext(
-            manifest.adapters.private,
-            manifest.tasks,
-            manifest.head,
-            Sizes(width, modules, manifest.num_items),
-            seed=0,
-        )
-    )
-    return {name: tuple(value.shape) for name, value in private.initial_shared().items()}
-
-
-def _check_shapes(staged: Artefact, file: str, found: Tensors, wanted: _Shapes) -> None:
+def _check_specs(
+    staged: Artefact, file: str, found: Tensors, wanted: Mapping[str, TensorSpec]
+) -> None:
     with safe_open(staged.folder / file, framework="pt") as opened:
         if (opened.metadata() or {"format": "pt"}) != {"format": "pt"}:
             raise _refusal(staged, file, "holds more than tensors in its header")
@@ -283,16 +260,8 @@ def _check_shapes(staged: Artefact, file: str, found: Tensors, wanted: _Shapes) 
         if name not in wanted or name not in found:
             verb = "lacks" if name in wanted else "holds"
             raise _refusal(staged, file, f"{verb} {name}, other than the manifest says")
-        shape, tensor = wanted[name], found[name]
-        fits = tensor.dim() == len(shape) and all(
-            size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True)
-        )
-        if not fits or tensor.dtype is not torch.float32:
-            actual = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-            expected = (
-                f"float32[{', '.join('any' if size is None else str(size) for size in shape)}]"
-            )
-            raise _refusal(staged, file, f"holds {name} as {actual}, expected {expected}")
+        if (spec := TensorSpec.of(found[name])) != wanted[name]:
+            raise _refusal(staged, file, f"holds {name} as {spec}, expected {wanted[name]}")
 
 
 def _search(folder: Path, private_root: Path, origin: Path) -> None:

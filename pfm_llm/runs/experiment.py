@@ -175,11 +175,12 @@ def make_federation(assembly: Assembly, folders: RunFolders, processes: Processe
 def _new_server(assembly: Assembly) -> Server:
     """The server before round 1."""
     return Server(
-        assembly.parts.shared,
+        assembly.parts.table,
         assembly.parts.contract,
         assembly.histories.trainable,
         assembly.config.federation,
         assembly.config.seed,
+        assembly.parts.shared,
     )
 
 

@@ -12,6 +12,7 @@ from pfm_llm.base.errors import CheckpointError, ContractError
 from pfm_llm.config.schema import FederationConfig
 from pfm_llm.config.settle import known
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
+from pfm_llm.protocol.parameters import ParameterTable
 from pfm_llm.protocol.stages import Stages
 from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors
 from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, update_weight
@@ -52,39 +53,46 @@ class Server:
 
     def __init__(
         self,
-        shared: SharedState,
+        table: ParameterTable,
         contract: UpdateContract,
         client_ids: Sequence[str],
         config: FederationConfig,
         seed: int,
+        shared: SharedState | None = None,
     ) -> None:
         """Start before round 1.
 
         Args:
-            shared: The initial shared state.
-            contract: What updates must look like. Shared tensors that it does not list are not
-                trained and stay as they are.
+            table: The shared tensors. Those that are not sent are not trained and stay as they
+                are.
+            contract: What updates must look like, from the same table.
             client_ids: All clients.
             config: Cohort size, number of rounds, optimizer.
             seed: The experiment's seed, for the cohorts.
+            shared: The shared state to start from; None: that of the table.
 
         Raises:
-            ContractError: The contract is not one of this shared state.
+            ContractError: The contract or the shared state is not one of this table.
         """
-        trained = {n: t for n, t in shared.tensors.items() if n in contract.tensors}
-        difference = _difference(_specs(trained), contract.tensors)
-        if difference:
+        if difference := _difference(contract.tensors, table.sent):
             raise ContractError(
-                f"the contract does not fit the shared state: {difference}; "
-                "build it with UpdateContract.from_shared"
+                f"the contract does not fit the table of shared tensors: {difference}; "
+                "make it with ParameterTable.contract"
             )
-        self._shared = shared
+        self._shared = table.initial_state() if shared is None else shared
+        if difference := _difference(_specs(self._shared.tensors), table.specs):
+            raise ContractError(
+                "the shared state to start from does not fit the table of shared tensors: "
+                f"{difference}; start from one of the same settings"
+            )
+        self._table = table
         self._contract = contract
         self._client_ids = tuple(client_ids)
         self._config = config
         self._seed = seed
-        self._step = ServerStep(config.server, known(config.num_rounds))
-        self._optimizer = self._step.initial_state(SharedState(trained))
+        rates = {name: parameter.rate for name, parameter in table.items()}
+        self._step = ServerStep(config.server, known(config.num_rounds), rates)
+        self._optimizer = self._step.initial_state(self._trained())
         stages = [stage.choice for stage in config.stages]
         self._stages = Stages(stages, seed, known(config.cohort_size))
         self._cohort: tuple[int, tuple[str, ...]] = (0, ())
@@ -98,6 +106,11 @@ class Server:
     def round_under_way(self) -> int:
         """The round after the one that the shared state stands after, from 1."""
         return self._shared.round_number + 1
+
+    @property
+    def table(self) -> ParameterTable:
+        """The shared tensors."""
+        return self._table
 
     @property
     def contract(self) -> UpdateContract:

@@ -1,24 +1,17 @@
 """The server's step: from the mean update to the next shared state."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from pfm_llm.base.errors import ContractError, TrainingError
+from pfm_llm.base.errors import TrainingError
 from pfm_llm.config.choices import LearningRateSchedule, ServerOptimizer
 from pfm_llm.config.schema import ServerConfig
 from pfm_llm.config.settle import known
 from pfm_llm.protocol.types import SharedState, Tensors
 from pfm_llm.server.aggregation import check_same_tensors
-
-TASTE_RATES = {
-    "basis.taste.like.items": 1e-2,
-    "basis.taste.like.": 3e-3,  # overfits sooner than the rest
-    "basis.taste.next_item.read_": 3e-2,  # embeddings, one row an item
-    "basis.taste.": 1e-2,
-}
-"""Learning rates of the basis of taste vectors, by prefix of a name; the first match counts."""
 
 _BETA2, _EPS = 0.99, 1e-8
 """β₂ and ε of `ServerStep`'s ``fedadam``."""
@@ -47,10 +40,10 @@ class OptimizerState:
 class ServerStep:
     """The server's optimizer: state in, state out.
 
-    With Δ the aggregated update, η the group's learning rate times `lr_factor`:
+    With Δ the aggregated update, η the tensor's learning rate times `lr_factor`:
 
-    - ``average``: w ← w + η Δ, η = `lr_factor` times ``lr_scale``: ``lr_*`` do not apply. With a
-      constant schedule and ``lr_scale: 1`` that is FedAvg (arXiv 1602.05629, algorithm 1).
+    - ``average``: w ← w + η Δ. With a constant schedule and rates of 1 that is FedAvg (arXiv
+      1602.05629, algorithm 1).
     - ``fedavgm``: v ← momentum · v + Δ; w ← w + η v (arXiv 1909.06335).
     - ``fedadam``: m ← momentum · m + (1 - momentum) Δ; v ← β₂ v + (1 - β₂) Δ²;
       w ← w + η m̂ / (√v̂ + ε) (arXiv 2003.00295, algorithm 2). Unlike there, m̂ and v̂ are
@@ -61,12 +54,14 @@ class ServerStep:
     every tensor.
 
     Attributes:
-        config: Optimizer and learning rates.
+        config: Optimizer and schedule.
         num_rounds: Over how many rounds the schedule runs.
+        rates: Learning rate of each tensor before the schedule; see `Parameter`.
     """
 
     config: ServerConfig
     num_rounds: int
+    rates: Mapping[str, float]
 
     def initial_state(self, shared: SharedState) -> OptimizerState:
         """The state before the first step: zeros where the optimizer needs moments."""
@@ -90,30 +85,6 @@ class ServerStep:
             return 1.0
         progress = (round_number - 1 - warmup) / (self.num_rounds - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-    def learning_rate(self, name: str) -> float:
-        """The learning rate of a shared tensor's group, before the schedule.
-
-        Raises:
-            ContractError: The name belongs to no group.
-        """
-        groups = {
-            "lora.": self.config.lr_lora,
-            **TASTE_RATES,
-            "basis.": self.config.lr_lora,
-            "head.item_ids": self.config.lr_item_ids,
-            "head.item_bias": self.config.lr_item_bias,
-            "head.like_bias": self.config.lr_item_bias,
-            "head.like_ids": self.config.lr_item_bias,
-            "head.": self.config.lr_head,  # the first match counts: special cases stand before
-        }
-        for prefix, rate in groups.items():
-            if name.startswith(prefix):
-                if self.config.optimizer is ServerOptimizer.AVERAGE:
-                    return self.config.lr_scale
-                # A basis has a loss of its own: what suits the shared part does not suit it.
-                return rate if prefix.startswith("basis.taste.") else rate * self.config.lr_scale
-        raise ContractError(f"{name!r} is no shared tensor: it has no learning rate")
 
     def step(
         self, shared: SharedState, aggregate: Tensors, state: OptimizerState
@@ -153,7 +124,7 @@ class ServerStep:
         return SharedState(tensors, round_number), OptimizerState(count, first, second)
 
     def _rate(self, name: str, factor: float) -> float:
-        rate = factor * self.learning_rate(name)
+        rate = factor * self.rates[name]
         if rate > _MAX_RATE:
             raise TrainingError(
                 f"the server's learning rate of {name} is {rate:g}, beyond float32; "

@@ -20,12 +20,15 @@ from pfm_llm.config.model import AdaptersConfig, HeadConfig
 from pfm_llm.data.history import History
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.cohort import CohortModel
-from pfm_llm.model.head import Normaliser, initial_head
+from pfm_llm.model.head import Normaliser
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
-from pfm_llm.model.private import PrivateContext, PrivatePart, Sizes, make_private_part
+from pfm_llm.model.parameters import parameter_table
+from pfm_llm.model.private import PrivatePart, make_private_part
+from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import Window
+from tests.support.tables import Drawn, config_of, drawn
 
 VOCABULARY = 97
 HIDDEN = 32
@@ -138,12 +141,19 @@ class TinyCohort:
     def client_tensors(self, seed: int, noise: float = 0.2) -> dict[str, torch.Tensor]:
         """Shared, head and private tensors of one client, all away from zero."""
         tensors = {
-            **self.adapter.initial_shared(0),
-            **initial_head(self.head, self.backbone.hidden_size, NUM_ITEMS, 0),
-            **self.private.initial_shared(),
+            **shared_tensors(self.adapter, self.adapters, self.head),
             **self.private.initial(f"client-{seed}"),
         }
         return stirred(tensors, seed, noise)
+
+
+def shared_tensors(
+    adapter: DualAdapter, adapters: AdaptersConfig, head: HeadConfig | None = None, seed: int = 0
+) -> Drawn:
+    """The shared tensors of a tiny model before training."""
+    sizes = Sizes(HIDDEN, adapter.modules, NUM_ITEMS)
+    head = head or HeadConfig(dim=8, id_dim=4)
+    return drawn(parameter_table(config_of(head, adapters, seed=seed), sizes).values())
 
 
 def stirred(tensors: Tensors, seed: int, noise: float = 0.2) -> dict[str, torch.Tensor]:
@@ -160,8 +170,7 @@ def private_part(
 ) -> PrivatePart:
     """The private part of some settings, on a tiny model."""
     sizes = Sizes(HIDDEN, adapter.modules, NUM_ITEMS)
-    context = PrivateContext(config.private, (Task.NEXT_ITEM,), head, sizes, seed)
-    return make_private_part(context)
+    return make_private_part(config_of(head, config, seed=seed), sizes)
 
 
 def make_cohort(
@@ -177,7 +186,7 @@ def make_cohort(
         {
             "num_layers": 2,
             "shared": {"rank": 3, "alpha": 4},
-            "private": {"rank": 2, "alpha": 5, "head_rank": 2},
+            "private": {"kind": "independent", "rank": 2, "alpha": 5, "head_rank": 2},
             **adapters,
         }
     )

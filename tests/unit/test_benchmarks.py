@@ -26,8 +26,11 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
-from pfm_llm.model.private import PrivateContext, PrivatePart, Sizes, make_private_part
+from pfm_llm.model.parameters import parameter_table
+from pfm_llm.model.private import PrivatePart, make_private_part
+from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.text.encoding import Window
+from tests.support.tables import config_of, drawn
 
 HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2
 HEAD = HeadConfig(dim=8, id_dim=4)
@@ -67,11 +70,12 @@ def make_window(client: int, ends: list[int]) -> Window:
 
 def make_part(adapter: DualAdapter) -> PrivatePart:
     sizes = Sizes(HIDDEN, adapter.modules, ITEMS)
-    return make_private_part(PrivateContext(ADAPTERS.private, (Task.NEXT_ITEM,), HEAD, sizes, 0))
+    return make_private_part(config_of(HEAD, ADAPTERS), sizes)
 
 
 def make_tensors(adapter: DualAdapter, client: int) -> dict[str, torch.Tensor]:
-    shared = adapter.initial_shared(0) | head.initial_head(HEAD, HIDDEN, ITEMS, 0)
+    sizes = Sizes(HIDDEN, adapter.modules, ITEMS)
+    shared = drawn(parameter_table(config_of(HEAD, ADAPTERS), sizes).values())
     private = make_part(adapter).initial(f"c{client}")
     return stirred(shared, 0, "shared") | stirred(private, 0, f"c{client}")
 

@@ -8,6 +8,7 @@
 clients train A together, as the basis, and keep B alone.
 """
 
+import functools
 import math
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ import torch
 
 from pfm_llm.base import seeding
 from pfm_llm.model.private.part import Factors, PrivatePart
+from pfm_llm.protocol.parameters import Parameter
 from pfm_llm.protocol.types import Tensors
 
 HEAD = "head"
@@ -29,19 +31,18 @@ class IndependentLora(PrivatePart):
 
     def initial(self, client_id: str) -> dict[str, torch.Tensor]:
         """A is drawn for the client, B is zero."""
-        settings, tensors = self.context.settings, {}
+        tensors = {}
         for module, rank, fan_in, fan_out in self._terms():
             key = _own(module)
             if self._own_a:
-                tensors[f"{key}.A"] = random_a(rank, fan_in, self.context.seed, key, client_id)
+                tensors[f"{key}.A"] = random_a(rank, fan_in, self.config.seed, key, client_id)
             tensors[f"{key}.B"] = torch.zeros(fan_out, rank)
-        assert tensors, f"{settings.kind} with nothing to train"
         return tensors
 
     def factors(self, module: str, stacked: Tensors, weight: float) -> Factors | None:
         """See `PrivatePart.factors`."""
-        settings = self.context.settings
-        return self._factors(module, stacked, settings.alpha / settings.rank * weight)
+        scale = self.settings.alpha / self.settings.rank
+        return self._factors(module, stacked, scale * weight)
 
     def head_factors(self, stacked: Tensors, weight: float) -> Factors | None:
         """See `PrivatePart.head_factors`; the term on the head has the scale 1."""
@@ -60,11 +61,11 @@ class IndependentLora(PrivatePart):
 
     def _terms(self) -> list[tuple[str, int, int, int]]:
         """Each low-rank term: module, rank, in and out features; the head's comes last."""
-        settings, sizes = self.context.settings, self.context.sizes
+        settings, sizes = self.settings, self.sizes
         modules = sizes.modules if settings.on_layers else {}
         terms = [(module, settings.rank, *shape) for module, shape in modules.items()]
         if settings.head_rank:
-            terms.append((HEAD, settings.head_rank, sizes.hidden_size, self.context.head.dim))
+            terms.append((HEAD, settings.head_rank, sizes.hidden_size, self.config.head.dim))
         return terms
 
 
@@ -73,21 +74,35 @@ class SharedBasisLora(IndependentLora):
 
     _own_a: ClassVar[bool] = False
 
-    def initial_shared(self) -> dict[str, torch.Tensor]:
+    def shared_parameters(self) -> list[Parameter]:
         """The bases, drawn like any A."""
-        return {
-            f"basis.{module}.A": random_a(rank, fan_in, self.context.seed, f"basis/{module}")
+        server, seed = self.config.federation.server, self.config.seed
+        rate = server.lr_lora * server.lr_scale
+        return [
+            Parameter(
+                f"basis.{module}.A",
+                (rank, fan_in),
+                rate,
+                functools.partial(random_a, rank, fan_in, seed, f"basis/{module}"),
+            )
             for module, rank, fan_in, _ in self._terms()
-        }
+        ]
 
     def _a(self, module: str, stacked: Tensors) -> torch.Tensor:
         return stacked[f"basis.{module}.A"]
 
 
 def random_a(rank: int, fan_in: int, seed: int, purpose: str, client_id: str = "") -> torch.Tensor:
-    """A factor A [rank, fan_in] as PEFT draws it: uniform in ±1/sqrt(fan_in), float32.
+    """A factor A [rank, fan_in] before training, float32, as PEFT draws it.
 
-    That is Kaiming-uniform with a = sqrt(5).
+    That is Kaiming-uniform with a = sqrt(5): uniform in ±1/sqrt(fan_in).
+
+    Args:
+        rank: Of the LoRA.
+        fan_in: Inputs of the adapted layer.
+        seed: The experiment's seed.
+        purpose: Tells apart what is drawn.
+        client_id: Whose; empty for what is shared.
     """
     generator = seeding.generator(seed, f"lora/{purpose}", client=client_id)
     return (torch.rand(rank, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)

@@ -4,53 +4,18 @@ A kind is a subclass in a file of its own and a line in `config.private_kinds`; 
 it does and leaves the rest. The base class is the private part that does nothing.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from pfm_llm.config.choices import Task
-from pfm_llm.config.model import HeadConfig, PrivateAdapterConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model.outputs import SharedView
+from pfm_llm.protocol.parameters import Parameter, Sizes
 from pfm_llm.protocol.types import Tensors
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A [C, r, in] and B [C, out, r] of one low-rank term, for every client of a chunk."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes that the shapes of all tensors follow from.
-
-    Attributes:
-        hidden_size: d of the backbone.
-        modules: Path of each adapted module to its (in_features, out_features).
-        num_items: I, of the catalogue.
-    """
-
-    hidden_size: int
-    modules: Mapping[str, tuple[int, int]]
-    num_items: int
-
-
-@dataclass(frozen=True)
-class PrivateContext:
-    """What a private part is made from.
-
-    Attributes:
-        settings: The config's ``adapters.private``.
-        tasks: What is predicted.
-        head: Settings of the recommender head.
-        sizes: Sizes of model and catalogue.
-        seed: The experiment's seed.
-    """
-
-    settings: PrivateAdapterConfig
-    tasks: tuple[Task, ...]
-    head: HeadConfig
-    sizes: Sizes
-    seed: int
 
 
 class PrivatePart:
@@ -69,17 +34,25 @@ class PrivatePart:
     takes_steps: ClassVar[bool] = False
     acts_on_states: ClassVar[bool] = False
 
-    def __init__(self, context: PrivateContext) -> None:
-        self.context = context
+    def __init__(self, config: ExperimentConfig, sizes: Sizes) -> None:
+        """Make the private part of an experiment.
+
+        Args:
+            config: Private adapter, head, tasks, seed and the server's learning rates.
+            sizes: Of the language model and of the catalogue.
+        """
+        self.config = config
+        self.settings = config.adapters.private
+        self.sizes = sizes
 
     @property
     def reads_text(self) -> bool:
         """Whether `fit` needs user vectors."""
         return False
 
-    def initial_shared(self) -> dict[str, torch.Tensor]:
-        """Shared tensors that only this kind needs, before training; float32."""
-        return {}
+    def shared_parameters(self) -> list[Parameter]:
+        """The shared tensors that only this kind needs: its basis."""
+        return []
 
     def initial(self, client_id: str) -> dict[str, torch.Tensor]:
         """A client's own tensors before anything was learned, float32; they change nothing."""

@@ -34,6 +34,7 @@ arXiv 1810.03642, equations 2 and 3).
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +42,12 @@ import torch.nn.functional as F
 from pfm_llm.base import seeding
 from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import HeadConfig, TasteConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model.head import ITEM_IDS, item_width, standard_ids
 from pfm_llm.model.outputs import SharedView
 from pfm_llm.model.private.fits import blocks, fit_likes, fit_next_item, past_weights
 from pfm_llm.model.private.part import PrivatePart
+from pfm_llm.protocol.parameters import Parameter, Sizes, Unseen
 from pfm_llm.protocol.types import Tensors
 
 LIKE_FITS = 4
@@ -56,6 +59,9 @@ _HALF_LIFE, _HALF_LIFE_LIKE = 20.0, 100.0
 _READ_EVENTS = 5.0
 _READ_HALF_LIVES = (4.0, 15.0, 60.0, 240.0)
 """Before training: lambda; h in events, of the next item and of likes, which drift slowly; n."""
+_RATE, _RATE_ITEMS = 1e-2, 3e-2
+_RATE_LIKE, _RATE_LIKE_ITEMS = 3e-3, 1e-2
+"""The server's learning rates, for the next item and for likes, which overfit sooner."""
 _FEATURE_STD, _READ_STD = 0.3, 0.1
 _LEVEL_PRECISION = 1.0
 """Prior on a user's level of likes: one unit of log-odds."""
@@ -102,22 +108,15 @@ class UserEmbedding(PrivatePart):
 
     @property
     def _is_read(self) -> bool:
-        return is_read(self.context.settings.taste, Task.NEXT_ITEM, self.context.head)
+        return is_read(self.settings.taste, Task.NEXT_ITEM, self.config.head)
 
-    def initial_shared(self) -> dict[str, torch.Tensor]:
-        """Features, priors and half-lives; see `initial_basis`."""
-        context = self.context
-        return initial_basis(
-            context.settings.taste,
-            context.tasks,
-            context.head,
-            context.sizes.num_items,
-            context.seed,
-        )
+    def shared_parameters(self) -> list[Parameter]:
+        """Features, priors and half-lives; see `basis_parameters`."""
+        return basis_parameters(self.config, self.sizes)
 
     def initial(self, client_id: str) -> dict[str, torch.Tensor]:
         """Zero vectors, the same for every client."""
-        return {vector_name(task): torch.zeros(self._width(task)) for task in self.context.tasks}
+        return {vector_name(task): torch.zeros(self._width(task)) for task in self.config.tasks}
 
     def past_scores(self, view: SharedView) -> torch.Tensor:
         """The vector of each position's past times the features of the catalogue, [K, I]."""
@@ -159,7 +158,7 @@ class UserEmbedding(PrivatePart):
             prior = prior_precisions(own, Task.NEXT_ITEM)
             found = fit_next_item(view.fixed_scores, outputs.targets, features, prior, past)
         vectors = {vector_name(Task.NEXT_ITEM): found[-1]}
-        if Task.LIKE in self.context.tasks:
+        if Task.LIKE in self.config.tasks:
             rated = view.rated
             features = item_features(own, Task.LIKE, view.texts)[rated.items]
             past = past_weights(one_block, half_life(own, Task.LIKE))[-1:, rated.where]
@@ -178,7 +177,7 @@ class UserEmbedding(PrivatePart):
         return item_features(own, task, texts).flatten(1) @ (vector * weight)
 
     def _width(self, task: Task) -> int:
-        settings = self.context.settings.taste
+        settings = self.settings.taste
         if task is Task.LIKE:
             return LIKE_FITS * (settings.like_rank + 1)
         return settings.read_rank if self._is_read else settings.rank
@@ -190,44 +189,65 @@ def is_read(config: TasteConfig, task: Task, head: HeadConfig) -> bool:
     return task is Task.NEXT_ITEM and has_ids and bool(config.read_rank)
 
 
-def initial_basis(
-    config: TasteConfig, tasks: tuple[Task, ...], head: HeadConfig, num_items: int, seed: int
-) -> dict[str, torch.Tensor]:
-    """The basis before training, float32.
+def basis_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
+    """The tensors of the basis; each task has a basis of its own.
+
+    They have a loss of their own, so that ``lr_scale`` does not apply to them.
 
     Args:
-        config: Number of features and prior.
-        tasks: What is predicted; each task has a basis of its own.
-        head: For the dimensions D of the texts and E of the item IDs, if there are any.
-        num_items: Size of the catalogue.
-        seed: The experiment's seed.
+        config: Private adapter, head, tasks and seed.
+        sizes: Of the catalogue.
     """
-    dim = head.dim
-    has_ids = head.item_ids is not ItemIds.NONE
-    width = item_width(head)
-    tensors = {}
-    for task in tasks:
-        generator = seeding.generator(seed, f"taste/{task}")
-        if is_read(config, task, head):
-            shape = (num_items, config.read_rank)
-            tensors[READ_IN] = torch.randn(shape, generator=generator) * _READ_STD
-            tensors[READ_OUT] = torch.zeros(shape)
-            half_lives = torch.tensor(_READ_HALF_LIVES)
-            tensors[READ_PRIOR] = torch.full_like(half_lives, _READ_EVENTS).log()
-            tensors[half_life_name(task)] = half_lives.log()
-            continue
-        likes = task is Task.LIKE
-        rows = (LIKE_FITS, config.like_rank) if likes else (config.rank,)
-        drawn = torch.randn(*rows, width, generator=generator) * _FEATURE_STD / width**0.5
-        tensors[text_name(task)] = drawn[..., :dim].clone()
-        if has_ids:
-            tensors[ids_name(task)] = drawn[..., dim:].clone()
-            if likes:
-                tensors[LIKE_FEATURES] = torch.zeros(num_items, *rows)
-        tensors[precision_name(task)] = torch.tensor([math.log(_PRECISION)])
-        start = _HALF_LIFE_LIKE if likes else _HALF_LIFE
-        tensors[half_life_name(task)] = torch.tensor([math.log(start)])
-    return tensors
+    found = []
+    for task in config.tasks:
+        is_one_read = is_read(config.adapters.private.taste, task, config.head)
+        found += _read_basis(config, sizes) if is_one_read else _fitted_basis(config, sizes, task)
+    return found
+
+
+def _read_basis(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
+    rank = config.adapters.private.taste.read_rank
+    shape, paces = (sizes.num_items, rank), (len(_READ_HALF_LIVES),)
+    events, half_lives = torch.full(paces, _READ_EVENTS), torch.tensor(_READ_HALF_LIVES)
+
+    def draw() -> torch.Tensor:
+        generator = seeding.generator(config.seed, f"taste/{Task.NEXT_ITEM}")
+        return torch.randn(shape, generator=generator) * _READ_STD
+
+    return [
+        Parameter(READ_IN, shape, _RATE_ITEMS, draw, per_item=True),
+        Parameter(READ_OUT, shape, _RATE_ITEMS, per_item=True, unseen=Unseen.MEAN),
+        Parameter(READ_PRIOR, paces, _RATE, events.log),
+        Parameter(half_life_name(Task.NEXT_ITEM), paces, _RATE, half_lives.log),
+    ]
+
+
+def _fitted_basis(config: ExperimentConfig, sizes: Sizes, task: Task) -> list[Parameter]:
+    taste, dim = config.adapters.private.taste, config.head.dim
+    rank: tuple[int, ...] = (taste.rank,)
+    rate, half_life = _RATE, _HALF_LIFE
+    if likes := task is Task.LIKE:
+        rank = (LIKE_FITS, taste.like_rank)
+        rate, half_life = _RATE_LIKE, _HALF_LIFE_LIKE
+    width = item_width(config.head)
+
+    def draw(part: slice) -> torch.Tensor:
+        # T and G are parts of one draw.
+        generator = seeding.generator(config.seed, f"taste/{task}")
+        drawn = torch.randn(*rank, width, generator=generator) * _FEATURE_STD / width**0.5
+        return drawn[..., part].clone()
+
+    found = [Parameter(text_name(task), (*rank, dim), rate, partial(draw, slice(0, dim)))]
+    if config.head.item_ids is not ItemIds.NONE:
+        ids = partial(draw, slice(dim, width))
+        found.append(Parameter(ids_name(task), (*rank, width - dim), rate, ids))
+        if likes:
+            shape = (sizes.num_items, *rank)
+            found.append(Parameter(LIKE_FEATURES, shape, _RATE_LIKE_ITEMS, per_item=True))
+    logs = {precision_name(task): _PRECISION, half_life_name(task): half_life}
+    for name, value in logs.items():
+        found.append(Parameter(name, (1,), rate, partial(torch.tensor, [math.log(value)])))
+    return found
 
 
 def item_features(shared: Tensors, task: Task, item_texts: torch.Tensor) -> torch.Tensor:

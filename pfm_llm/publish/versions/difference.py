@@ -12,7 +12,7 @@ Written with differences of the factors, nearby versions lose no digits, and equ
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,10 @@ import torch.nn.functional as F
 import yaml
 
 from pfm_llm.base.errors import CorruptFileError
-from pfm_llm.protocol.types import Tensors
-from pfm_llm.publish.alignment import PER_ITEM, align_items
+from pfm_llm.protocol.types import Group, Tensors, in_group, lora_modules, lora_name
+from pfm_llm.publish.alignment import align_items
 from pfm_llm.publish.artefact import TRAINING_CONFIG_FILE, Artefact, Metric
 
-_FACTOR = re.compile(r"lora\.(?P<module>.+)\.A")
 _LAYER = re.compile(r".*?\.\d+(?=\.|$)")
 _NOT_SETTINGS = {"files", "parents", "metrics", "modules"}
 _IN_BOTH = {"adapters", "head", "window", "prompt", "name"}
@@ -130,7 +129,7 @@ def diff_versions(older: Artefact, newer: Artefact) -> VersionDiff:
         newer=newer.origin,
         modules=modules,
         layers=tuple(_layer_changes(modules)),
-        tensors=tuple(_tensor_changes(before, after, common)),
+        tensors=tuple(_tensor_changes(before, after, common, newer.table().per_item)),
         num_items=len(common),
         num_new=newer.manifest.num_items - len(common),
         num_gone=older.manifest.num_items - len(common),
@@ -148,7 +147,7 @@ def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
 def _module_changes(
     older: Artefact, newer: Artefact, before: Tensors, after: Tensors
 ) -> Iterator[Change]:
-    for module in sorted(_modules(before) | _modules(after), key=_in_order):
+    for module in sorted({*lora_modules(before), *lora_modules(after)}, key=_in_order):
         b_old, a_old = _factors(older, before, module)
         b_new, a_new = _factors(newer, after, module)
         note = ""
@@ -174,15 +173,11 @@ def _factors(
     artefact: Artefact, tensors: Tensors, module: str
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Scaled B and A in float64; None where the module is not adapted."""
-    if f"lora.{module}.A" not in tensors:
+    if lora_name(module, "A") not in tensors:
         return None, None
     lora = artefact.manifest.adapters.shared
-    b, a = tensors[f"lora.{module}.B"], tensors[f"lora.{module}.A"]
+    b, a = tensors[lora_name(module, "B")], tensors[lora_name(module, "A")]
     return b.double() * (lora.alpha / lora.rank), a.double()
-
-
-def _modules(tensors: Tensors) -> set[str]:
-    return {match["module"] for name in tensors if (match := _FACTOR.fullmatch(name))}
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
@@ -203,10 +198,13 @@ def _layer_changes(modules: Iterable[Change]) -> Iterator[Change]:
 
 
 def _tensor_changes(
-    before: Tensors, after: Tensors, common: list[tuple[int, int]]
+    before: Tensors,
+    after: Tensors,
+    common: list[tuple[int, int]],
+    per_item: Collection[str],
 ) -> Iterator[Change]:
     """Of all but the LoRA; ``common`` are the rows of the items that both know."""
-    names = {name for name in (*before, *after) if not name.startswith("lora.")}
+    names = {name for name in (*before, *after) if not in_group(name, Group.LORA)}
     for name in sorted(names):
         if name not in before:
             yield Change.of(name, _norm(after[name]), 0.0, "new")
@@ -216,7 +214,7 @@ def _tensor_changes(
             yield Change.of(name, _norm(old), _norm(old), "gone")
             continue
         new, note = after[name], ""
-        if name in PER_ITEM:
+        if name in per_item:
             kept = torch.tensor(common, dtype=torch.int64).reshape(-1, 2)
             old, new = old[kept[:, 0]], new[kept[:, 1]]
             note = f"over the {len(common)} items that both know"

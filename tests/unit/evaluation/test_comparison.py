@@ -75,7 +75,13 @@ def test_a_sample_of_users_is_another_with_another_seed(tmp_path: Path) -> None:
         comparison.read_references(
             [same], ExperimentConfig(name="paired", seed=2, data=data), "test"
         )
-    silos = ExperimentConfig(name="paired", seed=1, data={**data, "users_per_client": 4})
+    silos = ExperimentConfig(
+        name="paired",
+        seed=1,
+        data={**data, "users_per_client": 4},
+        method="custom",
+        adapters={"private": {"enabled": False}},
+    )
     assert comparison.read_references([same], silos, "test")
     with pytest.raises(DataError, match="two files are of sasrec"):
         comparison.read_references([same, same], drawn, "test")

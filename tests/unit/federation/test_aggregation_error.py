@@ -17,7 +17,7 @@ def _clients(same: str = "") -> list[tuple[float, Factors]]:
     clients = []
     for client, weight in enumerate((1.0, 3.0, 2.0)):
         own: Factors = {}
-        for index, module in enumerate(("lora.q", "lora.v")):
+        for index, module in enumerate(("q", "v")):
             seeds = [0 if same == factor else 10 * client + 1 for factor in "AB"]
             own[module] = (
                 _random(RANK, IN, seed=seeds[0] + 100 * index),
@@ -52,7 +52,7 @@ def test_it_vanishes_where_the_clients_share_a_factor(same: str) -> None:
 
 
 def test_nothing_learned_and_nobody() -> None:
-    zero = [(1.0, {"lora.q": (_random(RANK, IN, seed=1), torch.zeros(OUT, RANK))})]
+    zero = [(1.0, {"q": (_random(RANK, IN, seed=1), torch.zeros(OUT, RANK))})]
     assert aggregation_error(zero) is None
     assert aggregation_error([]) is None
 
@@ -64,7 +64,7 @@ def test_factors_are_what_was_received_and_its_change() -> None:
         "head.x": torch.ones(1),
     }
     found = factors_of(tensors, {"lora.q.B": torch.full((OUT, RANK), 2.0)})
-    assert set(found) == {"lora.q"}
-    a, b = found["lora.q"]
+    assert set(found) == {"q"}
+    a, b = found["q"]
     assert torch.equal(a, tensors["lora.q.A"])
     assert torch.equal(b, torch.full((OUT, RANK), 3.0))

@@ -15,11 +15,11 @@ from pfm_llm.config.schema import parse_config
 from pfm_llm.config.settle import settle
 from pfm_llm.federation.exchange import Exchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
-from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.types import ClientUpdate, SharedState
 from pfm_llm.server.aggregation import Aggregator
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment
 from pfm_llm.server.server import Server
+from tests.support.tables import table_of
 from tests.support.tiny import alone
 
 CLIENTS = tuple("abcdefgh")
@@ -68,11 +68,9 @@ def federation_of(folder: Path, **settings: Any) -> tuple[Federation, ToyExchang
     tree = {"num_rounds": 4, "cohort_size": 4, **settings}
     given = {"name": "toy", "federation": tree, "output": {"checkpoint_every": 2}}
     config = settle(parse_config(given), len(CLIENTS))
-    shared = SharedState({"lora.m.A": torch.zeros(2, 3), "head.item_bias": torch.zeros(4)})
-    contract = UpdateContract.from_shared(
-        shared, backbone_hash="b", prompt_hash="p", catalogue_hash="c"
-    )
-    server = Server(shared, contract, CLIENTS, config.federation, seed=0)
+    table = table_of({"lora.m.A": torch.zeros(2, 3), "head.item_bias": torch.zeros(4)})
+    contract = table.contract(backbone_hash="b", prompt_hash="p", catalogue_hash="c")
+    server = Server(table, contract, CLIENTS, config.federation, seed=0)
     processes, exchange = alone(), ToyExchange(server)
     environment = RunEnvironment.here(
         config_hash="c",

@@ -12,16 +12,23 @@ from pfm_llm.model.head import (
     Normaliser,
     context_vectors,
     fit_normaliser,
-    initial_head,
+    head_parameters,
     item_inputs,
     score_items,
     user_vectors,
     zero_shot_scores,
 )
+from pfm_llm.protocol.parameters import Sizes
+from tests.support.tables import Drawn, config_of, drawn
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _head(config: HeadConfig, hidden_size: int, num_items: int, seed: int = 0) -> Drawn:
+    sizes = Sizes(hidden_size, {}, num_items)
+    return drawn(head_parameters(config_of(config, seed=seed), sizes))
 
 
 def test_whitening_gives_the_identity_up_to_shrinkage() -> None:
@@ -93,29 +100,29 @@ def test_parameters_and_shapes(
     item_ids: ItemIds, bias: bool, expected: dict[str, tuple[int, ...]]
 ) -> None:
     config = HeadConfig(dim=6, id_dim=4, item_ids=item_ids, item_bias=bias)
-    head = initial_head(config, 16, 9, seed=0)
+    head = _head(config, 16, 9)
     shapes = {name.removeprefix("head."): tuple(tensor.shape) for name, tensor in head.items()}
     width = 6 if item_ids is ItemIds.NONE else 10
     always = {"state_proj": (6, 16), "item_proj": (6, 6)}
     context = {"context_proj": (6, 2 * width), "context_log_h": (2,)}
     assert shapes == {**always, **context, **expected}
-    without = initial_head(config.model_copy(update={"item_context": False}), 16, 9, seed=0)
+    without = _head(config.model_copy(update={"item_context": False}), 16, 9)
     assert without.keys() == head.keys() - {"head.context_proj", "head.context_log_h"}
     assert all(tensor.dtype is torch.float32 for tensor in head.values())
-    again, other = initial_head(config, 16, 9, seed=0), initial_head(config, 16, 9, seed=1)
+    again, other = _head(config, 16, 9), _head(config, 16, 9, seed=1)
     assert all(torch.equal(head[name], again[name]) for name in head)
     if item_ids is not ItemIds.NONE:
         assert not torch.equal(head["head.item_ids"], other["head.item_ids"])
 
 
 def test_more_dimensions_than_the_backbone_has_are_refused() -> None:
-    assert initial_head(HeadConfig(dim=16), 16, 2, 0)
+    assert _head(HeadConfig(dim=16), 16, 2)
     with pytest.raises(ConfigError, match=r"head\.dim: 17 exceeds .* 16; lower it"):
-        initial_head(HeadConfig(dim=17), 16, 2, 0)
+        _head(HeadConfig(dim=17), 16, 2)
 
 
 def test_training_starts_from_the_similarity_of_whitened_states() -> None:
-    head = initial_head(HeadConfig(dim=3, id_dim=2), hidden_size=5, num_items=4, seed=0)
+    head = _head(HeadConfig(dim=3, id_dim=2), hidden_size=5, num_items=4)
     states, texts = _random(2, 5), _random(4, 3)
     scores = score_items(head, user_vectors(head, states, None), texts)
     torch.testing.assert_close(scores, 0.5 / 3**0.5 * states[:, :3] @ texts.T)
@@ -138,7 +145,7 @@ def test_scores_equal_their_formula(
     config = HeadConfig(dim=3, id_dim=2, item_ids=item_ids, item_bias=bias)
     head = {
         name: _random(*tensor.shape, seed=seed)
-        for seed, (name, tensor) in enumerate(initial_head(config, 4, num_items, 0).items())
+        for seed, (name, tensor) in enumerate(_head(config, 4, num_items).items())
     }
     states, texts = _random(num_users, 4, seed=8), _random(num_items, 3, seed=9)
     a, b = _random(2, 4, seed=10), _random(3, 2, seed=11)

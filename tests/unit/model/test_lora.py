@@ -18,6 +18,8 @@ from pfm_llm.model.backbone import Backbone, load_backbone
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.lora import DualAdapter
+from pfm_llm.protocol.types import Group, of_group
+from tests.support.tables import Drawn
 from tests.support.tiny import Tiny
 from tests.support.tiny_models import (
     ARCHITECTURES,
@@ -27,6 +29,7 @@ from tests.support.tiny_models import (
     make_backbone,
     make_cohort,
     private_part,
+    shared_tensors,
     stack,
     stirred,
 )
@@ -43,8 +46,17 @@ LLAMA_LINEARS = {
 
 
 def _adapter(architecture: str = "llama", **settings: object) -> DualAdapter:
-    config = AdaptersConfig.model_validate({"num_layers": 2, **settings})
-    return DualAdapter(make_backbone(architecture), config)
+    return DualAdapter(make_backbone(architecture), _config(**settings))
+
+
+def _config(**settings: object) -> AdaptersConfig:
+    return AdaptersConfig.model_validate({"num_layers": 2, **settings})
+
+
+def _shared(seed: int = 0, **settings: object) -> Drawn:
+    """Shared LoRA and basis before training."""
+    found = shared_tensors(_adapter(**settings), _config(**settings), seed=seed)
+    return {name: value for name, value in found.items() if not name.startswith("head.")}
 
 
 def test_all_linear_finds_every_linear_layer_of_the_adapted_layers() -> None:
@@ -111,7 +123,7 @@ def test_the_backbone_is_not_changed() -> None:
 
 def test_initial_factors_are_distributed_as_peft_draws_them() -> None:
     """Uniform in ±1/sqrt(in_features), standard deviation 1/sqrt(3 in_features); B is zero."""
-    tensors = _adapter(shared={"rank": 16, "alpha": 16}).initial_shared(seed=0)
+    tensors = _shared(shared={"rank": 16, "alpha": 16})
     model = make_backbone().model
     peft = get_peft_model(model, LoraConfig(r=16, target_modules=["down_proj"]))
     reference = peft.get_submodule("base_model.model.model.layers.3.mlp.down_proj.lora_A.default")
@@ -125,12 +137,11 @@ def test_initial_factors_are_distributed_as_peft_draws_them() -> None:
 
 
 def test_same_seed_same_bits_and_every_module_and_seed_its_own() -> None:
-    adapter = _adapter()
-    shared = adapter.initial_shared(0)
-    assert all(torch.equal(shared[name], adapter.initial_shared(0)[name]) for name in shared)
+    shared, equal = _shared(), _shared()
+    assert all(torch.equal(shared[name], equal[name]) for name in shared)
     drawn = [shared[name] for name in shared if name.endswith("_proj.A") and "q_proj" in name]
     assert not torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], adapter.initial_shared(1)[next(iter(shared))])
+    assert not torch.equal(drawn[0], _shared(seed=1)[next(iter(shared))])
 
 
 def test_the_scale_is_alpha_over_rank() -> None:
@@ -149,7 +160,7 @@ def test_an_exported_folder_loads_in_plain_peft_to_our_hidden_states(
     """``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)``."""
     config = AdaptersConfig.model_validate({"num_layers": 2, "shared": {"rank": 3, "alpha": 7}})
     adapter = DualAdapter(tiny_backbone, config)
-    shared = stirred(adapter.initial_shared(0), 1)
+    shared = stirred(of_group(shared_tensors(adapter, config), Group.LORA), 1)
     adapter.export_shared(shared, tmp_path / "out", "org/base")
     base = AutoModelForCausalLM.from_pretrained(tiny.model)
     plain = PeftModel.from_pretrained(base, tmp_path / "out").eval()
@@ -183,8 +194,9 @@ def _our_states(
 def test_an_export_does_not_depend_on_the_order_of_a_set(
     tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
-    adapter = DualAdapter(tiny_backbone, AdaptersConfig(num_layers=2))
-    adapter.export_shared(adapter.initial_shared(0), tmp_path / "out", "org/base")
+    config = AdaptersConfig(num_layers=2)
+    adapter = DualAdapter(tiny_backbone, config)
+    adapter.export_shared(shared_tensors(adapter, config), tmp_path / "out", "org/base")
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert len(settings["target_modules"]) == 7
     assert settings["target_modules"] == sorted(settings["target_modules"])
@@ -193,9 +205,10 @@ def test_an_export_does_not_depend_on_the_order_of_a_set(
 def test_an_exported_folder_holds_the_shared_adapter_and_nothing_else(
     tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
-    adapter = DualAdapter(tiny_backbone, AdaptersConfig(num_layers=2))
-    shared = stirred(adapter.initial_shared(0), 1)
-    part = private_part(AdaptersConfig(num_layers=2), adapter, HeadConfig(dim=8))
+    config = AdaptersConfig(num_layers=2)
+    adapter = DualAdapter(tiny_backbone, config)
+    shared = stirred(of_group(shared_tensors(adapter, config), Group.LORA), 1)
+    part = private_part(config, adapter, HeadConfig(dim=8))
     private = stirred(part.initial("u"), 2)
     peft = adapter.peft_model()
     # It exists elsewhere, and must not come along.

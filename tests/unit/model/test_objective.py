@@ -7,12 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from pfm_llm.config.choices import Task
-from pfm_llm.config.model import HeadConfig, PrivateAdapterConfig, TasteConfig
+from pfm_llm.config.model import AdaptersConfig, HeadConfig, PrivateAdapterConfig, TasteConfig
 from pfm_llm.data.history import NO_LABEL
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.outputs import Outputs
-from pfm_llm.model.private import PrivateContext, Sizes, fits, make_private_part, taste
+from pfm_llm.model.parameters import parameter_table
+from pfm_llm.model.private import fits, make_private_part, taste
+from pfm_llm.protocol.parameters import Sizes
+from tests.support.tables import config_of, drawn
 
 ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3
 HEAD = HeadConfig(dim=8, id_dim=4)
@@ -26,8 +29,8 @@ def _random(*shape: int, seed: int) -> torch.Tensor:
 
 
 def _own(config: TasteConfig = FITTED) -> dict[str, torch.Tensor]:
-    own = recommender_head.initial_head(HEAD, HIDDEN, ITEMS, 0, BOTH)
-    own |= taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=0)
+    whole, sizes = config_of(HEAD, taste=config, tasks=BOTH), Sizes(HIDDEN, {}, ITEMS)
+    own = drawn(parameter_table(whole, sizes).values())
     stirred = {
         name: value + _random(*value.shape, seed=index) * 0.3
         for index, (name, value) in enumerate(own.items())
@@ -72,11 +75,12 @@ def _blocks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _objective(config: TasteConfig | None = FITTED, tasks: tuple[Task, ...] = BOTH) -> Objective:
     """With the user embedding of a config, or without a private part."""
-    settings = PrivateAdapterConfig(
+    private = PrivateAdapterConfig(
         kind="taste", enabled=config is not None, taste=config or TasteConfig()
     )
-    context = PrivateContext(settings, tasks, HEAD, Sizes(HIDDEN, {}, ITEMS), seed=0)
-    return Objective(_random(ITEMS, HEAD.dim, seed=9), tasks, make_private_part(context))
+    experiment = config_of(HEAD, AdaptersConfig(private=private), tasks=tasks)
+    part = make_private_part(experiment, Sizes(HIDDEN, {}, ITEMS))
+    return Objective(_random(ITEMS, HEAD.dim, seed=9), tasks, part)
 
 
 def test_without_a_private_part_it_is_the_two_cross_entropies() -> None:

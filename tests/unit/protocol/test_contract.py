@@ -10,7 +10,7 @@ import torch
 
 from pfm_llm.base.errors import ContractError
 from pfm_llm.protocol.contract import MAX_EXAMPLES, TensorSpec, UpdateContract
-from pfm_llm.protocol.types import ClientUpdate, SharedState
+from pfm_llm.protocol.types import ClientUpdate
 
 _NAME = "lora.model.layers.3.self_attn.q_proj.A"
 
@@ -21,7 +21,7 @@ def _tensors() -> dict[str, torch.Tensor]:
 
 def _contract(**changes: Any) -> UpdateContract:
     hashes = {"backbone_hash": "b", "prompt_hash": "p", "catalogue_hash": "c", **changes}
-    return UpdateContract.from_shared(SharedState(_tensors()), **hashes)
+    return UpdateContract({n: TensorSpec.of(t) for n, t in _tensors().items()}, **hashes)
 
 
 def _update(**changes: Any) -> ClientUpdate:

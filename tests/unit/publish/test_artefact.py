@@ -1,18 +1,25 @@
 """The published folder: what its manifest may list, and items that follow their keys."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from pfm_llm.base.errors import ArtefactError, CorruptFileError
+from pfm_llm.config.choices import Task
+from pfm_llm.config.model import AdaptersConfig, TasteConfig
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.lora import tensors_from_peft
+from pfm_llm.model.parameters import parameter_table
+from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.publish import artefact
 from pfm_llm.publish.alignment import align_items, aligned_tensors, item_keys
 from pfm_llm.publish.artefact import Manifest, check_listing
 from pfm_llm.text.prompts import load_prompt
+from tests.support.small_artefacts import HIDDEN, MODULES, make_artefact, random_lora
+from tests.support.tables import config_of
 
 PROMPT = load_prompt("next_item.v1")
 HASH = "0" * 64
@@ -126,7 +133,9 @@ def test_rows_follow_their_items() -> None:
         "basis.taste.next_item.read_out": torch.tensor([[4.0], [5.0], [6.0]]),
         "basis.taste.like.items": torch.arange(12.0).view(3, 2, 2) + 1,
     }
-    aligned = aligned_tensors(tensors, alignment)
+    config = config_of(taste=TasteConfig(), tasks=(Task.NEXT_ITEM, Task.LIKE))
+    table = parameter_table(config, Sizes(576, {}, 3))
+    aligned = aligned_tensors(tensors, alignment, table)
     assert aligned["head.item_bias"].tolist() == [6.0, 3.0, 1.0]
     assert aligned["head.item_ids"].tolist() == [[5.0, 6.0], [0.0, 0.0], [1.0, 2.0]]
     assert aligned["basis.taste.next_item.read_in"].tolist() == [[3.0], [0.0], [1.0]]
@@ -138,7 +147,8 @@ def test_rows_follow_their_items() -> None:
 
 def test_equal_catalogues_change_nothing() -> None:
     tensors = {"head.item_bias": torch.randn(4), "head.item_ids": torch.randn(4, 2)}
-    aligned = aligned_tensors(tensors, align_items(["a", "b", "c", "d"], ["a", "b", "c", "d"]))
+    alignment = align_items(["a", "b", "c", "d"], ["a", "b", "c", "d"])
+    aligned = aligned_tensors(tensors, alignment, parameter_table(config_of(), Sizes(576, {}, 4)))
     assert all(torch.equal(aligned[name], tensors[name]) for name in tensors)
 
 
@@ -148,3 +158,17 @@ def test_tensors_from_peft_takes_lora_factors_only() -> None:
     for wrong in ("base_model.model.lm_head.modules_to_save.weight", "private.lora.x.A"):
         with pytest.raises(CorruptFileError, match="no factor of a LoRA"):
             tensors_from_peft({wrong: torch.ones(1)})
+
+
+def test_the_table_of_a_folder_follows_from_its_manifest_and_its_widths(tmp_path: Path) -> None:
+    private = {"kind": "shared_basis", "rank": 3}
+    adapters = {"shared": {"rank": 2, "alpha": 4}, "private": private}
+    settings = {"adapters": AdaptersConfig.model_validate(adapters)}
+    made = make_artefact(tmp_path / "a", **settings)
+    table, tensors = made.table(), made.shared_tensors()
+    for name in (*random_lora(0), "head.state_proj", "head.item_ids"):
+        assert table[name].shape == tuple(tensors[name].shape)
+    assert table["basis.head.A"].shape == (4, HIDDEN)
+    assert table[f"basis.{MODULES[0]}.A"].shape == (3, HIDDEN)
+    lacking = make_artefact(tmp_path / "b", modules=("model.gone",), **settings).table()
+    assert lacking["lora.model.gone.A"].shape == (2, 0)

@@ -196,12 +196,13 @@ def test_the_formulas_are_those_of_the_head(facts) -> None:
     import torch
 
     from pfm_llm.model import head as ours
+    from pfm_llm.protocol.parameters import Sizes
 
     settings = ExperimentConfig(name="x", head={"dim": 4, "id_dim": 3})
     generator = torch.Generator().manual_seed(0)
     head = {
-        name: torch.randn(tensor.shape, generator=generator)
-        for name, tensor in ours.initial_head(settings.head, 6, 5, 0).items()
+        one.name: torch.randn(one.shape, generator=generator)
+        for one in ours.head_parameters(settings, Sizes(6, {}, 5))
     }
     normaliser = ours.Normaliser(
         torch.randn(6, generator=generator), torch.randn(6, 6, generator=generator)

@@ -14,21 +14,22 @@ from pfm_llm.config.choices import Aggregation, ServerOptimizer, Weighting
 from pfm_llm.config.schema import FederationConfig, ServerConfig
 from pfm_llm.config.stages import ClipConfig, StageConfig
 from pfm_llm.protocol.contract import UpdateContract
+from pfm_llm.protocol.parameters import ParameterTable
 from pfm_llm.protocol.types import ClientUpdate, SharedState
 from pfm_llm.server.aggregation import WeightedMean
 from pfm_llm.server.server import Server
+from tests.support.tables import table_of
 
 _CLIENTS = ("a", "b", "c", "d")
+_CONFIG = FederationConfig(num_rounds=100, cohort_size=4, server=ServerConfig(warmup_rounds=0))
 
 
-def _shared(width: int = 3) -> SharedState:
-    return SharedState({"lora.m.A": torch.zeros(2, width), "head.item_bias": torch.zeros(4)})
+def _table(width: int = 3) -> ParameterTable:
+    return table_of({"lora.m.A": torch.zeros(2, width), "head.item_bias": torch.zeros(4)})
 
 
-def _contract(shared: SharedState) -> UpdateContract:
-    return UpdateContract.from_shared(
-        shared, backbone_hash="b", prompt_hash="p", catalogue_hash="c"
-    )
+def _contract(table: ParameterTable) -> UpdateContract:
+    return table.contract(backbone_hash="b", prompt_hash="p", catalogue_hash="c")
 
 
 def _server(cohort_size: int = 4, width: int = 3, **settings: Any) -> Server:
@@ -37,8 +38,8 @@ def _server(cohort_size: int = 4, width: int = 3, **settings: Any) -> Server:
     stages = settings.pop("stages", ())
     server = ServerConfig(**{"lr_scale": 1.0, "warmup_rounds": 0} | settings)
     config = FederationConfig(num_rounds=100, cohort_size=cohort_size, server=server, stages=stages)
-    shared = _shared(width)
-    return Server(shared, _contract(shared), _CLIENTS, config, seed=0)
+    table = _table(width)
+    return Server(table, _contract(table), _CLIENTS, config, seed=0)
 
 
 def _update(
@@ -188,9 +189,32 @@ def test_cohorts_are_a_function_of_the_round() -> None:
         _server(cohort_size=9).select_cohort(1)
 
 
-def test_contract_of_another_shared_state_is_refused() -> None:
-    with pytest.raises(ContractError, match=r"lora\.m\.A is float32\[2, 3\]"):
-        Server(_shared(3), _contract(_shared(5)), _CLIENTS, FederationConfig(), 0)
+def test_contract_and_shared_state_of_another_table_are_refused() -> None:
+    table, other = _table(3), _table(5)
+    with pytest.raises(ContractError, match=r"contract .*lora\.m\.A is float32\[2, 5\]"):
+        Server(table, _contract(other), _CLIENTS, _CONFIG, 0)
+    start = other.initial_state()
+    with pytest.raises(ContractError, match=r"shared state .*lora\.m\.A is float32\[2, 5\]"):
+        Server(table, _contract(table), _CLIENTS, _CONFIG, 0, start)
+
+
+def test_a_server_starts_from_the_shared_state_that_it_is_given() -> None:
+    table = _table()
+    start = SharedState({name: value + 2 for name, value in table.initial_state().tensors.items()})
+    server = Server(table, _contract(table), _CLIENTS, _CONFIG, 0, start)
+    assert server.shared is start
+
+
+def test_what_is_not_sent_stays_as_it_was() -> None:
+    frozen = dataclasses.replace(_table()["lora.m.A"], sent=False)
+    table = ParameterTable({**_table(), frozen.name: frozen}.values())
+    config = _CONFIG
+    server, total = Server(table, _contract(table), _CLIENTS, config, 0), WeightedMean()
+    delta = {"head.item_bias": torch.ones(4)}
+    assert server.receive(total, server.contract.build("a", 1, 1, 1.0, delta))
+    server.aggregate(total)
+    assert not server.shared.tensors["lora.m.A"].any()
+    assert server.shared.tensors["head.item_bias"].all()
 
 
 def test_the_config_names_the_aggregator() -> None:

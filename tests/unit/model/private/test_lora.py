@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from pfm_llm.config.choices import Task
-from pfm_llm.config.model import HeadConfig, PrivateAdapterConfig
-from pfm_llm.model.private import PrivateContext, PrivatePart, Sizes, make_private_part
+from pfm_llm.config.model import AdaptersConfig, HeadConfig, PrivateAdapterConfig
+from pfm_llm.model.private import PrivatePart, make_private_part
 from pfm_llm.model.private.lora import random_a
+from pfm_llm.protocol.parameters import Sizes
+from tests.support.tables import config_of, drawn
 from tests.support.tiny_models import stirred
 
 MODULES = {"layers.2.k_proj": (32, 16), "layers.3.k_proj": (32, 16)}
@@ -17,9 +18,15 @@ HIDDEN, DIM = 32, 5
 
 def _part(seed: int = 0, **settings: Any) -> PrivatePart:
     sizes = Sizes(HIDDEN, MODULES, num_items=7)
-    private = PrivateAdapterConfig.model_validate({"rank": 3, "head_rank": 2, **settings})
-    context = PrivateContext(private, (Task.NEXT_ITEM,), HeadConfig(dim=DIM), sizes, seed)
-    return make_private_part(context)
+    private = PrivateAdapterConfig.model_validate(
+        {"kind": "independent", "rank": 3, "head_rank": 2, **settings}
+    )
+    config = config_of(HeadConfig(dim=DIM), AdaptersConfig(private=private), seed=seed)
+    return make_private_part(config, sizes)
+
+
+def _bases(part: PrivatePart) -> dict[str, torch.Tensor]:
+    return drawn(part.shared_parameters())
 
 
 def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -34,7 +41,7 @@ def test_an_independent_client_keeps_both_factors() -> None:
         "private.head.A": (2, HIDDEN),
         "private.head.B": (DIM, 2),
     }
-    assert part.initial_shared() == {}
+    assert part.shared_parameters() == []
     assert not any("head" in name for name in _part(head_rank=0).initial("u"))
     assert not any("lora" in name for name in _part(on_layers=False).initial("u"))
 
@@ -45,7 +52,7 @@ def test_with_a_shared_basis_a_client_keeps_no_factor_a() -> None:
         **{f"private.lora.{module}.B": (16, 3) for module in MODULES},
         "private.head.B": (DIM, 2),
     }
-    bases = part.initial_shared()
+    bases = _bases(part)
     assert _shapes(bases) == {
         **{f"basis.{module}.A": (3, 32) for module in MODULES},
         "basis.head.A": (2, HIDDEN),
@@ -55,7 +62,7 @@ def test_with_a_shared_basis_a_client_keeps_no_factor_a() -> None:
 
 def test_a_part_that_is_switched_off_has_no_tensors() -> None:
     part = _part(kind="shared_basis", enabled=False)
-    assert part.initial_shared() == part.initial("u") == {}
+    assert (part.shared_parameters(), part.initial("u")) == ([], {})
     assert not part.takes_steps
     assert part.factors(next(iter(MODULES)), {}, 1.0) is None
 
@@ -82,7 +89,7 @@ def test_same_seed_same_bits_and_every_client_and_seed_its_own() -> None:
 @pytest.mark.parametrize("kind", ["independent", "shared_basis"])
 def test_factors_carry_scale_and_weight(kind: str) -> None:
     part = _part(kind=kind, alpha=6)  # 6 / 3 = 2
-    tensors = stirred({**part.initial_shared(), **part.initial("u")}, 1)
+    tensors = stirred({**_bases(part), **part.initial("u")}, 1)
     module = next(iter(MODULES))
     (a, b), (head_a, head_b) = (
         factors

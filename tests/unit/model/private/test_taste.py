@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from pfm_llm.config.choices import ItemIds, Task
-from pfm_llm.config.model import HeadConfig, PrivateAdapterConfig, TasteConfig
+from pfm_llm.config.model import HeadConfig, TasteConfig
 from pfm_llm.model.head import ITEM_IDS
-from pfm_llm.model.private import PrivateContext, Sizes, fits, make_private_part, taste
+from pfm_llm.model.private import fits, make_private_part, taste
+from pfm_llm.protocol.parameters import Sizes
+from tests.support.tables import Drawn, config_of, drawn
 
 ITEMS, RANK, POSITIONS = 13, 3, 11
 BOTH = (Task.NEXT_ITEM, Task.LIKE)
@@ -23,6 +25,13 @@ def _random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def _targets(seed: int = 5) -> torch.Tensor:
     return torch.randint(ITEMS, (POSITIONS,), generator=torch.Generator().manual_seed(seed))
+
+
+def _basis(
+    config: TasteConfig, head: HeadConfig = HEAD, tasks: tuple[Task, ...] = BOTH, seed: int = 3
+) -> Drawn:
+    whole = config_of(head, taste=config, tasks=tasks, seed=seed)
+    return drawn(taste.basis_parameters(whole, Sizes(0, {}, ITEMS)))
 
 
 def test_the_next_item_fit_is_one_newton_step_of_the_weighted_penalised_loss() -> None:
@@ -119,16 +128,15 @@ def test_a_block_is_predicted_from_earlier_ones_of_which_the_newest_count_most()
 
 
 def _vectors(config: TasteConfig, head: HeadConfig) -> dict[str, torch.Tensor]:
-    settings = PrivateAdapterConfig(kind="taste", taste=config)
-    context = PrivateContext(settings, BOTH, head, Sizes(16, {}, ITEMS), seed=3)
-    return make_private_part(context).initial("anybody")
+    experiment = config_of(head, taste=config, tasks=BOTH, seed=3)
+    return make_private_part(experiment, Sizes(16, {}, ITEMS)).initial("anybody")
 
 
 def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
     config = TasteConfig(rank=RANK, read_rank=0, like_rank=5)
-    basis = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
-    again = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
-    other = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=4)
+    basis = _basis(config, seed=3)
+    again = _basis(config, seed=3)
+    other = _basis(config, seed=4)
     for task, shape in zip(BOTH, ((RANK,), (4, 5)), strict=True):
         assert basis[taste.text_name(task)].shape == (*shape, 8)
         assert basis[taste.ids_name(task)].shape == (*shape, 4)
@@ -138,11 +146,11 @@ def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
     assert all(torch.equal(basis[name], again[name]) for name in basis)
     assert not torch.equal(basis[taste.text_name(Task.LIKE)], other[taste.text_name(Task.LIKE)])
     no_ids = HEAD.model_copy(update={"item_ids": ItemIds.NONE})
-    text_only = taste.initial_basis(config, (Task.NEXT_ITEM,), no_ids, ITEMS, seed=3)
+    text_only = _basis(config, no_ids, (Task.NEXT_ITEM,))
     assert taste.ids_name(Task.NEXT_ITEM) not in text_only
     assert basis[taste.LIKE_FEATURES].shape == (ITEMS, 4, 5)
     assert not basis[taste.LIKE_FEATURES].any()
-    assert taste.LIKE_FEATURES not in taste.initial_basis(config, BOTH, no_ids, ITEMS, seed=3)
+    assert taste.LIKE_FEATURES not in _basis(config, no_ids)
     vectors = _vectors(config, HEAD)
     assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [RANK, 4 * (5 + 1)]
     assert all(not value.any() for value in vectors.values())
@@ -152,7 +160,7 @@ def test_the_basis_of_every_task_and_what_belongs_to_it() -> None:
 
 def test_what_was_met_is_read_where_items_have_ids_and_no_taste_is_shared() -> None:
     config = TasteConfig(read_rank=6, like_rank=RANK)
-    basis = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
+    basis = _basis(config, seed=3)
     assert basis[taste.READ_IN].shape == basis[taste.READ_OUT].shape == (ITEMS, 6)
     assert basis[taste.READ_IN].any()
     assert not basis[taste.READ_OUT].any()
@@ -165,7 +173,7 @@ def test_what_was_met_is_read_where_items_have_ids_and_no_taste_is_shared() -> N
     assert [len(vectors[taste.vector_name(task)]) for task in BOTH] == [6, 4 * (RANK + 1)]
     assert all(name.startswith("basis.") for name in basis)
     no_ids = HEAD.model_copy(update={"item_ids": ItemIds.NONE})
-    assert taste.READ_IN not in taste.initial_basis(config, BOTH, no_ids, ITEMS, seed=3)
+    assert taste.READ_IN not in _basis(config, no_ids)
     fitted = _vectors(config, no_ids)
     assert len(fitted[taste.vector_name(Task.NEXT_ITEM)]) == config.rank
 
@@ -193,7 +201,7 @@ def test_reading_is_the_shrunk_mean_of_a_fading_past() -> None:
 
 def test_features_are_the_stated_sum_and_send_no_gradient_to_the_ids() -> None:
     config = TasteConfig(rank=RANK, read_rank=0, like_rank=RANK)
-    shared = taste.initial_basis(config, BOTH, HEAD, ITEMS, seed=3)
+    shared = _basis(config, seed=3)
     shared[ITEM_IDS] = (_random(ITEMS, 4).float() * 7 + 2).requires_grad_()
     texts = _random(ITEMS, 8, seed=1).float()
     ids = shared[ITEM_IDS].detach()

@@ -1,0 +1,42 @@
+"""The shared tensors of an experiment, known without the language model being loaded."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+from pfm_llm.config.choices import ServerOptimizer
+from pfm_llm.config.methods import SPECS
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.model.head import head_parameters
+from pfm_llm.model.private import make_private_part
+from pfm_llm.model.private.lora import random_a
+from pfm_llm.protocol.parameters import Parameter, ParameterTable, Sizes
+from pfm_llm.protocol.types import lora_name
+
+
+def parameter_table(config: ExperimentConfig, sizes: Sizes) -> ParameterTable:
+    """Collect what the parts of the model declare.
+
+    Args:
+        config: Adapters, head, tasks and seed; the method, for what is sent; learning rates.
+        sizes: Of the language model and of the catalogue.
+
+    Raises:
+        ConfigError: ``head.dim`` exceeds the hidden size.
+    """
+    parameters: list[Parameter] = [*_shared_lora(config, sizes), *head_parameters(config, sizes)]
+    parameters += make_private_part(config, sizes).shared_parameters()
+    trains, server = SPECS[config.method].trains, config.federation.server
+    parameters = [replace(one, sent=trains(one.name)) for one in parameters]
+    if server.optimizer is ServerOptimizer.AVERAGE:
+        parameters = [replace(one, rate=server.lr_scale) for one in parameters]
+    return ParameterTable(parameters)
+
+
+def _shared_lora(config: ExperimentConfig, sizes: Sizes) -> Iterator[Parameter]:
+    rank, server = config.adapters.shared.rank, config.federation.server
+    rate = server.lr_lora * server.lr_scale
+    for module, (fan_in, fan_out) in sizes.modules.items():
+        a = partial(random_a, rank, fan_in, config.seed, f"shared/{module}")
+        yield Parameter(lora_name(module, "A"), (rank, fan_in), rate, a)
+        yield Parameter(lora_name(module, "B"), (fan_out, rank), rate)

@@ -1,0 +1,135 @@
+"""The table of an experiment's shared tensors: all that a server must know of the model.
+
+A server's initial state, the contract of its updates, the learning rate of each tensor and the
+size of a message follow from the table. So do the rows that follow items into another catalogue
+and the shapes that a published folder must have. The model's parts declare their tensors once.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from pfm_llm.base.errors import ContractError
+from pfm_llm.protocol.contract import TensorSpec, UpdateContract, check_shared_name
+from pfm_llm.protocol.types import SharedState
+
+_BYTES_PER_NUMBER = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of a language model and a catalogue that shapes follow from.
+
+    Attributes:
+        hidden_size: Width of the model's hidden states.
+        modules: Path in the model to (in_features, out_features) of each adapted layer.
+        num_items: Size of the catalogue.
+    """
+
+    hidden_size: int
+    modules: Mapping[str, tuple[int, int]]
+    num_items: int
+
+
+class Unseen(Enum):
+    """The row of an item that an adapter never saw."""
+
+    ZERO = "zero"
+    MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One shared tensor, float32.
+
+    Attributes:
+        name: As in the table of `types`.
+        shape: Its dimensions.
+        rate: The server's learning rate for it, before the schedule.
+        init: Draws it as it is before training; None: zeros.
+        per_item: Whether its first dimension has a row for each item of the catalogue.
+        unseen: With ``per_item``, the row of an item that is new to an adapter: zeros, or the
+            mean row.
+        sent: Whether clients train and send it. One that is not sent stays as it was drawn.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rate: float
+    init: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
+    per_item: bool = False
+    unseen: Unseen = Unseen.ZERO
+    sent: bool = True
+
+    def initial(self) -> torch.Tensor:
+        """The tensor before training; the same bits at each call."""
+        return torch.zeros(self.shape) if self.init is None else self.init()
+
+
+class ParameterTable(Mapping[str, Parameter]):
+    """The shared tensors of an experiment by name, in the order in which they were declared.
+
+    Args:
+        parameters: The tensors.
+
+    Raises:
+        ContractError: A name is private or of no known group, or two tensors have one name.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter]) -> None:
+        self._parameters: dict[str, Parameter] = {}
+        for parameter in parameters:
+            check_shared_name(parameter.name, "a table of shared tensors")
+            if parameter.name in self._parameters:
+                raise ContractError(
+                    f"two parts of the model declare a tensor {parameter.name}; rename one of them"
+                )
+            self._parameters[parameter.name] = parameter
+
+    def __getitem__(self, name: str) -> Parameter:
+        return self._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every tensor, by name."""
+        return {name: TensorSpec(parameter.shape) for name, parameter in self.items()}
+
+    @property
+    def sent(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of the tensors that are sent, by name."""
+        return {name: spec for name, spec in self.specs.items() if self[name].sent}
+
+    @property
+    def per_item(self) -> tuple[str, ...]:
+        """Names of the tensors with a row for each item."""
+        return tuple(name for name, parameter in self.items() if parameter.per_item)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of what a client sends in a round, and of what it receives: all that is sent."""
+        return sum(math.prod(spec.shape) for spec in self.sent.values()) * _BYTES_PER_NUMBER
+
+    def initial_state(self) -> SharedState:
+        """Every tensor before training, those that are not sent included."""
+        return SharedState({name: parameter.initial() for name, parameter in self.items()})
+
+    def contract(
+        self, *, backbone_hash: str, prompt_hash: str, catalogue_hash: str
+    ) -> UpdateContract:
+        """The contract under which the tensors that are sent are sent.
+
+        Args:
+            backbone_hash: Identity of the frozen backbone.
+            prompt_hash: Identity of the prompt template.
+            catalogue_hash: Identity of the catalogue.
+        """
+        return UpdateContract(self.sent, backbone_hash, prompt_hash, catalogue_hash)
