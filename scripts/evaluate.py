@@ -27,7 +27,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from pfm_llm.evaluation.tables import terminal_table
     from pfm_llm.runs.experiment import evaluate_run
     from pfm_llm.runs.folders import RESULTS_FILE, newest_run
-    from pfm_llm.runs.report import COMPARISONS
+    from pfm_llm.runs.summary import COMPARISONS
 
     run = Path(arguments.run) if arguments.run else newest_run(arguments.runs)
     evaluate_run(run, [Path(file) for file in arguments.against])

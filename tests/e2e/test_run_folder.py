@@ -21,12 +21,11 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.head import context_vectors, score_items, user_vectors
 from pfm_llm.publish.artefact import read_head
-from pfm_llm.runs.experiment import load_shared, run_experiment
-from pfm_llm.runs.folders import RunFolders
-from pfm_llm.runs.run import assemble, load_corpus
+from pfm_llm.runs.experiment import open_run, run_experiment
+from pfm_llm.runs.run import load_corpus
 from tests.support.leaks import files_below
 from tests.support.scripts import run_script
-from tests.support.tiny import Tiny, alone, leftovers, metrics_of, results_of
+from tests.support.tiny import Tiny, leftovers, metrics_of, results_of
 
 MODES = ("zero_shot", "shared_only", "private_only", "shared_private")
 BASELINES = ("popularity", "ease", "markov_recency")
@@ -195,13 +194,10 @@ def plain_peft(run: Path, tiny: Tiny) -> Any:
 
 
 def test_adapter_loads_by_plain_peft_to_equal_hidden_states(finished: Path, tiny: Tiny) -> None:
-    config = load_config(finished / "config.yaml")
-    folders = RunFolders.of(finished)
-    assembly = assemble(config, load_corpus(config), folders, alone())
-    shared = load_shared(assembly, folders)
-    ours = assembly.parts.adapter.peft_model().eval()
-    assembly.parts.adapter.load_shared(ours, shared.tensors)
-    window = assembly.parts.encoder.query_window(assembly.corpus.interactions.history(0))
+    opened, trained = open_run(finished)
+    ours = opened.model.adapter.peft_model().eval()
+    opened.model.adapter.load_shared(ours, trained.shared.tensors)
+    window = opened.model.encoder.query_window(opened.data.interactions.history(0))
     tokens = torch.from_numpy(window.tokens).long()[None]
     plain = plain_peft(finished, tiny)
     with torch.no_grad():
@@ -217,14 +213,12 @@ def test_adapter_loads_by_plain_peft_to_equal_hidden_states(finished: Path, tiny
 def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny.config(tmp_path, head__item_ids="output", federation__server__lr_lora=0.02)
     run = run_experiment(config)
-    folders = RunFolders.of(run)
-    assembly = assemble(config, load_corpus(config), folders, alone())
-    shared = load_shared(assembly, folders)
-    window = assembly.parts.encoder.query_window(assembly.corpus.interactions.history(3))
-    states = assembly.cache.states([window], "user-of-this-test")
+    opened, trained = open_run(run)
+    window = opened.model.encoder.query_window(opened.data.interactions.history(3))
+    states = opened.clients.cache.states([window], "user-of-this-test")
     batch = collate([[window]], [states], last_only=True)
-    stacked = assembly.trainer.stack(shared, {}, 1)
-    ours = assembly.parts.model.scores(batch, stacked, Parts(shared_lora=True, private_weight=0.0))
+    stacked = opened.clients.trainer.stack(trained.shared, {}, 1)
+    ours = opened.model.model.scores(batch, stacked, Parts(shared_lora=True, private_weight=0.0))
 
     plain = plain_peft(run, tiny)
     head, normaliser = read_head(run / "shared_adapter")
@@ -232,10 +226,10 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
         tokens = torch.from_numpy(window.tokens).long()[None]
         hidden = plain(input_ids=tokens, output_hidden_states=True).hidden_states[-1][:, -1]
         items = torch.from_numpy(window.items).long()[None]
-        context = context_vectors(head, items, assembly.parts.model.item_texts)
+        context = context_vectors(head, items, opened.model.model.item_texts)
         assert context is not None
         vectors = user_vectors(head, normaliser(hidden), None, context[:, -1])
-        theirs = score_items(head, vectors, assembly.parts.model.item_texts)
+        theirs = score_items(head, vectors, opened.model.model.item_texts)
     assert torch.allclose(theirs, ours, atol=1e-5)
 
 

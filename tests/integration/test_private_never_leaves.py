@@ -139,12 +139,12 @@ def history_hunt(tiny: Tiny, run_folder: Path, watch: Watch) -> Hunt:
     config = tiny.config(run_folder.parent)
     corpus = load_corpus(config)
     folders = RunFolders.of(run_folder.with_name("unused"))
-    assembly = assemble(config, corpus, folders, alone())
+    run = assemble(config, corpus, folders, alone())
     hunt = Hunt()
     for user in range(corpus.interactions.num_users):
         history = corpus.interactions.history(user)
         hunt.learn_integers(f"items of {user}", history)
-        hunt.learn_integers(f"tokens of {user}", assembly.parts.encoder.window(history).tokens)
+        hunt.learn_integers(f"tokens of {user}", run.model.encoder.window(history).tokens)
     private = run_folder.with_name("tiny.private")
     for number, path in enumerate(sorted(private.rglob("trunk/*.safetensors"))):
         # The first states are those of the header, alike for everybody; the last are the user's.

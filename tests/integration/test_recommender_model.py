@@ -24,11 +24,11 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.publish.artefact import MANIFEST_FILE, Manifest, read_artefact
 from pfm_llm.recommender import RecommenderModel
-from pfm_llm.runs.experiment import load_shared, run_experiment
+from pfm_llm.runs.experiment import open_run, run_experiment
 from pfm_llm.runs.folders import RunFolders
-from pfm_llm.runs.run import assemble, load_corpus
+from pfm_llm.runs.run import load_corpus
 from pfm_llm.serving import RunRecommender
-from tests.support.tiny import TITLES, Tiny, alone, metrics_of, results_of, tensor_files
+from tests.support.tiny import TITLES, Tiny, metrics_of, results_of, tensor_files
 
 HISTORY = ["i3", "i4", "i6"]
 
@@ -58,15 +58,13 @@ def catalogue_of(*numbers: int, extra: tuple[str, ...] = ()) -> Catalogue:
 
 
 def test_scores_are_those_of_the_run(run: Path, tiny: Tiny, model: RecommenderModel) -> None:
-    config = load_config(run / "config.yaml")
-    assembly = assemble(config, load_corpus(config), RunFolders.of(run), alone())
-    shared = load_shared(assembly, RunFolders.of(run))
-    items = assembly.corpus.interactions.history(5)
-    window = assembly.parts.encoder.query_window(items)
-    batch = collate([[window]], [assembly.cache.states([window], "x")], last_only=True)
-    stacked = assembly.trainer.stack(shared, {}, 1)
-    expected = assembly.parts.model.scores(batch, stacked, Parts(private_weight=0.0))[0]
-    ids = [assembly.corpus.interactions.catalogue.item_ids[i] for i in items]
+    opened, trained = open_run(run)
+    items = opened.data.interactions.history(5)
+    window = opened.model.encoder.query_window(items)
+    batch = collate([[window]], [opened.clients.cache.states([window], "x")], last_only=True)
+    stacked = opened.clients.trainer.stack(trained.shared, {}, 1)
+    expected = opened.model.model.scores(batch, stacked, Parts(private_weight=0.0))[0]
+    ids = [opened.data.interactions.catalogue.item_ids[i] for i in items]
     np.testing.assert_allclose(model.score(ids), expected.numpy(), atol=1e-5)
     assert model.alignment.num_kept == len(TITLES)
 
@@ -100,14 +98,14 @@ def test_items_follow_their_keys_to_another_catalogue(
     assert other.alignment.num_kept == 6
     assert "24 others are dropped, and 1 items that it never saw" in other.alignment.describe()
     np.testing.assert_allclose(other.score(HISTORY)[:6], model.score(HISTORY)[numbers], atol=1e-5)
-    bias = other.parts.shared.tensors["head.item_bias"]
+    bias = other.model.shared.tensors["head.item_bias"]
     assert torch.isclose(bias[6], model.parts.shared.tensors["head.item_bias"].mean())
 
 
 def test_the_whitening_is_never_refitted(model: RecommenderModel, run: Path, tiny: Tiny) -> None:
     other = from_folder(run / "shared_adapter", tiny, catalogue_of(1, 2, 3))
-    assert torch.equal(other.parts.normaliser.mean, model.parts.normaliser.mean)
-    assert torch.equal(other.parts.normaliser.basis, model.parts.normaliser.basis)
+    assert torch.equal(other.model.normaliser.mean, model.parts.normaliser.mean)
+    assert torch.equal(other.model.normaliser.basis, model.parts.normaliser.basis)
 
 
 def test_another_text_under_the_same_id_is_another_item(run: Path, tiny: Tiny) -> None:

@@ -24,9 +24,7 @@ def main(config_file: str, out: Path) -> None:
     config = load_config(config_file)
     processes = start_processes(config.runtime.threads)
     folders = RunFolders.of(out / "run")
-    federation = make_federation(
-        assemble(config, load_corpus(config), folders, processes), folders, processes
-    )
+    federation = make_federation(assemble(config, load_corpus(config), folders, processes))
     mine = out / f"{processes.index}-of-{processes.count}"
     cohort = federation.server.select_cohort(1)
     chunks = federation.trainer.chunks(cohort)
