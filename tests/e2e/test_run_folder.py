@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from pfm_llm.base import files
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.schema import load_config, training_hash
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.head import context_vectors, score_items, user_vectors
 from pfm_llm.publish.artefact import read_head
-from pfm_llm.runs.experiment import open_run, run_experiment
+from pfm_llm.runs import summary
+from pfm_llm.runs.experiment import evaluate_run, open_run, run_experiment
 from pfm_llm.runs.run import load_corpus
 from tests.support.leaks import files_below
 from tests.support.scripts import run_script
@@ -378,3 +381,43 @@ def test_the_difference_to_each_baseline_is_paired_and_beside_the_rows(finished:
         expected = values[row["split"], "custom", "shared_private"] - theirs
         assert row["value"] == pytest.approx(expected, abs=1e-12)
         assert row["ci_low"] <= row["value"] <= row["ci_high"]
+
+
+def test_the_gain_of_the_private_part_is_paired_and_beside_the_rows(finished: Path) -> None:
+    content = results_of(finished)
+    found = [(row["split"], row["metric"]) for row in content["gains"]]
+    gains = ("gain_log_rank", "gain_ndcg")
+    assert found == [(split, gain) for split in ("validation", "test") for gain in gains]
+    values = {
+        (r["split"], r["mode"]): r["value"]
+        for r in content["rows"]
+        if (r["candidates"], r["metric"], r["k"]) == ("full", "ndcg", 10)
+    }
+    for row in content["gains"]:
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+        if row["metric"] == "gain_ndcg":
+            of_split = [values[row["split"], mode] for mode in ("shared_private", "shared_only")]
+            assert row["value"] == pytest.approx(of_split[0] - of_split[1], abs=1e-12)
+    assert content["private_weight"] == 1.0
+    table = (finished / "results.md").read_text()
+    assert "| test | gain_ndcg |" in table
+    assert "| test | ndcg_over_ease |" in table
+
+
+def test_a_run_ends_with_what_it_found_and_how_to_see_more(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "pfm_llm.runs.report"):
+        evaluate_run(copied)
+    said = [r.getMessage() for r in caplog.records if r.name == "pfm_llm.runs.report"]
+    assert said == summary.of_run(copied)
+    assert [line for line in said if "the private part adds" in line]
+    assert all(
+        any(f"than {name}:" in l or f"from {name}:" in l for l in said) for name in BASELINES
+    )
+    assert said[-2].endswith(f"pfm recommend --run {copied} --user ID --compare")
+
+
+def test_a_run_that_is_not_there_is_answered_with_those_that_are(copied: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no run at .*tiny-typo; .* has tiny"):
+        evaluate_run(copied.with_name("tiny-typo"))
