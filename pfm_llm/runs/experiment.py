@@ -113,7 +113,8 @@ def open_run(folder: Path) -> tuple[Run, Trained]:
         ConfigError: There is no such run; the message lists those beside it.
         CheckpointError: Nothing was ever committed.
     """
-    config = load_config(find_run(folder, folder.parent) / CONFIG_FILE)
+    folder = find_run(folder, folder.parent)
+    config = load_config(folder / CONFIG_FILE)
     processes = start_processes(config.runtime.threads)
     run = assemble(config, load_corpus(config), RunFolders.of(folder), processes)
     return run, choose_weight(run, run.committed())

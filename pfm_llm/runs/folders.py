@@ -120,13 +120,16 @@ def find_run(name_or_path: str | Path | None, runs_dir: str | Path = "runs") -> 
     for folder in (Path(name_or_path), Path(runs_dir) / name_or_path):
         if (folder / CONFIG_FILE).is_file():
             return folder
+    what = f"{name_or_path} is no run: it has no {CONFIG_FILE}"
+    if not Path(name_or_path).exists():
+        what = f"no run at {name_or_path}"
     names = [folder.name for folder in _runs_in(Path(runs_dir))]
     if not names:
-        raise ConfigError(f"no run at {name_or_path}, nor any in {runs_dir}; {_TRAIN_FIRST}")
+        raise ConfigError(f"{what}; {runs_dir} has none either; {_TRAIN_FIRST}")
     near = difflib.get_close_matches(Path(name_or_path).name, names, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     listed = ", ".join([*names[:_MOST_NAMED], *(["…"] if len(names) > _MOST_NAMED else [])])
-    raise ConfigError(f"no run at {name_or_path}; {hint}{runs_dir} has {listed}")
+    raise ConfigError(f"{what}; {hint}{runs_dir} has {listed}")
 
 
 def newest_run(runs_dir: str | Path) -> Path:

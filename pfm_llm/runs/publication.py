@@ -35,7 +35,7 @@ def request_of(
     folders = RunFolders.of(find_run(run, run.parent).resolve())
     private_root: Path | None = folders.private
     if not folders.private.is_dir():
-        config = load_config(run / CONFIG_FILE)
+        config = load_config(folders.public / CONFIG_FILE)
         private_root = folders.private if config.adapters.private.enabled else None
     return PublishRequest(exported or folders.shared_adapter, private_root, repo, **options)
 

@@ -98,14 +98,14 @@ def test_items_follow_their_keys_to_another_catalogue(
     assert other.alignment.num_kept == 6
     assert "24 others are dropped, and 1 items that it never saw" in other.alignment.describe()
     np.testing.assert_allclose(other.score(HISTORY)[:6], model.score(HISTORY)[numbers], atol=1e-5)
-    bias = other.model.shared.tensors["head.item_bias"]
+    bias = other.parts.shared.tensors["head.item_bias"]
     assert torch.isclose(bias[6], model.parts.shared.tensors["head.item_bias"].mean())
 
 
 def test_the_whitening_is_never_refitted(model: RecommenderModel, run: Path, tiny: Tiny) -> None:
     other = from_folder(run / "shared_adapter", tiny, catalogue_of(1, 2, 3))
-    assert torch.equal(other.model.normaliser.mean, model.parts.normaliser.mean)
-    assert torch.equal(other.model.normaliser.basis, model.parts.normaliser.basis)
+    assert torch.equal(other.parts.normaliser.mean, model.parts.normaliser.mean)
+    assert torch.equal(other.parts.normaliser.basis, model.parts.normaliser.basis)
 
 
 def test_another_text_under_the_same_id_is_another_item(run: Path, tiny: Tiny) -> None:
