@@ -271,7 +271,7 @@ def test_without_the_private_store_nothing_is_published(
     shutil.copytree(run, moved)
     with pytest.raises(ArtefactError, match=r"no private store at .*moved\.private"):
         publish(request_of(moved, REPO))
-    with pytest.raises(ConfigError, match="no run at .*no_run"):
+    with pytest.raises(ConfigError, match=r"no run at .*no_run"):
         publish(request_of(tmp_path / "no_run", REPO))
     assert logged_in.requests == []
 
