@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from benchmarks.sequential_peft import SequentialPeft
     from pfm_llm.config.schema import ExperimentConfig
-    from pfm_llm.runs.run import Assembly
+    from pfm_llm.runs.run import Run
     from pfm_llm.text.encoding import Window
 
 STACKED, SAME_LAYERS, COMMON_RECIPE = "stacked_cached", "peft_same_layers", "peft_common_recipe"
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         seconds = race(bench.cases(), arguments.repeats)
     here = environment(
         seed=config.seed,
-        dtype=str(bench.assembly.parts.backbone.dtype).removeprefix("torch."),
+        dtype=str(bench.experiment.model.backbone.dtype).removeprefix("torch."),
         threads=processes.threads,
         num_processes=processes.count,
         device=processes.device.type,
@@ -133,7 +133,7 @@ class Bench:
     """Everything that is made before the clock starts.
 
     Attributes:
-        assembly: The experiment's objects, those of a real run.
+        experiment: The experiment's objects, those of a real run.
         clients: Client ids.
         windows: Of each client its window.
         tensors: Of each client its shared and private tensors.
@@ -142,7 +142,7 @@ class Bench:
         common_recipe: The reference with all layers adapted.
     """
 
-    assembly: "Assembly"
+    experiment: "Run"
     clients: tuple[str, ...]
     windows: "tuple[Window, ...]"
     tensors: tuple[dict[str, "torch.Tensor"], ...]
@@ -159,24 +159,27 @@ class Bench:
         from pfm_llm.runs.run import assemble, load_corpus
 
         folders = RunFolders.of(Path(config.output.dir) / config.name)
-        assembly = assemble(config, load_corpus(config), folders, processes)
-        clients = choose_clients(assembly, num_clients)
+        experiment = assemble(config, load_corpus(config), folders, processes)
+        clients = choose_clients(experiment, num_clients)
         wide = DualAdapter(
-            assembly.parts.backbone,
-            config.adapters.model_copy(update={"num_layers": assembly.parts.backbone.num_layers}),
+            experiment.model.backbone,
+            config.adapters.model_copy(update={"num_layers": experiment.model.backbone.num_layers}),
         )
-        items = assembly.parts.model.item_texts
+        items = experiment.model.model.item_texts
         return cls(
-            assembly=assembly,
+            experiment=experiment,
             clients=clients,
-            windows=tuple(assembly.histories.windows(client)[0] for client in clients),
-            tensors=client_tensors(assembly, assembly.parts.adapter, clients),
-            wide_tensors=client_tensors(assembly, wide, clients),
+            windows=tuple(experiment.clients.histories.windows(client)[0] for client in clients),
+            tensors=client_tensors(experiment, experiment.model.adapter, clients),
+            wide_tensors=client_tensors(experiment, wide, clients),
             same_layers=SequentialPeft(
-                assembly.parts.backbone, assembly.parts.adapter, assembly.parts.normaliser, items
+                experiment.model.backbone,
+                experiment.model.adapter,
+                experiment.model.normaliser,
+                items,
             ),
             common_recipe=SequentialPeft(
-                assembly.parts.backbone, wide, assembly.parts.normaliser, items
+                experiment.model.backbone, wide, experiment.model.normaliser, items
             ),
         )
 
@@ -192,14 +195,14 @@ class Bench:
         """Compute every client's trunk states, as happens once in a run; returns the seconds."""
         started = time.perf_counter()
         for client in self.clients:
-            self.assembly.histories.trunk_states(client)
+            self.experiment.clients.histories.trunk_states(client)
         return time.perf_counter() - started
 
     def stacked(self) -> list[Step]:
         """One step of every client in the many-clients pass, chunked as a run chunks."""
         tensors = dict(zip(self.clients, self.tensors, strict=True))
         steps: dict[str, Step] = {}
-        for chunk in self.assembly.trainer.chunks(self.clients):
+        for chunk in self.experiment.clients.trainer.chunks(self.clients):
             steps |= zip(chunk, self._stacked_chunk(chunk, tensors), strict=True)
         return [steps[client] for client in self.clients]
 
@@ -238,17 +241,17 @@ class Bench:
 
     def describe(self) -> dict[str, Any]:
         """What was raced, in plain JSON types."""
-        config, lengths = self.assembly.config, [len(window.tokens) for window in self.windows]
+        config, lengths = self.experiment.config, [len(window.tokens) for window in self.windows]
         return {
             "backbone": config.backbone.name,
             "data": config.data.source,
             "prompt": config.prompt,
             "adapters": config.adapters.model_dump(mode="json"),
             "head": config.head.model_dump(mode="json"),
-            "blocks": self.assembly.parts.backbone.num_layers,
-            "items_in_catalogue": self.assembly.parts.model.num_items,
+            "blocks": self.experiment.model.backbone.num_layers,
+            "items_in_catalogue": self.experiment.model.model.num_items,
             "clients": len(self.clients),
-            "chunks": len(self.assembly.trainer.chunks(self.clients)),
+            "chunks": len(self.experiment.clients.trainer.chunks(self.clients)),
             "items_per_window": config.window.items,
             "tokens_per_window": {
                 "min": min(lengths),
@@ -266,7 +269,7 @@ class Bench:
         from pfm_llm.model.cohort import Parts
         from pfm_llm.protocol.types import PRIVATE_PREFIX
 
-        histories, own = self.assembly.histories, [tensors[client] for client in chunk]
+        histories, own = self.experiment.clients.histories, [tensors[client] for client in chunk]
         batch = collate(
             [histories.windows(client) for client in chunk],
             [histories.trunk_states(client) for client in chunk],
@@ -281,7 +284,7 @@ class Bench:
             ).requires_grad_()
             for name, value in own[0].items()
         }
-        losses = self.assembly.parts.model.losses(batch, leaves, Parts())
+        losses = self.experiment.model.model.losses(batch, leaves, Parts())
         gradients = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()))
         return [
             (loss.detach(), {n: g[c] for n, g in zip(leaves, gradients, strict=True)})
@@ -289,7 +292,7 @@ class Bench:
         ]
 
 
-def choose_clients(assembly: "Assembly", count: int) -> tuple[str, ...]:
+def choose_clients(experiment: "Run", count: int) -> tuple[str, ...]:
     """A fixed random choice among the clients whose window is full.
 
     Raises:
@@ -300,7 +303,7 @@ def choose_clients(assembly: "Assembly", count: int) -> tuple[str, ...]:
     from pfm_llm.base import seeding
     from pfm_llm.base.errors import ConfigError
 
-    histories, full = assembly.histories, assembly.config.window.items
+    histories, full = experiment.clients.histories, experiment.config.window.items
     order = histories.trainable
     shuffled = torch.randperm(len(order), generator=seeding.generator(_SEED, "benchmark"))
     chosen: list[str] = []
@@ -315,12 +318,12 @@ def choose_clients(assembly: "Assembly", count: int) -> tuple[str, ...]:
 
 
 def client_tensors(
-    assembly: "Assembly", adapter: Any, clients: Sequence[str]
+    experiment: "Run", adapter: Any, clients: Sequence[str]
 ) -> tuple[dict[str, "torch.Tensor"], ...]:
     """Shared and private tensors of each client, as after some training: nothing is zero.
 
     Args:
-        assembly: The experiment.
+        experiment: The experiment.
         adapter: A `DualAdapter`: which layers are adapted.
         clients: Client ids. All share the same shared tensors.
     """
@@ -329,7 +332,7 @@ def client_tensors(
     from pfm_llm.model.private import make_private_part
     from pfm_llm.protocol.parameters import Sizes
 
-    parts, config = assembly.parts, assembly.config
+    parts, config = experiment.model, experiment.config
     sizes = Sizes(parts.backbone.hidden_size, adapter.modules, parts.model.num_items)
     initial = parameter_table(config, sizes).initial_state()
     shared = stirred(initial.tensors, _SEED, "shared")

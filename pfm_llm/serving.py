@@ -6,8 +6,8 @@ import torch
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.evaluation import evaluator
+from pfm_llm.evaluation.results import judged_mode
 from pfm_llm.model.batches import collate
-from pfm_llm.protocol.types import Mode
 from pfm_llm.recommender import Recommendation, best_items
 from pfm_llm.runs.experiment import open_run
 
@@ -23,9 +23,7 @@ class RunRecommender:
     """
 
     def __init__(self, run: Path) -> None:
-        opened = open_run(run)
-        self._assembly = opened.assembly
-        self._shared = opened.shared
+        self._run, self._trained = open_run(run)
 
     def recommend(self, user_id: str, n: int = 10) -> list[Recommendation]:
         """The best unseen items for a user after their whole history.
@@ -37,31 +35,32 @@ class RunRecommender:
         Raises:
             DataError: There is no such user, or they have no history.
         """
-        interactions = self._assembly.corpus.interactions
+        run = self._run
+        interactions, clients = run.data.interactions, run.clients
         try:
             user = interactions.user_ids.index(user_id)
         except ValueError:
             first = ", ".join(interactions.user_ids[:3])
             raise DataError(f"no user {user_id!r} in the data; users are {first}, …") from None
         items = interactions.history(user)
-        window = self._assembly.parts.encoder.query_window(interactions.history_of(user))
-        client_id = self._assembly.histories.client_of(user)
-        states = self._assembly.cache.states([window], client_id)
+        window = run.model.encoder.query_window(interactions.history_of(user))
+        client_id = clients.histories.client_of(user)
+        states = clients.cache.states([window], client_id)
         batch = collate([[window]], [states], last_only=True)
         private = self._private(client_id)
-        mode = Mode.SHARED_PRIVATE if private else Mode.SHARED_ONLY
-        parts = evaluator.parts_of([mode], self._assembly.config.adapters.private.weight)[mode]
+        mode = judged_mode(bool(private))
+        parts = evaluator.parts_of([mode], self._trained.private_weight)[mode]
         assert parts is not None
-        stacked = self._assembly.trainer.stack(self._shared, private, 1)
-        scores = self._assembly.parts.model.scores(batch, stacked, parts)[0].cpu().numpy()
+        stacked = clients.trainer.stack(self._trained.shared, private, 1)
+        scores = run.model.model.scores(batch, stacked, parts)[0].cpu().numpy()
         return best_items(scores, items, interactions.catalogue, n)
 
     def _private(self, client_id: str) -> dict[str, torch.Tensor]:
-        store = self._assembly.store
+        store = self._run.clients.store
         state = store.load_personalised(client_id) or store.load(
-            client_id, at_most=self._shared.round_number
+            client_id, at_most=self._trained.shared.round_number
         )
         if state is None:
             return {}
-        device = self._assembly.parts.model.item_texts.device
+        device = self._run.processes.device
         return {name: value[None].to(device) for name, value in state.tensors.items()}

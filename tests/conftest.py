@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from pfm_llm.base.processes import Processes
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.runs.folders import RunFolders
-from pfm_llm.runs.run import Assembly, assemble, load_corpus
+from pfm_llm.runs.run import Run, assemble, load_corpus
 from tests.support.tiny import Tiny, make_tiny
 
 _CACHE = "PFM_LLM_CACHE"
@@ -69,10 +69,10 @@ def tiny_config(tiny: Tiny, tmp_path: Path) -> TinyConfig:
     return make
 
 
-class TinyAssembly(Protocol):
+class TinyRun(Protocol):
     """Wires the tiny experiment."""
 
-    def __call__(self, **settings: Any) -> Assembly:
+    def __call__(self, **settings: Any) -> Run:
         """``settings`` as for `TinyConfig`."""
 
 
@@ -85,12 +85,12 @@ def one_process() -> Processes:
 
 
 @pytest.fixture
-def tiny_assembly(
+def tiny_run(
     tiny_config: TinyConfig, one_process: Processes, tmp_path_factory: pytest.TempPathFactory
-) -> TinyAssembly:
+) -> TinyRun:
     """The objects of the tiny experiment; each call has folders of its own."""
 
-    def make(**settings: Any) -> Assembly:
+    def make(**settings: Any) -> Run:
         config = tiny_config(**settings)
         folders = RunFolders.of(tmp_path_factory.mktemp("run") / config.name)
         return assemble(config, load_corpus(config), folders, one_process)

@@ -26,14 +26,12 @@ def evaluate(
     from pfm_llm.evaluation.tables import terminal_table
     from pfm_llm.runs.experiment import evaluate_run
     from pfm_llm.runs.folders import RESULTS_FILE
-    from pfm_llm.runs.report import COMPARISONS
+    from pfm_llm.runs.summary import of_run
 
     folder = options.run_folder(run, runs)
     evaluate_run(folder, against or [])
     if is_main_process():
-        rows, extra = read_results(folder / RESULTS_FILE)
-        print(f"\n{terminal_table(rows)}")
-        for row in extra[COMPARISONS]:
-            interval = f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
-            print(f"{row['split']} {row['metric']}@{row['k']}: {row['value']:+.4f} {interval}")
+        rows, _ = read_results(folder / RESULTS_FILE)
+        print(f"\n{terminal_table(rows)}\n")
+        print("\n".join(of_run(folder)))
         print(f"\nrun folder: {folder}")

@@ -30,14 +30,14 @@ SigningKey = Annotated[
 
 
 def run_folder(run: Path | None, runs: Path) -> Path:
-    """The run that ``--run`` names, else the newest in ``--runs``.
+    """The run that ``--run`` names, as a folder or by its name, else the newest in ``--runs``.
 
     Raises:
         ConfigError: There is no run.
     """
-    from pfm_llm.runs.folders import newest_run
+    from pfm_llm.runs.folders import find_run
 
-    return newest_run(runs) if run is None else run
+    return find_run(run, runs)
 
 
 class ManyValues(TyperCommand):

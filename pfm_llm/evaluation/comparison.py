@@ -11,13 +11,16 @@ import numpy as np
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.evaluation import personality, ranking
+from pfm_llm.evaluation import personality
 from pfm_llm.evaluation.personality import Bootstrap, Estimate
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import ResultRow, read_results
+from pfm_llm.evaluation.results import FULL, ResultRow, judged_mode, read_results
 from pfm_llm.protocol.types import Mode
 
 _NDCG = "ndcg"
+
+OVER = f"{_NDCG}_over_"
+"""What the name of a difference to a reference begins with."""
 
 
 @dataclass(frozen=True)
@@ -94,55 +97,106 @@ def _population(config: Mapping[str, Any]) -> tuple[object, object]:
     return data, config.get("seed") if data.get("max_users") else None
 
 
+def bootstrap_of(config: ExperimentConfig) -> Bootstrap:
+    """How a run's intervals are made."""
+    evaluated = config.evaluation
+    return Bootstrap(evaluated.bootstrap, evaluated.confidence, config.seed)
+
+
 def rows_over(
     config: ExperimentConfig,
     split: str,
     ranks: Mapping[Mode, Ranks],
     references: Sequence[Reference],
 ) -> list[ResultRow]:
-    """Rows ``ndcg_over_<name>``: NDCG@10 of a run's best mode minus each reference's.
+    """Rows ``ndcg_over_<name>``: NDCG@10 of a run minus each reference's.
 
     Args:
         config: The run's.
         split: ``validation`` or ``test``.
-        ranks: Of the run, per mode; the best is `best_mode`.
+        ranks: Of the run, per mode; that which it is judged by is compared.
         references: Of the same users.
 
     Raises:
         DataError: A reference is of other users.
     """
-    mode = best_mode(ranks)
+    mode = _mode_of(config)
     own = _reference(mode.value, ranks[mode])
-    evaluated = config.evaluation
-    bootstrap = Bootstrap(evaluated.bootstrap, evaluated.confidence, config.seed)
     figures = {}
     for reference in references:
         if not np.array_equal(reference.users, own.users):
             raise DataError(f"{reference.name} was measured on other users than this run")
-        difference = personality.paired_difference(own.ndcg, reference.ndcg, bootstrap)
-        figures[f"ndcg_over_{reference.name}"] = difference
-    return estimate_rows(config, split, mode, Task.NEXT_ITEM, figures)
+        figures[f"{OVER}{reference.name}"] = personality.paired_difference(
+            own.ndcg, reference.ndcg, bootstrap_of(config)
+        )
+    return estimate_rows(config, split, Task.NEXT_ITEM, figures)
 
 
-def best_mode(ranks: Mapping[Mode, Ranks]) -> Mode:
-    """That with the private adapter, if there is one."""
-    return Mode.SHARED_PRIVATE if Mode.SHARED_PRIVATE in ranks else Mode.SHARED_ONLY
+def gains(
+    ranks: Mapping[Mode, Ranks],
+    aucs: Mapping[Mode, np.ndarray],
+    bootstrap: Bootstrap,
+    over: Mode = Mode.SHARED_ONLY,
+) -> dict[Task, dict[str, Estimate]]:
+    """What shared and private part together add to one of them, in every task that was measured.
+
+    Args:
+        ranks: Per mode.
+        aucs: Per mode each user's AUC of likes, float64 [U]; empty without the task ``like``.
+        bootstrap: How to make the intervals.
+        over: The part that they are compared with.
+
+    Returns:
+        Per task the figures of `personality.rank_gain` and `personality.auc_gain`.
+    """
+    name = "" if over is Mode.SHARED_ONLY else "private"
+    own, reference = ranks[Mode.SHARED_PRIVATE], ranks[over]
+    found = {
+        Task.NEXT_ITEM: personality.rank_gain(own.full, reference.full, own.users, bootstrap, name)
+    }
+    if aucs:
+        found[Task.LIKE] = personality.auc_gain(
+            aucs[Mode.SHARED_PRIVATE], aucs[over], bootstrap, name
+        )
+    return found
+
+
+def gain_rows(
+    config: ExperimentConfig,
+    split: str,
+    ranks: Mapping[Mode, Ranks],
+    aucs: Mapping[Mode, np.ndarray],
+) -> list[ResultRow]:
+    """Rows ``gain_<quality>``: what the private part adds to the shared one; none without it.
+
+    Args:
+        config: The run's.
+        split: ``validation`` or ``test``.
+        ranks: See `gains`.
+        aucs: See `gains`.
+    """
+    if not config.adapters.private.enabled:
+        return []
+    found = gains(ranks, aucs, bootstrap_of(config))
+    return [
+        row
+        for task, figures in found.items()
+        for row in estimate_rows(config, split, task, figures)
+    ]
 
 
 def estimate_rows(
     config: ExperimentConfig,
     split: str,
-    mode: Mode,
     task: Task,
     figures: Mapping[str, Estimate],
     budget: str = "",
 ) -> list[ResultRow]:
-    """A row for each finite estimate.
+    """A row for each finite estimate, in the mode that the run is judged by.
 
     Args:
         config: The run's.
         split: ``validation`` or ``test``.
-        mode: Which adapters took part.
         task: What was predicted.
         figures: Metric to estimate.
         budget: As in the rows.
@@ -150,12 +204,12 @@ def estimate_rows(
     describe = functools.partial(
         ResultRow,
         method=config.method.value,
-        mode=mode.value,
+        mode=_mode_of(config).value,
         task=task.value,
         protocol=config.data.split.value,
         budget=budget,
         split=split,
-        candidates=ranking.FULL,
+        candidates=FULL,
         seed=config.seed,
         regime=config.regime or "",
     )
@@ -164,3 +218,7 @@ def estimate_rows(
         for name, figure in figures.items()
         if np.isfinite(figure.value)
     ]
+
+
+def _mode_of(config: ExperimentConfig) -> Mode:
+    return judged_mode(config.adapters.private.enabled)

@@ -10,9 +10,8 @@ from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import metrics, scoring
 from pfm_llm.evaluation.baselines import FittedBaseline
-from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.results import FULL, ResultRow
 
-FULL = "full"
 METRICS: dict[str, type[metrics.RankMetric]] = {
     "ndcg": metrics.Ndcg,
     "hit_rate": metrics.HitRate,

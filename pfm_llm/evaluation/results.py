@@ -11,6 +11,9 @@ from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.files import read_json, write_json
 from pfm_llm.protocol.types import Mode
 
+FULL = "full"
+"""The candidates of a figure that is over the whole catalogue."""
+
 
 @dataclass(frozen=True)
 class ResultRow:
@@ -23,7 +26,7 @@ class ResultRow:
         protocol: How interactions were held out, such as ``leave_last_out``.
         budget: What the method was allowed, in words or figures.
         split: ``validation`` or ``test``.
-        candidates: ``full`` (the whole catalogue) or ``sampled<n>`` (n sampled negatives).
+        candidates: `FULL` (the whole catalogue) or ``sampled<n>`` (n sampled negatives).
         metric: ``ndcg``, ``hit_rate``, ``mrr``, ``auc``, or a measure of `personality`.
         k: The cut-off of the ranked list; 0 where there is none.
         value: Mean over users.
@@ -62,6 +65,11 @@ class ResultRow:
                 f"{what}: {self.value} [{self.ci_low}, {self.ci_high}] over {self.num_users} "
                 "users is not finite; evaluate at least one user"
             )
+
+
+def judged_mode(has_private: bool) -> Mode:
+    """The mode that a run is judged by: with its private part, if it has one."""
+    return Mode.SHARED_PRIVATE if has_private else Mode.SHARED_ONLY
 
 
 def write_results(path: Path, rows: Sequence[ResultRow], extra: Mapping[str, Any]) -> None:

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.results import FULL, ResultRow
 from pfm_llm.protocol.types import Mode
 
 _TEXT_COLUMNS = ("Method", "Mode", "Budget")
 _METRICS = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}
-_FULL = "full"
 _SAMPLED = "sampled"
 
 
@@ -87,16 +86,16 @@ def _groups(rows: Sequence[ResultRow], split: str) -> list[list[ResultRow]]:
 
 def _columns(rows: Sequence[ResultRow], ks: Sequence[int], confidence: float) -> list[_Column]:
     """The columns that at least one row fills: the full catalogue first, then samples."""
-    candidates = sorted({row.candidates for row in rows}, key=lambda name: (name != _FULL, name))
+    candidates = sorted({row.candidates for row in rows}, key=lambda name: (name != FULL, name))
     columns = []
     for name in candidates:
         for k in ks:
             for metric, label in _METRICS.items():
                 heading = f"{label}@{k}"
-                with_interval = name == _FULL and metric == "ndcg"
+                with_interval = name == FULL and metric == "ndcg"
                 if with_interval:
                     heading += f" [{confidence * 100:g} %]"
-                elif name != _FULL:
+                elif name != FULL:
                     heading += f", {name.removeprefix(_SAMPLED)} neg."
                 columns.append(_Column(name, metric, k, heading, with_interval))
     return [column for column in columns if any(map(column.shows, rows))]

@@ -6,6 +6,7 @@ checkpoints and the exported adapter. What is private is apart, in ``runs/<name>
 """
 
 import contextlib
+import difflib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
+
+_MOST_NAMED = 10
+_TRAIN_FIRST = "run `pfm train` first"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class RunFolders:
     def initial_adapter(self) -> Path:
         """The run's own copy of the published adapter that it started from."""
         return self.public / "initial_adapter"
+
+    @property
+    def server(self) -> Path:
+        """The server's checkpoints."""
+        return self.public / "server"
 
     @property
     def shared_adapter(self) -> Path:
@@ -103,23 +112,57 @@ def _is_taken(folder: Path) -> bool:
     return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
-def newest_run(output_dir: str | Path) -> Path:
-    """The run in ``output_dir`` that was started or resumed last.
+def find_run(name_or_path: str | Path | None, runs_dir: str | Path = "runs") -> Path:
+    """The folder of a run.
 
     Args:
-        output_dir: The folder of runs. Private folders (``<name>.private``) are passed over.
+        name_or_path: The folder, or its name in ``runs_dir``; None: the run of ``runs_dir`` that
+            was started or resumed last.
+        runs_dir: The folder of runs.
+
+    Raises:
+        ConfigError: There is no such run; the message lists those that there are.
+    """
+    if name_or_path is None:
+        return newest_run(runs_dir)
+    for folder in (Path(name_or_path), Path(runs_dir) / name_or_path):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    what = f"{name_or_path} is no run: it has no {CONFIG_FILE}"
+    if not Path(name_or_path).exists():
+        what = f"no run at {name_or_path}"
+    names = [folder.name for folder in _runs_in(Path(runs_dir))]
+    if not names:
+        raise ConfigError(f"{what}; {runs_dir} has none either; {_TRAIN_FIRST}")
+    near = difflib.get_close_matches(Path(name_or_path).name, names, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    listed = ", ".join([*names[:_MOST_NAMED], *(["…"] if len(names) > _MOST_NAMED else [])])
+    raise ConfigError(f"{what}; {hint}{runs_dir} has {listed}")
+
+
+def newest_run(runs_dir: str | Path) -> Path:
+    """The run that was started or resumed last.
+
+    Args:
+        runs_dir: The folder of runs.
 
     Raises:
         ConfigError: There is no run.
     """
+    runs = _runs_in(Path(runs_dir))
+    if not runs:
+        raise ConfigError(f"no run in {runs_dir}; {_TRAIN_FIRST}")
+    return runs[0]
+
+
+def _runs_in(runs_dir: Path) -> list[Path]:
+    """The folders of all runs, without the private ones; the one started last comes first."""
     runs = [
         file.parent
-        for file in Path(output_dir).glob(f"*/{CONFIG_FILE}")
+        for file in runs_dir.glob(f"*/{CONFIG_FILE}")
         if not file.parent.name.endswith(".private")
     ]
-    if not runs:
-        raise ConfigError(f"no run in {output_dir}; run `pfm train` first")
-    return max(runs, key=lambda folder: (_started_ns(folder), folder.name))
+    return sorted(runs, key=lambda folder: (_started_ns(folder), folder.name), reverse=True)
 
 
 def _started_ns(folder: Path) -> int:

@@ -1,11 +1,20 @@
-"""Publishing what a run exported."""
+"""Publishing what a run exported: while it trains, at its end, or later."""
 
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
+from pfm_llm.base.errors import HubError
 from pfm_llm.config.schema import load_config
-from pfm_llm.publish.publishing import PublishRequest
-from pfm_llm.runs.folders import CONFIG_FILE, RunFolders
+from pfm_llm.protocol.types import SharedState
+from pfm_llm.publish.artefact import Parent
+from pfm_llm.publish.export import Exported, export_shared_adapter, trained_from
+from pfm_llm.publish.publishing import PublishRequest, publish
+from pfm_llm.runs.folders import CONFIG_FILE, RunFolders, find_run
+from pfm_llm.runs.run import Run, Trained
+
+_log = logging.getLogger(__name__)
 
 
 def request_of(
@@ -23,9 +32,69 @@ def request_of(
         ConfigError: There is no run.
     """
     # The private folder lies beside the run itself, not beside a link to it.
-    folders = RunFolders.of(run.resolve())
+    folders = RunFolders.of(find_run(run, run.parent).resolve())
     private_root: Path | None = folders.private
     if not folders.private.is_dir():
-        config = load_config(run / CONFIG_FILE)
+        config = load_config(folders.public / CONFIG_FILE)
         private_root = folders.private if config.adapters.private.enabled else None
     return PublishRequest(exported or folders.shared_adapter, private_root, repo, **options)
+
+
+def exported_of(run: Run, trained: Trained) -> Exported:
+    """What `export_shared_adapter` takes of a run; its config records the private weight."""
+    config, started = run.config, run.config.init_from
+    parents: tuple[Parent, ...] = ()
+    if run.artefact is not None and started is not None:
+        parents = (trained_from(run.artefact, started.adapter, started.revision),)
+    private = config.adapters.private.model_copy(update={"weight": trained.private_weight})
+    adapters = config.adapters.model_copy(update={"private": private})
+    recorded = config.model_copy(update={"adapters": adapters})
+    return Exported(recorded, run.model, run.data.interactions.catalogue, parents)
+
+
+def push_when_due(run: Run, shared: SharedState) -> None:
+    """Publish a committed round; a Hub that fails costs the push, not the run."""
+    wanted, round_number = run.config.push_to_hub, shared.round_number
+    is_last = round_number == run.config.federation.num_rounds
+    if wanted is None or not wanted.every or round_number % wanted.every or is_last:
+        return
+    with run.processes.together():
+        if not run.processes.is_main:
+            return
+        exported = run.folders.private / "pushed"
+        export_shared_adapter(exported_of(run, run.as_set(shared)), exported, shared)
+        try:
+            published = publish(_request(run, exported))
+            _log.info("round %d is at %s", round_number, published.pushed.url)
+        except HubError as error:
+            _log.warning("round %d was not pushed, training goes on: %s", round_number, error)
+        finally:
+            shutil.rmtree(exported, ignore_errors=True)
+
+
+def push_finished(run: Run) -> None:
+    """Publish the finished run, if its config says so.
+
+    Raises:
+        HubError: It could not be pushed; the message says how to push it later.
+    """
+    wanted = run.config.push_to_hub
+    if wanted is None:
+        return
+    with run.processes.together():
+        if not run.processes.is_main:
+            return
+        try:
+            published = publish(_request(run, tag=wanted.tag))
+        except HubError as error:
+            raise HubError(
+                f"{error}\nThe run is complete; push it later with pfm push "
+                f"--run {run.folders.public} --repo {wanted.repo}"
+            ) from error
+        _log.info("the shared adapter is at %s", published.pushed.url)
+
+
+def _request(run: Run, exported: Path | None = None, tag: str | None = None) -> PublishRequest:
+    wanted = run.config.push_to_hub
+    assert wanted is not None
+    return request_of(run.folders.public, wanted.repo, exported, private=wanted.private, tag=tag)

@@ -1,34 +1,21 @@
 """The end of a run: every mode and baseline measured, and everything that a run leaves."""
 
 import dataclasses
-import functools
+import logging
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
-from pfm_llm.base.processes import Processes
-from pfm_llm.base.progress import Progress
-from pfm_llm.config.choices import Task
-from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.config.settings import like_threshold
-from pfm_llm.config.settle import known
-from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import comparison, evaluator, ranking, tables
-from pfm_llm.evaluation.baselines import FittedBaseline, fit_baselines
-from pfm_llm.evaluation.candidates import sample_negatives
-from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured, UserVectors
-from pfm_llm.evaluation.metrics import RANK_METRICS, per_user
-from pfm_llm.evaluation.ranking import Ranks
+from pfm_llm.evaluation import comparison, tables
+from pfm_llm.evaluation.baselines import FittedBaseline
+from pfm_llm.evaluation.evaluator import Measured
 from pfm_llm.evaluation.results import ResultRow, write_results
-from pfm_llm.protocol.types import Mode, SharedState
-from pfm_llm.publish.artefact import Parent
-from pfm_llm.publish.export import PLOTS_FOLDER, Exported, export_shared_adapter, trained_from
-from pfm_llm.runs import plots
+from pfm_llm.protocol.types import Mode
+from pfm_llm.publish.export import PLOTS_FOLDER, export_shared_adapter
+from pfm_llm.runs import plots, summary
 from pfm_llm.runs.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
@@ -36,205 +23,74 @@ from pfm_llm.runs.folders import (
     TABLE_FILE,
     RunFolders,
 )
-from pfm_llm.runs.run import Assembly
+from pfm_llm.runs.measuring import (
+    evaluation_task,
+    fit_run_baselines,
+    measure,
+    quality_of,
+    rank_baselines,
+    rows_of,
+)
+from pfm_llm.runs.publication import exported_of
+from pfm_llm.runs.run import Run, Trained
+from pfm_llm.runs.summary import COMPARISONS, GAINS, PRIVATE_WEIGHT
 
-COMPARISONS = "comparisons"
-"""Key of ``results.json``: rows of differences, as `comparison.rows_over` makes them."""
-_POOLED = "pooled data"
-_HEADLINE_K = 10
-
-
-def evaluation_task(
-    assembly: Assembly,
-    held_out: HeldOut,
-    shared: SharedState,
-    modes: Sequence[Mode] = OUR_MODES,
-    keep: bool = False,
-) -> EvaluationTask:
-    """What `measure` takes: our modes on a split; see `EvaluationTask`."""
-    config = assembly.config
-    threshold = like_threshold(config)
-    return EvaluationTask(
-        held_out=held_out,
-        negatives=sample_negatives(
-            held_out, assembly.parts.model.num_items, config.evaluation.num_negatives, config.seed
-        ),
-        shared=shared,
-        parts=evaluator.parts_of(modes, config.adapters.private.weight),
-        keep=keep,
-        liked=None if threshold is None else held_out.liked(threshold),
-    )
-
-
-def validation_task(
-    assembly: Assembly, shared: SharedState, modes: Sequence[Mode]
-) -> EvaluationTask:
-    """`evaluation_task` on the sample of validation that choices are made on."""
-    config = assembly.config
-    held_out = evaluator.sample_users(
-        assembly.corpus.split.validation, config.evaluation.max_users, config.seed
-    )
-    return evaluation_task(assembly, held_out, shared, modes)
-
-
-def measure(
-    assembly: Assembly,
-    processes: Processes,
-    task: EvaluationTask,
-    known: MutableMapping[tuple[str, ...], UserVectors] | None = None,
-) -> Measured:
-    """Evaluate, each process its share of the clients; the result is equal on every process.
-
-    Args:
-        assembly: The run's objects.
-        processes: Who works on it.
-        task: What to rank with what.
-        known: By chunk, what earlier calls on the same split and shared state have read out.
-    """
-    chunks = assembly.evaluator.chunks(task, assembly.config.runtime.tokens_per_chunk)
-    found = []
-    total = sum(map(len, chunks))
-    show = Progress(total, f"evaluating on {task.held_out.name}", processes.is_main)
-    with processes.together(), show as progress:
-        for index, chunk in processes.share(chunks):
-            read = None if known is None else known[chunk]
-            found.append((index, assembly.evaluator.rank_chunk(chunk, task, None, read)))
-            progress.update(min(len(chunk) * processes.count, total - progress.count))
-    return evaluator.combine(processes.gather(found))
+_log = logging.getLogger(__name__)
 
 
 def evaluate_and_report(
-    assembly: Assembly,
-    folders: RunFolders,
-    processes: Processes,
-    shared: SharedState,
+    run: Run,
+    trained: Trained,
     training_seconds: float | None,
     against: Sequence[Path] = (),
 ) -> None:
     """The final evaluation of every mode and baseline, and everything that a run leaves.
 
     Args:
-        assembly: The run's objects.
-        folders: Where it is.
-        processes: Who works on it.
-        shared: The shared state at hand.
+        run: The run.
+        trained: What training left.
         training_seconds: Of the last start; None: nothing was trained.
         against: Result files of trained baselines, to be compared with as the run's own are.
     """
-    config = assembly.config
-    modes = [
-        mode
-        for mode in OUR_MODES
-        if config.adapters.private.enabled or mode in (Mode.ZERO_SHOT, Mode.SHARED_ONLY)
-    ]
+    config = run.config
     started = time.perf_counter()
-    splits = [getattr(assembly.corpus.split, name.value) for name in config.evaluation.splits]
-    tasks = [evaluation_task(assembly, held_out, shared, modes, keep=True) for held_out in splits]
+    splits = [getattr(run.data.split, name.value) for name in config.evaluation.splits]
+    tasks = [evaluation_task(run, trained, held_out, keep=True) for held_out in splits]
     others = [comparison.read_references(against, config, one.name) for one in splits]
-    measured = [measure(assembly, processes, task) for task in tasks]
-    with processes.together():
-        if not processes.is_main:
+    measured = [measure(run, task) for task in tasks]
+    with run.processes.together():
+        if not run.processes.is_main:
             return
         rows: list[ResultRow] = []
+        gains: list[ResultRow] = []
         comparisons: list[ResultRow] = []
-        baselines = fit_run_baselines(assembly)
-        for task, found, trained in zip(tasks, measured, others, strict=True):
-            fitted = rank_baselines(baselines, task)
-            rows += rows_of(assembly, task, found, fitted)
-            references = comparison.ranked_references(fitted) + trained
-            comparisons += comparison.rows_over(config, task.held_out.name, found.ranks, references)
-        costs = _costs(assembly, folders, measured[0], training_seconds)
+        baselines = fit_run_baselines(run)
+        for task, found, other in zip(tasks, measured, others, strict=True):
+            split, fitted = task.held_out.name, rank_baselines(baselines, task)
+            rows += rows_of(run, task, found, fitted)
+            gains += comparison.gain_rows(config, split, found.ranks, found.aucs)
+            references = comparison.ranked_references(fitted) + other
+            comparisons += comparison.rows_over(config, split, found.ranks, references)
+        costs = _costs(run, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
-        _write_report(folders, config, rows, comparisons, costs, baselines)
-        _draw(folders, measured[-1])
-        folder = folders.shared_adapter
-        export_shared_adapter(exported_model(assembly), folder, shared, rows)
+        extra = _extra(run, trained, baselines) | {"costs": costs}
+        _write_report(run, rows, {GAINS: gains, COMPARISONS: comparisons}, extra)
+        _draw(run.folders, measured[-1])
+        exported, folder = exported_of(run, trained), run.folders.shared_adapter
+        export_shared_adapter(exported, folder, trained.shared, rows)
+        for line in summary.of_run(run.folders.public):
+            _log.info("%s", line)
 
 
-def exported_model(assembly: Assembly) -> Exported:
-    """What `export_shared_adapter` takes of a run."""
-    artefact, started = assembly.artefact, assembly.config.init_from
-    parents: tuple[Parent, ...] = ()
-    if artefact is not None and started is not None:
-        parents = (trained_from(artefact, started.adapter, started.revision),)
-    catalogue = assembly.corpus.interactions.catalogue
-    return Exported(assembly.config, assembly.parts, catalogue, parents)
-
-
-def fit_run_baselines(assembly: Assembly) -> list[FittedBaseline]:
-    """The config's baselines, fitted on train and chosen on validation."""
-    train = assembly.corpus.split.train.interactions
-    return fit_baselines(
-        assembly.config.evaluation.baselines,
-        [train.history(user) for user in range(train.num_users)],
-        assembly.parts.model.num_items,
-        assembly.corpus.split.validation,
-    )
-
-
-def rank_baselines(baselines: Sequence[FittedBaseline], task: EvaluationTask) -> dict[str, Ranks]:
-    """Name of each baseline to its ranks of the task's targets."""
-    return {
-        baseline.name.value: ranking.rank_baseline(baseline, task.held_out, task.negatives)
-        for baseline in baselines
-    }
-
-
-def rows_of(
-    assembly: Assembly,
-    task: EvaluationTask,
-    measured: Measured,
-    baselines: Mapping[str, Ranks],
-) -> list[ResultRow]:
-    """Rows for ``results.json``: of the baselines, and of every mode that was measured."""
-    config = assembly.config
-    held_out, round_number = task.held_out, task.shared.round_number
-    cohort = known(config.federation.cohort_size)
-    circumstances = functools.partial(
-        ResultRow, protocol=config.data.split.value, split=held_out.name, seed=config.seed
-    )
-    rows: list[ResultRow] = []
-    for name, ranks in baselines.items():
-        describe = functools.partial(
-            circumstances,
-            method=name,
-            mode=Mode.NONE.value,
-            budget=_POOLED,
-            task=Task.NEXT_ITEM.value,
-        )
-        rows += ranking.result_rows(ranks, describe, config.evaluation, config.seed)
-    for mode, ranks in measured.ranks.items():
-        trained = mode is not Mode.ZERO_SHOT
-        describe = functools.partial(
-            circumstances,
-            method=config.method.value,
-            mode=mode.value,
-            budget=f"{round_number} rounds x {cohort} clients" if trained else "no training",
-            regime=(config.regime or "") if trained else "",
-        )
-        next_item = functools.partial(describe, task=Task.NEXT_ITEM.value)
-        rows += ranking.result_rows(ranks, next_item, config.evaluation, config.seed)
-        if mode in measured.aucs:
-            like = functools.partial(describe, task=Task.LIKE.value)
-            aucs = measured.aucs[mode]
-            rows.append(ranking.auc_row(aucs, like, config.evaluation, config.seed))
-    return rows
-
-
-def _costs(
-    assembly: Assembly,
-    folders: RunFolders,
-    evaluated: Measured,
-    training_seconds: float | None,
-) -> dict[str, Any]:
-    records = MetricsLog(folders.public / METRICS_FILE).read()
+def _costs(run: Run, evaluated: Measured, training_seconds: float | None) -> dict[str, Any]:
+    records = MetricsLog(run.folders.public / METRICS_FILE).read()
     clients = sum(record["num_clients"] for record in records)
-    local = assembly.config.federation.local
+    local = run.config.federation.local
     return {
         "rounds": len(records),
         "client_rounds": clients,
         "shared_client_steps": clients * local.shared_local_steps,
-        "private_client_steps": clients * assembly.trainer.round_work().private_steps,
+        "private_client_steps": clients * run.clients.trainer.round_work().private_steps,
         "bytes_up": sum(record["bytes_up"] for record in records),
         "bytes_down": sum(record["bytes_down"] for record in records),
         "refused_updates": sum(record["refused"] for record in records),
@@ -243,34 +99,41 @@ def _costs(
         "training_seconds_of_last_start": training_seconds,
         "personalise_client_steps": evaluated.private_steps,
         "share_of_users_with_private_adapter": evaluated.num_personalised / evaluated.num_users,
-        "shared_numbers": sum(t.numel() for t in assembly.parts.shared.tensors.values()),
+        "shared_numbers": sum(t.numel() for t in run.model.shared.tensors.values()),
     }
 
 
-def _write_report(
-    folders: RunFolders,
-    config: ExperimentConfig,
-    rows: Sequence[ResultRow],
-    comparisons: Sequence[ResultRow],
-    costs: Mapping[str, Any],
-    baselines: Sequence[FittedBaseline],
-) -> None:
-    extra = {
-        COMPARISONS: [dataclasses.asdict(row) for row in comparisons],
-        "config": config.model_dump(mode="json"),
-        "environment": files.read_json(folders.public / ENVIRONMENT_FILE),
-        "costs": costs,
+def _extra(run: Run, trained: Trained, baselines: Sequence[FittedBaseline]) -> dict[str, Any]:
+    """What ``results.json`` says beside what was measured."""
+    found: dict[str, Any] = {
+        "config": run.config.model_dump(mode="json"),
+        "environment": files.read_json(run.folders.public / ENVIRONMENT_FILE),
         "baselines": {
             b.name.value: {**b.hyperparameters, "validation_ndcg@10": b.validation_ndcg}
             for b in baselines
         },
     }
-    write_results(folders.public / RESULTS_FILE, rows, extra)
+    if run.config.adapters.private.enabled:
+        found[PRIVATE_WEIGHT] = trained.private_weight
+    return found
+
+
+def _write_report(
+    run: Run,
+    rows: Sequence[ResultRow],
+    differences: Mapping[str, Sequence[ResultRow]],
+    extra: Mapping[str, Any],
+) -> None:
+    as_trees = {key: list(map(dataclasses.asdict, found)) for key, found in differences.items()}
+    write_results(run.folders.public / RESULTS_FILE, rows, {**as_trees, **extra})
+    evaluated = run.config.evaluation
     texts = [
-        tables.results_table(rows, split.value, confidence=config.evaluation.confidence)
-        for split in config.evaluation.splits
+        tables.results_table(rows, split.value, confidence=evaluated.confidence)
+        for split in evaluated.splits
     ]
-    files.write_text(folders.public / TABLE_FILE, "\n".join(texts))
+    paired = [row for found in differences.values() for row in found]
+    texts.append(summary.differences_table(paired, evaluated.confidence))
+    files.write_text(run.folders.public / TABLE_FILE, "\n".join(texts))
 
 
 def _draw(folders: RunFolders, measured: Measured) -> None:
@@ -279,12 +142,7 @@ def _draw(folders: RunFolders, measured: Measured) -> None:
     plots.plot_loss(records, plots_folder / "loss.png")
     plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png")
     if Mode.SHARED_PRIVATE in measured.ranks:
-        gain = user_values(measured.ranks[Mode.SHARED_PRIVATE]) - user_values(
-            measured.ranks[Mode.SHARED_ONLY]
+        own, shared = (
+            quality_of(measured, mode, "ndcg") for mode in (Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)
         )
-        plots.plot_user_gain(gain, plots_folder / "user_gain.png")
-
-
-def user_values(ranks: Ranks, metric: str = "ndcg", k: int = _HEADLINE_K) -> np.ndarray:
-    """A metric per user, float64 [users], users ascending."""
-    return per_user(RANK_METRICS[metric](ranks.full, k), ranks.users)[0]
+        plots.plot_user_gain(own - shared, plots_folder / "user_gain.png")

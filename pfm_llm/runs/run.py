@@ -1,8 +1,11 @@
-"""From a config to the objects of an experiment: what training, evaluation and serving share."""
+"""A run as one value: the objects that training, evaluation and serving share, wired."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pfm_llm.base.errors import CheckpointError
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
@@ -12,15 +15,18 @@ from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import like_threshold
 from pfm_llm.config.settle import settle
 from pfm_llm.data.interactions import Interactions
-from pfm_llm.data.partition import partition, trainable
+from pfm_llm.data.partition import Client, partition, trainable
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
-from pfm_llm.data.splits import Split, split_interactions
+from pfm_llm.data.splits import Split, TrainData, split_interactions
 from pfm_llm.evaluation.evaluator import Evaluator
 from pfm_llm.model.build import ModelParts, build_model
+from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.alignment import start_from
 from pfm_llm.publish.artefact import Artefact, read_artefact
 from pfm_llm.runs.folders import RunFolders
+from pfm_llm.server.checkpoint import CheckpointStore
+from pfm_llm.server.server import Server
 
 _BYTES_PER_GB = 10**9
 
@@ -41,30 +47,108 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """The objects of an experiment, wired.
+class Clients:
+    """The simulated clients.
 
     Attributes:
-        config: The experiment.
-        corpus: Its data.
-        parts: The model over its catalogue.
-        artefact: The published adapter that it started from, if it did.
-        histories: The clients and their windows.
-        cache: Trunk states.
-        store: The clients' private folders.
-        trainer: Local training.
-        evaluator: Ranking.
+        histories: What each of them holds, with its training windows.
+        cache: Trunk states of their windows.
+        store: Their private folders.
+        trainer: Their local training.
     """
 
-    config: ExperimentConfig
-    corpus: Corpus
-    parts: ModelParts
-    artefact: Artefact | None
     histories: ClientHistories
     cache: TrunkCache
     store: PrivateStore
     trainer: LocalTrainer
-    evaluator: Evaluator
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves.
+
+    Attributes:
+        shared: The shared state.
+        private_weight: How strongly the private part counts: as the config sets it, or as
+            validation chose it.
+    """
+
+    shared: SharedState
+    private_weight: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """An experiment, wired. Nothing in it changes from round to round; see `Trained`.
+
+    Attributes:
+        config: The experiment.
+        folders: Where its files are.
+        processes: Who works on it.
+        data: Its interactions and their split.
+        model: The model over its catalogue.
+        clients: The simulated clients.
+        artefact: The published adapter that it started from, if it did.
+    """
+
+    config: ExperimentConfig
+    folders: RunFolders
+    processes: Processes
+    data: Corpus
+    model: ModelParts
+    clients: Clients
+    artefact: Artefact | None = None
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """Ranks the held-out items of the clients."""
+        clients, model = self.clients, self.model
+        return Evaluator(
+            model.model,
+            clients.trainer,
+            clients.histories,
+            model.encoder,
+            clients.cache,
+            clients.store,
+        )
+
+    @property
+    def checkpoints(self) -> CheckpointStore:
+        """The committed rounds."""
+        return CheckpointStore(self.folders.server)
+
+    def new_server(self) -> Server:
+        """The server before round 1."""
+        return Server(
+            self.model.table,
+            self.model.contract,
+            self.clients.histories.trainable,
+            self.config.federation,
+            self.config.seed,
+            self.model.shared,
+        )
+
+    def committed(self, round_number: int | None = None) -> SharedState:
+        """The shared state of a committed round.
+
+        Args:
+            round_number: A round that is kept; None: the newest.
+
+        Raises:
+            CheckpointError: Nothing was ever committed, or the round is not kept.
+        """
+        checkpoint = self.checkpoints.load(round_number)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{self.folders.public} has no committed round; run `pfm train --resume` first"
+            )
+        server = self.new_server()
+        server.load_state_tensors(checkpoint.tensors, checkpoint.round_number)
+        return server.shared
+
+    def as_set(self, shared: SharedState) -> Trained:
+        """A shared state, with the private part at the weight that the config sets."""
+        return Trained(shared, self.config.adapters.private.weight)
 
 
 def load_corpus(config: ExperimentConfig) -> Corpus:
@@ -73,20 +157,20 @@ def load_corpus(config: ExperimentConfig) -> Corpus:
     return Corpus(interactions, report, split_interactions(interactions, config.data))
 
 
-def settled(config: ExperimentConfig, corpus: Corpus) -> ExperimentConfig:
+def settled(config: ExperimentConfig, data: Corpus) -> ExperimentConfig:
     """A config with the settings that follow from its data; see `settle`."""
-    clients = partition(corpus.interactions, config.data.users_per_client, config.seed)
-    return settle(config, len(trainable(clients, corpus.split.train)))
+    clients = partition(data.interactions, config.data.users_per_client, config.seed)
+    return settle(config, len(trainable(clients, data.split.train)))
 
 
 def assemble(
-    config: ExperimentConfig, corpus: Corpus, folders: RunFolders, processes: Processes
-) -> Assembly:
+    config: ExperimentConfig, data: Corpus, folders: RunFolders, processes: Processes
+) -> Run:
     """Wire the objects of an experiment.
 
     Args:
         config: The experiment.
-        corpus: From `load_corpus`.
+        data: From `load_corpus`.
         folders: Where private states and caches go.
         processes: For the device.
 
@@ -95,45 +179,58 @@ def assemble(
         BackboneError: The model cannot be had or adapted.
         ArtefactError: The adapter to start from does not fit.
     """
-    interactions = corpus.interactions
+    interactions = data.interactions
     artefact = read_artefact(folders.initial_adapter) if config.init_from else None
     catalogue = interactions.catalogue
     start = start_from(artefact, catalogue)[0] if artefact else None
-    parts = build_model(config, catalogue, interactions.ratings, processes.device, start)
-    store = PrivateStore(folders.private)
-    cache = _trunk_cache(config, parts, folders.private, processes.count)
-    clients = partition(interactions, config.data.users_per_client, config.seed)
-    histories = ClientHistories(
-        clients, corpus.split.train, parts.encoder, cache, like_threshold(config)
+    model = build_model(config, catalogue, interactions.ratings, processes.device, start)
+    clients = make_clients(
+        config,
+        model,
+        partition(interactions, config.data.users_per_client, config.seed),
+        data.split.train,
+        _trunk_cache(config, model, folders.private, processes.count),
+        PrivateStore(folders.private),
     )
-    trainer = make_trainer(config, parts, histories, store)
-    return Assembly(
-        config=config,
-        corpus=corpus,
-        parts=parts,
-        artefact=artefact,
-        histories=histories,
-        cache=cache,
-        store=store,
-        trainer=trainer,
-        evaluator=Evaluator(parts.model, trainer, histories, parts.encoder, cache, store),
-    )
+    return Run(config, folders, processes, data, model, clients, artefact)
+
+
+def make_clients(
+    config: ExperimentConfig,
+    model: ModelParts,
+    members: Sequence[Client],
+    train: TrainData,
+    cache: TrunkCache,
+    store: PrivateStore,
+) -> Clients:
+    """Clients that hold some training data.
+
+    Args:
+        config: The experiment.
+        model: What they train.
+        members: Who they are, and whose data each holds.
+        train: All of the training data.
+        cache: Where their trunk states go.
+        store: Where their private states go.
+    """
+    histories = ClientHistories(members, train, model.encoder, cache, like_threshold(config))
+    return Clients(histories, cache, store, make_trainer(config, model, histories, store))
 
 
 def make_trainer(
-    config: ExperimentConfig, parts: ModelParts, histories: ClientHistories, store: PrivateStore
+    config: ExperimentConfig, model: ModelParts, histories: ClientHistories, store: PrivateStore
 ) -> LocalTrainer:
     """Local training of a model on some clients' histories."""
-    return LocalTrainer(config, parts.model, histories, store, parts.contract)
+    return LocalTrainer(config, model.model, histories, store, model.contract)
 
 
 def _trunk_cache(
-    config: ExperimentConfig, parts: ModelParts, private_folder: Path, num_processes: int
+    config: ExperimentConfig, model: ModelParts, private_folder: Path, num_processes: int
 ) -> TrunkCache:
-    backbone = parts.backbone
+    backbone = model.backbone
     root = Path(config.cache.dir).expanduser() if config.cache.dir else private_folder
     return TrunkCache(
-        parts.trunk,
+        model.trunk,
         root / "clients",
         identity=f"{backbone.weights_hash}/{backbone.dtype}/{config.adapters.num_layers}",
         max_bytes=int(config.cache.max_gb * _BYTES_PER_GB),

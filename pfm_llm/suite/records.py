@@ -12,11 +12,9 @@ from typing import Any
 from pfm_llm.base.errors import DataError, TrainingError
 from pfm_llm.config.schema import ExperimentConfig, training_hash
 from pfm_llm.config.settle import settle
-from pfm_llm.evaluation.results import ResultRow, read_results, write_results
+from pfm_llm.evaluation.results import FULL, ResultRow, judged_mode, read_results, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.plan import POPULARITY, VALIDATION, Plan, Point, SelectConfig, SuiteRun
-
-_FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,6 @@ def read_record(point: Point) -> Record:
     return Record(tuple(rows), *kept)
 
 
-def mode_of(config: ExperimentConfig) -> Mode:
-    """The mode that a method is judged by: all that it trains."""
-    return Mode.SHARED_PRIVATE if config.adapters.private.enabled else Mode.SHARED_ONLY
-
-
 @dataclass(frozen=True)
 class Choice:
     """The experiment of a run with the best figure.
@@ -108,7 +101,7 @@ def choose(run: SuiteRun, records: Sequence[Record], select: SelectConfig) -> Ch
         DataError: A record lacks the figure that chooses.
     """
     figures = tuple(
-        None if record.failed else _figure(record.rows, select, mode_of(point.config), point)
+        None if record.failed else _figure(record.rows, select, point)
         for point, record in zip(run.points, records, strict=True)
     )
     learned = [index for index, figure in enumerate(figures) if figure is not None]
@@ -218,7 +211,8 @@ def _settings(config: ExperimentConfig, record: Record) -> dict[str, Any]:
     }
 
 
-def _figure(rows: Iterable[ResultRow], select: SelectConfig, mode: Mode, point: Point) -> float:
+def _figure(rows: Iterable[ResultRow], select: SelectConfig, point: Point) -> float:
+    mode = judged_mode(point.config.adapters.private.enabled)
     found = [row.value for row in _matching(rows, select, mode)]
     if len(found) != 1:
         raise DataError(
@@ -233,7 +227,7 @@ def _matching(rows: Iterable[ResultRow], select: SelectConfig, mode: Mode) -> li
         row
         for row in rows
         if (row.split, row.candidates, row.metric, row.k, row.task, row.mode)
-        == (VALIDATION, _FULL, select.metric, select.k, select.task, mode)
+        == (VALIDATION, FULL, select.metric, select.k, select.task, mode)
     ]
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import itertools
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,18 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from pfm_llm.base import files
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.schema import load_config, training_hash
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.head import context_vectors, score_items, user_vectors
 from pfm_llm.publish.artefact import read_head
-from pfm_llm.runs.experiment import load_shared, run_experiment
-from pfm_llm.runs.folders import RunFolders
-from pfm_llm.runs.run import assemble, load_corpus
+from pfm_llm.runs import summary
+from pfm_llm.runs.experiment import evaluate_run, open_run, run_experiment
+from pfm_llm.runs.run import load_corpus
 from tests.support.leaks import files_below
 from tests.support.scripts import run_script
-from tests.support.tiny import Tiny, alone, leftovers, metrics_of, results_of
+from tests.support.tiny import Tiny, leftovers, metrics_of, results_of
 
 MODES = ("zero_shot", "shared_only", "private_only", "shared_private")
 BASELINES = ("popularity", "ease", "markov_recency")
@@ -195,13 +197,10 @@ def plain_peft(run: Path, tiny: Tiny) -> Any:
 
 
 def test_adapter_loads_by_plain_peft_to_equal_hidden_states(finished: Path, tiny: Tiny) -> None:
-    config = load_config(finished / "config.yaml")
-    folders = RunFolders.of(finished)
-    assembly = assemble(config, load_corpus(config), folders, alone())
-    shared = load_shared(assembly, folders)
-    ours = assembly.parts.adapter.peft_model().eval()
-    assembly.parts.adapter.load_shared(ours, shared.tensors)
-    window = assembly.parts.encoder.query_window(assembly.corpus.interactions.history_of(0))
+    opened, trained = open_run(finished)
+    ours = opened.model.adapter.peft_model().eval()
+    opened.model.adapter.load_shared(ours, trained.shared.tensors)
+    window = opened.model.encoder.query_window(opened.data.interactions.history_of(0))
     tokens = torch.from_numpy(window.tokens).long()[None]
     plain = plain_peft(finished, tiny)
     with torch.no_grad():
@@ -217,14 +216,12 @@ def test_adapter_loads_by_plain_peft_to_equal_hidden_states(finished: Path, tiny
 def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny.config(tmp_path, head__item_ids="output", federation__server__lr_lora=0.02)
     run = run_experiment(config)
-    folders = RunFolders.of(run)
-    assembly = assemble(config, load_corpus(config), folders, alone())
-    shared = load_shared(assembly, folders)
-    window = assembly.parts.encoder.query_window(assembly.corpus.interactions.history_of(3))
-    states = assembly.cache.states([window], "user-of-this-test")
+    opened, trained = open_run(run)
+    window = opened.model.encoder.query_window(opened.data.interactions.history_of(3))
+    states = opened.clients.cache.states([window], "user-of-this-test")
     batch = collate([[window]], [states], last_only=True)
-    stacked = assembly.trainer.stack(shared, {}, 1)
-    ours = assembly.parts.model.scores(batch, stacked, Parts(shared_lora=True, private_weight=0.0))
+    stacked = opened.clients.trainer.stack(trained.shared, {}, 1)
+    ours = opened.model.model.scores(batch, stacked, Parts(shared_lora=True, private_weight=0.0))
 
     plain = plain_peft(run, tiny)
     head, normaliser = read_head(run / "shared_adapter")
@@ -232,10 +229,10 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
         tokens = torch.from_numpy(window.tokens).long()[None]
         hidden = plain(input_ids=tokens, output_hidden_states=True).hidden_states[-1][:, -1]
         items = torch.from_numpy(window.items).long()[None]
-        context = context_vectors(head, items, assembly.parts.model.item_texts)
+        context = context_vectors(head, items, opened.model.model.item_texts)
         assert context is not None
         vectors = user_vectors(head, normaliser(hidden), None, context[:, -1])
-        theirs = score_items(head, vectors, assembly.parts.model.item_texts)
+        theirs = score_items(head, vectors, opened.model.model.item_texts)
     assert torch.allclose(theirs, ours, atol=1e-5)
 
 
@@ -384,3 +381,42 @@ def test_the_difference_to_each_baseline_is_paired_and_beside_the_rows(finished:
         expected = values[row["split"], "custom", "shared_private"] - theirs
         assert row["value"] == pytest.approx(expected, abs=1e-12)
         assert row["ci_low"] <= row["value"] <= row["ci_high"]
+
+
+def test_the_gain_of_the_private_part_is_paired_and_beside_the_rows(finished: Path) -> None:
+    content = results_of(finished)
+    found = [(row["split"], row["metric"]) for row in content["gains"]]
+    gains = ("gain_log_rank", "gain_ndcg")
+    assert found == [(split, gain) for split in ("validation", "test") for gain in gains]
+    values = {
+        (r["split"], r["mode"]): r["value"]
+        for r in content["rows"]
+        if (r["candidates"], r["metric"], r["k"]) == ("full", "ndcg", 10)
+    }
+    for row in content["gains"]:
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+        if row["metric"] == "gain_ndcg":
+            of_split = [values[row["split"], mode] for mode in ("shared_private", "shared_only")]
+            assert row["value"] == pytest.approx(of_split[0] - of_split[1], abs=1e-12)
+    assert content["private_weight"] == 1.0
+    table = (finished / "results.md").read_text()
+    assert "| test | gain_ndcg |" in table
+    assert "| test | ndcg_over_ease |" in table
+
+
+def test_a_run_ends_with_what_it_found_and_how_to_see_more(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "pfm_llm.runs.report"):
+        evaluate_run(copied)
+    said = [r.getMessage() for r in caplog.records if r.name == "pfm_llm.runs.report"]
+    assert said == summary.of_run(copied)
+    assert [line for line in said if "the private part adds" in line]
+    for name in BASELINES:
+        assert [line for line in said if f"than {name}:" in line or f"from {name}:" in line]
+    assert said[-2].endswith(f"pfm recommend --run {copied} --user ID --compare")
+
+
+def test_a_run_that_is_not_there_is_answered_with_those_that_are(copied: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no run at .*tiny-typo; .* has tiny"):
+        evaluate_run(copied.with_name("tiny-typo"))

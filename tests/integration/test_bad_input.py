@@ -333,7 +333,7 @@ def test_script_says_one_message_and_exits_with_2(
         ("fed_train.py", ["--config", "CONFIG", "--set", "seed"], "expected dotted.key=value"),
         ("fed_train.py", ["--config", "CONFIG", "--set", "seed=x"], "seed: Input should be"),
         ("fed_train.py", ["--config", "CONFIG", "--resume"], "no run at"),
-        ("evaluate.py", ["--run", "/none"], "error: cannot read config /none/config.yaml"),
+        ("evaluate.py", ["--run", "/none"], "error: no run at /none; "),
         ("evaluate.py", ["--runs", "RUNS"], "error: "),
         ("recommend.py", ["--runs", "RUNS", "--user", "u1"], "error: "),
         ("recommend.py", [], "--user"),

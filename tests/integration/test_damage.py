@@ -72,7 +72,7 @@ def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> Non
     [
         ("server/commit.json", "{", CorruptFileError, r"commit\.json is damaged.*start again"),
         ("server/commit.json", None, CheckpointError, r"no committed round; run .*--resume"),
-        ("config.yaml", None, ConfigError, r"cannot read config .*config\.yaml"),
+        ("config.yaml", None, ConfigError, r"is no run: it has no config\.yaml"),
         ("config.yaml", "name: [", ConfigError, r"config\.yaml: not valid YAML"),
         ("metrics.jsonl", "{}\n{}\n", CorruptFileError, r"metrics\.jsonl, line 1.*delete the line"),
         ("environment.json", "{", CorruptFileError, r"environment\.json is not valid JSON"),

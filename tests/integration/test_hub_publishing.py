@@ -22,7 +22,6 @@ from pfm_llm.base.errors import (
     PrivateLeakError,
     StorageError,
 )
-from pfm_llm.config.schema import load_config
 from pfm_llm.publish import hub as the_hub
 from pfm_llm.publish import signing
 from pfm_llm.publish.artefact import (
@@ -35,10 +34,9 @@ from pfm_llm.publish.artefact import (
     read_artefact,
 )
 from pfm_llm.publish.publishing import PublishRequest, plan, publish, stage
-from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.experiment import open_run, run_experiment
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.publication import request_of
-from pfm_llm.runs.run import assemble, load_corpus
 from tests.support.exports import (
     a_private_state,
     change_tensors,
@@ -58,7 +56,7 @@ from tests.support.exports import (
 from tests.support.hub_double import OWNER, WRITE_TOKEN, HubDouble
 from tests.support.pushes import without_the_hubs
 from tests.support.scripts import run_script
-from tests.support.tiny import Tiny, alone
+from tests.support.tiny import Tiny
 
 __all__ = ["exported", "private", "run"]
 REPO = f"{OWNER}/films"
@@ -273,7 +271,7 @@ def test_without_the_private_store_nothing_is_published(
     shutil.copytree(run, moved)
     with pytest.raises(ArtefactError, match=r"no private store at .*moved\.private"):
         publish(request_of(moved, REPO))
-    with pytest.raises(ConfigError, match="cannot read config"):
+    with pytest.raises(ConfigError, match=r"no run at .*no_run"):
         publish(request_of(tmp_path / "no_run", REPO))
     assert logged_in.requests == []
 
@@ -332,10 +330,9 @@ def test_hub_gets_no_private_adapter_under_the_shared_one_s_names(
 def test_hub_gets_no_private_adapter_that_peft_wrote(
     request_: PublishRequest, run: Path, exported: Path, private: Path, logged_in: HubDouble
 ) -> None:
-    config = load_config(run / "config.yaml")
-    assembly = assemble(config, load_corpus(config), RunFolders.of(run), alone())
+    opened, _ = open_run(run)
     state = a_private_state(private)
-    save_both_with_peft(assembly, state, exported)
+    save_both_with_peft(opened, state, exported)
     assert (exported / "private" / ADAPTER_FILE).is_file()
     with pytest.raises(PrivateLeakError, match=r"private/adapter_model.safetensors of 1 client"):
         publish(dataclasses.replace(request_, exported=exported))
@@ -346,9 +343,9 @@ def test_hub_gets_no_private_adapter_that_peft_wrote(
     # With everything around it that belongs to a shared adapter.
     shutil.copytree(run / "shared_adapter", by_itself, dirs_exist_ok=True)
     for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE):
-        assembly_model = exported / "again"
-        save_both_with_peft(assembly, state, assembly_model)
-        shutil.copy(assembly_model / "private" / name, by_itself / name)
+        both = exported / "again"
+        save_both_with_peft(opened, state, both)
+        shutil.copy(both / "private" / name, by_itself / name)
     seal(by_itself)
     with pytest.raises(PrivateLeakError, match=r"adapter_model\.safetensors"):
         publish(dataclasses.replace(request_, exported=by_itself))

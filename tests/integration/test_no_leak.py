@@ -24,10 +24,10 @@ from pfm_llm.config.choices import SplitKind
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split, TrainData
 from pfm_llm.federation.rounds import run_rounds
-from pfm_llm.runs import report
+from pfm_llm.runs import measuring
 from pfm_llm.runs.experiment import make_federation
 from pfm_llm.runs.folders import RunFolders
-from pfm_llm.runs.run import Assembly, Corpus, assemble, load_corpus
+from pfm_llm.runs.run import Corpus, Run, assemble, load_corpus
 from pfm_llm.text.encoding import NO_TARGET
 from tests.support.leaks import files_below
 from tests.support.tiny import TITLES, Tiny, alone, write_items
@@ -78,19 +78,18 @@ def config_of(
     )
 
 
-def wired(config: ExperimentConfig) -> Assembly:
+def wired(config: ExperimentConfig) -> Run:
     folders = RunFolders.of(Path(config.output.dir) / config.name)
     return assemble(config, load_corpus(config), folders, alone())
 
 
-def trained(config: ExperimentConfig) -> tuple[Assembly, dict[str, torch.Tensor], dict[str, bytes]]:
+def trained(config: ExperimentConfig) -> tuple[Run, dict[str, torch.Tensor], dict[str, bytes]]:
     """After the rounds and nothing else: the server's tensors and the clients' files."""
-    assembly = wired(config)
-    folders = RunFolders.of(Path(config.output.dir) / config.name)
-    federation = make_federation(assembly, folders, alone())
+    run = wired(config)
+    federation = make_federation(run)
     run_rounds(federation, 1, lambda _: {})
-    private = files_below(folders.private)
-    return assembly, federation.server.state_tensors(), private
+    private = files_below(run.folders.private)
+    return run, federation.server.state_tensors(), private
 
 
 def distinct_histories(seed: int = 0) -> dict[str, list[int]]:
@@ -141,14 +140,14 @@ def test_training_gives_the_same_bits_whatever_is_held_out(
         for ratings, others in zip(ours.target_ratings, theirs.target_ratings, strict=True):
             assert (ratings != others).all()
 
-    assembly, server, private = trained(config)
+    run, server, private = trained(config)
     other, other_server, other_private = trained(other_config)
     assert server.keys() == other_server.keys()
     assert all(torch.equal(server[name], other_server[name]) for name in server)
     assert any(name.endswith(".safetensors") and "private.r" in name for name in private)
     assert any("trunk" in name for name in private)  # cache entries are named by their content
     assert private == other_private
-    assert assembly.histories.trainable == other.histories.trainable
+    assert run.clients.histories.trainable == other.clients.histories.trainable
 
 
 def test_another_train_item_does_change_the_bits(tiny: Tiny, tmp_path: Path) -> None:
@@ -166,7 +165,7 @@ def test_another_train_item_does_change_the_bits(tiny: Tiny, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def canaries(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
+def canaries(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Each user's last two items are canaries, so no training may hold any of them."""
     draw = random.Random(1)
     histories = {
@@ -181,8 +180,8 @@ def canaries(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
     return wired(config_of(tiny, tmp_path_factory.mktemp("canaries"), histories, rate))
 
 
-def test_training_windows_hold_the_train_history_and_nothing_else(canaries: Assembly) -> None:
-    corpus, histories = canaries.corpus, canaries.histories
+def test_training_windows_hold_the_train_history_and_nothing_else(canaries: Run) -> None:
+    corpus, histories = canaries.data, canaries.clients.histories
     for user in range(NUM_USERS):
         history = corpus.interactions.history(user)
         windows = histories.windows(histories.client_of(user))
@@ -192,13 +191,13 @@ def test_training_windows_hold_the_train_history_and_nothing_else(canaries: Asse
         assert targets[targets != NO_TARGET].tolist() == history[1:-2].tolist()
         assert not np.isin([*read, *targets], CANARIES).any()
         for window in windows:
-            text = canaries.parts.backbone.tokenizer.decode(window.tokens.tolist())
+            text = canaries.model.backbone.tokenizer.decode(window.tokens.tolist())
             assert "zebra" not in text
             assert len(window.items) == text.count("\n") - 1  # less the header's line
 
 
-def test_validation_reads_train_and_test_reads_validation_too(canaries: Assembly) -> None:
-    corpus = canaries.corpus
+def test_validation_reads_train_and_test_reads_validation_too(canaries: Run) -> None:
+    corpus = canaries.data
     for user in range(NUM_USERS):
         history = corpus.interactions.history(user).tolist()
         validation, test = corpus.split.validation, corpus.split.test
@@ -259,24 +258,24 @@ def held_out_array(item: np.ndarray, arrays: Sequence[np.ndarray]) -> list[np.nd
     return [item for array in arrays if np.shares_memory(item, array)]
 
 
-def test_no_held_out_data_can_be_reached_from_training(canaries: Assembly) -> None:
-    corpus = canaries.corpus
-    for client_id in canaries.histories.clients:
-        canaries.histories.windows(client_id)
-    roots = (canaries.trainer, canaries.histories, corpus.split.train)
+def test_no_held_out_data_can_be_reached_from_training(canaries: Run) -> None:
+    corpus = canaries.data
+    for client_id in canaries.clients.histories.clients:
+        canaries.clients.histories.windows(client_id)
+    roots = (canaries.clients.trainer, canaries.clients.histories, corpus.split.train)
     walked = list(reachable_from(*roots))
     assert any(isinstance(item, TrainData) for item in walked)
-    assert any(item is canaries.parts.model for item in walked)
+    assert any(item is canaries.model.model for item in walked)
     threshold = canaries.config.data.like_threshold
     labels = [*corpus.split.validation.liked(threshold), *corpus.split.test.liked(threshold)]
     assert held_out_things(corpus, *roots, labels=labels) == []
 
 
 def test_no_rating_or_like_of_a_held_out_item_can_be_reached_unnoticed(
-    canaries: Assembly,
+    canaries: Run,
 ) -> None:
     """The walk finds each form in which a trainer might hold a label."""
-    corpus = canaries.corpus
+    corpus = canaries.data
     for held_out in (corpus.split.validation, corpus.split.test):
         assert held_out.target_ratings is not None
         ratings, [liked, *_] = held_out.target_ratings, held_out.liked(4.0)
@@ -292,27 +291,27 @@ def test_no_rating_or_like_of_a_held_out_item_can_be_reached_unnoticed(
             [liked[:]],
             torch.from_numpy(liked),
         ):
-            roots = (canaries.trainer, canaries.histories, corpus.split.train, leak)
+            roots = (canaries.clients.trainer, canaries.clients.histories, corpus.split.train, leak)
             assert held_out_things(corpus, *roots, labels=[liked]), leak
     train = corpus.split.train.interactions
     assert train.ratings is not None
     assert train.ratings.max() <= 5
 
 
-def test_a_trainer_that_sees_everything_is_caught(canaries: Assembly) -> None:
-    corpus = canaries.corpus
+def test_a_trainer_that_sees_everything_is_caught(canaries: Run) -> None:
+    corpus = canaries.data
     histories = ClientHistories(
-        list(canaries.histories.clients.values()),
+        list(canaries.clients.histories.clients.values()),
         TrainData(corpus.interactions),
-        canaries.parts.encoder,
-        canaries.cache,
+        canaries.model.encoder,
+        canaries.clients.cache,
     )
     trainer = LocalTrainer(
         canaries.config,
-        canaries.parts.model,
+        canaries.model.model,
         histories,
-        canaries.store,
-        canaries.parts.contract,
+        canaries.clients.store,
+        canaries.model.contract,
         lambda _: {},
     )
     assert held_out_things(corpus, trainer)
@@ -321,10 +320,10 @@ def test_a_trainer_that_sees_everything_is_caught(canaries: Assembly) -> None:
     assert held_out_things(corpus, lambda: corpus)
 
 
-def test_baselines_know_nothing_of_held_out_items(canaries: Assembly) -> None:
-    fitted = report.fit_run_baselines(canaries)
+def test_baselines_know_nothing_of_held_out_items(canaries: Run) -> None:
+    fitted = measuring.fit_run_baselines(canaries)
     assert [baseline.name for baseline in fitted] == ["popularity", "ease", "markov_recency"]
-    train = canaries.corpus.split.train.interactions
+    train = canaries.data.split.train.interactions
     histories = [train.history(user) for user in range(NUM_USERS)]
     for baseline in fitted:
         scores = np.asarray(baseline.score(histories))
@@ -344,7 +343,7 @@ def test_choices_of_baselines_do_not_depend_on_test_items(tiny: Tiny, tmp_path: 
     chosen = [
         [
             (baseline.name, dict(baseline.hyperparameters), baseline.validation_ndcg)
-            for baseline in report.fit_run_baselines(wired(config_of(tiny, tmp_path / name, h)))
+            for baseline in measuring.fit_run_baselines(wired(config_of(tiny, tmp_path / name, h)))
         ]
         for name, h in (("a", histories), ("b", other))
     ]
@@ -365,13 +364,13 @@ def test_training_draws_no_candidates(room: str) -> None:
     assert not [name for name in imported if "candidates" in name or "evaluation" in name]
 
 
-def test_an_update_pushes_all_unseen_items_alike(canaries: Assembly) -> None:
+def test_an_update_pushes_all_unseen_items_alike(canaries: Run) -> None:
     # With one gradient step the bias moves by one-hot minus softmax: up for the client's own
     # training targets, down for all others. A held-out item is among the others.
-    client_id = canaries.histories.client_of(0)
-    update = canaries.trainer.train_chunk((client_id,), canaries.parts.shared)[0]
+    client_id = canaries.clients.histories.client_of(0)
+    update = canaries.clients.trainer.train_chunk((client_id,), canaries.model.shared)[0]
     bias = update.delta["head.item_bias"].numpy()
-    history = canaries.corpus.interactions.history(0)
+    history = canaries.data.interactions.history(0)
     targets = set(history[1:-2].tolist())
     assert all((bias[item] > 0) == (item in targets) for item in range(NUM_ITEMS))
     held_out = bias[history[-2:]]

@@ -146,7 +146,7 @@ def history_hunt(tiny: Tiny, run_folder: Path, watch: Watch) -> Hunt:
         history = corpus.interactions.history(user)
         hunt.learn_integers(f"items of {user}", history)
         hunt.learn_integers(
-            f"tokens of {user}", assembly.parts.encoder.window(History(history)).tokens
+            f"tokens of {user}", assembly.model.encoder.window(History(history)).tokens
         )
     private = run_folder.with_name("tiny.private")
     for number, path in enumerate(sorted(private.rglob("trunk/*.safetensors"))):

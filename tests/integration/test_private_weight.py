@@ -9,12 +9,11 @@ import pytest
 
 from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.config.schema import dump_config, load_config
-from pfm_llm.evaluation import personality
+from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.experiment import evaluate_run, open_run, run_experiment
+from pfm_llm.runs.measuring import evaluation_task, measure, quality_of
 from pfm_llm.runs.private_weight import WEIGHT_FILE
-from pfm_llm.runs.report import evaluation_task, measure
-from pfm_llm.server.aggregation import TASTE_RATES
 from tests.support.tiny import Tiny
 
 WEIGHTS = [0.0, 0.5, 1.5]
@@ -28,8 +27,8 @@ SETTINGS = {
 def finished(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # Large rates, so that the weights matter after four rounds.
-        for name in ("basis.taste.next_item.read_", "basis.taste."):
-            patch.setitem(TASTE_RATES, name, 0.5)
+        patch.setattr(taste, "_RATE", 0.5)
+        patch.setattr(taste, "_RATE_ITEMS", 0.5)
         return run_experiment(tiny.config(tmp_path_factory.mktemp("weights"), **SETTINGS))
 
 
@@ -41,21 +40,16 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def weight_of(run: Path) -> float:
-    return open_run(run).assembly.config.adapters.private.weight
+    _, trained = open_run(run)
+    return trained.private_weight
 
 
 def log_rank_on_validation(run: Path, weight: float) -> float:
-    """With the weight as a setting of the run."""
-    opened = open_run(run)
-    assembly, config = opened.assembly, opened.assembly.config
-    private = config.adapters.private.model_copy(update={"weight": weight})
-    adapters = config.adapters.model_copy(update={"private": private})
-    fixed = dataclasses.replace(assembly, config=config.model_copy(update={"adapters": adapters}))
-    task = evaluation_task(
-        fixed, assembly.corpus.split.validation, opened.shared, [Mode.SHARED_PRIVATE]
-    )
-    ranks = measure(fixed, opened.processes, task).ranks[Mode.SHARED_PRIVATE]
-    return float(personality.user_quality("log_rank", ranks.full, ranks.users).mean())
+    opened, trained = open_run(run)
+    weighted = dataclasses.replace(trained, private_weight=weight)
+    mode = Mode.SHARED_PRIVATE
+    task = evaluation_task(opened, weighted, opened.data.split.validation, [mode])
+    return float(quality_of(measure(opened, task), mode).mean())
 
 
 def test_the_best_weight_on_validation_is_chosen_served_and_exported(finished: Path) -> None:

@@ -25,11 +25,11 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.publish.artefact import MANIFEST_FILE, Manifest, read_artefact
 from pfm_llm.recommender import RecommenderModel
-from pfm_llm.runs.experiment import load_shared, run_experiment
+from pfm_llm.runs.experiment import open_run, run_experiment
 from pfm_llm.runs.folders import RunFolders
-from pfm_llm.runs.run import assemble, load_corpus
+from pfm_llm.runs.run import load_corpus
 from pfm_llm.serving import RunRecommender
-from tests.support.tiny import TITLES, Tiny, alone, metrics_of, results_of, tensor_files
+from tests.support.tiny import TITLES, Tiny, metrics_of, results_of, tensor_files
 
 HISTORY = ["i3", "i4", "i6"]
 
@@ -59,15 +59,13 @@ def catalogue_of(*numbers: int, extra: tuple[str, ...] = ()) -> Catalogue:
 
 
 def test_scores_are_those_of_the_run(run: Path, tiny: Tiny, model: RecommenderModel) -> None:
-    config = load_config(run / "config.yaml")
-    assembly = assemble(config, load_corpus(config), RunFolders.of(run), alone())
-    shared = load_shared(assembly, RunFolders.of(run))
-    items = assembly.corpus.interactions.history(5)
-    window = assembly.parts.encoder.query_window(History(items))
-    batch = collate([[window]], [assembly.cache.states([window], "x")], last_only=True)
-    stacked = assembly.trainer.stack(shared, {}, 1)
-    expected = assembly.parts.model.scores(batch, stacked, Parts(private_weight=0.0))[0]
-    ids = [assembly.corpus.interactions.catalogue.item_ids[i] for i in items]
+    opened, trained = open_run(run)
+    items = opened.data.interactions.history(5)
+    window = opened.model.encoder.query_window(History(items))
+    batch = collate([[window]], [opened.clients.cache.states([window], "x")], last_only=True)
+    stacked = opened.clients.trainer.stack(trained.shared, {}, 1)
+    expected = opened.model.model.scores(batch, stacked, Parts(private_weight=0.0))[0]
+    ids = [opened.data.interactions.catalogue.item_ids[i] for i in items]
     np.testing.assert_allclose(model.score(ids), expected.numpy(), atol=1e-5)
     assert model.alignment.num_kept == len(TITLES)
 

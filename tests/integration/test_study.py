@@ -94,18 +94,18 @@ def test_every_method_runs_and_leaves_untrained_what_it_says(
 
     run, rows = _study(tiny, rated, tmp_path, method=method, **settings)
     assert {row.method for row in rows if row.mode != "none"} == {method}
-    opened = open_run(run)
-    for name, start in opened.assembly.parts.shared.tensors.items():
-        moved = not bool((opened.shared.tensors[name] == start).all())
+    opened, trained = open_run(run)
+    for name, start in opened.model.shared.tensors.items():
+        moved = not bool((trained.shared.tensors[name] == start).all())
         if not SPECS[Method(method)].trains(name):
             assert not moved, name
     moves = any(
-        not bool((opened.shared.tensors[name] == start).all())
-        for name, start in opened.assembly.parts.shared.tensors.items()
+        not bool((trained.shared.tensors[name] == start).all())
+        for name, start in opened.model.shared.tensors.items()
     )
     assert moves == (method != "local_only")
     personal = {row.metric for row in rows if row.metric.startswith("gain")}
-    assert bool(personal) == opened.assembly.config.adapters.private.enabled
+    assert bool(personal) == opened.config.adapters.private.enabled
 
 
 def test_where_validation_drops_the_private_part_it_changes_nothing(
@@ -134,7 +134,7 @@ def test_users_who_come_after_training_are_cold_too(
     path.write_text("\n".join([*lines, ""]))
     settings = {"data__source": str(path), "data__split": "global_temporal", "method": "pfm"}
     run = run_experiment(tiny.config(tmp_path, evaluation__splits=["validation"], **settings))
-    split = open_run(run).assembly.corpus.split
+    split = open_run(run)[0].data.split
     lengths = np.diff(split.train.interactions.offsets)
     assert (lengths[split.test.users] == 0).any()
     assert (len(split.test.users) == 1) is alone
@@ -162,8 +162,8 @@ def test_averaging_logs_its_error(tiny: Tiny, rated: Path, tmp_path: Path) -> No
         assert (max(errors) < 1e-6) == is_exact
 
 
-def test_first_events_are_copies_of_the_oldest(tiny_assembly: Callable[..., Any]) -> None:
-    train = tiny_assembly().corpus.split.train.interactions
+def test_first_events_are_copies_of_the_oldest(tiny_run: Callable[..., Any]) -> None:
+    train = tiny_run().data.split.train.interactions
     few = first_events(train, 2)
     for user in range(train.num_users):
         assert few.history(user).tolist() == train.history(user)[:2].tolist()

@@ -114,12 +114,12 @@ def write_private_adapter(folder: Path, state: PrivateState) -> None:
     save_file(tensors, folder / ADAPTER_FILE, {"format": "pt"})
 
 
-def save_both_with_peft(assembly: Any, state: PrivateState, folder: Path) -> None:
+def save_both_with_peft(run: Any, state: PrivateState, folder: Path) -> None:
     """What `save_pretrained` writes of a model with both adapters unless it is told otherwise."""
-    model = assembly.parts.adapter.peft_model()
-    assembly.parts.adapter.load_shared(model, assembly.parts.shared.tensors)
-    tensors = {**assembly.parts.shared.tensors, **state.tensors}
-    assembly.parts.adapter.load_private(model, assembly.parts.private, tensors)
+    model = run.model.adapter.peft_model()
+    run.model.adapter.load_shared(model, run.model.shared.tensors)
+    tensors = {**run.model.shared.tensors, **state.tensors}
+    run.model.adapter.load_private(model, run.model.private, tensors)
     model.save_pretrained(str(folder))
 
 

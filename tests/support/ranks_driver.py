@@ -24,11 +24,11 @@ def main(config_file: str, out: Path) -> None:
     config = load_config(config_file)
     processes = start_processes(config.runtime.threads)
     folders = RunFolders.of(out / "run")
-    assembly = assemble(config, load_corpus(config), folders, processes)
-    federation = make_federation(assembly, folders, processes)
+    run = assemble(config, load_corpus(config), folders, processes)
+    federation = make_federation(run)
     mine = out / f"{processes.index}-of-{processes.count}"
     cohort = federation.server.select_cohort(1)
-    chunks = assembly.trainer.chunks(cohort)
+    chunks = run.clients.trainer.chunks(cohort)
     updates = federation.exchange.train(cohort, federation.server.shared)
     files.write_tensors(mine.with_suffix(".safetensors"), updates.result())
     found = {

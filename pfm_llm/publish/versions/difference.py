@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 
-from pfm_llm.base.errors import CorruptFileError
+from pfm_llm.base.errors import ConfigError, CorruptFileError
+from pfm_llm.config.schema import read_yaml
 from pfm_llm.protocol.types import Group, Tensors, in_group, lora_modules, lora_name
 from pfm_llm.publish.alignment import align_items
 from pfm_llm.publish.artefact import TRAINING_CONFIG_FILE, Artefact, Metric
@@ -242,12 +242,11 @@ def _settings(artefact: Artefact) -> dict[str, Any]:
     path = artefact.folder / TRAINING_CONFIG_FILE
     if path.is_file():
         try:
-            tree = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CorruptFileError(f"{path} is not valid YAML; pull or export it again") from error
-        if isinstance(tree, dict):
-            own = {key: value for key, value in tree.items() if key not in _IN_BOTH}
-            settings |= {f"training.{key}": value for key, value in _flat(own)}
+            tree = read_yaml(path)
+        except ConfigError as error:
+            raise CorruptFileError(f"{error}; pull or export it again") from error
+        own = {key: value for key, value in tree.items() if key not in _IN_BOTH}
+        settings |= {f"training.{key}": value for key, value in _flat(own)}
     return settings
 
 

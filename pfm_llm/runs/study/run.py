@@ -6,30 +6,31 @@ validation; nothing is fitted to test.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pfm_llm.config.choices import Task
-from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import comparison, evaluator, personality
-from pfm_llm.evaluation.evaluator import EvaluationTask
-from pfm_llm.evaluation.personality import Bootstrap, Estimate
+from pfm_llm.evaluation import comparison, personality
+from pfm_llm.evaluation.personality import Estimate
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.protocol.types import Mode
-from pfm_llm.runs.experiment import SERVER_FOLDER, OpenedRun, open_run, shared_state
-from pfm_llm.runs.folders import RESULTS_FILE, RunFolders
-from pfm_llm.runs.report import (
+from pfm_llm.runs.experiment import open_run
+from pfm_llm.runs.folders import RESULTS_FILE
+from pfm_llm.runs.measuring import (
     evaluation_task,
     fit_run_baselines,
     measure,
+    only,
+    quality_of,
     rank_baselines,
     rows_of,
 )
+from pfm_llm.runs.run import Run, Trained
 from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
-from pfm_llm.runs.study.served import Served, quality_of
-from pfm_llm.server.checkpoint import CheckpointStore
+from pfm_llm.runs.study.served import Served
+from pfm_llm.runs.summary import PRIVATE_WEIGHT
 
 WINDOWS = (32, 16, 8, 4)
 GIVEN = (0, 1, 2, 5, 10)
@@ -37,27 +38,27 @@ _MODES = (Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
 _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
 
 
-def study_run(run: Path, budget: str) -> list[ResultRow]:
+def study_run(folder: Path, budget: str) -> list[ResultRow]:
     """Measure a finished run on test: ranks, likes, and personality where something is private.
 
     Per-user gains are added to the run's ``results.json`` under ``per_user``, and under
     ``private_weight`` how strongly the private part counted.
 
     Args:
-        run: The run's folder.
+        folder: The run's folder.
         budget: Its label in the rows.
 
     Raises:
         CheckpointError: Nothing was ever committed.
     """
-    opened = open_run(run)
-    study = _Study(opened, run)
-    rows = [dataclasses.replace(row, budget=budget) for row in study.test_rows()]
-    if opened.assembly.config.adapters.private.enabled:
-        rows += study.personality_rows(budget)
-        path = run / RESULTS_FILE
+    run, trained = open_run(folder)
+    study = _Study(run, trained, budget)
+    rows = study.test_rows()
+    if run.config.adapters.private.enabled:
+        rows += study.personality_rows()
+        path = folder / RESULTS_FILE
         kept, extra = read_results(path)
-        extra |= {"per_user": study.per_user(), "private_weight": study.private_weight}
+        extra |= {"per_user": study.per_user(), PRIVATE_WEIGHT: trained.private_weight}
         write_results(path, kept, extra)
     return rows
 
@@ -65,24 +66,23 @@ def study_run(run: Path, budget: str) -> list[ResultRow]:
 class _Study:
     """Measures of one run; see `study_run`."""
 
-    def __init__(self, opened: OpenedRun, run: Path) -> None:
-        self._opened, self._run = opened, run
-        self._assembly = opened.assembly
-        config = self._assembly.config
-        self._config = config
-        evaluated = config.evaluation
-        self._bootstrap = Bootstrap(evaluated.bootstrap, evaluated.confidence, config.seed)
-        self._task = self._task_of(self._assembly.corpus.split.test, keep=True)
-        self._test = measure(self._assembly, opened.processes, self._task)
-        self._served = Served(self._assembly, self._task)
+    def __init__(self, run: Run, trained: Trained, budget: str) -> None:
+        self._run, self._trained, self._budget = run, trained, budget
+        self._bootstrap = comparison.bootstrap_of(run.config)
+        self._task = evaluation_task(run, trained, run.data.split.test, _MODES, keep=True)
+        self._test = measure(run, self._task)
+        self._served = Served(run, self._task)
 
     def test_rows(self) -> list[ResultRow]:
         """Every mode and baseline on test."""
-        baselines = rank_baselines(fit_run_baselines(self._assembly), self._task)
-        rows = rows_of(self._assembly, self._task, self._test, baselines)
+        baselines = rank_baselines(fit_run_baselines(self._run), self._task)
         references = comparison.ranked_references(baselines)
         name = self._task.held_out.name
-        return rows + comparison.rows_over(self._config, name, self._test.ranks, references)
+        rows = [
+            *rows_of(self._run, self._task, self._test, baselines),
+            *comparison.rows_over(self._run.config, name, self._test.ranks, references),
+        ]
+        return [dataclasses.replace(row, budget=self._budget) for row in rows]
 
     def per_user(self) -> dict[str, list[float]]:
         """Gains over shared only, one a user, in ascending order: nobody's can be told.
@@ -95,74 +95,50 @@ class _Study:
             gains["gain_auc"] = own - shared
         return {name: np.sort(values[~np.isnan(values)]).tolist() for name, values in gains.items()}
 
-    def personality_rows(self, budget: str) -> list[ResultRow]:
+    def personality_rows(self) -> list[ResultRow]:
         """Every measure as rows, positive is better for the user."""
+        over_shared, over_private = (
+            comparison.gains(self._test.ranks, self._test.aucs, self._bootstrap, over)
+            for over in (Mode.SHARED_ONLY, Mode.PRIVATE_ONLY)
+        )
         next_item = personality.named_estimates(
-            self._gains(),
+            over_shared[Task.NEXT_ITEM],
+            over_private[Task.NEXT_ITEM],
             self._harm(),
-            self._swap(),
+            self._strangers(("log_rank",), {"log_rank": ""}),
             self._integrity(),
             self._memory(),
             self._cold_start(),
             self._new_items(),
         )
-        rows = self._rows(next_item, Task.NEXT_ITEM, budget)
+        rows = self._rows(next_item, Task.NEXT_ITEM)
         if self._test.aucs:
-            rows += self._rows(self._like_figures(), Task.LIKE, budget)
+            like = personality.named_estimates(
+                over_shared[Task.LIKE],
+                over_private[Task.LIKE],
+                # Ten likes give an AUC of few values: most users would tie.
+                self._strangers(
+                    ("auc", "log_likelihood"), {"log_likelihood": "", "joint": "joint"}
+                ),
+            )
+            rows += self._rows(like, Task.LIKE)
         return rows
 
-    def _rows(self, figures: Mapping[str, Estimate], task: Task, budget: str) -> list[ResultRow]:
-        name, mode = self._task.held_out.name, comparison.best_mode(self._test.ranks)
-        return comparison.estimate_rows(self._config, name, mode, task, figures, budget)
-
-    def _task_of(self, held_out: HeldOut, keep: bool = False) -> EvaluationTask:
-        opened = self._opened
-        modes = [
-            mode
-            for mode in _MODES
-            if self._config.adapters.private.enabled or mode is Mode.SHARED_ONLY
-        ]
-        return evaluation_task(self._assembly, held_out, opened.shared, modes, keep)
+    def _rows(self, figures: Mapping[str, Estimate], task: Task) -> list[ResultRow]:
+        split = self._task.held_out.name
+        return comparison.estimate_rows(self._run.config, split, task, figures, self._budget)
 
     def _gain(self, name: str) -> np.ndarray:
         own, shared = (quality_of(self._test, mode, name) for mode in reversed(_SERVED))
         difference: np.ndarray = own - shared
         return difference
 
-    def _gains(self) -> dict[str, Estimate]:
-        found: dict[str, Estimate] = {}
-        own = self._test.ranks[Mode.SHARED_PRIVATE]
-        for mode, over in ((Mode.SHARED_ONLY, ""), (Mode.PRIVATE_ONLY, "private")):
-            reference = self._test.ranks[mode].full
-            found |= personality.rank_gain(own.full, reference, own.users, self._bootstrap, over)
-        return found
-
-    def _like_figures(self) -> dict[str, Estimate]:
-        aucs = self._test.aucs
-        own = aucs[Mode.SHARED_PRIVATE]
-        served = self._by_strangers
-        gains = personality.named_estimates(
-            personality.auc_gain(own, aucs[Mode.SHARED_ONLY], self._bootstrap),
-            personality.auc_gain(own, aucs[Mode.PRIVATE_ONLY], self._bootstrap, "private"),
-        )
-        if not _has_strangers(served["auc"]):
-            return gains
-        return gains | personality.named_estimates(
-            personality.swap_loss("auc", served["auc"], self._bootstrap),
-            personality.swap_loss("log_likelihood", served["log_likelihood"], self._bootstrap),
-            # Ten likes give an AUC of few values: most users would tie.
-            personality.identification(served["log_likelihood"], self._bootstrap),
-            personality.identification(served["joint"], self._bootstrap, "joint"),
-        )
-
     def _harm(self) -> dict[str, Estimate]:
         """Groups by quality on validation, by activity, and by what is known of the users."""
-        split = self._assembly.corpus.split
+        split = self._run.data.split
         held_out, users = split.validation, self._task.held_out.users
-        task = dataclasses.replace(
-            self._task_of(held_out), parts=evaluator.parts_of([Mode.SHARED_ONLY], 0.0), liked=None
-        )
-        validated = measure(self._assembly, self._opened.processes, task)
+        task = evaluation_task(self._run, self._trained, held_out, [Mode.SHARED_ONLY])
+        validated = measure(self._run, only(task, Mode.SHARED_ONLY, liked=None))
         quality = quality_of(validated, Mode.SHARED_ONLY)
         quality = personality.align(quality, held_out.users, users)
         train = split.train.interactions
@@ -174,39 +150,41 @@ class _Study:
         found = personality.harm_figures(personality.group_harm(gain, groupings, self._bootstrap))
         return {**found, **personality.not_harmed(gain, self._bootstrap)}
 
-    def _swap(self) -> dict[str, Estimate]:
-        served = self._by_strangers["log_rank"]
-        if not _has_strangers(served):
-            return {}
-        return personality.named_estimates(
-            personality.swap_loss("log_rank", served, self._bootstrap),
-            personality.identification(served, self._bootstrap),
-        )
-
     @functools.cached_property
     def _by_strangers(self) -> dict[str, np.ndarray]:
         return self._served.by_strangers()
 
-    @property
-    def private_weight(self) -> float:
-        """How strongly the private part counts: as set, or as validation chose."""
-        return self._config.adapters.private.weight
+    def _strangers(self, lost: Sequence[str], told_by: Mapping[str, str]) -> dict[str, Estimate]:
+        """What strangers' adapters cost, and how well the own one is told from them.
+
+        Args:
+            lost: Qualities whose loss is measured.
+            told_by: Qualities that tell the own adapter, with what its figure is called after.
+
+        Returns:
+            Nothing where a single user has a query: there are no strangers.
+        """
+        served = self._by_strangers
+        if any(qualities.shape[1] == 1 for qualities in served.values()):
+            return {}
+        return personality.named_estimates(
+            *(personality.swap_loss(name, served[name], self._bootstrap) for name in lost),
+            *(
+                personality.identification(served[name], self._bootstrap, called)
+                for name, called in told_by.items()
+            ),
+        )
 
     def _memory(self) -> dict[str, Estimate]:
         """Quality as queries show fewer of the newest items; the private adapter stays."""
         own: dict[int, np.ndarray] = {}
         shared: dict[int, np.ndarray] = {}
-        for items in (w for w in WINDOWS if w <= self._config.window.items):
-            task = dataclasses.replace(
-                self._task,
-                window_items=items,
-                parts=evaluator.parts_of(_SERVED, self.private_weight),
-                keep=False,
-                liked=None,
-            )
-            is_default = items == self._config.window.items
-            shown = f"prompts of {items} items"
-            found = self._test if is_default else self._served.by_owners(task, shown)
+        longest = self._run.config.window.items
+        for items in (w for w in WINDOWS if w <= longest):
+            found = self._test
+            if items != longest:
+                task = only(self._task, *_SERVED, window_items=items, liked=None)
+                found = self._served.by_owners(task, f"prompts of {items} items")
             own[items] = quality_of(found, Mode.SHARED_PRIVATE)
             shared[items] = quality_of(found, Mode.SHARED_ONLY)
         points = personality.curve(own, shared, self._bootstrap)
@@ -214,23 +192,20 @@ class _Study:
 
     def _cold_start(self) -> dict[str, Estimate]:
         """Quality for users of whom only the first so many interactions are known."""
-        folder = RunFolders.of(self._run).private
         own: dict[int, np.ndarray] = {}
         shared: dict[int, np.ndarray] = {}
         for given in GIVEN:
             if given:
-                own[given], shared[given] = known_by_few(
-                    self._assembly, self._task, given, folder, self._opened.processes
-                )
+                own[given], shared[given] = known_by_few(self._run, self._task, given)
             else:
-                own[0] = shared[0] = known_by_none(self._assembly, self._task)
+                own[0] = shared[0] = known_by_none(self._run, self._task)
         points = personality.curve(own, shared, self._bootstrap)
         return personality.curve_figures(personality.COLD_START, points)
 
     def _new_items(self) -> dict[str, Estimate]:
         """Quality on items that nobody met in training."""
-        held_out, train = self._task.held_out, self._assembly.corpus.split.train.interactions
-        num_items = self._assembly.parts.model.num_items
+        held_out, train = self._task.held_out, self._run.data.split.train.interactions
+        num_items = len(train.catalogue)
         was_met = np.zeros(num_items, dtype=bool)
         was_met[train.items] = True
         own, shared = (self._test.ranks[mode] for mode in reversed(_SERVED))
@@ -246,24 +221,14 @@ class _Study:
 
     def _integrity(self) -> dict[str, Estimate]:
         """How far rankings move when the newest shared state replaces the one before."""
-        store = CheckpointStore(RunFolders.of(self._run).public / SERVER_FOLDER)
-        rounds = store.rounds()
+        rounds = self._run.checkpoints.rounds()
         if len(rounds) < 2:
             return {}
-        before_round = sorted(rounds)[-2]
-        checkpoint = store.load(before_round)
-        assert checkpoint is not None
-        before = shared_state(self._assembly, checkpoint)
-        newest = self._opened.shared
-        old_private, before_top = self._served.top(before, None, f"lists of round {before_round}")
+        before, newest = self._run.committed(rounds[-2]), self._trained.shared
+        old_private, before_top = self._served.top(before, None, f"lists of round {rounds[-2]}")
         _, untuned_top = self._served.top(newest, old_private, "lists after the merge")
         _, retuned_top = self._served.top(newest, None, "the same, tuned anew")
         return personality.named_estimates(
             personality.integrity(before_top, untuned_top, self._bootstrap),
             personality.integrity(before_top, retuned_top, self._bootstrap, retuned=True),
         )
-
-
-def _has_strangers(served: np.ndarray) -> bool:
-    """Not where a single user has a query."""
-    return served.shape[1] > 1

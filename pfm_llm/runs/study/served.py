@@ -1,6 +1,5 @@
 """Measuring a run with private adapters that are given: kept ones, strangers', older ones."""
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 
@@ -9,10 +8,11 @@ import torch
 
 from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.evaluation import evaluator, personality, scoring
+from pfm_llm.evaluation import evaluator, scoring
 from pfm_llm.evaluation.evaluator import EvaluationTask, Measured, UserVectors
 from pfm_llm.protocol.types import Mode, SharedState
-from pfm_llm.runs.run import Assembly
+from pfm_llm.runs.measuring import only, quality_of
+from pfm_llm.runs.run import Run
 
 STRANGERS = 9
 TOP_K = 20
@@ -22,13 +22,12 @@ class Served:
     """Serves the users of a task with private adapters of the caller's choice.
 
     Args:
-        assembly: The run's objects; its store holds every evaluated client's adapter.
+        run: The run; the store of its clients holds the adapter of each that is evaluated.
         task: What to rank.
     """
 
-    def __init__(self, assembly: Assembly, task: EvaluationTask) -> None:
-        self._assembly, self._task = assembly, task
-        self._weight = assembly.config.adapters.private.weight
+    def __init__(self, run: Run, task: EvaluationTask) -> None:
+        self._run, self._task = run, task
 
     def by_strangers(self) -> dict[str, np.ndarray]:
         """Qualities of each user, [U, 1 + STRANGERS]: own adapter first.
@@ -37,25 +36,23 @@ class Served:
             ``log_rank``, and with the task ``like`` its ``auc`` and ``log_likelihood``, and
             ``joint``: the log-likelihood of an event, of what was met and whether it was liked.
         """
-        assembly, task = self._assembly, self._task
-        names = sorted({assembly.histories.client_of(int(u)) for u in task.held_out.users})
-        generator = numpy_generator(assembly.config.seed, "strangers")
+        task, client_of = self._task, self._run.clients.histories.client_of
+        names = sorted({client_of(int(user)) for user in task.held_out.users})
+        generator = numpy_generator(self._run.config.seed, "strangers")
         # Rotations of one random order: everybody's adapter serves as often as everybody else's.
         order = [names[i] for i in generator.permutation(len(names))]
         place = {name: index for index, name in enumerate(order)}
         count = min(STRANGERS, len(order) - 1)
         shifts = 1 + generator.choice(len(order) - 1, count, replace=False)
-        only = dataclasses.replace(
-            task, parts=evaluator.parts_of([Mode.SHARED_PRIVATE], self._weight), keep=False
-        )
+        both = only(task, Mode.SHARED_PRIVATE)
         served = []
         known: dict[tuple[str, ...], UserVectors] = defaultdict(dict)
-        chunks = self._chunks(only)
+        chunks = self._chunks(both)
         show = Progress(1 + len(shifts), "serving strangers' adapters", True, unit="passes")
         with show as progress:
             for shift in (0, *shifts.tolist()):
                 lender = {name: order[(place[name] + shift) % len(order)] for name in names}
-                found = self._measure(only, lender, known, chunks)
+                found = self._measure(both, lender, known, chunks)
                 served.append(_qualities(found))
                 progress.update(1)
         return {name: np.stack([one[name] for one in served], 1) for name in served[0]}
@@ -67,7 +64,7 @@ class Served:
             task: What to rank with what.
             description: What the progress bar says.
         """
-        same = {name: name for name in self._assembly.histories.clients}
+        same = {name: name for name in self._run.clients.histories.clients}
         chunks = _shown(self._chunks(task), description)
         return self._measure(task, same, defaultdict(dict), chunks)
 
@@ -79,24 +76,20 @@ class Served:
         chunks: Iterable[tuple[str, ...]],
     ) -> Measured:
         """Each client with the adapter of its lender; ``known`` is what was read out before."""
-        rank = self._assembly.evaluator.rank_chunk
-        return evaluator.combine(
-            [
-                rank(chunk, task, self._kept([lender[c] for c in chunk]), known[chunk])
-                for chunk in chunks
-            ]
-        )
+        rank, parts = self._run.evaluator.rank_chunk, []
+        for chunk in chunks:
+            # Where nothing private is served, nothing was kept.
+            private = self._kept([lender[c] for c in chunk]) if task.uses_private else {}
+            parts.append(rank(chunk, task, private, known[chunk]))
+        return evaluator.combine(parts)
 
     def _chunks(self, task: EvaluationTask) -> Sequence[tuple[str, ...]]:
-        tokens = self._assembly.config.runtime.tokens_per_chunk
-        return self._assembly.evaluator.chunks(task, tokens)
+        return self._run.evaluator.chunks(task, self._run.config.runtime.tokens_per_chunk)
 
     def _kept(self, client_ids: Sequence[str]) -> dict[str, torch.Tensor]:
-        if not self._weight:  # nothing private is served, so nothing was kept
-            return {}
         states = []
         for client_id in client_ids:
-            state = self._assembly.store.load_personalised(client_id)
+            state = self._run.clients.store.load_personalised(client_id)
             assert state is not None, "every evaluated client keeps a private adapter"
             states.append(state.tensors)
         return {name: torch.stack([s[name] for s in states]) for name in states[0]}
@@ -117,19 +110,13 @@ class Served:
         Returns:
             The private tensors, chunk by chunk, and int64 [Q, k], the best first.
         """
-        task = dataclasses.replace(
-            self._task,
-            shared=shared,
-            parts=evaluator.parts_of([Mode.SHARED_PRIVATE], self._weight),
-            keep=False,
-            liked=None,
-        )
-        num_items = self._assembly.parts.model.num_items
+        task = only(self._task, Mode.SHARED_PRIVATE, shared=shared, liked=None)
+        num_items = len(self._run.data.interactions.catalogue)
         # Lists of one length: whoever has seen the most leaves the fewest to rank.
         length = min(TOP_K, num_items - max(len(set(h.tolist())) for h in task.held_out.histories))
         used, top = [], np.zeros((len(task.held_out.users), length), np.int64)
         for index, chunk in enumerate(_shown(self._chunks(task), description)):
-            scored = self._assembly.evaluator.score_chunk(
+            scored = self._run.evaluator.score_chunk(
                 chunk, task, private[index] if private else None
             )
             used.append(scored.private)
@@ -146,12 +133,6 @@ def _shown(chunks: Sequence[tuple[str, ...]], description: str) -> Iterator[tupl
         for chunk in chunks:
             yield chunk
             progress.update(len(chunk))
-
-
-def quality_of(measured: Measured, mode: Mode, name: str = "log_rank") -> np.ndarray:
-    """A quality of `personality.user_quality` per user, float64 [U]."""
-    ranks = measured.ranks[mode]
-    return personality.user_quality(name, ranks.full, ranks.users)
 
 
 def _qualities(found: Measured) -> dict[str, np.ndarray]:

@@ -7,11 +7,10 @@ from typing import Any
 
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.files import read_json
-from pfm_llm.evaluation.results import ResultRow, read_results
+from pfm_llm.evaluation.results import FULL, ResultRow, judged_mode, read_results
 from pfm_llm.protocol.types import Mode
 
 TEST = "test"
-FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _read(path: Path) -> SuiteResult:
             run=str(extra["run"]),
             seed=int(extra["seed"]),
             position=int(extra["position"]),
-            mode=Mode.SHARED_PRIVATE if has_private else Mode.SHARED_ONLY,
+            mode=judged_mode(has_private),
             rows=tuple(rows),
             extra=extra,
         )

@@ -19,9 +19,9 @@ from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import ClientUpdate, PrivateState, SharedState
-from pfm_llm.runs.run import Assembly
+from pfm_llm.runs.run import Run
 from pfm_llm.text.encoding import Window
-from tests.conftest import TinyAssembly
+from tests.conftest import TinyRun
 
 JOINT, ALTERNATE, AFTER = Schedule.JOINT, Schedule.ALTERNATE, Schedule.PRIVATE_AFTER
 BOTH, SHARED, PRIVATE = (True, True), (True, False), (False, True)
@@ -66,19 +66,19 @@ def test_chunks_hold_every_client_once_within_the_limit(
 
 
 def _train(
-    assembly: Assembly, chunks: Sequence[Sequence[str]] | None = None, round_number: int = 1
+    run: Run, chunks: Sequence[Sequence[str]] | None = None, round_number: int = 1
 ) -> dict[str, ClientUpdate]:
-    chunks = chunks or assembly.trainer.chunks(assembly.histories.trainable)
-    shared = SharedState(assembly.parts.shared.tensors, round_number - 1)
+    chunks = chunks or run.clients.trainer.chunks(run.clients.histories.trainable)
+    shared = SharedState(run.model.shared.tensors, round_number - 1)
     return {
         update.client_id: update
         for chunk in chunks
-        for update in assembly.trainer.train_chunk(chunk, shared)
+        for update in run.clients.trainer.train_chunk(chunk, shared)
     }
 
 
-def _private(assembly: Assembly, client_id: str) -> Mapping[str, torch.Tensor]:
-    state = assembly.store.load(client_id)
+def _private(run: Run, client_id: str) -> Mapping[str, torch.Tensor]:
+    state = run.clients.store.load(client_id)
     assert state is not None
     return state.tensors
 
@@ -103,122 +103,120 @@ PLAIN = {"federation__local__private_optimizer": "sgd"}
 @pytest.mark.parametrize("dropout", [{}, DROPOUT], ids=["plain", "dropout"])
 @pytest.mark.parametrize("schedule", [JOINT, ALTERNATE])
 def test_chunk_size_does_not_matter(
-    schedule: Schedule, dropout: dict[str, float], tiny_assembly: TinyAssembly
+    schedule: Schedule, dropout: dict[str, float], tiny_run: TinyRun
 ) -> None:
     """All 24 clients alone, in a few chunks, and in one."""
     settings = {"federation__local__schedule": schedule.value, **PLAIN, **dropout}
     runs = []
     for tokens in (1, 300, 10**6):
-        assembly = tiny_assembly(runtime__tokens_per_chunk=tokens, **settings)
-        chunks = assembly.trainer.chunks(assembly.histories.trainable)
-        runs.append((len(chunks), _train(assembly, chunks), assembly))
+        run = tiny_run(runtime__tokens_per_chunk=tokens, **settings)
+        chunks = run.clients.trainer.chunks(run.clients.histories.trainable)
+        runs.append((len(chunks), _train(run, chunks), run))
     assert [count for count, *_ in runs][::2] == [24, 1]
     assert 1 < runs[1][0] < 24
     _, expected, reference = runs[0]
-    for _, found, assembly in runs[1:]:
+    for _, found, run in runs[1:]:
         for client_id, update in expected.items():
             assert _same(found[client_id].delta, update.delta, 1e-5)
             assert found[client_id].loss == pytest.approx(update.loss, abs=1e-5)
             assert found[client_id].num_examples == update.num_examples
-            assert _same(_private(assembly, client_id), _private(reference, client_id), 1e-5)
+            assert _same(_private(run, client_id), _private(reference, client_id), 1e-5)
 
 
 def test_a_clients_update_and_private_state_do_not_depend_on_the_company(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
-    first, second = tiny_assembly(**PLAIN), tiny_assembly(**PLAIN)
-    one, *others = first.histories.trainable
+    first, second = tiny_run(**PLAIN), tiny_run(**PLAIN)
+    one, *others = first.clients.histories.trainable
     mine = _train(first, [(one, *others[:3])])[one]
     theirs = _train(second, [(one, *others[5:7])])[one]
     assert _same(mine.delta, theirs.delta, 1e-5)
     assert _same(_private(first, one), _private(second, one), 1e-5)
 
 
-def test_an_update_says_what_it_was_trained_on(tiny_assembly: TinyAssembly) -> None:
+def test_an_update_says_what_it_was_trained_on(tiny_run: TinyRun) -> None:
     """Every transition of the training history is an example."""
-    assembly = tiny_assembly()
-    offsets = assembly.corpus.split.train.interactions.offsets
-    client_id = assembly.histories.trainable[3]
-    (update,) = assembly.trainer.train_chunk(
-        [client_id], SharedState(assembly.parts.shared.tensors, 6)
+    run = tiny_run()
+    offsets = run.data.split.train.interactions.offsets
+    client_id = run.clients.histories.trainable[3]
+    (update,) = run.clients.trainer.train_chunk(
+        [client_id], SharedState(run.model.shared.tensors, 6)
     )
-    user = assembly.histories.clients[client_id].users[0]
+    user = run.clients.histories.clients[client_id].users[0]
     assert update.num_examples == offsets[user + 1] - offsets[user] - 1
     assert (update.client_id, update.round_number) == (client_id, 7)
     assert math.isfinite(update.loss)
-    assert update.delta.keys() == assembly.parts.shared.tensors.keys()
+    assert update.delta.keys() == run.model.shared.tensors.keys()
     assert any(delta.any() for delta in update.delta.values())
-    assembly.parts.contract.check(update, 7)
+    run.model.contract.check(update, 7)
 
 
 def test_sgd_with_one_joint_step_sends_minus_lr_times_the_gradient(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
     """The reference is autograd over one client's loss, without stacks or optimizers."""
-    assembly = tiny_assembly(
-        federation__local__schedule="joint", federation__local__shared_lr=0.5, **PLAIN
-    )
-    client_id = assembly.histories.trainable[0]
-    (update,) = assembly.trainer.train_chunk([client_id], assembly.parts.shared)
-    private = assembly.parts.private.initial(client_id)
+    run = tiny_run(federation__local__schedule="joint", federation__local__shared_lr=0.5, **PLAIN)
+    client_id = run.clients.histories.trainable[0]
+    (update,) = run.clients.trainer.train_chunk([client_id], run.model.shared)
+    private = run.model.private.initial(client_id)
     leaves = {
         name: value[None].clone().requires_grad_()
-        for name, value in {**assembly.parts.shared.tensors, **private}.items()
+        for name, value in {**run.model.shared.tensors, **private}.items()
     }
-    windows = assembly.histories.windows(client_id)
-    batch = collate([windows], [assembly.cache.states(windows, client_id)])
-    (loss,) = assembly.parts.model.losses(batch, leaves, Parts())
+    windows = run.clients.histories.windows(client_id)
+    batch = collate([windows], [run.clients.cache.states(windows, client_id)])
+    (loss,) = run.model.model.losses(batch, leaves, Parts())
     loss.backward()
     assert update.loss == pytest.approx(float(loss.detach()), abs=1e-6)
     for name, delta in update.delta.items():
         torch.testing.assert_close(delta, -0.5 * leaves[name].grad[0], atol=1e-6, rtol=1e-4)
-    after = _private(assembly, client_id)
+    after = _private(run, client_id)
     for name, value in private.items():
-        expected = value - assembly.config.federation.local.private_lr * leaves[name].grad[0]
+        expected = value - run.config.federation.local.private_lr * leaves[name].grad[0]
         torch.testing.assert_close(after[name], expected, atol=1e-6, rtol=1e-4)
 
 
 def test_private_after_and_a_disabled_adapter_leave_the_store_empty(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
     for settings in (
         {"federation__local__schedule": "private_after"},
         {"adapters__private__enabled": False},
         {"federation__local__private_local_steps": 0},
     ):
-        assembly = tiny_assembly(**settings)
-        updates = _train(assembly)
+        run = tiny_run(**settings)
+        updates = _train(run)
         assert len(updates) == 24
-        assert not any(assembly.store.versions(client_id) for client_id in updates)
+        assert not any(run.clients.store.versions(client_id) for client_id in updates)
 
 
 def test_alternate_fits_the_private_part_before_the_shared_step(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
     """The reported loss is the one before the shared step: lower with more private steps."""
     local = "federation__local__private_"
     few, many = (
-        tiny_assembly(**{f"{local}local_steps": steps, f"{local}lr": 0.02}) for steps in (1, 20)
+        tiny_run(**{f"{local}local_steps": steps, f"{local}lr": 0.02}) for steps in (1, 20)
     )
-    client_id = few.histories.trainable[0]
-    losses = [_train(assembly, [[client_id]])[client_id].loss for assembly in (few, many)]
+    client_id = few.clients.histories.trainable[0]
+    losses = [_train(run, [[client_id]])[client_id].loss for run in (few, many)]
     assert losses[1] < losses[0] - 0.1
 
 
 def test_training_goes_on_from_the_newest_private_state_that_counts(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
     """Round 3 starts from the state after round 1; one from a discarded future is passed over."""
-    assembly = tiny_assembly(**PLAIN)
-    client_id = assembly.histories.trainable[0]
-    _train(assembly, [[client_id]], round_number=1)
-    first = assembly.store.load(client_id)
+    run = tiny_run(**PLAIN)
+    client_id = run.clients.histories.trainable[0]
+    _train(run, [[client_id]], round_number=1)
+    first = run.clients.store.load(client_id)
     assert first is not None
     assert first.version == 1
     poison = {name: value * torch.nan for name, value in first.tensors.items()}
-    assembly.store.save(PrivateState(client_id, 5, poison))
-    update = _train(assembly, [[client_id]], round_number=3)[client_id]
-    third = assembly.store.load(client_id, version=3)
+    run.clients.store.save(PrivateState(client_id, 5, poison))
+    update = _train(run, [[client_id]], round_number=3)[client_id]
+    third = run.clients.store.load(client_id, version=3)
     assert third is not None
     assert math.isfinite(update.loss)
     change = max(float((third.tensors[n] - v).abs().max()) for n, v in first.tensors.items())
@@ -226,91 +224,91 @@ def test_training_goes_on_from_the_newest_private_state_that_counts(
 
 
 def test_a_client_that_diverges_spoils_neither_the_others_nor_its_own_store(
-    tiny_assembly: TinyAssembly, caplog: pytest.LogCaptureFixture
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assembly, clean = tiny_assembly(**PLAIN), tiny_assembly(**PLAIN)
-    chunk = assembly.histories.trainable[:3]
-    initial = assembly.parts.private.initial(chunk[0])
+    run, clean = tiny_run(**PLAIN), tiny_run(**PLAIN)
+    chunk = run.clients.histories.trainable[:3]
+    initial = run.model.private.initial(chunk[0])
     poison = {name: torch.full_like(value, torch.nan) for name, value in initial.items()}
-    assembly.store.save(PrivateState(chunk[0], 1, poison))
-    found = _train(assembly, [chunk], round_number=2)
+    run.clients.store.save(PrivateState(chunk[0], 1, poison))
+    found = _train(run, [chunk], round_number=2)
     expected = _train(clean, [chunk], round_number=2)
     for client_id in chunk[1:]:
         assert _same(found[client_id].delta, expected[client_id].delta, 1e-6)
         assert found[client_id].loss == pytest.approx(expected[client_id].loss)
-        assert _same(_private(assembly, client_id), _private(clean, client_id), 1e-6)
+        assert _same(_private(run, client_id), _private(clean, client_id), 1e-6)
     assert math.isnan(found[chunk[0]].loss)
-    assert assembly.store.versions(chunk[0]) == (1,)
+    assert run.clients.store.versions(chunk[0]) == (1,)
     assert f"client {chunk[0]}: private step was not finite" in caplog.text
 
 
 def test_losses_of_the_first_shared_step_are_reported_when_the_first_client_diverges(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
     """With several shared steps the others' losses stay those of the first."""
     settings = {**PLAIN, "federation__local__shared_local_steps": 3}
-    assembly, clean = tiny_assembly(**settings), tiny_assembly(**settings)
-    chunk = assembly.histories.trainable[:2]
-    initial = assembly.parts.private.initial(chunk[0])
+    run, clean = tiny_run(**settings), tiny_run(**settings)
+    chunk = run.clients.histories.trainable[:2]
+    initial = run.model.private.initial(chunk[0])
     poison = {name: torch.full_like(value, torch.nan) for name, value in initial.items()}
-    assembly.store.save(PrivateState(chunk[0], 0, poison))
-    found, expected = _train(assembly, [chunk]), _train(clean, [chunk])
+    run.clients.store.save(PrivateState(chunk[0], 0, poison))
+    found, expected = _train(run, [chunk]), _train(clean, [chunk])
     assert found[chunk[1]].loss == pytest.approx(expected[chunk[1]].loss, abs=1e-6)
 
 
 def test_clipping_and_adaptive_shared_steps_run_in_every_schedule(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
     """AdamW's first step moves an entry by lr at most, however many private steps came before."""
-    assembly = tiny_assembly(
+    run = tiny_run(
         federation__local__shared_optimizer="adamw",
         federation__local__shared_lr=0.01,
         federation__local__private_local_steps=3,
         federation__local__max_grad_norm=1.0,
     )
-    client_id = assembly.histories.trainable[0]
-    update = _train(assembly, [[client_id]])[client_id]
+    client_id = run.clients.histories.trainable[0]
+    update = _train(run, [[client_id]])[client_id]
     largest = max(float(delta.abs().max()) for delta in update.delta.values())
     assert largest == pytest.approx(0.01, rel=1e-3)
 
 
-def test_clients_without_a_transition_are_not_trainable(tiny_assembly: TinyAssembly) -> None:
+def test_clients_without_a_transition_are_not_trainable(tiny_run: TinyRun) -> None:
     """min_interactions 3 leaves a training history of one item to the shortest users."""
-    assembly = tiny_assembly(data__split="leave_last_out", data__min_interactions=3)
-    offsets = assembly.corpus.split.train.interactions.offsets
-    for client_id, client in assembly.histories.clients.items():
+    run = tiny_run(data__split="leave_last_out", data__min_interactions=3)
+    offsets = run.data.split.train.interactions.offsets
+    for client_id, client in run.clients.histories.clients.items():
         lengths = [offsets[user + 1] - offsets[user] for user in client.users]
         trainable = any(length >= 2 for length in lengths)
-        assert (client_id in assembly.histories.trainable) is trainable
-        assert bool(assembly.histories.windows(client_id)) is trainable
+        assert (client_id in run.clients.histories.trainable) is trainable
+        assert bool(run.clients.histories.windows(client_id)) is trainable
 
 
-def test_a_silo_holds_the_windows_of_all_its_users(tiny_assembly: TinyAssembly) -> None:
-    assembly = tiny_assembly(data__users_per_client=5)
-    assert len(assembly.histories.clients) == 5  # 24 users: four of 5 and one of 4
-    train = assembly.corpus.split.train.interactions
-    for client_id, client in assembly.histories.clients.items():
-        windows = assembly.histories.windows(client_id)
+def test_a_silo_holds_the_windows_of_all_its_users(tiny_run: TinyRun) -> None:
+    run = tiny_run(data__users_per_client=5)
+    assert len(run.clients.histories.clients) == 5  # 24 users: four of 5 and one of 4
+    train = run.data.split.train.interactions
+    for client_id, client in run.clients.histories.clients.items():
+        windows = run.clients.histories.windows(client_id)
         expected = sum(max(0, len(train.history(user)) - 1) for user in client.users)
         assert sum(window.num_targets for window in windows) == expected
-        assert all(assembly.histories.client_of(user) == client_id for user in client.users)
+        assert all(run.clients.histories.client_of(user) == client_id for user in client.users)
         longest = max(len(window.tokens) for window in windows)
-        assert assembly.histories.num_tokens(client_id) == len(windows) * longest
-    assert len(_train(assembly)) == 5
+        assert run.clients.histories.num_tokens(client_id) == len(windows) * longest
+    assert len(_train(run)) == 5
 
 
 def test_windows_per_step_go_round_all_windows(
-    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """5 windows, 2 a step, 5 steps: every window is read exactly twice, none twice in a step."""
-    assembly = tiny_assembly(
+    run = tiny_run(
         window__items=2,
         federation__local__windows_per_step=2,
         federation__local__shared_local_steps=5,
         federation__local__private_local_steps=0,
     )
     client_id = next(
-        c for c in assembly.histories.clients if len(assembly.histories.windows(c)) == 5
+        c for c in run.clients.histories.clients if len(run.clients.histories.windows(c)) == 5
     )
     seen: list[list[tuple[int, ...]]] = []
 
@@ -319,27 +317,27 @@ def test_windows_per_step_go_round_all_windows(
         return collate(windows, states)
 
     monkeypatch.setattr(histories_module, "collate", spy)
-    _train(assembly, [[client_id]])
+    _train(run, [[client_id]])
     assert [len(set(step)) for step in seen] == [2] * 5
     assert list(Counter(key for step in seen for key in step).values()) == [2] * 5
     first_order = list(seen)
     seen.clear()
-    _train(assembly, [[client_id]], round_number=2)
+    _train(run, [[client_id]], round_number=2)
     assert seen != first_order  # another round, another order
 
 
 def test_personalise_fits_a_copy_and_leaves_store_and_shared_state(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
-    assembly = tiny_assembly(
-        federation__local__personalise_steps=3, federation__local__private_lr=0.05
+    run = tiny_run(federation__local__personalise_steps=3, federation__local__private_lr=0.05)
+    chunk = run.clients.histories.trainable[:3]
+    before = {n: v.clone() for n, v in run.model.shared.tensors.items()}
+    private = run.clients.trainer.personalise(chunk, SharedState(run.model.shared.tensors, 4))
+    assert run.clients.trainer.personalise_steps(chunk) == 9
+    assert not any(
+        run.clients.store.load(c) or run.clients.store.load_personalised(c) for c in chunk
     )
-    chunk = assembly.histories.trainable[:3]
-    before = {n: v.clone() for n, v in assembly.parts.shared.tensors.items()}
-    private = assembly.trainer.personalise(chunk, SharedState(assembly.parts.shared.tensors, 4))
-    assert assembly.trainer.personalise_steps(chunk) == 9
-    assert not any(assembly.store.load(c) or assembly.store.load_personalised(c) for c in chunk)
-    assert _same(assembly.parts.shared.tensors, before, 0.0)
+    assert _same(run.model.shared.tensors, before, 0.0)
     assert all(name.startswith("private.") for name in private)
     for client in range(3):
         fitted = [v[client] for n, v in private.items() if n.endswith(".B")]
@@ -347,50 +345,50 @@ def test_personalise_fits_a_copy_and_leaves_store_and_shared_state(
     assert not torch.equal(*private["private.head.B"][:2])
 
 
-def test_personalise_without_steps_keeps_what_there_is(tiny_assembly: TinyAssembly) -> None:
-    assembly = tiny_assembly(federation__local__personalise_steps=0)
-    chunk = assembly.histories.trainable[:2]
-    private = assembly.trainer.personalise(chunk, SharedState(assembly.parts.shared.tensors, 4))
-    initial = assembly.parts.private.initial(chunk[1])
+def test_personalise_without_steps_keeps_what_there_is(tiny_run: TinyRun) -> None:
+    run = tiny_run(federation__local__personalise_steps=0)
+    chunk = run.clients.histories.trainable[:2]
+    private = run.clients.trainer.personalise(chunk, SharedState(run.model.shared.tensors, 4))
+    initial = run.model.private.initial(chunk[1])
     assert _same({n: v[1] for n, v in private.items()}, initial, 0.0)
-    assert assembly.trainer.personalise_steps(chunk) == 0
+    assert run.clients.trainer.personalise_steps(chunk) == 0
 
 
-def test_a_fit_in_closed_form_takes_no_steps(tiny_assembly: TinyAssembly) -> None:
-    assembly = tiny_assembly(method="pfm", federation__local__personalise_steps=3)
-    chunk = assembly.histories.trainable[:2]
-    private = assembly.trainer.personalise(chunk, assembly.parts.shared)
+def test_a_fit_in_closed_form_takes_no_steps(tiny_run: TinyRun) -> None:
+    run = tiny_run(method="pfm", federation__local__personalise_steps=3)
+    chunk = run.clients.histories.trainable[:2]
+    private = run.clients.trainer.personalise(chunk, run.model.shared)
     assert private["private.taste.next_item"].any()
-    assert assembly.trainer.personalise_steps(chunk) == 0
+    assert run.clients.trainer.personalise_steps(chunk) == 0
 
 
 @pytest.mark.parametrize("max_windows", [{}, {"window__max_windows": 1}])
 def test_what_is_read_needs_no_pass_over_any_text(
-    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch, max_windows: dict[str, int]
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, max_windows: dict[str, int]
 ) -> None:
     """It equals what the same batch gives after a pass, and the oldest windows are not needed."""
-    assembly = tiny_assembly(method="pfm", **max_windows)
-    chunk, shared = assembly.histories.trainable[:3], assembly.parts.shared
-    whole = tiny_assembly(method="pfm").histories
+    run = tiny_run(method="pfm", **max_windows)
+    chunk, shared = run.clients.histories.trainable[:3], run.model.shared
+    whole = tiny_run(method="pfm").clients.histories
     windows = [whole.windows(client_id) for client_id in chunk]
     batch = collate(windows, [whole.trunk_states(c) for c in chunk])
-    stacked = assembly.trainer.stack(shared, {}, len(chunk))
-    expected = assembly.parts.model.fit(batch, stacked)
+    stacked = run.clients.trainer.stack(shared, {}, len(chunk))
+    expected = run.model.model.fit(batch, stacked)
 
     def fail(*_: object) -> None:
         raise AssertionError("the trunk was read")
 
-    monkeypatch.setattr(assembly.histories, "trunk_states", fail)
-    private = assembly.trainer.personalise(chunk, shared)
+    monkeypatch.setattr(run.clients.histories, "trunk_states", fail)
+    private = run.clients.trainer.personalise(chunk, shared)
     assert _same(private, expected, 0.0)
     assert all(private["private.taste.next_item"].any(1))
 
 
 def test_personalise_keeps_the_whole_old_adapter_of_a_client_whose_fit_diverges(
-    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One factor that is not a number must not be mixed with fitted ones."""
-    assembly = tiny_assembly(federation__local__personalise_steps=1)
+    run = tiny_run(federation__local__personalise_steps=1)
     step = StackedOptimizer.step
 
     def diverging(*args: Any) -> dict[str, torch.Tensor]:
@@ -400,51 +398,49 @@ def test_personalise_keeps_the_whole_old_adapter_of_a_client_whose_fit_diverges(
         return new
 
     monkeypatch.setattr(StackedOptimizer, "step", diverging)
-    chunk = assembly.histories.trainable[:2]
-    private = assembly.trainer.personalise(chunk, SharedState(assembly.parts.shared.tensors, 1))
-    initial = assembly.parts.private.initial(chunk[0])
+    chunk = run.clients.histories.trainable[:2]
+    private = run.clients.trainer.personalise(chunk, SharedState(run.model.shared.tensors, 1))
+    initial = run.model.private.initial(chunk[0])
     assert _same({name: value[0] for name, value in private.items()}, initial, 0.0)
     assert all(value[1].any() for value in private.values())
 
 
 def test_every_client_and_step_draws_dropout_of_its_own(
-    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """3 clients, a private and a shared step."""
     drawn: list[torch.Generator] = []
     monkeypatch.setattr(histories_module, "Dropout", lambda *a: drawn.extend(a[-1]) or Dropout(*a))
-    assembly = tiny_assembly(**DROPOUT)
-    _train(assembly, [assembly.histories.trainable[:3]])
+    run = tiny_run(**DROPOUT)
+    _train(run, [run.clients.histories.trainable[:3]])
     assert len({generator.initial_seed() for generator in drawn}) == 6
 
 
-def test_a_taste_that_is_read_has_dropout_of_its_own(tiny_assembly: TinyAssembly) -> None:
+def test_a_taste_that_is_read_has_dropout_of_its_own(tiny_run: TinyRun) -> None:
     """It moves the basis alone, with or without dropout on the head."""
     for head in (0.0, 0.2):
         deltas = []
         for rate in (0.0, 0.7):
-            assembly = tiny_assembly(
-                method="pfm", head__dropout=head, adapters__private__taste__dropout=rate
-            )
-            deltas.append(_train(assembly, [assembly.histories.trainable[:1]]))
+            run = tiny_run(method="pfm", head__dropout=head, adapters__private__taste__dropout=rate)
+            deltas.append(_train(run, [run.clients.histories.trainable[:1]]))
         plain, dropped = (next(iter(updates.values())).delta for updates in deltas)
         moved = {name for name in plain if not torch.equal(plain[name], dropped[name])}
         assert taste.READ_OUT in moved
         assert all(name.startswith("basis.taste.next_item.") for name in moved)
 
 
-def test_a_shared_basis_travels_and_a_private_factor_does_not(tiny_assembly: TinyAssembly) -> None:
-    assembly = tiny_assembly(adapters__private__kind="shared_basis")
-    client_id = assembly.histories.trainable[0]
-    update = _train(assembly, [[client_id]])[client_id]
+def test_a_shared_basis_travels_and_a_private_factor_does_not(tiny_run: TinyRun) -> None:
+    run = tiny_run(adapters__private__kind="shared_basis")
+    client_id = run.clients.histories.trainable[0]
+    update = _train(run, [[client_id]])[client_id]
     bases = [delta for name, delta in update.delta.items() if name.startswith("basis.")]
     assert bases
     assert all(delta.any() for delta in bases)  # B was fitted before
-    assert all(name.endswith(".B") for name in _private(assembly, client_id))
+    assert all(name.endswith(".B") for name in _private(run, client_id))
 
 
-def test_same_seed_same_bits_and_another_seed_other_bits(tiny_assembly: TinyAssembly) -> None:
-    runs = [_train(tiny_assembly(seed=seed, **DROPOUT)) for seed in (0, 0, 1)]
+def test_same_seed_same_bits_and_another_seed_other_bits(tiny_run: TinyRun) -> None:
+    runs = [_train(tiny_run(seed=seed, **DROPOUT)) for seed in (0, 0, 1)]
     for client_id, update in runs[0].items():
         assert _same(runs[1][client_id].delta, update.delta, 0.0)
         assert not _same(runs[2][client_id].delta, update.delta, 1e-6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pfm_llm.base.errors import CorruptFileError, DataError
-from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.schema import ExperimentConfig, parse_config
 from pfm_llm.evaluation import comparison
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import write_results
@@ -15,6 +15,7 @@ from pfm_llm.protocol.types import Mode
 from tests.support.suite_double import row
 
 CONFIG = ExperimentConfig(name="paired")
+SHARED_ONLY = parse_config({"name": "paired", "method": "shared_only"})
 USERS = [3, 5, 8]
 
 
@@ -35,7 +36,7 @@ def _file(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def test_the_difference_is_paired_over_users_and_of_the_best_mode(tmp_path: Path) -> None:
+def test_the_difference_is_paired_over_users_and_of_the_mode_that_is_judged(tmp_path: Path) -> None:
     """NDCG@10 is 1, then the mean of 0 and 1, then 1 / log2(4): minus 0, 1/2 and 1."""
     own = {Mode.SHARED_ONLY: _ranks(11, 11, 11, 11), Mode.SHARED_PRIVATE: _ranks(1, 11, 1, 3)}
     trained = comparison.read_references([_file(tmp_path)], CONFIG, "test")
@@ -45,10 +46,32 @@ def test_the_difference_is_paired_over_users_and_of_the_best_mode(tmp_path: Path
     assert first.value == pytest.approx((1.0 + 0.0 - 0.5) / 3)
     assert first.ci_low <= first.value <= first.ci_high
     assert (second.metric, second.value, second.ci_low) == ("ndcg_over_popularity", 0.0, 0.0)
-    alone = {Mode.SHARED_ONLY: _ranks(1, 1, 1, 1)}
-    (shared,) = comparison.rows_over(CONFIG, "test", alone, trained)
+    (shared,) = comparison.rows_over(
+        SHARED_ONLY, "test", {Mode.SHARED_ONLY: _ranks(1, 1, 1, 1)}, trained
+    )
     assert shared.mode == "shared_only"
     assert shared.value == pytest.approx((1.0 + 0.5 + 0.0) / 3)
+
+
+def test_the_gain_is_what_the_private_part_adds_to_the_shared_one() -> None:
+    """Ranks 2 and 1 become 1 and 2: the log-rank gains ln 2 and loses ln 2 / 2 of two targets."""
+    ranks = {
+        Mode.SHARED_ONLY: _ranks(2, 1, 1, 1),
+        Mode.PRIVATE_ONLY: _ranks(1, 1, 1, 1),
+        Mode.SHARED_PRIVATE: _ranks(1, 2, 1, 1),
+    }
+    aucs = {mode: np.array([0.5, np.nan, 0.75]) for mode in ranks}
+    rows = comparison.gain_rows(CONFIG, "test", ranks, aucs)
+    assert [(row.task, row.metric, row.k) for row in rows] == [
+        ("next_item", "gain_log_rank", 0), ("next_item", "gain_ndcg", 10), ("like", "gain_auc", 0)
+    ]  # fmt: skip
+    assert {(row.mode, row.split) for row in rows} == {("shared_private", "test")}
+    assert rows[0].value == pytest.approx((np.log(2) - np.log(2) / 2) / 3)
+    assert (rows[2].value, rows[2].num_users) == (0.0, 2)
+    over = comparison.gains(ranks, {}, comparison.bootstrap_of(CONFIG), Mode.PRIVATE_ONLY)
+    (figures,) = over.values()
+    assert figures["gain_log_rank_over_private"].value == pytest.approx(-np.log(2) / 2 / 3)
+    assert comparison.gain_rows(SHARED_ONLY, "test", ranks, aucs) == []
 
 
 @pytest.mark.parametrize(
@@ -97,6 +120,6 @@ def test_a_damaged_file_is_no_reference(tmp_path: Path, ndcg: Any) -> None:
 def test_other_users_are_refused(tmp_path: Path) -> None:
     path = _file(tmp_path, per_user={"test": {"users": [3, 5, 9], "ndcg@10": [0.0, 0.5, 1.0]}})
     references = comparison.read_references([path], CONFIG, "test")
-    own = {Mode.SHARED_ONLY: _ranks(1, 11, 1, 3)}
+    own = {Mode.SHARED_PRIVATE: _ranks(1, 11, 1, 3)}
     with pytest.raises(DataError, match="other users"):
         comparison.rows_over(CONFIG, "test", own, references)

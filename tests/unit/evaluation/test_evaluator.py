@@ -23,8 +23,8 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import Mode, SharedState
-from pfm_llm.runs.run import Assembly
-from tests.conftest import TinyAssembly
+from pfm_llm.runs.run import Run
+from tests.conftest import TinyRun
 from tests.support.tiny_models import stirred
 
 STEPS = {"federation__local__personalise_steps": 3, "federation__local__private_lr": 0.05}
@@ -33,58 +33,58 @@ SETTINGS = {**STEPS, "federation__local__private_optimizer": "sgd"}
 
 
 def _task(
-    assembly: Assembly,
+    run: Run,
     modes: Sequence[Mode] = OUR_MODES,
     held_out: HeldOut | None = None,
     keep: bool = False,
 ) -> EvaluationTask:
-    held_out = held_out or assembly.corpus.split.test
-    config = assembly.config
+    held_out = held_out or run.data.split.test
+    config = run.config
     return EvaluationTask(
         held_out=held_out,
         negatives=sample_negatives(
-            held_out, assembly.parts.model.num_items, config.evaluation.num_negatives, config.seed
+            held_out, run.model.model.num_items, config.evaluation.num_negatives, config.seed
         ),
-        shared=SharedState(stirred(assembly.parts.shared.tensors, 1, 0.1), 4),
+        shared=SharedState(stirred(run.model.shared.tensors, 1, 0.1), 4),
         parts=evaluator.parts_of(modes, config.adapters.private.weight),
         keep=keep,
     )
 
 
-def _measure(assembly: Assembly, task: EvaluationTask, tokens_per_chunk: int = 300) -> Measured:
-    chunks = assembly.evaluator.chunks(task, tokens_per_chunk)
-    return evaluator.combine([assembly.evaluator.rank_chunk(chunk, task) for chunk in chunks])
+def _measure(run: Run, task: EvaluationTask, tokens_per_chunk: int = 300) -> Measured:
+    chunks = run.evaluator.chunks(task, tokens_per_chunk)
+    return evaluator.combine([run.evaluator.rank_chunk(chunk, task) for chunk in chunks])
 
 
-def _scores_alone(assembly: Assembly, task: EvaluationTask, query: int) -> dict[Mode, np.ndarray]:
+def _scores_alone(run: Run, task: EvaluationTask, query: int) -> dict[Mode, np.ndarray]:
     """Scores of one query in every mode, in passes of its own."""
     user = int(task.held_out.users[query])
-    client_id = assembly.histories.client_of(user)
-    window = assembly.parts.encoder.query_window(task.held_out.query(query).history)
-    batch = collate([[window]], [assembly.cache.states([window], client_id)], last_only=True)
-    private = assembly.trainer.personalise([client_id], task.shared)
-    stacked = assembly.trainer.stack(task.shared, private, 1)
+    client_id = run.clients.histories.client_of(user)
+    window = run.model.encoder.query_window(task.held_out.query(query).history)
+    batch = collate([[window]], [run.clients.cache.states([window], client_id)], last_only=True)
+    private = run.clients.trainer.personalise([client_id], task.shared)
+    stacked = run.clients.trainer.stack(task.shared, private, 1)
     return {
         mode: (
-            assembly.parts.model.zero_shot_scores(batch)
+            run.model.model.zero_shot_scores(batch)
             if parts is None
-            else assembly.parts.model.scores(batch, stacked, parts)
+            else run.model.model.scores(batch, stacked, parts)
         )[0].numpy()
         for mode, parts in task.parts.items()
     }
 
 
 @pytest.mark.parametrize("split", ["last_fraction", "leave_last_out"])
-def test_ranks_equal_brute_force(split: str, tiny_assembly: TinyAssembly) -> None:
+def test_ranks_equal_brute_force(split: str, tiny_run: TinyRun) -> None:
     """One query at a time; rank = 1 + unseen others that score at least as high."""
-    assembly = tiny_assembly(data__split=split, data__held_out=0.4, **SETTINGS)
-    held_out = evaluator.sample_users(assembly.corpus.split.test, 10, seed=0)
-    task = _task(assembly, held_out=held_out)
-    measured = _measure(assembly, task)
+    run = tiny_run(data__split=split, data__held_out=0.4, **SETTINGS)
+    held_out = evaluator.sample_users(run.data.split.test, 10, seed=0)
+    task = _task(run, held_out=held_out)
+    measured = _measure(run, task)
     row = 0
     for query, targets in enumerate(task.held_out.targets):
         seen = set(task.held_out.histories[query].tolist())
-        for mode, scores in _scores_alone(assembly, task, query).items():
+        for mode, scores in _scores_alone(run, task, query).items():
             for offset, target in enumerate(targets.tolist()):
                 others = [i for i in range(30) if i != target and i not in seen]
                 negatives = [i for i in task.negatives[row + offset].tolist() if i >= 0]
@@ -106,24 +106,22 @@ def _equal(a: Ranks, b: Ranks) -> bool:
 
 
 @pytest.mark.parametrize("users_per_client", [1, 5])
-def test_the_result_does_not_depend_on_chunks(
-    users_per_client: int, tiny_assembly: TinyAssembly
-) -> None:
-    assembly = tiny_assembly(data__users_per_client=users_per_client, **SETTINGS)
-    task = _task(assembly)
-    small, large = _measure(assembly, task, 1), _measure(assembly, task, 10**6)
-    assert len(assembly.evaluator.chunks(task, 1)) == len(assembly.histories.clients)
-    assert len(assembly.evaluator.chunks(task, 10**6)) == 1
+def test_the_result_does_not_depend_on_chunks(users_per_client: int, tiny_run: TinyRun) -> None:
+    run = tiny_run(data__users_per_client=users_per_client, **SETTINGS)
+    task = _task(run)
+    small, large = _measure(run, task, 1), _measure(run, task, 10**6)
+    assert len(run.evaluator.chunks(task, 1)) == len(run.clients.histories.clients)
+    assert len(run.evaluator.chunks(task, 10**6)) == 1
     for mode in OUR_MODES:
         assert _equal(small.ranks[mode], large.ranks[mode]), mode
     assert replace(small, ranks={}) == replace(large, ranks={})
 
 
-def test_users_who_never_were_in_a_cohort_are_personalised(tiny_assembly: TinyAssembly) -> None:
+def test_users_who_never_were_in_a_cohort_are_personalised(tiny_run: TinyRun) -> None:
     """24 clients, 3 steps each; nobody has a private state yet."""
-    assembly = tiny_assembly(**SETTINGS)
-    measured = _measure(assembly, _task(assembly))
-    assert not any(assembly.store.versions(c) for c in assembly.histories.clients)
+    run = tiny_run(**SETTINGS)
+    measured = _measure(run, _task(run))
+    assert not any(run.clients.store.versions(c) for c in run.clients.histories.clients)
     assert (measured.num_users, measured.num_personalised) == (24, 24)
     assert measured.private_steps == 24 * 3
     shared, private = (measured.ranks[m] for m in (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE))
@@ -131,20 +129,20 @@ def test_users_who_never_were_in_a_cohort_are_personalised(tiny_assembly: TinyAs
 
 
 def test_without_personalise_steps_private_adapters_are_zero_and_said_to_be(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
-    assembly = tiny_assembly(federation__local__personalise_steps=0)
-    measured = _measure(assembly, _task(assembly))
+    run = tiny_run(federation__local__personalise_steps=0)
+    measured = _measure(run, _task(run))
     assert (measured.num_personalised, measured.private_steps) == (0, 0)
     shared, private = (measured.ranks[m] for m in (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE))
     assert np.array_equal(shared.full, private.full)
 
 
-def test_modes_without_private_parts_train_nobody(tiny_assembly: TinyAssembly) -> None:
-    assembly = tiny_assembly(**SETTINGS)
-    task = _task(assembly, [Mode.ZERO_SHOT, Mode.SHARED_ONLY])
+def test_modes_without_private_parts_train_nobody(tiny_run: TinyRun) -> None:
+    run = tiny_run(**SETTINGS)
+    task = _task(run, [Mode.ZERO_SHOT, Mode.SHARED_ONLY])
     assert not task.uses_private
-    measured = _measure(assembly, task)
+    measured = _measure(run, task)
     assert list(measured.ranks) == [Mode.ZERO_SHOT, Mode.SHARED_ONLY]
     assert (measured.num_personalised, measured.private_steps) == (0, 0)
     weightless = replace(task, parts=evaluator.parts_of(OUR_MODES, private_weight=0.0))
@@ -153,46 +151,46 @@ def test_modes_without_private_parts_train_nobody(tiny_assembly: TinyAssembly) -
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_personalised_adapters_are_kept_for_serving_when_asked(
-    keep: bool, tiny_assembly: TinyAssembly
+    keep: bool, tiny_run: TinyRun
 ) -> None:
-    assembly = tiny_assembly(**SETTINGS)
-    held_out = evaluator.sample_users(assembly.corpus.split.test, 6, seed=0)
-    task = _task(assembly, held_out=held_out, keep=keep)
-    _measure(assembly, task, 10**6)
-    for client_id in (assembly.histories.client_of(int(user)) for user in held_out.users):
-        state = assembly.store.load_personalised(client_id)
+    run = tiny_run(**SETTINGS)
+    held_out = evaluator.sample_users(run.data.split.test, 6, seed=0)
+    task = _task(run, held_out=held_out, keep=keep)
+    _measure(run, task, 10**6)
+    for client_id in (run.clients.histories.client_of(int(user)) for user in held_out.users):
+        state = run.clients.store.load_personalised(client_id)
         assert (state is not None) is keep
         if state is not None:
             assert state.version == 4
-            alone = assembly.trainer.personalise([client_id], task.shared)
+            alone = run.clients.trainer.personalise([client_id], task.shared)
             for name, value in state.tensors.items():
                 torch.testing.assert_close(value, alone[name][0], atol=1e-5, rtol=1e-5)
-        assert assembly.store.versions(client_id) == ()  # training does not go on from it
+        assert run.clients.store.versions(client_id) == ()  # training does not go on from it
 
 
-def test_clients_of_other_users_are_passed_over(tiny_assembly: TinyAssembly) -> None:
-    assembly = tiny_assembly(data__users_per_client=5, **SETTINGS)
-    held_out = evaluator.sample_users(assembly.corpus.split.test, 4, seed=0)
-    task = _task(assembly, [Mode.SHARED_ONLY], held_out)
-    measured = _measure(assembly, task)
+def test_clients_of_other_users_are_passed_over(tiny_run: TinyRun) -> None:
+    run = tiny_run(data__users_per_client=5, **SETTINGS)
+    held_out = evaluator.sample_users(run.data.split.test, 4, seed=0)
+    task = _task(run, [Mode.SHARED_ONLY], held_out)
+    measured = _measure(run, task)
     assert measured.ranks[Mode.SHARED_ONLY].users.tolist() == held_out.users.tolist()
-    everybody = _measure(assembly, _task(assembly, [Mode.SHARED_ONLY])).ranks[Mode.SHARED_ONLY]
+    everybody = _measure(run, _task(run, [Mode.SHARED_ONLY])).ranks[Mode.SHARED_ONLY]
     kept = np.isin(everybody.users, held_out.users)
     assert np.array_equal(measured.ranks[Mode.SHARED_ONLY].full, everybody.full[kept])
 
 
-def test_clients_without_training_windows_fill_a_chunk_too(tiny_assembly: TinyAssembly) -> None:
+def test_clients_without_training_windows_fill_a_chunk_too(tiny_run: TinyRun) -> None:
     """With one item of training history nothing is trained, but the query takes its place."""
-    assembly = tiny_assembly(data__split="last_fraction", data__held_out=0.99)
-    task = _task(assembly, held_out=assembly.corpus.split.validation)
-    assert assembly.histories.trainable == ()
-    assert len(assembly.evaluator.chunks(task, 1)) == 24
-    measured = _measure(assembly, task)
+    run = tiny_run(data__split="last_fraction", data__held_out=0.99)
+    task = _task(run, held_out=run.data.split.validation)
+    assert run.clients.histories.trainable == ()
+    assert len(run.evaluator.chunks(task, 1)) == 24
+    measured = _measure(run, task)
     assert (measured.num_personalised, measured.private_steps) == (0, 0)
 
 
-def test_a_sample_of_users_is_fixed_and_whole(tiny_assembly: TinyAssembly) -> None:
-    held_out = tiny_assembly().corpus.split.validation
+def test_a_sample_of_users_is_fixed_and_whole(tiny_run: TinyRun) -> None:
+    held_out = tiny_run().data.split.validation
     sample = evaluator.sample_users(held_out, 5, seed=3)
     again = evaluator.sample_users(held_out, 5, seed=3)
     assert sample.users.tolist() == again.users.tolist() == sorted(set(sample.users.tolist()))
@@ -327,31 +325,31 @@ def test_the_headline_is_ndcg_and_hit_rate_over_the_full_catalogue() -> None:
 
 
 def test_a_taste_vector_reads_what_the_query_shows_and_no_target(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
-    assembly = tiny_assembly(method="pfm", data__split="last_fraction")
-    split = assembly.corpus.split
+    run = tiny_run(method="pfm", data__split="last_fraction")
+    split = run.data.split
     found = {}
     for held_out in (split.validation, split.test):
         blind = replace(held_out, targets=tuple(t[::-1] for t in held_out.targets))
         private = [
-            assembly.evaluator.score_chunk(chunk, _task(assembly, held_out=targets)).private
+            run.evaluator.score_chunk(chunk, _task(run, held_out=targets)).private
             for targets in (held_out, blind)
-            for chunk in [assembly.histories.trainable]
+            for chunk in [run.clients.histories.trainable]
         ]
         name = taste.vector_name(Task.NEXT_ITEM)
         assert torch.equal(private[0][name], private[1][name])
         found[held_out.name] = private[0][name]
-    task = _task(assembly)
-    on_train = assembly.trainer.personalise(assembly.histories.trainable, task.shared)
+    task = _task(run)
+    on_train = run.clients.trainer.personalise(run.clients.histories.trainable, task.shared)
     assert torch.equal(found["validation"], on_train[taste.vector_name(Task.NEXT_ITEM)])
     assert not torch.allclose(found["test"], found["validation"])
 
 
 def test_a_history_that_does_not_go_on_from_train_is_refused(
-    tiny_assembly: TinyAssembly,
+    tiny_run: TinyRun,
 ) -> None:
-    histories = tiny_assembly(method="pfm").histories
+    histories = tiny_run(method="pfm").clients.histories
     own, client_id = histories._train.interactions.history(0), histories.client_of(0)
     for refuses in (histories.later_windows, histories.history):
         with pytest.raises(DataError, match="does not begin with the training history"):
@@ -362,15 +360,15 @@ def test_a_history_that_does_not_go_on_from_train_is_refused(
     assert set(known.labels.tolist()) == {NO_LABEL}
 
 
-def test_a_history_has_all_events_each_with_its_own_label(tiny_assembly: TinyAssembly) -> None:
-    assembly = tiny_assembly(method="pfm")
-    train = assembly.corpus.split.train.interactions
+def test_a_history_has_all_events_each_with_its_own_label(tiny_run: TinyRun) -> None:
+    run = tiny_run(method="pfm")
+    train = run.data.split.train.interactions
     ratings = np.arange(len(train.items), dtype=np.float32) % 6
     histories = ClientHistories(
-        list(assembly.histories.clients.values()),
+        list(run.clients.histories.clients.values()),
         TrainData(replace(train, ratings=ratings)),
-        assembly.parts.encoder,
-        assembly.cache,
+        run.model.encoder,
+        run.clients.cache,
         like_threshold=3.0,
     )
     client_id = histories.client_of(1)
@@ -383,12 +381,12 @@ def test_a_history_has_all_events_each_with_its_own_label(tiny_assembly: TinyAss
 
 
 def test_user_vectors_are_read_out_once_for_all_taste_vectors(
-    tiny_assembly: TinyAssembly, monkeypatch: pytest.MonkeyPatch
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assembly = tiny_assembly(method="pfm")
-    task = _task(assembly, [Mode.SHARED_ONLY, Mode.SHARED_PRIVATE])
-    chunk = assembly.histories.trainable[:2]
-    evaluator, model = assembly.evaluator, assembly.parts.model
+    run = tiny_run(method="pfm")
+    task = _task(run, [Mode.SHARED_ONLY, Mode.SHARED_PRIVATE])
+    chunk = run.clients.histories.trainable[:2]
+    evaluator, model = run.evaluator, run.model.model
     private = evaluator.score_chunk(chunk, task).private
     swapped = {name: value.flip(0) for name, value in private.items()}
     expected = [evaluator.score_chunk(chunk, task, own).scores for own in (private, swapped)]

@@ -1,0 +1,162 @@
+"""Measuring a run: its modes and its baselines on a split, and the rows that say so."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pfm_llm.base.progress import Progress
+from pfm_llm.config.choices import Task
+from pfm_llm.config.settings import like_threshold
+from pfm_llm.config.settle import known
+from pfm_llm.data.splits import HeldOut
+from pfm_llm.evaluation import evaluator, personality, ranking
+from pfm_llm.evaluation.baselines import FittedBaseline, fit_baselines
+from pfm_llm.evaluation.candidates import sample_negatives
+from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured, UserVectors
+from pfm_llm.evaluation.ranking import Ranks
+from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.protocol.types import Mode
+from pfm_llm.runs.run import Run, Trained
+
+_POOLED = "pooled data"
+_WITHOUT_PRIVATE = (Mode.ZERO_SHOT, Mode.SHARED_ONLY)
+
+
+def evaluation_task(
+    run: Run,
+    trained: Trained,
+    held_out: HeldOut,
+    modes: Sequence[Mode] = OUR_MODES,
+    keep: bool = False,
+) -> EvaluationTask:
+    """What `measure` takes: our modes on a split; see `EvaluationTask`.
+
+    Modes with a private part are left out where the run has none.
+    """
+    config = run.config
+    threshold = like_threshold(config)
+    if not config.adapters.private.enabled:
+        modes = [mode for mode in modes if mode in _WITHOUT_PRIVATE]
+    num_items = len(run.data.interactions.catalogue)
+    return EvaluationTask(
+        held_out=held_out,
+        negatives=sample_negatives(
+            held_out, num_items, config.evaluation.num_negatives, config.seed
+        ),
+        shared=trained.shared,
+        parts=evaluator.parts_of(modes, trained.private_weight),
+        keep=keep,
+        liked=None if threshold is None else held_out.liked(threshold),
+    )
+
+
+def validation_task(run: Run, trained: Trained, modes: Sequence[Mode]) -> EvaluationTask:
+    """`evaluation_task` on the sample of validation that choices are made on."""
+    config = run.config
+    held_out = evaluator.sample_users(
+        run.data.split.validation, config.evaluation.max_users, config.seed
+    )
+    return evaluation_task(run, trained, held_out, modes)
+
+
+def only(task: EvaluationTask, *modes: Mode, **changes: Any) -> EvaluationTask:
+    """A task in some of its modes alone, which keeps nothing with the clients.
+
+    Args:
+        task: The task.
+        modes: Some of those that it has.
+        changes: Other fields of the new task.
+    """
+    parts = {mode: task.parts[mode] for mode in modes}
+    return dataclasses.replace(task, parts=parts, keep=False, **changes)
+
+
+def measure(
+    run: Run,
+    task: EvaluationTask,
+    known: MutableMapping[tuple[str, ...], UserVectors] | None = None,
+) -> Measured:
+    """Evaluate, each process its share of the clients; the result is equal on every process.
+
+    Args:
+        run: The run.
+        task: What to rank with what.
+        known: By chunk, what earlier calls on the same split and shared state have read out.
+    """
+    processes = run.processes
+    chunks = run.evaluator.chunks(task, run.config.runtime.tokens_per_chunk)
+    found = []
+    total = sum(map(len, chunks))
+    show = Progress(total, f"evaluating on {task.held_out.name}", processes.is_main)
+    with processes.together(), show as progress:
+        for index, chunk in processes.share(chunks):
+            read = None if known is None else known[chunk]
+            found.append((index, run.evaluator.rank_chunk(chunk, task, None, read)))
+            progress.update(min(len(chunk) * processes.count, total - progress.count))
+    return evaluator.combine(processes.gather(found))
+
+
+def quality_of(measured: Measured, mode: Mode, name: str = "log_rank") -> np.ndarray:
+    """A quality of `personality.user_quality` per user, float64 [U], users ascending."""
+    ranks = measured.ranks[mode]
+    return personality.user_quality(name, ranks.full, ranks.users)
+
+
+def fit_run_baselines(run: Run) -> list[FittedBaseline]:
+    """The config's baselines, fitted on train and chosen on validation."""
+    train = run.data.split.train.interactions
+    return fit_baselines(
+        run.config.evaluation.baselines,
+        [train.history(user) for user in range(train.num_users)],
+        len(train.catalogue),
+        run.data.split.validation,
+    )
+
+
+def rank_baselines(baselines: Sequence[FittedBaseline], task: EvaluationTask) -> dict[str, Ranks]:
+    """Name of each baseline to its ranks of the task's targets."""
+    return {
+        baseline.name.value: ranking.rank_baseline(baseline, task.held_out, task.negatives)
+        for baseline in baselines
+    }
+
+
+def rows_of(
+    run: Run, task: EvaluationTask, measured: Measured, baselines: Mapping[str, Ranks]
+) -> list[ResultRow]:
+    """Rows for ``results.json``: of the baselines, and of every mode that was measured."""
+    config = run.config
+    held_out, round_number = task.held_out, task.shared.round_number
+    cohort = known(config.federation.cohort_size)
+    circumstances = functools.partial(
+        ResultRow, protocol=config.data.split.value, split=held_out.name, seed=config.seed
+    )
+    rows: list[ResultRow] = []
+    for name, ranks in baselines.items():
+        describe = functools.partial(
+            circumstances,
+            method=name,
+            mode=Mode.NONE.value,
+            budget=_POOLED,
+            task=Task.NEXT_ITEM.value,
+        )
+        rows += ranking.result_rows(ranks, describe, config.evaluation, config.seed)
+    for mode, ranks in measured.ranks.items():
+        trained = mode is not Mode.ZERO_SHOT
+        describe = functools.partial(
+            circumstances,
+            method=config.method.value,
+            mode=mode.value,
+            budget=f"{round_number} rounds x {cohort} clients" if trained else "no training",
+            regime=(config.regime or "") if trained else "",
+        )
+        next_item = functools.partial(describe, task=Task.NEXT_ITEM.value)
+        rows += ranking.result_rows(ranks, next_item, config.evaluation, config.seed)
+        if mode in measured.aucs:
+            like = functools.partial(describe, task=Task.LIKE.value)
+            aucs = measured.aucs[mode]
+            rows.append(ranking.auc_row(aucs, like, config.evaluation, config.seed))
+    return rows

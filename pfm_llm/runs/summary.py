@@ -1,0 +1,133 @@
+"""What a run found, in sentences: what its private part adds, and how it compares with others."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pfm_llm.evaluation.comparison import OVER
+from pfm_llm.evaluation.personality import Estimate
+from pfm_llm.evaluation.results import ResultRow, read_results
+from pfm_llm.protocol.types import Mode
+from pfm_llm.runs.folders import RESULTS_FILE
+
+COMPARISONS, GAINS = "comparisons", "gains"
+"""Keys of ``results.json``: rows of differences, see `comparison.rows_over` and `gain_rows`."""
+
+PRIVATE_WEIGHT = "private_weight"
+"""Key of ``results.json``: how strongly the private part counted; absent without one."""
+
+_UNITS = {
+    "gain_log_rank": "log-rank (a held-out item stands at {percent:.0f} % of its former rank)",
+    "gain_ndcg": "NDCG@10",
+    "gain_auc": "AUC in telling liked from disliked items",
+}
+_JUDGED = {
+    Mode.SHARED_PRIVATE: "the shared part with the private one",
+    Mode.SHARED_ONLY: "the shared part",
+}
+
+
+def of_run(folder: Path) -> list[str]:
+    """What a run found and how to see more of it, a line each.
+
+    Args:
+        folder: The run's folder.
+
+    Raises:
+        DataError: The run was not evaluated yet.
+        CorruptFileError: Its results cannot be read.
+    """
+    _, results = read_results(folder / RESULTS_FILE)
+    return [*findings(results), *next_commands(folder, PRIVATE_WEIGHT in results)]
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """What the private part adds, and how the run compares with each baseline, a line each.
+
+    Args:
+        results: Of ``results.json`` what is not among the rows, as `read_results` returns it.
+    """
+    gains, comparisons = (
+        [ResultRow(**row) for row in results.get(key, ())] for key in (GAINS, COMPARISONS)
+    )
+    lines = []
+    if gains and not results.get(PRIVATE_WEIGHT):
+        lines.append("The private part adds nothing: it is left out, at a weight of 0.")
+    elif gains:
+        lines += [_gain(row) for row in gains]
+    lines += [_comparison(row) for row in comparisons]
+    if lines:
+        level = results["config"]["evaluation"]["confidence"]
+        lines.append(
+            f"These are mean differences over the same users, with {level * 100:g} % intervals; a "
+            "positive one is better for the user."
+        )
+    return lines
+
+
+def next_commands(folder: Path, has_private: bool) -> list[str]:
+    """The commands that show more of a run, a line each.
+
+    Args:
+        folder: The run's folder.
+        has_private: Whether there is a private part to compare lists with and without.
+    """
+    if has_private:
+        seen = "To see what the private part changes for one user"
+        shown = f"pfm recommend --run {folder} --user ID --compare"
+    else:
+        seen, shown = "To see one user's list", f"pfm recommend --run {folder} --user ID"
+    return [f"{seen}: {shown}", f"To measure this run again: pfm evaluate --run {folder}"]
+
+
+def differences_table(rows: Sequence[ResultRow], confidence: float) -> str:
+    """Rows of differences as Markdown, one line a row; empty without rows.
+
+    Args:
+        rows: The differences.
+        confidence: What the intervals in the rows cover, for their label.
+    """
+    if not rows:
+        return ""
+    lines = [
+        "Differences, paired over users; positive is better for this run",
+        "",
+        f"| Split | Difference | Value [{confidence * 100:g} %] | Users |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    lines += [f"| {row.split} | {row.metric} | {_value(row)} | {row.num_users} |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def _gain(row: ResultRow) -> str:
+    unit = _UNITS[row.metric].format(percent=100 * math.exp(-row.value))
+    verdict = _verdict(
+        row,
+        better="users are served better with it",
+        worse="users are served worse with it",
+        unclear="the interval holds 0, so this run does not show whether it helps",
+    )
+    return f"On {row.split}, the private part adds {_value(row)} {unit}: {verdict}."
+
+
+def _comparison(row: ResultRow) -> str:
+    verdict = _verdict(
+        row,
+        better="does better than",
+        worse="does worse than",
+        unclear="does not differ clearly from",
+    )
+    name, judged = row.metric.removeprefix(OVER), _JUDGED[Mode(row.mode)]
+    return f"On {row.split}, {judged} {verdict} {name}: {_value(row)} NDCG@10."
+
+
+def _verdict(row: ResultRow, better: str, worse: str, unclear: str) -> str:
+    found = Estimate(row.value, row.ci_low, row.ci_high, row.num_users)
+    if found.is_positive:
+        return better
+    return worse if found.is_negative else unclear
+
+
+def _value(row: ResultRow) -> str:
+    return f"{row.value:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"
