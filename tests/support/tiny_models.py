@@ -166,7 +166,7 @@ def make_cohort(
         {
             "num_layers": 2,
             "shared": {"rank": 3, "alpha": 4},
-            "private": {"rank": 2, "alpha": 5, "head_rank": 2},
+            "private": {"kind": "independent", "rank": 2, "alpha": 5, "head_rank": 2},
             **adapters,
         }
     )

@@ -75,7 +75,9 @@ def test_a_sample_of_users_is_another_with_another_seed(tmp_path: Path) -> None:
         comparison.read_references(
             [same], ExperimentConfig(name="paired", seed=2, data=data), "test"
         )
-    silos = ExperimentConfig(name="paired", seed=1, data={**data, "users_per_client": 4})
+    apart = {**data, "users_per_client": 4}
+    nothing = {"private": {"enabled": False}}  # a taste is one user's
+    silos = ExperimentConfig(name="paired", seed=1, data=apart, adapters=nothing)
     assert comparison.read_references([same], silos, "test")
     with pytest.raises(DataError, match="two files are of sasrec"):
         comparison.read_references([same, same], drawn, "test")

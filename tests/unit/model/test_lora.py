@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,11 @@ LLAMA_LINEARS = {
 SHARED_BASIS = {"private": {"rank": 2, "kind": "shared_basis", "head_rank": 3}}
 
 
-def _adapter(architecture: str = "llama", **settings: object) -> DualAdapter:
-    config = AdaptersConfig.model_validate({"num_layers": 2, **settings})
+def _adapter(
+    architecture: str = "llama", private: Mapping[str, object] | None = None, **settings: object
+) -> DualAdapter:
+    private = {"kind": "independent", **(private or {})}
+    config = AdaptersConfig.model_validate({"num_layers": 2, "private": private, **settings})
     return DualAdapter(make_backbone(architecture), config)
 
 
@@ -237,9 +241,11 @@ def test_an_export_does_not_depend_on_the_order_of_a_set(
 def test_an_exported_folder_holds_the_shared_adapter_and_nothing_else(
     tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
-    adapter = DualAdapter(tiny_backbone, AdaptersConfig(num_layers=2))
+    config = AdaptersConfig.model_validate({"num_layers": 2, "private": {"kind": "independent"}})
+    adapter = DualAdapter(tiny_backbone, config)
     shared = stirred(adapter.initial_shared(0), 1)
     private = stirred(adapter.initial_private(0, "u", 8), 2)
+    assert private
     peft = adapter.peft_model()
     adapter.load_private(peft, private, shared)  # it exists elsewhere, and must not come along
     everything = {**shared, **private, "head.item_bias": torch.ones(3)}
