@@ -15,25 +15,17 @@ _EPS = 1e-8
 
 
 class StackedOptimizer:
-    """SGD, or AdamW (arXiv 1711.05101, Alg. 2) with fresh moments.
+    """SGD, or AdamW (arXiv 1711.05101, Alg. 2) with fresh moments and without weight decay.
 
     Args:
         kind: Which rule.
         lr: Learning rate.
-        weight_decay: Decoupled weight decay; adamw only.
         max_grad_norm: Clip each client's gradient, over all tensors, to this norm.
     """
 
-    def __init__(
-        self,
-        kind: LocalOptimizer,
-        lr: float,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-    ) -> None:
+    def __init__(self, kind: LocalOptimizer, lr: float, max_grad_norm: float | None = None) -> None:
         self._kind = kind
         self._lr = lr
-        self._weight_decay = weight_decay
         self._max_grad_norm = max_grad_norm
         self._moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._steps = 0
@@ -74,7 +66,7 @@ class StackedOptimizer:
         self._moments[name] = (first, second)
         corrected = first / (1 - beta1**self._steps)
         scale = (second / (1 - beta2**self._steps)).sqrt_().add_(_EPS)
-        return value * (1 - self._lr * self._weight_decay) - self._lr * corrected / scale
+        return value - self._lr * corrected / scale
 
 
 def clip_per_client(gradients: Sequence[torch.Tensor], max_norm: float) -> list[torch.Tensor]:

@@ -250,13 +250,8 @@ class LocalTrainer:
         """For the shared and for the private tensors, with fresh moments."""
         local = self._local
         return (
-            StackedOptimizer(local.shared_optimizer, local.shared_lr, 0.0, local.max_grad_norm),
-            StackedOptimizer(
-                local.private_optimizer,
-                local.private_lr,
-                local.private_weight_decay,
-                local.max_grad_norm,
-            ),
+            StackedOptimizer(local.shared_optimizer, local.shared_lr, local.max_grad_norm),
+            StackedOptimizer(local.private_optimizer, local.private_lr, local.max_grad_norm),
         )
 
     def _stack_shared(self, shared: SharedState, num_clients: int) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from pfm_llm.config.methods import Method
 from pfm_llm.config.text import find_setting
 
 CONSTANTS: dict[str, Any] = {
+    "federation.local.private_weight_decay": 0.0,
     "federation.server.beta2": 0.99,
     "federation.server.eps": 1e-8,
     "federation.server.lr_taste": 1e-2,

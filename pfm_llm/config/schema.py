@@ -100,7 +100,6 @@ class LocalConfig(Settings):
     shared_lr: Positive = Field(1.0, description="with sgd, one step and fedadam: irrelevant")
     private_optimizer: LocalOptimizer = LocalOptimizer.ADAMW
     private_lr: Positive = 2e-4
-    private_weight_decay: NonNegative = 0.0
     max_grad_norm: Positive | None = Field(None, description="clip each client's gradient")
     unseen_only: bool = Field(True, description="learn to rank what was not met yet, nothing else")
 
