@@ -28,7 +28,7 @@ LAYERS = [line.split() for line in """
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 SERVER_MAY_IMPORT = {"base", "protocol", "config", "server"}
 MAX_ROOMS, MAX_FILES = 20, 15
-MAX_LINES, MAX_BODY, MAX_PARAMETERS = 410, 40, 7
+MAX_LINES, MAX_BODY, MAX_PARAMETERS = 400, 40, 7
 CODE = ("pfm_llm", "scripts", "benchmarks", "examples")
 
 
