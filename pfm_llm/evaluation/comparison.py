@@ -12,10 +12,10 @@ from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import method_name
-from pfm_llm.evaluation import personality, ranking
+from pfm_llm.evaluation import personality
 from pfm_llm.evaluation.personality import Bootstrap, Estimate
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import ResultRow, read_results
+from pfm_llm.evaluation.results import FULL, HEADLINE_K, ResultRow, read_results
 from pfm_llm.protocol.types import Mode
 
 _NDCG = "ndcg"
@@ -156,12 +156,12 @@ def estimate_rows(
         protocol=config.data.split.value,
         budget=budget,
         split=split,
-        candidates=ranking.FULL,
+        candidates=FULL,
         seed=config.seed,
         regime=config.regime or "",
     )
     return [
-        describe(metric=name, k=personality.HEADLINE_K if _NDCG in name else 0, **asdict(figure))
+        describe(metric=name, k=HEADLINE_K if _NDCG in name else 0, **asdict(figure))
         for name, figure in figures.items()
         if np.isfinite(figure.value)
     ]

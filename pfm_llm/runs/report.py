@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pfm_llm.runs import plots
 from pfm_llm.runs.run import Assembly
@@ -19,13 +18,17 @@ from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import like_threshold, method_name
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import comparison, ranking
+from pfm_llm.evaluation import comparison, personality, ranking
 from pfm_llm.evaluation import evaluator
 from pfm_llm.evaluation import tables
-from pfm_llm.evaluation.baselines import FittedBaseline, fit_baselines
+from pfm_llm.evaluation.baselines import (
+    FittedBaseline,
+    FittedLikes,
+    fit_baselines,
+    fit_like_baselines,
+)
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured, UserVectors
-from pfm_llm.evaluation.metrics import RANK_METRICS, per_user
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.runs.folders import (
@@ -42,7 +45,6 @@ from pfm_llm.publish.export import PLOTS_FOLDER, Exported, export_shared_adapter
 COMPARISONS = "comparisons"
 """Key of ``results.json``: rows of differences, as `comparison.rows_over` makes them."""
 _POOLED = "pooled data"
-_HEADLINE_K = 10
 
 
 def evaluation_task(
@@ -145,15 +147,15 @@ def evaluate_and_report(
             return
         rows: list[ResultRow] = []
         comparisons: list[ResultRow] = []
-        baselines = fit_run_baselines(assembly)
+        baselines, likes = fit_run_baselines(assembly), fit_run_likes(assembly)
         for task, found, trained in zip(tasks, measured, others, strict=True):
             fitted = rank_baselines(baselines, task)
-            rows += rows_of(assembly, task, found, fitted)
+            rows += rows_of(assembly, task, found, fitted, likes)
             references = comparison.ranked_references(fitted) + trained
             comparisons += comparison.rows_over(config, task.held_out.name, found.ranks, references)
         costs = _costs(assembly, folders, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
-        _write_report(folders, config, rows, comparisons, costs, baselines)
+        _write_report(folders, config, rows, comparisons, costs, _settings_of(baselines, likes))
         _draw(folders, measured[-1])
         folder = folders.shared_adapter
         export_shared_adapter(exported_model(assembly), folder, shared, round_number, rows)
@@ -180,6 +182,16 @@ def fit_run_baselines(assembly: Assembly) -> list[FittedBaseline]:
     )
 
 
+def fit_run_likes(assembly: Assembly) -> list[FittedLikes]:
+    """The baselines of likes; none without the task ``like``, or where the config has none."""
+    config = assembly.config
+    threshold = like_threshold(config)
+    if threshold is None or not config.evaluation.baselines:
+        return []
+    texts = assembly.parts.model.item_texts.cpu().numpy()
+    return fit_like_baselines(assembly.corpus.split, threshold, texts)
+
+
 def rank_baselines(baselines: Sequence[FittedBaseline], task: EvaluationTask) -> dict[str, Ranks]:
     """Name of each baseline to its ranks of the task's targets."""
     return {
@@ -193,6 +205,7 @@ def rows_of(
     task: EvaluationTask,
     measured: Measured,
     baselines: Mapping[str, Ranks],
+    likes: Sequence[FittedLikes] = (),
 ) -> list[ResultRow]:
     """Rows for ``results.json``: of the baselines, and of every mode that was measured."""
     config = assembly.config
@@ -202,15 +215,15 @@ def rows_of(
         ResultRow, protocol=config.data.split.value, split=held_out.name, seed=config.seed
     )
     rows: list[ResultRow] = []
+    pooled = functools.partial(circumstances, mode=Mode.NONE.value, budget=_POOLED)
     for name, ranks in baselines.items():
-        describe = functools.partial(
-            circumstances,
-            method=name,
-            mode=Mode.NONE.value,
-            budget=_POOLED,
-            task=Task.NEXT_ITEM.value,
-        )
+        describe = functools.partial(pooled, method=name, task=Task.NEXT_ITEM.value)
         rows += ranking.result_rows(ranks, describe, config.evaluation, config.seed)
+    if task.liked is not None:
+        for fitted in likes:
+            like = functools.partial(pooled, method=fitted.name, task=Task.LIKE.value)
+            aucs = fitted.aucs(held_out, task.liked)
+            rows.append(ranking.auc_row(aucs, like, config.evaluation, config.seed))
     for mode, ranks in measured.ranks.items():
         trained = mode is not Mode.ZERO_SHOT
         describe = functools.partial(
@@ -260,17 +273,14 @@ def _write_report(
     rows: Sequence[ResultRow],
     comparisons: Sequence[ResultRow],
     costs: Mapping[str, Any],
-    baselines: Sequence[FittedBaseline],
+    baselines: Mapping[str, Mapping[str, float]],
 ) -> None:
     extra = {
         COMPARISONS: [dataclasses.asdict(row) for row in comparisons],
         "config": config.model_dump(mode="json"),
         "environment": files.read_json(folders.public / ENVIRONMENT_FILE),
         "costs": costs,
-        "baselines": {
-            b.name.value: {**b.hyperparameters, "validation_ndcg@10": b.validation_ndcg}
-            for b in baselines
-        },
+        "baselines": baselines,
     }
     write_results(folders.public / RESULTS_FILE, rows, extra)
     texts = [
@@ -280,18 +290,28 @@ def _write_report(
     files.write_text(folders.public / TABLE_FILE, "\n".join(texts))
 
 
+def _settings_of(
+    baselines: Sequence[FittedBaseline], likes: Sequence[FittedLikes]
+) -> dict[str, dict[str, float]]:
+    """What was chosen on validation for each baseline, and how good it was there."""
+    ranked = {
+        b.name.value: {**b.hyperparameters, "validation_ndcg@10": b.validation_ndcg}
+        for b in baselines
+    }
+    judged = (one for one in likes if not math.isnan(one.validation_auc))
+    return ranked | {
+        one.name: {**one.hyperparameters, "validation_auc": one.validation_auc} for one in judged
+    }
+
+
 def _draw(folders: RunFolders, measured: Measured) -> None:
     plots_folder = folders.public / PLOTS_FOLDER
     records = MetricsLog(folders.public / METRICS_FILE).read()
     plots.plot_loss(records, plots_folder / "loss.png")
     plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png")
     if Mode.SHARED_PRIVATE in measured.ranks:
-        gain = user_values(measured.ranks[Mode.SHARED_PRIVATE]) - user_values(
-            measured.ranks[Mode.SHARED_ONLY]
+        own, shared = (
+            personality.user_quality("ndcg", measured.ranks[mode].full, measured.ranks[mode].users)
+            for mode in (Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)
         )
-        plots.plot_user_gain(gain, plots_folder / "user_gain.png")
-
-
-def user_values(ranks: Ranks, metric: str = "ndcg", k: int = _HEADLINE_K) -> np.ndarray:
-    """A metric per user, float64 [users], users ascending."""
-    return per_user(RANK_METRICS[metric](ranks.full, k), ranks.users)[0]
+        plots.plot_user_gain(own - shared, plots_folder / "user_gain.png")

@@ -11,11 +11,9 @@ from typing import Any
 
 from pfm_llm.base.errors import DataError, TrainingError
 from pfm_llm.config.schema import ExperimentConfig, training_hash
-from pfm_llm.evaluation.results import ResultRow, read_results, write_results
+from pfm_llm.evaluation.results import FULL, ResultRow, read_results, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.plan import POPULARITY, VALIDATION, Plan, Point, SelectConfig, SuiteRun
-
-_FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ def _matching(rows: Iterable[ResultRow], select: SelectConfig, mode: Mode) -> li
         row
         for row in rows
         if (row.split, row.candidates, row.metric, row.k, row.task, row.mode)
-        == (VALIDATION, _FULL, select.metric, select.k, select.task, mode)
+        == (VALIDATION, FULL, select.metric, select.k, select.task, mode)
     ]
 
 

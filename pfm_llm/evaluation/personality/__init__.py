@@ -21,7 +21,6 @@ from pfm_llm.evaluation.personality.curves import (
     curve_figures,
 )
 from pfm_llm.evaluation.personality.estimates import (
-    HEADLINE_K,
     RANK_QUALITIES,
     Bootstrap,
     Estimate,
@@ -42,11 +41,10 @@ from pfm_llm.evaluation.personality.harm import (
 )
 from pfm_llm.evaluation.personality.integrity import integrity, rank_biased_overlap
 from pfm_llm.evaluation.personality.new_items import new_item_figures
-from pfm_llm.evaluation.personality.swap import identification, identification_chance, swap_loss
+from pfm_llm.evaluation.personality.swap import identification, swap_loss
 
 __all__ = [
     "COLD_START",
-    "HEADLINE_K",
     "MEMORY",
     "RANK_QUALITIES",
     "Bootstrap",
@@ -64,7 +62,6 @@ __all__ = [
     "harm_figures",
     "holm",
     "identification",
-    "identification_chance",
     "integrity",
     "named_estimates",
     "new_item_figures",

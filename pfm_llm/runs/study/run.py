@@ -16,7 +16,7 @@ from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import comparison, personality
 from pfm_llm.evaluation import evaluator
 from pfm_llm.evaluation.evaluator import EvaluationTask
-from pfm_llm.evaluation.personality import Bootstrap, Estimate
+from pfm_llm.evaluation.personality import Bootstrap, Estimate, GroupHarm
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.runs.experiment import SERVER_FOLDER, OpenedRun, open_run, shared_state
 from pfm_llm.runs.folders import RESULTS_FILE, RunFolders
@@ -24,6 +24,7 @@ from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.report import (
     evaluation_task,
     fit_run_baselines,
+    fit_run_likes,
     measure,
     rank_baselines,
     rows_of,
@@ -41,7 +42,8 @@ _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
 def study_run(run: Path, budget: str) -> list[ResultRow]:
     """Measure a finished run on test: ranks, likes, and personality where something is private.
 
-    Per-user gains are added to the run's ``results.json`` under ``per_user``, and under
+    Three things are added to the run's ``results.json``: per-user gains under ``per_user``, under
+    ``harm`` the p-values of each group of users (see `personality.group_harm`), and under
     ``private_weight`` how strongly the private part counted.
 
     Args:
@@ -58,7 +60,11 @@ def study_run(run: Path, budget: str) -> list[ResultRow]:
         rows += study.personality_rows(budget)
         path = run / RESULTS_FILE
         kept, extra = read_results(path)
-        extra |= {"per_user": study.per_user(), "private_weight": study.private_weight}
+        extra |= {
+            "per_user": study.per_user(),
+            "harm": study.harm_tests(),
+            "private_weight": study.private_weight,
+        }
         write_results(path, kept, extra)
     return rows
 
@@ -80,7 +86,8 @@ class _Study:
     def test_rows(self) -> list[ResultRow]:
         """Every mode and baseline on test."""
         baselines = rank_baselines(fit_run_baselines(self._assembly), self._task)
-        rows = rows_of(self._assembly, self._task, self._test, baselines)
+        likes = fit_run_likes(self._assembly)
+        rows = rows_of(self._assembly, self._task, self._test, baselines, likes)
         references = comparison.ranked_references(baselines)
         name = self._task.held_out.name
         return rows + comparison.rows_over(self._config, name, self._test.ranks, references)
@@ -158,7 +165,24 @@ class _Study:
             personality.identification(served["joint"], self._bootstrap, "joint"),
         )
 
+    def harm_tests(self) -> dict[str, dict[str, float | bool]]:
+        """Per group of users whether it is harmed, before and after Holm's correction."""
+        return {
+            name: {
+                "p_value": group.p_value,
+                "adjusted_p_value": group.adjusted_p_value,
+                "is_harmed": group.is_harmed,
+                "is_harmed_adjusted": group.is_harmed_adjusted,
+            }
+            for name, group in self._groups.items()
+        }
+
     def _harm(self) -> dict[str, Estimate]:
+        found = personality.harm_figures(self._groups)
+        return {**found, **personality.not_harmed(self._gain("log_rank"), self._bootstrap)}
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, GroupHarm]:
         """Groups by quality on validation, by activity, and by what is known of the users."""
         split = self._assembly.corpus.split
         held_out, users = split.validation, self._task.held_out.users
@@ -173,9 +197,7 @@ class _Study:
             name: [values[user] for user in users] for name, values in train.user_fields.items()
         }
         groupings = personality.user_groupings(quality, np.diff(train.offsets)[users], fields)
-        gain = self._gain("log_rank")
-        found = personality.harm_figures(personality.group_harm(gain, groupings, self._bootstrap))
-        return {**found, **personality.not_harmed(gain, self._bootstrap)}
+        return personality.group_harm(self._gain("log_rank"), groupings, self._bootstrap)
 
     def _swap(self) -> dict[str, Estimate]:
         served = self._by_strangers["log_rank"]

@@ -7,11 +7,10 @@ from typing import Any
 
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.files import read_json
-from pfm_llm.evaluation.results import ResultRow, read_results
+from pfm_llm.evaluation.results import FULL, ResultRow, read_results
 from pfm_llm.protocol.types import Mode
 
 TEST = "test"
-FULL = "full"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from pfm_llm.evaluation.personality import (
     curve_figures,
     estimate,
     identification,
-    identification_chance,
     named_estimates,
     new_item_figures,
     paired_difference,
@@ -82,13 +81,24 @@ def test_only_a_whole_interval_beyond_0_counts() -> None:
 def test_a_paired_difference_equals_that_of_the_metrics_and_turns_its_sign() -> None:
     own, reference = np.random.default_rng(1).random((2, 30))
     found = paired_difference(own, reference, FEW)
-    assert (found.value, found.ci_low, found.ci_high) == pytest.approx(
-        metrics.paired_bootstrap(own, reference, 50, 0.9, 3)
+    assert found.value == pytest.approx((own - reference).mean())
+    assert (found.ci_low, found.ci_high) == pytest.approx(
+        metrics.bootstrap_interval(own - reference, 50, 0.9, 3)
     )
     turned = paired_difference(reference, own, FEW)
     assert (turned.value, turned.ci_low, turned.ci_high) == pytest.approx(
         (-found.value, -found.ci_high, -found.ci_low)
     )
+
+
+def test_a_paired_difference_is_seen_that_apart_drowns_in_noise() -> None:
+    base = np.random.default_rng(0).random(200)
+    better = base + 0.01 + 0.001 * (np.arange(200) % 2)  # mean gain 0.0105, hardly any noise
+    found = paired_difference(better, base, Bootstrap(500))
+    assert found.value == pytest.approx(0.0105)
+    assert 0.01 < found.ci_low < found.value < found.ci_high < 0.011
+    apart = [metrics.bootstrap_interval(values, 500, 0.95, 0) for values in (better, base)]
+    assert apart[0][0] < apart[1][1]
 
 
 def test_pairs_need_both_values_and_equal_lengths() -> None:
@@ -216,8 +226,7 @@ def test_interchangeable_adapters_lose_nothing_and_are_identified_by_chance() ->
     assert loss.value == pytest.approx(0)
     assert loss.ci_low < 0 < loss.ci_high
     found = identification(served, Bootstrap())["identification"]
-    assert found.value == pytest.approx(identification_chance(9))
-    assert identification_chance(9) == 0.1
+    assert found.value == pytest.approx(1 / 10)
     equal = np.full((4, 7), 0.1)
     assert not swap_loss("auc", equal, FEW)["swap_auc"].is_positive
 
@@ -233,8 +242,6 @@ def test_a_swap_needs_strangers(served) -> None:
     for measure in (lambda: swap_loss("auc", served, FEW), lambda: identification(served, FEW)):
         with pytest.raises(DataError, match="at least 1 stranger"):
             measure()
-    with pytest.raises(DataError, match="0 strangers"):
-        identification_chance(0)
 
 
 def test_a_swap_needs_users() -> None:
