@@ -1,7 +1,6 @@
 """One HTML page with everything that a suite found; it needs no other file and no network."""
 
 import base64
-import importlib.resources
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from pfm_llm.base import files
+from pfm_llm.base import files, templates
 from pfm_llm.evaluation.results import AUC, RANK_LABELS
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.report import pictures
@@ -99,11 +96,10 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
         _costs_table(results),
         _environment_table(results),
     ]
-    source = importlib.resources.files(__package__).joinpath(_TEMPLATE).read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(source).render(
+    return templates.render(
+        __package__,
+        _TEMPLATE,
+        is_html=True,
         title=f"{results[0].extra['suite']}, budget {results[0].extra['budget']}",
         summary=Table("Methods", caption(results), header, body, num_names=2),
         failures=[(f"{r.run}, seed {r.seed}", r.failed) for r in results if r.failed is not None],
