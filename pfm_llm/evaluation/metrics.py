@@ -1,11 +1,11 @@
-"""Ranking metrics: formulas, `evaluate.Metric` classes, and bootstrap intervals over users.
+"""Ranking metrics: formulas, an `evaluate.Metric` of them, and bootstrap intervals over users.
 
 A target's rank (1 is best, see `scoring`) is all that hit rate, NDCG and MRR need, with one
 relevant item per rank: a user with several targets counts once, by the mean over the targets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import evaluate
@@ -250,30 +250,28 @@ def mean_over_users(values: FloatArray, groups: IntArray) -> float:
 
 
 class RankMetric(evaluate.Metric):
-    """A metric of ranks: ``compute(ranks=..., groups=...)``, groups being the users.
+    """A metric of ranks for `evaluate`: ``compute(ranks=..., groups=...)``, groups being the users.
 
-    Made directly, offline, with nothing kept on disk.
+    The result's key is ``<name>@<k>``. It is made directly, offline, with nothing kept on disk.
 
     Args:
+        name: One of `RANK_METRICS`.
         k: Length of the list, at least 1.
 
     Raises:
         ConfigError: ``k`` is below 1.
     """
 
-    metric: ClassVar[str]
-    title: ClassVar[str]
-
-    def __init__(self, k: int) -> None:
+    def __init__(self, name: str, k: int) -> None:
         _check_k(k)
-        self.k = k
+        self.metric, self.k = name, k
         # A given seed keeps evaluate from reading numpy's global random state.
         super().__init__(keep_in_memory=True, seed=0)
 
     def _info(self) -> evaluate.MetricInfo:
         features = {name: datasets.Value("int64") for name in ("ranks", "groups")}
         return evaluate.MetricInfo(
-            description=f"{self.title}, averaged within each user and then over users.",
+            description=f"{self.metric}@{self.k}, averaged within each user and then over users.",
             citation="",
             inputs_description=f"One value per example: {', '.join(features)}",
             features=datasets.Features(features),
@@ -282,27 +280,6 @@ class RankMetric(evaluate.Metric):
     def _compute(self, ranks: list[int], groups: list[int]) -> dict[str, float]:
         values = RANK_METRICS[self.metric](np.asarray(ranks, np.int64), self.k)
         return {f"{self.metric}@{self.k}": mean_over_users(values, np.asarray(groups, np.int64))}
-
-
-class HitRate(RankMetric):
-    """`hit_rate` as an `evaluate` metric; the result's key is ``hit_rate@<k>``."""
-
-    title = "Share of targets among the first k"
-    metric = "hit_rate"
-
-
-class Ndcg(RankMetric):
-    """`ndcg` as an `evaluate` metric; the result's key is ``ndcg@<k>``."""
-
-    title = "Normalised discounted cumulative gain of the first k"
-    metric = "ndcg"
-
-
-class Mrr(RankMetric):
-    """`mrr` as an `evaluate` metric; the result's key is ``mrr@<k>``."""
-
-    title = "Reciprocal rank among the first k"
-    metric = "mrr"
 
 
 def _in_list(ranks: IntArray, k: int) -> npt.NDArray[np.bool_]:

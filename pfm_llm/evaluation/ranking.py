@@ -87,7 +87,8 @@ def rank_all(
 def headline(ranks: Ranks) -> dict[str, float]:
     """NDCG@10 and hit rate@10 over the full catalogue, for the log of a run."""
     figures: dict[str, float] = {}
-    for metric in (metrics.Ndcg(HEADLINE_K), metrics.HitRate(HEADLINE_K)):
+    for name in ("ndcg", "hit_rate"):
+        metric = metrics.RankMetric(name, HEADLINE_K)
         figures |= metric.compute(ranks=ranks.full, groups=ranks.users) or {}
     return figures
 

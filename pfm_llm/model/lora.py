@@ -27,7 +27,6 @@ from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
 
 SHARED = "shared"
 PRIVATE = "private"
-PERSONAL = "personal"
 ALL_LINEAR = "all-linear"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -143,25 +142,6 @@ class DualAdapter:
             assert a is not None
             tensors[f"lora.{name}.A"], tensors[f"lora.{name}.B"] = a, private[f"{key}.B"]
         self._load(peft_model, PRIVATE, tensors)
-
-    def personal_model(self, shared: Tensors, private: Tensors, weight: float = 1.0) -> Any:
-        """A `peft.PeftModel` whose one active adapter, ``personal``, is both adapters in one.
-
-        Their factors are concatenated along the rank (PEFT's ``cat``), which is exact. The
-        recommender head and its private term are not in it: they are in the head's file and in
-        the private store.
-
-        Args:
-            shared: The shared state's tensors.
-            private: A client's private tensors.
-            weight: Factor on the private adapter.
-        """
-        model = self.peft_model()
-        self.load_shared(model, shared)
-        self.load_private(model, private, shared)
-        model.add_weighted_adapter([SHARED, PRIVATE], [1.0, weight], PERSONAL, "cat")
-        model.set_adapter(PERSONAL)
-        return model
 
     def export_shared(self, shared: Tensors, folder: Path, base_name: str) -> None:
         """Write the shared adapter as a PEFT folder, and nothing else.

@@ -127,25 +127,6 @@ def test_a_new_user_makes_it_personal(model: RecommenderModel, tmp_path: Path) -
     assert model.load_private(tmp_path / "nobody") is None
 
 
-def test_personal_model_is_both_adapters_in_plain_peft(
-    model: RecommenderModel, tmp_path: Path
-) -> None:
-    private = model.personalise(HISTORY, tmp_path / "me", steps=3).tensors
-    adapter, shared = model.parts.adapter, model.parts.shared.tensors
-    personal = adapter.personal_model(shared, private).eval()
-    both = adapter.peft_model().eval()
-    adapter.load_shared(both, shared)
-    adapter.load_private(both, private, shared)
-    tokens = torch.arange(12)[None]
-    with torch.no_grad():
-        expected = both(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
-        found = personal(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
-        merged = personal.merge_and_unload()
-        folded = merged(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert torch.allclose(folded, expected, atol=1e-4)
-
-
 def test_unknown_items_and_short_histories_are_refused(
     model: RecommenderModel, tmp_path: Path
 ) -> None:
