@@ -13,13 +13,7 @@ positive is better for the user; `named_estimates` puts those of a run together.
 | memory, cold start | ``memory_<items>``, ``cold_start_<items>``, and ``…_shared``, ``…_own`` |
 """
 
-from pfm_llm.evaluation.personality.curves import (
-    COLD_START,
-    MEMORY,
-    CurvePoint,
-    curve,
-    curve_figures,
-)
+from pfm_llm.evaluation.personality.curves import COLD_START, MEMORY, curve_figures
 from pfm_llm.evaluation.personality.estimates import (
     RANK_QUALITIES,
     Bootstrap,
@@ -48,13 +42,11 @@ __all__ = [
     "MEMORY",
     "RANK_QUALITIES",
     "Bootstrap",
-    "CurvePoint",
     "Estimate",
     "GroupHarm",
     "age_band",
     "align",
     "auc_gain",
-    "curve",
     "curve_figures",
     "deciles",
     "estimate",

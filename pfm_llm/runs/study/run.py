@@ -234,8 +234,7 @@ class _Study:
             found = self._test if is_default else self._served.by_owners(task, shown)
             own[items] = quality_of(found, Mode.SHARED_PRIVATE)
             shared[items] = quality_of(found, Mode.SHARED_ONLY)
-        points = personality.curve(own, shared, self._bootstrap)
-        return personality.curve_figures(personality.MEMORY, points)
+        return personality.curve_figures(personality.MEMORY, own, shared, self._bootstrap)
 
     def _cold_start(self) -> dict[str, Estimate]:
         """Quality for users of whom only the first so many interactions are known."""
@@ -249,8 +248,7 @@ class _Study:
                 )
             else:
                 own[0] = shared[0] = known_by_none(self._assembly, self._task)
-        points = personality.curve(own, shared, self._bootstrap)
-        return personality.curve_figures(personality.COLD_START, points)
+        return personality.curve_figures(personality.COLD_START, own, shared, self._bootstrap)
 
     def _new_items(self) -> dict[str, Estimate]:
         """Quality on items that nobody met in training."""

@@ -10,14 +10,12 @@ from hypothesis import strategies as st
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.evaluation import metrics
 from pfm_llm.evaluation.personality import (
-    COLD_START,
     MEMORY,
     RANK_QUALITIES,
     Bootstrap,
     Estimate,
     align,
     auc_gain,
-    curve,
     curve_figures,
     estimate,
     identification,
@@ -253,21 +251,18 @@ def test_a_swap_needs_users() -> None:
 def test_a_curve_by_hand() -> None:
     own = {8: np.array([0.5, 0.7, NAN]), 4: np.array([0.4, 0.6, 0.9])}
     shared = {4: np.array([0.1, 0.2, NAN]), 8: np.array([0.5, 0.5, 0.1])}
-    points = curve(own, shared, FEW)
-    assert [point.items for point in points] == [4, 8]
+    figures = curve_figures(MEMORY, own, shared, FEW)
     # At 4: gains 0.3 and 0.4; the third user has no shared value and is in no mean.
-    assert points[0].gain.value == pytest.approx(0.35)
-    assert points[0].own.value == pytest.approx(0.5)
-    assert points[0].shared.value == pytest.approx(0.15)
-    assert points[1].gain.value == pytest.approx(0.1)
-    assert {e.num_users for p in points for e in (p.gain, p.own, p.shared)} == {2}
-    figures = curve_figures(MEMORY, points)
-    assert figures["memory_4"] == points[0].gain
-    assert figures["memory_8_shared"] == points[1].shared
-    assert figures["memory_8_own"] == points[1].own
-    assert set(curve_figures(COLD_START, points[:1])) == {
-        *("cold_start_4", "cold_start_4_shared", "cold_start_4_own")
+    assert {name: figure.value for name, figure in figures.items()} == {
+        "memory_4": pytest.approx(0.35),
+        "memory_4_shared": pytest.approx(0.15),
+        "memory_4_own": pytest.approx(0.5),
+        "memory_8": pytest.approx(0.1),
+        "memory_8_shared": pytest.approx(0.5),
+        "memory_8_own": pytest.approx(0.6),
     }
+    assert next(iter(figures)) == "memory_4"
+    assert {figure.num_users for figure in figures.values()} == {2}
 
 
 def test_new_items_by_hand() -> None:
@@ -299,12 +294,11 @@ def test_without_a_new_item_there_is_nothing_to_say() -> None:
 
 
 def test_a_curve_needs_both_at_every_point_and_may_be_empty() -> None:
-    assert curve({}, {}, FEW) == []
-    assert curve_figures(MEMORY, []) == {}
+    assert curve_figures(MEMORY, {}, {}, FEW) == {}
     with pytest.raises(DataError, match=r"at \[4\] items and without it at \[4, 8\]"):
-        curve({4: np.ones(1)}, {4: np.ones(1), 8: np.ones(1)}, FEW)
+        curve_figures(MEMORY, {4: np.ones(1)}, {4: np.ones(1), 8: np.ones(1)}, FEW)
     with pytest.raises(DataError, match="give the same users"):
-        curve({0: np.ones(2)}, {0: np.ones(1)}, FEW)
+        curve_figures(MEMORY, {0: np.ones(2)}, {0: np.ones(1)}, FEW)
 
 
 def test_figures_are_merged_under_names_of_their_own() -> None:
