@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,21 +26,21 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # so that `benchmarks` is a package however this is started
 
 if TYPE_CHECKING:
-    import torch
-
-    from benchmarks.sequential_peft import SequentialPeft
     from pfm_llm.config.schema import ExperimentConfig
-    from pfm_llm.runs.run import Run
-    from pfm_llm.text.encoding import Window
 
-STACKED, SAME_LAYERS, COMMON_RECIPE = "stacked_cached", "peft_same_layers", "peft_common_recipe"
 UNIT = "client_steps_per_s"
-_SEED = 0
-_LOSS_TOLERANCE = 0.02
-_GRADIENT_TOLERANCE = 0.15
-
-Step = tuple["torch.Tensor", dict[str, "torch.Tensor"]]
-"""A client's loss, and its gradients by name."""
+_SETTINGS = {
+    "name": "engine",
+    "seed": 0,
+    "data": {"source": "movielens-100k"},
+    "window": {"items": 32, "max_windows": 1},
+    "tasks": ["next_item"],
+    "method": "custom",
+    "head": {"dropout": 0.0},
+    "federation": {"local": {"schedule": "alternate"}},
+}
+_PRIVATE = {"kind": "independent", "rank": 4, "alpha": 8, "head_rank": 4}
+"""PEFT has no taste vectors: what is raced has a LoRA as its private part."""
 
 
 def main() -> None:
@@ -72,13 +71,14 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Set up, check, race, write the result and print it."""
+    from benchmarks.contenders import Bench
     from pfm_llm.base import files
     from pfm_llm.base.processes import start_processes
     from pfm_llm.runs.environment import environment
 
     processes = start_processes(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
-        config = bench_config(arguments.num_layers, folder)
+        config = bench_config(folder, arguments.num_layers)
         bench = Bench.build(config, arguments.clients, processes)
         seconds_to_fill = bench.fill_trunk_cache()
         agreement = bench.check()
@@ -103,245 +103,21 @@ def run(arguments: argparse.Namespace) -> None:
     print(table(result))
 
 
-def bench_config(num_layers: int | None, folder: str) -> "ExperimentConfig":
-    """LoRA alone, shared and private, on one window of 32 items of each client.
+def bench_config(folder: str, num_layers: int | None = None, **sections: Any) -> "ExperimentConfig":
+    """The default objective with a private LoRA, cut to one window of each client.
 
     Args:
-        num_layers: Adapted layers; None: the default.
         folder: Where trunk states go.
+        num_layers: Adapted layers; None: the default.
+        sections: Sections of the config in place of those of the bench.
     """
     from pfm_llm.config.schema import parse_config
 
-    return parse_config(
-        {
-            "name": "engine",
-            "seed": _SEED,
-            "method": "custom",
-            "window": {"items": 32, "max_windows": 1},
-            "adapters": {"private": {"kind": "independent"}}
-            | ({} if num_layers is None else {"num_layers": num_layers}),
-            "head": {"dropout": 0.0},
-            "federation": {"local": {"schedule": "alternate"}},
-            "output": {"dir": folder},
-        },
-        origin="benchmarks/engine.py",
-    )
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Everything that is made before the clock starts.
-
-    Attributes:
-        experiment: The experiment's objects, those of a real run.
-        clients: Client ids.
-        windows: Of each client its window.
-        tensors: Of each client its shared and private tensors.
-        wide_tensors: The same for LoRA in all layers.
-        same_layers: The reference with the same adapted layers.
-        common_recipe: The reference with all layers adapted.
-    """
-
-    experiment: "Run"
-    clients: tuple[str, ...]
-    windows: "tuple[Window, ...]"
-    tensors: tuple[dict[str, "torch.Tensor"], ...]
-    wide_tensors: tuple[dict[str, "torch.Tensor"], ...]
-    same_layers: "SequentialPeft"
-    common_recipe: "SequentialPeft"
-
-    @classmethod
-    def build(cls, config: "ExperimentConfig", num_clients: int, processes: Any) -> "Bench":
-        """Load model and data, choose the clients, and set up both references."""
-        from benchmarks.sequential_peft import SequentialPeft
-        from pfm_llm.model.lora import DualAdapter
-        from pfm_llm.runs.folders import RunFolders
-        from pfm_llm.runs.run import assemble, load_corpus
-
-        folders = RunFolders.of(Path(config.output.dir) / config.name)
-        experiment = assemble(config, load_corpus(config), folders, processes)
-        clients = choose_clients(experiment, num_clients)
-        wide = DualAdapter(
-            experiment.model.backbone,
-            config.adapters.model_copy(update={"num_layers": experiment.model.backbone.num_layers}),
-        )
-        items = experiment.model.model.item_texts
-        return cls(
-            experiment=experiment,
-            clients=clients,
-            windows=tuple(experiment.clients.histories.windows(client)[0] for client in clients),
-            tensors=client_tensors(experiment, experiment.model.adapter, clients),
-            wide_tensors=client_tensors(experiment, wide, clients),
-            same_layers=SequentialPeft(
-                experiment.model.backbone,
-                experiment.model.adapter,
-                experiment.model.normaliser,
-                items,
-            ),
-            common_recipe=SequentialPeft(
-                experiment.model.backbone, wide, experiment.model.normaliser, items
-            ),
-        )
-
-    def cases(self) -> dict[str, Callable[[], object]]:
-        """Each case as a call that takes one step of every client."""
-        return {
-            STACKED: self.stacked,
-            SAME_LAYERS: lambda: self.sequential(self.same_layers, self.tensors),
-            COMMON_RECIPE: lambda: self.sequential(self.common_recipe, self.wide_tensors),
-        }
-
-    def fill_trunk_cache(self) -> float:
-        """Compute every client's trunk states, as happens once in a run; returns the seconds."""
-        started = time.perf_counter()
-        for client in self.clients:
-            self.experiment.clients.histories.trunk_states(client)
-        return time.perf_counter() - started
-
-    def stacked(self) -> list[Step]:
-        """One step of every client in the many-clients pass, chunked as a run chunks."""
-        tensors = dict(zip(self.clients, self.tensors, strict=True))
-        steps: dict[str, Step] = {}
-        for chunk in self.experiment.clients.trainer.chunks(self.clients):
-            steps |= zip(chunk, self._stacked_chunk(chunk, tensors), strict=True)
-        return [steps[client] for client in self.clients]
-
-    def sequential(
-        self, reference: "SequentialPeft", tensors: Sequence[Mapping[str, "torch.Tensor"]]
-    ) -> list[Step]:
-        """One step of every client with a reference."""
-        pairs = zip(self.windows, tensors, strict=True)
-        return [reference.client_step(window, own) for window, own in pairs]
-
-    def check(self) -> dict[str, float]:
-        """Warm everything up, and see that the first two cases compute the same.
-
-        Returns:
-            Largest relative difference over the clients of the loss, and of all gradients
-            together (Euclidean norm).
-
-        Raises:
-            TrainingError: They differ by more than the dtype's rounding explains.
-        """
-        from benchmarks.sequential_peft import relative_difference
-        from pfm_llm.base.errors import TrainingError
-
-        self.common_recipe.client_step(self.windows[0], self.wide_tensors[0])
-        pairs = list(
-            zip(self.stacked(), self.sequential(self.same_layers, self.tensors), strict=True)
-        )
-        loss = max(abs(float(a[0] - b[0])) / abs(float(b[0])) for a, b in pairs)
-        gradient = max(relative_difference(a[1], b[1]) for a, b in pairs)
-        if not (loss < _LOSS_TOLERANCE and gradient < _GRADIENT_TOLERANCE):
-            raise TrainingError(
-                f"{STACKED} and {SAME_LAYERS} differ by {loss:.2g} in the loss and {gradient:.2g} "
-                "in the gradients: a race between them would mean nothing; run the tests"
-            )
-        return {"loss": loss, "gradient": gradient}
-
-    def describe(self) -> dict[str, Any]:
-        """What was raced, in plain JSON types."""
-        config, lengths = self.experiment.config, [len(window.tokens) for window in self.windows]
-        return {
-            "backbone": config.backbone.name,
-            "data": config.data.source,
-            "prompt": config.prompt,
-            "adapters": config.adapters.model_dump(mode="json"),
-            "head": config.head.model_dump(mode="json"),
-            "blocks": self.experiment.model.backbone.num_layers,
-            "items_in_catalogue": self.experiment.model.model.num_items,
-            "clients": len(self.clients),
-            "chunks": len(self.experiment.clients.trainer.chunks(self.clients)),
-            "items_per_window": config.window.items,
-            "tokens_per_window": {
-                "min": min(lengths),
-                "median": statistics.median(lengths),
-                "max": max(lengths),
-            },
-        }
-
-    def _stacked_chunk(
-        self, chunk: Sequence[str], tensors: Mapping[str, Mapping[str, "torch.Tensor"]]
-    ) -> list[Step]:
-        import torch
-
-        from pfm_llm.model.batches import collate
-        from pfm_llm.model.cohort import Parts
-        from pfm_llm.protocol.types import PRIVATE_PREFIX
-
-        histories, own = self.experiment.clients.histories, [tensors[client] for client in chunk]
-        batch = collate(
-            [histories.windows(client) for client in chunk],
-            [histories.trunk_states(client) for client in chunk],
-        )
-        device = batch.trunk.device
-        # As local training does: everybody received the same shared tensors, so no copy of them.
-        leaves = {
-            name: (
-                torch.stack([t[name] for t in own]).to(device)
-                if name.startswith(PRIVATE_PREFIX)
-                else value.to(device).expand(len(chunk), *value.shape).detach()
-            ).requires_grad_()
-            for name, value in own[0].items()
-        }
-        losses = self.experiment.model.model.losses(batch, leaves, Parts())
-        gradients = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()))
-        return [
-            (loss.detach(), {n: g[c] for n, g in zip(leaves, gradients, strict=True)})
-            for c, loss in enumerate(losses)
-        ]
-
-
-def choose_clients(experiment: "Run", count: int) -> tuple[str, ...]:
-    """A fixed random choice among the clients whose window is full.
-
-    Raises:
-        ConfigError: There are not so many.
-    """
-    import torch
-
-    from pfm_llm.base import seeding
-    from pfm_llm.base.errors import ConfigError
-
-    histories, full = experiment.clients.histories, experiment.config.window.items
-    order = histories.trainable
-    shuffled = torch.randperm(len(order), generator=seeding.generator(_SEED, "benchmark"))
-    chosen: list[str] = []
-    for index in shuffled.tolist():
-        if len(chosen) < count and len(histories.windows(order[index])[0]) == full:
-            chosen.append(order[index])
-    if len(chosen) < count:
-        raise ConfigError(
-            f"--clients: {count}, but only {len(chosen)} have a whole window of {full} items"
-        )
-    return tuple(chosen)
-
-
-def client_tensors(
-    experiment: "Run", adapter: Any, clients: Sequence[str]
-) -> tuple[dict[str, "torch.Tensor"], ...]:
-    """Shared and private tensors of each client, as after some training: nothing is zero.
-
-    Args:
-        experiment: The experiment.
-        adapter: A `DualAdapter`: which layers are adapted.
-        clients: Client ids. All share the same shared tensors.
-    """
-    from benchmarks.sequential_peft import stirred
-    from pfm_llm.model.parameters import parameter_table
-    from pfm_llm.model.private import make_private_part
-    from pfm_llm.protocol.parameters import Sizes
-
-    parts, config = experiment.model, experiment.config
-    sizes = Sizes(parts.backbone.hidden_size, adapter.modules, parts.model.num_items)
-    initial = parameter_table(config, sizes).initial_state()
-    shared = stirred(initial.tensors, _SEED, "shared")
-    private = make_private_part(config, sizes)
-    own = (private.initial(client) for client in clients)
-    return tuple(
-        shared | stirred(tensors, _SEED, client)
-        for client, tensors in zip(clients, own, strict=True)
-    )
+    adapters: dict[str, Any] = {"private": _PRIVATE}
+    if num_layers is not None:
+        adapters["num_layers"] = num_layers
+    tree = {**_SETTINGS, "adapters": adapters, "output": {"dir": folder}, **sections}
+    return parse_config(tree, origin="benchmarks/engine.py")
 
 
 def race(

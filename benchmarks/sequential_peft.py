@@ -4,8 +4,9 @@ Written as somebody who knows PEFT would write it: both adapters active on one m
 weights copied into them, one unpadded forward pass over its window, the decoder alone (no
 vocabulary logits), no key-value cache, eval mode, gradients of exactly what is trained and no
 optimizer. Adapter weights have the backbone's dtype, so that no activation is cast to float32
-and back, as PEFT's default would do under bfloat16. Loss and head are the library's own, and so
-the two sides differ in nothing but how the work is arranged.
+and back, as PEFT's default would do under bfloat16. The head is the library's own; the objective
+is written out anew, which items are candidates included, so that the check before the race
+compares two computations of it.
 """
 
 import math
@@ -25,6 +26,9 @@ from pfm_llm.text.encoding import NO_TARGET, Window
 _NOISE = 0.02
 _PREFIXES = {SHARED: "lora.", PRIVATE: f"{PRIVATE_PREFIX}lora."}
 
+Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""A client's loss, and its gradients by name."""
+
 
 class SequentialPeft:
     """Loss and gradients of one client after another, from tokens, without any cache.
@@ -36,6 +40,7 @@ class SequentialPeft:
         adapter: Which of its layers are adapted, and how.
         normaliser: The catalogue's whitening.
         item_texts: float32 [I, D], whitened text embeddings.
+        unseen_only: Whether the items that the user has met are no candidates.
     """
 
     def __init__(
@@ -44,7 +49,9 @@ class SequentialPeft:
         adapter: DualAdapter,
         normaliser: Normaliser,
         item_texts: torch.Tensor,
+        unseen_only: bool,
     ) -> None:
+        self._unseen_only = unseen_only
         self._device = backbone.device
         self._normaliser = normaliser.to(self._device)
         self._item_texts = item_texts.to(self._device)
@@ -66,10 +73,8 @@ class SequentialPeft:
             weight.requires_grad_()
         self._item_inputs: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def client_step(
-        self, window: Window, tensors: Tensors
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean cross-entropy over the whole catalogue, and its gradients.
+    def client_step(self, window: Window, tensors: Tensors) -> Step:
+        """Mean cross-entropy over the candidates, and its gradients.
 
         Args:
             window: The client's window.
@@ -113,6 +118,9 @@ class SequentialPeft:
             None if context is None else context[0, trained],
         )
         scores = recommender_head.score_items(head, vectors, self._item_texts)
+        if self._unseen_only:
+            seen = _seen(window, len(self._item_texts)).to(self._device)[trained]
+            scores = scores.masked_fill(seen, -torch.inf)
         return F.cross_entropy(scores, targets[trained])
 
     def _add_item_inputs(self, _layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -138,6 +146,19 @@ def relative_difference(found: Tensors, expected: Tensors) -> float:
     wrong = sum(float((found[n] - value).double().square().sum()) for n, value in expected.items())
     whole = sum(float(value.double().square().sum()) for value in expected.values())
     return math.sqrt(wrong / whole)
+
+
+def _seen(window: Window, num_items: int) -> torch.Tensor:
+    """What the user had met by each position, bool [L, num_items], without the next item."""
+    before, items, targets = (
+        torch.tensor(array, dtype=torch.int64)
+        for array in (window.history.items[: window.start], window.items, window.targets)
+    )
+    seen = F.one_hot(items, num_items).cumsum(0).bool()
+    seen[:, before] = True
+    trained = (targets != NO_TARGET).nonzero()[:, 0]
+    seen[trained, targets[trained]] = False
+    return seen
 
 
 def _layer_index(module: str, layers_path: str) -> int:

@@ -20,7 +20,7 @@ from pfm_llm.data.splits import HeldOut, Split
 from pfm_llm.evaluation import metrics, ranking
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import ResultRow, write_results
+from pfm_llm.evaluation.results import HEADLINE_K, ResultRow, write_results
 from pfm_llm.evaluation.tables import terminal_table
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.environment import environment
@@ -29,7 +29,6 @@ from pfm_llm.runs.run import load_corpus
 SELECTED_BY = "ndcg@10"
 """What is compared on validation, over the full catalogue."""
 
-_K = 10
 _QUERIES_AT_ONCE = 512
 
 Score = Callable[[HeldOut, Sequence[int]], npt.NDArray[np.float32]]
@@ -117,7 +116,7 @@ def measure(
             seed=config.seed,
         )
         rows += ranking.result_rows(ranks, describe, config.evaluation, config.seed)
-        gains, users = metrics.per_user(metrics.ndcg(ranks.full, _K), ranks.users)
+        gains, users = metrics.per_user(metrics.ndcg(ranks.full, HEADLINE_K), ranks.users)
         log_ranks, _ = metrics.per_user(np.log(ranks.full), ranks.users)
         per_user[held_out.name] = {
             "users": users.tolist(),

@@ -172,14 +172,6 @@ class PrivateStore:
         """
         _delete_tree(self._path(client_id))
 
-    def delete_all(self) -> None:
-        """`forget` every client.
-
-        Raises:
-            StorageError: Something could not be deleted; call it again.
-        """
-        _delete_tree(self._clients)
-
     def _path(self, client_id: str) -> Path:
         if not _CLIENT_ID.fullmatch(client_id):
             raise StorageError(

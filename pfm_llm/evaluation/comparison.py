@@ -14,7 +14,7 @@ from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.evaluation import personality
 from pfm_llm.evaluation.personality import Bootstrap, Estimate
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import FULL, ResultRow, judged_mode, read_results
+from pfm_llm.evaluation.results import FULL, HEADLINE_K, ResultRow, judged_mode, read_results
 from pfm_llm.protocol.types import Mode
 
 _NDCG = "ndcg"
@@ -214,7 +214,7 @@ def estimate_rows(
         regime=config.regime or "",
     )
     return [
-        describe(metric=name, k=personality.HEADLINE_K if _NDCG in name else 0, **asdict(figure))
+        describe(metric=name, k=HEADLINE_K if _NDCG in name else 0, **asdict(figure))
         for name, figure in figures.items()
         if np.isfinite(figure.value)
     ]

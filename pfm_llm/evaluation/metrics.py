@@ -1,11 +1,11 @@
-"""Ranking metrics: formulas, `evaluate.Metric` classes, and bootstrap intervals over users.
+"""Ranking metrics: formulas, an `evaluate.Metric` of them, and bootstrap intervals over users.
 
 A target's rank (1 is best, see `scoring`) is all that hit rate, NDCG and MRR need, with one
 relevant item per rank: a user with several targets counts once, by the mean over the targets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import evaluate
@@ -52,8 +52,8 @@ def mrr(ranks: IntArray, k: int) -> FloatArray:
 
 
 RANK_METRICS: Mapping[str, Callable[[IntArray, int], FloatArray]] = {
-    "hit_rate": hit_rate,
     "ndcg": ndcg,
+    "hit_rate": hit_rate,
     "mrr": mrr,
 }
 """Name in ``results.json`` to formula."""
@@ -237,32 +237,6 @@ def resampled_means(values: FloatArray, num_resamples: int, seed: int) -> FloatA
     return means
 
 
-def paired_bootstrap(
-    a: FloatArray, b: FloatArray, num_resamples: int, confidence: float, seed: int
-) -> tuple[float, float, float]:
-    """Mean of ``a - b`` over the same users, with its interval.
-
-    Args:
-        a: [users].
-        b: [users], in the same order of users.
-        num_resamples: See `bootstrap_interval`.
-        confidence: See `bootstrap_interval`.
-        seed: See `bootstrap_interval`.
-
-    Returns:
-        The mean difference, and the lower and the upper end of its interval.
-
-    Raises:
-        ConfigError: See `bootstrap_interval`.
-        DataError: Lengths differ, there are no users, or a value is not finite.
-    """
-    if np.shape(a) != np.shape(b):
-        raise DataError(f"cannot pair {np.shape(a)} with {np.shape(b)}: give the same users")
-    difference = np.asarray(a, np.float64) - np.asarray(b, np.float64)
-    low, high = bootstrap_interval(difference, num_resamples, confidence, seed)
-    return float(difference.mean()), low, high
-
-
 def mean_over_users(values: FloatArray, groups: IntArray) -> float:
     """Mean over users of each user's mean; see `per_user`.
 
@@ -275,104 +249,37 @@ def mean_over_users(values: FloatArray, groups: IntArray) -> float:
     return float(means.mean())
 
 
-class _InMemoryMetric(evaluate.Metric):
-    """What the metrics share: made directly, offline, with nothing kept on disk."""
+class RankMetric(evaluate.Metric):
+    """A metric of ranks for `evaluate`: ``compute(ranks=..., groups=...)``, groups being the users.
 
-    title: ClassVar[str]
-    columns: ClassVar[Mapping[str, str]]
-
-    def __init__(self) -> None:
-        # A given seed keeps evaluate from reading numpy's global random state.
-        super().__init__(keep_in_memory=True, seed=0)
-
-    def _info(self) -> evaluate.MetricInfo:
-        columns = {name: datasets.Value(dtype) for name, dtype in self.columns.items()}
-        return evaluate.MetricInfo(
-            description=f"{self.title}, averaged within each user and then over users.",
-            citation="",
-            inputs_description="One value per example: " + ", ".join(self.columns),
-            features=datasets.Features(columns),
-        )
-
-
-class RankMetric(_InMemoryMetric):
-    """A metric of ranks: ``compute(ranks=..., groups=...)``, groups being the users.
+    The result's key is ``<name>@<k>``. It is made directly, offline, with nothing kept on disk.
 
     Args:
+        name: One of `RANK_METRICS`.
         k: Length of the list, at least 1.
 
     Raises:
         ConfigError: ``k`` is below 1.
     """
 
-    columns: ClassVar[Mapping[str, str]] = {"ranks": "int64", "groups": "int64"}
-    metric: ClassVar[str]
-
-    def __init__(self, k: int) -> None:
+    def __init__(self, name: str, k: int) -> None:
         _check_k(k)
-        self.k = k
-        super().__init__()
+        self.metric, self.k = name, k
+        # A given seed keeps evaluate from reading numpy's global random state.
+        super().__init__(keep_in_memory=True, seed=0)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {name: datasets.Value("int64") for name in ("ranks", "groups")}
+        return evaluate.MetricInfo(
+            description=f"{self.metric}@{self.k}, averaged within each user and then over users.",
+            citation="",
+            inputs_description=f"One value per example: {', '.join(features)}",
+            features=datasets.Features(features),
+        )
 
     def _compute(self, ranks: list[int], groups: list[int]) -> dict[str, float]:
         values = RANK_METRICS[self.metric](np.asarray(ranks, np.int64), self.k)
         return {f"{self.metric}@{self.k}": mean_over_users(values, np.asarray(groups, np.int64))}
-
-
-class HitRate(RankMetric):
-    """`hit_rate` as an `evaluate` metric; the result's key is ``hit_rate@<k>``."""
-
-    title = "Share of targets among the first k"
-    metric = "hit_rate"
-
-
-class Ndcg(RankMetric):
-    """`ndcg` as an `evaluate` metric; the result's key is ``ndcg@<k>``."""
-
-    title = "Normalised discounted cumulative gain of the first k"
-    metric = "ndcg"
-
-
-class Mrr(RankMetric):
-    """`mrr` as an `evaluate` metric; the result's key is ``mrr@<k>``."""
-
-    title = "Reciprocal rank among the first k"
-    metric = "mrr"
-
-
-class UserAuc(_InMemoryMetric):
-    """`per_user_auc` as an `evaluate` metric: ``compute(scores=..., labels=..., groups=...)``.
-
-    A value per held-out item, groups being the users. A user whose labels are all equal has no
-    AUC and is left out of the mean; the result's keys are ``auc``, ``auc_users``, the number of
-    users that were averaged, and ``auc_users_left_out``.
-    """
-
-    title = "Area under the ROC curve"
-    columns: ClassVar[Mapping[str, str]] = {
-        "scores": "float64",
-        "labels": "int64",
-        "groups": "int64",
-    }
-
-    def _compute(
-        self, scores: list[float], labels: list[int], groups: list[int]
-    ) -> dict[str, float]:
-        users = np.asarray(groups, np.int64)
-        order = np.argsort(users, kind="stable")
-        starts = np.flatnonzero(np.diff(users[order])) + 1
-        values = per_user_auc(
-            np.split(np.asarray(scores, np.float64)[order], starts),
-            np.split(np.asarray(labels, np.bool_)[order], starts),
-        )
-        defined = values[~np.isnan(values)]
-        if not defined.size:
-            raise DataError("AUC: no user has both liked and not liked items; check the labels")
-        left_out = values.size - defined.size
-        return {
-            "auc": float(defined.mean()),
-            "auc_users": defined.size,
-            "auc_users_left_out": left_out,
-        }
 
 
 def _in_list(ranks: IntArray, k: int) -> npt.NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,13 +11,7 @@ from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import metrics, scoring
 from pfm_llm.evaluation.baselines import FittedBaseline
-from pfm_llm.evaluation.results import FULL, ResultRow
-
-METRICS: dict[str, type[metrics.RankMetric]] = {
-    "ndcg": metrics.Ndcg,
-    "hit_rate": metrics.HitRate,
-    "mrr": metrics.Mrr,
-}
+from pfm_llm.evaluation.results import AUC, FULL, HEADLINE_K, RANK_LABELS, SAMPLED, ResultRow
 
 
 @dataclass(frozen=True)
@@ -89,10 +84,11 @@ def rank_all(
     return concatenate(parts)
 
 
-def headline(ranks: Ranks, k: int = 10) -> dict[str, float]:
-    """NDCG and hit rate at k over the full catalogue, for the log of a run."""
+def headline(ranks: Ranks) -> dict[str, float]:
+    """NDCG@10 and hit rate@10 over the full catalogue, for the log of a run."""
     figures: dict[str, float] = {}
-    for metric in (metrics.Ndcg(k), metrics.HitRate(k)):
+    for name in ("ndcg", "hit_rate"):
+        metric = metrics.RankMetric(name, HEADLINE_K)
         figures |= metric.compute(ranks=ranks.full, groups=ranks.users) or {}
     return figures
 
@@ -111,27 +107,13 @@ def result_rows(
     rows = []
     for candidates, values in (
         (FULL, ranks.full),
-        (f"sampled{config.num_negatives}", ranks.sampled),
+        (f"{SAMPLED}{config.num_negatives}", ranks.sampled),
     ):
-        for name, metric in METRICS.items():
+        for name in RANK_LABELS:
             for k in config.ks:
-                computed = metric(k).compute(ranks=values, groups=ranks.users)
-                assert computed is not None
-                own, users = metrics.per_user(metrics.RANK_METRICS[name](values, k), ranks.users)
-                low, high = metrics.bootstrap_interval(
-                    own, config.bootstrap, config.confidence, seed
-                )
-                rows.append(
-                    describe(
-                        candidates=candidates,
-                        metric=name,
-                        k=k,
-                        value=computed[f"{name}@{k}"],
-                        ci_low=low,
-                        ci_high=high,
-                        num_users=len(users),
-                    )
-                )
+                own, _ = metrics.per_user(metrics.RANK_METRICS[name](values, k), ranks.users)
+                figure = _figure(own, config, seed)
+                rows.append(describe(candidates=candidates, metric=name, k=k, **figure))
     return rows
 
 
@@ -155,16 +137,15 @@ def auc_row(
             "no user has both a liked and a disliked held-out item: there is no AUC; raise "
             "data.held_out, or set data.like_threshold to a rating that divides them"
         )
+    return describe(candidates=FULL, metric=AUC, k=0, **_figure(own, config, seed))
+
+
+def _figure(own: np.ndarray, config: EvaluationConfig, seed: int) -> dict[str, Any]:
+    """The numbers of a row: the mean of a value per user, with its interval."""
     low, high = metrics.bootstrap_interval(own, config.bootstrap, config.confidence, seed)
-    return describe(
-        candidates=FULL,
-        metric="auc",
-        k=0,
-        value=float(own.mean()),
-        ci_low=low,
-        ci_high=high,
-        num_users=len(own),
-    )
+    return {
+        "value": float(own.mean()), "ci_low": low, "ci_high": high, "num_users": len(own),
+    }  # fmt: skip
 
 
 def concatenate(parts: Sequence[Ranks]) -> Ranks:

@@ -11,8 +11,16 @@ from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.files import read_json, write_json
 from pfm_llm.protocol.types import Mode
 
-FULL = "full"
-"""The candidates of a figure that is over the whole catalogue."""
+FULL, SAMPLED = "full", "sampled"
+"""What was ranked: the whole catalogue, or a target among so many sampled negatives."""
+
+HEADLINE_K = 10
+"""The cut-off of the figures that tables, plots and comparisons show."""
+
+RANK_LABELS = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}
+"""Metrics of ranked lists, as they are shown."""
+
+AUC, AUC_LABEL = "auc", "Like AUC"
 
 
 @dataclass(frozen=True)

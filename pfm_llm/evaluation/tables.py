@@ -5,18 +5,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.evaluation.results import FULL, ResultRow
+from pfm_llm.evaluation.results import (
+    AUC,
+    AUC_LABEL,
+    FULL,
+    HEADLINE_K,
+    RANK_LABELS,
+    SAMPLED,
+    ResultRow,
+)
 from pfm_llm.protocol.types import Mode
 
 _TEXT_COLUMNS = ("Method", "Mode", "Budget")
-_METRICS = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}
-_SAMPLED = "sampled"
 
 
 def results_table(
     rows: Sequence[ResultRow],
     split: str = "test",
-    ks: Sequence[int] = (10,),
+    ks: Sequence[int] = (HEADLINE_K,),
     confidence: float = 0.95,
 ) -> str:
     """The results as Markdown: baselines first, then the modes; the best of a column in bold.
@@ -38,15 +44,15 @@ def results_table(
         header, body = _grid(group, _columns(group, ks, confidence), "**{}**")
         rule = ["---" if column in _TEXT_COLUMNS else "---:" for column in header]
         table = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
-        how = "whole catalogue ranked unless negatives are named. Best in bold."
-        blocks.append(f"{_caption(group)}; {how}\n\n{table}\n")
+        how = _how(group, "whole catalogue ranked unless negatives are named")
+        blocks.append(f"{_caption(group)}; {how}. Best in bold.\n\n{table}\n")
     return "\n".join(blocks) or f"No results on the {split} split.\n"
 
 
 def terminal_table(
     rows: Sequence[ResultRow],
     split: str = "test",
-    ks: Sequence[int] = (10,),
+    ks: Sequence[int] = (HEADLINE_K,),
     confidence: float = 0.95,
 ) -> str:
     """`results_table` as aligned plain text; the best of a column is marked with ``*``."""
@@ -56,8 +62,8 @@ def terminal_table(
         short = [
             h.replace("Hit rate", "Hit").replace(", ", " /").replace(" neg.", "") for h in header
         ]
-        how = "whole catalogue ranked; /n: among n sampled negatives; *: best"
-        blocks.append(f"{_caption(group)}\n{how}\n\n{_align(short, body)}\n")
+        how = _how(group, "whole catalogue ranked; /n: among n sampled negatives")
+        blocks.append(f"{_caption(group)}\n{how}; *: best\n\n{_align(short, body)}\n")
     return "\n".join(blocks) or f"No results on the {split} split.\n"
 
 
@@ -87,16 +93,17 @@ def _groups(rows: Sequence[ResultRow], split: str) -> list[list[ResultRow]]:
 def _columns(rows: Sequence[ResultRow], ks: Sequence[int], confidence: float) -> list[_Column]:
     """The columns that at least one row fills: the full catalogue first, then samples."""
     candidates = sorted({row.candidates for row in rows}, key=lambda name: (name != FULL, name))
-    columns = []
+    interval = f" [{confidence * 100:g} %]"
+    columns = [_Column(FULL, AUC, 0, AUC_LABEL + interval, True)]
     for name in candidates:
         for k in ks:
-            for metric, label in _METRICS.items():
+            for metric, label in RANK_LABELS.items():
                 heading = f"{label}@{k}"
                 with_interval = name == FULL and metric == "ndcg"
                 if with_interval:
-                    heading += f" [{confidence * 100:g} %]"
+                    heading += interval
                 elif name != FULL:
-                    heading += f", {name.removeprefix(_SAMPLED)} neg."
+                    heading += f", {name.removeprefix(SAMPLED)} neg."
                 columns.append(_Column(name, metric, k, heading, with_interval))
     return [column for column in columns if any(map(column.shows, rows))]
 
@@ -155,6 +162,12 @@ def _caption(rows: Sequence[ResultRow]) -> str:
         f"seed {rows[0].seed}",
     ]
     return " · ".join(parts)
+
+
+def _how(rows: Sequence[ResultRow], ranked: str) -> str:
+    """What the figures of one table are; ``ranked`` says it of lists."""
+    is_auc = all(row.metric == AUC for row in rows)
+    return "what each user liked among the user's own held-out items" if is_auc else ranked
 
 
 def _align(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

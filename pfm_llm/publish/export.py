@@ -14,7 +14,7 @@ from pfm_llm import __version__
 from pfm_llm.base import files
 from pfm_llm.config.schema import ExperimentConfig, dump_config
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.results import FULL, ResultRow
 from pfm_llm.evaluation.tables import results_table
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.build import ModelParts
@@ -191,7 +191,7 @@ def _metrics(rows: Sequence[ResultRow]) -> tuple[Metric, ...]:
             ci_high=row.ci_high,
         )
         for row in rows
-        if row.mode != Mode.NONE and row.split == "test" and row.candidates == "full"
+        if row.mode != Mode.NONE and row.split == "test" and row.candidates == FULL
     )
 
 

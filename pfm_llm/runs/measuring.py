@@ -13,7 +13,12 @@ from pfm_llm.config.settings import like_threshold
 from pfm_llm.config.settle import known
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import evaluator, personality, ranking
-from pfm_llm.evaluation.baselines import FittedBaseline, fit_baselines
+from pfm_llm.evaluation.baselines import (
+    FittedBaseline,
+    FittedLikes,
+    fit_baselines,
+    fit_like_baselines,
+)
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured, UserVectors
 from pfm_llm.evaluation.ranking import Ranks
@@ -116,6 +121,15 @@ def fit_run_baselines(run: Run) -> list[FittedBaseline]:
     )
 
 
+def fit_run_likes(run: Run) -> list[FittedLikes]:
+    """The baselines of likes; none without the task ``like``, or where the config has none."""
+    threshold = like_threshold(run.config)
+    if threshold is None or not run.config.evaluation.baselines:
+        return []
+    texts = run.model.model.item_texts.cpu().numpy()
+    return fit_like_baselines(run.data.split, threshold, texts)
+
+
 def rank_baselines(baselines: Sequence[FittedBaseline], task: EvaluationTask) -> dict[str, Ranks]:
     """Name of each baseline to its ranks of the task's targets."""
     return {
@@ -125,7 +139,11 @@ def rank_baselines(baselines: Sequence[FittedBaseline], task: EvaluationTask) ->
 
 
 def rows_of(
-    run: Run, task: EvaluationTask, measured: Measured, baselines: Mapping[str, Ranks]
+    run: Run,
+    task: EvaluationTask,
+    measured: Measured,
+    baselines: Mapping[str, Ranks],
+    likes: Sequence[FittedLikes] = (),
 ) -> list[ResultRow]:
     """Rows for ``results.json``: of the baselines, and of every mode that was measured."""
     config = run.config
@@ -135,15 +153,15 @@ def rows_of(
         ResultRow, protocol=config.data.split.value, split=held_out.name, seed=config.seed
     )
     rows: list[ResultRow] = []
+    pooled = functools.partial(circumstances, mode=Mode.NONE.value, budget=_POOLED)
     for name, ranks in baselines.items():
-        describe = functools.partial(
-            circumstances,
-            method=name,
-            mode=Mode.NONE.value,
-            budget=_POOLED,
-            task=Task.NEXT_ITEM.value,
-        )
+        describe = functools.partial(pooled, method=name, task=Task.NEXT_ITEM.value)
         rows += ranking.result_rows(ranks, describe, config.evaluation, config.seed)
+    if task.liked is not None:
+        for fitted in likes:
+            like = functools.partial(pooled, method=fitted.name, task=Task.LIKE.value)
+            aucs = fitted.aucs(held_out, task.liked)
+            rows.append(ranking.auc_row(aucs, like, config.evaluation, config.seed))
     for mode, ranks in measured.ranks.items():
         trained = mode is not Mode.ZERO_SHOT
         describe = functools.partial(

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pfm_llm.base.files import write_bytes
+from pfm_llm.evaluation.results import RANK_LABELS
 from pfm_llm.protocol.types import Mode
 
 Record = Mapping[str, Any]
@@ -35,7 +36,6 @@ _SERIES_STYLES = (
     (_BLUE, "o"), (_ORANGE, "D"), ("#009E73", "s"), (_PURPLE, "^"),
     ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"), (_GREY, "*"),
 )  # fmt: skip
-_METRIC_NAMES = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}
 _REFERENCE_LINES = ("--", ":", "-.")
 _SIZE_INCHES = (7.2, 4.2)
 _DPI = 150
@@ -347,7 +347,7 @@ def _is_number(value: Any) -> bool:
 
 def _metric_name(metric: str) -> str:
     name, separator, k = metric.partition("@")
-    return f"{_METRIC_NAMES.get(name, name)}{separator}{k}"
+    return f"{RANK_LABELS.get(name, name)}{separator}{k}"
 
 
 def _new_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:

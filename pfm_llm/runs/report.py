@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.evaluation import comparison, tables
-from pfm_llm.evaluation.baselines import FittedBaseline
+from pfm_llm.evaluation.baselines import FittedBaseline, FittedLikes
 from pfm_llm.evaluation.evaluator import Measured
 from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.protocol.types import Mode
@@ -26,6 +27,7 @@ from pfm_llm.runs.folders import (
 from pfm_llm.runs.measuring import (
     evaluation_task,
     fit_run_baselines,
+    fit_run_likes,
     measure,
     quality_of,
     rank_baselines,
@@ -64,16 +66,16 @@ def evaluate_and_report(
         rows: list[ResultRow] = []
         gains: list[ResultRow] = []
         comparisons: list[ResultRow] = []
-        baselines = fit_run_baselines(run)
+        baselines, likes = fit_run_baselines(run), fit_run_likes(run)
         for task, found, other in zip(tasks, measured, others, strict=True):
             split, fitted = task.held_out.name, rank_baselines(baselines, task)
-            rows += rows_of(run, task, found, fitted)
+            rows += rows_of(run, task, found, fitted, likes)
             gains += comparison.gain_rows(config, split, found.ranks, found.aucs)
             references = comparison.ranked_references(fitted) + other
             comparisons += comparison.rows_over(config, split, found.ranks, references)
         costs = _costs(run, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
-        extra = _extra(run, trained, baselines) | {"costs": costs}
+        extra = _extra(run, trained, _settings_of(baselines, likes)) | {"costs": costs}
         _write_report(run, rows, {GAINS: gains, COMPARISONS: comparisons}, extra)
         _draw(run.folders, measured[-1])
         exported, folder = exported_of(run, trained), run.folders.shared_adapter
@@ -103,19 +105,32 @@ def _costs(run: Run, evaluated: Measured, training_seconds: float | None) -> dic
     }
 
 
-def _extra(run: Run, trained: Trained, baselines: Sequence[FittedBaseline]) -> dict[str, Any]:
+def _extra(
+    run: Run, trained: Trained, baselines: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
     """What ``results.json`` says beside what was measured."""
     found: dict[str, Any] = {
         "config": run.config.model_dump(mode="json"),
         "environment": files.read_json(run.folders.public / ENVIRONMENT_FILE),
-        "baselines": {
-            b.name.value: {**b.hyperparameters, "validation_ndcg@10": b.validation_ndcg}
-            for b in baselines
-        },
+        "baselines": baselines,
     }
     if run.config.adapters.private.enabled:
         found[PRIVATE_WEIGHT] = trained.private_weight
     return found
+
+
+def _settings_of(
+    baselines: Sequence[FittedBaseline], likes: Sequence[FittedLikes]
+) -> dict[str, dict[str, float]]:
+    """The values that were chosen on validation for each baseline, and how good it was there."""
+    ranked = {
+        b.name.value: {**b.hyperparameters, "validation_ndcg@10": b.validation_ndcg}
+        for b in baselines
+    }
+    judged = (one for one in likes if not math.isnan(one.validation_auc))
+    return ranked | {
+        one.name: {**one.hyperparameters, "validation_auc": one.validation_auc} for one in judged
+    }
 
 
 def _write_report(

@@ -7,7 +7,6 @@ disk, so that a kill at any moment leaves the old round or the new one, whole.
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -82,13 +81,11 @@ class Checkpoint:
         round_number: The round after which it was taken.
         tensors: What the server saved.
         environment: Where it ran.
-        meta: Whatever else the caller saved, as JSON values.
     """
 
     round_number: int
     tensors: dict[str, torch.Tensor]
     environment: RunEnvironment
-    meta: dict[str, Any]
 
 
 def check_resumable(saved: RunEnvironment, current: RunEnvironment) -> None:
@@ -143,23 +140,16 @@ class CheckpointStore:
         """
         return tuple(commit.round_number for commit in self._commits())
 
-    def save(
-        self,
-        round_number: int,
-        tensors: Tensors,
-        environment: RunEnvironment,
-        meta: Mapping[str, Any] | None = None,
-    ) -> None:
+    def save(self, round_number: int, tensors: Tensors, environment: RunEnvironment) -> None:
         """Commit a round, then delete those no longer kept.
 
         Args:
             round_number: Later than the committed one.
             tensors: The server's state.
             environment: See `check_resumable`.
-            meta: JSON values to keep with it, such as counters of the report.
 
         Raises:
-            CheckpointError: The round is committed already, or ``meta`` is not JSON.
+            CheckpointError: The round is committed already.
             DiskSpaceError: The disk is full; the commit point is what it was.
             StorageError: Another failure to write, likewise.
         """
@@ -172,7 +162,6 @@ class CheckpointStore:
         header = {
             "round": str(round_number),
             "environment": json.dumps(dataclasses.asdict(environment)),
-            "meta": _to_json(meta or {}),
         }
         path = self._directory / _Commit(round_number, "").file
         commit = _Commit(round_number, write_tensors(path, tensors, header))
@@ -260,16 +249,9 @@ class CheckpointStore:
             ) from error
         try:
             environment = RunEnvironment(**json.loads(header["environment"]))
-            return Checkpoint(commit.round_number, tensors, environment, json.loads(header["meta"]))
+            return Checkpoint(commit.round_number, tensors, environment)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} was written by another version of pfm_llm ({error!r}); resume with "
                 "that version, or start a new run"
             ) from error
-
-
-def _to_json(meta: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(dict(meta), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's meta must be plain JSON: {error}") from error

@@ -10,7 +10,7 @@ import pytest
 
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.runs.experiment import open_run, run_experiment
-from pfm_llm.runs.folders import RESULTS_FILE
+from pfm_llm.runs.folders import RESULTS_FILE, TABLE_FILE
 from pfm_llm.runs.study import study_run
 from pfm_llm.runs.study.cold_start import first_events
 from tests.support.tiny import Tiny, random_histories
@@ -73,6 +73,30 @@ def test_ours_is_measured_in_every_way(tiny: Tiny, rated: Path, tmp_path: Path) 
     assert np.mean(gains["gain_log_rank"]) == pytest.approx(gain.value)
     assert all(values == sorted(values) for values in gains.values())  # nobody's can be told
     assert len(gains["gain_auc"]) == by_name["like", "gain_auc"].num_users
+
+
+def test_every_group_has_its_p_values_and_every_auc_its_baselines(
+    tiny: Tiny, rated: Path, tmp_path: Path
+) -> None:
+    run, rows = _study(tiny, rated, tmp_path, method="pfm", regime="fedsgd")
+    content = json.loads((run / RESULTS_FILE).read_text())
+    groups = {row.metric.removeprefix("harm_") for row in rows if row.metric.startswith("harm_")}
+    assert content["harm"].keys() == groups != set()
+    for test in content["harm"].values():
+        assert 0 < test["p_value"] <= test["adjusted_p_value"] <= 1
+    aucs = {row.method: row for row in rows if row.metric == "auc" and row.mode == "none"}
+    own = next(row for row in rows if row.metric == "auc" and row.mode == "shared_only")
+    assert aucs.keys() == {"like_rate", "like_ridge"}
+    for row in aucs.values():
+        assert (row.task, row.split, row.candidates) == ("like", "test", "full")
+        assert row.num_users == own.num_users  # the same held-out events
+    # The run itself reported validation; all that was chosen stands beside it.
+    reported = {row["method"] for row in content["rows"] if row["metric"] == "auc"}
+    assert reported == {"like_rate", "like_ridge", "pfm"}
+    assert {"damping", "l2", "validation_auc"} == content["baselines"]["like_ridge"].keys()
+    table = (run / TABLE_FILE).read_text()
+    assert "Like AUC [95 %]" in table
+    assert "| like_ridge | - |" in table
 
 
 @pytest.mark.parametrize(

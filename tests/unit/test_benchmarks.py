@@ -1,6 +1,8 @@
 """The engine benchmark races two ways to compute the same thing, and reports them as said."""
 
+import dataclasses
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import engine
+from benchmarks.contenders import Bench
 from benchmarks.sequential_peft import SequentialPeft, relative_difference, stirred
 from pfm_llm.base import files
+from pfm_llm.base.errors import ConfigError, TrainingError
+from pfm_llm.base.processes import Processes
 from pfm_llm.config.choices import Task
 from pfm_llm.config.model import (
     AdaptersConfig,
@@ -19,6 +24,7 @@ from pfm_llm.config.model import (
     LoraAdapterConfig,
     PrivateAdapterConfig,
 )
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.history import History
 from pfm_llm.model import head
 from pfm_llm.model.backbone import Backbone
@@ -31,6 +37,7 @@ from pfm_llm.model.private import PrivatePart, make_private_part
 from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.text.encoding import Window
 from tests.support.tables import config_of, drawn
+from tests.support.tiny import Tiny
 
 HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2
 HEAD = HeadConfig(dim=8, id_dim=4)
@@ -56,14 +63,14 @@ def backbone() -> Backbone:
     return Backbone(LlamaForCausalLM(config), tokenizer=None, name="tiny", weights_hash="-")
 
 
-def make_window(client: int, ends: list[int]) -> Window:
+def make_window(client: int, ends: list[int], before: int = 0) -> Window:
     generator = np.random.default_rng(client)
-    items = generator.integers(0, ITEMS, len(ends))
+    items, met = generator.integers(0, ITEMS, len(ends)), generator.integers(0, ITEMS, before)
     return Window(
         tokens=generator.integers(0, 40, ends[-1] + 1).astype(np.int32),
         item_ends=np.array(ends, dtype=np.int32),
-        history=History(items.astype(np.int32)),
-        start=0,
+        history=History(np.concatenate([met, items]).astype(np.int32)),
+        start=before,
         first_target=1,
     )
 
@@ -80,14 +87,15 @@ def make_tensors(adapter: DualAdapter, client: int) -> dict[str, torch.Tensor]:
     return stirred(shared, 0, "shared") | stirred(private, 0, f"c{client}")
 
 
+@pytest.mark.parametrize("unseen_only", [False, True])
 @pytest.mark.parametrize("adapted", [1, ADAPTED, LAYERS])
 def test_the_reference_computes_what_the_many_clients_pass_computes(
-    backbone: Backbone, adapted: int
+    backbone: Backbone, adapted: int, unseen_only: bool
 ) -> None:
     adapter = DualAdapter(backbone, ADAPTERS.model_copy(update={"num_layers": adapted}))
     windows = [
         make_window(0, [2, 5, 9]),
-        make_window(1, [1, 3, 6, 8]),
+        make_window(1, [1, 3, 6, 8], before=3),
         make_window(2, [4, 5, 6, 12]),
     ]
     tensors = [make_tensors(adapter, client) for client in range(3)]
@@ -104,13 +112,13 @@ def test_the_reference_computes_what_the_many_clients_pass_computes(
         adapter.top_paths(),
         adapter.scale(),
         normaliser,
-        Objective(texts, (Task.NEXT_ITEM,), make_part(adapter)),
+        Objective(texts, (Task.NEXT_ITEM,), make_part(adapter), unseen_only),
     )
     leaves = {n: torch.stack([t[n] for t in tensors]).requires_grad_() for n in tensors[0]}
     losses = model.losses(collate([[w] for w in windows], [[h] for h in hidden]), leaves, Parts())
     gradients = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()))
 
-    reference = SequentialPeft(backbone, adapter, normaliser, texts)
+    reference = SequentialPeft(backbone, adapter, normaliser, texts, unseen_only)
     for client, (window, own) in enumerate(zip(windows, tensors, strict=True)):
         loss, found = reference.client_step(window, own)
         assert float(loss) == pytest.approx(float(losses[client].detach()), rel=1e-5)
@@ -124,13 +132,69 @@ def test_the_reference_carries_nothing_from_one_client_to_the_next(backbone: Bac
     adapter = DualAdapter(backbone, ADAPTERS)
     states = torch.randn(ITEMS, HIDDEN, generator=torch.Generator().manual_seed(1))
     normaliser = head.fit_normaliser(states)
-    reference = SequentialPeft(backbone, adapter, normaliser, normaliser(states)[:, : HEAD.dim])
+    texts = normaliser(states)[:, : HEAD.dim]
+    reference = SequentialPeft(backbone, adapter, normaliser, texts, unseen_only=True)
     window, own = make_window(0, [2, 5]), make_tensors(adapter, 0)
     before = reference.client_step(window, own)
     reference.client_step(make_window(1, [1, 2, 3]), make_tensors(adapter, 1))
     after = reference.client_step(window, own)
     assert torch.equal(before[0], after[0])
     assert relative_difference(after[1], before[1]) == 0
+
+
+@pytest.fixture
+def tiny_bench_config(tiny: Tiny, tmp_path: Path) -> ExperimentConfig:
+    """The bench's own experiment, all settings of the objective included, on a tiny model."""
+    return engine.bench_config(
+        str(tmp_path / "trunks"),
+        data={"source": str(tiny.interactions), "items": str(tiny.items)},
+        backbone={"name": str(tiny.model), "dtype": "float32"},
+        window={"items": 4, "max_windows": 1},
+        head={"dim": 8, "id_dim": 4},
+    )
+
+
+@pytest.fixture
+def tiny_bench(tiny_bench_config: ExperimentConfig, one_process: Processes) -> Bench:
+    return Bench.build(tiny_bench_config, 5, one_process)
+
+
+def test_the_check_before_the_race_passes_on_the_default_objective(tiny_bench: Bench) -> None:
+    assert tiny_bench.check() == {
+        "loss": pytest.approx(0, abs=1e-5),
+        "gradient": pytest.approx(0, abs=1e-4),
+    }
+
+
+def test_the_check_before_the_race_sees_a_reference_without_the_mask(tiny_bench: Bench) -> None:
+    parts = tiny_bench.experiment.model
+    unmasked = SequentialPeft(
+        parts.backbone, parts.adapter, parts.normaliser, parts.model.item_texts, unseen_only=False
+    )
+    with pytest.raises(TrainingError, match="a race between them would mean nothing"):
+        dataclasses.replace(tiny_bench, same_layers=unmasked).check()
+
+
+def test_the_whole_command_runs_at_a_small_size(
+    tiny_bench_config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "bench_config", lambda folder, num_layers: tiny_bench_config)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
+    out = tmp_path / "engine.json"
+    engine.run(Namespace(repeats=2, clients=5, num_layers=None, threads=1, out=out))
+    written = json.loads(out.read_text())
+    cases = ["stacked_cached", "peft_same_layers", "peft_common_recipe"]
+    assert [row["case"] for row in written["rows"]] == cases
+    assert all(len(row["values"]) == 2 for row in written["rows"])
+    assert written["config"]["clients"] == 5
+    assert written["config"]["unseen_only"] is True
+
+
+def test_more_clients_than_have_a_whole_window_are_refused(
+    tiny_bench_config: ExperimentConfig, one_process: Processes
+) -> None:
+    with pytest.raises(ConfigError, match="--clients: 99, but only"):
+        Bench.build(tiny_bench_config, 99, one_process)
 
 
 def test_relative_difference_is_over_all_tensors_together() -> None:

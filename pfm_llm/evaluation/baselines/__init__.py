@@ -2,22 +2,14 @@
 
 All are fitted once, on training histories alone, and then score any histories of the same
 catalogue; hyperparameters are chosen on validation and nothing is refitted for the test. `likes`
-holds the references for the task ``like``.
+holds those of the task ``like``.
 """
 
 from pfm_llm.evaluation.baselines.common import Baseline, Histories, ScoreMatrix, Scorer
 from pfm_llm.evaluation.baselines.ease import MAX_DENSE, Ease
 from pfm_llm.evaluation.baselines.ease_markov import EaseMarkov
 from pfm_llm.evaluation.baselines.item_knn import ItemKnn
-from pfm_llm.evaluation.baselines.likes import (
-    FittedLikes,
-    ItemLikeRate,
-    LikeQueries,
-    LikeRidge,
-    LikeScorer,
-    choose_item_like_rate,
-    choose_like_ridge,
-)
+from pfm_llm.evaluation.baselines.likes import FittedLikes, fit_like_baselines
 from pfm_llm.evaluation.baselines.markov import MarkovRecency
 from pfm_llm.evaluation.baselines.popularity import Popularity
 from pfm_llm.evaluation.baselines.selection import (
@@ -39,16 +31,11 @@ __all__ = [
     "HeldOutQueries",
     "Histories",
     "ItemKnn",
-    "ItemLikeRate",
-    "LikeQueries",
-    "LikeRidge",
-    "LikeScorer",
     "MarkovRecency",
     "Popularity",
     "ScoreMatrix",
     "Scorer",
-    "choose_item_like_rate",
-    "choose_like_ridge",
     "fit_baselines",
+    "fit_like_baselines",
     "parse_names",
 ]

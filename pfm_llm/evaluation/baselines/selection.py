@@ -16,12 +16,12 @@ from pfm_llm.evaluation.baselines.item_knn import ItemKnn
 from pfm_llm.evaluation.baselines.markov import MarkovRecency
 from pfm_llm.evaluation.baselines.popularity import Popularity
 from pfm_llm.evaluation.metrics import mean_over_users, ndcg
+from pfm_llm.evaluation.results import HEADLINE_K
 from pfm_llm.evaluation.scoring import full_ranks
 
 EASE_WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Weights of EASE that ``ease_markov`` tries."""
 
-_SELECTION_K = 10
 _QUERIES_AT_ONCE = 512
 
 
@@ -165,7 +165,7 @@ def _validation_ndcg(
     for start in range(0, max(len(targets), 1), _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
         batch = [
-            ndcg(full_ranks(scores, histories[part], targets[part]), _SELECTION_K)
+            ndcg(full_ranks(scores, histories[part], targets[part]), HEADLINE_K)
             for scores in score(histories[part])
         ]
         values.append(batch)

@@ -13,15 +13,8 @@ positive is better for the user; `named_estimates` puts those of a run together.
 | memory, cold start | ``memory_<items>``, ``cold_start_<items>``, and ``…_shared``, ``…_own`` |
 """
 
-from pfm_llm.evaluation.personality.curves import (
-    COLD_START,
-    MEMORY,
-    CurvePoint,
-    curve,
-    curve_figures,
-)
+from pfm_llm.evaluation.personality.curves import COLD_START, MEMORY, curve_figures
 from pfm_llm.evaluation.personality.estimates import (
-    HEADLINE_K,
     RANK_QUALITIES,
     Bootstrap,
     Estimate,
@@ -42,21 +35,18 @@ from pfm_llm.evaluation.personality.harm import (
 )
 from pfm_llm.evaluation.personality.integrity import integrity, rank_biased_overlap
 from pfm_llm.evaluation.personality.new_items import new_item_figures
-from pfm_llm.evaluation.personality.swap import identification, identification_chance, swap_loss
+from pfm_llm.evaluation.personality.swap import identification, swap_loss
 
 __all__ = [
     "COLD_START",
-    "HEADLINE_K",
     "MEMORY",
     "RANK_QUALITIES",
     "Bootstrap",
-    "CurvePoint",
     "Estimate",
     "GroupHarm",
     "age_band",
     "align",
     "auc_gain",
-    "curve",
     "curve_figures",
     "deciles",
     "estimate",
@@ -64,7 +54,6 @@ __all__ = [
     "harm_figures",
     "holm",
     "identification",
-    "identification_chance",
     "integrity",
     "named_estimates",
     "new_item_figures",

@@ -12,9 +12,7 @@ import numpy as np
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.evaluation.metrics import FloatArray, IntArray, bootstrap_interval, ndcg, per_user
-
-HEADLINE_K = 10
-"""Length of the list that NDCG looks at."""
+from pfm_llm.evaluation.results import HEADLINE_K
 
 ROUNDING = 1e-9
 """Qualities that are closer than this are equal: sums in another order differ by less."""

@@ -37,7 +37,7 @@ def identification(served: FloatArray, bootstrap: Bootstrap, by: str = "") -> di
     """How often the own private adapter is the best of all that were tried.
 
     Definition: the share of users u with q(u, u) > q(u, v) for all S strangers v; a tie counts
-    against us. Range: [0, 1], and 1 / (1 + S) by chance (`identification_chance`), or less with
+    against us. Range: [0, 1], and 1 / (1 + S) when adapters are interchangeable, or less with
     ties. More: an adapter can be told from its user's taste alone. Prefer a quality without
     many ties: ``log_rank``, or the ``log_likelihood`` of likes.
 
@@ -57,17 +57,6 @@ def identification(served: FloatArray, bootstrap: Bootstrap, by: str = "") -> di
     is_best = whole[:, 0] > whole[:, 1:].max(axis=1) + ROUNDING
     name = f"identification_{by}" if by else "identification"
     return {name: estimate(is_best.astype(np.float64), bootstrap)}
-
-
-def identification_chance(num_strangers: int) -> float:
-    """1 / (1 + S): what `identification` is when adapters are interchangeable and never tie.
-
-    Raises:
-        DataError: There is no stranger.
-    """
-    if num_strangers < 1:
-        raise DataError(f"{num_strangers} strangers: a swap needs at least 1")
-    return 1.0 / (1 + num_strangers)
 
 
 def _whole_rows(served: FloatArray) -> FloatArray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pfm_llm.config.choices import Task
 from pfm_llm.evaluation import comparison, personality
-from pfm_llm.evaluation.personality import Estimate
+from pfm_llm.evaluation.personality import Estimate, GroupHarm
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.experiment import open_run
@@ -21,6 +21,7 @@ from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.runs.measuring import (
     evaluation_task,
     fit_run_baselines,
+    fit_run_likes,
     measure,
     only,
     quality_of,
@@ -41,7 +42,8 @@ _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
 def study_run(folder: Path, budget: str) -> list[ResultRow]:
     """Measure a finished run on test: ranks, likes, and personality where something is private.
 
-    Per-user gains are added to the run's ``results.json`` under ``per_user``, and under
+    Three things are added to the run's ``results.json``: per-user gains under ``per_user``, under
+    ``harm`` the p-values of each group of users (see `personality.group_harm`), and under
     ``private_weight`` how strongly the private part counted.
 
     Args:
@@ -58,7 +60,11 @@ def study_run(folder: Path, budget: str) -> list[ResultRow]:
         rows += study.personality_rows()
         path = folder / RESULTS_FILE
         kept, extra = read_results(path)
-        extra |= {"per_user": study.per_user(), PRIVATE_WEIGHT: trained.private_weight}
+        extra |= {
+            "per_user": study.per_user(),
+            "harm": study.harm_tests(),
+            PRIVATE_WEIGHT: trained.private_weight,
+        }
         write_results(path, kept, extra)
     return rows
 
@@ -79,7 +85,7 @@ class _Study:
         references = comparison.ranked_references(baselines)
         name = self._task.held_out.name
         rows = [
-            *rows_of(self._run, self._task, self._test, baselines),
+            *rows_of(self._run, self._task, self._test, baselines, fit_run_likes(self._run)),
             *comparison.rows_over(self._run.config, name, self._test.ranks, references),
         ]
         return [dataclasses.replace(row, budget=self._budget) for row in rows]
@@ -133,7 +139,24 @@ class _Study:
         difference: np.ndarray = own - shared
         return difference
 
+    def harm_tests(self) -> dict[str, dict[str, float | bool]]:
+        """Per group of users whether it is harmed, before and after Holm's correction."""
+        return {
+            name: {
+                "p_value": group.p_value,
+                "adjusted_p_value": group.adjusted_p_value,
+                "is_harmed": group.is_harmed,
+                "is_harmed_adjusted": group.is_harmed_adjusted,
+            }
+            for name, group in self._groups.items()
+        }
+
     def _harm(self) -> dict[str, Estimate]:
+        found = personality.harm_figures(self._groups)
+        return {**found, **personality.not_harmed(self._gain("log_rank"), self._bootstrap)}
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, GroupHarm]:
         """Groups by quality on validation, by activity, and by what is known of the users."""
         split = self._run.data.split
         held_out, users = split.validation, self._task.held_out.users
@@ -146,9 +169,7 @@ class _Study:
             name: [values[user] for user in users] for name, values in train.user_fields.items()
         }
         groupings = personality.user_groupings(quality, np.diff(train.offsets)[users], fields)
-        gain = self._gain("log_rank")
-        found = personality.harm_figures(personality.group_harm(gain, groupings, self._bootstrap))
-        return {**found, **personality.not_harmed(gain, self._bootstrap)}
+        return personality.group_harm(self._gain("log_rank"), groupings, self._bootstrap)
 
     @functools.cached_property
     def _by_strangers(self) -> dict[str, np.ndarray]:
@@ -187,8 +208,7 @@ class _Study:
                 found = self._served.by_owners(task, f"prompts of {items} items")
             own[items] = quality_of(found, Mode.SHARED_PRIVATE)
             shared[items] = quality_of(found, Mode.SHARED_ONLY)
-        points = personality.curve(own, shared, self._bootstrap)
-        return personality.curve_figures(personality.MEMORY, points)
+        return personality.curve_figures(personality.MEMORY, own, shared, self._bootstrap)
 
     def _cold_start(self) -> dict[str, Estimate]:
         """Quality for users of whom only the first so many interactions are known."""
@@ -199,8 +219,7 @@ class _Study:
                 own[given], shared[given] = known_by_few(self._run, self._task, given)
             else:
                 own[0] = shared[0] = known_by_none(self._run, self._task)
-        points = personality.curve(own, shared, self._bootstrap)
-        return personality.curve_figures(personality.COLD_START, points)
+        return personality.curve_figures(personality.COLD_START, own, shared, self._bootstrap)
 
     def _new_items(self) -> dict[str, Estimate]:
         """Quality on items that nobody met in training."""

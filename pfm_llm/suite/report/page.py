@@ -1,7 +1,6 @@
 """One HTML page with everything that a suite found; it needs no other file and no network."""
 
 import base64
-import importlib.resources
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from pfm_llm.base import files
+from pfm_llm.base import files, templates
+from pfm_llm.evaluation.results import AUC, RANK_LABELS
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.report import pictures
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
@@ -29,7 +27,7 @@ REPORT_FILE = "report.html"
 PLOTS_FOLDER = "plots"
 
 _TEMPLATE = "report.html.j2"
-_RANKING = {"ndcg", "hit_rate", "mrr", "auc"}
+_RANKING = {*RANK_LABELS, AUC}
 _DIFFERENCE = re.compile(r"(gain|swap|harm|ndcg_over)_.*|(memory|cold_start)_.*\d")
 _MODES = (Mode.ZERO_SHOT, Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
 _COSTS = {
@@ -98,11 +96,10 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
         _costs_table(results),
         _environment_table(results),
     ]
-    source = importlib.resources.files(__package__).joinpath(_TEMPLATE).read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(source).render(
+    return templates.render(
+        __package__,
+        _TEMPLATE,
+        is_html=True,
         title=f"{results[0].extra['suite']}, budget {results[0].extra['budget']}",
         summary=Table("Methods", caption(results), header, body, num_names=2),
         failures=[(f"{r.run}, seed {r.seed}", r.failed) for r in results if r.failed is not None],
@@ -157,7 +154,22 @@ def _personality_table(results: Sequence[SuiteResult]) -> Table:
         "Positive is better. Differences in bold where the interval excludes 0. Means over users "
         "with bootstrap intervals; with several seeds, means of both."
     )
+    note = " ".join([note, *_harmed(results)])
     return Table("Personality", note, ["Measure", "Task", *runs], rows, num_names=2)
+
+
+def _harmed(results: Sequence[SuiteResult]) -> list[str]:
+    """A sentence on each result with groups of users: those that are harmed after correction."""
+    sentences = []
+    for result in results:
+        groups = result.extra.get("harm") or {}
+        harmed = [name for name, test in groups.items() if test["is_harmed_adjusted"]]
+        if groups:
+            sentences.append(
+                f"{result.run}, seed {result.seed}: of {len(groups)} groups of users, harmed after "
+                f"Holm's correction: {', '.join(harmed) or 'none'}."
+            )
+    return sentences
 
 
 def _grid_table(results: Sequence[SuiteResult]) -> Table:

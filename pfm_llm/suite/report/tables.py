@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.results import AUC, AUC_LABEL, HEADLINE_K, RANK_LABELS, ResultRow
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
 
 _NEXT_ITEM, _LIKE = "next_item", "like"
 _POPULARITY, _POOLED = "popularity", "central"
 _BYTES_PER_MB = 1e6
-_QUALITIES = ("ndcg", "hit_rate", "auc")
+_QUALITIES = (*RANK_LABELS, AUC)
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Column:
     is_difference: bool = False
 
 
-NDCG = Column("NDCG@10", "ndcg", (_NEXT_ITEM,), 10)
+NDCG = Column("NDCG@10", "ndcg", (_NEXT_ITEM,), HEADLINE_K)
 COLUMNS = (
     NDCG,
-    Column("Hit rate@10", "hit_rate", (_NEXT_ITEM,), 10, has_interval=False),
-    Column("Like AUC", "auc", (_LIKE,)),
+    Column("Hit rate@10", "hit_rate", (_NEXT_ITEM,), HEADLINE_K, has_interval=False),
+    Column(AUC_LABEL, AUC, (_LIKE,)),
     Column("Gain, log rank", "gain_log_rank", form="{:+.3f}", is_difference=True),
     Column("Gain, NDCG@10", "gain_ndcg", form="{:+.4f}", is_difference=True),
     Column("Gain, like AUC", "gain_auc", form="{:+.4f}", is_difference=True),

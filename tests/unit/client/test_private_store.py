@@ -157,17 +157,6 @@ def test_forget_takes_the_caches_too(store: PrivateStore) -> None:
     assert _value(store.load("u10")) == 1.0
 
 
-def test_delete_all_leaves_no_client_and_a_usable_store(tmp_path: Path) -> None:
-    store = PrivateStore(tmp_path / "p")
-    store.save(_state("u1", 1))
-    (tmp_path / "p" / "notes.txt").write_text("not a client")
-    store.delete_all()
-    store.delete_all()
-    assert [path.name for path in (tmp_path / "p").iterdir()] == ["notes.txt"]
-    store.save(_state("u2", 1))
-    assert store.client_ids() == ("u2",)
-
-
 @pytest.mark.parametrize(
     "client_id", ["", ".", "..", ".x", "a/b", "../a", "a b", "é", "a\n", "a" * 201]
 )

@@ -1,5 +1,7 @@
 """Methods: what each fixes, what it leaves untrained, and what a config may not say beside it."""
 
+import importlib
+import re
 from typing import Any
 
 import pytest
@@ -22,8 +24,13 @@ def _tree(**settings: Any) -> dict[str, Any]:
     return {"name": "x", **settings}
 
 
-def test_every_method_has_its_paper_or_its_equation() -> None:
+def test_every_method_has_a_file_of_its_name_with_its_equation() -> None:
     assert set(SPECS) == set(Method)
+    for method, spec in SPECS.items():
+        module = importlib.import_module(f"pfm_llm.config.methods.{method}")
+        assert module.SPEC is spec
+        if spec.settings:
+            assert re.search(r"::\n\n    \S.* (=|<-) ", module.__doc__ or ""), method
 
 
 @pytest.mark.parametrize(

@@ -319,9 +319,11 @@ def test_result_rows_hold_every_metric_cut_off_and_candidate_set() -> None:
 
 
 def test_the_headline_is_ndcg_and_hit_rate_over_the_full_catalogue() -> None:
-    """Ranks 1 and 3: NDCG is (1 + 1/log2(4)) / 2 = 0.75."""
-    figures = ranking.headline(Ranks(np.array([0, 1]), np.array([1, 3]), np.array([9, 9])), k=5)
-    assert figures == {"ndcg@5": pytest.approx(0.75), "hit_rate@5": pytest.approx(1.0)}
+    """Ranks 1, 3 and 11: NDCG is (1 + 1/log2(4) + 0) / 3 = 0.5."""
+    ranks = Ranks(np.array([0, 1, 2]), np.array([1, 3, 11]), np.array([9, 9, 9]))
+    assert ranking.headline(ranks) == {
+        "ndcg@10": pytest.approx(0.5), "hit_rate@10": pytest.approx(2 / 3),
+    }  # fmt: skip
 
 
 def test_a_taste_vector_reads_what_the_query_shows_and_no_target(

@@ -10,18 +10,15 @@ from hypothesis import strategies as st
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.evaluation import metrics
 from pfm_llm.evaluation.personality import (
-    COLD_START,
     MEMORY,
     RANK_QUALITIES,
     Bootstrap,
     Estimate,
     align,
     auc_gain,
-    curve,
     curve_figures,
     estimate,
     identification,
-    identification_chance,
     named_estimates,
     new_item_figures,
     paired_difference,
@@ -82,13 +79,24 @@ def test_only_a_whole_interval_beyond_0_counts() -> None:
 def test_a_paired_difference_equals_that_of_the_metrics_and_turns_its_sign() -> None:
     own, reference = np.random.default_rng(1).random((2, 30))
     found = paired_difference(own, reference, FEW)
-    assert (found.value, found.ci_low, found.ci_high) == pytest.approx(
-        metrics.paired_bootstrap(own, reference, 50, 0.9, 3)
+    assert found.value == pytest.approx((own - reference).mean())
+    assert (found.ci_low, found.ci_high) == pytest.approx(
+        metrics.bootstrap_interval(own - reference, 50, 0.9, 3)
     )
     turned = paired_difference(reference, own, FEW)
     assert (turned.value, turned.ci_low, turned.ci_high) == pytest.approx(
         (-found.value, -found.ci_high, -found.ci_low)
     )
+
+
+def test_a_paired_difference_is_seen_that_apart_drowns_in_noise() -> None:
+    base = np.random.default_rng(0).random(200)
+    better = base + 0.01 + 0.001 * (np.arange(200) % 2)  # mean gain 0.0105, hardly any noise
+    found = paired_difference(better, base, Bootstrap(500))
+    assert found.value == pytest.approx(0.0105)
+    assert 0.01 < found.ci_low < found.value < found.ci_high < 0.011
+    apart = [metrics.bootstrap_interval(values, 500, 0.95, 0) for values in (better, base)]
+    assert apart[0][0] < apart[1][1]
 
 
 def test_pairs_need_both_values_and_equal_lengths() -> None:
@@ -216,8 +224,7 @@ def test_interchangeable_adapters_lose_nothing_and_are_identified_by_chance() ->
     assert loss.value == pytest.approx(0)
     assert loss.ci_low < 0 < loss.ci_high
     found = identification(served, Bootstrap())["identification"]
-    assert found.value == pytest.approx(identification_chance(9))
-    assert identification_chance(9) == 0.1
+    assert found.value == pytest.approx(1 / 10)
     equal = np.full((4, 7), 0.1)
     assert not swap_loss("auc", equal, FEW)["swap_auc"].is_positive
 
@@ -233,8 +240,6 @@ def test_a_swap_needs_strangers(served) -> None:
     for measure in (lambda: swap_loss("auc", served, FEW), lambda: identification(served, FEW)):
         with pytest.raises(DataError, match="at least 1 stranger"):
             measure()
-    with pytest.raises(DataError, match="0 strangers"):
-        identification_chance(0)
 
 
 def test_a_swap_needs_users() -> None:
@@ -246,21 +251,18 @@ def test_a_swap_needs_users() -> None:
 def test_a_curve_by_hand() -> None:
     own = {8: np.array([0.5, 0.7, NAN]), 4: np.array([0.4, 0.6, 0.9])}
     shared = {4: np.array([0.1, 0.2, NAN]), 8: np.array([0.5, 0.5, 0.1])}
-    points = curve(own, shared, FEW)
-    assert [point.items for point in points] == [4, 8]
+    figures = curve_figures(MEMORY, own, shared, FEW)
     # At 4: gains 0.3 and 0.4; the third user has no shared value and is in no mean.
-    assert points[0].gain.value == pytest.approx(0.35)
-    assert points[0].own.value == pytest.approx(0.5)
-    assert points[0].shared.value == pytest.approx(0.15)
-    assert points[1].gain.value == pytest.approx(0.1)
-    assert {e.num_users for p in points for e in (p.gain, p.own, p.shared)} == {2}
-    figures = curve_figures(MEMORY, points)
-    assert figures["memory_4"] == points[0].gain
-    assert figures["memory_8_shared"] == points[1].shared
-    assert figures["memory_8_own"] == points[1].own
-    assert set(curve_figures(COLD_START, points[:1])) == {
-        *("cold_start_4", "cold_start_4_shared", "cold_start_4_own")
+    assert {name: figure.value for name, figure in figures.items()} == {
+        "memory_4": pytest.approx(0.35),
+        "memory_4_shared": pytest.approx(0.15),
+        "memory_4_own": pytest.approx(0.5),
+        "memory_8": pytest.approx(0.1),
+        "memory_8_shared": pytest.approx(0.5),
+        "memory_8_own": pytest.approx(0.6),
     }
+    assert next(iter(figures)) == "memory_4"
+    assert {figure.num_users for figure in figures.values()} == {2}
 
 
 def test_new_items_by_hand() -> None:
@@ -292,12 +294,11 @@ def test_without_a_new_item_there_is_nothing_to_say() -> None:
 
 
 def test_a_curve_needs_both_at_every_point_and_may_be_empty() -> None:
-    assert curve({}, {}, FEW) == []
-    assert curve_figures(MEMORY, []) == {}
+    assert curve_figures(MEMORY, {}, {}, FEW) == {}
     with pytest.raises(DataError, match=r"at \[4\] items and without it at \[4, 8\]"):
-        curve({4: np.ones(1)}, {4: np.ones(1), 8: np.ones(1)}, FEW)
+        curve_figures(MEMORY, {4: np.ones(1)}, {4: np.ones(1), 8: np.ones(1)}, FEW)
     with pytest.raises(DataError, match="give the same users"):
-        curve({0: np.ones(2)}, {0: np.ones(1)}, FEW)
+        curve_figures(MEMORY, {0: np.ones(2)}, {0: np.ones(1)}, FEW)
 
 
 def test_figures_are_merged_under_names_of_their_own() -> None:

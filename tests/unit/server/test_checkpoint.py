@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import math
 import os
 import random
 import signal
@@ -43,7 +42,7 @@ def _tensors(round_number: int, size: int = 6) -> dict[str, torch.Tensor]:
 
 def _save(store: CheckpointStore, *rounds: int) -> None:
     for round_number in rounds:
-        store.save(round_number, _tensors(round_number), _ENVIRONMENT, {"bytes": round_number})
+        store.save(round_number, _tensors(round_number), _ENVIRONMENT)
 
 
 def _assert_whole(checkpoint: Checkpoint | None, round_number: int, size: int = 6) -> None:
@@ -67,11 +66,10 @@ def test_nothing_committed_is_none(store: CheckpointStore, tmp_path: Path) -> No
 
 def test_what_is_committed_comes_back_to_the_bit(store: CheckpointStore) -> None:
     tensors = {"a": torch.randn(5, 3), "b": torch.randn(2).double(), "step": torch.tensor(7)}
-    meta = {"examples": 12, "loss": [0.1, 1 / 3], "note": None}
-    store.save(10, tensors, _ENVIRONMENT, meta)
+    store.save(10, tensors, _ENVIRONMENT)
     loaded = store.load()
     assert loaded is not None
-    assert (loaded.round_number, loaded.environment, loaded.meta) == (10, _ENVIRONMENT, meta)
+    assert (loaded.round_number, loaded.environment) == (10, _ENVIRONMENT)
     assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in tensors.items())
     assert all(loaded.tensors[name].dtype is tensor.dtype for name, tensor in tensors.items())
 
@@ -174,19 +172,12 @@ def test_checkpoint_of_another_version_is_named(store: CheckpointStore, tmp_path
 
     _save(store, 10)
     path = tmp_path / "server" / "round_000010.safetensors"
-    digest = files.write_tensors(path, _tensors(10), {"environment": '{"cores": 2}', "meta": "{}"})
+    digest = files.write_tensors(path, _tensors(10), {"environment": '{"cores": 2}'})
     commit = json.loads((tmp_path / "server" / "commit.json").read_text())
     commit["commits"][0]["sha256"] = digest
     (tmp_path / "server" / "commit.json").write_text(json.dumps(commit))
     with pytest.raises(CheckpointError, match="written by another version of pfm_llm"):
         store.load()
-
-
-@pytest.mark.parametrize("meta", [{"loss": math.nan}, {"tensor": torch.ones(1)}])
-def test_meta_must_be_json(store: CheckpointStore, meta: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="must be plain JSON"):
-        store.save(1, _tensors(1), _ENVIRONMENT, meta)
-    assert store.load() is None
 
 
 @pytest.mark.parametrize("failing_call", [1, 2])  # the round's file, commit.json

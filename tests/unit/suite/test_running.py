@@ -13,7 +13,6 @@ from pfm_llm.config.schema import load_config, parse_config
 from pfm_llm.config.settle import settle
 from pfm_llm.evaluation import results
 from pfm_llm.evaluation.results import read_results
-from pfm_llm.suite.running import run_suite
 from pfm_llm.suite.status import State, changes, list_text, read_tree, status_of
 from tests.support.suite_double import COSTS, GRID, World
 
@@ -485,8 +484,9 @@ def test_several_processes_are_refused(world: World, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LaunchError, match="--num_processes 1"):
         world.run()
-    assert run_suite
     assert world.started == []
+    assert not world.runs.exists()
+    assert not world.results.exists()
 
 
 def test_one_line_for_each_experiment_with_count_and_time_left(

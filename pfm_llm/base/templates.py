@@ -1,0 +1,22 @@
+"""Jinja templates that lie beside the modules that fill them."""
+
+import importlib.resources
+
+from jinja2 import Environment, StrictUndefined
+
+
+def render(package: str, template: str, *, is_html: bool, **values: object) -> str:
+    """A template with values in its places; a place without a value is an error.
+
+    Args:
+        package: Where the template is, such as ``pfm_llm.publish``.
+        template: Its file name.
+        is_html: Whether markup in values is escaped.
+        values: By name.
+    """
+    source = importlib.resources.files(package).joinpath(template).read_text("utf-8")
+    environment = Environment(
+        autoescape=is_html, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["repr"] = repr
+    return environment.from_string(source).render(values)
