@@ -25,6 +25,14 @@ def pfm() -> Iterator[Run]:
     logger.setLevel(level)
 
 
+@pytest.fixture
+def a_run(tmp_path: Path) -> Path:
+    """A folder that looks like a run."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.yaml").write_text("name: a\n")
+    return tmp_path / "a"
+
+
 class Stop(Exception):
     """Ends a command where its real work would begin; holds what that was given."""
 
@@ -75,18 +83,18 @@ def test_a_value_after_another_option_is_no_override(pfm: Run, stopped: Stopped)
     assert "data.held_out=0.3" in result.stderr
 
 
-def test_against_takes_several_files(pfm: Run, stopped: Stopped) -> None:
-    given = stopped(pfm("evaluate", "--run", "runs/a", "--against", "x.json", "y.json"))
-    assert given == (Path("runs/a"), [Path("x.json"), Path("y.json")], {})
+def test_against_takes_several_files(pfm: Run, stopped: Stopped, a_run: Path) -> None:
+    given = stopped(pfm("evaluate", "--run", a_run, "--against", "x.json", "y.json"))
+    assert given == (a_run, [Path("x.json"), Path("y.json")], {})
 
 
 @pytest.mark.parametrize(
     ("options", "private"), [([], True), (["--private"], True), (["--public"], False)]
 )
 def test_a_new_repository_is_private_unless_public_is_said(
-    pfm: Run, stopped: Stopped, options: list[str], private: bool
+    pfm: Run, stopped: Stopped, a_run: Path, options: list[str], private: bool
 ) -> None:
-    *_, named = stopped(pfm("push", "--run", "runs/a", "--repo", "me/films", *options))
+    *_, named = stopped(pfm("push", "--run", a_run, "--repo", "me/films", *options))
     assert isinstance(named, dict)
     assert named["private"] is private
 

@@ -197,7 +197,7 @@ def test_formulas_name_the_head_s_tensors_and_only_those_there_are(facts) -> Non
             missing = any(name.startswith(start) for start in absent)
             assert (f"head.{name}" in card) is not missing, name
     assert "item_keys.json[i]" in model_card(facts)
-    assert "newest 16 items" in model_card(facts)
+    assert "newest 32 items" in model_card(facts)
 
 
 def test_the_formulas_are_those_of_the_head(facts) -> None:

@@ -50,5 +50,5 @@ NEXT_NINE = ", ".join(f"films-{number}" for number in range(9, 0, -1))
 
 def test_without_any_run_the_way_to_one_is_said(tmp_path: Path) -> None:
     for name in (None, "films"):
-        with pytest.raises(ConfigError, match=r"no run .*; run scripts/fed_train\.py first"):
+        with pytest.raises(ConfigError, match=r"no run .*; run `pfm train` first"):
             find_run(name, tmp_path)
