@@ -74,9 +74,13 @@ class LocalTrainer:
         self._contract = contract
         self._private = model.objective.private
         self._local = config.federation.local
-        federation = config.federation
+
+    @functools.cached_property
+    def _stages(self) -> Stages:
+        """The stages of updates; who trains for one user alone sends none."""
+        federation = self._config.federation
         stages = [stage.choice for stage in federation.stages]
-        self._stages = Stages(stages, config.seed, known(federation.cohort_size))
+        return Stages(stages, self._config.seed, known(federation.cohort_size))
 
     def chunks(self, cohort: Sequence[str]) -> list[tuple[str, ...]]:
         """The cohort's chunks; equal on every process."""
