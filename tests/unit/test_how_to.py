@@ -15,6 +15,7 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config import private_kinds
 from pfm_llm.config.schema import ColumnsConfig, ExperimentConfig
 from pfm_llm.data.rows import validate
+from pfm_llm.evaluation import metrics, results
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.runs.experiment import open_run, run_experiment
 from tests.support.tiny import Tiny, results_of
@@ -148,3 +149,13 @@ def test_the_metric_is_its_formula(made: dict[str, Any]) -> None:
     ranks = np.array([1, 2, 3])
     assert made["rbp"](ranks, 2).tolist() == [pytest.approx(0.2), pytest.approx(0.16), 0.0]
     assert made["rbp"](ranks[:0], 2).size == 0
+
+
+def test_a_known_metric_is_measured_and_shown(
+    made: dict[str, Any], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(metrics.RANK_METRICS, "rbp", made["rbp"])  # type: ignore[arg-type]
+    monkeypatch.setitem(results.RANK_LABELS, "rbp", "RBP")
+    folder = run_experiment(tiny.config(tmp_path, federation__num_rounds=1))
+    assert "rbp" in {row["metric"] for row in results_of(folder)["rows"]}
+    assert "RBP@10" in (folder / "results.md").read_text()
