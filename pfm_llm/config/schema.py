@@ -326,7 +326,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Exper
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file as they were written, without any default.
+    """The keys and values of a YAML file without any default; ``data: PATH`` is written out.
 
     Raises:
         ConfigError: The file cannot be read, or holds something else.
@@ -339,12 +339,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    return tree
+    return _with_source(tree)
+
+
+def _with_source(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree in which ``data: PATH`` is ``data: {source: PATH}``."""
+    data = tree.get("data")
+    return {**tree, "data": {"source": data}} if isinstance(data, str) else tree
 
 
 def parse_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConfig:
     """Validate a tree of settings; see `load_config`."""
-    return validated(with_method(tree, origin), origin)
+    return validated(with_method(_with_source(tree), origin), origin)
 
 
 def validated(tree: dict[str, Any], origin: str) -> ExperimentConfig:

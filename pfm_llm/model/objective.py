@@ -5,11 +5,11 @@ Per position t of the history, with s_t the scores of the catalogue and y_t the 
     loss = mean_t CE(s_t, y_t)  [+ sum_t BCE(l_t, liked_t) / 64  with the task ``like``]
 
 where l_t is the log-odds that the user likes y_t. A rating says as much of its item whoever gave
-it, so ratings count alike and not users: the mean over a user's ratings lost .02 AUC (docs/log.md).
+it, so ratings count alike and not users: the mean over a user's ratings lost .02 AUC (docs/log).
 
 With ``unseen_only`` the softmax is over the items that the user had not met by then, since serving
 ranks these. A softmax over all items teaches that the items a user likes best do not come, because
-the user has met them: the gain of the user embedding was half as large (docs/log.md).
+the user has met them: the gain of the user embedding was half as large (docs/log).
 
 Where a private part adds to scores, each loss has a twin, in which the scores that the past adds
 (`PrivatePart.past_scores`) are added to the same shared scores. The twin trains the features of the

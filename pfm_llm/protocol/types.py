@@ -9,10 +9,14 @@ name                   shape                                lives in
 =====================  ===================================  ==========================
 ``lora.<module>.A``    [rank, in_features]                  shared state
 ``lora.<module>.B``    [out_features, rank]                 shared state
-``head.<parameter>``   see ``head.py``                      shared state
-``basis.<module>.A``   [private rank, in_features]          shared state (shared_basis)
-``private.…``          as above                             private state, never leaves
+``head.<parameter>``   see `model.head`                     shared state
+``basis.…``            as the kind of private part says     shared state
+``private.…``          as the kind of private part says     private state, never leaves
 =====================  ===================================  ==========================
+
+What private parts are made with is ``basis.…``: the item features of a user embedding, the default
+(``basis.taste.…``), or the factors A that clients with private factors B share
+(``basis.<module>.A``, kind ``shared_basis``).
 
 ``<module>`` is the module's path in ``AutoModelForCausalLM``, such as
 ``model.layers.26.self_attn.q_proj``. All are float32 on the CPU between rounds.

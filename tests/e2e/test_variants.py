@@ -12,6 +12,8 @@ from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import Schedule, ServerOptimizer
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.schema import dump_config, load_config
+from pfm_llm.model.private import make_private_part
+from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.publish.artefact import read_head
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.serving import RunRecommender
@@ -50,24 +52,24 @@ def modes(run: Path) -> set[str]:
 def test_every_schedule_kind_and_server_optimizer(
     schedule: Schedule, kind: str, optimizer: ServerOptimizer, tiny: Tiny, tmp_path: Path
 ) -> None:
-    run = run_experiment(
-        tiny.config(
-            tmp_path,
-            **SMALL,
-            federation__local={"schedule": schedule.value, "personalise_steps": 1},
-            adapters__private__kind=kind,
-            federation__server__optimizer=optimizer.value,
-        )
+    config = tiny.config(
+        tmp_path,
+        **SMALL,
+        federation__local={"schedule": schedule.value, "personalise_steps": 1},
+        adapters__private__kind=kind,
+        federation__server__optimizer=optimizer.value,
     )
+    part = make_private_part(config, Sizes(8, {"model.layers.0": (8, 8)}, num_items=1))
+    run = run_experiment(config)
     assert all(np.isfinite(record["loss"]) for record in metrics_of(run))
     assert modes(run) == {"zero_shot", "shared_only", "private_only", "shared_private"}
     trained = list(run.with_name("tiny.private").rglob("private.r*"))
     # Otherwise private parts are fitted for evaluation alone.
-    by_steps = kind != "taste" and schedule is not Schedule.PRIVATE_AFTER
+    by_steps = part.takes_steps and schedule is not Schedule.PRIVATE_AFTER
     assert bool(trained) is by_steps
     assert len(list(run.with_name("tiny.private").rglob("personalised.r*"))) == 8
     has_basis = (run / "shared_adapter" / "private_basis.safetensors").exists()
-    assert has_basis is (kind != "independent")
+    assert has_basis is bool(part.shared_parameters())
     assert RunRecommender(run).recommend(some_user(run), 3)
 
 

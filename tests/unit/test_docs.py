@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LOG = DOCS / "log"
 PROSE = [ROOT / "README.md", *(p for p in sorted(DOCS.rglob("*.md")) if not p.is_relative_to(LOG))]
+RUN_FOLDERS = {"runs"}  # also where runs are written
+COMING = {"evaluation/scorer.py"}  # of the library, named ahead of its merge
 PAGES = [*PROSE, *sorted(LOG.rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 
 GAIN = Claim("gain.films", 0.0139, 0.005, 0.0223, "NDCG", None, None, "c", "f", "c", (0,), "n")
@@ -123,6 +125,32 @@ def test_links_lead_to_files_that_are_there(path: Path) -> None:
     targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", re.sub(r"`[^`\n]*`", "", text))
     missing = [t for t in targets if "://" not in t and not (path.parent / t).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("path", [*PROSE, ROOT / "CONTRIBUTING.md"], ids=name)
+def test_files_of_code_that_a_page_names_are_there(path: Path) -> None:
+    """A path may begin at the root, or in the library: `runs/run.py`, `model/private/`."""
+    assert missing_paths(path.read_text()) == []
+
+
+def missing_paths(markdown: str) -> list[str]:
+    """The paths in inline code that lead nowhere: files of Python, and folders of the library."""
+    text = re.sub(r"^( *)```.*?^\1```$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    rooms = {path.name for path in (ROOT / "pfm_llm").iterdir() if path.is_dir()}
+    named = [
+        path
+        for path in re.findall(r"`([\w./-]+)`", text)
+        if path.endswith(".py")
+        or (path.endswith("/") and path.split("/")[0] in rooms - RUN_FOLDERS)
+    ]
+    places = (ROOT, ROOT / "pfm_llm")
+    return [p for p in named if p not in COMING and not any((at / p).exists() for at in places)]
+
+
+def test_a_path_that_leads_nowhere_is_seen() -> None:
+    text = "`runs/run.py`, `model/nowhere.py`, `nowhere.py`, `model/private/`, `model/nowhere/`"
+    assert missing_paths(text) == ["model/nowhere.py", "nowhere.py", "model/nowhere/"]
+    assert missing_paths("```python\n`model/nowhere.py`\n```\n`runs/<name>/` `setting.name`") == []
 
 
 def test_the_api_pages_name_modules_that_are_there() -> None:

@@ -36,6 +36,14 @@ def test_a_name_is_enough_and_defaults_are_typed() -> None:
     assert config.evaluation.ks == (5, 10, 20)
 
 
+def test_data_may_be_a_path_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: mine\ndata: ratings.csv")
+    changed = load_config(path, ["data.min_interactions=5"]).data
+    assert (changed.source, changed.min_interactions) == ("ratings.csv", 5)
+    assert load_config(path) == parse_config({"name": "mine", "data": {"source": "ratings.csv"}})
+    assert load_config(path) == parse_config({"name": "mine", "data": "ratings.csv"})
+
+
 def test_config_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         parse_config({"name": "x"}).seed = 1  # type: ignore[misc]
