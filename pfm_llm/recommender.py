@@ -230,7 +230,7 @@ class RecommenderModel:
         clients = partition(interactions, 1, config.seed)
         # A single user's states are computed when they are needed, and not kept.
         cache = TrunkCache(parts.trunk, folder / "clients", "", max_bytes=0)
-        histories = ClientHistories(clients, TrainData(interactions), parts.encoder, cache)
+        histories = ClientHistories(clients, TrainData(interactions), parts.encoder, cache.states)
         return make_trainer(config, parts, histories, store), clients[0].client_id, store
 
     def _items(self, history: Sequence[str]) -> np.ndarray:

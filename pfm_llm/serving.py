@@ -51,7 +51,7 @@ class RunRecommender:
         mode = judged_mode(bool(private))
         parts = evaluator.parts_of([mode], self._trained.private_weight)[mode]
         assert parts is not None
-        stacked = clients.trainer.stack(self._trained.shared, private, 1)
+        stacked = run.scorer.stack(self._trained.shared, private, 1)
         scores = run.model.model.scores(batch, stacked, parts)[0].cpu().numpy()
         return best_items(scores, items, interactions.catalogue, n)
 

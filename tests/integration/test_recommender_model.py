@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_run(run: Path, tiny: Tiny, model: RecommenderMo
     items = opened.data.interactions.history(5)
     window = opened.model.encoder.query_window(History(items))
     batch = collate([[window]], [opened.clients.cache.states([window], "x")], last_only=True)
-    stacked = opened.clients.trainer.stack(trained.shared, {}, 1)
+    stacked = opened.scorer.stack(trained.shared, {}, 1)
     expected = opened.model.model.scores(batch, stacked, Parts(private_weight=0.0))[0]
     ids = [opened.data.interactions.catalogue.item_ids[i] for i in items]
     np.testing.assert_allclose(model.score(ids), expected.numpy(), atol=1e-5)
