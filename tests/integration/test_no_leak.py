@@ -312,7 +312,6 @@ def test_a_trainer_that_sees_everything_is_caught(canaries: Run) -> None:
         histories,
         canaries.clients.store,
         canaries.model.contract,
-        lambda _: {},
     )
     assert held_out_things(corpus, trainer)
     view = corpus.interactions.items[:5]  # an innocent look, and all the rest behind it

@@ -131,7 +131,7 @@ def test_a_new_user_makes_it_personal(model: Recommender, tmp_path: Path) -> Non
 
 def test_a_private_part_of_a_federation_is_loaded_by_client(run: Path, model: Recommender) -> None:
     folder = RunFolders.of(run).private
-    with pytest.raises(DataError, match=r"private parts of 24 clients \(user-u0, .*give client_id"):
+    with pytest.raises(DataError, match=r"parts of \d+ clients \(user-u0, .*give client_id"):
         model.load_private(folder)
     private = model.load_private(folder, "user-u3")
     kept = PrivateStore(folder).load_personalised("user-u3")
