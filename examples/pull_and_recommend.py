@@ -21,23 +21,23 @@ def main() -> None:
     parser.add_argument("--private-folder", default="my_private_adapter")
     arguments = parser.parse_args()
 
-    from pfm_llm.recommender import RecommenderModel
+    from pfm_llm import Recommender
 
-    model = RecommenderModel.from_pretrained(
+    model = Recommender.from_pretrained(
         arguments.adapter,
-        arguments.catalogue,
+        catalogue=arguments.catalogue,
         revision=arguments.revision,
         backbone=arguments.backbone,
     )
     print(model.alignment.describe())
     history = arguments.history.split(",")
     print("shared adapter:")
-    for item in model.recommend(history, n=5):
+    for item in model.recommend(history, k=5):
         print(f"  {item.score:8.3f}  {item.title}")
 
     private = model.personalise(history, arguments.private_folder)
     print(f"with a private adapter, kept in {arguments.private_folder}:")
-    for item in model.recommend(history, n=5, private=private):
+    for item in model.recommend(history, k=5, private=private):
         print(f"  {item.score:8.3f}  {item.title}")
 
 

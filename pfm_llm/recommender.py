@@ -1,35 +1,42 @@
-"""A published shared adapter at work: recommend, personalise, without the run that made it."""
+"""One user's recommendations: from a run, or from a published adapter, with a private part."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from pfm_llm.base.errors import ArtefactError, DataError
+from pfm_llm.base.errors import ArtefactError, ConfigError, DataError
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.client.trainer import LocalTrainer
-from pfm_llm.client.trunk_cache import TrunkCache, trunk_states
-from pfm_llm.config.schema import ExperimentConfig, InitFromConfig, parse_config
+from pfm_llm.client.trunk_cache import TrunkStates, trunk_states
+from pfm_llm.config.schema import (
+    BackboneConfig,
+    ExperimentConfig,
+    FederationConfig,
+    InitFromConfig,
+)
 from pfm_llm.data import sources
 from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue, Interactions
-from pfm_llm.data.partition import partition
+from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
-from pfm_llm.evaluation import evaluator, scoring
-from pfm_llm.model.batches import collate
+from pfm_llm.evaluation import scoring
+from pfm_llm.evaluation.evaluator import parts_of
+from pfm_llm.evaluation.results import judged_mode
+from pfm_llm.evaluation.scorer import Scorer
 from pfm_llm.model.build import ModelParts, build_model
-from pfm_llm.model.cohort import Parts
-from pfm_llm.protocol.types import Mode, PrivateState, SharedState
+from pfm_llm.protocol.types import PrivateState, SharedState
 from pfm_llm.publish import hub
-from pfm_llm.publish.alignment import start_from
+from pfm_llm.publish.alignment import Alignment, start_from
 from pfm_llm.publish.artefact import Artefact, prompt_file
-from pfm_llm.runs.run import make_trainer
+from pfm_llm.runs.experiment import open_run
+from pfm_llm.runs.folders import CONFIG_FILE
+from pfm_llm.runs.run import Run, Trained, make_trainer
 
-_USER = "me"
+_ME = "user-me"
+"""The client id under which `Recommender.personalise` keeps a private part."""
 
 
 @dataclass(frozen=True)
@@ -47,85 +54,122 @@ class Recommendation:
     score: float
 
 
-def best_items(
-    scores: np.ndarray, seen: np.ndarray, catalogue: Catalogue, n: int
-) -> list[Recommendation]:
-    """The best unseen items with their texts.
+@dataclass(frozen=True)
+class Owner:
+    """The user whom a recommender is for.
 
-    Args:
-        scores: float [I].
-        seen: Internal ids to leave out.
-        catalogue: The items.
-        n: How many.
+    Attributes:
+        history: All that the user met.
+        private: Their private part; None where there is none.
     """
-    best, values = scoring.top_items(scores, seen, n)
-    return [
-        Recommendation(catalogue.item_ids[i], catalogue.fields["title"][i], float(value))
-        for i, value in zip(best.tolist(), values, strict=True)
-    ]
+
+    history: History
+    private: PrivateState | None
 
 
-class RecommenderModel:
-    """Backbone and shared adapter over a catalogue, for one user at a time.
+class Recommender:
+    """Language model and shared adapter over a catalogue, for one user at a time.
 
     Make it with `from_pretrained`.
 
     Attributes:
-        artefact: The published adapter.
-        catalogue: The items that are ranked.
         parts: The model.
+        catalogue: The items that are ranked.
         alignment: How the catalogue fits the one that the adapter was trained on.
+        owner: The user whom it is for; None: anybody who gives a history.
     """
 
-    def __init__(self, artefact: Artefact, catalogue: Catalogue, config: ExperimentConfig) -> None:
-        self.artefact = artefact
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        parts: ModelParts,
+        catalogue: Catalogue,
+        trained: Trained,
+        alignment: Alignment,
+        owner: Owner | None = None,
+    ) -> None:
+        self.parts = parts
         self.catalogue = catalogue
+        self.alignment = alignment
+        self.owner = owner
         self._config = config
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        ratings = np.empty(0) if artefact.prompt().uses_rating else None
-        start, self.alignment = start_from(artefact, catalogue)
-        self.parts: ModelParts = build_model(config, catalogue, ratings, device, start)
+        self._trained = trained
+        # One user's states are computed when they are needed, and not kept.
+        self._states: TrunkStates = lambda windows, _: trunk_states(parts.trunk, windows)
+        self._scorer = Scorer(parts.model, parts.encoder, self._states)
         self._index = {item_id: index for index, item_id in enumerate(catalogue.item_ids)}
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | Path,
+        user: str | None = None,
         catalogue: Catalogue | str | None = None,
         *,
         revision: str | None = None,
         backbone: str | None = None,
         allow_base_mismatch: bool = False,
-    ) -> "RecommenderModel":
-        """Load a published adapter, its base model, and a catalogue.
+    ) -> "Recommender":
+        """Load a run's model, or a published adapter with its base model and a catalogue.
 
         Args:
-            source: Hub id, or a folder that was exported or pulled.
-            catalogue: The items to rank: a `Catalogue`, or what `sources.load_catalogue` takes.
-                None: those it was trained on, where anybody can have them.
+            source: A run's folder, a folder that was exported or pulled, or a Hub id.
+            user: The external id of a user of the run: the recommender then knows the user's
+                history and private part. A published adapter knows no users.
+            catalogue: Of a published adapter, the items to rank: a `Catalogue`, or what
+                `sources.load_catalogue` takes. None: those it was trained on, where anybody can
+                have them.
             revision: Commit, tag or branch of a Hub id.
-            backbone: Name, Hub id or folder of the base model; None: as the manifest names it.
+            backbone: Of a published adapter, name, Hub id or folder of the base model; None: as
+                the manifest names it.
             allow_base_mismatch: Go on although the base weights are others.
 
         Returns:
-            The model. ``model.alignment`` says which items it knows from training.
+            The recommender. Its ``alignment`` says which items it knows from training.
 
         Raises:
+            ConfigError: There is no such run, or the run was given what an adapter needs.
+            CheckpointError: The run has no committed round.
             HubError: The adapter cannot be had.
             ArtefactError: It is not an adapter of ours, or stands on another base.
-            CorruptFileError: A file is not what the manifest lists.
-            DataError: The catalogue cannot be had.
+            CorruptFileError: A file is damaged, or is not what the manifest lists.
+            DataError: The catalogue cannot be had, or the run has no such user.
         """
+        if user is not None or (Path(source) / CONFIG_FILE).is_file():
+            if catalogue or revision or backbone or allow_base_mismatch:
+                raise ConfigError(
+                    f"{source}: a run has a catalogue and a base model of its own; give catalogue, "
+                    "revision, backbone and allow_base_mismatch with a published adapter only"
+                )
+            return cls.of_run(*open_run(Path(source)), user)
         artefact = hub.pull(str(source), revision)
         if not isinstance(catalogue, Catalogue):
             catalogue = _load_catalogue(artefact, catalogue)
         config = _config_of(artefact, backbone, allow_base_mismatch)
-        return cls(artefact, catalogue, config)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ratings = np.empty(0) if artefact.prompt().uses_rating else None
+        start, alignment = start_from(artefact, catalogue)
+        parts = build_model(config, catalogue, ratings, device, start)
+        shared = SharedState(parts.shared.tensors, artefact.manifest.round)
+        trained = Trained(shared, config.adapters.private.weight)
+        return cls(config, parts, catalogue, trained, alignment)
+
+    @classmethod
+    def of_run(cls, run: Run, trained: Trained, user: str | None = None) -> "Recommender":
+        """The recommender of a run that is open; see `from_pretrained`.
+
+        Raises:
+            DataError: The run's data have no such user.
+        """
+        interactions = run.data.interactions
+        everything = Alignment(tuple(range(len(interactions.catalogue))), run.model.model.num_items)
+        owner = None if user is None else _owner(run, trained.shared, user)
+        return cls(run.config, run.model, interactions.catalogue, trained, everything, owner)
 
     def recommend(
         self,
-        history: Sequence[str],
-        n: int = 10,
+        history: Sequence[str] | None = None,
+        k: int = 10,
         *,
         ratings: Sequence[float] | None = None,
         private: PrivateState | None = None,
@@ -134,41 +178,47 @@ class RecommenderModel:
         """The best items that are not in a history.
 
         Args:
-            history: External item ids, oldest first, at least one.
-            n: How many.
+            history: External item ids, oldest first, at least one; None: the user's own history.
+            k: How many.
             ratings: One per item of the history, where the prompt shows them.
-            private: The user's own adapter, from `personalise`.
-            private_weight: Its weight, 0 to 1.5; None: the config's.
+            private: A private part, from `personalise` or `load_private`; None: that of the user
+                whom the recommender is for.
+            private_weight: Its weight, 0 (as if there were none) to 1.5; None: as it was set, or
+                chosen, in training.
 
         Raises:
-            DataError: An item is not in the catalogue, or the history is empty.
+            DataError: An item is not in the catalogue, the history is empty, or there is none.
         """
-        items = self._items(history)
-        scores = self.score(history, ratings=ratings, private=private, weight=private_weight)
-        return best_items(scores, items, self.catalogue, n)
+        shown = self._history(history, ratings)
+        scores = self._scores(shown, private, private_weight)
+        best, values = scoring.top_items(scores, shown.items, k)
+        titles = self.catalogue.fields["title"]
+        return [
+            Recommendation(self.catalogue.item_ids[i], titles[i], float(value))
+            for i, value in zip(best.tolist(), values, strict=True)
+        ]
 
     def score(
         self,
-        history: Sequence[str],
+        history: Sequence[str] | None = None,
+        candidates: Sequence[str] | None = None,
         *,
         ratings: Sequence[float] | None = None,
         private: PrivateState | None = None,
-        weight: float | None = None,
+        private_weight: float | None = None,
     ) -> np.ndarray:
-        """Scores of the whole catalogue after a history, float32 [I]; see `recommend`."""
-        shown = History(self._items(history), _as_floats(ratings))
-        window = self.parts.encoder.query_window(shown)
-        states = trunk_states(self.parts.trunk, [window])
-        batch = collate([[window]], [states], last_only=True)
-        tensors = {} if private is None else dict(private.tensors)
-        device = self.parts.model.item_texts.device
-        stacked = {
-            name: value[None].to(device)
-            for name, value in {**self.parts.shared.tensors, **tensors}.items()
-        }
-        weight = self._config.adapters.private.weight if weight is None else weight
-        scores = self.parts.model.scores(batch, stacked, _parts(private is not None, weight))
-        return scores[0].cpu().numpy()
+        """Scores of items after a history, float32; see `recommend`.
+
+        Args:
+            history: As in `recommend`.
+            candidates: External ids of the items to score; None: the whole catalogue, in its
+                order.
+            ratings: As in `recommend`.
+            private: As in `recommend`.
+            private_weight: As in `recommend`.
+        """
+        wanted = None if candidates is None else self._items(candidates)
+        return self._scores(self._history(history, ratings), private, private_weight, wanted)
 
     def personalise(
         self,
@@ -178,11 +228,11 @@ class RecommenderModel:
         ratings: Sequence[float] | None = None,
         steps: int | None = None,
     ) -> PrivateState:
-        """Fit a private adapter for a user to the shared one, on their own history.
+        """Fit a private part to the shared one, on a user's own history.
 
         Args:
-            history: External item ids, oldest first. One will do where a taste is read off it.
-            folder: The user's private folder (it becomes 0700); the adapter is kept there.
+            history: External item ids, oldest first. One will do where no text is learned from.
+            folder: The user's private folder (it becomes 0700); the private part is kept there.
             ratings: One per item, where the prompt shows them.
             steps: Gradient steps; None: as many as before an evaluation.
 
@@ -190,58 +240,110 @@ class RecommenderModel:
             DataError: The history has no item, or a single one where a private part learns from
                 the next item.
         """
-        items = self._items(history)
-        if not len(items):
-            raise DataError("an empty history has nothing to learn from; give an item")
+        shown = self._history(history, ratings)
         private = self.parts.private
-        if len(items) < 2 and (private.takes_steps or private.reads_text):
+        if not len(shown):
+            raise DataError("an empty history has nothing to learn from; give an item")
+        if len(shown) < 2 and (private.takes_steps or private.reads_text):
             raise DataError("a history of one item has no next item to learn from; give two")
-        interactions = Interactions(
-            catalogue=self.catalogue,
-            user_ids=(_USER,),
-            offsets=np.array([0, len(items)]),
-            items=items.astype(np.int32),
-            timestamps=None,
-            ratings=_as_floats(ratings),
-            user_fields={},
+        store = PrivateStore(Path(folder))
+        histories = ClientHistories(
+            [Client(_ME, (0,))],
+            TrainData(Interactions.of_user(self.catalogue, "me", shown)),
+            self.parts.encoder,
+            self._states,
         )
-        trainer, client_id, store = self._trainer(interactions, Path(folder), steps)
-        round_number = self.artefact.manifest.round
-        shared = SharedState(self.parts.shared.tensors, round_number)
-        fitted = trainer.personalise([client_id], shared)
+        trainer = make_trainer(self._with_steps(steps), self.parts, histories, store)
+        shared = self._trained.shared
+        fitted = trainer.personalise([_ME], shared)
         tensors = {name: value[0].cpu() for name, value in fitted.items()}
-        state = PrivateState(client_id, round_number, tensors)
+        state = PrivateState(_ME, shared.round_number, tensors)
         store.save_personalised(state)
         return state
 
-    def load_private(self, folder: str | Path) -> PrivateState | None:
-        """The private adapter that `personalise` kept in a folder, or None."""
-        return PrivateStore(Path(folder)).load_personalised(f"user-{_USER}")
+    def load_private(self, folder: str | Path, client_id: str | None = None) -> PrivateState | None:
+        """A private part that is kept in a folder, or None where there is none.
 
-    def _trainer(
-        self, interactions: Interactions, folder: Path, steps: int | None
-    ) -> tuple[LocalTrainer, str, PrivateStore]:
-        config, parts = self._config, self.parts
-        if steps is not None:
-            local = config.federation.local.model_copy(update={"personalise_steps": steps})
-            federation = config.federation.model_copy(update={"local": local})
-            config = config.model_copy(update={"federation": federation})
-        store = PrivateStore(folder)
-        clients = partition(interactions, 1, config.seed)
-        # A single user's states are computed when they are needed, and not kept.
-        cache = TrunkCache(parts.trunk, folder / "clients", "", max_bytes=0)
-        histories = ClientHistories(clients, TrainData(interactions), parts.encoder, cache)
-        return make_trainer(config, parts, histories, store), clients[0].client_id, store
+        Args:
+            folder: The folder that `personalise` was given, or a run's private folder.
+            client_id: Whose, such as ``user-42``; None: what `personalise` kept, or the only
+                client's.
 
-    def _items(self, history: Sequence[str]) -> np.ndarray:
-        unknown = [item for item in history if item not in self._index]
+        Raises:
+            DataError: The folder has several clients, and none was named.
+            CorruptFileError: The file is damaged.
+        """
+        store = PrivateStore(Path(folder))
+        clients = store.client_ids()
+        if client_id is None and clients:
+            if _ME not in clients and len(clients) > 1:
+                raise DataError(
+                    f"{folder} has the private parts of {len(clients)} clients "
+                    f"({', '.join(clients[:3])}, …); give client_id"
+                )
+            client_id = _ME if _ME in clients else clients[0]
+        return None if client_id is None else _kept(store, client_id)
+
+    def _history(
+        self, history: Sequence[str] | None, ratings: Sequence[float] | None = None
+    ) -> History:
+        if history is not None:
+            rated = None if ratings is None else np.asarray(ratings, dtype=np.float32)
+            return History(self._items(history), rated)
+        if self.owner is None:
+            raise DataError("no history; give one, or load a run's recommender with user=")
+        return self.owner.history
+
+    def _items(self, item_ids: Sequence[str]) -> np.ndarray:
+        unknown = [item for item in item_ids if item not in self._index]
         if unknown:
             there = ", ".join(self.catalogue.item_ids[:3])
             raise DataError(
                 f"no item {unknown[0]!r} in the catalogue of {len(self.catalogue)} items "
                 f"({there}, …); give ids of its items"
             )
-        return np.array([self._index[item] for item in history], dtype=np.int64)
+        return np.array([self._index[item] for item in item_ids], dtype=np.int64)
+
+    def _scores(
+        self,
+        shown: History,
+        private: PrivateState | None,
+        weight: float | None,
+        candidates: np.ndarray | None = None,
+    ) -> np.ndarray:
+        if private is None and self.owner is not None:
+            private = self.owner.private
+        tensors = {} if private is None else private.tensors
+        own = {name: value[None] for name, value in tensors.items()}
+        stacked = self._scorer.stack(self._trained.shared, own, 1)
+        mode = judged_mode(private is not None)
+        modes = parts_of([mode], self._trained.private_weight if weight is None else weight)
+        return self._scorer.score({_ME: [shown]}, stacked, modes, candidates)[mode][0]
+
+    def _with_steps(self, steps: int | None) -> ExperimentConfig:
+        if steps is None:
+            return self._config
+        federation = self._config.federation
+        local = federation.local.model_copy(update={"personalise_steps": steps})
+        federation = federation.model_copy(update={"local": local})
+        return self._config.model_copy(update={"federation": federation})
+
+
+def _owner(run: Run, shared: SharedState, user: str) -> Owner:
+    """A user of a run, with what the federation keeps for them."""
+    interactions, clients = run.data.interactions, run.clients
+    if user not in interactions.user_ids:
+        first = ", ".join(interactions.user_ids[:3])
+        raise DataError(f"no user {user!r} in the data; users are {first}, …")
+    number = interactions.user_ids.index(user)
+    client_id = clients.histories.client_of(number)
+    private = _kept(clients.store, client_id, shared.round_number)
+    return Owner(interactions.history_of(number), private)
+
+
+def _kept(store: PrivateStore, client_id: str, at_most: int | None = None) -> PrivateState | None:
+    """The private part that serves a client: the one made for serving, else the newest."""
+    return store.load_personalised(client_id) or store.load(client_id, at_most=at_most)
 
 
 def _load_catalogue(artefact: Artefact, source: str | None) -> Catalogue:
@@ -257,7 +359,11 @@ def _load_catalogue(artefact: Artefact, source: str | None) -> Catalogue:
 def _config_of(
     artefact: Artefact, backbone: str | None, allow_base_mismatch: bool
 ) -> ExperimentConfig:
-    """The config under which the adapter's tensors have their meaning."""
+    """The settings under which the adapter's tensors have their meaning.
+
+    They were checked when the adapter was trained. What a manifest does not hold stands at its
+    default, and is read by no recommender.
+    """
     manifest = artefact.manifest
     name = backbone or manifest.base.embedded or manifest.base.name
     if name == manifest.base.name and "/" not in name and not Path(name).exists():
@@ -266,30 +372,14 @@ def _config_of(
             "folder or Hub id of that model"
         )
     revision = None if backbone else manifest.base.revision
-    started = InitFromConfig(adapter=artefact.origin, allow_base_mismatch=allow_base_mismatch)
-    tree: Mapping[str, Any] = {
-        "name": manifest.name,
-        "method": "custom",
-        "prompt": str(artefact.folder / prompt_file(manifest.prompt)),
-        "window": manifest.window.model_dump(mode="json"),
-        "adapters": manifest.adapters.model_dump(mode="json"),
-        "head": manifest.head.model_dump(mode="json"),
-        "tasks": [task.value for task in manifest.tasks],
-        "data": {"split": "last_fraction"},  # no data are split here; likes allow no other
-        "backbone": {"name": name, "revision": revision, "dtype": manifest.base.dtype.value},
-        "init_from": started.model_dump(mode="json"),
-        # A basis is not trained here, so any schedule does; this one goes with every kind.
-        "federation": {"local": {"schedule": "alternate"}},
-    }
-    return parse_config(dict(tree), origin=artefact.origin)
-
-
-def _parts(has_private: bool, weight: float) -> Parts:
-    mode = Mode.SHARED_PRIVATE if has_private else Mode.SHARED_ONLY
-    parts = evaluator.parts_of([mode], weight)[mode]
-    assert parts is not None
-    return parts
-
-
-def _as_floats(ratings: Sequence[float] | None) -> np.ndarray | None:
-    return None if ratings is None else np.asarray(ratings, dtype=np.float32)
+    return ExperimentConfig.model_construct(
+        name=manifest.name,
+        prompt=str(artefact.folder / prompt_file(manifest.prompt)),
+        tasks=manifest.tasks,
+        window=manifest.window,
+        adapters=manifest.adapters,
+        head=manifest.head,
+        backbone=BackboneConfig(name=name, revision=revision, dtype=manifest.base.dtype),
+        federation=FederationConfig(cohort_size=1),  # one client: the user
+        init_from=InitFromConfig(adapter=artefact.origin, allow_base_mismatch=allow_base_mismatch),
+    )

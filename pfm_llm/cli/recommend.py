@@ -8,7 +8,7 @@ import typer
 from pfm_llm.cli import options
 
 if TYPE_CHECKING:
-    from pfm_llm.recommender import Recommendation, RecommenderModel
+    from pfm_llm.recommender import Recommendation, Recommender
 
 
 def recommend(
@@ -58,9 +58,9 @@ def recommend(
 
 
 def _of_run(run: Path, user: str, n: int) -> "list[Recommendation]":
-    from pfm_llm.serving import RunRecommender
+    from pfm_llm.recommender import Recommender
 
-    return RunRecommender(run).recommend(user, n)
+    return Recommender.from_pretrained(run, user).recommend(k=n)
 
 
 def _load(
@@ -69,14 +69,14 @@ def _load(
     revision: str | None,
     backbone: str | None,
     allow_base_mismatch: bool,
-) -> "RecommenderModel":
+) -> "Recommender":
     import sys
 
-    from pfm_llm.recommender import RecommenderModel
+    from pfm_llm.recommender import Recommender
 
-    model = RecommenderModel.from_pretrained(
+    model = Recommender.from_pretrained(
         adapter,
-        catalogue,
+        catalogue=catalogue,
         revision=revision,
         backbone=backbone,
         allow_base_mismatch=allow_base_mismatch,
@@ -86,7 +86,7 @@ def _load(
     return model
 
 
-def _after_history(model: "RecommenderModel", history: str, n: int) -> "list[Recommendation]":
+def _after_history(model: "Recommender", history: str, n: int) -> "list[Recommendation]":
     return model.recommend([item.strip() for item in history.split(",") if item.strip()], n)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from pfm_llm.base import seeding
 from pfm_llm.base.errors import DataError
-from pfm_llm.client.trunk_cache import TrunkCache
+from pfm_llm.client.trunk_cache import TrunkStates
 from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.history import History
@@ -25,7 +25,7 @@ class ClientHistories:
         clients: The federation's clients.
         train: Training interactions; nothing held out can be reached from here.
         encoder: Renders and tokenises.
-        cache: Trunk states.
+        states: Trunk states of windows: from a cache, or computed each time.
         like_threshold: Ratings from here on are likes to learn from; None: none are.
     """
 
@@ -34,14 +34,14 @@ class ClientHistories:
         clients: Sequence[Client],
         train: TrainData,
         encoder: HistoryEncoder,
-        cache: TrunkCache,
+        states: TrunkStates,
         like_threshold: float | None = None,
     ) -> None:
         self.clients: Mapping[str, Client] = {client.client_id: client for client in clients}
         self._client_of = {user: client.client_id for client in clients for user in client.users}
         self._train = train
         self._encoder = encoder
-        self._cache = cache
+        self._states = states
         self._like_threshold = like_threshold
         self._windows: dict[str, tuple[Window, ...]] = {}
 
@@ -104,8 +104,8 @@ class ClientHistories:
 
         Later windows are entries of their own, as queries are, which show the same.
         """
-        states = self._cache.states(self.windows(client_id), client_id)
-        return states + [self._cache.states([window], client_id)[0] for window in later]
+        states = self._states(self.windows(client_id), client_id)
+        return states + [self._states([window], client_id)[0] for window in later]
 
     def num_tokens(self, client_id: str, limit: int | None = None) -> int:
         """Padded size of a client's (at most ``limit``) windows: number times longest."""

@@ -14,7 +14,7 @@ from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settle import known
 from pfm_llm.data.history import History
-from pfm_llm.model.batches import collate
+from pfm_llm.model.batches import collate, stacked_tensors
 from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.stages import Stages
@@ -153,7 +153,7 @@ class LocalTrainer:
             windows_per_step=self._local.personalise_windows,
         )
         fitted = {name: value[able] for name, value in private.items()}
-        stacked = self.stack(shared, fitted, len(able))
+        stacked = {**self._stack_shared(shared, len(able)), **fitted}
         new, _ = self._train([chunk[c] for c in able], stacked, work, shared.round_number)
         # A client whose fit went astray keeps its old adapter.
         good = torch.stack([new[name].flatten(1).isfinite().all(1) for name in private]).all(0)
@@ -208,12 +208,6 @@ class LocalTrainer:
         able = sum(bool(self._histories.windows(client_id)) for client_id in chunk)
         return self._local.personalise_steps * able
 
-    def stack(
-        self, shared: SharedState, private: Tensors, num_clients: int
-    ) -> dict[str, torch.Tensor]:
-        """Shared tensors repeated per client (no copy) beside stacked private ones."""
-        return {**self._stack_shared(shared, num_clients), **private}
-
     def _train(
         self,
         chunk: Sequence[str],
@@ -259,11 +253,7 @@ class LocalTrainer:
         )
 
     def _stack_shared(self, shared: SharedState, num_clients: int) -> dict[str, torch.Tensor]:
-        device = self._model.item_texts.device
-        return {
-            name: value.to(device).expand(num_clients, *value.shape)
-            for name, value in shared.tensors.items()
-        }
+        return stacked_tensors(shared.tensors, num_clients, self._model.item_texts.device)
 
     def _load_private(self, chunk: Sequence[str], at_most: int) -> dict[str, torch.Tensor]:
         states = []

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,9 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError, DiskSpaceError
 from pfm_llm.model.backbone import pad_tokens
 from pfm_llm.text.encoding import Window, windows_hash
+
+TrunkStates = Callable[[Sequence[Window], str], list[torch.Tensor]]
+"""Trunk states [T, d] of each of a client's windows, given with the client's id."""
 
 _log = logging.getLogger(__name__)
 _FOLDER = "trunk"

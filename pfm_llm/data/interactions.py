@@ -93,6 +93,12 @@ class Interactions:
         _check_ids("interactions", self.user_ids, self.user_fields)
         _check_arrays(self)
 
+    @classmethod
+    def of_user(cls, catalogue: Catalogue, user_id: str, history: History) -> "Interactions":
+        """The history of a single user, as a data set."""
+        offsets = np.array([0, len(history)])
+        return cls(catalogue, (user_id,), offsets, history.items, ratings=history.ratings)
+
     @property
     def num_users(self) -> int:
         """Users, those with an empty history included."""

@@ -8,7 +8,7 @@ input history; nothing is refitted.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,18 +18,13 @@ from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer, plan_chunks
-from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.data.history import History
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import metrics
 from pfm_llm.evaluation.ranking import Ranks, concatenate, rank_scores
-from pfm_llm.model.batches import ChunkBatch, collate
-from pfm_llm.model.cohort import CohortModel, Parts
+from pfm_llm.evaluation.scorer import Scorer, UserVectors
+from pfm_llm.model.cohort import Parts
 from pfm_llm.protocol.types import Mode, PrivateState, SharedState, Tensors
-from pfm_llm.text.encoding import HistoryEncoder, Window
-
-UserVectors = dict[bool, list[torch.Tensor]]
-"""Of one chunk of clients: with the shared LoRA and without, per client [Q, D]."""
 
 OUR_MODES = (Mode.ZERO_SHOT, Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
 
@@ -127,28 +122,23 @@ class Evaluator:
     """Ranks the held-out items of clients with our model in its modes.
 
     Args:
-        model: The many-clients model.
+        scorer: Scores the catalogue.
         trainer: For personalisation.
         histories: The clients and their training windows.
-        encoder: Renders queries.
-        cache: Trunk states of queries; they too stay with the client.
         store: The clients' private folders.
     """
 
     def __init__(
         self,
-        model: CohortModel,
+        scorer: Scorer,
         trainer: LocalTrainer,
         histories: ClientHistories,
-        encoder: HistoryEncoder,
-        cache: TrunkCache,
         store: PrivateStore,
     ) -> None:
-        self._model = model
+        self._scorer = scorer
+        self._model = scorer.model
         self._trainer = trainer
         self._histories = histories
-        self._encoder = encoder
-        self._cache = cache
         self._store = store
 
     def chunks(self, task: EvaluationTask, tokens_per_chunk: int) -> list[tuple[str, ...]]:
@@ -156,7 +146,8 @@ class Evaluator:
         clients = {self._histories.client_of(int(user)) for user in task.held_out.users}
 
         def num_tokens(client_id: str) -> int:
-            lengths = [len(window.tokens) for _, window in self._queries(client_id, task)]
+            shown = self._shown(client_id, task)
+            lengths = [len(self._scorer.window(history).tokens) for history in shown]
             return max(self._trainer.personalise_tokens(client_id), len(lengths) * max(lengths))
 
         return plan_chunks(clients, num_tokens, tokens_per_chunk)
@@ -175,8 +166,8 @@ class Evaluator:
             task: What to rank with what.
             private: Stacked private tensors [C, ...] to serve them with; None: each client's own,
                 personalised now.
-            known: What earlier calls with this chunk, task and shared state have read out; it is
-                used and added to.
+            known: User vectors that earlier calls on this split and shared state have read out;
+                see `Scorer.score`.
         """
         scored = self.score_chunk(chunk, task, private, known)
         counts = scored.queries_per_client
@@ -210,45 +201,21 @@ class Evaluator:
         known: UserVectors | None = None,
     ) -> ChunkScores:
         """Score the catalogue for the queries of some clients; see `rank_chunk`."""
-        queries = [self._queries(client_id, task) for client_id in chunk]
-
-        @functools.cache
-        def batch() -> ChunkBatch:
-            return self._collate(chunk, [[window for _, window in own] for own in queries])
-
         if private is None:
             private = {}
             if task.uses_private:
                 private = self._personalised(chunk, task)
                 if task.keep:
                     self._keep(chunk, private, task.shared.round_number)
-        stacked = self._trainer.stack(task.shared, private, len(chunk))
-        known = {} if known is None else known
-        scores = {}
-        for mode, parts in task.parts.items():
-            if parts is None:
-                found = self._model.zero_shot_scores(batch())
-            else:
-                vectors = self._read(batch, stacked, parts, known)
-                found = self._model.score_vectors(vectors, stacked, parts)
-            scores[mode] = found.cpu().numpy()
+        stacked = self._scorer.stack(task.shared, private, len(chunk))
+        shown = {client_id: self._shown(client_id, task) for client_id in chunk}
         return ChunkScores(
-            order=tuple(index for own in queries for index, _ in own),
-            queries_per_client=tuple(len(own) for own in queries),
-            scores=scores,
+            order=tuple(q for client_id in chunk for q in self._query_indices(client_id, task)),
+            queries_per_client=tuple(map(len, shown.values())),
+            scores=self._scorer.score(shown, stacked, task.parts, known=known),
             private=private,
             stacked=stacked,
         )
-
-    def _read(
-        self, batch: Callable[[], ChunkBatch], stacked: Tensors, parts: Parts, known: UserVectors
-    ) -> list[torch.Tensor]:
-        """User vectors; those that do not depend on what is private are read out once."""
-        if self._model.objective.private.acts_on_states:
-            return self._model.user_vectors(batch(), stacked, parts)
-        if parts.shared_lora not in known:
-            known[parts.shared_lora] = self._model.user_vectors(batch(), stacked, parts)
-        return known[parts.shared_lora]
 
     def _personalised(self, chunk: Sequence[str], task: EvaluationTask) -> dict[str, torch.Tensor]:
         """Private tensors [C, ...], fitted now.
@@ -278,25 +245,15 @@ class Evaluator:
         liked = [task.liked[q] for q in scored.order]
         return metrics.per_user_auc(scores, liked), metrics.per_user_log_likelihood(scores, liked)
 
-    def _queries(self, client_id: str, task: EvaluationTask) -> list[tuple[int, Window]]:
-        """A client's queries: index in ``held_out``, and window."""
+    def _shown(self, client_id: str, task: EvaluationTask) -> list[History]:
+        """What the language model may read of a client's queries."""
         newest = slice(-task.window_items if task.window_items else None, None)
-        return [
-            (q, self._encoder.query_window(task.held_out.query(q).history[newest]))
-            for q in self._query_indices(client_id, task)
-        ]
+        indices = self._query_indices(client_id, task)
+        return [task.held_out.query(q).history[newest] for q in indices]
 
     def _query_indices(self, client_id: str, task: EvaluationTask) -> list[int]:
         users = self._histories.clients[client_id].users
         return [task.query_of[user] for user in users if user in task.query_of]
-
-    def _collate(self, chunk: Sequence[str], windows: Sequence[Sequence[Window]]) -> ChunkBatch:
-        # A query is a cache entry of its own: it stays when the user's other queries change.
-        states = [
-            [self._cache.states([window], client_id)[0] for window in own]
-            for client_id, own in zip(chunk, windows, strict=True)
-        ]
-        return collate(windows, states, last_only=True)
 
     def _count_active(self, private: Tensors, users: Sequence[int]) -> int:
         """How many users have private tensors that change anything; ``users`` is per client."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import NO_TARGET, Window
 
 
@@ -77,6 +78,15 @@ class ChunkBatch:
         first = never.scatter_reduce(0, keys, place, "amin").view(-1, num_items)
         seen = first[self.rows[self.outputs]] < self.known[:, None]
         return seen.scatter(1, self.targets[:, None], False)
+
+
+def stacked_tensors(
+    tensors: Tensors, num_clients: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Tensors with a leading client dimension [C, ...], repeated without a copy."""
+    return {
+        name: value.to(device).expand(num_clients, *value.shape) for name, value in tensors.items()
+    }
 
 
 def collate(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from pfm_llm.evaluation.baselines import (
     fit_like_baselines,
 )
 from pfm_llm.evaluation.candidates import sample_negatives
-from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured, UserVectors
+from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.scorer import UserVectors
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.run import Run, Trained
 
@@ -82,14 +83,15 @@ def only(task: EvaluationTask, *modes: Mode, **changes: Any) -> EvaluationTask:
 def measure(
     run: Run,
     task: EvaluationTask,
-    known: MutableMapping[tuple[str, ...], UserVectors] | None = None,
+    known: UserVectors | None = None,
 ) -> Measured:
     """Evaluate, each process its share of the clients; the result is equal on every process.
 
     Args:
         run: The run.
         task: What to rank with what.
-        known: By chunk, what earlier calls on the same split and shared state have read out.
+        known: User vectors that earlier calls on this split and shared state have read out; see
+            `Scorer.score`.
     """
     processes = run.processes
     chunks = run.evaluator.chunks(task, run.config.runtime.tokens_per_chunk)
@@ -98,8 +100,7 @@ def measure(
     show = Progress(total, f"evaluating on {task.held_out.name}", processes.is_main)
     with processes.together(), show as progress:
         for index, chunk in processes.share(chunks):
-            read = None if known is None else known[chunk]
-            found.append((index, run.evaluator.rank_chunk(chunk, task, None, read)))
+            found.append((index, run.evaluator.rank_chunk(chunk, task, None, known)))
             progress.update(min(len(chunk) * processes.count, total - progress.count))
     return evaluator.combine(processes.gather(found))
 

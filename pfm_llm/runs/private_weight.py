@@ -8,13 +8,13 @@ fall-back is the shared part alone. What is measured on test plays no part in it
 
 import dataclasses
 import logging
-from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError
-from pfm_llm.evaluation.evaluator import UserVectors, parts_of
+from pfm_llm.evaluation.evaluator import parts_of
+from pfm_llm.evaluation.scorer import UserVectors
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.runs.measuring import measure, quality_of, validation_task
 from pfm_llm.runs.run import Run, Trained
@@ -73,7 +73,7 @@ def _gains(run: Run, shared: SharedState, weights: Collection[float]) -> dict[fl
     """Mean gain in log-rank over no private part, on validation, by weight; ascending."""
     mode = Mode.SHARED_PRIVATE
     task = validation_task(run, run.as_set(shared), [mode])
-    known: dict[tuple[str, ...], UserVectors] = defaultdict(dict)
+    known: UserVectors = {}
 
     def quality(weight: float) -> float:
         weighted = dataclasses.replace(task, parts=parts_of([mode], weight), liked=None)

@@ -20,6 +20,7 @@ from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import Split, TrainData, split_interactions
 from pfm_llm.evaluation.evaluator import Evaluator
+from pfm_llm.evaluation.scorer import Scorer
 from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.alignment import start_from
@@ -99,18 +100,16 @@ class Run:
     clients: Clients
     artefact: Artefact | None = None
 
+    @property
+    def scorer(self) -> Scorer:
+        """Scores the catalogue after histories of the clients."""
+        return Scorer(self.model.model, self.model.encoder, self.clients.cache.states)
+
     @functools.cached_property
     def evaluator(self) -> Evaluator:
         """Ranks the held-out items of the clients."""
-        clients, model = self.clients, self.model
-        return Evaluator(
-            model.model,
-            clients.trainer,
-            clients.histories,
-            model.encoder,
-            clients.cache,
-            clients.store,
-        )
+        clients = self.clients
+        return Evaluator(self.scorer, clients.trainer, clients.histories, clients.store)
 
     @property
     def checkpoints(self) -> CheckpointStore:
@@ -213,7 +212,7 @@ def make_clients(
         cache: Where their trunk states go.
         store: Where their private states go.
     """
-    histories = ClientHistories(members, train, model.encoder, cache, like_threshold(config))
+    histories = ClientHistories(members, train, model.encoder, cache.states, like_threshold(config))
     return Clients(histories, cache, store, make_trainer(config, model, histories, store))
 
 

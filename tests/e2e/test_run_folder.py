@@ -220,7 +220,7 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
     window = opened.model.encoder.query_window(opened.data.interactions.history_of(3))
     states = opened.clients.cache.states([window], "user-of-this-test")
     batch = collate([[window]], [states], last_only=True)
-    stacked = opened.clients.trainer.stack(trained.shared, {}, 1)
+    stacked = opened.scorer.stack(trained.shared, {}, 1)
     ours = opened.model.model.scores(batch, stacked, Parts(shared_lora=True, private_weight=0.0))
 
     plain = plain_peft(run, tiny)

@@ -15,8 +15,8 @@ from pfm_llm.config.schema import dump_config, load_config
 from pfm_llm.model.private import make_private_part
 from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.publish.artefact import read_head
+from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
-from pfm_llm.serving import RunRecommender
 from tests.support.leaks import files_below
 from tests.support.tiny import Tiny, metrics_of, results_of, tensor_files
 
@@ -70,7 +70,7 @@ def test_every_schedule_kind_and_server_optimizer(
     assert len(list(run.with_name("tiny.private").rglob("personalised.r*"))) == 8
     has_basis = (run / "shared_adapter" / "private_basis.safetensors").exists()
     assert has_basis is bool(part.shared_parameters())
-    assert RunRecommender(run).recommend(some_user(run), 3)
+    assert Recommender.from_pretrained(run, some_user(run)).recommend(k=3)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_without_private_adapters_there_is_nothing_private(tiny: Tiny, tmp_path:
     costs = results_of(run)["costs"]
     assert costs["share_of_users_with_private_adapter"] == 0
     assert costs["private_client_steps"] == costs["personalise_client_steps"] == 0
-    assert RunRecommender(run).recommend(some_user(run), 3)
+    assert Recommender.from_pretrained(run, some_user(run)).recommend(k=3)
 
 
 def test_silos_of_three_users(tiny: Tiny, tmp_path: Path) -> None:
@@ -199,10 +199,7 @@ def test_silos_of_three_users(tiny: Tiny, tmp_path: Path) -> None:
     names = sorted(path.name for path in clients.iterdir())
     assert names == [f"silo-{number:04d}" for number in range(8)]
     assert results_of(run)["costs"]["personalise_client_steps"] == 8 * 2
-    recommender = RunRecommender(run)
-    lists = [
-        [item.item_id for item in recommender.recommend(user, 5)] for user in ("u0", "u1", "u2")
-    ]
+    lists = [Recommender.from_pretrained(run, user).recommend(k=5) for user in ("u0", "u1", "u2")]
     assert all(len(items) == 5 for items in lists)
 
 

@@ -18,9 +18,9 @@ from pfm_llm.base.errors import (
 )
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.protocol.types import ClientUpdate, SharedState
+from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore
-from pfm_llm.serving import RunRecommender
 from tests.support.scripts import run_script
 from tests.support.tiny import (
     TITLES,
@@ -208,7 +208,7 @@ def test_clients_with_one_or_two_interactions(tiny: Tiny, tmp_path: Path) -> Non
     assert list(clients.glob("user-pair/private.r*"))
     # Who cannot train can still be served, by the shared adapter.
     seen = {"i3"}
-    listed = RunRecommender(run).recommend("single", 5)
+    listed = Recommender.from_pretrained(run, "single").recommend(k=5)
     assert len(listed) == 5
     assert not seen & {item.item_id for item in listed}
 

@@ -17,9 +17,9 @@ from pfm_llm.base.errors import (
     PfmError,
     StorageError,
 )
+from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.server.checkpoint import CheckpointStore
-from pfm_llm.serving import RunRecommender
 from tests.support.tiny import (
     Tiny,
     leftovers,
@@ -61,7 +61,7 @@ DAMAGE = [pytest.param(flip, id="a bit flipped"), pytest.param(cut, id="cut off"
 def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> None:
     damage(copied / "server" / "round_000004.safetensors")
     results = (copied / "results.json").read_bytes()
-    for use in (evaluate_run, RunRecommender):
+    for use in (evaluate_run, Recommender.from_pretrained):
         with pytest.raises(CorruptFileError, match=r"checkpoint of round 4.*round 2 is kept"):
             use(copied)
     assert (copied / "results.json").read_bytes() == results

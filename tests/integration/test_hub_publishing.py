@@ -212,7 +212,7 @@ def test_hub_card_tells_how_to_load_and_is_read_by_the_client(
     publish(request_)
     text = on_hub(logged_in)[CARD_FILE].decode()
     assert f"PeftModel.from_pretrained(base, '{REPO}')" in text
-    assert f"RecommenderModel.from_pretrained('{REPO}'" in text
+    assert f"Recommender.from_pretrained('{REPO}'" in text
     assert "path/to/this/folder" not in text
     assert "--config training_config.yaml" in text
     rows = json.loads((run / "results.json").read_text())["rows"]

@@ -304,7 +304,7 @@ def test_a_trainer_that_sees_everything_is_caught(canaries: Run) -> None:
         list(canaries.clients.histories.clients.values()),
         TrainData(corpus.interactions),
         canaries.model.encoder,
-        canaries.clients.cache,
+        canaries.clients.cache.states,
     )
     trainer = LocalTrainer(
         canaries.config,

@@ -1,7 +1,6 @@
 """Measuring a run with private adapters that are given: kept ones, strangers', older ones."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +8,8 @@ import torch
 from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.evaluation import evaluator, scoring
-from pfm_llm.evaluation.evaluator import EvaluationTask, Measured, UserVectors
+from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
+from pfm_llm.evaluation.scorer import UserVectors
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.runs.measuring import only, quality_of
 from pfm_llm.runs.run import Run
@@ -46,7 +46,7 @@ class Served:
         shifts = 1 + generator.choice(len(order) - 1, count, replace=False)
         both = only(task, Mode.SHARED_PRIVATE)
         served = []
-        known: dict[tuple[str, ...], UserVectors] = defaultdict(dict)
+        known: UserVectors = {}
         chunks = self._chunks(both)
         show = Progress(1 + len(shifts), "serving strangers' adapters", True, unit="passes")
         with show as progress:
@@ -66,13 +66,13 @@ class Served:
         """
         same = {name: name for name in self._run.clients.histories.clients}
         chunks = _shown(self._chunks(task), description)
-        return self._measure(task, same, defaultdict(dict), chunks)
+        return self._measure(task, same, {}, chunks)
 
     def _measure(
         self,
         task: EvaluationTask,
         lender: Mapping[str, str],
-        known: MutableMapping[tuple[str, ...], UserVectors],
+        known: UserVectors,
         chunks: Iterable[tuple[str, ...]],
     ) -> Measured:
         """Each client with the adapter of its lender; ``known`` is what was read out before."""
@@ -80,7 +80,7 @@ class Served:
         for chunk in chunks:
             # Where nothing private is served, nothing was kept.
             private = self._kept([lender[c] for c in chunk]) if task.uses_private else {}
-            parts.append(rank(chunk, task, private, known[chunk]))
+            parts.append(rank(chunk, task, private, known))
         return evaluator.combine(parts)
 
     def _chunks(self, task: EvaluationTask) -> Sequence[tuple[str, ...]]:

@@ -372,7 +372,7 @@ def test_what_is_read_needs_no_pass_over_any_text(
     whole = tiny_run(method="pfm").clients.histories
     windows = [whole.windows(client_id) for client_id in chunk]
     batch = collate(windows, [whole.trunk_states(c) for c in chunk])
-    stacked = run.clients.trainer.stack(shared, {}, len(chunk))
+    stacked = run.scorer.stack(shared, {}, len(chunk))
     expected = run.model.model.fit(batch, stacked)
 
     def fail(*_: object) -> None:

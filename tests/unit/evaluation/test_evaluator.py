@@ -19,6 +19,7 @@ from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.scorer import UserVectors
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.private import taste
@@ -63,7 +64,7 @@ def _scores_alone(run: Run, task: EvaluationTask, query: int) -> dict[Mode, np.n
     window = run.model.encoder.query_window(task.held_out.query(query).history)
     batch = collate([[window]], [run.clients.cache.states([window], client_id)], last_only=True)
     private = run.clients.trainer.personalise([client_id], task.shared)
-    stacked = run.clients.trainer.stack(task.shared, private, 1)
+    stacked = run.scorer.stack(task.shared, private, 1)
     return {
         mode: (
             run.model.model.zero_shot_scores(batch)
@@ -370,7 +371,7 @@ def test_a_history_has_all_events_each_with_its_own_label(tiny_run: TinyRun) -> 
         list(run.clients.histories.clients.values()),
         TrainData(replace(train, ratings=ratings)),
         run.model.encoder,
-        run.clients.cache,
+        run.clients.cache.states,
         like_threshold=3.0,
     )
     client_id = histories.client_of(1)
@@ -400,7 +401,7 @@ def test_user_vectors_are_read_out_once_for_all_taste_vectors(
         return read(*arguments)
 
     monkeypatch.setattr(model, "user_vectors", counted)
-    known: evaluator.UserVectors = {}
+    known: UserVectors = {}
     found = [evaluator.score_chunk(chunk, task, own, known).scores for own in (private, swapped)]
     assert count == 1
     for one, other in zip(found, expected, strict=True):

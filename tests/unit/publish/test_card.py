@@ -148,7 +148,7 @@ def test_text_shows_how_to_load_and_the_loading_example_is_python(facts) -> None
 def test_the_repository_is_put_in_when_it_is_known(facts) -> None:
     card = addressed_card(model_card(facts), "someone/ml100k")
     assert "PeftModel.from_pretrained(base, 'someone/ml100k')" in card
-    assert "RecommenderModel.from_pretrained('someone/ml100k')" in card
+    assert "Recommender.from_pretrained('someone/ml100k')" in card
     assert NO_REPO not in card
     assert addressed_card(card, "another/name") == card
 
@@ -162,7 +162,7 @@ def test_use_with_pfm_llm_names_what_has_to_be_told(facts) -> None:
         card = model_card(dataclasses.replace(facts, adapter="a/b", **changes))
         snippet = card.split("```python\n")[2].split("```")[0]
         compile(snippet, "card", "exec")
-        assert f"RecommenderModel.from_pretrained('a/b'{arguments})" in snippet
+        assert f"Recommender.from_pretrained('a/b'{arguments})" in snippet
 
 
 def test_plots_are_shown_that_are_there(facts) -> None:

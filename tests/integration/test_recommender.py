@@ -24,11 +24,10 @@ from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.publish.artefact import MANIFEST_FILE, Manifest, read_artefact
-from pfm_llm.recommender import RecommenderModel
+from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import open_run, run_experiment
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.run import load_corpus
-from pfm_llm.serving import RunRecommender
 from tests.support.tiny import TITLES, Tiny, metrics_of, results_of, tensor_files
 
 HISTORY = ["i3", "i4", "i6"]
@@ -41,15 +40,18 @@ def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(run: Path, tiny: Tiny) -> RecommenderModel:
+def model(run: Path, tiny: Tiny) -> Recommender:
     return from_folder(run / "shared_adapter", tiny)
 
 
 def from_folder(
     folder: Path, tiny: Tiny, catalogue: Catalogue | str | None = None, allow: bool = False
-) -> RecommenderModel:
-    return RecommenderModel.from_pretrained(
-        folder, catalogue or str(tiny.items), backbone=str(tiny.model), allow_base_mismatch=allow
+) -> Recommender:
+    return Recommender.from_pretrained(
+        folder,
+        catalogue=catalogue or str(tiny.items),
+        backbone=str(tiny.model),
+        allow_base_mismatch=allow,
     )
 
 
@@ -58,41 +60,40 @@ def catalogue_of(*numbers: int, extra: tuple[str, ...] = ()) -> Catalogue:
     return Catalogue(tuple(ids), {"title": (*(TITLES[number] for number in numbers), *extra)})
 
 
-def test_scores_are_those_of_the_run(run: Path, tiny: Tiny, model: RecommenderModel) -> None:
+def test_scores_are_those_of_the_run(run: Path, tiny: Tiny, model: Recommender) -> None:
     opened, trained = open_run(run)
     items = opened.data.interactions.history(5)
     window = opened.model.encoder.query_window(History(items))
     batch = collate([[window]], [opened.clients.cache.states([window], "x")], last_only=True)
-    stacked = opened.clients.trainer.stack(trained.shared, {}, 1)
+    stacked = opened.scorer.stack(trained.shared, {}, 1)
     expected = opened.model.model.scores(batch, stacked, Parts(private_weight=0.0))[0]
     ids = [opened.data.interactions.catalogue.item_ids[i] for i in items]
     np.testing.assert_allclose(model.score(ids), expected.numpy(), atol=1e-5)
     assert model.alignment.num_kept == len(TITLES)
 
 
-def test_recommends_unseen_items_best_first(model: RecommenderModel) -> None:
-    listed = model.recommend(HISTORY, n=5)
+def test_recommends_unseen_items_best_first(model: Recommender) -> None:
+    listed = model.recommend(HISTORY, k=5)
     scores = [item.score for item in listed]
     assert scores == sorted(scores, reverse=True)
     assert not {item.item_id for item in listed} & set(HISTORY)
 
 
 def test_a_user_of_the_run_gets_the_same_list_with_their_private_adapter(
-    run: Path, model: RecommenderModel
+    run: Path, model: Recommender
 ) -> None:
-    recommender = RunRecommender(run)
     config = load_config(run / "config.yaml")
     interactions = load_corpus(config).interactions
     items = [interactions.catalogue.item_ids[i] for i in interactions.history(0)]
     store = RunFolders.of(run).private
     private = PrivateStore(store).load_personalised(f"user-{interactions.user_ids[0]}")
     ours = model.recommend(items, private=private)
-    theirs = recommender.recommend(interactions.user_ids[0])
+    theirs = Recommender.from_pretrained(run, interactions.user_ids[0]).recommend()
     assert [item.item_id for item in ours] == [item.item_id for item in theirs]
 
 
 def test_items_follow_their_keys_to_another_catalogue(
-    model: RecommenderModel, run: Path, tiny: Tiny
+    model: Recommender, run: Path, tiny: Tiny
 ) -> None:
     numbers = [7, 3, 4, 6, 20, 11]
     other = from_folder(run / "shared_adapter", tiny, catalogue_of(*numbers, extra=("old moon",)))
@@ -103,7 +104,7 @@ def test_items_follow_their_keys_to_another_catalogue(
     assert torch.isclose(bias[6], model.parts.shared.tensors["head.item_bias"].mean())
 
 
-def test_the_whitening_is_never_refitted(model: RecommenderModel, run: Path, tiny: Tiny) -> None:
+def test_the_whitening_is_never_refitted(model: Recommender, run: Path, tiny: Tiny) -> None:
     other = from_folder(run / "shared_adapter", tiny, catalogue_of(1, 2, 3))
     assert torch.equal(other.parts.normaliser.mean, model.parts.normaliser.mean)
     assert torch.equal(other.parts.normaliser.basis, model.parts.normaliser.basis)
@@ -114,7 +115,7 @@ def test_another_text_under_the_same_id_is_another_item(run: Path, tiny: Tiny) -
     assert from_folder(run / "shared_adapter", tiny, catalogue).alignment.rows == (None, 1)
 
 
-def test_a_new_user_makes_it_personal(model: RecommenderModel, tmp_path: Path) -> None:
+def test_a_new_user_makes_it_personal(model: Recommender, tmp_path: Path) -> None:
     private = model.personalise(HISTORY, tmp_path / "me", steps=3)
     assert (tmp_path / "me").stat().st_mode & 0o777 == 0o700
     kept = model.load_private(tmp_path / "me")
@@ -122,13 +123,54 @@ def test_a_new_user_makes_it_personal(model: RecommenderModel, tmp_path: Path) -
     assert all(torch.equal(kept.tensors[n], private.tensors[n]) for n in private.tensors)
     shared_only = model.score(HISTORY)
     assert np.abs(model.score(HISTORY, private=private) - shared_only).max() > 1e-4
-    np.testing.assert_array_equal(model.score(HISTORY, private=private, weight=0.0), shared_only)
+    np.testing.assert_array_equal(
+        model.score(HISTORY, private=private, private_weight=0.0), shared_only
+    )
     assert model.load_private(tmp_path / "nobody") is None
 
 
-def test_unknown_items_and_short_histories_are_refused(
-    model: RecommenderModel, tmp_path: Path
-) -> None:
+def test_a_private_part_of_a_federation_is_loaded_by_client(run: Path, model: Recommender) -> None:
+    folder = RunFolders.of(run).private
+    with pytest.raises(DataError, match=r"parts of \d+ clients \(user-u0, .*give client_id"):
+        model.load_private(folder)
+    private = model.load_private(folder, "user-u3")
+    kept = PrivateStore(folder).load_personalised("user-u3")
+    assert private is not None
+    assert kept is not None
+    assert all(torch.equal(kept.tensors[n], private.tensors[n]) for n in private.tensors)
+    assert model.load_private(folder, "user-nobody") is None
+
+
+def test_a_recommender_of_a_run_knows_its_user(run: Path, model: Recommender) -> None:
+    own = Recommender.from_pretrained(run, "u3")
+    assert own.owner is not None
+    met = {own.catalogue.item_ids[i] for i in own.owner.history.items}
+    listed = own.recommend()
+    assert not met & {item.item_id for item in listed}
+    ids = [own.catalogue.item_ids[i] for i in own.owner.history.items]
+    np.testing.assert_array_equal(own.score(), own.score(ids))
+    assert np.abs(own.score() - own.score(private_weight=0.0)).max() > 1e-4
+    np.testing.assert_allclose(own.score(private_weight=0.0), model.score(ids), atol=1e-5)
+    assert own.recommend(HISTORY) != Recommender.from_pretrained(run).recommend(HISTORY)
+
+
+def test_candidates_are_scored_as_in_the_whole_catalogue(model: Recommender) -> None:
+    wanted = ["i20", "i2", "i11"]
+    np.testing.assert_array_equal(model.score(HISTORY, wanted), model.score(HISTORY)[[20, 2, 11]])
+
+
+def test_a_run_takes_a_user_and_an_adapter_a_history(run: Path, model: Recommender) -> None:
+    with pytest.raises(DataError, match="no user 'zzz' in the data; users are u"):
+        Recommender.from_pretrained(run, "zzz")
+    with pytest.raises(DataError, match="no history; give one"):
+        model.recommend()
+    with pytest.raises(ConfigError, match="a run has a catalogue and a base model of its own"):
+        Recommender.from_pretrained(run, "u3", "items.csv")
+    with pytest.raises(ConfigError, match=r"shared_adapter is no run"):
+        Recommender.from_pretrained(run / "shared_adapter", "u3")
+
+
+def test_unknown_items_and_short_histories_are_refused(model: Recommender, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no item 'zzz' in the catalogue of 30 items"):
         model.recommend(["i1", "zzz"])
     with pytest.raises(DataError, match="empty history"):
@@ -150,9 +192,9 @@ def test_a_taste_is_read_off_a_single_item(tiny: Tiny, tmp_path: Path) -> None:
 def test_catalogue_and_base_that_nobody_else_has_must_be_given(run: Path, tiny: Tiny) -> None:
     folder = run / "shared_adapter"
     with pytest.raises(DataError, match=r"trained on 'interactions\.csv'.*pass catalogue"):
-        RecommenderModel.from_pretrained(folder, backbone=str(tiny.model))
+        Recommender.from_pretrained(folder, backbone=str(tiny.model))
     with pytest.raises(ArtefactError, match="local model called 'model'; pass backbone"):
-        RecommenderModel.from_pretrained(folder, str(tiny.items))
+        Recommender.from_pretrained(folder, catalogue=str(tiny.items))
 
 
 def other_weights(tiny: Tiny, folder: Path) -> Tiny:
