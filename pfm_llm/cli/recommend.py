@@ -20,7 +20,7 @@ def recommend(
     ] = None,
     history: Annotated[
         str | None,
-        typer.Option(help="With --adapter: item ids, oldest first, separated by commas."),
+        typer.Option(help="With --adapter: ids or titles of items, oldest first, with commas."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
     catalogue: Annotated[
@@ -31,6 +31,12 @@ def recommend(
     ] = None,
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Go on with other weights.")
+    ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="With --user: by the shared part alone, their own, and another's."
+        ),
     ] = False,
     n: Annotated[int, typer.Option("-n", help="How many items.")] = 10,
     as_json: options.AsJson = False,
@@ -48,7 +54,12 @@ def recommend(
         raise ConfigError("give --user, or --adapter with --history")
     if (adapter is None) != (history is None):
         raise ConfigError("--adapter and --history go together")
+    if compare and user is None:
+        raise ConfigError("--compare goes with --user")
     logging.getLogger("pfm_llm").setLevel(logging.WARNING)
+    if compare:
+        _compare(options.run_folder(run, runs), str(user), n, as_json)
+        return
     if user is not None:
         items = _of_run(options.run_folder(run, runs), user, n)
     else:
@@ -61,6 +72,17 @@ def _of_run(run: Path, user: str, n: int) -> "list[Recommendation]":
     from pfm_llm.recommender import Recommender
 
     return Recommender.from_pretrained(run, user).recommend(k=n)
+
+
+def _compare(run: Path, user: str, n: int, as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    from pfm_llm.runs.experiment import open_run
+    from pfm_llm.runs.lists import compare_lists
+
+    found = compare_lists(*open_run(run), user, n)
+    print(json.dumps(asdict(found), ensure_ascii=False) if as_json else found.text())
 
 
 def _load(
@@ -87,7 +109,9 @@ def _load(
 
 
 def _after_history(model: "Recommender", history: str, n: int) -> "list[Recommendation]":
-    return model.recommend([item.strip() for item in history.split(",") if item.strip()], n)
+    from pfm_llm.data.titles import find_items
+
+    return model.recommend(find_items(model.catalogue, history), n)
 
 
 def _print(items: "list[Recommendation]", as_json: bool) -> None:

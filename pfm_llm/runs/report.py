@@ -16,7 +16,7 @@ from pfm_llm.evaluation.evaluator import Measured
 from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish.export import PLOTS_FOLDER, export_shared_adapter
-from pfm_llm.runs import plots, summary
+from pfm_llm.runs import lists, plots, summary
 from pfm_llm.runs.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
@@ -82,6 +82,15 @@ def evaluate_and_report(
         export_shared_adapter(exported, folder, trained.shared, rows)
         for line in summary.of_run(run.folders.public):
             _log.info("%s", line)
+        _show_lists(run, trained)
+
+
+def _show_lists(run: Run, trained: Trained) -> None:
+    """What the private part changes for three users; their lists stay in the private folder."""
+    if not run.config.adapters.private.enabled:
+        return
+    for one in lists.write_lists(run, trained):
+        _log.info("\n%s", one.text())
 
 
 def _costs(run: Run, evaluated: Measured, training_seconds: float | None) -> dict[str, Any]:

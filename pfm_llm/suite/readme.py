@@ -14,11 +14,15 @@ A table stands between two comments, the first of which says what it is made of:
     ...
     <!-- end of table -->
 
+    <!-- first: results/quickstart/lists.json -->
+    ...
+    <!-- end of first -->
+
 The third has a column for each prefix and a row for each name: its figures are the claims
 ``next.films.popularity``, ``hits.films.popularity`` and so on of ``results/claims.json``, its
 headings their units, and its rows' names the notes of the first column. A file with ``ratios`` (of
 ``benchmarks/engine.py``) becomes a table of the race, any other file a table of results; a suite's
-folder becomes a table of its methods.
+folder becomes a table of its methods. The last shows the lists of a few users; see `runs.lists`.
 """
 
 import re
@@ -30,11 +34,13 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.base.files import read_json
 from pfm_llm.evaluation.results import read_results
 from pfm_llm.evaluation.tables import results_table
+from pfm_llm.runs.lists import read_lists
 from pfm_llm.suite.claims import Claim, read_claims
 from pfm_llm.suite.report.tables import markdown_table
 
 _TABLE = re.compile(
-    r"(<!-- (?P<kind>table|suite|claims): (?P<what>[^>]+) -->\n).*?(?P<end><!-- end of table -->)",
+    r"(<!-- (?P<kind>table|suite|claims|first): (?P<what>[^>]+) -->\n).*?"
+    r"(?P<end><!-- end of (?:table|first) -->)",
     flags=re.DOTALL,
 )
 
@@ -51,11 +57,12 @@ def with_fresh_tables(text: str, root: Path) -> str:
     """
 
     def rebuilt(match: re.Match[str]) -> str:
-        what = match["what"]
-        if match["kind"] == "claims":
+        kind, what = match["kind"], match["what"]
+        if kind == "claims":
             table = _claims_table(what, read_claims(root))
         else:
-            table = (markdown_table if match["kind"] == "suite" else _table)(root / what)
+            make = {"suite": markdown_table, "first": _lists}.get(kind, _table)
+            table = make(root / what)
         return f"{match[1]}{table}\n{match['end']}"
 
     return _TABLE.sub(rebuilt, text)
@@ -69,6 +76,12 @@ def _table(path: Path) -> str:
         return _race_table(content)
     rows, extra = read_results(path)
     return f"{results_table(rows).strip()}\n\n{_costs(extra)}"
+
+
+def _lists(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"lists are to be shown of {path}, which is not there")
+    return "\n\n".join(one.markdown() for one in read_lists(read_json(path)))
 
 
 def _claims_table(what: str, claims: Mapping[str, Claim]) -> str:
