@@ -11,8 +11,13 @@ import numpy as np
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.evaluation import personality
-from pfm_llm.evaluation.personality import Bootstrap, Estimate
+from pfm_llm.evaluation.personality.estimates import (
+    Bootstrap,
+    Estimate,
+    paired_difference,
+    user_quality,
+)
+from pfm_llm.evaluation.personality.gain import auc_gain, rank_gain
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import FULL, HEADLINE_K, ResultRow, judged_mode, read_results
 from pfm_llm.protocol.types import Mode
@@ -44,7 +49,7 @@ def ranked_references(ranks: Mapping[str, Ranks]) -> list[Reference]:
 
 
 def _reference(name: str, ranks: Ranks) -> Reference:
-    ndcg = personality.user_quality(_NDCG, ranks.full, ranks.users)
+    ndcg = user_quality(_NDCG, ranks.full, ranks.users)
     return Reference(name, np.unique(ranks.users), ndcg)
 
 
@@ -126,7 +131,7 @@ def rows_over(
     for reference in references:
         if not np.array_equal(reference.users, own.users):
             raise DataError(f"{reference.name} was measured on other users than this run")
-        figures[f"{OVER}{reference.name}"] = personality.paired_difference(
+        figures[f"{OVER}{reference.name}"] = paired_difference(
             own.ndcg, reference.ndcg, bootstrap_of(config)
         )
     return estimate_rows(config, split, Task.NEXT_ITEM, figures)
@@ -151,13 +156,9 @@ def gains(
     """
     name = "" if over is Mode.SHARED_ONLY else "private"
     own, reference = ranks[Mode.SHARED_PRIVATE], ranks[over]
-    found = {
-        Task.NEXT_ITEM: personality.rank_gain(own.full, reference.full, own.users, bootstrap, name)
-    }
+    found = {Task.NEXT_ITEM: rank_gain(own.full, reference.full, own.users, bootstrap, name)}
     if aucs:
-        found[Task.LIKE] = personality.auc_gain(
-            aucs[Mode.SHARED_PRIVATE], aucs[over], bootstrap, name
-        )
+        found[Task.LIKE] = auc_gain(aucs[Mode.SHARED_PRIVATE], aucs[over], bootstrap, name)
     return found
 
 

@@ -10,7 +10,7 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import metrics, scoring
-from pfm_llm.evaluation.baselines import FittedBaseline
+from pfm_llm.evaluation.baselines.selection import FittedBaseline
 from pfm_llm.evaluation.results import AUC, FULL, HEADLINE_K, RANK_LABELS, SAMPLED, ResultRow
 
 

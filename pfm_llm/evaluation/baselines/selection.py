@@ -36,7 +36,7 @@ class BaselineName(StrEnum):
 
 
 class HeldOutQueries(Protocol):
-    """What choosing hyperparameters needs of a validation set."""
+    """The parts of a validation set that the choice of hyperparameters uses."""
 
     @property
     def histories(self) -> Histories:

@@ -38,31 +38,26 @@ class GroupHarm:
     is_harmed_adjusted: bool
 
 
-def not_harmed(
-    gain: FloatArray, bootstrap: Bootstrap, tolerance: float = 0.0
-) -> dict[str, Estimate]:
+def not_harmed(gain: FloatArray, bootstrap: Bootstrap) -> dict[str, Estimate]:
     """The share of users who are not worse off.
 
-    Definition: the share of users whose gain is at least ``-tolerance``. Range: [0, 1]. More is
-    better. Noise in the ranks of few targets makes many users a little worse off by chance, so
-    this alone is no proof of harm; see `group_harm`.
+    Definition: the share of users whose gain is at least 0. Range: [0, 1]. More is better. With few
+    targets per user, noise in the ranks makes many users a little worse off by chance. This share
+    alone is therefore no proof of harm; see `group_harm`.
 
     Args:
-        gain: float64 [U], own minus reference; NaN for a user without one, who is left out.
-        bootstrap: How to make the interval.
-        tolerance: How much worse is not yet harm, at least 0, in units of ``gain``.
+        gain: float64 [U], own minus reference; a user with NaN is left out.
+        bootstrap: The settings of the interval.
 
     Returns:
         ``not_harmed``.
 
     Raises:
-        ConfigError: ``tolerance`` or ``bootstrap`` is out of range.
+        ConfigError: ``bootstrap`` is out of range.
         DataError: No user has a gain.
     """
-    if not 0 <= tolerance < math.inf:
-        raise ConfigError(f"harm: tolerance {tolerance}: at least 0")
     gain = np.asarray(gain, np.float64)
-    is_spared = (gain >= -tolerance - ROUNDING).astype(np.float64)
+    is_spared = (gain >= -ROUNDING).astype(np.float64)
     return {"not_harmed": estimate(np.where(np.isnan(gain), np.nan, is_spared), bootstrap)}
 
 
