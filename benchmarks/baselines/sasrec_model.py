@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.evaluation.baselines import Histories, ScoreMatrix
+from pfm_llm.evaluation.baselines.common import Histories, ScoreMatrix
 
 NO_TARGET = -100
 """Marks padding among the targets; the loss passes over it."""

@@ -16,7 +16,7 @@ from pfm_llm.base.progress import Progress
 from pfm_llm.base.seeding import derive_seed, numpy_generator
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.splits import HeldOut, Split
-from pfm_llm.evaluation.baselines import Histories, ScoreMatrix
+from pfm_llm.evaluation.baselines.common import Histories, ScoreMatrix
 from pfm_llm.evaluation.ranking import headline
 
 METHOD = "sasrec"

@@ -23,7 +23,8 @@ def show_versions(
     """List the versions of a repository, newest first."""
     import json
 
-    from pfm_llm.publish.versions import list_versions, versions_text, versions_tree
+    from pfm_llm.publish.versions.history import list_versions
+    from pfm_llm.publish.versions.text import versions_text, versions_tree
 
     versions = list_versions(repo, revision)
     print(json.dumps(versions_tree(versions)) if as_json else versions_text(versions))
@@ -34,7 +35,8 @@ def diff(older: _Place, newer: _Place, as_json: options.AsJson = False) -> None:
     import json
 
     from pfm_llm.publish.hub import pull_named
-    from pfm_llm.publish.versions import diff_text, diff_tree, diff_versions
+    from pfm_llm.publish.versions.difference import diff_versions
+    from pfm_llm.publish.versions.text import diff_text, diff_tree
 
     found = diff_versions(pull_named(older), pull_named(newer))
     print(json.dumps(diff_tree(found)) if as_json else diff_text(found))
@@ -51,7 +53,8 @@ def verify(
     """Check files, signatures and the parent of each version."""
     import json
 
-    from pfm_llm.publish.versions import chain_text, chain_tree, verify_chain
+    from pfm_llm.publish.versions.chain import verify_chain
+    from pfm_llm.publish.versions.text import chain_text, chain_tree
 
     report = verify_chain(repo, revision, trusted_key)
     print(json.dumps(chain_tree(report)) if as_json else chain_text(report))
@@ -67,7 +70,7 @@ def roll_back(
 ) -> None:
     """Publish an older version anew."""
     from pfm_llm.publish.signing import load_key, public_key
-    from pfm_llm.publish.versions import rollback
+    from pfm_llm.publish.versions.restore import rollback
 
     key = load_key(signing_key) if signing_key else None
     pushed = rollback(repo, to, signing_key=key, revision=revision)
@@ -102,7 +105,7 @@ def pull(
 ) -> None:
     """Fetch a version and check its files."""
     from pfm_llm.publish import hub
-    from pfm_llm.publish.versions import copy_artefact
+    from pfm_llm.publish.versions.restore import copy_artefact
 
     artefact = hub.pull(repo, revision)
     if to is not None:

@@ -1,1 +1,1 @@
-"""What one device runs: its histories, its private states, its local training."""
+"""The client: its histories, its private states and its local training."""

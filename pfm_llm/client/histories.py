@@ -1,4 +1,4 @@
-"""What the simulated clients hold, and the batches of their local steps."""
+"""The histories of the simulated clients, and the batches of their local steps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from pfm_llm.text.encoding import HistoryEncoder, Window
 
 
 class ClientHistories:
-    """What the simulated clients hold: training windows and their trunk states.
+    """The training windows of the simulated clients, and the trunk states of these windows.
 
     Args:
         clients: The federation's clients.
-        train: Training interactions; nothing held out can be reached from here.
-        encoder: Renders and tokenises.
+        train: Training interactions; no held-out interaction can be reached from here.
+        encoder: Renders and tokenises histories.
         states: Trunk states of windows: from a cache, or computed each time.
-        like_threshold: Ratings from here on are likes to learn from; None: none are.
+        like_threshold: A rating of at least this counts as a like; None: likes are no task.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ClientHistories:
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Ids of the clients that have something to learn from: at least one transition."""
+        """Ids of the clients that have at least one transition to train on."""
         return trainable(tuple(self.clients.values()), self._train)
 
     def client_of(self, user: int) -> str:
@@ -65,11 +65,11 @@ class ClientHistories:
         return self._windows[client_id]
 
     def later_windows(self, client_id: str, history: History) -> tuple[Window, ...]:
-        """The windows that a history that goes on after the training history adds to `windows`.
+        """The further windows of a history that extends the training history.
 
         Args:
             client_id: A client of one user.
-            history: The training history, and what came after it.
+            history: The training history and the interactions after it.
 
         Raises:
             DataError: The history does not begin with the training history.
@@ -79,11 +79,11 @@ class ClientHistories:
         return self._encoder.training_windows(whole, num_known) if len(whole) > num_known else ()
 
     def history(self, client_id: str, shown: History | None = None) -> History:
-        """The history of a client of one user, with likes where they are a task.
+        """The history of a client of one user, with its likes if ``like`` is a task.
 
         Args:
             client_id: The client.
-            shown: The training history, and what came after it; None: the training history.
+            shown: The training history and the interactions after it; None: the training history.
 
         Raises:
             DataError: ``shown`` does not begin with the training history.
@@ -102,13 +102,14 @@ class ClientHistories:
     def trunk_states(self, client_id: str, later: Sequence[Window] = ()) -> list[torch.Tensor]:
         """Trunk states [T, d] of each training window of a client, and of `later_windows`.
 
-        Later windows are entries of their own, as queries are, which show the same.
+        Each later window has a cache entry of its own, which it shares with the query that reads
+        the same items.
         """
         states = self._states(self.windows(client_id), client_id)
         return states + [self._states([window], client_id)[0] for window in later]
 
     def num_tokens(self, client_id: str, limit: int | None = None) -> int:
-        """Padded size of a client's (at most ``limit``) windows: number times longest."""
+        """Padded tokens of at most ``limit`` windows of a client: number times longest."""
         windows = self.windows(client_id)
         rows = len(windows) if limit is None else min(limit, len(windows))
         return rows * max((len(window.tokens) for window in windows), default=0)
@@ -119,10 +120,10 @@ class LocalWork:
     """The steps that one call of local training takes.
 
     Attributes:
-        shared_steps, private_steps: How many of each.
-        schedule: In which order.
-        purpose: Names the random draws.
-        windows_per_step: How many of a client's windows one step reads, in turn; None: all.
+        shared_steps, private_steps: Number of steps on the shared and on the private tensors.
+        schedule: The order of the steps.
+        purpose: Name of the random draws.
+        windows_per_step: Windows of a client in one step, in turn; None: all.
     """
 
     shared_steps: int
@@ -132,7 +133,7 @@ class LocalWork:
     windows_per_step: int | None
 
     def plan(self) -> list[tuple[bool, bool]]:
-        """For each step, whether the shared and whether the private tensors move."""
+        """For each step, whether it changes the shared and the private tensors."""
         if self.schedule is Schedule.JOINT:
             longest = max(self.shared_steps, self.private_steps)
             return [(s < self.shared_steps, s < self.private_steps) for s in range(longest)]
@@ -194,7 +195,7 @@ class BatchSource:
 
 
 def _turn(order: Sequence[int], step: int, size: int) -> list[int]:
-    """``size`` entries of ``order`` starting where the previous step stopped, around the end."""
+    """The next ``size`` entries of ``order``, which is read as a circle, at a step from 0."""
     if len(order) <= size:
         return sorted(order)
     return sorted(order[(step * size + k) % len(order)] for k in range(size))

@@ -1,7 +1,7 @@
-"""Gradient steps on stacked tensors: many clients at once, no client touching another.
+"""Gradient steps on stacked tensors of many clients, each independent of the others.
 
-All tensors have a leading client dimension [C, ...] and every operation is element-wise or a
-per-client norm, so stepping a chunk equals stepping its clients one at a time.
+All tensors have a leading client dimension [C, ...]. Every operation is element-wise or a norm per
+client, so a step on a chunk equals steps on its clients one at a time.
 """
 
 from collections.abc import Mapping, Sequence

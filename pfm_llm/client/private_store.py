@@ -1,10 +1,10 @@
-"""Where private states live: a folder apart, on the client's side, readable by its owner alone.
+"""The store of private states: a separate folder on the client's side that only its owner can read.
 
-``<root>/clients/<client_id>/`` holds everything that a client keeps and that must go when it
-goes: ``private.r000012.safetensors``, the private state after round 12;
-``personalised.r000100.safetensors``, the one made for evaluation and serving; and the caches
-that other modules put there. The server's checkpoint is the commit point: states newer than
-it are discarded on resume, so that a round never counts twice.
+``<root>/clients/<client_id>/`` holds everything that is deleted when a client leaves:
+``private.r000012.safetensors``, the private state after round 12;
+``personalised.r000100.safetensors``, the state for evaluation and serving; and the caches of other
+modules. The server's checkpoint is the commit point. On resume, newer states are discarded, so that
+no round counts twice.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class PrivateStore:
     """Private states by client and version. Listings read file names only."""
 
     def __init__(self, root: Path) -> None:
-        """Open a store, making its folder if need be.
+        """Open a store; create its folder if it is missing.
 
         Args:
             root: Such as ``runs/<name>.private``; its mode becomes 0700.
@@ -52,7 +52,7 @@ class PrivateStore:
         return tuple(sorted(e for e in _entries(self._clients) if _CLIENT_ID.fullmatch(e)))
 
     def client_dir(self, client_id: str) -> Path:
-        """The client's own folder (0700), made if need be; it goes with `forget`.
+        """The client's own folder (mode 0700), created if it is missing; `forget` deletes it.
 
         Raises:
             StorageError: The id is no safe folder name, or the folder cannot be made.
@@ -77,9 +77,9 @@ class PrivateStore:
         """Read a client's state.
 
         Args:
-            client_id: Whose.
-            version: Exactly this one; None: the newest.
-            at_most: The newest that is not newer than this round.
+            client_id: The client.
+            version: Exactly this version; None: the newest.
+            at_most: The newest version up to this round; None: no limit.
 
         Returns:
             None when there is no such version.
@@ -100,13 +100,13 @@ class PrivateStore:
         return tuple(sorted(self._files(_TRAINED, client_id)))
 
     def save_personalised(self, state: PrivateState) -> None:
-        """Write the state made for evaluation and serving; it replaces the one before.
+        """Write the state for evaluation and serving; it replaces the previous one.
 
         Args:
             state: Its version is the round whose shared state it was fitted to.
 
         Raises:
-            DiskSpaceError: The disk is full; the one before is intact.
+            DiskSpaceError: The disk is full; the previous state is intact.
             StorageError: As in `save`.
         """
         self._write(_PERSONALISED, state)
@@ -115,7 +115,7 @@ class PrivateStore:
                 _unlink(path)
 
     def load_personalised(self, client_id: str) -> PrivateState | None:
-        """Read what `save_personalised` wrote, or None.
+        """Read the state for evaluation and serving; None if there is none.
 
         Raises:
             CorruptFileError: The file is damaged; the message names client and remedy.
@@ -125,13 +125,13 @@ class PrivateStore:
         return self._read(_PERSONALISED, client_id, max(versions)) if versions else None
 
     def discard_newer(self, round_number: int) -> int:
-        """Delete whatever was made after a round, personalised states included.
+        """Delete all states after a round, including personalised ones.
 
-        Call it on resume, with the committed round, when nobody writes. Temporary files of a
-        killed process go too.
+        Call it on resume, with the committed round, while no process writes. It also deletes the
+        temporary files of a killed process.
 
         Returns:
-            How many states were deleted.
+            Number of deleted states.
         """
         remove_temporary(self._root)
         discarded = 0
@@ -146,15 +146,14 @@ class PrivateStore:
     def prune(self, oldest_commit: int, client_ids: Iterable[str] | None = None) -> int:
         """Delete states that no kept checkpoint needs.
 
-        Of each client the newest version that is not newer than ``oldest_commit`` stays, and
-        every newer one.
+        Each client keeps its newest version up to ``oldest_commit``, and every later version.
 
         Args:
             oldest_commit: The oldest round that the run may still go back to.
-            client_ids: Only these, such as the cohorts since the last commit; None: all.
+            client_ids: Only these clients, such as the cohorts since the last commit; None: all.
 
         Returns:
-            How many states were deleted.
+            Number of deleted states.
         """
         deleted = 0
         for client_id in self.client_ids() if client_ids is None else client_ids:
@@ -165,10 +164,10 @@ class PrivateStore:
         return deleted
 
     def forget(self, client_id: str) -> None:
-        """Delete the client's folder with all states and caches; harmless when there is none.
+        """Delete the client's folder with all states and caches, if there is one.
 
         Raises:
-            StorageError: Something could not be deleted; call it again.
+            StorageError: A file could not be deleted; call it again.
         """
         _delete_tree(self._path(client_id))
 

@@ -1,4 +1,4 @@
-"""The clients' side: histories, private states, and local training in the many-clients pass."""
+"""Local training of the clients in the many-clients pass."""
 
 import functools
 import logging
@@ -26,12 +26,12 @@ _log = logging.getLogger(__name__)
 def plan_chunks(
     client_ids: Iterable[str], num_tokens: Callable[[str], int], tokens_per_chunk: int
 ) -> list[tuple[str, ...]]:
-    """Group clients for the many-clients pass; a function of the clients alone.
+    """Group clients into chunks for the many-clients pass; their order does not matter.
 
-    Clients of like size go together, so that little is padding.
+    Clients of similar size share a chunk, which keeps the padding small.
 
     Args:
-        client_ids: Who takes part.
+        client_ids: The clients to group.
         num_tokens: Padded tokens of one client.
         tokens_per_chunk: Bound per chunk; a single client may exceed it.
     """
@@ -49,14 +49,14 @@ def plan_chunks(
 
 
 class LocalTrainer:
-    """Trains chunks of clients: from shared and private state to updates and private states.
+    """Trains chunks of clients. It makes updates, and stores new private states.
 
     Args:
         config: The experiment.
         model: The many-clients model.
         histories: The clients' data.
-        store: Where private states live; nothing else ever receives them.
-        contract: What an update may hold.
+        store: The store of private states; nothing else receives them.
+        contract: The tensors that an update may hold.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class LocalTrainer:
         return Stages(stages, self._config.seed, known(federation.cohort_size))
 
     def chunks(self, cohort: Sequence[str]) -> list[tuple[str, ...]]:
-        """The cohort's chunks; equal on every process."""
+        """The chunks of a cohort; equal on every process."""
         limit = self._local.windows_per_step
         size = functools.partial(self._histories.num_tokens, limit=limit)
         return plan_chunks(cohort, size, self._config.runtime.tokens_per_chunk)
 
     def train_chunk(self, chunk: Sequence[str], shared: SharedState) -> list[ClientUpdate]:
-        """Train some clients for one round; their new private states go to their store."""
+        """Train some clients for one round, and store their new private states."""
         round_number = shared.round_number + 1
         work = self.round_work()
         trains_private = any(moves for _, moves in work.plan())
@@ -116,7 +116,7 @@ class LocalTrainer:
         ]
 
     def round_work(self) -> LocalWork:
-        """The steps that a client takes in a round."""
+        """The steps of a client in a round."""
         local = self._local
         after = local.schedule is Schedule.PRIVATE_AFTER
         private_in_round = self._private.takes_steps and not after
@@ -129,11 +129,11 @@ class LocalTrainer:
         )
 
     def personalise(self, chunk: Sequence[str], shared: SharedState) -> dict[str, torch.Tensor]:
-        """Fit private adapters to the shared state at hand, on training histories only.
+        """Fit private parts to a shared state, on training histories only.
 
-        A part that takes no steps is fitted by `fit`. Others start from each client's newest
-        private state up to the round of ``shared``. Clients that have nothing to
-        train on keep what they have.
+        A part that takes no steps is fitted by `fit`. The others start from each client's newest
+        private state up to the round of ``shared``. Clients without training windows keep their
+        state.
 
         Returns:
             Stacked private tensors [C, ...]; the store is not changed.
@@ -155,7 +155,7 @@ class LocalTrainer:
         fitted = {name: value[able] for name, value in private.items()}
         stacked = {**self._stack_shared(shared, len(able)), **fitted}
         new, _ = self._train([chunk[c] for c in able], stacked, work, shared.round_number)
-        # A client whose fit went astray keeps its old adapter.
+        # A client whose new values are not finite keeps its old state.
         good = torch.stack([new[name].flatten(1).isfinite().all(1) for name in private]).all(0)
         rows = torch.tensor(able, device=good.device)[good]
         return {n: value.index_copy(0, rows, new[n][good]) for n, value in private.items()}
@@ -163,12 +163,13 @@ class LocalTrainer:
     def fit(
         self, chunk: Sequence[str], shared: SharedState, shown: Sequence[History | None]
     ) -> dict[str, torch.Tensor]:
-        """Private tensors for the shared state at hand and the history of each client.
+        """Private tensors for a shared state and the history of each client.
 
         Args:
             chunk: Client ids.
             shared: The shared state.
-            shown: Per client its training history and what came after it; None: the former.
+            shown: Per client its training history and the interactions after it; None: the
+                training history.
 
         Returns:
             Stacked private tensors [C, ...]; the initial ones for clients without a history.
@@ -196,13 +197,13 @@ class LocalTrainer:
         return {name: value.index_copy(0, rows, fitted[name]) for name, value in private.items()}
 
     def personalise_tokens(self, client_id: str) -> int:
-        """Padded tokens that one step of `personalise` reads of a client."""
+        """Padded tokens of one client in one step of `personalise`."""
         if not (self._private.takes_steps or self._private.reads_text):
             return 0
         return self._histories.num_tokens(client_id, self._local.personalise_windows)
 
     def personalise_steps(self, chunk: Sequence[str]) -> int:
-        """How many private gradient steps `personalise` takes, over all clients of the chunk."""
+        """Number of private gradient steps of `personalise`, over all clients of the chunk."""
         if not self._private.takes_steps:
             return 0
         able = sum(bool(self._histories.windows(client_id)) for client_id in chunk)
@@ -215,9 +216,9 @@ class LocalTrainer:
         work: LocalWork,
         round_number: int,
     ) -> tuple[dict[str, torch.Tensor], list[float]]:
-        """Take the planned steps; returns the new tensors and the first shared step's losses."""
+        """Take the planned steps; the new tensors, and the losses of the first shared step."""
         shared_optimizer, private_optimizer = self._optimizers()
-        # Training fits the private adapter at full strength; `weight` is a serving-time choice.
+        # Training uses the full private adapter; `adapters.private.weight` applies to serving only.
         private_on = self._config.adapters.private.enabled
         parts = Parts(shared_lora=True, private_weight=1.0 if private_on else 0.0)
         first_losses: list[float] | None = None
@@ -245,7 +246,7 @@ class LocalTrainer:
         return {name: stacked[name].detach().requires_grad_() for name in self._contract.tensors}
 
     def _optimizers(self) -> tuple[StackedOptimizer, StackedOptimizer]:
-        """For the shared and for the private tensors, with fresh moments."""
+        """The optimizers of the shared and of the private tensors, with fresh moments."""
         local = self._local
         return (
             StackedOptimizer(local.shared_optimizer, local.shared_lr, local.max_grad_norm),

@@ -1,17 +1,16 @@
-"""Trunk states of a client's windows, computed once and kept with the client.
+"""Trunk states of a client's windows, computed once and kept in the client's private folder.
 
-Layers below the lowest adapted one never change, so what they make of a window is a constant.
-It also reproduces the history, so it is private data: the files live in the client's own
-private folder and go when the client goes.
+The layers below the lowest adapted one never change, so the trunk states of a window are constant.
+They reveal the history and are therefore private data: the files are in the client's own private
+folder and are deleted with it.
 
-A client's windows are always computed together and alone, in an order that depends on them
-only. The states are therefore the same bits whether they come from the cache, are recomputed
-because the budget is used up, or are computed again after a resume.
+The windows of a client are always computed together, without other clients, in an order that
+depends on them only. The states are therefore the same bits whether they come from the cache, are
+recomputed because the budget is used up, or are computed again after a resume.
 """
 
 import hashlib
 import logging
-import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ _log = logging.getLogger(__name__)
 _FOLDER = "trunk"
 _CHECKSUM = "crc32"
 _HEADER_BYTES = 256
-"""More than a file takes beside the states."""
+"""Upper bound of a file's size beyond the states."""
 
 
 @torch.no_grad()
@@ -63,19 +62,19 @@ def trunk_states(
 
 
 class TrunkCache:
-    """Computes trunk states and remembers them within a budget.
+    """Computes trunk states and caches them within a budget.
 
     Args:
         trunk: The trunk view of the backbone.
-        root: Holds a folder per client, private like everything in it.
-        identity: Hash of what the states depend on besides the tokens (weights, layers, dtype).
+        root: A private folder with a folder per client.
+        identity: The weights, layers and dtype that the states depend on besides the tokens.
         max_bytes: Budget for all files together; beyond it states are computed each time.
         batch_tokens: Bound on padded tokens per forward pass.
-        num_writers: Processes that write under ``root``; each may use its share of the budget.
+        num_writers: Number of processes that write under ``root``; they share the budget evenly.
 
     Attributes:
-        hits: How often states were read.
-        misses: How often they were computed.
+        hits: How often states were read from the cache.
+        misses: How often states were computed.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class TrunkCache:
 
     @property
     def device(self) -> torch.device:
-        """Where the trunk runs and states are returned."""
+        """The device of the trunk and of the returned states."""
         return next(self._trunk.parameters()).device
 
     def states(self, windows: Sequence[Window], client_id: str) -> list[torch.Tensor]:
@@ -107,7 +106,7 @@ class TrunkCache:
 
         Args:
             windows: The windows; none empty.
-            client_id: Whose; names the private folder that the states are kept in.
+            client_id: The client, whose private folder keeps the states.
 
         Returns:
             For each window its states [T, d] in the backbone's dtype.
@@ -125,10 +124,6 @@ class TrunkCache:
             self.hits += 1
         return list(states.to(self.device).split(lengths))
 
-    def forget(self, client_id: str) -> None:
-        """Delete a client's states; they go when the client goes."""
-        shutil.rmtree(self._root / client_id / _FOLDER, ignore_errors=True)
-
     def _key(self, windows: Sequence[Window]) -> str:
         text = f"{self._identity}/{windows_hash(windows)}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -144,7 +139,7 @@ class TrunkCache:
         except (CorruptFileError, OSError) as error:
             _log.warning("trunk cache: %s; computing it again", error)
             path.unlink(missing_ok=True)
-            self._bytes_left = None  # to be counted anew
+            self._bytes_left = None  # the next write counts the files again
             return None
         return states
 
@@ -160,7 +155,7 @@ class TrunkCache:
                 files.make_private_dir(folder)
             files.write_tensors(path, {"states": states}, {_CHECKSUM: _checksum(states)})
         except DiskSpaceError as error:
-            # A cache is a convenience: a full disk costs time, not the run.
+            # The run goes on without the cache when the disk is full.
             _log.warning("trunk cache: %s; going on without it", error)
             self._bytes_left = 0
             return
@@ -168,6 +163,6 @@ class TrunkCache:
 
 
 def _checksum(states: torch.Tensor) -> str:
-    """CRC-32 of the values: it finds what a disk damages, and costs less than the read."""
+    """CRC-32 of the values. It detects damage on the disk, and takes less time than the read."""
     values = states.detach().cpu().contiguous().view(torch.uint8)
     return f"{zlib.crc32(values.numpy().data):08x}"

@@ -22,26 +22,24 @@ _TEXT_COLUMNS = ("Method", "Mode", "Budget")
 def results_table(
     rows: Sequence[ResultRow],
     split: str = "test",
-    ks: Sequence[int] = (HEADLINE_K,),
     confidence: float = 0.95,
 ) -> str:
     """The results as Markdown: baselines first, then the modes; the best of a column in bold.
 
-    Rows of different task, protocol or seed are never put in one table: each such group gets a
-    table of its own. Budgets that differ get a column.
+    Each group of rows with equal task, protocol and seed gets its own table. Different budgets get
+    a column.
 
     Args:
         rows: Measured numbers of any split.
-        split: Which split to show.
-        ks: Cut-offs to show.
-        confidence: What the intervals in the rows cover, for their label.
+        split: The split to show.
+        confidence: Coverage of the intervals in the rows, for their label.
 
     Raises:
         DataError: Two rows fill the same cell.
     """
     blocks = []
     for group in _groups(rows, split):
-        header, body = _grid(group, _columns(group, ks, confidence), "**{}**")
+        header, body = _grid(group, _columns(group, confidence), "**{}**")
         rule = ["---" if column in _TEXT_COLUMNS else "---:" for column in header]
         table = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
         how = _how(group, "whole catalogue ranked unless negatives are named")
@@ -52,13 +50,12 @@ def results_table(
 def terminal_table(
     rows: Sequence[ResultRow],
     split: str = "test",
-    ks: Sequence[int] = (HEADLINE_K,),
     confidence: float = 0.95,
 ) -> str:
     """`results_table` as aligned plain text; the best of a column is marked with ``*``."""
     blocks = []
     for group in _groups(rows, split):
-        header, body = _grid(group, _columns(group, ks, confidence), "*{}")
+        header, body = _grid(group, _columns(group, confidence), "*{}")
         short = [
             h.replace("Hit rate", "Hit").replace(", ", " /").replace(" neg.", "") for h in header
         ]
@@ -69,7 +66,7 @@ def terminal_table(
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of numbers: which rows it shows, and under what heading."""
+    """A column of numbers: the rows that it shows, and its heading."""
 
     candidates: str
     metric: str
@@ -90,21 +87,20 @@ def _groups(rows: Sequence[ResultRow], split: str) -> list[list[ResultRow]]:
     return list(groups.values())
 
 
-def _columns(rows: Sequence[ResultRow], ks: Sequence[int], confidence: float) -> list[_Column]:
+def _columns(rows: Sequence[ResultRow], confidence: float) -> list[_Column]:
     """The columns that at least one row fills: the full catalogue first, then samples."""
     candidates = sorted({row.candidates for row in rows}, key=lambda name: (name != FULL, name))
     interval = f" [{confidence * 100:g} %]"
     columns = [_Column(FULL, AUC, 0, AUC_LABEL + interval, True)]
     for name in candidates:
-        for k in ks:
-            for metric, label in RANK_LABELS.items():
-                heading = f"{label}@{k}"
-                with_interval = name == FULL and metric == "ndcg"
-                if with_interval:
-                    heading += interval
-                elif name != FULL:
-                    heading += f", {name.removeprefix(SAMPLED)} neg."
-                columns.append(_Column(name, metric, k, heading, with_interval))
+        for metric, label in RANK_LABELS.items():
+            heading = f"{label}@{HEADLINE_K}"
+            with_interval = name == FULL and metric == "ndcg"
+            if with_interval:
+                heading += interval
+            elif name != FULL:
+                heading += f", {name.removeprefix(SAMPLED)} neg."
+            columns.append(_Column(name, metric, HEADLINE_K, heading, with_interval))
     return [column for column in columns if any(map(column.shows, rows))]
 
 
@@ -165,13 +161,13 @@ def _caption(rows: Sequence[ResultRow]) -> str:
 
 
 def _how(rows: Sequence[ResultRow], ranked: str) -> str:
-    """What the figures of one table are; ``ranked`` says it of lists."""
+    """A caption for the figures of one table; ``ranked`` is the one for ranked lists."""
     is_auc = all(row.metric == AUC for row in rows)
     return "what each user liked among the user's own held-out items" if is_auc else ranked
 
 
 def _align(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Columns of text to the left, of numbers to the right, under a rule."""
+    """Aligned columns, text to the left and numbers to the right, with a rule below the header."""
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ class Backbone:
     Attributes:
         model: The whole ``AutoModelForCausalLM``, in eval mode, no parameter trainable.
         tokenizer: Its tokenizer.
-        name: The name it was asked for by; portable, never a local cache path.
+        name: The name in the config, never a path of the local cache.
         weights_hash: SHA-256 over its parameters as stored, before any cast to another dtype.
     """
 
@@ -53,7 +53,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -75,7 +75,7 @@ class Backbone:
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the weights come with a package registry instead of the Hub."""
+        """Whether the weights come from a package registry instead of the Hub."""
         return self.name in EMBEDDED
 
     @property
@@ -86,7 +86,7 @@ class Backbone:
 
     @property
     def portable_name(self) -> str:
-        """A Hub id where there is one; of a local folder only its own name."""
+        """The Hub id, or the last part of a local folder's path."""
         name = _HUB_NAMES.get(self.name, self.name)
         return Path(name).name if Path(name).exists() else name
 
@@ -150,7 +150,7 @@ class Backbone:
         order = sorted(range(len(pieces)), key=lambda i: len(pieces[i]))
         start = 0
         while start < len(order):
-            # Sorted ascending: the last of a batch is its longest, which sets the padding.
+            # The texts are sorted by length, so the last one of a batch sets the padding.
             stop = start + 1
             while (
                 stop < len(order) and (stop + 1 - start) * len(pieces[order[stop]]) <= batch_tokens
@@ -184,7 +184,7 @@ class Backbone:
         whole = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
         states = trunk(input_ids=tokens, use_cache=False).last_hidden_state
         composed = top(inputs_embeds=states, use_cache=False).last_hidden_state
-        # Of means: a few huge outlier dimensions would hide a difference in all others.
+        # A ratio of means: with a maximum, a few huge dimensions would hide all others.
         difference = (whole - composed).float().abs().mean() / whole.float().abs().mean()
         if not difference <= _SELF_CHECK_TOLERANCE[self.dtype]:
             raise BackboneError(
@@ -211,7 +211,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | None = None) ->
 
     Args:
         config: Name, revision and dtype.
-        device: Where to; the CPU when None.
+        device: The device to load it on; None: the CPU.
 
     Raises:
         BackboneError: Not found, not reachable, or not a causal language model.
@@ -239,7 +239,7 @@ def load_backbone(config: BackboneConfig, device: torch.device | None = None) ->
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The torch dtype; ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
+    """The torch dtype; ``auto`` is bfloat16 on hardware that multiplies it, else float32."""
     if dtype is not Dtype.AUTO:
         named: torch.dtype = getattr(torch, dtype.value)
         return named

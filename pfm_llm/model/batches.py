@@ -1,4 +1,4 @@
-"""Windows of many clients as one batch, and the dropout that is drawn for it."""
+"""The windows of many clients as one batch, and its dropout."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from pfm_llm.text.encoding import NO_TARGET, Window
 class ChunkBatch:
     """Windows of a chunk of clients, ready for the top.
 
-    A *position* is an item end. All positions receive the item's ID input; the *outputs* among
-    them are read out, to train or to rank.
+    A *position* is the last token of an item. Every position receives the ID input of its item. An
+    *output* is a position whose state is read out, to train on or to rank with.
 
     Attributes:
         trunk: [N, T, d] in the backbone's dtype, right-padded with zeros.
@@ -25,9 +25,9 @@ class ChunkBatch:
         rows, ends: int64 [P], row and token index of every position, by client, then row.
         items: int64 [P], the item at each position.
         positions_per_client: How many of the P positions belong to each client.
-        outputs: int64 [K], which positions are read out, ascending.
+        outputs: int64 [K], indices of the positions that are read out, ascending.
         targets: int64 [K], the next item at each output, or `NO_TARGET`.
-        liked: int64 [K], whether it was liked, 0 or 1, or `encoding.NO_LABEL`.
+        liked: int64 [K], whether the user liked the target, 0 or 1, or `encoding.NO_LABEL`.
         outputs_per_client: How many of the K outputs belong to each client.
         known: int64 [K], how many items of the user's history come before each output's target.
         histories: Per row int64 [H], the user's history up to the row's last target or item.
@@ -65,14 +65,21 @@ class ChunkBatch:
         return tuple(last.get(client, nothing) for client in range(self.num_clients))
 
     def seen(self, num_items: int) -> torch.Tensor:
-        """The items that each output's user had met by then, bool [K, I], without its target.
+        """Which items of the catalogue are in the history before each output's target.
 
-        Outputs must have targets.
+        Args:
+            num_items: I, the size of the catalogue.
+
+        Returns:
+            bool [K, I]; the target itself is False. Every output must have a target.
         """
+        # One scatter finds the place at which each item first occurs in each row's history.
+        # An item is seen at an output if that place is among the `known` items before the target.
+        # The work is O(rows x I + outputs x I), not a loop over outputs, whose histories overlap.
         lengths = torch.tensor([len(history) for history in self.histories])
         row = torch.arange(len(lengths)).repeat_interleave(lengths).to(self.items)
         place = torch.cat([torch.arange(length) for length in lengths]).to(self.items)
-        # When each row's user met each item first, as a place in the history; never: very late.
+        # The table [rows, I] is flat; an item that does not occur keeps a place beyond any history.
         never = self.items.new_full((len(lengths) * num_items,), torch.iinfo(torch.int64).max)
         keys = row * num_items + torch.cat(self.histories)
         first = never.scatter_reduce(0, keys, place, "amin").view(-1, num_items)
@@ -110,7 +117,9 @@ def collate(
     position_clients = row_clients.repeat_interleave(lengths)
     targets = joined([w.targets for _, w in flat])
     outputs = lengths.cumsum(0) - 1 if last_only else (targets != NO_TARGET).nonzero()[:, 0]
-    starts = lengths.cumsum(0) - lengths - before  # of each row's history, as positions
+    # A row shows its history from item `before` on. In the numbering of positions, the history
+    # therefore begins `before` places ahead of the row; `known` counts from there.
+    starts = lengths.cumsum(0) - lengths - before
     trunk = nn.utils.rnn.pad_sequence([s for own in states for s in own], batch_first=True)
     device = trunk.device
     return ChunkBatch(
@@ -130,7 +139,7 @@ def collate(
 
 
 def joined(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    """One int64 tensor of all."""
+    """The arrays one after another, int64; empty without arrays."""
     return torch.from_numpy(np.concatenate([np.empty(0, np.int32), *arrays])).long()
 
 
@@ -139,22 +148,22 @@ def _counts(clients: torch.Tensor, num_clients: int) -> tuple[int, ...]:
 
 
 def spans(counts: Sequence[int]) -> list[slice]:
-    """The slice of each client, from how many entries each has."""
+    """The slice of each client in a tensor that holds ``counts[c]`` entries of client c in turn."""
     stops = list(itertools.accumulate(counts))
     return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout of one training step, from one generator per client.
+    """The dropout of one training step.
 
-    What a client draws depends on its own windows alone, not on the padding or on who else is
-    in the chunk.
+    Each client has its own generator. The factors of a client depend on its own windows alone, not
+    on the padding or on the other clients of the chunk.
 
     Attributes:
         head: Rate on the user vectors.
-        taste: Rate on taste vectors that are read.
-        shared, private: Rates on what the factors A of each adapter read, as in PEFT.
+        taste: Rate on user embeddings that are a weighted sum over the history.
+        shared, private: Rates on the inputs of each adapter's factors A, as in PEFT.
         generators: By index of the client in the chunk.
     """
 

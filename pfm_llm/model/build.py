@@ -1,8 +1,8 @@
-"""Backbone, adapter, head and encoder of a config: what training and serving have in common.
+"""Builds the backbone, adapter, head and encoder of a config, for training and for serving.
 
-Started anew, the whitening is fitted on the catalogue and the shared state drawn. Started from a
-published adapter, both are the adapter's: the whitening is never refitted, and what belongs to
-single items follows them by key.
+A new model fits its whitening on the catalogue and draws its shared state. A model that starts from
+a published adapter takes both from the adapter: the whitening is never refitted, and the rows of
+items follow their items by key.
 """
 
 import hashlib
@@ -37,19 +37,19 @@ _ITEM_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The objects of a model over a catalogue, wired.
+    """The connected objects of a model over a catalogue.
 
     Attributes:
         backbone: The frozen model.
         trunk: Its layers below the adapted ones.
         prompt: The template.
         encoder: Renders histories.
-        adapter: Shared and private LoRA in PEFT's terms.
-        normaliser: The catalogue's whitening, or that of the adapter it starts from.
+        adapter: The adapted layers, and shared and private LoRA in the format of PEFT.
+        normaliser: The whitening of the catalogue, or of the adapter that the model starts from.
         model: The many-clients model.
         table: The shared tensors.
         shared: The shared state that it starts with.
-        contract: What updates may hold.
+        contract: The tensors that an update may hold.
     """
 
     backbone: Backbone
@@ -76,19 +76,19 @@ def build_model(
     device: torch.device,
     start: Start | None = None,
 ) -> ModelParts:
-    """Wire a model.
+    """Build a model and connect its parts.
 
     Args:
         config: Prompt, backbone, window, adapters and head.
         catalogue: The items.
-        ratings: Every rating that a history may show; None where there are none.
-        device: Where to.
-        start: A published adapter to go on from.
+        ratings: Every rating that a history may show; None when the data has no ratings.
+        device: The device to compute on.
+        start: A published adapter to continue from.
 
     Raises:
-        DataError: The prompt needs what the data lacks, or a window exceeds the context.
-        BackboneError: The model cannot be had or adapted.
-        ArtefactError: The adapter stands on another base, or has other shapes than the config.
+        DataError: The prompt needs a field that the data lacks, or a window exceeds the context.
+        BackboneError: The model cannot be loaded or adapted.
+        ArtefactError: The adapter belongs to another base, or its shapes differ from the config.
     """
     prompt = _load_prompt(config.prompt, ratings)
     backbone = load_backbone(config.backbone, device)
@@ -150,10 +150,10 @@ def _encoder(
 def item_states(
     backbone: Backbone, encoder: HistoryEncoder, prompt: Prompt, catalogue_hash: str
 ) -> torch.Tensor:
-    """Frozen states of the catalogue's texts, [I, d] float32, kept between runs.
+    """Frozen states of the catalogue's texts, float32 [I, d], cached between runs.
 
-    They depend on the catalogue alone, not on any user, so they are kept in the public cache
-    under a key of all that they depend on.
+    The states depend on the catalogue and not on any user. The public cache therefore keeps them,
+    under a hash of everything that they depend on.
     """
     parts = (
         backbone.weights_hash,
@@ -178,7 +178,7 @@ def item_states(
     try:
         files.write_tensors(path, {"states": states}, {"sha256": _sha256(states)})
     except StorageError as error:
-        # A cache is a convenience: without it they are computed each time.
+        # A run works without the cache: it then computes the states each time.
         _log.warning("item states: %s; going on without keeping them", error)
     return states
 

@@ -1,13 +1,13 @@
-"""The many-clients pass: one batch, one frozen top, a different pair of adapters per client.
+"""The many-clients pass: one batch and one frozen top, with each client's own pair of adapters.
 
 The frozen weights are the same for everybody, so one matrix product serves the tokens of a
-whole chunk of clients. Each row of the batch (one window) carries its client's LoRA: the
-factors of shared and private adapter are concatenated along the rank, the scales folded into
-B, and ``torch.baddbmm`` adds the low-rank product onto the frozen output::
+whole chunk of clients. Each row of the batch (one window) carries its client's LoRA: the factors of
+the shared and the private adapter are concatenated along the rank, and B is multiplied by the
+scale. ``torch.baddbmm`` then adds the low-rank product to the frozen output::
 
     y[n] = x[n] W^T + (x[n] [A_s; A_p]^T) [s_s B_s, s_p B_p]^T
 
-which equals PEFT with both adapters active, one client at a time (a test holds it).
+A test holds that the result equals PEFT with both adapters active, one client at a time.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ _FACTOR = (".A", ".B")
 
 @dataclass(frozen=True)
 class Parts:
-    """Which adapters take part, and how strongly.
+    """The adapters that are active, and the weight of the private one.
 
     Attributes:
-        shared_lora: Whether the shared LoRA is on.
-        private_weight: Factor on the private adapter; 0 leaves it out.
+        shared_lora: Whether the shared LoRA is active.
+        private_weight: Factor on the private part; 0 switches it off.
     """
 
     shared_lora: bool = True
@@ -57,7 +57,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _LoraInput:
-    """The product with A, of both adapters, with dropout on what it reads."""
+    """The product with A of both adapters, with dropout on its input."""
 
     dropout: Dropout
     batch: ChunkBatch
@@ -80,7 +80,7 @@ class _LoraInput:
 
 
 class CohortLinear(nn.Module):
-    """A frozen linear layer plus a low-rank term of its own for each row of the batch."""
+    """A frozen linear layer plus a low-rank term that differs from row to row of the batch."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class CohortModel:
         modules: Path in the full model to path in ``top`` of each adapted layer.
         scale: alpha / rank of the shared adapter.
         normaliser: The catalogue's whitening.
-        objective: What is minimised, over the catalogue's whitened texts.
+        objective: The loss, over the whitened texts of the catalogue.
     """
 
     def __init__(
@@ -151,11 +151,11 @@ class CohortModel:
         Args:
             batch: The windows, collated to train.
             stacked: Every tensor with a leading client dimension [C, ...], private ones too.
-            parts: Which adapters take part.
-            dropout: Of this step, when there is any.
+            parts: The active adapters.
+            dropout: The dropout of this step; None: no dropout.
 
         Returns:
-            C scalars; each depends on its own client's slice of ``stacked`` alone.
+            C scalars; each depends only on its own client's slice of ``stacked``.
         """
         owns, vectors = self._user_vectors(batch, stacked, parts, dropout)
         read = self._outputs(batch, vectors)
@@ -172,11 +172,11 @@ class CohortModel:
 
     @torch.no_grad()
     def fit(self, batch: ChunkBatch, stacked: Tensors) -> dict[str, torch.Tensor]:
-        """Each client's private tensors for the shared state at hand, stacked [C, ...].
+        """Fit each client's private tensors to a shared state; stacked [C, ...].
 
         Args:
             batch: The clients' whole histories, collated to train.
-            stacked: Their shared tensors, with a leading client dimension.
+            stacked: The shared tensors, with a leading client dimension.
         """
         parts = Parts(shared_lora=True, private_weight=0.0)
         owns, vectors = self._user_vectors(batch, stacked, parts)
@@ -186,11 +186,11 @@ class CohortModel:
     def fit_without_text(
         self, histories: Sequence[History], stacked: Tensors
     ) -> dict[str, torch.Tensor]:
-        """`fit` for a private part that reads no text: without a pass of the language model.
+        """`fit` for a private part that reads no text; the language model does not run.
 
         Args:
-            histories: One a client.
-            stacked: Their shared tensors, with a leading client dimension.
+            histories: One history per client.
+            stacked: The shared tensors, with a leading client dimension.
         """
         outputs = [
             Outputs.of_history(
@@ -210,7 +210,7 @@ class CohortModel:
     def user_vectors(self, batch: ChunkBatch, stacked: Tensors, parts: Parts) -> list[torch.Tensor]:
         """Per client its user vectors [K_c, D] at every output of the batch, float32.
 
-        What a private part adds to scores is not in them.
+        They do not contain the scores that a private part adds; see `score_vectors`.
         """
         return self._user_vectors(batch, stacked, parts)[1]
 
@@ -235,7 +235,7 @@ class CohortModel:
     def like_logits(self, stacked: Tensors, parts: Parts) -> torch.Tensor:
         """Log-odds [C, I] that each client likes each item, float32.
 
-        They depend on no user vector: what one client likes is in its private part, if anywhere.
+        They depend on no user vector. Only the private part makes them differ between clients.
         """
         num_clients = len(stacked[recommender_head.LIKE_TEXT])
         found = []
@@ -261,7 +261,7 @@ class CohortModel:
     def _user_vectors(
         self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None = None
     ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
-        """Per client its tensors but for LoRA factors, and its user vectors [K_c, D]."""
+        """Per client its tensors without LoRA factors, and its user vectors [K_c, D]."""
         owns = _slices(stacked, batch.num_clients)
         private_heads = self._private_heads(stacked, batch.num_clients, parts.private_weight)
         self._set_factors(batch, stacked, parts, dropout)
@@ -295,22 +295,27 @@ class CohortModel:
         ]
 
     def _contexts(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> list[torch.Tensor | None]:
-        """Per client what the items read add to its user vectors [K_c, D]."""
+        """Per client the context term of its user vectors [K_c, D]; None without item_context."""
         if recommender_head.CONTEXT_PROJ not in heads[0]:
             return [None] * len(heads)
         found: list[torch.Tensor | None] = []
         pairs = zip(spans(batch.positions_per_client), spans(batch.outputs_per_client), strict=True)
         for head, (positions, outputs) in zip(heads, pairs, strict=True):
+            # A client's positions are flat, one window after another. A context depends on the
+            # items before it in the window, so each window becomes a row of a rectangle.
             _, lengths = batch.rows[positions].unique_consecutive(return_counts=True)
             windows = batch.items[positions].split(lengths.tolist())
             items = nn.utils.rnn.pad_sequence(windows, batch_first=True)
             context = recommender_head.context_vectors(head, items, self.item_texts)
             assert context is not None
+            # The mask drops the padding, which restores the flat order of positions. The indices
+            # in `batch.outputs` count over all clients, so the client's start is subtracted.
             is_item = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
             found.append(context[is_item][batch.outputs[outputs] - positions.start])
         return found
 
     def _with_item_inputs(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> torch.Tensor:
+        """The trunk states [N, T, d], with the ID input of each item added at its last token."""
         added = [
             recommender_head.item_inputs(head, batch.items[span])
             for head, span in zip(heads, spans(batch.positions_per_client), strict=True)
@@ -324,9 +329,10 @@ class CohortModel:
     def _output_states(
         self, hidden: torch.Tensor, batch: ChunkBatch, dropout: Dropout | None = None
     ) -> torch.Tensor:
+        """Run the top on hidden states [N, T, d]; whitened states [K, d] at the outputs."""
         rows, ends = batch.rows[batch.outputs], batch.ends[batch.outputs]
         if self._last_mlp is not None:
-            # Dropout on LoRA inputs is drawn for whole rows.
+            # Dropout on LoRA inputs is drawn for whole rows, so the last MLP must see whole rows.
             whole = dropout is not None and bool(dropout.shared or dropout.private)
             self._last_mlp.readout = None if whole else Readout.of(rows, ends, len(hidden))
         output = self._top(inputs_embeds=hidden, use_cache=False).last_hidden_state
@@ -335,6 +341,7 @@ class CohortModel:
     def _set_factors(
         self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None
     ) -> None:
+        """Give every adapted layer the LoRA factors of each row of the batch."""
         for name, linear in self._linears.items():
             pairs = self._pairs(name, stacked, parts)
             linear.factors = linear.lora_input = None
@@ -350,7 +357,7 @@ class CohortModel:
                 linear.lora_input = _LoraInput(dropout, batch, ranks, rates)
 
     def _pairs(self, name: str, stacked: Tensors, parts: Parts) -> list[_Pair]:
-        """The factors of each adapter that takes part."""
+        """The factors of each active adapter."""
         pairs = []
         if parts.shared_lora:
             a, b = stacked[f"{SHARED_LORA}{name}.A"], stacked[f"{SHARED_LORA}{name}.B"]
@@ -373,7 +380,7 @@ class CohortModel:
     def _with_dropout(
         self, outputs: Outputs, own: Tensors, dropout: Dropout, client: int
     ) -> Outputs:
-        """A client's outputs with this step's factors on user vectors and on private ones."""
+        """A client's outputs with the dropout factors of this step."""
 
         def keep(width: int, rate: float) -> torch.Tensor | None:
             if not width or not rate:
@@ -387,7 +394,7 @@ class CohortModel:
 
 
 def _slices(stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:
-    """Per client its slice of all tensors but LoRA factors."""
-    # unbind, not indexing: its backward is one stack instead of C zero-filled scatters.
+    """Per client its slice of every tensor that is no LoRA factor."""
+    # unbind instead of indexing: its backward is one stack, not C scatters into zeros.
     slices = {n: v.unbind(0) for n, v in stacked.items() if not n.endswith(_FACTOR)}
     return [{n: v[c] for n, v in slices.items()} for c in range(num_clients)]

@@ -1,30 +1,30 @@
 """The recommender head: user states and item texts in one whitened space.
 
-Everything here is a plain function of plain tensors of *one* client, so the many-clients pass,
-evaluation and a personal agent run the same code. With ``n`` the whitened user state (all d
-dimensions) and ``z_i`` the whitened text embedding of item i (the first D dimensions)::
+Everything here is a plain function of the tensors of *one* client, so training, evaluation and
+serving run the same code. Let ``n`` be the whitened user state (all d dimensions) and ``z_i`` the
+whitened text embedding of item i (the first D dimensions)::
 
     u        = state_proj n  [+ B A n, the private head term]  [+ context_proj c]
     score_i  = scale * ( u . item_proj z_i  [+ u . item_ids_out e_i] ) [+ bias_i]
 
-and, with ``item_ids: both``, ``item_ids_in e_i`` is added to the hidden state at item i's last
-token where the adapted layers begin. ``state_proj`` and ``item_proj`` start as (truncated)
-identities: training starts from the similarity of whitened states.
+With ``item_ids: both``, ``item_ids_in e_i`` is also added to the hidden state at the last token of
+item i, where the adapted layers begin. ``state_proj`` and ``item_proj`` start as (truncated)
+identities, so training starts from the similarity of whitened states.
 
-With ``item_context``, c sums up the window's items up to the position, newest first, at two paces::
+With ``item_context``, c holds two weighted means of the window's items up to the position::
 
     c   = [c_1; c_2],   c_k = sum_s 2^(-a_s / h_k) x_s / sum_s 2^(-a_s / h_k),   x_s = [z_s; e_s]
 
-for items s that are a_s items old, with learned half-lives h_k. It is a way from the items read to
-the items scored that needs no transformer layer to learn it first: a low-rank Markov chain of
-higher order, as in Fossil (He and McAuley 2016, arXiv 1609.09152).
+for items s that are a_s items old, with learned half-lives h_k. This path from the items of the
+history to the scores passes no transformer layer. It is a low-rank Markov chain of higher order, as
+in Fossil (He and McAuley 2016, arXiv 1609.09152).
 
 With the task ``like`` an item also has log-odds of being liked, equal for all users::
 
     like_i = like_text . z_i / sqrt(D) [+ like_ids . e'_i / sqrt(E)] [+ like_bias_i]
 
-with e'_i the standardised ID embedding (`standard_ids`). What one user likes beyond that is a
-private matter (`taste`).
+with e'_i the standardised ID embedding (`standard_ids`). The preferences of one user are in the
+private part alone (`taste`).
 
 Shapes: d hidden size, D ``head.dim``, I items, E ``head.id_dim``.
 
@@ -74,12 +74,12 @@ LIKE_BIAS = "head.like_bias"
 _SHRINKAGE = 0.1
 _ID_STD = 0.1
 _HALF_LIVES = (1.5, 12.0)
-"""What was met last, and what has been going on."""
+"""Initial half-lives in items: a short one for the newest items and a long one for the window."""
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """Whitening fitted once on a catalogue and kept for ever after; a refit would misalign.
+    """Whitening that is fitted once on a catalogue. A refit would not fit trained tensors.
 
     Attributes:
         mean: [d] float32.
@@ -101,8 +101,8 @@ class Normaliser:
 def fit_normaliser(states: torch.Tensor) -> Normaliser:
     """Fit PCA whitening on item states [I, d].
 
-    Eigenvalues are shrunk towards their mean (by a tenth) so that directions in which the
-    catalogue hardly varies are not blown up.
+    Eigenvalues are shrunk towards their mean by a tenth, so that directions in which the catalogue
+    hardly varies are not amplified too much.
     """
     states = states.double()
     mean = states.mean(0)
@@ -113,7 +113,7 @@ def fit_normaliser(states: torch.Tensor) -> Normaliser:
     shrunk = (1 - _SHRINKAGE) * values + _SHRINKAGE * values.mean()
     # A catalogue of equal texts has no variance at all; leave it at zero instead of dividing.
     scale = torch.where(shrunk > 0, shrunk.clamp_min(1e-12).rsqrt(), 0.0)
-    # The sign of an eigenvector is arbitrary: fix it, so that machines agree.
+    # The sign of an eigenvector is arbitrary. It is fixed here, so that all machines agree.
     vectors = vectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     basis = vectors * torch.where(largest < 0, -1.0, 1.0) * scale
@@ -125,7 +125,7 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
 
     Args:
         config: Head, tasks, seed and the server's learning rates.
-        sizes: Of hidden states and catalogue.
+        sizes: The sizes of hidden states and catalogue.
 
     Raises:
         ConfigError: ``head.dim`` exceeds the hidden size.
@@ -164,23 +164,23 @@ def _random_ids(shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 
 def item_width(config: HeadConfig) -> int:
-    """Numbers that tell of an item: its text's and, where there is one, its ID's dimensions."""
+    """How many numbers describe an item: the text dimensions, plus those of an ID embedding."""
     return config.dim + (config.id_dim if config.item_ids is not ItemIds.NONE else 0)
 
 
 def fading(ages: torch.Tensor, half_life: torch.Tensor) -> torch.Tensor:
-    """2^(-age / half-life) for the past, 0 for what lies ahead (ages below 0)."""
+    """2^(-age / half-life); 0 for ages below 0, which are later items."""
     weights: torch.Tensor = torch.exp2(-ages.clamp_min(0) / half_life) * (ages >= 0)
     return weights
 
 
 def score_scale(dim: int) -> float:
-    """Factor on the inner product, so that scores of random directions start below one."""
+    """Factor on the inner product, so that scores of random vectors start below one."""
     return 0.5 / dim**0.5
 
 
 def item_inputs(head: Tensors, items: torch.Tensor) -> torch.Tensor | None:
-    """What is added to the hidden state at the last token of each item.
+    """The ID term that is added to the hidden state at the last token of each item.
 
     Args:
         head: One client's head parameters.
@@ -197,12 +197,12 @@ def item_inputs(head: Tensors, items: torch.Tensor) -> torch.Tensor | None:
 def context_vectors(
     head: Tensors, items: torch.Tensor, item_texts: torch.Tensor
 ) -> torch.Tensor | None:
-    """What the items of a window add to the user vector at each of its positions.
+    """The term that the items of a window add to the user vector at each of its positions.
 
     Args:
         head: One client's head parameters.
-        items: int64 [N, L], windows, oldest item first; what pads a shorter one comes last, and
-            reaches no position before it.
+        items: int64 [N, L], windows, oldest item first. Padding comes last and changes no
+            position before it.
         item_texts: float32 [I, D], whitened.
 
     Returns:
@@ -226,7 +226,7 @@ def user_vectors(
     private_head: tuple[torch.Tensor, torch.Tensor] | None,
     context: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Project whitened states, and add what the items before say by themselves.
+    """Project whitened states, and add the context of the items before.
 
     Args:
         head: One client's head parameters.
@@ -247,7 +247,7 @@ def user_vectors(
 def score_items(head: Tensors, vectors: torch.Tensor, item_texts: torch.Tensor) -> torch.Tensor:
     """Score the whole catalogue.
 
-    The item projection is applied to the (few) users rather than to the (many) items.
+    The item projection is applied to the few users instead of the many items.
 
     Args:
         head: One client's head parameters.
@@ -267,7 +267,7 @@ def score_items(head: Tensors, vectors: torch.Tensor, item_texts: torch.Tensor) 
 
 
 def like_logits(head: Tensors, item_texts: torch.Tensor) -> torch.Tensor:
-    """Log-odds that an item is liked by whoever meets it, float32 [I].
+    """Log-odds, equal for all users, that a user likes each item, float32 [I].
 
     Args:
         head: One client's head parameters, with those of the task ``like``.
@@ -283,8 +283,7 @@ def like_logits(head: Tensors, item_texts: torch.Tensor) -> torch.Tensor:
 def standard_ids(ids: torch.Tensor) -> torch.Tensor:
     """ID embeddings [I, E] as features: centred, of unit variance, and without a gradient.
 
-    They are learned from what is met next; what is liked and what one user prefers only reads
-    them.
+    Only the next-item loss trains the embeddings; the likes and the private part use them as input.
     """
     ids = ids.detach()
     centred: torch.Tensor = (ids - ids.mean(0)) / ids.std().clamp_min(1e-6)

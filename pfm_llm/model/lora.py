@@ -1,8 +1,8 @@
 """Shared and private LoRA on one backbone: creation, the PEFT format, and the PEFT reference.
 
-This is the only module that imports ``peft``. Both adapters are pure LoRA on
-``AutoModelForCausalLM`` made from `peft.LoraConfig`; training runs in the many-clients pass
-(`cohort_model`), and what comes out is a plain PEFT folder.
+This is the only module that imports ``peft``. Both adapters are plain LoRA on
+``AutoModelForCausalLM``, made from `peft.LoraConfig`. They are trained in the many-clients pass
+(`cohort`) and exported as an ordinary PEFT folder.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class DualAdapter:
         modules: Path in the model to (in_features, out_features) of each adapted layer.
 
     Raises:
-        BackboneError: The model has fewer layers or no such modules, or they are not linear.
+        BackboneError: The model has fewer layers, or a target module is missing or not linear.
     """
 
     def __init__(self, backbone: Backbone, config: AdaptersConfig) -> None:
@@ -88,14 +88,14 @@ class DualAdapter:
 
         Args:
             peft_model: The model.
-            part: The kind of private part; a basis is folded in.
+            part: The kind of private part; it combines a shared basis with the private tensors.
             tensors: A client's shared and private tensors.
         """
         lora, private = {}, self._config.private
         for name in self.modules:
             # PEFT multiplies with the scale itself.
             factors = part.factors(name, tensors, private.rank / private.alpha)
-            if factors is not None:  # else the private part is elsewhere
+            if factors is not None:  # None: the private part does not adapt this layer
                 lora[lora_name(name, "A")], lora[lora_name(name, "B")] = factors
         self._load(peft_model, PRIVATE, lora)
 
@@ -104,7 +104,7 @@ class DualAdapter:
 
         Args:
             shared: The shared state's tensors; only ``lora.`` ones are used.
-            folder: Where to; created as needed.
+            folder: The folder to write; created as needed.
             base_name: Portable name of the base model for ``adapter_config.json``.
         """
         model = _clone_structure(self._backbone.model)
@@ -117,7 +117,7 @@ class DualAdapter:
             peft_model.save_pretrained(
                 str(scratch), selected_adapters=[SHARED], save_embedding_layers=False
             )
-            # PEFT keeps a set: sorted, equal adapters make equal files in every process.
+            # PEFT keeps the targets as a set. Sorted, equal adapters give equal files.
             path = scratch / SHARED / "adapter_config.json"
             tree = files.read_json(path)
             files.write_json(path, {**tree, "target_modules": sorted(tree["target_modules"])})
@@ -166,7 +166,7 @@ class DualAdapter:
             for key in state
             if key.endswith(".lora_A.weight")
         ]
-        # PEFT is content when one of several names matches.
+        # PEFT raises only when none of the names matches; here each name must match.
         missing = [
             t for t in self._target_names() if not any(f".{n}".endswith(f".{t}") for n in names)
         ]
@@ -192,7 +192,7 @@ class DualAdapter:
 
 
 def tensors_from_peft(state: Tensors) -> dict[str, torch.Tensor]:
-    """The tensors of a PEFT folder under our names; the inverse of how an export writes them.
+    """The tensors of a PEFT folder under our names; the inverse of `DualAdapter.export_shared`.
 
     Args:
         state: Content of ``adapter_model.safetensors``.
@@ -217,7 +217,7 @@ def _clone_structure(model: Any) -> Any:
 
 @contextlib.contextmanager
 def _peft_subfolder(folder: Path) -> Iterator[Path]:
-    """PEFT writes adapter ``x`` to ``<dir>/x``: let it, then move the files up one by one."""
+    """A scratch folder for PEFT, which writes adapter ``x`` to ``<dir>/x``; then moves it up."""
     scratch = folder / ".peft"
     try:
         yield scratch

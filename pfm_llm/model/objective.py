@@ -1,21 +1,22 @@
-"""What a client minimises, as a function of its own tensors and of its read-out states.
+"""The loss of one client, as a function of its tensors and of its outputs.
 
-Per position t of the history, with s_t the scores of the catalogue and y_t the next item,
+With s_t the scores of the catalogue at position t of the history and y_t the next item,
 
     loss = mean_t CE(s_t, y_t)  [+ sum_t BCE(l_t, liked_t) / 64  with the task ``like``]
 
-where l_t is the log-odds that the user likes y_t. A rating says as much of its item whoever gave
-it, so ratings count alike and not users: the mean over a user's ratings lost .02 AUC (docs/log).
+where l_t is the log-odds that the user likes y_t. Every rating has the same weight, whoever gave
+it. A mean over each user's ratings instead lowered the AUC by .02 (docs/log).
 
-With ``unseen_only`` the softmax is over the items that the user had not met by then, since serving
-ranks these. A softmax over all items teaches that the items a user likes best do not come, because
-the user has met them: the gain of the user embedding was half as large (docs/log).
+With ``unseen_only`` the softmax is over the items that are not in the history before y_t, because
+serving ranks only these. A softmax over all items learns low scores for a user's favourite items,
+because these are already in the history. The gain of the user embedding was then half as large
+(docs/log).
 
-Where a private part adds to scores, each loss has a twin, in which the scores that the past adds
-(`PrivatePart.past_scores`) are added to the same shared scores. The twin trains the features of the
-private part alone: no gradient of it reaches the shared scores. So the shared part learns what it
-would learn alone, and serves users without a private part. When the twin trained both, the shared
-part left to the private one what it could have learned itself.
+A private part that adds to scores adds a second term to each loss. In it, the scores that follow
+from the user's past (`PrivatePart.past_scores`) are added to the shared scores, which receive no
+gradient. The second term therefore trains only the features of the private part, and the shared
+part learns the same as without a private part. When the second term trained both, the shared part
+became worse for users without a private part.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from pfm_llm.model.private import PrivatePart
 from pfm_llm.protocol.types import Tensors
 
 _RATINGS = 64
-"""A loss of ratings is of the size of a mean over so many; Adam makes nothing of it."""
+"""The sum over ratings is divided by this number, so that it has the size of a mean."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Objective:
 
     Attributes:
         item_texts: float32 [I, D], whitened.
-        tasks: The tasks that are learned.
+        tasks: The tasks to learn.
         private: The private part.
-        unseen_only: Whether the items that a user has met are no candidates.
+        unseen_only: Whether the softmax leaves out the items of the user's history.
     """
 
     item_texts: torch.Tensor
@@ -50,16 +51,16 @@ class Objective:
     unseen_only: bool = False
 
     def to(self, device: torch.device) -> "Objective":
-        """The same on another device."""
+        """The same objective on another device."""
         return dataclasses.replace(self, item_texts=self.item_texts.to(device))
 
     def loss(self, own: Tensors, outputs: Outputs, personal: bool = True) -> torch.Tensor:
         """The client's loss (nats), a scalar.
 
         Args:
-            own: One client's tensors but for LoRA factors.
-            outputs: Read out at positions that have a target.
-            personal: Whether the private part takes part.
+            own: One client's tensors without LoRA factors.
+            outputs: The client's outputs; each has a target.
+            personal: Whether the private part is active.
         """
         view = SharedView(own, outputs, self.item_texts)
         loss = F.cross_entropy(view.scores, outputs.targets)
@@ -82,7 +83,8 @@ class Objective:
         loss = _rating_loss(rated.logits, rated.liked)
         added = self.private.past_likes(view) if personal else None
         if added is not None:
-            # Each fit by itself, so that the fits whose logits are averaged differ.
+            # Serving averages the logits of several fits. Each fit has its own loss here, so that
+            # the fits do not become alike.
             logits = (rated.logits.detach() + added).flatten()
             loss = loss + _rating_loss(logits, rated.liked.repeat(len(added))) / len(added)
         return loss

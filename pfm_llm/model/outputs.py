@@ -1,4 +1,4 @@
-"""What is read out of one client's windows, and what the shared part makes of it."""
+"""The outputs of one client's windows, and the scores that the shared part gives them."""
 
 import functools
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ class Outputs:
     """The outputs of one client: positions whose next item is predicted.
 
     Attributes:
-        vectors: float32 [K, D], user vectors; empty where only the history is read.
+        vectors: float32 [K, D], user vectors; empty when only the history is needed.
         targets: int64 [K], the next item at each position.
         liked: int64 [K], whether the user liked it, 0 or 1, or `NO_LABEL`.
         met: int64 [H], the client's history up to the last target, oldest first.
         known: int64 [K], how many items of the history come before each target.
-        kept: float32 [K, D], dropout's factors on the user vectors in training, or None.
-        kept_private: float32 [K, r], dropout's factors on private vectors in training, or None.
-        seen: bool [K, I], the items that are no candidates at each position; None: all are.
+        kept: float32 [K, D], dropout factors on the user vectors in training, or None.
+        kept_private: float32 [K, r], dropout factors on private vectors in training, or None.
+        seen: bool [K, I], the items that are no candidates at each position; None: all items
+            are candidates.
     """
 
     vectors: torch.Tensor
@@ -36,7 +37,7 @@ class Outputs:
 
     @classmethod
     def of_history(cls, items: torch.Tensor, liked: torch.Tensor) -> "Outputs":
-        """A history whose every item is a target, without user vectors.
+        """Outputs in which every item of a history is a target; they have no user vectors.
 
         Args:
             items: int64 [n], oldest first.
@@ -48,7 +49,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Rated:
-    """The rated ones among a client's outputs.
+    """The outputs of a client whose target has a rating.
 
     Attributes:
         where: bool [K], which outputs have a label.
@@ -68,8 +69,8 @@ class SharedView:
     """One client's outputs under its own copy of the shared tensors.
 
     Attributes:
-        own: One client's tensors but for LoRA factors.
-        outputs: What was read out.
+        own: One client's tensors without LoRA factors.
+        outputs: The client's outputs.
         texts: float32 [I, D], whitened texts of the catalogue.
     """
 
@@ -79,13 +80,13 @@ class SharedView:
 
     @functools.cached_property
     def scores(self) -> torch.Tensor:
-        """Scores [K, I], with dropout in training; minus infinity for items that are seen."""
+        """Scores [K, I], with dropout in training; minus infinity for items of the history."""
         vectors, kept = self.outputs.vectors, self.outputs.kept
         return self._scored(vectors if kept is None else vectors * kept)
 
     @functools.cached_property
     def fixed_scores(self) -> torch.Tensor:
-        """The same as serving has them, without dropout; no gradient flows through them."""
+        """Scores [K, I] as in serving: without dropout and without gradient."""
         if self.outputs.kept is None:
             return self.scores.detach()
         with torch.no_grad():
@@ -93,7 +94,7 @@ class SharedView:
 
     @functools.cached_property
     def rated(self) -> Rated:
-        """The outputs with a label."""
+        """The outputs whose target has a label."""
         where = self.outputs.liked != NO_LABEL
         items, liked = self.outputs.targets[where], self.outputs.liked[where].float()
         logits = recommender_head.like_logits(self.own, self.texts)[items]

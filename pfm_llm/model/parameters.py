@@ -1,4 +1,4 @@
-"""The shared tensors of an experiment, known without the language model being loaded."""
+"""The shared tensors of an experiment. They are known without loading the language model."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,11 +15,12 @@ from pfm_llm.protocol.types import lora_name
 
 
 def parameter_table(config: ExperimentConfig, sizes: Sizes) -> ParameterTable:
-    """Collect what the parts of the model declare.
+    """Collect the tensors that the parts of the model declare.
 
     Args:
-        config: Adapters, head, tasks and seed; the method, for what is sent; learning rates.
-        sizes: Of the language model and of the catalogue.
+        config: Adapters, head, tasks, seed, learning rates, and the method, which decides what is
+            sent.
+        sizes: The sizes of the language model and of the catalogue.
 
     Raises:
         ConfigError: ``head.dim`` exceeds the hidden size.

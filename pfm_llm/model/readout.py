@@ -1,8 +1,8 @@
-"""The last layer's MLP, run only where a state is read out.
+"""The MLP of the last layer, run only on the tokens whose state is read out.
 
-Nothing looks at the last layer's output between item ends, and an MLP maps each token by itself.
-So about four fifths of its tokens can be left out without changing a single score: with few
-adapted layers that is a good part of all work.
+Nothing uses the last layer's output between item ends, and an MLP maps each token independently.
+About four fifths of the tokens can therefore be skipped without changing any score. With few
+adapted layers this saves a good part of all work.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Readout:
 
 
 class ReadoutMlp(nn.Module):
-    """A layer's MLP that skips the tokens whose output nobody reads.
+    """A layer's MLP that skips the tokens whose output is not read out.
 
     Args:
         mlp: Maps [N, T, d] to [N, T, d], each token by itself.

@@ -1,4 +1,4 @@
-"""What a model starts from when it goes on from a published adapter."""
+"""The published adapter that a new model starts from."""
 
 import logging
 import math
@@ -21,17 +21,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """A published adapter, its tensors made to fit the catalogue at hand.
+    """A published adapter whose tensors fit the current catalogue.
 
     Attributes:
-        origin: Where it came from, for messages.
-        base_name: Of the model that it was trained on.
-        weights_hash, tokenizer_hash: That model's.
+        origin: Where the adapter came from, for messages.
+        base_name: Name of the base model that it was trained on.
+        weights_hash, tokenizer_hash: The hashes of that base model.
         prompt: Key of the prompt that it was trained with.
-        prompt_hash: Of that prompt's content.
+        prompt_hash: Hash of the content of that prompt.
         normaliser: The whitening that its head was trained with; never refitted.
-        tensors: Its shared tensors; rows of items follow the catalogue at hand.
-        settings: What its shapes follow from, for messages: a tree of the config's keys.
+        tensors: Its shared tensors; their rows of items follow the current catalogue.
+        settings: The settings that its shapes follow from, for messages, by keys of the config.
     """
 
     origin: str
@@ -45,14 +45,14 @@ class Start:
     settings: Mapping[str, Any]
 
     def check_base(self, backbone: Backbone, allow_mismatch: bool) -> None:
-        """Compare the base that it was trained on with the one at hand.
+        """Compare the base model of the adapter with the current backbone.
 
         Args:
-            backbone: The model at hand.
+            backbone: The current backbone.
             allow_mismatch: Warn instead of raising.
 
         Raises:
-            ArtefactError: It was trained on another base.
+            ArtefactError: The adapter was trained on another base.
         """
         differing = [
             f"{what} of {self.base_name} have SHA-256 {theirs[:16]}…, those of {backbone.name} "
@@ -75,14 +75,14 @@ class Start:
         )
 
     def shared(self, table: ParameterTable, prompt: Prompt) -> SharedState:
-        """Its shared state; a basis that it lacks starts anew.
+        """The shared state of the adapter. A basis that the adapter lacks is drawn anew.
 
         Args:
             table: The shared tensors of the config.
-            prompt: The prompt at hand.
+            prompt: The prompt of the config.
 
         Raises:
-            ArtefactError: It was trained with another prompt, or has other shapes.
+            ArtefactError: The adapter was trained with another prompt, or has other shapes.
         """
         if prompt.content_hash() != self.prompt_hash:
             raise ArtefactError(

@@ -1,12 +1,11 @@
-"""A search of files for private tensors: as they are, transposed, in other dtypes, or spelt out.
+"""A search of files for private tensors: as they are, transposed, in other dtypes, or as text.
 
-A tensor is found when eight consecutive numbers of it are, at any place of a file and of the
-tensor. Eight numbers that hold a zero or hardly differ prove nothing and are passed over.
+A tensor counts as found when a file holds eight consecutive numbers of it, at any place of the file
+and of the tensor. Eight numbers with a zero among them, or with fewer than `MIN_DISTINCT` different
+values, prove nothing and are ignored.
 
-The files are indexed once, by the eight bytes at every offset; the private states stream past the
-index. A stretch of eight numbers of b bytes holds 8 - 8/b + 1 keys of eight bytes, so that it is
-enough to look up every so-manieth key of a tensor; a bitmap answers nearly all of these look-ups.
-Memory is about 50 bytes for each byte of the files, and that of one state.
+The files are indexed once; the private states are read one at a time and looked up in the index.
+Memory is about 50 bytes for each byte of the files, plus one state.
 """
 
 import base64
@@ -34,7 +33,7 @@ _GAP = bytes(RUN * _KEY_BYTES)
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _PAIRS_AT_ONCE = 1 << 14
-# Three significant digits: what torch prints of small numbers.
+# Relative; torch prints small numbers with about three significant digits.
 _TOLERANCE = 5e-3
 _NUM_PAIRS = 1 << 20
 _PAIR_FACTOR = 2063
@@ -49,9 +48,9 @@ class Finding:
 
     Attributes:
         file: Path in the searched folder.
-        client_id: Whose tensor it is.
+        client_id: The client whose tensor it is.
         tensor: Its name in the private state.
-        dtype: In which form it is there, such as ``bfloat16``; ``text`` when spelt out.
+        dtype: Its form in the file, such as ``bfloat16``; ``text`` for decimal numbers.
     """
 
     file: str
@@ -64,11 +63,11 @@ def find_private(folder: Path, states: Iterable[PrivateState]) -> list[Finding]:
     """Search all files below a folder for tensors of private states.
 
     Args:
-        folder: What is about to be published.
-        states: Private states of any clients and versions; each is looked at once, in turn.
+        folder: The folder to publish.
+        states: Private states of any clients and versions; each is read once.
 
     Returns:
-        What was found, sorted; each file, client, tensor and form once.
+        The findings, sorted; one for each file, client, tensor and form.
 
     Raises:
         StorageError: A file cannot be read.
@@ -84,7 +83,7 @@ def find_private(folder: Path, states: Iterable[PrivateState]) -> list[Finding]:
 
 
 def find_private_in(contents: Mapping[str, bytes], states: Iterable[PrivateState]) -> list[Finding]:
-    """`find_private` in contents that are at hand, by name."""
+    """`find_private` in files whose contents are given by name."""
     raw, spelt = _ByteIndex(contents), _NumberIndex(contents)
     found: set[Finding] = set()
     for state in states:
@@ -100,7 +99,7 @@ def find_private_in(contents: Mapping[str, bytes], states: Iterable[PrivateState
 
 @dataclass(frozen=True)
 class _Numbers:
-    """All numbers of a state in one row: each tensor as it is, and transposed."""
+    """All numbers of a state in one row: each tensor as it is and, if a matrix, transposed."""
 
     values: torch.Tensor
     names: list[str]
@@ -123,19 +122,28 @@ class _Numbers:
 
 
 class _ByteIndex:
-    """Where in some contents are which eight bytes, at any offset.
+    """The eight bytes at every offset of some contents, as a sorted index of 64-bit keys.
+
+    Numbers may stand at any offset, so every offset gets a key. A search for a tensor needs only
+    some keys of it: with b bytes a number, a key spans 8/b numbers, so any stretch of eight numbers
+    holds 8 - 8/b + 1 keys that begin at a number. If every (8 - 8/b + 1)th key of the tensor is
+    looked up, each stretch contains one of them. A found key is only a candidate; then all
+    stretches around it are compared number by number.
 
     Attributes:
-        _keys: All of them but zeros, sorted; `_places` are their offsets in `_bytes`.
-        _bitmap: A bit for each hash of a key, so that most others are known as absent.
+        _keys: All keys except zero, sorted; `_places` are their offsets in `_bytes`.
+        _bitmap: One bit for each hash of a key. Most keys of a tensor are absent from the files;
+            the bitmap says so without a binary search.
     """
 
     def __init__(self, contents: Mapping[str, bytes]) -> None:
         pieces = [(name, view) for name, content in contents.items() for view in _views(content)]
         self._names = [name for name, _ in pieces]
+        # The gaps of zeros keep a stretch from reaching from one content into the next.
         padded = b"".join(_GAP + view for _, view in pieces) + _GAP
         self._ends = np.cumsum([len(_GAP) + len(view) for _, view in pieces])
         self._bytes = np.frombuffer(padded, dtype=np.uint8)
+        # Eight aligned views, each shifted by one byte, cover every offset.
         words = [
             np.frombuffer(padded, "<u8", (len(padded) - shift) // _KEY_BYTES, shift)
             for shift in range(_KEY_BYTES)
@@ -145,13 +153,20 @@ class _ByteIndex:
         order = np.argsort(keys)
         self._keys = keys[order]
         self._places = np.concatenate(places)[order]
-        # 128 bits or more for each key: one look-up in a hundred or fewer goes on in vain.
+        # At least 128 bits per key: fewer than one absent key in a hundred finds its bit set.
         self._bits = max(16, (128 * len(keys)).bit_length())
         self._bitmap = np.zeros(1 << (self._bits - 3), np.uint8)
         np.bitwise_or.at(self._bitmap, *self._slots(self._keys))
 
     def find(self, numbers: np.ndarray) -> Iterator[tuple[int, str]]:
-        """Places of numbers (unsigned, as wide as the dtype) that belong to a found stretch."""
+        """Find stretches of numbers in the contents.
+
+        Args:
+            numbers: The bits of the numbers, as unsigned integers of the width of their dtype.
+
+        Yields:
+            Index of a number in a found stretch, and the name of the content.
+        """
         per_key = _KEY_BYTES // numbers.itemsize
         step = RUN - per_key + 1
         if len(numbers) < RUN or not len(self._keys):
@@ -159,6 +174,7 @@ class _ByteIndex:
         keys = np.ascontiguousarray(sliding_window_view(numbers, per_key)[::step])
         keys = keys.view(np.uint64).reshape(-1)
         slots, masks = self._slots(keys)
+        # First the bitmap, then a binary search for the keys that it lets through.
         maybe = np.flatnonzero(self._bitmap[slots] & masks)
         first = np.searchsorted(self._keys, keys[maybe])
         is_there = self._keys[np.minimum(first, len(self._keys) - 1)] == keys[maybe]
@@ -166,8 +182,8 @@ class _ByteIndex:
             return
         maybe, first = maybe[is_there], first[is_there]
         count = np.searchsorted(self._keys, keys[maybe], side="right") - first
-        maybe *= step
-        # Zeros at the ends, which are in no stretch.
+        maybe *= step  # from the index of a key to the index of its first number
+        # With zeros at both ends every key has a full set of stretches around it.
         numbers = np.pad(numbers, RUN)
         telling = _is_telling(_around(numbers, maybe + RUN, per_key)).any(1)
         for place, start, length in zip(
@@ -177,10 +193,17 @@ class _ByteIndex:
                 yield place, name
 
     def _confirmed(self, numbers: np.ndarray, place: int, at: np.ndarray) -> set[str]:
-        """Names of contents in which a whole stretch around a number follows at these offsets."""
+        """Names of the contents that hold a whole stretch around one key of a tensor.
+
+        Args:
+            numbers: The padded numbers of the tensor.
+            place: Index of the key's first number, without padding.
+            at: Offsets in `_bytes` at which the key stands.
+        """
         per_key = _KEY_BYTES // numbers.itemsize
         around = _around(numbers, np.array([place + RUN]), per_key)
         size = numbers.itemsize
+        # The bytes from the start of the earliest stretch with this key to the end of the latest.
         relative = np.arange(-(RUN - per_key) * size, RUN * size)
         found: set[str] = set()
         for start in range(0, len(at), _PAIRS_AT_ONCE):
@@ -200,13 +223,17 @@ class _ByteIndex:
 
 
 class _NumberIndex:
-    """The numbers that some contents spell out.
+    """The decimal numbers in the text of some contents.
+
+    Printed numbers are rounded, so they are compared within `_TOLERANCE`. A bucket is the upper
+    half of a float32. `_pairs` marks the buckets of neighbouring numbers in the text, for every
+    rounding within the tolerance. Eight numbers of a tensor are compared one by one only if their
+    four pairs are all marked.
 
     Attributes:
-        _numbers: In order of appearance, zeros between contents.
-        _starts: Where a telling stretch of them begins.
-        _pairs: For each hash of the buckets of two numbers, whether two that follow each other
-            in such a stretch come near them.
+        _numbers: The numbers in order of appearance, with zeros between contents.
+        _starts: Indices at which a stretch begins that proves something; see `_is_telling`.
+        _pairs: bool [_NUM_PAIRS], by hash of the buckets of two consecutive numbers.
     """
 
     def __init__(self, contents: Mapping[str, bytes]) -> None:
@@ -226,7 +253,7 @@ class _NumberIndex:
                 for factor in (1, 1 - _TOLERANCE, 1 + _TOLERANCE)
             )
         self._numbers = numbers
-        # What is in one bucket is taken as equal: else a row of like numbers would tell much.
+        # Numbers of one bucket count as equal: a row of similar numbers proves nothing.
         self._starts = np.flatnonzero(_is_telling(sliding_window_view(exact, RUN)))
         first = np.unique(self._starts[:, None] + np.arange(RUN - 1))
         self._pairs = np.zeros(_NUM_PAIRS, bool)
@@ -241,7 +268,8 @@ class _NumberIndex:
             return
         buckets = _buckets(values)
         near = self._pairs[_pair_slots(buckets[:-1], buckets[1:])]
-        for width in (2, 4):  # in the end: whether four pairs in a row are near some numbers
+        # After both steps: whether the four pairs of the eight numbers from a place are marked.
+        for width in (2, 4):
             near = near[:-width] & near[width:]
         for place in np.flatnonzero(near).tolist():
             stretch = values[place : place + RUN].astype(np.float64)
@@ -254,25 +282,29 @@ class _NumberIndex:
 
 
 def _around(numbers: np.ndarray, places: np.ndarray, per_key: int) -> np.ndarray:
-    """For each place the stretches [stretches, RUN] that hold the whole key there."""
+    """For each place, the stretches [stretches, RUN] of numbers that contain the key there."""
     first = places[:, None] - (RUN - per_key) + np.arange(RUN - per_key + 1)
     return numbers[first[:, :, None] + np.arange(RUN)]
 
 
 def _is_telling(stretches: np.ndarray) -> np.ndarray:
-    """Which stretches [..., RUN], of the bits of numbers or their first bits, prove something."""
+    """Which stretches [..., RUN] prove something: no zero, and enough different values.
+
+    Args:
+        stretches: The bits of the numbers, or their upper half, as unsigned integers.
+    """
     magnitudes = stretches << stretches.dtype.type(1)  # without the sign, which is the first bit
     num_distinct = 1 + (np.diff(np.sort(stretches, axis=-1), axis=-1) != 0).sum(-1)
     return (magnitudes != 0).all(-1) & (num_distinct >= MIN_DISTINCT)
 
 
 def _buckets(values: np.ndarray) -> np.ndarray:
-    """Bucket of each float32 number: its sign, and its magnitude to half a percent or so."""
+    """Bucket of each float32 number: its sign, and its magnitude to about half a percent."""
     return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
 
 
 def _pair_slots(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Where `_NumberIndex` keeps two buckets."""
+    """Index in `_NumberIndex._pairs` of two consecutive buckets."""
     return (one.astype(np.int32) * np.int32(_PAIR_FACTOR) + other) & np.int32(_NUM_PAIRS - 1)
 
 
@@ -289,7 +321,7 @@ def _as_text(content: bytes) -> str | None:
 
 
 def _views(content: bytes) -> Iterator[bytes]:
-    """A content as it is, and what it spells out in hexadecimal digits or base64."""
+    """A content as it is, and every decoded piece of hexadecimal digits or base64 in it."""
     yield content
     text = _as_text(content)
     if text is None:

@@ -14,12 +14,12 @@ from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.config.choices import Aggregation, ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig, dump_config, load_config, training_hash
 from pfm_llm.evaluation import ranking
-from pfm_llm.evaluation.baselines import parse_names
+from pfm_llm.evaluation.baselines.selection import parse_names
 from pfm_llm.federation.exchange import LocalExchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish import hub
-from pfm_llm.publish.versions import copy_artefact
+from pfm_llm.publish.versions.restore import copy_artefact
 from pfm_llm.runs.environment import environment
 from pfm_llm.runs.folders import (
     CONFIG_FILE,

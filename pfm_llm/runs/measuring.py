@@ -12,15 +12,12 @@ from pfm_llm.config.choices import Task
 from pfm_llm.config.settings import like_threshold
 from pfm_llm.config.settle import known
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import evaluator, personality, ranking
-from pfm_llm.evaluation.baselines import (
-    FittedBaseline,
-    FittedLikes,
-    fit_baselines,
-    fit_like_baselines,
-)
+from pfm_llm.evaluation import evaluator, ranking
+from pfm_llm.evaluation.baselines.likes import FittedLikes, fit_like_baselines
+from pfm_llm.evaluation.baselines.selection import FittedBaseline, fit_baselines
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured
+from pfm_llm.evaluation.personality.estimates import user_quality
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.evaluation.scorer import UserVectors
@@ -108,7 +105,7 @@ def measure(
 def quality_of(measured: Measured, mode: Mode, name: str = "log_rank") -> np.ndarray:
     """A quality of `personality.user_quality` per user, float64 [U], users ascending."""
     ranks = measured.ranks[mode]
-    return personality.user_quality(name, ranks.full, ranks.users)
+    return user_quality(name, ranks.full, ranks.users)
 
 
 def fit_run_baselines(run: Run) -> list[FittedBaseline]:

@@ -1,9 +1,9 @@
-"""The pictures of a run and of a suite: loss, quality by round and by bytes, gains, curves.
+"""The plots of a run and of a suite: loss, quality by round and by bytes, gains, curves.
 
-Figures are drawn by matplotlib's objects on an Agg canvas, never by ``pyplot``: no global state,
-no display. Every function returns whether it had something to draw; without data it writes
-nothing. Colours are those of Okabe and Ito, told apart by colour-blind readers too, and every
-series also has a marker of its own.
+The plots use matplotlib's objects on an Agg canvas instead of ``pyplot``, so that they need no
+global state and no display. Every function returns whether there was data to draw; without data it
+writes no file. The colours are those of Okabe and Ito, which colour-blind readers can tell apart,
+and every series has its own marker.
 """
 
 import io
@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pfm_llm.base.files import write_bytes
-from pfm_llm.evaluation.results import RANK_LABELS
 from pfm_llm.protocol.types import Mode
 
 Record = Mapping[str, Any]
@@ -40,9 +39,9 @@ _REFERENCE_LINES = ("--", ":", "-.")
 _SIZE_INCHES = (7.2, 4.2)
 _DPI = 150
 _SMOOTH_FROM = 20
-"""Shorter runs are shown as they are; longer ones with a moving mean on top."""
+"""A run with more rounds also gets a moving mean of its loss."""
 _LOG_BYTES_FROM = 20
-"""Methods that send so many times what another sends stand on a logarithmic axis."""
+"""The axis is logarithmic if one method sends this many times as much as another."""
 _BYTES_PER_GB = 1e9
 
 
@@ -51,7 +50,7 @@ class Point:
     """A measured value with its interval.
 
     Attributes:
-        x: Where it stands on the horizontal axis.
+        x: Its position on the horizontal axis.
         value: The mean.
         low: Lower end of the interval.
         high: Upper end of it.
@@ -65,13 +64,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's quality by number of items, with its private adapters and without.
+    """A run's quality by number of items, with and without its private parts.
 
     Attributes:
         label: The run.
-        gain: What the private adapters add, paired over users.
-        own: Quality with them; may be empty.
-        shared: Quality without; may be empty.
+        gain: The gain from the private parts, paired over users.
+        own: Quality with the private parts; may be empty.
+        shared: Quality without them; may be empty.
     """
 
     label: str
@@ -113,20 +112,12 @@ def plot_loss(records: Iterable[Record], path: Path) -> bool:
     return True
 
 
-def plot_modes_by_round(
-    records: Iterable[Record],
-    path: Path,
-    *,
-    metric: str = "ndcg@10",
-    references: Mapping[str, float] | None = None,
-) -> bool:
-    """Draw a validation metric of each mode over the rounds that were validated.
+def plot_modes_by_round(records: Iterable[Record], path: Path) -> bool:
+    """Draw NDCG@10 on validation of each mode, over the rounds that were validated.
 
     Args:
         records: Rounds as `metrics_log` reads them; those without ``validation`` are skipped.
         path: The PNG to write.
-        metric: Which entry of ``validation[mode]`` to draw.
-        references: Name to value of baselines, on validation too, drawn as horizontal lines.
 
     Returns:
         Whether there was anything to draw.
@@ -135,18 +126,14 @@ def plot_modes_by_round(
         StorageError: The file cannot be written.
     """
     validated = [record for record in records if record.get("validation")]
-    series = {mode: _points(validated, mode, metric) for mode in _MODE_STYLES}
+    series = {mode: _points(validated, mode) for mode in _MODE_STYLES}
     if not any(series.values()):
         return False
-    name = _metric_name(metric)
-    figure, axes = _new_axes(f"Validation {name} of each mode", "Round", f"{name}, full catalogue")
+    figure, axes = _new_axes("Validation NDCG@10 of each mode", "Round", "NDCG@10, full catalogue")
     for mode, (color, marker, label) in _MODE_STYLES.items():
         if series[mode]:
             rounds, values = zip(*series[mode], strict=True)
             axes.plot(rounds, values, color=color, marker=marker, markersize=5, label=label)
-    for index, (label, value) in enumerate((references or {}).items()):
-        dashes = _REFERENCE_LINES[index % len(_REFERENCE_LINES)]
-        axes.axhline(value, color="black", linewidth=1, linestyle=dashes, label=label)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -154,14 +141,13 @@ def plot_modes_by_round(
     return True
 
 
-def plot_user_gain(gains: np.ndarray, path: Path, *, metric: str = "ndcg@10") -> bool:
-    """Draw what the private adapter gives each user, users ordered by it.
+def plot_user_gain(gains: np.ndarray, path: Path) -> bool:
+    """Draw each user's gain from the private part, users ordered by it.
 
     Args:
-        gains: Shape [users], float: the metric of shared + private minus that of shared only.
-            Values that are not finite are left out.
+        gains: float [users]: NDCG@10 of shared + private minus that of shared only. Values that
+            are not finite are left out.
         path: The PNG to write.
-        metric: What was measured, for the labels.
 
     Returns:
         Whether there was anything to draw.
@@ -175,11 +161,10 @@ def plot_user_gain(gains: np.ndarray, path: Path, *, metric: str = "ndcg@10") ->
         return False
     better, worse = int((finite > 0).sum()), int((finite < 0).sum())
     share = 100 / finite.size
-    name = _metric_name(metric)
     figure, axes = _new_axes(
         f"Gain from the private adapter: mean {finite.mean():+.4f} over {finite.size} users",
         "Users, from largest loss to largest gain (%)",
-        f"{name}: shared + private minus shared only",
+        "NDCG@10: shared + private minus shared only",
     )
     edges = np.linspace(0, 100, finite.size + 1)
     for values, color, label in (
@@ -202,12 +187,12 @@ def plot_user_gain(gains: np.ndarray, path: Path, *, metric: str = "ndcg@10") ->
 def plot_quality_by_bytes(
     methods: Mapping[str, Point], path: Path, *, y_label: str, references: Mapping[str, float]
 ) -> bool:
-    """Draw what each method reaches against what it sends.
+    """Draw the quality of each method against the bytes that it sends.
 
     Args:
         methods: Label to quality; ``x`` is in bytes, up and down, over all clients and rounds.
         path: The PNG to write.
-        y_label: What the quality is.
+        y_label: Name of the quality.
         references: Name to value of baselines, which send nothing, as horizontal lines.
 
     Returns:
@@ -236,13 +221,13 @@ def plot_quality_by_bytes(
 
 
 def plot_gain_histogram(gains: np.ndarray, path: Path, *, title: str, x_label: str) -> bool:
-    """Draw how many users gain how much.
+    """Draw a histogram of the users' gains.
 
     Args:
-        gains: Shape [users], float; positive is better. Values that are not finite are left out.
+        gains: float [users]; positive is better. Values that are not finite are left out.
         path: The PNG to write.
-        title: Whose gains they are.
-        x_label: What they are measured in.
+        title: Title of the plot.
+        x_label: Name and unit of the gain.
 
     Returns:
         Whether there was anything to draw.
@@ -276,14 +261,14 @@ def plot_gain_histogram(gains: np.ndarray, path: Path, *, title: str, x_label: s
 def plot_curves(
     curves: Sequence[Curve], path: Path, *, title: str, x_label: str, quality: str
 ) -> bool:
-    """Draw quality with and without private adapters, and the gain, by number of items.
+    """Draw quality with and without private parts, and the gain, by number of items.
 
     Args:
         curves: One for each run; those without points are left out.
         path: The PNG to write.
-        title: What varies.
-        x_label: The number that varies.
-        quality: What is measured.
+        title: Title of the plot.
+        x_label: Name of the number that varies.
+        quality: Name of the quality.
 
     Returns:
         Whether there was anything to draw.
@@ -316,7 +301,7 @@ def plot_curves(
 def _draw_points(
     axes: Axes, points: Sequence[Point], index: int, label: str | None, line: str = "-"
 ) -> None:
-    """A series in the style of its index; nothing when it is empty."""
+    """Draw a series in the style of its index; an empty series is left out."""
     if not points:
         return
     color, marker = _SERIES_STYLES[index % len(_SERIES_STYLES)]
@@ -336,18 +321,13 @@ def _draw_points(
     )
 
 
-def _points(records: Iterable[Record], mode: Mode, metric: str) -> list[tuple[int, float]]:
-    found = ((r["round"], r["validation"].get(mode, {}).get(metric)) for r in records)
+def _points(records: Iterable[Record], mode: Mode) -> list[tuple[int, float]]:
+    found = ((r["round"], r["validation"].get(mode, {}).get("ndcg@10")) for r in records)
     return [(number, value) for number, value in found if _is_number(value)]
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _metric_name(metric: str) -> str:
-    name, separator, k = metric.partition("@")
-    return f"{RANK_LABELS.get(name, name)}{separator}{k}"
 
 
 def _new_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:

@@ -11,7 +11,8 @@ from typing import Any
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.evaluation import comparison, tables
-from pfm_llm.evaluation.baselines import FittedBaseline, FittedLikes
+from pfm_llm.evaluation.baselines.likes import FittedLikes
+from pfm_llm.evaluation.baselines.selection import FittedBaseline
 from pfm_llm.evaluation.evaluator import Measured
 from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.protocol.types import Mode

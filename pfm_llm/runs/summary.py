@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.evaluation.comparison import OVER
-from pfm_llm.evaluation.personality import Estimate
+from pfm_llm.evaluation.personality.estimates import Estimate
 from pfm_llm.evaluation.results import ResultRow, read_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.folders import RESULTS_FILE

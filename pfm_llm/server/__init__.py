@@ -1,1 +1,1 @@
-"""What the server does. It imports base, protocol, config and torch, and nothing else."""
+"""The server. This package imports base, protocol, config and torch, and nothing else."""

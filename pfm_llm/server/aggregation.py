@@ -1,6 +1,6 @@
-"""Aggregation: a round's updates come in, one update goes out.
+"""Aggregation of the updates of a round into one update.
 
-Nothing here knows of clients' data or private states.
+This module handles no data of clients and no private states.
 """
 
 import abc
@@ -19,15 +19,15 @@ from pfm_llm.protocol.types import ClientUpdate, Tensors
 
 @dataclass
 class Tally:
-    """Whose updates an aggregator holds, and their numbers.
+    """The clients of the updates in an aggregator, and sums over them.
 
     Attributes:
-        client_ids: Whose updates were added, in order.
-        refusals: Why others were refused, one reason for each.
-        total_weight: The sum of the weights of those that were added.
+        client_ids: The clients whose updates were added, in order.
+        refusals: The reason for each refused update.
+        total_weight: The sum of the weights of the added updates.
         weighted_loss: The sum of their losses (nats), each times its weight.
         num_examples: The sum of their examples.
-        noted: Name of a stage to what it noted of each update, in order.
+        noted: Name of a stage to the number that it noted for each update, in order.
     """
 
     client_ids: list[str] = field(default_factory=list)
@@ -48,12 +48,12 @@ class Tally:
         return self.weighted_loss / self.total_weight if self.client_ids else None
 
     def note(self, noted: Mapping[str, float]) -> None:
-        """Keep what the stages noted of one update."""
+        """Keep the numbers that the stages noted for one update."""
         for name, figure in noted.items():
             self.noted.setdefault(name, []).append(figure)
 
     def merge(self, other: "Tally") -> None:
-        """Count what another tally counted."""
+        """Add the counts of another tally."""
         self.client_ids += other.client_ids
         self.refusals += other.refusals
         self.total_weight += other.total_weight
@@ -76,42 +76,41 @@ def update_weight(weighting: Weighting, num_examples: int) -> float:
 
 
 class Aggregator(abc.ABC):
-    """Gathers the updates of a chunk of clients or of a round, and makes one update of them.
+    """Collects the updates of a chunk of clients or of a round and combines them into one update.
 
-    A kind of aggregation says what it holds of an update (`_take`) and what it makes of all that
-    it holds (`_combine`). Checks and counts are the same for all kinds, so they stand here. The
-    result must not depend on the order of clients, chunks and processes, and equal updates must
-    aggregate to themselves.
+    A subclass defines how an update is stored (`_take`) and how the stored updates are combined
+    (`_combine`). This class has the checks and counts. The result must not depend on the order of
+    clients, chunks and processes, and equal updates must aggregate to themselves.
 
     Attributes:
-        tally: Whose updates are in it.
+        tally: The clients and counts of the updates.
     """
 
     def __init__(self) -> None:
         """Start empty."""
         self.tally = Tally()
-        # Sums or single updates, as the kind wants; all have the names and shapes of an update.
+        # Sums or single updates, as the subclass needs; all have names and shapes of an update.
         self._held: list[dict[str, torch.Tensor]] = []
 
     @abc.abstractmethod
     def _take(self, tensors: Tensors, weight: float) -> None:
-        """Take in one update, or what another aggregator of this kind holds (weight 1).
+        """Store one update, or one stored entry of another aggregator of this kind (weight 1).
 
         Args:
-            tensors: Names and shapes are those of what is held; not to be kept or changed.
-            weight: How much an update counts, above 0.
+            tensors: Names and shapes are those of the stored tensors; do not keep or change them.
+            weight: The weight of the update, above 0.
         """
 
     @abc.abstractmethod
     def _combine(self) -> dict[str, torch.Tensor]:
-        """The aggregate of what is held: name to float32 CPU tensor of an update's shape."""
+        """The aggregate of the stored updates: name to float32 CPU tensor of an update's shape."""
 
     def add(self, update: ClientUpdate, weight: float) -> None:
         """Add one update.
 
         Args:
             update: Already checked against the contract; its tensors are not kept.
-            weight: How much it counts, above 0; see `update_weight`.
+            weight: Its weight, above 0; see `update_weight`.
 
         Raises:
             ContractError: The client was added already, the tensors differ in name or shape
@@ -131,7 +130,7 @@ class Aggregator(abc.ABC):
         self.tally.refusals.append(reason)
 
     def merge(self, other: Self) -> None:
-        """Add what another aggregator holds, of other clients of the same round.
+        """Add the updates of another aggregator, from other clients of the same round.
 
         Raises:
             ContractError: A client is in both, or the tensors differ in name or shape. Nothing
@@ -154,12 +153,12 @@ class Aggregator(abc.ABC):
         return self._combine()
 
     def to_payload(self) -> Payload:
-        """Everything as plain data. The tensors are shared with this aggregator, not copied."""
+        """The whole state as plain data. It shares its tensors with this aggregator."""
         return Payload(held=list(self._held), tally=dataclasses.asdict(self.tally))
 
     @classmethod
     def from_payload(cls, payload: Payload) -> Self:
-        """What `to_payload` described; adding to it leaves the payload unchanged."""
+        """The inverse of `to_payload`. Adding to the result does not change the payload."""
         made = cls()
         made._held = [{n: t.clone() for n, t in held.items()} for held in payload["held"]]
         made.tally.merge(Tally(**payload["tally"]))
@@ -178,9 +177,9 @@ class WeightedMean(Aggregator):
 
         Δ̄ = Σ_u w_u Δ_u / Σ_u w_u        (FedAvg, arXiv 1602.05629, algorithm 1)
 
-    Sums are held in float64: float32 values then add up without rounding that a float32 mean
-    could show, in whatever order clients, chunks and processes come. Equal updates aggregate to
-    exactly themselves. One client can move the mean as far as it likes.
+    The sums are float64. Rounding is then too small to change a float32 mean, whatever the order of
+    clients, chunks and processes. Equal updates aggregate to exactly themselves. A single client
+    can move the mean arbitrarily far.
     """
 
     def _take(self, tensors: Tensors, weight: float) -> None:
@@ -200,16 +199,17 @@ class CoordinateMedian(Aggregator):
 
         Δ̃[j] = median { Δ_u[j] : u in the cohort }   (Yin et al. 2018, arXiv 1803.01498, option I)
 
-    Of an even number of clients it is the mean of the two in the middle, taken in float64. As long
-    as fewer than half of the clients are hostile, each number stays within the range of the
-    others' values.
+    For an even number of clients it is the mean of the two middle values, computed in float64. As
+    long as fewer than half of the clients are hostile, each number stays within the range of the
+    honest values.
 
-    The median is unweighted: a weight is a client's own claim (its number of examples), and one
-    client that claims many would be the majority. Config validation holds ``weighting: uniform``.
+    The median is unweighted. A weight is the client's own claim (its number of examples), so a
+    client with a large claim would form a majority. Config validation requires
+    ``weighting: uniform``.
 
-    It keeps the updates of a round, 4 bytes a number and client; the mean keeps 8 bytes a number.
-    Where most clients leave a number as it is, its median change is 0: a table with a row for
-    each item learns less of rare items than under the mean.
+    The median keeps all updates of a round, 4 bytes per number and client; the mean keeps 8 bytes
+    per number. If most clients do not change a number, its median change is 0. A table with a row
+    per item therefore learns less about rare items than with the mean.
     """
 
     def _take(self, tensors: Tensors, weight: float) -> None:
@@ -229,7 +229,7 @@ AGGREGATORS: Mapping[Aggregation, Callable[[], Aggregator]] = {
     Aggregation.MEAN: WeightedMean,
     Aggregation.MEDIAN: CoordinateMedian,
 }
-"""What ``federation.server.aggregator`` chooses from."""
+"""The choices of ``federation.server.aggregator``."""
 
 
 def check_same_tensors(tensors: Tensors, expected: Tensors, whose: str) -> None:

@@ -1,8 +1,8 @@
 """The server's checkpoint: the commit point of a run.
 
-A round counts once ``commit.json`` names it, and not before; private states newer than that
-are discarded on resume. ``commit.json`` is replaced atomically after the round's file is on
-disk, so that a kill at any moment leaves the old round or the new one, whole.
+A round counts as soon as ``commit.json`` names it. On resume, newer private states are discarded.
+``commit.json`` is replaced atomically, after the file of the round is on disk. A process that is
+killed at any moment therefore leaves either the old round or the new one, complete.
 """
 
 import dataclasses
@@ -22,17 +22,17 @@ _COMMIT_FILE = "commit.json"
 
 @dataclass(frozen=True)
 class RunEnvironment:
-    """What must be equal for a resumed run to end bit-identical to an uninterrupted one.
+    """The conditions under which a resumed run ends with the bits of an uninterrupted one.
 
     Attributes:
-        config_hash: Of the settings that results depend on.
-        contract_hash: Of the update contract (backbone, prompt, catalogue, shapes).
-        data_hash: Of the interactions.
+        config_hash: Hash of the settings that results depend on.
+        contract_hash: Hash of the update contract (backbone, prompt, catalogue, shapes).
+        data_hash: Hash of the interactions.
         torch_version: Such as ``2.13.0+cpu``.
-        device: Such as ``cpu (AVX512)``: other instructions round differently.
+        device: Such as ``cpu (AVX512)``; other instructions round differently.
         threads: Threads of each process.
-        num_processes: Processes that share the cohort.
-        tokens_per_chunk: What defines the chunks.
+        num_processes: Number of processes that share the cohort.
+        tokens_per_chunk: The bound that defines the chunks.
     """
 
     config_hash: str
@@ -79,8 +79,8 @@ class Checkpoint:
 
     Attributes:
         round_number: The round after which it was taken.
-        tensors: What the server saved.
-        environment: Where it ran.
+        tensors: The saved state of the server.
+        environment: The conditions under which the run trained.
     """
 
     round_number: int
@@ -89,10 +89,10 @@ class Checkpoint:
 
 
 def check_resumable(saved: RunEnvironment, current: RunEnvironment) -> None:
-    """Refuse a resume that could not be bit-identical.
+    """Refuse a resume that could end with other bits.
 
     Raises:
-        CheckpointError: Something differs; the message names each thing and both values.
+        CheckpointError: A condition differs; the message names each one with both values.
     """
     differing = [
         f"{field.name} was {getattr(saved, field.name)}, is {getattr(current, field.name)}"
@@ -150,8 +150,8 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: The round is committed already.
-            DiskSpaceError: The disk is full; the commit point is what it was.
-            StorageError: Another failure to write, likewise.
+            DiskSpaceError: The disk is full; the commit point is unchanged.
+            StorageError: Writing failed; the commit point is unchanged.
         """
         commits = self._commits()
         if commits and round_number <= commits[-1].round_number:

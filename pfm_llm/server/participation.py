@@ -1,8 +1,8 @@
-"""Which clients take part in a round, as a pure function of (seed, round).
+"""The cohort of a round, as a pure function of (seed, round).
 
-Rounds cut consecutive slices from an endless stream of shuffled client lists (*passes*), so
-that at any time no client has taken part more than once more often than another. Independent
-draws would leave some users out for many rounds. A resumed run needs no random state.
+Rounds cut consecutive slices from an endless stream of shuffled client lists (*passes*). At any
+time, the participations of two clients therefore differ by at most one. Independent draws would
+leave some users out for many rounds. A resumed run needs no random state.
 """
 
 import itertools
@@ -30,7 +30,7 @@ def select_cohort(
 
     Raises:
         ConfigError: The cohort is larger than the number of clients or smaller than 1, a client
-            is listed twice, or the round is not from 1.
+            is listed twice, or the round is below 1.
     """
     clients = sorted(client_ids)
     num_clients = len(clients)
@@ -44,11 +44,14 @@ def select_cohort(
         )
     if round_number < 1:
         raise ConfigError(f"round {round_number} does not exist; rounds are counted from 1")
+    # A round begins at place (round - 1) * cohort_size of the stream, a pass has num_clients places
     pass_number, offset = divmod((round_number - 1) * cohort_size, num_clients)
     order = _pass_order(num_clients, cohort_size, seed, pass_number)
     picked = order[offset : offset + cohort_size]
     missing = cohort_size - len(picked)
     if missing:
+        # The cohort goes on into the next pass. `_pass_order` moves the same clients to the front
+        # of that pass, so the next round continues exactly after them.
         picked += _without_repeats(_shuffle(num_clients, seed, pass_number + 1), picked, missing)[
             :missing
         ]
@@ -56,12 +59,15 @@ def select_cohort(
 
 
 def _pass_order(num_clients: int, cohort_size: int, seed: int, pass_number: int) -> list[int]:
-    """The order of one pass; it depends on the pass before where a cohort spans both.
+    """The order of the clients in one pass, int [num_clients].
 
-    Repeats are moved within the first ``cohort_size`` places only. With at least two cohorts in
-    a pass that leaves its end as it was shuffled, so one step back is enough. In shorter passes
-    the dependence goes back to the last pass that begins with a new cohort.
+    It is a shuffle with one correction. When a cohort begins in the pass before and ends in this
+    one, the clients of its first part must not be drawn again for its second part.
     """
+    # The correction needs the end of the pass before, which may itself depend on its predecessor.
+    # A correction moves clients within the first `cohort_size` places only. If a pass holds two
+    # cohorts or more, its end is the plain shuffle, and it is enough to start one pass earlier.
+    # Otherwise start at the last pass whose first place is also the first place of a cohort.
     if num_clients >= 2 * cohort_size:
         first = max(pass_number - 1, 0)
     else:
@@ -70,7 +76,8 @@ def _pass_order(num_clients: int, cohort_size: int, seed: int, pass_number: int)
             first -= 1
     order = _shuffle(num_clients, seed, first)
     for number in range(first + 1, pass_number + 1):
-        done = number * num_clients % cohort_size  # of the cohort that spans the boundary
+        # How many places the cohort across the boundary has taken at the end of the pass before.
+        done = number * num_clients % cohort_size
         shuffled = _shuffle(num_clients, seed, number)
         before = order[num_clients - done :]
         order = _without_repeats(shuffled, before, cohort_size - done) if done else shuffled

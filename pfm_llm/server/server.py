@@ -1,4 +1,4 @@
-"""The server: selects cohorts, judges and aggregates updates, steps. It sees no private state."""
+"""The server selects cohorts, checks and aggregates updates, and steps. It has no private state."""
 
 import dataclasses
 import logging
@@ -25,17 +25,17 @@ _SHARED, _FIRST, _SECOND, _STEP = "shared/", "first/", "second/", "optimizer/ste
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """What the server knows of a round after its step.
+    """The server's figures of a round, after its step.
 
     Attributes:
         round_number: The round, from 1.
-        num_updates: Updates that were accepted.
-        refusals: Why others were refused, one reason for each.
-        num_examples: Examples behind the accepted updates.
+        num_updates: Number of accepted updates.
+        refusals: The reason for each refused update.
+        num_examples: Training examples of the accepted updates.
         loss: Their weighted mean loss (nats) before local training.
         update_norm: Euclidean norm of the aggregated update.
-        lr_factor: The schedule's factor of this round.
-        stages: Per stage of the updates what it found and did, as its ``summary`` says.
+        lr_factor: The factor of the learning-rate schedule in this round.
+        stages: Name of each update stage to the figures of its ``summary``.
     """
 
     round_number: int
@@ -63,16 +63,15 @@ class Server:
         """Start before round 1.
 
         Args:
-            table: The shared tensors. Those that are not sent are not trained and stay as they
-                are.
-            contract: What updates must look like, from the same table.
+            table: The shared tensors. Tensors that are not sent are not trained and never change.
+            contract: The contract of updates, from the same table.
             client_ids: All clients.
             config: Cohort size, number of rounds, optimizer.
             seed: The experiment's seed, for the cohorts.
-            shared: The shared state to start from; None: that of the table.
+            shared: The shared state to start from; None: the initial state of the table.
 
         Raises:
-            ContractError: The contract or the shared state is not one of this table.
+            ContractError: The contract or the shared state does not fit the table.
         """
         if difference := _difference(contract.tensors, table.sent):
             raise ContractError(
@@ -99,12 +98,12 @@ class Server:
 
     @property
     def shared(self) -> SharedState:
-        """The state that clients receive. Never changed in place: each step makes a new one."""
+        """The state that clients receive. Each step makes a new one; none is changed in place."""
         return self._shared
 
     @property
     def round_under_way(self) -> int:
-        """The round after the one that the shared state stands after, from 1."""
+        """The current round: one more than the round of the shared state."""
         return self._shared.round_number + 1
 
     @property
@@ -114,7 +113,7 @@ class Server:
 
     @property
     def contract(self) -> UpdateContract:
-        """What updates must look like."""
+        """The contract of updates."""
         return self._contract
 
     def select_cohort(self, round_number: int) -> tuple[str, ...]:
@@ -134,11 +133,11 @@ class Server:
         return AGGREGATORS[self._config.server.aggregator]()
 
     def receive(self, updates: Aggregator, update: ClientUpdate) -> bool:
-        """Check one update and add it to others, or refuse and count it; the round goes on.
+        """Check one update. Add it to the others, or refuse and count it.
 
         Args:
-            updates: Those of a chunk or a round so far.
-            update: What arrived.
+            updates: The updates of a chunk or a round so far.
+            update: The update that arrived.
 
         Returns:
             Whether it was accepted.
@@ -160,19 +159,19 @@ class Server:
         return True
 
     def weight_of(self, update: ClientUpdate) -> float:
-        """How much an update counts; see `aggregation.update_weight`."""
+        """The weight of an update; see `aggregation.update_weight`."""
         return update_weight(self._config.server.weighting, update.num_examples)
 
     def aggregate(self, updates: Aggregator) -> RoundSummary:
         """Step from the round's updates to the next shared state.
 
         Args:
-            updates: Those of the whole cohort.
+            updates: The updates of the whole cohort.
 
         Raises:
-            ContractError: They hold other tensors than the shared state.
-            TrainingError: None was accepted, or the step led to values that are not finite.
-                After either error the state is what it was before, and so is the round.
+            ContractError: The updates hold other tensors than the shared state.
+            TrainingError: No update was accepted, or the step led to values that are not finite.
+                After either error the shared state and the round are unchanged.
         """
         round_number, tally = self.round_under_way, updates.tally
         aggregate = self._stages.on_aggregate(updates.result(), round_number)
@@ -197,7 +196,7 @@ class Server:
         return SharedState(trained, self._shared.round_number)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that a checkpoint must hold of the server, for `load_state_tensors`."""
+        """The complete state of the server for a checkpoint; see `load_state_tensors`."""
         groups = {
             _SHARED: self._shared.tensors,
             _FIRST: self._optimizer.first,
@@ -212,14 +211,15 @@ class Server:
         return tensors
 
     def load_state_tensors(self, tensors: Tensors, round_number: int) -> None:
-        """Go on from what `state_tensors` returned.
+        """Continue from the tensors of `state_tensors`.
 
         Args:
             tensors: The state.
-            round_number: After which round it stands.
+            round_number: The round after which it was taken.
 
         Raises:
-            CheckpointError: It is of another model or optimizer; the state is unchanged.
+            CheckpointError: The tensors belong to another model or optimizer. The server's state
+                is unchanged.
         """
         difference = _difference(_specs(tensors), _specs(self.state_tensors()))
         if difference:

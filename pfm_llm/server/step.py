@@ -17,15 +17,15 @@ _BETA2, _EPS = 0.99, 1e-8
 """β₂ and ε of `ServerStep`'s ``fedadam``."""
 
 _MAX_RATE = 1e30
-"""Beyond it a learning rate, divided by Adam's bias correction, may not fit into float32."""
+"""A larger learning rate, divided by Adam's bias correction, may not fit into float32."""
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What the server's optimizer remembers.
+    """The state of the server's optimizer.
 
     Attributes:
-        step: How many steps were taken.
+        step: Number of steps taken.
         first: Momentum of ``fedavgm`` and ``fedadam``, float32, named as the shared tensors;
             empty for ``average``.
         second: Mean of squares of ``fedadam``, likewise; empty for the others.
@@ -46,16 +46,16 @@ class ServerStep:
       1602.05629, algorithm 1).
     - ``fedavgm``: v ← momentum · v + Δ; w ← w + η v (arXiv 1909.06335).
     - ``fedadam``: m ← momentum · m + (1 - momentum) Δ; v ← β₂ v + (1 - β₂) Δ²;
-      w ← w + η m̂ / (√v̂ + ε) (arXiv 2003.00295, algorithm 2). Unlike there, m̂ and v̂ are
-      corrected for their start at zero, as in Adam, so that the first rounds take whole steps:
-      with Δ = -gradient this is Adam.
+      w ← w + η m̂ / (√v̂ + ε) (arXiv 2003.00295, algorithm 2). Unlike in the paper, m̂ and v̂ have
+      Adam's bias correction, so that the first rounds take full steps. With Δ = -gradient this is
+      Adam.
 
     ``weight_decay`` is decoupled, w ← (1 - η · weight_decay) w before the step, and applies to
     every tensor.
 
     Attributes:
         config: Optimizer and schedule.
-        num_rounds: Over how many rounds the schedule runs.
+        num_rounds: Length of the schedule in rounds.
         rates: Learning rate of each tensor before the schedule; see `Parameter`.
     """
 
@@ -75,8 +75,8 @@ class ServerStep:
     def lr_factor(self, round_number: int) -> float:
         """The schedule's factor in (0, 1] for a round, from 1.
 
-        A linear warm-up over ``warmup_rounds``, r / (warmup_rounds + 1); then 1, or half a
-        cosine from 1 that would reach 0 in the round after the last.
+        It rises linearly over ``warmup_rounds``, as r / (warmup_rounds + 1). Then it is 1, or half
+        a cosine from 1 that would reach 0 in the round after the last.
         """
         warmup = known(self.config.warmup_rounds)
         if round_number <= warmup:
@@ -89,12 +89,12 @@ class ServerStep:
     def step(
         self, shared: SharedState, aggregate: Tensors, state: OptimizerState
     ) -> tuple[SharedState, OptimizerState]:
-        """Take one step; the arguments are left as they are.
+        """Take one step; the arguments are not changed.
 
         Args:
             shared: The state that the clients started from.
-            aggregate: Mean update, the same names and shapes.
-            state: What the optimizer remembers.
+            aggregate: The aggregated update, with the same names and shapes.
+            state: The state of the optimizer.
 
         Returns:
             The next shared state and optimizer state.

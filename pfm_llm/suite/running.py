@@ -51,7 +51,7 @@ class Tools:
     def real(cls) -> "Tools":
         """Those of the library."""
         from pfm_llm.runs.experiment import run_experiment
-        from pfm_llm.runs.study import study_run
+        from pfm_llm.runs.study.run import study_run
 
         def train(config: ExperimentConfig, resume: bool) -> Path:
             gc.collect()  # the last model hangs in cycles, and two may not fit

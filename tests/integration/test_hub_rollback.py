@@ -15,7 +15,9 @@ from pfm_llm.publish.artefact import (
     Artefact,
     Parent,
 )
-from pfm_llm.publish.versions import list_versions, rollback, verify_chain
+from pfm_llm.publish.versions.chain import verify_chain
+from pfm_llm.publish.versions.history import list_versions
+from pfm_llm.publish.versions.restore import rollback
 from tests.support.hub_double import READ_TOKEN, HubDouble
 from tests.support.scripts import run_script
 from tests.support.small_artefacts import contents, make_artefact

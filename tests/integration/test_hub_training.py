@@ -6,7 +6,8 @@ import pytest
 
 from pfm_llm.base.errors import HubError
 from pfm_llm.publish import hub as our_hub
-from pfm_llm.publish.versions import list_versions, verify_chain
+from pfm_llm.publish.versions.chain import verify_chain
+from pfm_llm.publish.versions.history import list_versions
 from pfm_llm.runs.experiment import run_experiment
 from tests.support.hub_double import READ_TOKEN, WRITE_TOKEN, HubDouble
 from tests.support.tiny import Tiny, leftovers, results_of

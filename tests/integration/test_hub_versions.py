@@ -18,7 +18,9 @@ from pfm_llm.publish.artefact import (
     Artefact,
     Parent,
 )
-from pfm_llm.publish.versions import find_commit, list_versions, rollback, verify_chain
+from pfm_llm.publish.versions.chain import verify_chain
+from pfm_llm.publish.versions.history import find_commit, list_versions
+from pfm_llm.publish.versions.restore import rollback
 from tests.support.hub_double import OWNER, HubDouble
 from tests.support.pushes import api
 from tests.support.small_artefacts import make_artefact

@@ -10,8 +10,9 @@ import torch
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import TrainData
-from pfm_llm.evaluation import personality, ranking
+from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.evaluator import EvaluationTask
+from pfm_llm.evaluation.personality.estimates import user_quality
 from pfm_llm.model.head import ITEM_BIAS
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.measuring import measure, only, quality_of
@@ -29,7 +30,7 @@ def known_by_none(run: Run, task: EvaluationTask) -> np.ndarray:
     queries = range(len(held_out.users))
     scores = np.broadcast_to(bias, (len(queries), num_items))
     ranks = ranking.rank_scores(scores, empty, queries, task.negatives)
-    return personality.user_quality("log_rank", ranks.full, ranks.users)
+    return user_quality("log_rank", ranks.full, ranks.users)
 
 
 def known_by_few(run: Run, task: EvaluationTask, given: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from pfm_llm.config.choices import Task
-from pfm_llm.evaluation import comparison, personality
-from pfm_llm.evaluation.personality import Estimate, GroupHarm
+from pfm_llm.evaluation import comparison
+from pfm_llm.evaluation.personality.curves import COLD_START, MEMORY, curve_figures
+from pfm_llm.evaluation.personality.estimates import Estimate, align, named_estimates
+from pfm_llm.evaluation.personality.groups import user_groupings
+from pfm_llm.evaluation.personality.harm import GroupHarm, group_harm, harm_figures, not_harmed
+from pfm_llm.evaluation.personality.integrity import integrity
+from pfm_llm.evaluation.personality.new_items import new_item_figures
+from pfm_llm.evaluation.personality.swap import identification, swap_loss
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.experiment import open_run
@@ -107,7 +113,7 @@ class _Study:
             comparison.gains(self._test.ranks, self._test.aucs, self._bootstrap, over)
             for over in (Mode.SHARED_ONLY, Mode.PRIVATE_ONLY)
         )
-        next_item = personality.named_estimates(
+        next_item = named_estimates(
             over_shared[Task.NEXT_ITEM],
             over_private[Task.NEXT_ITEM],
             self._harm(),
@@ -119,7 +125,7 @@ class _Study:
         )
         rows = self._rows(next_item, Task.NEXT_ITEM)
         if self._test.aucs:
-            like = personality.named_estimates(
+            like = named_estimates(
                 over_shared[Task.LIKE],
                 over_private[Task.LIKE],
                 # Ten likes give an AUC of few values: most users would tie.
@@ -152,8 +158,8 @@ class _Study:
         }
 
     def _harm(self) -> dict[str, Estimate]:
-        found = personality.harm_figures(self._groups)
-        return {**found, **personality.not_harmed(self._gain("log_rank"), self._bootstrap)}
+        found = harm_figures(self._groups)
+        return {**found, **not_harmed(self._gain("log_rank"), self._bootstrap)}
 
     @functools.cached_property
     def _groups(self) -> dict[str, GroupHarm]:
@@ -163,13 +169,13 @@ class _Study:
         task = evaluation_task(self._run, self._trained, held_out, [Mode.SHARED_ONLY])
         validated = measure(self._run, only(task, Mode.SHARED_ONLY, liked=None))
         quality = quality_of(validated, Mode.SHARED_ONLY)
-        quality = personality.align(quality, held_out.users, users)
+        quality = align(quality, held_out.users, users)
         train = split.train.interactions
         fields = {
             name: [values[user] for user in users] for name, values in train.user_fields.items()
         }
-        groupings = personality.user_groupings(quality, np.diff(train.offsets)[users], fields)
-        return personality.group_harm(self._gain("log_rank"), groupings, self._bootstrap)
+        groupings = user_groupings(quality, np.diff(train.offsets)[users], fields)
+        return group_harm(self._gain("log_rank"), groupings, self._bootstrap)
 
     @functools.cached_property
     def _by_strangers(self) -> dict[str, np.ndarray]:
@@ -188,10 +194,10 @@ class _Study:
         served = self._by_strangers
         if any(qualities.shape[1] == 1 for qualities in served.values()):
             return {}
-        return personality.named_estimates(
-            *(personality.swap_loss(name, served[name], self._bootstrap) for name in lost),
+        return named_estimates(
+            *(swap_loss(name, served[name], self._bootstrap) for name in lost),
             *(
-                personality.identification(served[name], self._bootstrap, called)
+                identification(served[name], self._bootstrap, called)
                 for name, called in told_by.items()
             ),
         )
@@ -208,7 +214,7 @@ class _Study:
                 found = self._served.by_owners(task, f"prompts of {items} items")
             own[items] = quality_of(found, Mode.SHARED_PRIVATE)
             shared[items] = quality_of(found, Mode.SHARED_ONLY)
-        return personality.curve_figures(personality.MEMORY, own, shared, self._bootstrap)
+        return curve_figures(MEMORY, own, shared, self._bootstrap)
 
     def _cold_start(self) -> dict[str, Estimate]:
         """Quality for users of whom only the first so many interactions are known."""
@@ -219,7 +225,7 @@ class _Study:
                 own[given], shared[given] = known_by_few(self._run, self._task, given)
             else:
                 own[0] = shared[0] = known_by_none(self._run, self._task)
-        return personality.curve_figures(personality.COLD_START, own, shared, self._bootstrap)
+        return curve_figures(COLD_START, own, shared, self._bootstrap)
 
     def _new_items(self) -> dict[str, Estimate]:
         """Quality on items that nobody met in training."""
@@ -229,7 +235,7 @@ class _Study:
         was_met[train.items] = True
         own, shared = (self._test.ranks[mode] for mode in reversed(_SERVED))
         candidates = [num_items - len(np.unique(history)) for history in held_out.histories]
-        return personality.new_item_figures(
+        return new_item_figures(
             own.full,
             shared.full,
             own.users,
@@ -247,7 +253,7 @@ class _Study:
         old_private, before_top = self._served.top(before, None, f"lists of round {rounds[-2]}")
         _, untuned_top = self._served.top(newest, old_private, "lists after the merge")
         _, retuned_top = self._served.top(newest, None, "the same, tuned anew")
-        return personality.named_estimates(
-            personality.integrity(before_top, untuned_top, self._bootstrap),
-            personality.integrity(before_top, retuned_top, self._bootstrap, retuned=True),
+        return named_estimates(
+            integrity(before_top, untuned_top, self._bootstrap),
+            integrity(before_top, retuned_top, self._bootstrap, retuned=True),
         )

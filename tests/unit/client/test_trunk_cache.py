@@ -174,15 +174,6 @@ def test_files_are_the_clients_and_private(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_forgetting_a_client_deletes_its_states_alone(tmp_path: Path) -> None:
-    cache = _cache(tmp_path)
-    for client in ("a", "b"):
-        cache.states(WINDOWS, client)
-    cache.forget("a")
-    assert [path.parts[-3] for path in _entries(tmp_path)] == ["b"]
-    cache.forget("nobody")
-
-
 def test_another_backbone_or_number_of_layers_is_another_entry(tmp_path: Path) -> None:
     for identity in ("w/float32/2", "other/float32/2", "w/bfloat16/2", "w/float32/3"):
         cache = _cache(tmp_path, identity=identity)

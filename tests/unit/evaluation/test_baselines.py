@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 
 from pfm_llm.base.errors import ConfigError, DataError, TrainingError
-from pfm_llm.evaluation.baselines import (
-    MAX_DENSE,
-    BaselineName,
-    Ease,
-    EaseMarkov,
-    ItemKnn,
-    MarkovRecency,
-    Popularity,
-    fit_baselines,
-    selection,
-)
+from pfm_llm.evaluation.baselines import selection
+from pfm_llm.evaluation.baselines.ease import MAX_DENSE, Ease
+from pfm_llm.evaluation.baselines.ease_markov import EaseMarkov
+from pfm_llm.evaluation.baselines.item_knn import ItemKnn
+from pfm_llm.evaluation.baselines.markov import MarkovRecency
+from pfm_llm.evaluation.baselines.popularity import Popularity
+from pfm_llm.evaluation.baselines.selection import BaselineName, fit_baselines
 from pfm_llm.evaluation.metrics import ndcg
 from pfm_llm.evaluation.scoring import full_ranks
 

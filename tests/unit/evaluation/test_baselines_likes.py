@@ -9,8 +9,8 @@ import pytest
 
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.splits import HeldOut, Split, TrainData
-from pfm_llm.evaluation.baselines import FittedLikes, fit_like_baselines
 from pfm_llm.evaluation.baselines import likes as module
+from pfm_llm.evaluation.baselines.likes import FittedLikes, fit_like_baselines
 from pfm_llm.evaluation.metrics import per_user_auc
 
 NUM_ITEMS = 40

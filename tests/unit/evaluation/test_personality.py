@@ -9,23 +9,20 @@ from hypothesis import strategies as st
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.evaluation import metrics
-from pfm_llm.evaluation.personality import (
-    MEMORY,
+from pfm_llm.evaluation.personality.curves import MEMORY, curve_figures
+from pfm_llm.evaluation.personality.estimates import (
     RANK_QUALITIES,
     Bootstrap,
     Estimate,
     align,
-    auc_gain,
-    curve_figures,
     estimate,
-    identification,
     named_estimates,
-    new_item_figures,
     paired_difference,
-    rank_gain,
-    swap_loss,
     user_quality,
 )
+from pfm_llm.evaluation.personality.gain import auc_gain, rank_gain
+from pfm_llm.evaluation.personality.new_items import new_item_figures
+from pfm_llm.evaluation.personality.swap import identification, swap_loss
 
 FEW = Bootstrap(num_resamples=50, confidence=0.9, seed=3)
 NAN = math.nan

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import ConfigError, DataError
-from pfm_llm.evaluation.personality import Bootstrap, integrity, rank_biased_overlap
-from pfm_llm.evaluation.personality.integrity import PERSISTENCE
+from pfm_llm.evaluation.personality.estimates import Bootstrap
+from pfm_llm.evaluation.personality.integrity import PERSISTENCE, integrity, rank_biased_overlap
 
 FEW = Bootstrap(num_resamples=50)
 PAIRS = st.integers(1, 12).flatmap(
