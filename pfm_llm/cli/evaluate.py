@@ -22,16 +22,10 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a run beside the baselines, and rewrite its results."""
-    from pfm_llm.evaluation.results import read_results
-    from pfm_llm.evaluation.tables import terminal_table
+    from pfm_llm.cli.ending import print_ending
     from pfm_llm.runs.experiment import evaluate_run
-    from pfm_llm.runs.folders import RESULTS_FILE
-    from pfm_llm.runs.summary import of_run
 
     folder = options.run_folder(run, runs)
     evaluate_run(folder, against or [])
     if is_main_process():
-        rows, _ = read_results(folder / RESULTS_FILE)
-        print(f"\n{terminal_table(rows)}\n")
-        print("\n".join(of_run(folder)))
-        print(f"\nrun folder: {folder}")
+        print_ending(folder)

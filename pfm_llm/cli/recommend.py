@@ -109,9 +109,14 @@ def _load(
 
 
 def _after_history(model: "Recommender", history: str, n: int) -> "list[Recommendation]":
+    import sys
+
     from pfm_llm.data.titles import find_items
 
-    return model.recommend(find_items(model.catalogue, history), n)
+    items = find_items(model.catalogue, history)
+    titles = dict(zip(model.catalogue.item_ids, model.catalogue.fields["title"], strict=True))
+    print(f"history: {'; '.join(f'{titles[i]} [{i}]' for i in items)}", file=sys.stderr)
+    return model.recommend(items, n)
 
 
 def _print(items: "list[Recommendation]", as_json: bool) -> None:

@@ -36,12 +36,9 @@ def train(
     # A wrong key is named before torch is imported, which takes seconds.
     experiment = load_config(find_config(config), overrides or [])
 
-    from pfm_llm.evaluation.results import read_results
-    from pfm_llm.evaluation.tables import terminal_table
+    from pfm_llm.cli.ending import print_ending
     from pfm_llm.runs.experiment import run_experiment
-    from pfm_llm.runs.folders import RESULTS_FILE
 
     run = run_experiment(experiment, resume=resume, from_round=from_round)
     if is_main_process():
-        rows, _ = read_results(run / RESULTS_FILE)
-        print(f"\n{terminal_table(rows)}\nrun folder: {run}")
+        print_ending(run)

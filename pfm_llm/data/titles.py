@@ -6,13 +6,14 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.data.interactions import Catalogue
 
 _NAMED = 5
+_NEAR, _TYPO = 0.5, 0.8  # similarities of `difflib`: to be named, to be meant
 
 
 def find_items(catalogue: Catalogue, wanted: str) -> list[str]:
     """The external ids of items that are named in one line, with commas between them.
 
-    A name is an item's id, its title, or a part of the title that no other title has; case does
-    not matter. A title may hold commas.
+    A name is an item's id, its title, a part of the title that no other title has, or a title
+    with a typo; case does not matter. A title may hold commas.
 
     Raises:
         DataError: Nothing has that name, or several items have it. The message lists some.
@@ -53,6 +54,9 @@ def _by_part(catalogue: Catalogue, name: str) -> str:
         some = "; ".join(f"{titles[i]} [{catalogue.item_ids[i]}]" for i in having[:_NAMED])
         raise DataError(f"{len(having)} items have {name!r} in their title, such as {some}")
     folded = {title.casefold(): title for title in titles}
-    near = difflib.get_close_matches(name.casefold(), folded, _NAMED, cutoff=0.5)
+    near = difflib.get_close_matches(name.casefold(), folded, _NAMED, cutoff=_NEAR)
+    typo = difflib.get_close_matches(name.casefold(), folded, 2, cutoff=_TYPO)
+    if len(typo) == 1:
+        return catalogue.item_ids[titles.index(folded[typo[0]])]
     there = "; ".join(folded[one] for one in near) or "; ".join(titles[:3])
     raise DataError(f"no item {name!r} in the catalogue; there are {there}")

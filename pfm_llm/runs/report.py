@@ -81,17 +81,8 @@ def evaluate_and_report(
         _draw(run.folders, measured[-1])
         exported, folder = exported_of(run, trained), run.folders.shared_adapter
         export_shared_adapter(exported, folder, trained.shared, rows)
-        for line in summary.of_run(run.folders.public):
-            _log.info("%s", line)
-        _show_lists(run, trained)
-
-
-def _show_lists(run: Run, trained: Trained) -> None:
-    """What the private part changes for three users; their lists stay in the private folder."""
-    if not run.config.adapters.private.enabled:
-        return
-    for one in lists.write_lists(run, trained):
-        _log.info("\n%s", one.text())
+        if config.adapters.private.enabled:
+            lists.write_lists(run, trained)
 
 
 def _costs(run: Run, evaluated: Measured, training_seconds: float | None) -> dict[str, Any]:

@@ -14,15 +14,21 @@ A table stands between two comments, the first of which says what it is made of:
     ...
     <!-- end of table -->
 
+    <!-- lists: results/quickstart/lists.json -->
+    ...
+    <!-- end of lists -->
+
     <!-- first: results/quickstart/lists.json -->
     ...
-    <!-- end of first -->
+    <!-- end of lists -->
 
 The third has a column for each prefix and a row for each name: its figures are the claims
 ``next.films.popularity``, ``hits.films.popularity`` and so on of ``results/claims.json``, its
 headings their units, and its rows' names the notes of the first column. A file with ``ratios`` (of
 ``benchmarks/engine.py``) becomes a table of the race, any other file a table of results; a suite's
-folder becomes a table of its methods. The last shows the lists of a few users; see `runs.lists`.
+folder becomes a table of its methods. The last two show the lists
+of `runs.lists`: those of every user in the file, and those of the user in the middle, who has a
+history of median length.
 """
 
 import re
@@ -34,13 +40,13 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.base.files import read_json
 from pfm_llm.evaluation.results import read_results
 from pfm_llm.evaluation.tables import results_table
-from pfm_llm.runs.lists import read_lists
+from pfm_llm.runs.lists import UserLists, read_lists
 from pfm_llm.suite.claims import Claim, read_claims
 from pfm_llm.suite.report.tables import markdown_table
 
 _TABLE = re.compile(
-    r"(<!-- (?P<kind>table|suite|claims|first): (?P<what>[^>]+) -->\n).*?"
-    r"(?P<end><!-- end of (?:table|first) -->)",
+    r"(<!-- (?P<kind>table|suite|claims|lists|first): (?P<what>[^>]+) -->\n).*?"
+    r"(?P<end><!-- end of (?:table|lists) -->)",
     flags=re.DOTALL,
 )
 
@@ -61,8 +67,8 @@ def with_fresh_tables(text: str, root: Path) -> str:
         if kind == "claims":
             table = _claims_table(what, read_claims(root))
         else:
-            make = {"suite": markdown_table, "first": _lists}.get(kind, _table)
-            table = make(root / what)
+            makers = {"suite": markdown_table, "lists": _lists, "first": _first}
+            table = makers.get(kind, _table)(root / what)
         return f"{match[1]}{table}\n{match['end']}"
 
     return _TABLE.sub(rebuilt, text)
@@ -79,9 +85,18 @@ def _table(path: Path) -> str:
 
 
 def _lists(path: Path) -> str:
+    return "\n\n".join(one.markdown() for one in _lists_of(path))
+
+
+def _first(path: Path) -> str:
+    found = _lists_of(path)
+    return found[len(found) // 2].markdown()
+
+
+def _lists_of(path: Path) -> list[UserLists]:
     if not path.is_file():
         raise DataError(f"lists are to be shown of {path}, which is not there")
-    return "\n\n".join(one.markdown() for one in read_lists(read_json(path)))
+    return read_lists(read_json(path))
 
 
 def _claims_table(what: str, claims: Mapping[str, Claim]) -> str:

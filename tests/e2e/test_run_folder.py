@@ -3,7 +3,6 @@
 import importlib.metadata
 import itertools
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.cli.ending import print_ending
 from pfm_llm.config.schema import load_config, training_hash
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
@@ -405,16 +405,18 @@ def test_the_gain_of_the_private_part_is_paired_and_beside_the_rows(finished: Pa
 
 
 def test_a_run_ends_with_what_it_found_and_how_to_see_more(
-    copied: Path, caplog: pytest.LogCaptureFixture
+    copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.INFO, "pfm_llm.runs.report"):
-        evaluate_run(copied)
-    said = [r.getMessage() for r in caplog.records if r.name == "pfm_llm.runs.report"]
-    assert said == summary.of_run(copied)
+    evaluate_run(copied)
+    print_ending(copied)
+    said = capsys.readouterr().out.splitlines()
+    found = summary.of_run(copied)
+    assert said[-2 - len(found) : -2] == found
+    assert len([line for line in said if line.startswith("User u")]) == 3
     assert [line for line in said if "the private part adds" in line]
     for name in BASELINES:
         assert [line for line in said if f"than {name}:" in line or f"from {name}:" in line]
-    assert said[-2].endswith(f"pfm recommend --run {copied} --user ID --compare")
+    assert found[-2].endswith(f"pfm recommend --run {copied} --user ID --compare")
 
 
 def test_a_run_that_is_not_there_is_answered_with_those_that_are(copied: Path) -> None:

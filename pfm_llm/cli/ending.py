@@ -1,0 +1,27 @@
+"""What a command prints when a run is trained or measured."""
+
+from pathlib import Path
+
+
+def print_ending(run: Path) -> None:
+    """Print three users' lists, the table, what it says, and the commands that show more.
+
+    Args:
+        run: The folder of a run that was evaluated.
+    """
+    from pfm_llm.base.files import read_json
+    from pfm_llm.evaluation.results import read_results
+    from pfm_llm.evaluation.tables import terminal_table
+    from pfm_llm.runs.folders import RESULTS_FILE, RunFolders
+    from pfm_llm.runs.lists import LISTS_FILE, read_lists
+    from pfm_llm.runs.summary import of_run
+
+    kept = RunFolders.of(run).private / LISTS_FILE
+    if kept.is_file():
+        print("\nLists of three users; + marks what the list of the shared part does not have.")
+        for one in read_lists(read_json(kept)):
+            print(f"\n{one.text()}")
+    rows, _ = read_results(run / RESULTS_FILE)
+    print(f"\n{terminal_table(rows)}\n")
+    print("\n".join(of_run(run)))
+    print(f"\nrun folder: {run}")
