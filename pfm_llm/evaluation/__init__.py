@@ -1,1 +1,1 @@
-"""Honest ranking: metrics, baselines, comparisons, what a private part is worth."""
+"""Evaluation: ranking, metrics, baselines, comparisons, and the gain of a private part."""

@@ -1,18 +1,18 @@
 """Candidate sets for the sampled-negatives column of an evaluation.
 
-Ranking a target among a few sampled negatives flatters every method (and not all alike), so
-these numbers are reported beside the full ranking, labelled, and only to compare with papers
-that give nothing else.
+A ranking among a few sampled negatives makes every method look better, and some more than others.
+These numbers are therefore labelled and reported beside the full ranking, only for comparison with
+papers that report nothing else.
 
-**Nothing here is for training.** Training takes its cross-entropy over all that was not met and
-needs no negatives. Whoever samples negatives for training must draw them from the train data
-alone: excluding a user's held-out items from them tells the model which items are held out. A
-scorer that only counts how often an item was drawn as a user's training negative then finds the
-target (the one item never drawn) and reaches a hit rate at 10 of 1.0 without any model.
+**These candidates are not for training.** The training loss is a cross-entropy over all items
+outside the history and needs no negatives. Negatives for training would have to be drawn from the
+train data alone. If a user's held-out items were excluded from them, they would reveal the held-out
+items: a scorer that counts how often an item was drawn as a negative would find the target, which
+is never drawn, and would reach a hit rate at 10 of 1.0 without any model.
 
-Evaluation may exclude them, since the model never sees these sets before it is scored. Validation
-and test draw from streams of their own, so that nothing chosen on the validation candidates was
-fitted to those of the test.
+The evaluation may exclude held-out items, because the model does not see these sets. Validation and
+test have separate random streams, so that a choice on the validation candidates is not fitted to
+the test candidates.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.data.splits import HeldOut
 
 PADDING = -1
-"""Fills a row of candidates when the catalogue has too few items."""
+"""Fills a row of candidates if the catalogue has too few items."""
 
 
 def sample_negatives(
@@ -29,9 +29,9 @@ def sample_negatives(
 ) -> np.ndarray:
     """Draw the items that each target is ranked against.
 
-    A query's negatives come uniformly from the catalogue without the user's history and without
-    any of the query's targets; each target has a draw of its own. They depend on the seed, the
-    split's name and the user, not on the other users.
+    The negatives of a query come uniformly from the catalogue without the user's history and
+    without any target of the query. Each target has its own draw. The draws depend on the seed, the
+    name of the split and the user, not on other users.
 
     Args:
         held_out: The queries.
@@ -41,8 +41,8 @@ def sample_negatives(
 
     Returns:
         int32 [total number of targets, num_negatives], a row per target: query by query, in the
-        order of ``held_out.targets``. Distinct within a row. Where fewer items remain, all that
-        remain, then `PADDING`.
+        order of ``held_out.targets``. Items are distinct within a row. If fewer items remain, the
+        row has all of them, then `PADDING`.
     """
     num_targets = sum(map(len, held_out.targets))
     negatives = np.full((num_targets, num_negatives), PADDING, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""A run beside others, paired over users: the difference whose interval judges a claim."""
+"""The paired differences between a run and others, over the same users, with intervals."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ from pfm_llm.protocol.types import Mode
 _NDCG = "ndcg"
 
 OVER = f"{_NDCG}_over_"
-"""What the name of a difference to a reference begins with."""
+"""The prefix of the name of a difference to a reference."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a run is compared with.
+    """A method that a run is compared with.
 
     Attributes:
         name: The method.
@@ -54,7 +54,7 @@ def _reference(name: str, ranks: Ranks) -> Reference:
 
 
 def read_references(paths: Sequence[Path], config: ExperimentConfig, split: str) -> list[Reference]:
-    """References from result files of ``benchmarks/baselines``, which keep what each user got.
+    """References from result files of ``benchmarks/baselines``, which have a figure per user.
 
     Args:
         paths: The files.
@@ -62,8 +62,8 @@ def read_references(paths: Sequence[Path], config: ExperimentConfig, split: str)
         split: ``validation`` or ``test``.
 
     Raises:
-        DataError: There is no such file, it says nothing of single users on this split, it is of
-            other data or other users, or two files are of one method.
+        DataError: There is no such file, it has no figures per user on this split, it belongs to
+            other data or other users, or two files belong to one method.
         CorruptFileError: It is not a result file.
     """
     references = [_read_reference(path, config, split) for path in paths]
@@ -95,7 +95,7 @@ def _read_reference(path: Path, config: ExperimentConfig, split: str) -> Referen
 
 
 def _population(config: Mapping[str, Any]) -> tuple[object, object]:
-    """What decides which users are asked for which items."""
+    """The settings that decide which users have a query, and for which items."""
     data = {**config.get("data", {})}
     data.pop("users_per_client", None)
     # The seed draws the sample of users, where there is one.
@@ -103,7 +103,7 @@ def _population(config: Mapping[str, Any]) -> tuple[object, object]:
 
 
 def bootstrap_of(config: ExperimentConfig) -> Bootstrap:
-    """How a run's intervals are made."""
+    """The settings of a run's intervals."""
     evaluated = config.evaluation
     return Bootstrap(evaluated.bootstrap, evaluated.confidence, config.seed)
 
@@ -117,10 +117,10 @@ def rows_over(
     """Rows ``ndcg_over_<name>``: NDCG@10 of a run minus each reference's.
 
     Args:
-        config: The run's.
+        config: The run's config.
         split: ``validation`` or ``test``.
-        ranks: Of the run, per mode; that which it is judged by is compared.
-        references: Of the same users.
+        ranks: The run's ranks per mode; the mode that the run is judged by is compared.
+        references: References of the same users.
 
     Raises:
         DataError: A reference is of other users.
@@ -143,13 +143,13 @@ def gains(
     bootstrap: Bootstrap,
     over: Mode = Mode.SHARED_ONLY,
 ) -> dict[Task, dict[str, Estimate]]:
-    """What shared and private part together add to one of them, in every task that was measured.
+    """The gain of shared and private part together over one of them, in every measured task.
 
     Args:
-        ranks: Per mode.
+        ranks: Ranks per mode.
         aucs: Per mode each user's AUC of likes, float64 [U]; empty without the task ``like``.
-        bootstrap: How to make the intervals.
-        over: The part that they are compared with.
+        bootstrap: The settings of the intervals.
+        over: The mode to compare with.
 
     Returns:
         Per task the figures of `personality.rank_gain` and `personality.auc_gain`.
@@ -168,10 +168,10 @@ def gain_rows(
     ranks: Mapping[Mode, Ranks],
     aucs: Mapping[Mode, np.ndarray],
 ) -> list[ResultRow]:
-    """Rows ``gain_<quality>``: what the private part adds to the shared one; none without it.
+    """Rows ``gain_<quality>``: the gain from the private part; no rows without a private part.
 
     Args:
-        config: The run's.
+        config: The run's config.
         split: ``validation`` or ``test``.
         ranks: See `gains`.
         aucs: See `gains`.
@@ -196,11 +196,11 @@ def estimate_rows(
     """A row for each finite estimate, in the mode that the run is judged by.
 
     Args:
-        config: The run's.
+        config: The run's config.
         split: ``validation`` or ``test``.
-        task: What was predicted.
+        task: The task of the figures.
         figures: Metric to estimate.
-        budget: As in the rows.
+        budget: Label of the budget, as in the rows.
     """
     describe = functools.partial(
         ResultRow,

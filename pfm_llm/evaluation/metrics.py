@@ -1,7 +1,7 @@
 """Ranking metrics: formulas, an `evaluate.Metric` of them, and bootstrap intervals over users.
 
-A target's rank (1 is best, see `scoring`) is all that hit rate, NDCG and MRR need, with one
-relevant item per rank: a user with several targets counts once, by the mean over the targets.
+Hit rate, NDCG and MRR are functions of a target's rank (1 is best, see `scoring`), with one
+relevant item per rank. A user with several targets counts once, by the mean over the targets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ def hit_rate(ranks: IntArray, k: int) -> FloatArray:
 def ndcg(ranks: IntArray, k: int) -> FloatArray:
     """1 / log2(1 + rank) where the rank is at most ``k``, else 0; see `hit_rate`.
 
-    With one relevant item the ideal gain is 1, so this is normalised as it stands.
+    With one relevant item the ideal gain is 1, so this is already normalised.
     """
     return np.where(_in_list(ranks, k), 1.0 / np.log2(1.0 + ranks), 0.0)
 
@@ -63,8 +63,8 @@ def auc(scores: npt.NDArray[np.floating], labels: npt.NDArray[Any]) -> float:
     """The probability that a liked item scores above one that is not.
 
     The area under the ROC curve by the definition of Mann and Whitney (1947): the share of pairs
-    (liked, not liked) that are in order. A tie counts one half, so a constant scorer is at
-    chance; a pair with a NaN is lost.
+    (liked, not liked) that are in order. A tie counts one half, so a constant scorer gets 0.5. A
+    pair with a NaN counts as not in order.
 
     Args:
         scores: [examples].
@@ -86,7 +86,7 @@ def auc(scores: npt.NDArray[np.floating], labels: npt.NDArray[Any]) -> float:
     ordered = np.sort(negatives[~np.isnan(negatives)])
     below = np.searchsorted(ordered, positives, side="left").sum(dtype=np.float64)
     below_or_tied = np.searchsorted(ordered, positives, side="right").sum(dtype=np.float64)
-    # Pairs with a NaN are in the denominator alone: lost.
+    # Pairs with a NaN are counted in the denominator only.
     return float((below + below_or_tied) / 2 / (liked.sum() * (~liked).sum()))
 
 
@@ -100,8 +100,8 @@ def per_user_auc(
         liked: Per user [items], beside ``scores``.
 
     Returns:
-        float64 [users]; NaN for users without both classes, who have no AUC. They can be counted
-        and must be left out of a mean.
+        float64 [users]; NaN for users without both classes. They have no AUC, and a mean must leave
+        them out.
 
     Raises:
         DataError: Lengths differ.
@@ -121,7 +121,7 @@ def per_user_log_likelihood(
         liked: Per user [items], beside ``logits``.
 
     Returns:
-        float64 [users], at most 0, more is better; -ln 2 for a coin.
+        float64 [users], at most 0, more is better; -ln 2 for a random guess.
 
     Raises:
         DataError: Lengths differ.
@@ -138,12 +138,12 @@ def per_user_log_likelihood(
 def per_user_choice_log_likelihood(
     scores: npt.NDArray[np.floating], histories: Sequence[IntArray], targets: Sequence[IntArray]
 ) -> FloatArray:
-    """The mean log-likelihood of each user's targets, chosen among what was not met, in nats.
+    """The mean log-likelihood, in nats, of each user's targets among the items not in the history.
 
     Args:
         scores: [users, items], logits of a softmax over the catalogue.
         histories: Per user the items that are no candidates.
-        targets: Per user the items that were chosen, none of them in the history.
+        targets: Per user the target items, none of them in the history.
 
     Returns:
         float64 [users], at most 0, more is better; -ln(candidates) for a guess. NaN without
@@ -173,7 +173,7 @@ def per_user(values: FloatArray, groups: IntArray) -> tuple[FloatArray, npt.NDAr
         groups: [targets], the user of each.
 
     Returns:
-        The means (float64 [users]) and whose they are (int64 [users], ascending).
+        The means (float64 [users]) and their users (int64 [users], ascending).
 
     Raises:
         DataError: Lengths differ.
@@ -195,7 +195,7 @@ def bootstrap_interval(
         per_user_values: [users], one value each (see `per_user`).
         num_resamples: At least 1.
         confidence: Coverage, in (0, 1).
-        seed: The experiment's seed. Equal seeds resample the same users, whatever the values.
+        seed: The experiment's seed. Equal seeds resample the same users for all values.
 
     Returns:
         The lower and the upper end.
@@ -217,11 +217,11 @@ def bootstrap_interval(
 
 
 def resampled_means(values: FloatArray, num_resamples: int, seed: int) -> FloatArray:
-    """Means of resamples of the users, those of `bootstrap_interval`.
+    """The means of the resamples of users in `bootstrap_interval`.
 
     Args:
         values: float64 [users], at least one.
-        num_resamples: How many.
+        num_resamples: Number of resamples.
         seed: See `bootstrap_interval`.
 
     Returns:

@@ -19,7 +19,7 @@ class Ranks:
     """Ranks of all targets of some queries, from 1.
 
     Attributes:
-        users: int64 [T], whose target each is.
+        users: int64 [T], the user of each target.
         full: int64 [T], rank among the full catalogue without seen items.
         sampled: int64 [T], rank among the target and its sampled negatives.
     """
@@ -99,7 +99,7 @@ def result_rows(
     """Rows for ``results.json``: every metric, k and set of candidates, with intervals.
 
     Args:
-        ranks: What was measured.
+        ranks: The ranks of the targets.
         describe: Makes a row from ``candidates, metric, k, value, ci_low, ci_high, num_users``.
         config: Cut-offs and bootstrap.
         seed: The experiment's seed.
@@ -120,13 +120,13 @@ def result_rows(
 def auc_row(
     aucs: np.ndarray, describe: Callable[..., ResultRow], config: EvaluationConfig, seed: int
 ) -> ResultRow:
-    """The row of a task of likes: the mean AUC over the users that have both classes.
+    """The row of the task ``like``: the mean AUC over the users that have both classes.
 
     Args:
         aucs: float64 [users], NaN without both classes.
-        describe: As in `result_rows`.
-        config: The same.
-        seed: The same.
+        describe: See `result_rows`.
+        config: See `result_rows`.
+        seed: See `result_rows`.
 
     Raises:
         DataError: No user has both classes.
@@ -151,7 +151,7 @@ def _figure(own: np.ndarray, config: EvaluationConfig, seed: int) -> dict[str, A
 def concatenate(parts: Sequence[Ranks]) -> Ranks:
     """Ranks of several groups of users, ordered by user."""
     users = np.concatenate([part.users for part in parts])
-    # By user, so that the result does not depend on how the work was divided.
+    # Sorted by user, so that the result does not depend on the division of the work.
     order = np.argsort(users, kind="stable")
     return Ranks(
         users=users[order],

@@ -12,7 +12,7 @@ from pfm_llm.base.files import read_json, write_json
 from pfm_llm.protocol.types import Mode
 
 FULL, SAMPLED = "full", "sampled"
-"""What was ranked: the whole catalogue, or a target among so many sampled negatives."""
+"""The candidates of a ranking: the whole catalogue, or a target and sampled negatives."""
 
 HEADLINE_K = 10
 """The cut-off of the figures that tables, plots and comparisons show."""
@@ -25,14 +25,14 @@ AUC, AUC_LABEL = "auc", "Like AUC"
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One measured number and the circumstances that it depends on.
+    """One measured number and the conditions of its measurement.
 
     Attributes:
         method: One of `methods.Method`, or a baseline such as ``popularity``.
         mode: A value of `types.Mode`; ``none`` for a baseline.
-        task: What is predicted, such as ``next_item``.
-        protocol: How interactions were held out, such as ``leave_last_out``.
-        budget: What the method was allowed, in words or figures.
+        task: The prediction task, such as ``next_item``.
+        protocol: The rule for held-out interactions, such as ``leave_last_out``.
+        budget: The budget of the method, in words or figures.
         split: ``validation`` or ``test``.
         candidates: `FULL` (the whole catalogue) or ``sampled<n>`` (n sampled negatives).
         metric: ``ndcg``, ``hit_rate``, ``mrr``, ``auc``, or a measure of `personality`.
@@ -42,7 +42,7 @@ class ResultRow:
         ci_high: Upper end of it.
         num_users: How many users the mean is over.
         seed: The experiment's seed.
-        regime: How local training and server shared the work: ``fedsgd``, ``fedavg`` or ``""``.
+        regime: The division of work between clients and server: ``fedsgd``, ``fedavg`` or ``""``.
 
     Raises:
         DataError: The mode is unknown or a number is not finite.

@@ -1,7 +1,7 @@
 """From scores to ranks and recommended items.
 
-Rank 1 is best, and every doubt counts against us: a tie, or a score that is not a number. A
-scorer that gives all items the same score, or NaN, therefore ranks every target last.
+Rank 1 is best. Ties and scores that are not a number count against the target. A scorer that gives
+all items the same score, or NaN, therefore ranks every target last.
 """
 
 from collections.abc import Sequence

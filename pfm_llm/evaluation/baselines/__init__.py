@@ -1,6 +1,6 @@
 """Central baselines that need no gradient.
 
-All are fitted once, on training histories alone, and then score any histories of the same
-catalogue; hyperparameters are chosen on validation and nothing is refitted for the test. `likes`
-holds those of the task ``like``.
+Each baseline is fitted once on training histories and then scores any histories of the same
+catalogue. Hyperparameters are chosen on validation, and nothing is refitted for the test. `likes`
+has the baselines of the task ``like``.
 """

@@ -1,4 +1,4 @@
-"""What the central baselines share: their interface, and histories as arrays."""
+"""The interface of the central baselines, and histories as arrays."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol, Self, TypeVar
@@ -15,24 +15,24 @@ _Parameters = TypeVar("_Parameters")
 
 
 class Scorer(Protocol):
-    """A baseline that is fitted."""
+    """A fitted baseline."""
 
     @property
     def hyperparameters(self) -> Mapping[str, float]:
-        """What was set before fitting."""
+        """The settings of the fit."""
 
     def score(self, histories: Histories) -> ScoreMatrix:
         """Score every item as the next one.
 
         Args:
-            histories: Per query the item ids in order of time; empty is fine.
+            histories: Per query the item ids in order of time; a history may be empty.
 
         Returns:
             float32 [queries, num_items], higher is better; seen items are not masked.
 
         Raises:
             DataError: An id is outside the catalogue.
-            TrainingError: It was not fitted.
+            TrainingError: The baseline was not fitted.
         """
 
 
@@ -54,7 +54,7 @@ class Baseline(Scorer, Protocol):
 def flatten(
     histories: Histories, num_items: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """All items after one another, and whose history each is in.
+    """All items one after another, and the history of each.
 
     Args:
         histories: Per query the item ids.
@@ -80,7 +80,7 @@ def flatten(
 
 
 def seen_matrix(histories: Histories, num_items: int) -> sparse.csr_array:
-    """Who met what: 1 where a history holds an item, float32 [histories, num_items].
+    """1 for each item in each history, else 0; float32 [histories, num_items].
 
     Raises:
         DataError: See `flatten`.
@@ -93,7 +93,7 @@ def seen_matrix(histories: Histories, num_items: int) -> sparse.csr_array:
 
 
 def fitted(parameters: _Parameters | None) -> _Parameters:
-    """The parameters, which must be there.
+    """The parameters of a fitted baseline.
 
     Raises:
         TrainingError: They are None.

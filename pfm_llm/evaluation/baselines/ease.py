@@ -12,7 +12,7 @@ from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.evaluation.baselines.common import Histories, ScoreMatrix, fitted, seen_matrix
 
 MAX_DENSE = 20_000
-"""Above this a square matrix (float64, 3.2 GB) is more than a baseline is worth."""
+"""The largest side of a square matrix (float64, 3.2 GB at this size)."""
 
 _Scores = Callable[[sparse.csr_array], npt.NDArray[np.floating]]
 
@@ -24,7 +24,7 @@ class Ease:
     B = I - P · diag(1 / diag P), so that diag B = 0; a history scores the sum of its items' rows
     of B, repeated items once.
 
-    Where there are fewer users than items, nothing as large as P is made: by Woodbury's identity
+    With fewer users than items, P is not computed. Woodbury's identity replaces it:
     P = (I - Xᵀ (XXᵀ + l2 · I)⁻¹ X) / l2.
 
     Args:
@@ -47,7 +47,7 @@ class Ease:
         return {"l2": self._l2}
 
     def fit(self, histories: Histories, num_items: int) -> Self:
-        """See `Baseline.fit`. Time grows with the cube of the items or users, the fewer.
+        """See `Baseline.fit`. Time grows with the cube of min(number of items, number of users).
 
         Raises:
             DataError: See `Baseline.fit`; there are more than `MAX_DENSE` items and users.
@@ -89,7 +89,7 @@ def _by_users(seen: sparse.csr_array, l2: float) -> _Scores:
 
 
 def _ridge_inverse(gram: sparse.csr_array, l2: float) -> npt.NDArray[np.float64]:
-    """(G + l2 · I)⁻¹; positive definite by the ridge, so Cholesky: half of a general inverse."""
+    """(G + l2 · I)⁻¹, by Cholesky: the ridge makes the matrix positive definite."""
     dense = gram.toarray().astype(np.float64)
     dense[np.diag_indices(len(dense))] += l2
     found: npt.NDArray[np.float64]

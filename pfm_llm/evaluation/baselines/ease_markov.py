@@ -1,4 +1,4 @@
-"""EASE and the Markov chain together: what goes with the whole history, and what comes next."""
+"""A mixture of EASE, which uses the whole history, and the Markov chain, which uses its order."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -33,7 +33,7 @@ class EaseMarkov:
 
     @property
     def hyperparameters(self) -> Mapping[str, float]:
-        """The weight, and what the two were fitted with."""
+        """The weight, and the settings of the two baselines."""
         parts = {f"ease_{name}": value for name, value in self._ease.hyperparameters.items()}
         parts |= {f"markov_{name}": value for name, value in self._markov.hyperparameters.items()}
         return {"weight": self._weight, **parts}

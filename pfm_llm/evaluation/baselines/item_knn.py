@@ -1,4 +1,4 @@
-"""ItemKNN: the items most alike those in the history."""
+"""ItemKNN: the items most similar to those of the history."""
 
 from collections.abc import Mapping
 from typing import Self
@@ -13,12 +13,11 @@ from pfm_llm.evaluation.baselines.common import Histories, ScoreMatrix, fitted, 
 class ItemKnn:
     """Item-based nearest neighbours (Sarwar et al. 2001, doi 10.1145/371920.372071).
 
-    With n(i, j) the number of users who met both items, the similarity is a cosine of the binary
-    user-item matrix's columns, shrunk so that a few common users prove little:
+    With n(i, j) the number of users who have both items, the similarity is the cosine of the binary
+    user-item matrix's columns, shrunk for pairs with few common users:
     s(i, j) = n(i, j) / (√(n(i, i) · n(j, j)) + shrinkage). A candidate j scores the sum of s(i, j)
-    over the items i of the history that are among its ``neighbours`` nearest; repeated items
-    count once, and items that tie with the last neighbour all count, so that nothing depends on
-    the order of item ids.
+    over the items i of the history that are among its ``neighbours`` nearest. Repeated items count
+    once. All ties with the last neighbour count, so the order of item ids does not matter.
 
     Args:
         neighbours: How many per item, at least 1.
@@ -65,7 +64,7 @@ class ItemKnn:
 
 
 def _keep_largest(matrix: sparse.csc_array, count: int) -> None:
-    """Keep the ``count`` largest entries of each column, and what ties with the last of them."""
+    """Keep the ``count`` largest entries of each column, and the entries that tie with the last."""
     for start, end in zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True):
         column = matrix.data[start:end]
         if len(column) > count:

@@ -1,8 +1,7 @@
 """Baselines of the task ``like``: will a user like an item that was rated?
 
-Both are central, fitted on train alone and chosen on validation by the mean AUC per user. What
-counts is the order of a user's own held-out items, so nothing that is equal for all of them
-matters.
+Both are central, fitted on train and chosen on validation by the mean AUC per user. The AUC only
+depends on the order of a user's own held-out items, so a constant per user does not matter.
 
 - ``like_rate`` scores an item with L likes among n ratings (L + c · p) / (n + c), the same for
   everybody; p is the share of likes among all ratings and c the damping, in ratings.
@@ -104,10 +103,10 @@ def mean_auc(aucs: FloatArray) -> float:
 
 @dataclass(frozen=True)
 class _Train:
-    """What users rated, each item once with its last rating, and what everybody's ratings say.
+    """The rated items of each user, each with its last rating, and counts over all users.
 
     Attributes:
-        rated: Per user distinct items, and 1.0 for each that was liked, else 0.0.
+        rated: Per user the distinct items, and 1.0 for each liked item, else 0.0.
         likes, ratings: float64 [I], how many of them each item has, repeats included.
         mean: The share of likes among all ratings.
     """
@@ -123,7 +122,7 @@ class _Train:
         liked = (train.ratings >= threshold).astype(np.float64)
         rated = []
         for start, stop in itertools.pairwise(train.offsets):
-            # Reversed, so that the first place that unique gives is that of the newest rating.
+            # Reversed, because np.unique returns the first place: here that of the newest rating.
             items, places = np.unique(train.items[start:stop][::-1], return_index=True)
             rated.append((items, liked[start:stop][::-1][places]))
         return cls(
@@ -138,7 +137,7 @@ class _Train:
         return self._damped(self.likes, self.ratings, damping)
 
     def ridge(self, x: FloatArray, damping: float, l2: float = 1.0) -> FloatArray:
-        """Each user's weights of the features ``x``, float64 [U, D]; 0 without training items.
+        """Each user's weights for the features ``x``, float64 [U, D]; 0 without training items.
 
         Time grows with users times the cube of the number of features.
         """

@@ -1,4 +1,4 @@
-"""A Markov chain over items that looks at all of a history, the newest item most."""
+"""A Markov chain over items that uses the whole history; newer items have more weight."""
 
 from collections.abc import Mapping
 from typing import Self
@@ -13,7 +13,7 @@ _NEGLIGIBLE_WEIGHT = 1e-3
 
 
 class MarkovRecency:
-    """A Markov chain over items, asked by all of a history with the newest weighing most.
+    """A Markov chain over items, averaged over the whole history with decaying weights.
 
     Training counts each pair "j came d items after i in one history", d up to ``window``, with
     weight ``distance_decay ** (d - 1)``. A row of counts becomes a distribution by Dirichlet

@@ -1,4 +1,4 @@
-"""Popularity: what most people met."""
+"""Popularity: the number of training interactions of an item."""
 
 from collections.abc import Mapping
 from typing import Self

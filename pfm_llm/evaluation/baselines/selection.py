@@ -101,7 +101,7 @@ def parse_names(names: Sequence[str]) -> list[BaselineName]:
 
 
 class _Selection:
-    """Chooses each baseline once, however often it is asked for or mixed."""
+    """Chooses the setting of each baseline once, also if mixtures use it too."""
 
     def __init__(
         self, train_histories: Histories, num_items: int, validation: HeldOutQueries
@@ -112,7 +112,7 @@ class _Selection:
         self._chosen: dict[BaselineName, FittedBaseline] = {}
 
     def best(self, name: BaselineName) -> FittedBaseline:
-        """The baseline with its best setting."""
+        """The fitted baseline with its best setting."""
         if name not in self._chosen:
             mixed = name is BaselineName.EASE_MARKOV
             self._chosen[name] = self._best_mixture() if mixed else self._best_setting(name)
@@ -124,7 +124,7 @@ class _Selection:
             [value] = _validation_ndcg(lambda histories: [model.score(histories)], self._validation)
             return FittedBaseline(name, model.hyperparameters, value, model)
 
-        # Generators all the way: only the best model so far and the newest are in memory.
+        # With generators, only the best model so far and the newest one are in memory.
         return max((fit(setting) for setting in _grid(name)), key=lambda made: made.validation_ndcg)
 
     def _best_mixture(self) -> FittedBaseline:
@@ -159,7 +159,7 @@ def _grid(name: BaselineName) -> Iterator[Baseline]:
 def _validation_ndcg(
     score: Callable[[Histories], Iterable[ScoreMatrix]], validation: HeldOutQueries
 ) -> list[float]:
-    """NDCG@10 of each of the scorings that ``score`` gives, in their order."""
+    """NDCG@10 of each score matrix that ``score`` yields, in order."""
     histories, targets = validation.histories, validation.targets
     values: list[list[np.ndarray]] = []
     for start in range(0, max(len(targets), 1), _QUERIES_AT_ONCE):

@@ -1,7 +1,7 @@
-"""Personality, measured: what a private adapter gives its user, and what a stranger's would.
+"""Measures of personality: the gain from one's own private part, and the loss with a stranger's.
 
-Each measure takes numbers per user or per target and returns named figures, `Estimate`, in which
-positive is better for the user; `named_estimates` puts those of a run together.
+Each measure takes numbers per user or per target and returns named figures, `Estimate`; a positive
+figure is better for the user. `named_estimates` joins the figures of a run.
 
 | measure | names |
 |---|---|

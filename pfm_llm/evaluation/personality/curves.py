@@ -1,4 +1,4 @@
-"""Memory and cold start: the gain as a model is shown or given less of a user's history."""
+"""Memory and cold start: the gain when the prompt, or the whole model, has less of a history."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from pfm_llm.evaluation.personality.estimates import (
 MEMORY = "memory"
 """Curve over the items that the prompt shows (``window.items``)."""
 COLD_START = "cold_start"
-"""Curve over the interactions that a user has given, to prompt and private adapter alike."""
+"""Curve over the number of interactions that prompt and private part both use."""
 
 
 def curve_figures(
@@ -28,21 +28,21 @@ def curve_figures(
     """Quality with and without the private adapter, by number of items.
 
     Definition: at each number of items the means over users of the two qualities and of their
-    difference. Range: those of the quality (see `estimates.RANK_QUALITIES`). Positive gain: the
-    private adapter remembers what the prompt does not show.
+    difference. Range: those of the quality (see `estimates.RANK_QUALITIES`). A positive gain means
+    that the private part remembers items that the prompt does not show.
 
     Args:
-        name: `MEMORY` or `COLD_START`, with a quality behind it where there are several.
+        name: `MEMORY` or `COLD_START`, followed by a quality if there are several.
         own: Number of items to float64 [U], the quality per user with the private adapter (more
             is better); NaN for a user without one.
         shared: The same with the shared adapter alone, users in the same order.
-        bootstrap: How to make the intervals.
+        bootstrap: The settings of the intervals.
 
     Returns:
         By ascending number of items ``<name>_<items>``, the gain (positive is better), and
-        ``<name>_<items>_shared`` and ``<name>_<items>_own``, the two qualities; each over the
-        users that have both values there. Give NaN everywhere for users who lack a value
-        somewhere, to compare points over equal users.
+        ``<name>_<items>_shared`` and ``<name>_<items>_own``, the two qualities. Each is a mean over
+        the users that have both values at this point. To compare points over equal users, give NaN
+        at every point for users who lack a value at one.
 
     Raises:
         ConfigError: ``bootstrap`` is out of range.

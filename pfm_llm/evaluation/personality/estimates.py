@@ -1,7 +1,7 @@
-"""What every measure of personality is made of: quality per user, and its mean with an interval.
+"""The basis of all measures of personality: a quality per user, and its mean with an interval.
 
-A *quality* is a number per user of which more is better for the user. A difference of two
-qualities is therefore positive where the first one serves the user better.
+A *quality* is a number per user; more is better for the user. A difference of two qualities is
+therefore positive if the first one serves the user better.
 """
 
 import re
@@ -15,18 +15,18 @@ from pfm_llm.evaluation.metrics import FloatArray, IntArray, bootstrap_interval,
 from pfm_llm.evaluation.results import HEADLINE_K
 
 ROUNDING = 1e-9
-"""Qualities that are closer than this are equal: sums in another order differ by less."""
+"""Qualities that differ by less are equal: another order of summation changes them so much."""
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made; see `metrics.bootstrap_interval`.
+    """The settings of intervals; see `metrics.bootstrap_interval`.
 
     Attributes:
         num_resamples: Resamples of the users, at least 1.
-        confidence: What an interval covers, in (0, 1).
+        confidence: Coverage of an interval, in (0, 1).
         seed: The experiment's seed.
     """
 
@@ -67,7 +67,7 @@ def estimate(values: FloatArray, bootstrap: Bootstrap) -> Estimate:
 
     Args:
         values: float64 [U], one per user; a user with NaN has no value and is left out.
-        bootstrap: How to make the interval.
+        bootstrap: The settings of the interval.
 
     Raises:
         ConfigError: ``bootstrap`` is out of range.
@@ -88,13 +88,13 @@ def estimate(values: FloatArray, bootstrap: Bootstrap) -> Estimate:
 def paired_difference(own: FloatArray, reference: FloatArray, bootstrap: Bootstrap) -> Estimate:
     """The mean over users of ``own - reference``: positive where ``own`` serves better.
 
-    Any claimed difference is made by this: users are resampled in pairs, so what makes a user
-    easy or hard for both cancels out.
+    Every claimed difference uses this function. It resamples users with both values together, so
+    a user who is easy or hard for both methods adds no noise.
 
     Args:
         own: float64 [U], a quality; NaN for a user without one.
         reference: float64 [U], the same quality of the same users in the same order.
-        bootstrap: How to make the interval.
+        bootstrap: The settings of the interval.
 
     Returns:
         Over the users that have both values.
@@ -124,8 +124,8 @@ RANK_QUALITIES: Mapping[str, Callable[[IntArray], FloatArray]] = {
 }
 """Name of a quality to its formula for one target, ranks [T] to float64 [T].
 
-``log_rank`` is -ln(rank), in [-ln(items), 0]: a step from rank 20 to 10 counts as much as one
-from 200 to 100, so that it tells of every target and not of the first places alone. ``ndcg`` is
+``log_rank`` is -ln(rank), in [-ln(items), 0]. A step from rank 20 to 10 counts as much as one from
+200 to 100, so it depends on every target and not only on the first places. ``ndcg`` is
 `metrics.ndcg` at 10, in [0, 1].
 """
 
@@ -136,7 +136,7 @@ def user_quality(quality: str, ranks: IntArray, users: IntArray) -> FloatArray:
     Args:
         quality: A key of `RANK_QUALITIES`.
         ranks: int64 [T], of the targets, from 1.
-        users: int64 [T], whose target each is.
+        users: int64 [T], the user of each target.
 
     Returns:
         float64 [U], by ascending user; more is better.
@@ -155,7 +155,7 @@ def align(values: FloatArray, users: IntArray, wanted: IntArray) -> FloatArray:
 
     Args:
         values: float64 [U].
-        users: int64 [U], whose value each is; distinct.
+        users: int64 [U], the user of each value; distinct.
         wanted: int64 [W], the users to return.
 
     Returns:
@@ -177,7 +177,7 @@ def named_estimates(*figures: Mapping[str, Estimate]) -> dict[str, Estimate]:
     """All figures of a run in one flat table, in the order given.
 
     Args:
-        figures: What the measures return.
+        figures: The results of the measures.
 
     Raises:
         DataError: Two figures share a name, or a name is not made of ``a-z``, ``0-9``, ``_``.

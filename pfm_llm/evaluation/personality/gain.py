@@ -1,4 +1,4 @@
-"""Gain: what the private adapter adds to a reference, for the same users and targets."""
+"""Gain: the difference that the private part makes, for the same users and targets."""
 
 from pfm_llm.evaluation.metrics import FloatArray, IntArray
 from pfm_llm.evaluation.personality.estimates import (
@@ -10,7 +10,7 @@ from pfm_llm.evaluation.personality.estimates import (
 )
 
 SHARED = ""
-"""The reference that has no word in a name: the shared adapter alone."""
+"""The default reference, the shared part alone, which is not named in a figure's name."""
 
 
 def rank_gain(
@@ -33,10 +33,10 @@ def rank_gain(
     Args:
         own: int64 [T], ranks with the private adapter, from 1.
         reference: int64 [T], ranks of the same targets in the same order without it.
-        users: int64 [T], whose target each is.
-        bootstrap: How to make the intervals.
-        over: What the reference is, when it is not the shared adapter alone, such as
-            ``"private"``: the names then end in ``_over_private``.
+        users: int64 [T], the user of each target.
+        bootstrap: The settings of the intervals.
+        over: Name of a reference other than the shared part alone, such as ``"private"``: the
+            names then end in ``_over_private``.
 
     Returns:
         ``gain_log_rank`` and ``gain_ndcg``.
@@ -62,10 +62,10 @@ def auc_gain(
     the private adapter helps.
 
     Args:
-        own: float64 [U], AUC per user with the private adapter (`metrics.auc`); NaN for a user
-            whose labels are all equal, who is left out.
-        reference: float64 [U], of the same users in the same order without it.
-        bootstrap: How to make the interval.
+        own: float64 [U], AUC per user with the private part (`metrics.auc`). It is NaN for a user
+            whose labels are all equal; this user is left out.
+        reference: float64 [U], AUC of the same users in the same order without it.
+        bootstrap: The settings of the interval.
         over: See `rank_gain`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Groups of users: deciles, age bands and other fields, as labels that figures can be named by."""
+"""Groups of users: deciles, age bands and other fields, as labels for the names of figures."""
 
 import math
 import re
@@ -33,7 +33,7 @@ def deciles(values: FloatArray) -> list[str]:
     the next ones empty.
 
     Args:
-        values: float64 [U]; NaN where not known.
+        values: float64 [U]; NaN if unknown.
 
     Returns:
         A label per user, `UNKNOWN` for NaN.
@@ -58,7 +58,7 @@ def age_band(age: str) -> str:
     These are the bands of MovieLens-1M, so the figures of the two data sets compare.
 
     Args:
-        age: In years. What is no number, such as a band already, is returned as it is.
+        age: In years. A text that is no number, such as a band, is returned unchanged.
 
     Returns:
         The band; `UNKNOWN` for an empty text and for numbers that cannot be an age.
@@ -89,7 +89,7 @@ def slug(label: str) -> str:
 def user_groupings(
     quality: FloatArray, activity: FloatArray, fields: Mapping[str, Sequence[str]]
 ) -> dict[str, list[str]]:
-    """The groupings that harm is measured by.
+    """The groupings for the measure of harm.
 
     Args:
         quality: float64 [U], quality of the shared adapter alone on validation; NaN where there
@@ -113,12 +113,12 @@ def user_groupings(
 
 
 def members(labels: Sequence[str], min_users: int) -> dict[str, np.ndarray]:
-    """Who belongs to each group, small groups put together.
+    """The users of each group; small groups are merged.
 
     Args:
         labels: [U], any text; equal slugs are one group.
-        min_users: Smaller groups are merged into `OTHER`. Is that still smaller, it is left out:
-            an interval over a few users means nothing, and would tell of single persons.
+        min_users: Smaller groups are merged into `OTHER`. If that is still smaller, it is left
+            out: an interval over a few users means nothing and could reveal single persons.
 
     Returns:
         Slug to the positions of its users, int64 [users of the group], in order of the first

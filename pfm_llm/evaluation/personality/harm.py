@@ -15,12 +15,12 @@ from pfm_llm.evaluation.personality.groups import members, slug
 MIN_USERS = 10
 """Groups below are merged."""
 
-_RESAMPLES_PER_TEST = 4  # at 1, one doubt among all resamples would already decide
+_RESAMPLES_PER_TEST = 4  # at 1, a single resample could decide
 
 
 @dataclass(frozen=True)
 class GroupHarm:
-    """What the private adapter does to a group of users.
+    """The effect of the private part on a group of users.
 
     Attributes:
         gain: Mean gain of the group; positive is better.
@@ -28,7 +28,7 @@ class GroupHarm:
         adjusted_p_value: The same after Holm's correction over all groups; in (0, 1].
         is_harmed: The whole interval is below 0.
         is_harmed_adjusted: ``adjusted_p_value`` is below (1 - confidence) / 2, the chance that
-            an interval is wrong on that side; never without ``is_harmed``.
+            an interval is wrong on that side; it implies ``is_harmed``.
     """
 
     gain: Estimate
@@ -73,20 +73,20 @@ def group_harm(
     (1 + resampled means of at least 0) / (1 + resamples), and is corrected over all groups of
     the call by Holm's method. Range: that of the gain. Positive: the group is better off.
 
-    With the usual number of resamples no corrected p-value could be small, whatever the gains,
-    so there are at least 4 times as many as the smallest p-value of all would need.
-    Percentile intervals of few users are too narrow: with 47 groups of pure noise, the smallest
-    of 12 users, one was accused after correction in 7 of 80 trials, where 2 were to be expected,
-    and by its plain interval in 53. What is in doubt counts against us.
+    With the usual number of resamples a corrected p-value could never be small, whatever the gains.
+    The tests therefore use at least 4 times as many resamples as the smallest p-value needs.
+    Percentile intervals of few users are too narrow. With 47 groups of pure noise, the smallest of
+    12 users, a group counted as harmed after correction in 7 of 80 trials, where 2 were expected,
+    and by its plain interval in 53. These errors are against our method.
 
     Args:
         gain: float64 [U], own minus reference; NaN for a user without one, who is left out.
         groupings: Name to a label per user [U]; see `groups.user_groupings`.
-        bootstrap: How to make the intervals.
+        bootstrap: The settings of the intervals.
         min_users: See `groups.members`.
 
     Returns:
-        ``<grouping>_<label>`` to what was found, in the order of ``groupings``.
+        ``<grouping>_<label>`` to the result, in the order of ``groupings``.
 
     Raises:
         ConfigError: ``bootstrap`` or ``min_users`` is out of range.
@@ -127,8 +127,8 @@ def holm(p_values: FloatArray) -> FloatArray:
 
     Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
     Statistics 6(2), 1979: with p sorted ascending, the i-th of m becomes
-    max over j <= i of min(1, (m - j + 1) p_j). It holds however the tests depend on each other,
-    as they do here: a user is in several groups.
+    max over j <= i of min(1, (m - j + 1) p_j). It is valid for dependent tests, such as these: a
+    user is in several groups.
 
     Args:
         p_values: float64 [m].

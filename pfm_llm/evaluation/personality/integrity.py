@@ -1,4 +1,4 @@
-"""Integrity: how much a user's list stays itself when a new shared adapter arrives.
+"""Integrity: how similar a user's list remains when a new shared adapter arrives.
 
 Webber, Moffat and Zobel, "A similarity measure for indefinite rankings", ACM Transactions on
 Information Systems 28(4), 2010.
@@ -29,7 +29,7 @@ def rank_biased_overlap(
     Args:
         before: int [U, k], each user's items, best first.
         after: int [U, k], the same users in the same order.
-        persistence: p in (0, 1): the larger, the more the lower places count.
+        persistence: p in (0, 1); lower places count more with a larger p.
 
     Returns:
         float64 [U].
@@ -52,7 +52,7 @@ def rank_biased_overlap(
             if len(np.unique(ranking)) < len(ranking):
                 raise DataError(f"rank-biased overlap, row {user}: an item comes twice in a list")
         _, place_old, place_new = np.intersect1d(old, new, assume_unique=True, return_indices=True)
-        # A common item counts from the depth on at which both lists have shown it.
+        # A common item counts from the depth at which both lists have it.
         np.add.at(common[user], np.maximum(place_old, place_new), 1.0)
     depths = np.arange(1, before.shape[1] + 1)
     agreement = np.cumsum(common, axis=1) / depths
@@ -64,16 +64,16 @@ def rank_biased_overlap(
 def integrity(
     before: IntArray, after: IntArray, bootstrap: Bootstrap, retuned: bool = False
 ) -> dict[str, Estimate]:
-    """How little the users' lists move when a new shared adapter arrives.
+    """The similarity of the users' lists before and after a new shared adapter.
 
     Definition: the mean over users of `rank_biased_overlap` (p = 0.9) of the top k before and
-    after. Range: [0, 1]. More: the user's ranking stays the user's.
+    after. Range: [0, 1]. More means that a user's list changes less.
 
     Args:
         before: int [U, k], each user's items with the former shared adapter, best first.
         after: int [U, k], the same with the new one.
-        bootstrap: How to make the interval.
-        retuned: Whether the private adapter was trained again before ``after``.
+        bootstrap: The settings of the interval.
+        retuned: Whether the private part was fitted again before ``after``.
 
     Returns:
         ``integrity_rbo``, or ``integrity_rbo_retuned``.

@@ -1,4 +1,4 @@
-"""New items: how well what nobody met in training is ranked, and what a private adapter adds."""
+"""New items: the ranking of items without training interactions, and the private part's gain."""
 
 import numpy as np
 
@@ -20,16 +20,16 @@ def new_item_figures(
     Definition, over the targets N(u) of user u that occur in nobody's training history:
     ``mean_u mean_{t in N(u)} -ln(rank(t))``; a user without such a target is left out. Chance is
     a random order of the n candidates, ``-(1/n) sum_{k=1..n} ln k``. Range: that of a log-rank,
-    or of a difference of two. Nothing was learned of these items' IDs: what tells them apart is
-    their text.
+    or of a difference of two. The embeddings of these items were not trained, so only their text
+    distinguishes them.
 
     Args:
         own: int64 [T], ranks of all targets with the private adapter, from 1.
         shared: int64 [T], the same with the shared adapter alone.
-        users: int64 [T], whose target each is.
-        num_candidates: int64 [T], how many items it was ranked among, itself included.
-        is_new: bool [T], whether nobody met it in training.
-        bootstrap: How to make the intervals.
+        users: int64 [T], the user of each target.
+        num_candidates: int64 [T], the number of ranked items, including the target.
+        is_new: bool [T], whether the target has no training interaction.
+        bootstrap: The settings of the intervals.
 
     Returns:
         ``new_items``, the gain; ``new_items_over_chance``; ``new_items_shared`` and

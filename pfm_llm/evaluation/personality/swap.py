@@ -1,4 +1,4 @@
-"""Swap: users served with strangers' private adapters, to see whether their own is personal."""
+"""Swap: users are served with strangers' private parts, to test whether their own is personal."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from pfm_llm.evaluation.personality.estimates import ROUNDING, Bootstrap, Estima
 
 
 def swap_loss(quality: str, served: FloatArray, bootstrap: Bootstrap) -> dict[str, Estimate]:
-    """What a stranger's private adapter costs.
+    """The loss of quality with a stranger's private part.
 
     Definition, with q(u, v) the quality of user u served with v's private adapter and S
     strangers v drawn for u: ``mean_u [q(u, u) - mean_v q(u, v)]``. Range: that of a difference
@@ -20,7 +20,7 @@ def swap_loss(quality: str, served: FloatArray, bootstrap: Bootstrap) -> dict[st
         served: float64 [U, 1 + S], the quality per user (more is better, see
             `estimates.user_quality`): column 0 with the own adapter, then with the strangers'.
             A user with NaN in the row is left out.
-        bootstrap: How to make the interval.
+        bootstrap: The settings of the interval.
 
     Returns:
         ``swap_<quality>``.
@@ -34,17 +34,17 @@ def swap_loss(quality: str, served: FloatArray, bootstrap: Bootstrap) -> dict[st
 
 
 def identification(served: FloatArray, bootstrap: Bootstrap, by: str = "") -> dict[str, Estimate]:
-    """How often the own private adapter is the best of all that were tried.
+    """How often a user's own private part is the best of all that were tried.
 
-    Definition: the share of users u with q(u, u) > q(u, v) for all S strangers v; a tie counts
-    against us. Range: [0, 1], and 1 / (1 + S) when adapters are interchangeable, or less with
-    ties. More: an adapter can be told from its user's taste alone. Prefer a quality without
-    many ties: ``log_rank``, or the ``log_likelihood`` of likes.
+    Definition: the share of users u with q(u, u) > q(u, v) for all S strangers v; a tie counts as
+    not identified. Range: [0, 1]. Interchangeable private parts give 1 / (1 + S), or less with
+    ties. More means that a private part can be matched to its user by the user's behaviour. Use a
+    quality with few ties: ``log_rank``, or the ``log_likelihood`` of likes.
 
     Args:
         served: float64 [U, 1 + S]; see `swap_loss`.
-        bootstrap: How to make the interval.
-        by: Names the quality where it is another than the task's usual one.
+        bootstrap: The settings of the interval.
+        by: Name of the quality, if it is not the task's usual one.
 
     Returns:
         ``identification``, or ``identification_<by>``.
