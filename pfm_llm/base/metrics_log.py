@@ -1,7 +1,7 @@
-"""``metrics.jsonl``: what was measured in each round, one JSON line a round.
+"""``metrics.jsonl``: the figures of each round, one JSON line per round.
 
-The log may be shown to anybody, so a record takes numbers, strings and mappings of them by an
-allow-list of types: an array or tensor, of whichever client, is refused.
+The log may become public. A record therefore takes only numbers, strings and mappings of them;
+arrays and tensors are refused.
 """
 
 import json
@@ -20,7 +20,7 @@ from pfm_llm.base.files import storage_errors, write_text
 class MetricsLog:
     """One JSON object per line, each with the ``round`` that it belongs to.
 
-    A process may be killed at any byte: a half-written last line is never taken for a record.
+    A process may be killed at any byte, so a half-written last line is ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +71,7 @@ class MetricsLog:
             return []
         *lines, tail = self.path.read_bytes().split(b"\n")
         records = [self._parse(line, number) for number, line in enumerate(lines, start=1)]
-        # A prefix of a JSON object never parses: a tail that does only lost its newline.
+        # A prefix of a JSON object never parses, so a last line that parses is complete.
         try:
             return [*records, self._parse(tail, len(lines) + 1)]
         except CorruptFileError:
@@ -106,7 +106,7 @@ def _to_line(record: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """Plain JSON types by allow-list, so that no array of anybody's ends up in the log."""
+    """Plain JSON types by allow-list, so that no client's array gets into the log."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Mapping):

@@ -1,8 +1,7 @@
 """The processes of a run: one, or several that share each cohort. A thin layer on accelerate.
 
-What is started wrongly on CPU tends to run all the same, and misleads: one process where two
-were asked for, or two that do not know of each other and train everybody twice. Both end in a
-`LaunchError` here.
+A wrong launch on CPU often runs without an error and gives misleading results: one process instead
+of two, or two unconnected processes that each train every client. Both raise a `LaunchError` here.
 """
 
 import contextlib
@@ -73,18 +72,18 @@ class Processes:
         return [piece for _, piece in sorted(gathered, key=lambda entry: entry[0])]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have reached this call."""
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """A block that every process enters, and that fails on all when it fails on one.
 
-        Otherwise the others would wait, at the next exchange, for a process that has left. All
-        leave the block at the same time.
+        Otherwise the others would wait at the next exchange for a process that has failed. All
+        processes leave the block at the same time.
 
         Raises:
-            PfmError: What a process raised, on every process; its own where it has one.
+            PfmError: The error of a process, on every process. A failed process raises its own.
         """
         failure: PfmError | None = None
         try:
@@ -102,13 +101,13 @@ def start_processes(
     """Join the processes that the launcher started, and set the number of threads.
 
     Args:
-        threads: Per process; None: cores divided by the processes on this machine. (Plain
-            ``accelerate launch`` exports OMP_NUM_THREADS=1 on CPU, which is not what is meant.)
+        threads: Threads per process; None: cores divided by the processes on this machine. The
+            OMP_NUM_THREADS=1 that ``accelerate launch`` exports on CPU is ignored.
         trackers: Names of accelerate trackers.
         logging_dir: Where trackers write.
 
     Raises:
-        LaunchError: The processes are not what they seem; the message says how to start them.
+        LaunchError: The processes were launched wrongly; the message says how to start them.
         ConfigError: A tracker is unknown or not installed.
     """
     check_launch(os.environ)
@@ -129,7 +128,7 @@ def start_processes(
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that accelerate would pass over with a warning.
+    """Refuse trackers that accelerate would skip with a warning.
 
     Raises:
         ConfigError: One is unknown or its package is not installed.

@@ -1,7 +1,7 @@
 """Randomness as a pure function of (seed, purpose, round, client).
 
-Nothing in pfm_llm reads a global random state: whatever is random asks here, so a resumed
-run, another number of processes and another order of clients draw the same numbers.
+No code in pfm_llm uses a global random state; all random numbers come from these generators. A
+resumed run, another number of processes and another order of clients draw the same numbers.
 """
 
 import hashlib

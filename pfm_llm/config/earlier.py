@@ -22,16 +22,16 @@ CONSTANTS: dict[str, Any] = {
     "adapters.private.taste.half_life_like": 100.0,
     "adapters.private.taste.block": 8,
 }
-"""Settings that there were once, by dotted key, and the value that is now a constant."""
+"""Former settings by dotted key, and the value that is now a constant."""
 
 
 def from_earlier(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A whole config tree of an earlier version as a tree of this one.
 
     Args:
-        tree: Every setting of its version. A setting of `CONSTANTS` with another value than the
-            constant is left in it, for validation to refuse; a tree of this version is returned
-            as it is.
+        tree: Every setting of its version. A setting of `CONSTANTS` whose value differs from the
+            constant stays in the tree, and validation refuses it. A tree of this version is
+            returned unchanged.
     """
     present = copy.deepcopy(dict(tree))
     if "method" in present and present["method"] is None:

@@ -1,11 +1,11 @@
-"""What follows from a config: questions that several modules ask of it."""
+"""Values that several modules derive from a config."""
 
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig, training_hash
 
 
 def like_threshold(config: ExperimentConfig) -> float | None:
-    """Ratings from here on are likes to learn from and to measure; None: likes are no task."""
+    """The lowest rating that counts as a like; None: likes are no task."""
     return config.data.like_threshold if Task.LIKE in config.tasks else None
 
 

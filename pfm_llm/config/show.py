@@ -1,4 +1,4 @@
-"""A resolved config as text, in which every line says where its value is from."""
+"""A resolved config as text, with the origin of every value."""
 
 from collections.abc import Sequence
 from pathlib import Path

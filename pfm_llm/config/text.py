@@ -1,4 +1,4 @@
-"""What a config says about itself in text: overrides, and what is wrong with a key."""
+"""Configs as text: overrides on the command line, and messages about wrong keys."""
 
 import difflib
 import types

@@ -1,1 +1,1 @@
-"""Interactions: where they come from, how they are held, split and dealt to clients."""
+"""Interactions: their sources, their storage, their splits and their clients."""

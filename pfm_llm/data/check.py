@@ -1,4 +1,4 @@
-"""A look at a source before anything is trained: what would be read, what dropped, and why."""
+"""A check of a source before training: the rows that are read or dropped, and the reasons."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ _NUM_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Ratings:
-    """What the ratings are like.
+    """Statistics of the ratings.
 
     Attributes:
         low: The lowest.
@@ -50,21 +50,21 @@ class Ratings:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What a source holds.
+    """The result of a check of a source.
 
     Attributes:
-        config: What was asked for.
-        columns: Role to the column that has it, None where none has.
+        config: The section ``data`` of the check.
+        columns: Role to its column; None if no column has the role.
         unused: Columns of the interactions that have no role.
         item_fields: The text fields of items.
-        report: What was read and dropped.
+        report: The rows that were read and dropped.
         times: The first and the last timestamp; None: rows are in order.
         lengths: Events of a user, at each of `QUANTILES`.
-        num_same_titles: Items whose title an earlier item has.
+        num_same_titles: Number of items with the title of an earlier item.
         same_titles: Some of those titles.
-        ratings: None: there are none.
-        split: How the data would be divided; None where that fails.
-        problems: Why training on these data would fail; empty when it would not.
+        ratings: Statistics of the ratings; None without ratings.
+        split: A description of the split; None if splitting fails.
+        problems: The reasons for which training would fail; empty if it would not.
     """
 
     config: DataConfig
@@ -143,13 +143,13 @@ def data_config(source: str, items: str | None = None, columns: Sequence[str] = 
 
 
 def check_data(config: DataConfig) -> DataCheck:
-    """Read a source as training would, but without a cache, and look at what came out.
+    """Read a source like training does, but without a cache, and describe the result.
 
     Args:
         config: The section ``data``.
 
     Returns:
-        What was found; reasons for which training would refuse the data are in ``problems``.
+        The result; ``problems`` has the reasons for which training would refuse the data.
 
     Raises:
         DataError: The source or a column is missing, or no row can be used.

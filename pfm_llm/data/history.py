@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 NO_LABEL = -1
-"""In `History.labels`: nobody knows whether the user liked the item."""
+"""In `History.labels`: it is unknown whether the user liked the item."""
 
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """The items that one user met, oldest first.
+    """The items of one user's past interactions, oldest first.
 
     Attributes:
         items: int [n].
-        ratings: float [n], where there are any.
-        liked: bool [n], whether the user liked each item, where likes are a task.
+        ratings: float [n]; None without ratings.
+        liked: bool [n], whether the user liked each item; None if likes are no task.
     """
 
     items: np.ndarray
@@ -39,10 +39,10 @@ class History:
         return self.liked.astype(np.int8)
 
     def labelled(self, threshold: float | None) -> "History":
-        """The same with ``liked`` set where ratings tell; None: likes are no task.
+        """The same history with ``liked`` derived from the ratings.
 
         Args:
-            threshold: Ratings from here on count as liked.
+            threshold: A rating of at least this counts as a like; None: likes are no task.
         """
         if threshold is None or self.ratings is None:
             return self
@@ -55,7 +55,7 @@ class Query:
 
     Attributes:
         user: Internal id.
-        history: What a method may see.
+        history: The items that a method may use.
         targets: int [m], the items to find, none of them in the history.
         liked: bool [m], whether the user liked each target; None: not asked.
     """

@@ -1,4 +1,4 @@
-"""Who holds whose data: users to clients."""
+"""The partition of users into clients."""
 
 import hashlib
 import re
@@ -32,8 +32,8 @@ class Client:
 def partition(interactions: Interactions, users_per_client: int, seed: int) -> tuple[Client, ...]:
     """Give every user to exactly one client.
 
-    Users with fewer than two training events hold no transition to train on; they are clients
-    all the same (they can be served), and whoever trains must pass them over.
+    Users with fewer than two training events have no transition to train on. They are clients too,
+    because they can be served; training must skip them.
 
     Args:
         interactions: The users, of a whole data set or of its train part (the result is equal:
@@ -70,7 +70,7 @@ def partition(interactions: Interactions, users_per_client: int, seed: int) -> t
 
 
 def trainable(clients: Sequence[Client], train: TrainData) -> tuple[str, ...]:
-    """Ids of the clients that have something to learn from: at least one transition."""
+    """Ids of the clients that have at least one transition to train on."""
     offsets = train.interactions.offsets
     return tuple(
         client.client_id

@@ -1,4 +1,4 @@
-"""What loading a source read, dropped and noticed."""
+"""The report of loading a source: rows that were read and dropped, and notes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the rows: ``num_rows == num_interactions + sum(dropped.values())``.
+    """Counts of the rows: ``num_rows == num_interactions + sum(dropped.values())``.
 
     Attributes:
         num_rows: Rows of the interactions file, without header and blank lines.
@@ -16,7 +16,7 @@ class LoadReport:
         num_items: Items of the catalogue, those without interactions included.
         dropped: Reason to number of rows.
         examples: The first bad rows: file, line (from 1, the header is line 1) and reason.
-        notes: What else a reader of results should know.
+        notes: Further facts for readers of the results.
     """
 
     num_rows: int

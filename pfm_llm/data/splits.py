@@ -1,4 +1,4 @@
-"""Held-out interactions: what training sees, and what validation and test ask.
+"""The split of interactions into training data and the queries of validation and test.
 
 Every rule cuts each user's history, which is in time order (ties in file order), into a train
 prefix, a validation middle and a test suffix. Nothing is random. The rules, for a user with n
@@ -49,7 +49,7 @@ _MIN_EVENTS = 3
 
 @dataclass(frozen=True)
 class TrainData:
-    """All that training may see: no held-out event is reachable from here.
+    """The data that training may use: no held-out event is reachable from here.
 
     Attributes:
         interactions: The train events, with the catalogue and the user indexing of the whole.
@@ -67,7 +67,7 @@ class HeldOut:
     Attributes:
         name: ``"validation"`` or ``"test"``.
         users: Internal user ids, ascending, int64 [Q].
-        histories: Per query the items that a method may see, oldest first, int32 [>= 1].
+        histories: Per query the items that a method may use, oldest first, int32 [>= 1].
         history_ratings: The ratings of ``histories``, float32, or None without ratings.
         targets: Per query the held-out items to find, oldest first, distinct, none of them in
             the history, int32 [>= 1].

@@ -1,1 +1,1 @@
-"""Who talks to whom: the rounds."""
+"""The rounds: the exchange between the server and the clients."""

@@ -1,16 +1,15 @@
-"""How far the mean of LoRA factors is from the factors of the mean product.
+"""The error of averaging LoRA factors instead of their products.
 
-With clients u of weight w_u (summing to 1), averaging gives A^ = sum w_u A_u, B^ = sum w_u B_u, but
-what the clients learned is the mean of their products. Per round, over all adapted layers::
+With clients u of weight w_u (summing to 1), averaging gives A^ = sum w_u A_u, B^ = sum w_u B_u. The
+exact average is the mean of the products B_u A_u. Per round, over all adapted layers::
 
     error = |sum_u w_u B_u A_u - B^ A^|_F / |sum_u w_u B_u A_u|_F
 
-(arXiv 2410.09432, equation 3, states the difference.) It is 0 when all clients agree in one of the
-factors, as in FFA-LoRA. The norms are taken through the Gram matrices of the stacked factors, so
-nothing dense is made.
+(arXiv 2410.09432, equation 3, states the difference.) The error is 0 if all clients have the same
+A or the same B, as in FFA-LoRA. The norms are computed from the Gram matrices of the stacked
+factors, without a dense product.
 
-This is a diagnostic of the simulation: unlike aggregation it holds the factors of all clients of
-a round until the round ends.
+This is a diagnostic for simulations: it keeps the factors of all clients until the round ends.
 """
 
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ def factors_of(tensors: Tensors, delta: Tensors) -> Factors:
 
     Args:
         tensors: The shared tensors that it received.
-        delta: Its change of them; a factor that it did not send stayed as it was.
+        delta: Its change of them; a factor that it did not send is unchanged.
     """
     found: Factors = {}
     for module in lora_modules(tensors):
@@ -38,7 +37,7 @@ def factors_of(tensors: Tensors, delta: Tensors) -> Factors:
 
 
 def aggregation_error(clients: Sequence[tuple[float, Factors]]) -> float | None:
-    """The error of one round, from 0; None without clients or where no product is learned yet.
+    """The error of one round, at least 0; None without clients or while all products are zero.
 
     Args:
         clients: Weight, above 0, and factors of each client.

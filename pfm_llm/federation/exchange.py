@@ -1,7 +1,7 @@
-"""How a cohort is trained: from client ids and a shared state to the cohort's updates.
+"""The training of a cohort: from client ids and a shared state to the cohort's updates.
 
-The rounds know an `Exchange` and nothing of what is behind it: clients of this machine
-(`LocalExchange`), or devices at the other end of a network.
+The rounds only know the `Exchange` protocol. The clients may be on this machine (`LocalExchange`)
+or at the other end of a network.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,29 +17,29 @@ from pfm_llm.server.server import Server
 
 
 class Exchange(Protocol):
-    """Who brings the shared state to the clients and their updates to the server."""
+    """Brings the shared state to the clients and their updates to the server."""
 
     def train(self, cohort: Sequence[str], shared: SharedState) -> Aggregator:
-        """Have a cohort trained for one round; blocks until the round may end.
+        """Train a cohort for one round; blocks until the round may end.
 
         Args:
             cohort: Client ids.
-            shared: What the clients start from; the round is the one after it.
+            shared: The state that the clients start from; the round is the next one.
 
         Returns:
-            The cohort's updates, equal on every process of the server. Each client of the cohort
-            is in it (`Server.receive`) or was refused with a reason (`Aggregator.refuse`), such
-            as that it did not answer in time.
+            The updates of the cohort, equal on every process of the server. Each client was either
+            accepted (`Server.receive`) or refused with a reason (`Aggregator.refuse`), for example
+            because it did not answer in time.
         """
         ...
 
     @property
     def diagnostics(self) -> Mapping[str, float]:
-        """What else the record of the last round tells."""
+        """Further figures for the record of the last round."""
         ...
 
     def prune(self, oldest_commit: int) -> None:
-        """Let the clients delete private states that no kept round needs.
+        """Tell the clients to delete private states that no kept round needs.
 
         Args:
             oldest_commit: The oldest round that the run may still go back to.
@@ -47,10 +47,10 @@ class Exchange(Protocol):
         ...
 
     def discard_newer(self, round_number: int) -> int:
-        """Have private states newer than a round deleted: those rounds never happened.
+        """Tell the clients to delete private states that are newer than a round.
 
         Returns:
-            How many states were deleted, as far as is known.
+            Number of deleted states, as far as it is known.
         """
         ...
 
@@ -58,8 +58,8 @@ class Exchange(Protocol):
 class LocalExchange:
     """All clients on this machine: each process trains its chunks in the many-clients pass.
 
-    The updates are summed in the order of the chunks, so that the number of processes does not
-    change the result.
+    The updates are merged in the order of the chunks, so the number of processes does not change
+    the result.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class LocalExchange:
         """Connect the two sides.
 
         Args:
-            server: Judges the updates.
-            trainer: The clients' side.
+            server: Checks the updates.
+            trainer: Trains the clients.
             store: The clients' private folders.
-            processes: Who shares the cohort.
+            processes: The processes that share the cohort.
             measure_error: Whether to measure `aggregation_error`; it holds the LoRA factors of a
                 whole cohort.
         """
@@ -107,7 +107,7 @@ class LocalExchange:
 
     @property
     def diagnostics(self) -> Mapping[str, float]:
-        """By how much the mean of the LoRA factors misses the mean of their products."""
+        """The aggregation error of the last round, if it is measured."""
         return {} if self._error is None else {"aggregation_error": self._error}
 
     def prune(self, oldest_commit: int) -> None:
@@ -121,7 +121,7 @@ class LocalExchange:
     def _train_chunk(
         self, chunk: Sequence[str], shared: SharedState
     ) -> tuple[Payload, list[tuple[float, Factors]]]:
-        """A chunk's updates, and the factors of each client that was accepted."""
+        """The updates of a chunk, and the factors of each accepted client."""
         received = self._server.new_aggregator()
         clients: list[tuple[float, Factors]] = []
         for update in self._trainer.train_chunk(chunk, shared):

@@ -24,21 +24,21 @@ Validate = Callable[[], Mapping[str, Any]]
 """Evaluates the server's shared state on validation; returns figures for the log."""
 
 OnCommit = Callable[[int], None]
-"""Told of each round that has been committed."""
+"""Receives each round after its commit."""
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Everything the loop needs, wired by `experiment`.
+    """The objects of the federated loop; `experiment` connects them.
 
     Attributes:
         config: The experiment.
         server: Holds the shared state.
-        exchange: Has cohorts trained.
+        exchange: Trains cohorts.
         checkpoints: The commit point.
-        environment: What a resumed run must match.
-        metrics_log: A line per round.
-        processes: Who shares the cohort.
+        environment: The conditions that a resumed run must match.
+        metrics_log: One line per round.
+        processes: The processes that share the cohort.
     """
 
     config: ExperimentConfig
@@ -59,15 +59,15 @@ def run_rounds(
     """Run rounds ``first_round`` to the last one.
 
     Args:
-        federation: The parts.
+        federation: The objects of the loop.
         first_round: 1, or the round after the commit point.
         validate: Called every ``evaluation.every`` rounds, on every process.
         on_commit: Called after every commit, on every process.
 
     Raises:
-        TrainingError: A round in which a part of the cohort was not trained or no update was
-            usable, or a step that was not finite. That round does not count, and what was
-            committed before stays.
+        TrainingError: In a round, a client gave neither an update nor a refusal, no update was
+            usable, or the step was not finite. That round does not count; all committed rounds
+            stay.
     """
     config, server = federation.config, federation.server
     last_round, every = known(config.federation.num_rounds), known(config.evaluation.every)
@@ -96,10 +96,11 @@ def run_rounds(
 
 
 def commit(federation: Federation, round_number: int) -> None:
-    """Make a round count: once this returns, a resumed run goes on after it.
+    """Commit a round: from then on, a resumed run continues after it.
 
     Raises:
-        StorageError: It could not be written, on every process; the commit point is what it was.
+        StorageError: The round could not be written. Every process raises this, and the commit
+            point is unchanged.
     """
     with federation.processes.together():
         if federation.processes.is_main:
@@ -110,7 +111,7 @@ def commit(federation: Federation, round_number: int) -> None:
 
 
 def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: int) -> None:
-    """Raise `TrainingError` unless every client is accounted for and some update is usable."""
+    """Raise `TrainingError` if a client gave no answer, or if no update is usable."""
     tally = updates.tally
     silent = sorted(set(cohort).difference(tally.client_ids))
     if len(silent) > len(tally.refusals):
@@ -160,18 +161,18 @@ def _report(federation: Federation, record: Mapping[str, Any], progress: Progres
 
 
 def resume_from(federation: Federation, from_round: int | None = None) -> int:
-    """Go back to the commit point; whatever is newer never happened.
+    """Go back to the commit point and discard everything that is newer.
 
     Args:
-        federation: The parts.
-        from_round: An older round that is kept, to be made the commit point; None: the newest.
+        federation: The objects of the loop.
+        from_round: An older kept round, which becomes the commit point; None: the newest round.
 
     Returns:
-        The first round to run: 1 when nothing was committed.
+        The first round to run; 1 if no round was committed.
 
     Raises:
-        CheckpointError: The run was made under other settings, or in an environment that would
-            not end with the same bits; or ``from_round`` is not kept.
+        CheckpointError: The run has other settings, its environment would lead to other bits, or
+            ``from_round`` is not kept.
         CorruptFileError: The checkpoint is damaged; the message names the round to go back to.
     """
     checkpoint = federation.checkpoints.load(from_round)

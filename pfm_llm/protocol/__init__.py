@@ -1,1 +1,1 @@
-"""What crosses the wire: states, updates, and the contract that updates must meet."""
+"""The messages between clients and server: states, updates, and the contract of updates."""

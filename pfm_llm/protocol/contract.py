@@ -1,8 +1,8 @@
-"""What an update may hold: built from an allow-list, checked again on arrival.
+"""The contract of updates: an allow-list of tensors, checked when sending and when receiving.
 
-The two adapters of a client have identical keys in PEFT, so sending the wrong one would be
-silent. Here every update is made by `UpdateContract.build`, which takes exactly the named
-tensors, and the server runs `UpdateContract.check` before it looks at a number.
+The two adapters of a client have identical keys in PEFT, so nobody would notice that the wrong one
+was sent. Therefore `UpdateContract.build` makes every update from exactly the named tensors, and
+the server runs `UpdateContract.check` before it uses any number.
 """
 
 import functools
@@ -20,7 +20,7 @@ from pfm_llm.protocol.types import PRIVATE_PREFIX, ClientUpdate, Group, Tensors,
 
 _SHARED_GROUPS = (Group.LORA, Group.HEAD, Group.BASIS)
 MAX_EXAMPLES = 2**31 - 1
-"""An update that claims more is refused: no client has them, and its weight would drown all."""
+"""An update that claims more is refused: its weight would outweigh all other clients."""
 
 _SHOWN_NAMES = 3
 _SHOWN_LENGTH = 80
@@ -53,10 +53,10 @@ class UpdateContract:
     """The allow-list of an experiment's updates.
 
     Attributes:
-        tensors: Name to spec of every tensor of the shared state; nothing else may be sent.
+        tensors: Name to spec of every tensor that is sent; nothing else may be sent.
         backbone_hash: Identity of the frozen backbone.
         prompt_hash: Identity of the prompt template.
-        catalogue_hash: Identity of the catalogue (item rows would be misaligned otherwise).
+        catalogue_hash: Identity of the catalogue, on which the order of item rows depends.
 
     Raises:
         ContractError: A name is private or of no known group, or a hash is empty.
@@ -89,18 +89,18 @@ class UpdateContract:
     def build(
         self, client_id: str, round_number: int, num_examples: int, loss: float, delta: Tensors
     ) -> ClientUpdate:
-        """Make the one message that leaves a client.
+        """Make the only message that leaves a client.
 
-        Values are judged on arrival alone, so that a client whose training diverged is refused
-        and counted instead of stopping the round.
+        Values are checked only on arrival. A client whose training diverged is then refused and
+        counted, and does not stop the round.
 
         Args:
-            client_id: Who sends it.
-            round_number: The round it was trained in, from 1.
-            num_examples: How many predictions it was trained on.
+            client_id: The sender.
+            round_number: The round of the training, from 1.
+            num_examples: Number of predictions in the training.
             loss: Mean training loss (nats) before the first step.
-            delta: Exactly the contract's tensors; cloned to the CPU, so that the message shares
-                no storage with a stack that holds other clients or private parts.
+            delta: Exactly the tensors of the contract. They are cloned to the CPU, so that the
+                message shares no storage with the tensors of other clients or with private parts.
 
         Raises:
             ContractError: ``delta`` lacks a tensor, has another one, or one of another shape or
@@ -119,16 +119,16 @@ class UpdateContract:
         )
 
     def check(self, update: ClientUpdate, round_number: int) -> None:
-        """Judge an update on arrival.
+        """Check an update on arrival.
 
         Args:
-            update: What arrived; nothing about it is taken for granted.
-            round_number: The round that is under way.
+            update: The update, which may be malformed in any way.
+            round_number: The current round.
 
         Raises:
-            ContractError: It was built under another contract or in another round, lacks a
-                tensor or has another one, or a tensor or number is not as it must be. The
-                message names the client, the thing and the reason.
+            ContractError: The update belongs to another contract or round, its tensor names
+                differ from the contract, or a tensor or number is invalid. The message names the
+                client, the tensor or number, and the reason.
         """
         client = update.client_id
         if update.contract_hash != self.hash():
@@ -170,14 +170,14 @@ class UpdateContract:
 
 
 def check_shared_name(name: str, where: str) -> None:
-    """Refuse a name that is not one of a shared tensor.
+    """Refuse a name that does not belong to a shared tensor.
 
     Args:
-        name: Of a tensor.
-        where: Where it would stand, for messages.
+        name: Name of a tensor.
+        where: The place of the tensor, for messages.
 
     Raises:
-        ContractError: It is private, or of no known group.
+        ContractError: The name is private or belongs to no known group.
     """
     if name.startswith(PRIVATE_PREFIX):
         raise ContractError(f"{_show(name)} is private and can never be in {where}")
@@ -190,7 +190,7 @@ def check_shared_name(name: str, where: str) -> None:
 
 def _check_spec(client_id: str, name: str, tensor: Any, spec: TensorSpec) -> None:
     dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-    # A nested tensor may have that layout and no shape; one on `meta` has no values.
+    # A nested tensor may have this layout but no shape; a tensor on `meta` has no values.
     if not dense or tensor.is_nested or tensor.is_meta:
         raise ContractError(f"client {_show(client_id)}: {name} is not a dense tensor with values")
     found = TensorSpec.of(tensor)
@@ -216,7 +216,7 @@ def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)  # of a stranger: escaped, and cut so that it cannot flood the log
+    text = repr(value)  # from an untrusted client: escaped, and cut to keep the log short
     return text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "…"
 
 

@@ -1,8 +1,9 @@
-"""The table of an experiment's shared tensors: all that a server must know of the model.
+"""The table of an experiment's shared tensors: everything that a server knows about the model.
 
-A server's initial state, the contract of its updates, the learning rate of each tensor and the
-size of a message follow from the table. So do the rows that follow items into another catalogue
-and the shapes that a published folder must have. The model's parts declare their tensors once.
+The server's initial state, the contract of updates, the learning rate of each tensor and the size
+of a message follow from the table. The table also says which rows belong to items, for the change
+to another catalogue, and which shapes a published folder must have. Each part of the model declares
+its tensors once.
 """
 
 import math
@@ -35,7 +36,7 @@ class Sizes:
 
 
 class Unseen(Enum):
-    """The row of an item that an adapter never saw."""
+    """The initial row of an item that the catalogue of an adapter lacks."""
 
     ZERO = "zero"
     MEAN = "mean"
@@ -49,11 +50,11 @@ class Parameter:
         name: As in the table of `types`.
         shape: Its dimensions.
         rate: The server's learning rate for it, before the schedule.
-        init: Draws it as it is before training; None: zeros.
+        init: Makes the initial value; None: zeros.
         per_item: Whether its first dimension has a row for each item of the catalogue.
-        unseen: With ``per_item``, the row of an item that is new to an adapter: zeros, or the
-            mean row.
-        sent: Whether clients train and send it. One that is not sent stays as it was drawn.
+        unseen: With ``per_item``, the initial row of an item that is new to an adapter: zeros, or
+            the mean row.
+        sent: Whether clients train and send it. A tensor that is not sent keeps its initial value.
     """
 
     name: str
@@ -115,17 +116,17 @@ class ParameterTable(Mapping[str, Parameter]):
 
     @property
     def num_bytes(self) -> int:
-        """Size of what a client sends in a round, and of what it receives: all that is sent."""
+        """Size in bytes of the tensors that are sent, per client, round and direction."""
         return sum(math.prod(spec.shape) for spec in self.sent.values()) * _BYTES_PER_NUMBER
 
     def initial_state(self) -> SharedState:
-        """Every tensor before training, those that are not sent included."""
+        """Every tensor before training, including tensors that are not sent."""
         return SharedState({name: parameter.initial() for name, parameter in self.items()})
 
     def contract(
         self, *, backbone_hash: str, prompt_hash: str, catalogue_hash: str
     ) -> UpdateContract:
-        """The contract under which the tensors that are sent are sent.
+        """The update contract for the tensors that are sent.
 
         Args:
             backbone_hash: Identity of the frozen backbone.

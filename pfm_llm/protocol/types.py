@@ -50,17 +50,17 @@ def in_group(name: str, group: Group) -> bool:
 
 
 def of_group(named: Mapping[str, _Value], group: Group) -> dict[str, _Value]:
-    """What a mapping by tensor name has of one group."""
+    """The entries of a mapping by tensor name that belong to one group."""
     return {name: value for name, value in named.items() if in_group(name, group)}
 
 
 def lora_name(module: str, factor: str) -> str:
-    """Name of the factor ``A`` or ``B`` of a module's shared LoRA."""
+    """The name of factor ``A`` or ``B`` of a module's shared LoRA."""
     return f"{Group.LORA}.{module}.{factor}"
 
 
 def lora_modules(names: Iterable[str]) -> list[str]:
-    """The modules whose shared LoRA is among some tensors, in their order."""
+    """The modules that have a shared LoRA among the given tensor names, in order."""
     factors = [name for name in names if in_group(name, Group.LORA) and name.endswith(".A")]
     return [name.removeprefix(f"{Group.LORA}.").removesuffix(".A") for name in factors]
 
@@ -78,11 +78,11 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class SharedState:
-    """What the server aggregates and everybody receives.
+    """The tensors that the server aggregates and every client receives.
 
     Attributes:
         tensors: Name to float32 CPU tensor; names begin with ``lora.``, ``head.``, ``basis.``.
-        round_number: The round after which it stands; 0 before any.
+        round_number: The last round that it includes; 0 before the first.
     """
 
     tensors: Tensors
@@ -91,11 +91,11 @@ class SharedState:
 
 @dataclass(frozen=True)
 class PrivateState:
-    """What one client keeps. Only `private_store` writes it, only on the client's side.
+    """The tensors that one client keeps. Only `private_store` writes them, on the client's side.
 
     Attributes:
-        client_id: Whose it is.
-        version: The round after which it was written; 0 before any.
+        client_id: The client.
+        version: The round after which it was written; 0 before the first.
         tensors: Name to float32 CPU tensor; names begin with ``private.``.
     """
 
@@ -106,13 +106,13 @@ class PrivateState:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What one client sends: the change of the shared state, and two numbers.
+    """The message of one client: its change of the shared state, and two numbers.
 
     Attributes:
-        client_id: Who sends it.
-        round_number: The round it was trained in, from 1.
-        contract_hash: Hash of the contract it was built under.
-        num_examples: How many next-item predictions it was trained on.
+        client_id: The sender.
+        round_number: The round of the training, from 1.
+        contract_hash: Hash of the update contract.
+        num_examples: Number of next-item predictions in the training.
         loss: Mean training loss (nats) before the first step.
         delta: New minus received value of each shared tensor, float32.
     """

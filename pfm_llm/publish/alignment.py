@@ -1,4 +1,4 @@
-"""The items of an adapter found in another catalogue, and its tensors made to fit."""
+"""The alignment of an adapter's items and tensors with another catalogue."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ from pfm_llm.text.prompts import Prompt
 def item_keys(catalogue: Catalogue, prompt: Prompt) -> tuple[str, ...]:
     """A key per item: a hash of its id and of its text as the prompt renders it.
 
-    Two catalogues mean the same item exactly when both agree. The texts themselves, which may
-    not be ours to pass on, do not go into the folder.
+    Items of two catalogues are the same if both id and text agree. The texts themselves may be
+    protected and are not published.
     """
     keys = []
     for index, item_id in enumerate(catalogue.item_ids):
@@ -31,11 +31,11 @@ def item_keys(catalogue: Catalogue, prompt: Prompt) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Where the items of a catalogue are in an artefact's.
+    """The rows of a catalogue's items in an artefact.
 
     Attributes:
-        rows: For each item its row in the artefact, or None where it was never seen.
-        num_known: How many of the artefact's items there are.
+        rows: For each item its row in the artefact, or None if the artefact lacks it.
+        num_known: Number of items of the artefact.
     """
 
     rows: tuple[int | None, ...]
@@ -43,11 +43,11 @@ class Alignment:
 
     @property
     def num_kept(self) -> int:
-        """Items whose parameters are carried over."""
+        """Number of items whose parameters are kept."""
         return sum(row is not None for row in self.rows)
 
     def describe(self) -> str:
-        """For people: what is carried over and what is not."""
+        """A sentence on the items that are kept, dropped and new."""
         new, dropped = len(self.rows) - self.num_kept, self.num_known - self.num_kept
         return (
             f"{self.num_kept} of the adapter's {self.num_known} items are in this catalogue; the "
@@ -72,13 +72,12 @@ def aligned_tensors(
 ) -> dict[str, torch.Tensor]:
     """Shared tensors for another catalogue: rows that belong to items follow their items.
 
-    An item that was never seen gets the row that each tensor's `Unseen` says. It is ranked by its
-    text, neither favoured nor held back.
+    A new item gets the row of each tensor's `Unseen`. Its text alone then decides its rank.
 
     Args:
         tensors: Shared tensors over the artefact's items.
         alignment: From `align_items`.
-        table: Of the artefact; says which tensors have rows that belong to items.
+        table: The table of the artefact, which knows the tensors with a row per item.
     """
     aligned = dict(tensors)
     rows = torch.tensor([-1 if row is None else row for row in alignment.rows])
@@ -94,7 +93,7 @@ def aligned_tensors(
 
 
 def start_from(artefact: Artefact, catalogue: Catalogue) -> tuple[Start, Alignment]:
-    """What a model over a catalogue needs of an adapter, and how the two catalogues fit."""
+    """The start of a model over a catalogue from an adapter, and the alignment of both."""
     manifest = artefact.manifest
     alignment = align_items(artefact.item_keys(), item_keys(catalogue, artefact.prompt()))
     start = Start(

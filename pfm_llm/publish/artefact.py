@@ -1,9 +1,9 @@
-"""A published shared adapter: what its folder may hold, its manifest, and reading it back.
+"""A published shared adapter: the files of its folder, its manifest, and reading it back.
 
-``pfm_manifest.json`` lists every other file with its SHA-256 (the card, ``README.md``, excepted:
-its owner may edit it on the Hub) and says on what the adapter stands: the base model's weights and
-tokenizer, the prompt, the catalogue and the adapter or version that came before. A signature,
-where there is one, is over the manifest's bytes and so covers everything.
+``pfm_manifest.json`` lists every other file with its SHA-256, except the card ``README.md``, which
+its owner may edit on the Hub. It also identifies everything that the adapter depends on: the base
+model's weights and tokenizer, the prompt, the catalogue and the previous adapter or version. An
+optional signature is over the manifest's bytes and therefore covers all listed files.
 
 ====================================  ==================================================
 file                                  holds
@@ -60,8 +60,8 @@ CARD_FILE = "README.md"
 
 REQUIRED_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, ITEM_KEYS_FILE)
 LISTED_FILES = (*REQUIRED_FILES, BASIS_FILE, PROMPT_FILES, TRAINING_CONFIG_FILE, PLOT_FILES)
-"""Patterns of what a manifest may list; a published folder holds nothing else but these,
-the manifest, its signature and the card."""
+"""Patterns of the files that a manifest may list. A published folder holds only these, the
+manifest, its signature and the card."""
 
 _MEAN, _BASIS = "normaliser.mean", "normaliser.basis"
 
@@ -91,7 +91,7 @@ class Base(_Part):
 
 
 class Parent(_Part):
-    """What an adapter came from.
+    """A predecessor of an adapter.
 
     Attributes:
         relation: ``previous``: the version before it in the same repository; ``trained_from``:
@@ -132,21 +132,21 @@ class Manifest(_Part):
         format: `FORMAT`.
         pfm_llm: Version of this library.
         name: Of the run.
-        round: After which round the adapter stands.
+        round: The last round of the adapter's training.
         base: The frozen model.
         adapters: Rank, alpha, targets and layers of both adapters, so that a user can
             personalise it.
         modules: Paths of the adapted modules.
-        head, tasks: Settings of the recommender head, and what it is for.
-        window: How histories are cut.
-        prompt: Its key.
-        prompt_sha256: Hash of its content.
-        data_source: Name of the data; of a path the last part.
+        head, tasks: Settings of the recommender head, and its tasks.
+        window: Settings of the windows.
+        prompt: Key of the prompt.
+        prompt_sha256: Hash of the prompt's content.
+        data_source: Name of the data, or the last part of its path.
         catalogue_sha256: Hash of ids and texts.
         num_items: Size of the catalogue.
-        contract_sha256: Of the federation's update contract.
-        parents: What came before; empty for a first version.
-        metrics: Of the evaluation; empty before the first.
+        contract_sha256: Hash of the federation's update contract.
+        parents: The predecessors; empty for a first version.
+        metrics: Figures of the evaluation; empty before the first evaluation.
         files: Name to SHA-256 of every listed file.
     """
 
@@ -171,7 +171,7 @@ class Manifest(_Part):
     files: dict[str, str]
 
     def to_bytes(self) -> bytes:
-        """The file's content: what is hashed, signed and published."""
+        """The bytes of the file, which are hashed, signed and published."""
         tree = self.model_dump(mode="json")
         return (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
 
@@ -181,10 +181,10 @@ class Manifest(_Part):
 
         Args:
             content: The file's bytes.
-            origin: Where it is from, for messages.
+            origin: The source of the file, for messages.
 
         Raises:
-            CorruptFileError: It is no manifest of this format.
+            CorruptFileError: The content is no manifest of this format.
         """
         try:
             tree = json.loads(content)
@@ -207,13 +207,13 @@ class Manifest(_Part):
 
 @dataclass(frozen=True)
 class Artefact:
-    """A folder whose files are those that its manifest lists.
+    """A folder whose files match its manifest.
 
     Attributes:
-        folder: Where it is.
-        manifest: What it says.
-        manifest_sha256: Its identity.
-        origin: Where it came from, for people: a Hub id with revision, or a folder.
+        folder: The folder.
+        manifest: Its manifest.
+        manifest_sha256: Hash of the manifest, which identifies the adapter.
+        origin: The source, for messages: a Hub id with revision, or a folder.
     """
 
     folder: Path
@@ -222,9 +222,9 @@ class Artefact:
     origin: str
 
     def table(self) -> ParameterTable:
-        """The shared tensors that follow from the manifest; their learning rates mean nothing.
+        """The shared tensors that follow from the manifest; their learning rates have no meaning.
 
-        The widths of the base model, which the manifest does not have, are those of the files.
+        The manifest lacks the widths of the base model, so they are taken from the files.
         """
         lora, manifest = self._lora(), self.manifest
         modules = {
@@ -280,11 +280,11 @@ def read_artefact(folder: Path, origin: str | None = None) -> Artefact:
 
     Args:
         folder: An exported or pulled folder.
-        origin: Where it came from, for messages; the folder itself when None.
+        origin: The source, for messages; None: the folder itself.
 
     Raises:
-        ArtefactError: There is no manifest, or it lists what has no place in such a folder.
-        CorruptFileError: A file is missing or is not what the manifest lists.
+        ArtefactError: There is no manifest, or it lists a file that does not belong there.
+        CorruptFileError: A file is missing or does not match the manifest.
     """
     origin = origin or str(folder)
     path = folder / MANIFEST_FILE
@@ -308,10 +308,10 @@ def read_artefact(folder: Path, origin: str | None = None) -> Artefact:
 
 
 def check_listing(manifest: Manifest, origin: str) -> None:
-    """Check that a manifest lists what it must, and nothing that has no place there.
+    """Check that a manifest lists all required files and no others.
 
     Raises:
-        ArtefactError: It does not.
+        ArtefactError: A required file is not listed, or a listed file does not belong there.
     """
     for name in (*REQUIRED_FILES, prompt_file(manifest.prompt)):
         if name not in manifest.files:
@@ -322,12 +322,12 @@ def check_listing(manifest: Manifest, origin: str) -> None:
 
 
 def prompt_file(key: str) -> str:
-    """Where a folder keeps the prompt of that key."""
+    """The path in a folder of the prompt with this key."""
     return f"prompts/{key}.toml"
 
 
 def is_listed(name: str, patterns: Sequence[str] = LISTED_FILES) -> bool:
-    """Whether a relative path may be listed by a manifest, or fits other patterns than its."""
+    """Whether a relative path fits one of the patterns; by default, those of a manifest."""
     return any(
         fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
         for pattern in patterns

@@ -1,8 +1,8 @@
 """The ``README.md`` of a published shared adapter, in the Hub's model card format.
 
-Built from what the run already knows, without network. Only listed settings are shown, and
-local paths are not: a card is read by everybody. Where the adapter will be is not known when it
-is exported, so a card names `NO_REPO` until `addressed_card` puts the repository in its place.
+The card is made from the data of the run, without network. It is public, so it shows only listed
+settings and no local paths. At the time of the export the repository is unknown. The card therefore
+names `NO_REPO`, which `addressed_card` replaces.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ NO_REPO = "path/to/this/folder"
 _TEMPLATE = "card.md.j2"
 _LICENSE = "apache-2.0"
 _EMBEDDED_BASE, _EMBEDDED_DATA = "smollm2-135m", "movielens-100k"
-# The adapter serves hidden states; its text is not meant to be read.
+# The adapter is for hidden states, not for generated text.
 _PIPELINE_TAG = "feature-extraction"
 _TAGS = (
     "peft",
@@ -66,20 +66,20 @@ _PLOT_TITLES = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says.
+    """The content of a card.
 
     Attributes:
         name: Name of the run.
         base_model: Hub id of the backbone, or a local folder (then only its name is shown).
         prompt: Prompt key, such as ``next_item.v1``.
         dataset: Name or Hub id of the data, or a path (then only its name is shown).
-        rounds: Rounds that were trained.
+        rounds: Number of trained rounds.
         scores: Result rows of any method, mode and split.
         results_table: The results as Markdown, as `result_tables.results_table` makes it; empty
             before the first evaluation.
         config: The resolved config, as nested mappings.
         adapter: Hub id or folder name of the adapter, for the loading example.
-        base_note: A sentence on how the base weights were had, when that matters; may be empty.
+        base_note: A sentence on the source of the base weights; may be empty.
         plots: The plots in the folder, such as ``plots/loss.png``.
     """
 
@@ -99,7 +99,7 @@ class CardFacts:
 def model_card(facts: CardFacts) -> str:
     """The card: YAML front matter with a model index, then Markdown.
 
-    The model index holds the test scores of ``shared_only``, which are what this folder gives.
+    The model index has the test scores of ``shared_only``: the folder holds the shared part alone.
     """
     body = templates.render(
         __package__,
@@ -141,7 +141,7 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
     metrics = [
         _index_entry(score, confidence) for score in facts.scores if _is_of_this_folder(score)
     ]
-    if metrics:  # an index without results is refused by the Hub
+    if metrics:  # the Hub refuses an index without results
         result = {
             "task": {"type": "recommendation", "name": "Next-item recommendation"},
             "dataset": {"type": dataset, "name": dataset, "split": "test"},
@@ -174,7 +174,7 @@ def _index_entry(score: ResultRow, confidence: float | None) -> dict[str, Any]:
 
 
 def shown_name(name: str) -> str:
-    """A Hub id or an embedded name as it is; of a path the last part alone."""
+    """A Hub id or an embedded name unchanged, or the last part of a path."""
     return Path(name).name if _is_path(name) else name
 
 
@@ -187,7 +187,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _conditions(facts: CardFacts) -> dict[str, bool]:
-    """Which parts of the text a card has, but for those that its settings decide."""
+    """The conditional parts of the text that do not depend on settings."""
     dataset = shown_name(facts.dataset).lower()
     return {
         "is_on_hub": _is_hub_id(facts.base_model),
@@ -198,7 +198,7 @@ def _conditions(facts: CardFacts) -> dict[str, bool]:
 
 
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the text takes from the settings; the head's say which tensors make scores."""
+    """The values of the text that come from the settings."""
     ids = _setting(config, "head.item_ids") or "none"
     started = _setting(config, "init_from.adapter")
     shown = ((label, _setting(config, key)) for key, label in _SETTINGS.items())
@@ -219,7 +219,7 @@ def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:
-    """A setting by its dotted key; None where there is none."""
+    """A setting by its dotted key; None if it does not exist."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

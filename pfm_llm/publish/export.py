@@ -1,6 +1,6 @@
 """The shared adapter of a run as an artefact: a plain PEFT folder, our head, a manifest, a card.
 
-Built from an allow-list; nothing that is private is ever at hand here.
+The files follow an allow-list. This module has no access to private data.
 """
 
 import json
@@ -49,13 +49,13 @@ _EMBEDDED_NOTE = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What an exported adapter is of.
+    """The experiment of an exported adapter.
 
     Attributes:
         config: The experiment.
         parts: The model.
         catalogue: Its items.
-        parents: The adapter that its training started from, if it did.
+        parents: The adapter that the training started from; empty for a new model.
     """
 
     config: ExperimentConfig
@@ -74,9 +74,9 @@ def export_shared_adapter(
 
     Args:
         what: Config, model and catalogue.
-        folder: Where to; the plots of the folder beside it are copied into it.
+        folder: The folder to write; the plots of its parent folder are copied into it.
         shared: The shared state.
-        rows: Results for manifest and card; none before the evaluation.
+        rows: Results for manifest and card; empty before the evaluation.
     """
     parts, config = what.parts, what.config
     parts.adapter.export_shared(shared.tensors, folder, parts.backbone.portable_name)
@@ -101,7 +101,7 @@ def export_shared_adapter(
 
 
 def public_config(config: ExperimentConfig) -> ExperimentConfig:
-    """The config without what names places on this machine: paths become their last part."""
+    """The config without paths of this machine: each path becomes its last part."""
     tree: dict[str, Any] = config.model_dump(mode="json")
     tree["data"]["source"] = shown_name(tree["data"]["source"])
     tree["data"]["items"] = tree["data"]["items"] and shown_name(tree["data"]["items"])
@@ -115,7 +115,7 @@ def public_config(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _copy_plots(source: Path, folder: Path) -> list[str]:
-    """Bring the run's plots into the folder; their names in it."""
+    """Copy the run's plots into the folder; return their names in it."""
     shutil.rmtree(folder / PLOTS_FOLDER, ignore_errors=True)
     names = []
     for plot in sorted(source.glob("*.png")):
@@ -196,12 +196,12 @@ def _metrics(rows: Sequence[ResultRow]) -> tuple[Metric, ...]:
 
 
 def trained_from(artefact: Artefact, named: str, revision: str | None) -> Parent:
-    """The adapter that a training started from, as a parent of what it exports.
+    """The adapter that a training started from, as a parent of its export.
 
     Args:
         artefact: The adapter.
-        named: As the config names it.
-        revision: As the config names it.
+        named: Its name in the config.
+        revision: Its revision in the config.
     """
     return Parent(
         relation="trained_from",

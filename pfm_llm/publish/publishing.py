@@ -1,6 +1,6 @@
-"""Publishing a shared adapter: checked as `staging` does, linked, signed and pushed.
+"""Publishing a shared adapter: it is checked (`staging`), linked to its parents, signed and pushed.
 
-A copy is pushed; nothing in the exported folder is changed.
+A copy is pushed; the exported folder is not changed.
 """
 
 import tempfile
@@ -25,11 +25,11 @@ __all__ = ["PlannedFile", "PublishRequest", "Published", "plan", "publish", "sta
 
 @dataclass(frozen=True)
 class PublishRequest:
-    """What is to be published where.
+    """The folder to publish, and the place to publish it.
 
     Attributes:
         exported: The folder of the exported adapter; it is not touched.
-        private_root: The private store to search it for; None where nothing is private.
+        private_root: The private store whose tensors must not be in it; None without private part.
         repo: ``user/name``.
         private: Make the repository private when it is created.
         tag: For this version.
@@ -63,11 +63,11 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class Published:
-    """What `publish` did.
+    """The result of `publish`.
 
     Attributes:
-        manifest: Of the version that is now the branch's newest.
-        pushed: Where it is, and whether anything was new.
+        manifest: The manifest of the branch's newest version.
+        pushed: Its place, and whether a file was new.
     """
 
     manifest: Manifest
@@ -75,12 +75,12 @@ class Published:
 
 
 def plan(request: PublishRequest) -> list[PlannedFile]:
-    """The files that `publish` would push, after all of its checks; without network or token.
+    """The files that `publish` would push, after all of its checks; needs no network or token.
 
-    The manifest will also name the version before it in the repository, which only the Hub knows.
+    The pushed manifest will also name the previous version, which only the Hub knows.
 
     Raises:
-        PfmError: As `publish`, but for what only the Hub can say.
+        PfmError: See `publish`; without the errors of the Hub.
     """
     hub.check_repo_id(request.repo)
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,14 +100,14 @@ def plan(request: PublishRequest) -> list[PlannedFile]:
 def publish(request: PublishRequest) -> Published:
     """Check an exported adapter and push it.
 
-    When the branch holds it already, nothing is sent but a missing tag or signature.
+    If the branch already holds it, only a missing tag or signature is sent.
 
     Raises:
-        PrivateLeakError: Something private is in the folder.
-        ArtefactError: The folder is no shared adapter, or holds what has no place in one, or
-            there is no private store to compare it with.
-        CorruptFileError: A file is not what the manifest lists, or a private state is damaged.
-        StorageError: A file cannot be read or written, or the signing key not be used.
+        PrivateLeakError: A private tensor is in the folder.
+        ArtefactError: The folder is no shared adapter, holds a file that does not belong in one,
+            or there is no private store to compare it with.
+        CorruptFileError: A file does not match the manifest, or a private state is damaged.
+        StorageError: A file cannot be read or written, or the signing key cannot be used.
         HubError: The Hub refused, or cannot be reached.
     """
     hub.check_repo_id(request.repo)
@@ -127,7 +127,7 @@ def publish(request: PublishRequest) -> Published:
 
 
 def _placed(staged: Artefact, request: PublishRequest) -> Manifest:
-    """The manifest as the next version after the branch's newest; that itself if it is equal."""
+    """The manifest as the successor of the branch's newest version, or that one if it is equal."""
     manifest, repo = staged.manifest, request.repo
     head = hub.head_manifest(repo, request.revision)
     if head is None:
@@ -145,7 +145,7 @@ def _placed(staged: Artefact, request: PublishRequest) -> Manifest:
 
 
 def _finish(folder: Path, manifest: Manifest, request: PublishRequest) -> None:
-    """Bring manifest, card and signature up to what is known about the repository."""
+    """Write manifest, card and signature for the repository."""
     content = manifest.to_bytes()
     files.write_bytes(folder / MANIFEST_FILE, content)
     card = (folder / CARD_FILE).read_text()

@@ -1,8 +1,8 @@
 """Signatures of a published manifest: Ed25519 keys, and the ``.sig`` file beside a manifest.
 
-A signature shows who published; it says nothing about how good or how private an adapter is. The
-file carries its public key, so that anybody can check that the manifest is the one that was
-signed. Whose key it is, only a reader who knows the publisher's key can tell: it is "trusted".
+A signature shows the publisher; it says nothing about the quality or the privacy of an adapter. The
+file contains its public key, so that anybody can check that the signed manifest is unchanged. Only
+a reader who knows the publisher's key can check whose key it is; that key is called "trusted".
 """
 
 import base64
@@ -39,7 +39,7 @@ def new_key(path: Path) -> str:
         The public key, base64 (44 characters): what readers are told to trust.
 
     Raises:
-        StorageError: There is a file already, which is never replaced, or none can be written.
+        StorageError: The file exists and is not replaced, or it cannot be written.
     """
     key = SigningKey.generate()
     content = key.private_bytes(
@@ -50,7 +50,7 @@ def new_key(path: Path) -> str:
     with files.storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Not files.write_bytes: that replaces, and a lost key cannot be had again.
+            # files.write_bytes would replace an existing key, which could not be restored.
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE_MODE)
         except FileExistsError:
             raise StorageError(
@@ -173,7 +173,7 @@ def check_public_key(text: str) -> None:
 
 
 def same_key(one: str | None, other: str | None) -> bool:
-    """Whether two public keys are the same; none is like no other."""
+    """Whether two public keys are the same; None equals no key."""
     if one is None or other is None:
         return False
     return base64.b64decode(one) == base64.b64decode(other)

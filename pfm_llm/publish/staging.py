@@ -1,8 +1,8 @@
-"""The folder that is about to be published: copied file by file, and each file checked.
+"""The checked copy of a folder before it is published.
 
-`stage` copies the files that the manifest lists into an empty folder, checks that each of them
-holds what it should and nothing else, and searches all of them for every private tensor of the
-run. A private adapter has the format and the names of a shared one, so it is told by its content.
+`stage` copies the files that the manifest lists into an empty folder, checks the content of each
+file, and searches all of them for every private tensor of the run. A private adapter has the format
+and the names of a shared one, so only a comparison of the numbers can find it.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ _PATH = re.compile(r"/|~|\\\\|[A-Za-z]:[\\/]|file:")
 _KEY = re.compile(r"[0-9a-f]{32}")
 _LAYER = re.compile(r"\.(\d+)\.")
 _PNG = b"\x89PNG\r\n\x1a\n"
-# What else PEFT could save with an adapter, or read differently. Absent counts as None.
+# Settings by which PEFT would save more than a LoRA, or read it differently. Absent means None.
 _PLAIN_LORA: dict[str, Any] = {
     "peft_type": "LORA",
     "bias": "none",
@@ -59,21 +59,21 @@ _PLAIN_LORA: dict[str, Any] = {
 
 
 def stage(exported: Path, into: Path, private_root: Path | None) -> Artefact:
-    """Copy what may be published into an empty folder, and check all of it.
+    """Copy the listed files into an empty folder, and check all of them.
 
     Args:
         exported: An exported folder; links are not followed.
-        into: A folder that is empty or not there yet; on failure nothing is left in it.
-        private_root: The run's private store; None when the run has nothing that is private.
+        into: A folder that is empty or does not exist; after an error it is empty.
+        private_root: The run's private store; None if the run has no private part.
 
     Returns:
         The copy.
 
     Raises:
-        PrivateLeakError: A private tensor is in it.
-        ArtefactError: ``exported`` is no shared adapter, or holds what has no place in one;
-            ``into`` is not empty; or there is no private store.
-        CorruptFileError: A file is not what the manifest lists, or a private state is damaged.
+        PrivateLeakError: A private tensor is in a file.
+        ArtefactError: ``exported`` is no shared adapter or holds a file that does not belong in
+            one, ``into`` is not empty, or there is no private store.
+        CorruptFileError: A file does not match the manifest, or a private state is damaged.
         StorageError: A file cannot be read or written.
     """
     if private_root is not None and not private_root.is_dir():
@@ -113,7 +113,7 @@ def _emptied_on_failure(folder: Path) -> Iterator[None]:
 
 
 def _copy(exported: Path, into: Path) -> None:
-    """Copy exactly what the manifest lists, the manifest and the card."""
+    """Copy exactly the listed files, the manifest and the card."""
     if exported.is_symlink() or not exported.is_dir():
         raise ArtefactError(f"there is no exported adapter at {exported}; {_AGAIN}")
     if not (exported / MANIFEST_FILE).exists():
@@ -143,7 +143,7 @@ def _copy(exported: Path, into: Path) -> None:
 def _content(path: Path) -> bytes:
     """A file's bytes, if it is a plain file."""
     try:
-        # A pipe in its place must not block.
+        # Without O_NONBLOCK, a pipe at this path would block.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}; {_AGAIN}") from error
@@ -158,7 +158,7 @@ def _refusal(staged: Artefact, file: str, problem: str) -> ArtefactError:
 
 
 def _check_texts(staged: Artefact) -> None:
-    """No path of this machine in what names things; card, keys, prompt and plots are such."""
+    """Check that no text names a path of this machine; check keys, prompt and plots."""
     manifest, folder = staged.manifest, staged.folder
     trees: dict[str, Any] = {MANIFEST_FILE: manifest.model_dump(mode="json")}
     for name in (ADAPTER_CONFIG_FILE, TRAINING_CONFIG_FILE, CARD_FILE):
@@ -182,7 +182,7 @@ def _check_texts(staged: Artefact) -> None:
 
 
 def _texts(tree: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a tree, keys included, with the dotted key of where it is."""
+    """Every text in a tree, including keys, with the dotted key of its place."""
     if isinstance(tree, str):
         yield key, tree
     elif isinstance(tree, Mapping):
@@ -195,7 +195,7 @@ def _texts(tree: object, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _check_adapter_config(staged: Artefact) -> None:
-    """A plain LoRA, of the rank and on the modules of the manifest, upon a portable base."""
+    """Check for a plain LoRA with the manifest's rank and modules, and a portable base name."""
     manifest, shared = staged.manifest, staged.manifest.adapters.shared
     tree = files.read_json(staged.folder / ADAPTER_CONFIG_FILE)
     if not isinstance(tree, dict):
@@ -212,7 +212,7 @@ def _check_adapter_config(staged: Artefact) -> None:
                 staged, ADAPTER_CONFIG_FILE, f"has {key}: {tree.get(key)!r}, expected {value!r}"
             )
     base = manifest.base.name
-    # A name alone is what an export leaves of a local folder's path.
+    # An export reduces the path of a local folder to its name.
     if base.startswith(".") or base.count("/") > 1 or ("/" in base and Path(base).is_dir()):
         raise _refusal(
             staged, ADAPTER_CONFIG_FILE, f"names a base on this machine, {base}, not a Hub id"
@@ -229,7 +229,7 @@ def _check_adapter_config(staged: Artefact) -> None:
 
 
 def _check_tensors(staged: Artefact) -> None:
-    """Every tensor that belongs into a file, of its shape and in float32, and nothing else."""
+    """Check that each file holds exactly its tensors, with their shapes and in float32."""
     folder, specs = staged.folder, staged.table().specs
     lora = tensors_from_peft(files.read_tensors(folder / ADAPTER_FILE)[0])
     _check_specs(staged, ADAPTER_FILE, lora, of_group(specs, Group.LORA))
@@ -279,7 +279,7 @@ def _search(folder: Path, private_root: Path, origin: Path) -> None:
 
 
 def _states(store: PrivateStore) -> Iterator[PrivateState]:
-    """Every version of every client's private state, and the personalised ones."""
+    """Every version of every client's private state, including personalised states."""
     for client_id in store.client_ids():
         for version in store.versions(client_id):
             if (state := store.load(client_id, version)) is not None:

@@ -1,1 +1,1 @@
-"""One run from its config to its report: folders, wiring, rounds, evaluation, study."""
+"""One run, from its config to its report: folders, set-up, rounds, evaluation, study."""

@@ -1,4 +1,4 @@
-"""What a run ran on."""
+"""The hardware and software of a run."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ _GIT_TIMEOUT_S = 5.0
 def environment(
     *, seed: int, dtype: str, threads: int, num_processes: int, device: str = "cpu"
 ) -> dict[str, Any]:
-    """What a run ran on, in plain JSON types; no host name, user name or path.
+    """The hardware and software of a run, in plain JSON types; no host name, user name or path.
 
     Args:
         seed: The experiment's seed.
@@ -68,7 +68,7 @@ def _cpu_model() -> str | None:
 def _git_state(file: Path) -> dict[str, Any] | None:
     """Commit and dirtiness of the checkout that tracks ``file``.
 
-    A package installed below somebody's checkout is not of that checkout's commit.
+    A package that is installed below another checkout does not belong to its commit.
     """
     if _git(file, "ls-files", "--error-unmatch", file.name) is None:
         return None

@@ -1,4 +1,4 @@
-"""A whole run: config -> objects -> rounds -> evaluation -> report. The only place that wires."""
+"""A whole run: config -> objects -> rounds -> evaluation -> report."""
 
 import contextlib
 import logging
@@ -44,20 +44,20 @@ def run_experiment(
     """Train, evaluate and report.
 
     Args:
-        config: The experiment. Its ``name`` names the run; when a run of that name exists and
-            is not resumed, the next free ``<name>-<n>`` is taken, so nothing is overwritten.
-        resume: Go on with the run of that name from its last commit.
+        config: The experiment. Its ``name`` names the run. If a run of that name exists and is not
+            resumed, the new run is called ``<name>-<n>``, so no run is overwritten.
+        resume: Continue the run of that name from its last commit.
         from_round: When resuming, go back to this kept commit first; later rounds are lost.
 
     Returns:
         The run's folder.
 
     Raises:
-        PfmError: Something that can be said clearly went wrong; what was committed is intact.
+        PfmError: Any error with a clear message; committed rounds are intact.
     """
     processes = start_processes(config.runtime.threads, config.runtime.trackers, config.output.dir)
     folders = _run_folders(config, resume, processes)
-    # Bad input shows before the first round; a run that never began leaves nothing.
+    # Bad input fails before the first round, and then leaves no folder.
     with contextlib.nullcontext() if resume else folders.discarded_on_failure():
         data = load_corpus(config)
         if processes.is_main:
@@ -97,26 +97,26 @@ def evaluate_run(folder: Path, against: Sequence[Path] = ()) -> Path:
 
     Args:
         folder: The run's folder.
-        against: Result files of trained baselines, to be compared with user by user.
+        against: Result files of trained baselines, for paired differences over users.
 
     Returns:
         The run's folder.
 
     Raises:
         ConfigError: There is no such run.
-        CheckpointError: Nothing was ever committed.
-        DataError: A file of ``against`` is of other data, or says nothing of single users.
+        CheckpointError: The run has no committed round.
+        DataError: A file of ``against`` belongs to other data, or has no figures per user.
     """
     evaluate_and_report(*open_run(folder), None, against)
     return folder
 
 
 def open_run(folder: Path) -> tuple[Run, Trained]:
-    """Wire a finished or interrupted run again, with what its last commit holds.
+    """Open a finished or interrupted run, with the state of its last commit.
 
     Raises:
-        ConfigError: There is no such run; the message lists those beside it.
-        CheckpointError: Nothing was ever committed.
+        ConfigError: There is no such run; the message lists the runs in the same folder.
+        CheckpointError: The run has no committed round.
     """
     folder = find_run(folder, folder.parent)
     config = load_config(folder / CONFIG_FILE)
@@ -127,7 +127,7 @@ def open_run(folder: Path) -> tuple[Run, Trained]:
 
 
 def make_federation(run: Run) -> Federation:
-    """The parts of the federated loop, before round 1."""
+    """The objects of the federated loop, before round 1."""
     config, processes = run.config, run.processes
     environment = RunEnvironment.here(
         config_hash=training_hash(config),
@@ -158,7 +158,7 @@ def _validate(run: Run, trained: Trained) -> Mapping[str, Any]:
 
 
 def _run_folders(config: ExperimentConfig, resume: bool, processes: Processes) -> RunFolders:
-    """Of a new run, or of the run to resume; equal on every process."""
+    """The folders of a new run, or of the run to resume; equal on every process."""
     if resume:
         return RunFolders.to_resume(config)
     folders = RunFolders.new(config)
@@ -188,7 +188,7 @@ def _write_environment(run: Run) -> None:
         device=processes.device.type,
     )
     data = asdict(run.data.report)
-    del data["examples"]  # rows of somebody's data; the run folder may be shown to anybody
+    del data["examples"]  # rows of the user's data do not belong in a folder that may be public
     here |= {"data": data, "split": run.data.split.describe()}
     here["num_clients"] = len(run.clients.histories.trainable)
     files.write_json(run.folders.public / ENVIRONMENT_FILE, here)
@@ -198,7 +198,7 @@ def _write_environment(run: Run) -> None:
 def _fetch_initial_adapter(
     config: ExperimentConfig, folders: RunFolders, processes: Processes
 ) -> None:
-    """Copy the adapter to start from into the run, which then needs neither Hub nor folder."""
+    """Copy the initial adapter into the run, which then needs neither the Hub nor its folder."""
     if config.init_from is None:
         return
     with processes.together():

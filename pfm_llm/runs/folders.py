@@ -1,8 +1,8 @@
-"""Where a run's files are, and which run is meant.
+"""The folders of a run, and the search for a run by name.
 
 ``runs/<name>/`` holds ``config.yaml``, ``environment.json``, ``metrics.jsonl`` (see
 `metrics_log`), ``results.json``, ``results.md``, ``plots/*.png`` (see `plots`), the server's
-checkpoints and the exported adapter. What is private is apart, in ``runs/<name>.private/``.
+checkpoints and the exported adapter. Private data is separate, in ``runs/<name>.private/``.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ _TRAIN_FIRST = "run `pfm train` first"
 
 @dataclass(frozen=True)
 class RunFolders:
-    """Where a run's files are.
+    """The two folders of a run.
 
     Attributes:
-        public: ``<output.dir>/<name>``: may be shown to anybody.
-        private: ``<output.dir>/<name>.private``, a folder apart: never leaves this machine.
+        public: ``<output.dir>/<name>``; it may be shared.
+        private: ``<output.dir>/<name>.private``; it never leaves this machine.
     """
 
     public: Path
@@ -60,7 +60,7 @@ class RunFolders:
 
     @classmethod
     def new(cls, config: ExperimentConfig) -> "RunFolders":
-        """Folders that do not exist yet: of ``<name>``, or of the next free ``<name>-<n>``."""
+        """Folders that do not exist yet: for ``<name>``, or for the next free ``<name>-<n>``."""
         base = Path(config.output.dir) / config.name
         folders, number = cls.of(base), 2
         while _is_taken(folders.public) or folders.private.exists():
@@ -81,13 +81,13 @@ class RunFolders:
         return folders
 
     def check_settings(self, config: ExperimentConfig) -> None:
-        """Make sure that the run was started with the settings at hand.
+        """Check that the run was started with the given settings.
 
         Args:
             config: A settled config.
 
         Raises:
-            CheckpointError: A setting that training depends on was another.
+            CheckpointError: A setting that training depends on differs.
         """
         changed = changed_settings(load_config(self.public / CONFIG_FILE), config)
         if changed:
@@ -98,7 +98,7 @@ class RunFolders:
 
     @contextlib.contextmanager
     def discarded_on_failure(self) -> Iterator[None]:
-        """Delete both folders when the block fails, for a run that never began."""
+        """Delete both folders if the block fails, for a run that has not begun."""
         try:
             yield
         except BaseException:
@@ -108,7 +108,7 @@ class RunFolders:
 
 
 def _is_taken(folder: Path) -> bool:
-    """Whether a folder holds anything but what a start killed at its first write leaves."""
+    """Whether a folder has more in it than a start leaves that is killed at its first write."""
     return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
@@ -121,7 +121,7 @@ def find_run(name_or_path: str | Path | None, runs_dir: str | Path = "runs") -> 
         runs_dir: The folder of runs.
 
     Raises:
-        ConfigError: There is no such run; the message lists those that there are.
+        ConfigError: There is no such run; the message lists the existing runs.
     """
     if name_or_path is None:
         return newest_run(runs_dir)

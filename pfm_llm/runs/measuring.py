@@ -1,4 +1,4 @@
-"""Measuring a run: its modes and its baselines on a split, and the rows that say so."""
+"""Measuring a run: its modes and its baselines on a split, and the rows of results."""
 
 import dataclasses
 import functools
@@ -35,9 +35,9 @@ def evaluation_task(
     modes: Sequence[Mode] = OUR_MODES,
     keep: bool = False,
 ) -> EvaluationTask:
-    """What `measure` takes: our modes on a split; see `EvaluationTask`.
+    """The task for `measure`: our modes on a split; see `EvaluationTask`.
 
-    Modes with a private part are left out where the run has none.
+    Modes with a private part are left out if the run has no private part.
     """
     config = run.config
     threshold = like_threshold(config)
@@ -57,7 +57,7 @@ def evaluation_task(
 
 
 def validation_task(run: Run, trained: Trained, modes: Sequence[Mode]) -> EvaluationTask:
-    """`evaluation_task` on the sample of validation that choices are made on."""
+    """`evaluation_task` on the sample of validation users that is used for choices."""
     config = run.config
     held_out = evaluator.sample_users(
         run.data.split.validation, config.evaluation.max_users, config.seed
@@ -66,11 +66,11 @@ def validation_task(run: Run, trained: Trained, modes: Sequence[Mode]) -> Evalua
 
 
 def only(task: EvaluationTask, *modes: Mode, **changes: Any) -> EvaluationTask:
-    """A task in some of its modes alone, which keeps nothing with the clients.
+    """A task with only some of its modes, which stores no private states.
 
     Args:
         task: The task.
-        modes: Some of those that it has.
+        modes: Some of the task's modes.
         changes: Other fields of the new task.
     """
     parts = {mode: task.parts[mode] for mode in modes}
@@ -82,7 +82,7 @@ def measure(
     task: EvaluationTask,
     known: UserVectors | None = None,
 ) -> Measured:
-    """Evaluate, each process its share of the clients; the result is equal on every process.
+    """Evaluate; each process takes its share of the clients, and all get the same result.
 
     Args:
         run: The run.
@@ -120,7 +120,7 @@ def fit_run_baselines(run: Run) -> list[FittedBaseline]:
 
 
 def fit_run_likes(run: Run) -> list[FittedLikes]:
-    """The baselines of likes; none without the task ``like``, or where the config has none."""
+    """The baselines of likes; none without the task ``like`` or without baselines in the config."""
     threshold = like_threshold(run.config)
     if threshold is None or not run.config.evaluation.baselines:
         return []
@@ -143,7 +143,7 @@ def rows_of(
     baselines: Mapping[str, Ranks],
     likes: Sequence[FittedLikes] = (),
 ) -> list[ResultRow]:
-    """Rows for ``results.json``: of the baselines, and of every mode that was measured."""
+    """Rows for ``results.json``: those of the baselines, and those of every measured mode."""
     config = run.config
     held_out, round_number = task.held_out, task.shared.round_number
     cohort = known(config.federation.cohort_size)

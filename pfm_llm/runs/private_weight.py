@@ -1,9 +1,9 @@
-"""How strongly the private part counts: chosen on validation when a run ends.
+"""The weight of the private part, chosen on validation at the end of a run.
 
-A private part that pays in one domain can harm in another, where an item occurs once and its
-embedding remembers whose. With ``evaluation.private_weights`` a run asks validation, pooled over
-the users: of the weights given, the one by which mean log-rank is best. With 0 among them the
-fall-back is the shared part alone. What is measured on test plays no part in it.
+A private part that helps in one domain can harm in another, for example if most items occur once.
+With ``evaluation.private_weights`` a run chooses the given weight with the best mean log-rank over
+the validation users. If 0 is among them, the shared part alone is a possible choice. The test split
+has no influence.
 """
 
 import dataclasses
@@ -20,21 +20,20 @@ from pfm_llm.runs.measuring import measure, quality_of, validation_task
 from pfm_llm.runs.run import Run, Trained
 
 WEIGHT_FILE = "private_weight.json"
-"""In a run's public folder: the weight, its round, and the mean log-rank gain of each."""
+"""File in a run's public folder: the chosen weight, its round, and the gain of each weight."""
 
 _log = logging.getLogger(__name__)
 
 
 def choose_weight(run: Run, shared: SharedState) -> Trained:
-    """A shared state, with the private weight that validation chooses, or has chosen before.
+    """A shared state with the private weight that is best on validation.
 
-    A choice stands as long as the round and the weights to choose from are the same. The weight
-    is the one that the config sets without ``evaluation.private_weights``, and where nobody has a
-    validation query.
+    An earlier choice stays valid for the same round and the same weights. Without
+    ``evaluation.private_weights`` or without validation queries, the weight is that of the config.
 
     Args:
         run: The run. The choice is kept in its public folder.
-        shared: The shared state at hand.
+        shared: The shared state.
 
     Raises:
         CorruptFileError: The kept choice cannot be read.
@@ -70,7 +69,7 @@ def _kept(path: Path, round_number: int, weights: Collection[float]) -> float | 
 
 
 def _gains(run: Run, shared: SharedState, weights: Collection[float]) -> dict[float, float]:
-    """Mean gain in log-rank over no private part, on validation, by weight; ascending."""
+    """Mean gain in log-rank over the shared part alone, on validation, by ascending weight."""
     mode = Mode.SHARED_PRIVATE
     task = validation_task(run, run.as_set(shared), [mode])
     known: UserVectors = {}

@@ -1,4 +1,4 @@
-"""Publishing what a run exported: while it trains, at its end, or later."""
+"""Publishing the exported adapter of a run: during training, at its end, or later."""
 
 import logging
 import shutil
@@ -41,7 +41,7 @@ def request_of(
 
 
 def exported_of(run: Run, trained: Trained) -> Exported:
-    """What `export_shared_adapter` takes of a run; its config records the private weight."""
+    """The input of `export_shared_adapter` for a run; its config records the private weight."""
     config, started = run.config, run.config.init_from
     parents: tuple[Parent, ...] = ()
     if run.artefact is not None and started is not None:
@@ -53,7 +53,7 @@ def exported_of(run: Run, trained: Trained) -> Exported:
 
 
 def push_when_due(run: Run, shared: SharedState) -> None:
-    """Publish a committed round; a Hub that fails costs the push, not the run."""
+    """Publish a committed round. If the Hub fails, the run goes on without this push."""
     wanted, round_number = run.config.push_to_hub, shared.round_number
     is_last = round_number == run.config.federation.num_rounds
     if wanted is None or not wanted.every or round_number % wanted.every or is_last:
@@ -73,10 +73,10 @@ def push_when_due(run: Run, shared: SharedState) -> None:
 
 
 def push_finished(run: Run) -> None:
-    """Publish the finished run, if its config says so.
+    """Publish the finished run, if its config asks for it.
 
     Raises:
-        HubError: It could not be pushed; the message says how to push it later.
+        HubError: The push failed; the message says how to push later.
     """
     wanted = run.config.push_to_hub
     if wanted is None:

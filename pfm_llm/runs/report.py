@@ -1,4 +1,4 @@
-"""The end of a run: every mode and baseline measured, and everything that a run leaves."""
+"""The end of a run: the evaluation of every mode and baseline, and the files of the run."""
 
 import dataclasses
 import logging
@@ -47,13 +47,13 @@ def evaluate_and_report(
     training_seconds: float | None,
     against: Sequence[Path] = (),
 ) -> None:
-    """The final evaluation of every mode and baseline, and everything that a run leaves.
+    """Evaluate every mode and baseline, and write all files of the run.
 
     Args:
         run: The run.
-        trained: What training left.
-        training_seconds: Of the last start; None: nothing was trained.
-        against: Result files of trained baselines, to be compared with as the run's own are.
+        trained: The result of training.
+        training_seconds: Training time of the last start; None: nothing was trained.
+        against: Result files of trained baselines, compared like the run's own baselines.
     """
     config = run.config
     started = time.perf_counter()
@@ -109,7 +109,7 @@ def _costs(run: Run, evaluated: Measured, training_seconds: float | None) -> dic
 def _extra(
     run: Run, trained: Trained, baselines: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
-    """What ``results.json`` says beside what was measured."""
+    """The entries of ``results.json`` beside the measured rows."""
     found: dict[str, Any] = {
         "config": run.config.model_dump(mode="json"),
         "environment": files.read_json(run.folders.public / ENVIRONMENT_FILE),
@@ -123,7 +123,7 @@ def _extra(
 def _settings_of(
     baselines: Sequence[FittedBaseline], likes: Sequence[FittedLikes]
 ) -> dict[str, dict[str, float]]:
-    """The values that were chosen on validation for each baseline, and how good it was there."""
+    """The chosen settings of each baseline, and its quality on validation."""
     ranked = {
         b.name.value: {**b.hyperparameters, "validation_ndcg@10": b.validation_ndcg}
         for b in baselines

@@ -1,4 +1,4 @@
-"""A run as one value: the objects that training, evaluation and serving share, wired."""
+"""A run as one value: the connected objects that training, evaluation and serving share."""
 
 import functools
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ class Corpus:
     """The data of an experiment.
 
     Attributes:
-        interactions: All of them.
-        report: What loading read and dropped.
+        interactions: All interactions.
+        report: The rows that were read and dropped.
         split: Train, validation and test.
     """
 
@@ -52,8 +52,8 @@ class Clients:
     """The simulated clients.
 
     Attributes:
-        histories: What each of them holds, with its training windows.
-        cache: Trunk states of their windows.
+        histories: Their histories and training windows.
+        cache: The trunk states of their windows.
         store: Their private folders.
         trainer: Their local training.
     """
@@ -66,12 +66,11 @@ class Clients:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves.
+    """The result of training.
 
     Attributes:
         shared: The shared state.
-        private_weight: How strongly the private part counts: as the config sets it, or as
-            validation chose it.
+        private_weight: The weight of the private part, from the config or chosen on validation.
     """
 
     shared: SharedState
@@ -80,16 +79,16 @@ class Trained:
 
 @dataclass(frozen=True)
 class Run:
-    """An experiment, wired. Nothing in it changes from round to round; see `Trained`.
+    """The connected objects of an experiment. They do not change from round to round.
 
     Attributes:
         config: The experiment.
-        folders: Where its files are.
-        processes: Who works on it.
+        folders: The folders of its files.
+        processes: The processes of the run.
         data: Its interactions and their split.
         model: The model over its catalogue.
         clients: The simulated clients.
-        artefact: The published adapter that it started from, if it did.
+        artefact: The published adapter that it started from; None: a new model.
     """
 
     config: ExperimentConfig
@@ -131,10 +130,10 @@ class Run:
         """The shared state of a committed round.
 
         Args:
-            round_number: A round that is kept; None: the newest.
+            round_number: A kept round; None: the newest.
 
         Raises:
-            CheckpointError: Nothing was ever committed, or the round is not kept.
+            CheckpointError: The run has no committed round, or the round is not kept.
         """
         checkpoint = self.checkpoints.load(round_number)
         if checkpoint is None:
@@ -146,7 +145,7 @@ class Run:
         return server.shared
 
     def as_set(self, shared: SharedState) -> Trained:
-        """A shared state, with the private part at the weight that the config sets."""
+        """A shared state with the private weight of the config."""
         return Trained(shared, self.config.adapters.private.weight)
 
 
@@ -165,17 +164,17 @@ def settled(config: ExperimentConfig, data: Corpus) -> ExperimentConfig:
 def assemble(
     config: ExperimentConfig, data: Corpus, folders: RunFolders, processes: Processes
 ) -> Run:
-    """Wire the objects of an experiment.
+    """Make and connect the objects of an experiment.
 
     Args:
         config: The experiment.
         data: From `load_corpus`.
-        folders: Where private states and caches go.
-        processes: For the device.
+        folders: The folders for private states and caches.
+        processes: The processes of the run, which know the device.
 
     Raises:
-        DataError: The prompt needs what the data lacks, or a window exceeds the context.
-        BackboneError: The model cannot be had or adapted.
+        DataError: The prompt needs a field that the data lacks, or a window exceeds the context.
+        BackboneError: The model cannot be loaded or adapted.
         ArtefactError: The adapter to start from does not fit.
     """
     interactions = data.interactions
@@ -202,15 +201,15 @@ def make_clients(
     cache: TrunkCache,
     store: PrivateStore,
 ) -> Clients:
-    """Clients that hold some training data.
+    """Make clients with their training data.
 
     Args:
         config: The experiment.
-        model: What they train.
-        members: Who they are, and whose data each holds.
-        train: All of the training data.
-        cache: Where their trunk states go.
-        store: Where their private states go.
+        model: The model that they train.
+        members: The clients and their users.
+        train: All training data.
+        cache: The cache of their trunk states.
+        store: The store of their private states.
     """
     histories = ClientHistories(members, train, model.encoder, cache.states, like_threshold(config))
     return Clients(histories, cache, store, make_trainer(config, model, histories, store))

@@ -1,4 +1,4 @@
-"""What a run found, in sentences: what its private part adds, and how it compares with others."""
+"""The findings of a run in sentences: the gain of its private part, and comparisons."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ COMPARISONS, GAINS = "comparisons", "gains"
 """Keys of ``results.json``: rows of differences, see `comparison.rows_over` and `gain_rows`."""
 
 PRIVATE_WEIGHT = "private_weight"
-"""Key of ``results.json``: how strongly the private part counted; absent without one."""
+"""Key of ``results.json``: the weight of the private part; absent without a private part."""
 
 _UNITS = {
     "gain_log_rank": "log-rank (a held-out item stands at {percent:.0f} % of its former rank)",
@@ -29,7 +29,7 @@ _JUDGED = {
 
 
 def of_run(folder: Path) -> list[str]:
-    """What a run found and how to see more of it, a line each.
+    """The findings of a run, and the commands that show more of it, a line each.
 
     Args:
         folder: The run's folder.
@@ -43,10 +43,10 @@ def of_run(folder: Path) -> list[str]:
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """What the private part adds, and how the run compares with each baseline, a line each.
+    """The gain of the private part, and the comparison with each baseline, a line each.
 
     Args:
-        results: Of ``results.json`` what is not among the rows, as `read_results` returns it.
+        results: The entries of ``results.json`` beside the rows, as `read_results` returns them.
     """
     gains, comparisons = (
         [ResultRow(**row) for row in results.get(key, ())] for key in (GAINS, COMPARISONS)
@@ -86,7 +86,7 @@ def differences_table(rows: Sequence[ResultRow], confidence: float) -> str:
 
     Args:
         rows: The differences.
-        confidence: What the intervals in the rows cover, for their label.
+        confidence: Coverage of the intervals in the rows, for their label.
     """
     if not rows:
         return ""

@@ -1,5 +1,4 @@
-"""A folder of experiments from one YAML: what there is to run, what is done, and the running.
+"""A suite: many experiments from one YAML file, with their plan, status, results and report.
 
-``plan`` and ``status`` answer without torch; ``running`` trains. Nothing is imported here, so that
-whoever only asks what is done waits for nothing.
+``plan`` and ``status`` work without torch; ``running`` trains.
 """

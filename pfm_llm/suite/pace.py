@@ -1,4 +1,4 @@
-"""How far a suite is, and how long the rest will take: the mean of what is done, times the rest."""
+"""The progress of a suite, with an estimate of the remaining time from the mean so far."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

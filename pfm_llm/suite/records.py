@@ -1,7 +1,8 @@
-"""What the runs of a suite leave: a record of each experiment, and one result of each run.
+"""The files of a suite's runs: a record of each experiment, and one result of each run.
 
-A record stands beside the experiment's folder and outlives it: its figures on validation. A result
-is what tables and reports are made of. Both are in the format of `results.write_results`.
+A record has the figures of an experiment on validation. It is kept when the experiment's folder is
+deleted. Tables and reports are made from the results. Both have the format of
+`results.write_results`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,13 +20,13 @@ from pfm_llm.suite.plan import POPULARITY, VALIDATION, Plan, Point, SelectConfig
 
 @dataclass(frozen=True)
 class Record:
-    """What is kept of one experiment.
+    """The kept figures of one experiment.
 
     Attributes:
-        rows: Its figures on validation; none when it failed.
-        failed: Why it cannot be chosen: training went wrong with this value.
-        seconds: It took so long, without the final evaluation; None when it was resumed.
-        num_clients: It trained on so many; None when that is not known, as of a script.
+        rows: Its figures on validation; empty if it failed.
+        failed: The reason why training failed with this value; None if it did not.
+        seconds: Its duration without the final evaluation; None if it was resumed.
+        num_clients: Number of training clients; None if unknown, as for a script.
     """
 
     rows: tuple[ResultRow, ...]
@@ -81,7 +82,7 @@ class Choice:
 
     @property
     def did_not_learn(self) -> bool | None:
-        """Whether it does not beat popularity; None when that is not known."""
+        """Whether it fails to beat popularity; None if that is unknown."""
         best = self.figures[self.index]
         if best is None or self.popularity is None:
             return None
@@ -89,7 +90,7 @@ class Choice:
 
 
 def choose(run: SuiteRun, records: Sequence[Record], select: SelectConfig) -> Choice:
-    """The best experiment of a run on validation; of equals, the first.
+    """The best experiment of a run on validation; among equals, the first.
 
     Args:
         run: The run.
@@ -116,7 +117,7 @@ def choose(run: SuiteRun, records: Sequence[Record], select: SelectConfig) -> Ch
 
 
 def choose_script(run: SuiteRun, rows: Sequence[ResultRow], select: SelectConfig) -> Choice:
-    """A script has chosen already: its best method's figure, for whether it learned.
+    """The choice of a script, which has chosen its own settings: the figure of its best method.
 
     Raises:
         DataError: No row holds the figure.
@@ -136,7 +137,7 @@ def popularity_of(rows: Iterable[ResultRow], select: SelectConfig) -> float | No
 def result_extra(
     plan: Plan, run: SuiteRun, choice: Choice, records: Sequence[Record]
 ) -> dict[str, Any]:
-    """What stands in a result beside rows, environment and costs."""
+    """The entries of a result beside rows, environment and costs."""
     return {
         **_heading(plan, run),
         **_settings(run.points[choice.index].config, records[choice.index]),
@@ -159,7 +160,7 @@ def result_extra(
 
 
 def write_failure(plan: Plan, run: SuiteRun, path: Path, message: str) -> None:
-    """Write a result that says why there is none.
+    """Write a result file that has only the reason of the failure.
 
     Raises:
         StorageError: It cannot be written.
@@ -178,7 +179,7 @@ def write_failure(plan: Plan, run: SuiteRun, path: Path, message: str) -> None:
 
 
 def merged(first: Iterable[ResultRow], second: Iterable[ResultRow]) -> list[ResultRow]:
-    """All rows of the first, and those of the second that say something else."""
+    """All rows of the first, and the rows of the second whose figure the first lacks."""
     rows = {_identity(row): row for row in first}
     for row in second:
         rows.setdefault(_identity(row), row)

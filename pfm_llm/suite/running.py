@@ -1,9 +1,9 @@
-"""Runs what a suite is missing, one experiment after the other; may be stopped at any moment.
+"""Runs the missing experiments of a suite one after another; it may be stopped at any moment.
 
-For each run and seed: every grid value is trained and evaluated on validation; the best is
-evaluated on test; its result is written; the folders of the others are deleted. Each step leaves
-a file, written whole, and a new start goes on with the first step that has none. An experiment that
-was interrupted goes on from its last commit.
+For each run and seed, every grid value is trained and evaluated on validation. The best one is
+evaluated on test and its result is written. The folders of the others are deleted. Each step writes
+a file atomically, and a new start continues with the first step without a file. An interrupted
+experiment continues from its last commit.
 """
 
 import contextlib

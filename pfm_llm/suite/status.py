@@ -1,10 +1,9 @@
-"""What of a suite is done, stale, failed, begun or missing, from files alone and without torch.
+"""The status of a suite's runs (done, stale, failed, begun or missing), from files, without torch.
 
-A result belongs to the settings that it was made with: it counts as long as the settings that
-training depends on (`config.training_hash`), the grid, the script and what chooses are still the
-same. Settings that follow from the size of the data are judged by the number of clients that the
-result names. A setting that the config has gained since stands at its default in older results, but
-for those of a taste, which tell how it is made.
+A result is valid as long as the settings that training depends on (`config.training_hash`), the
+grid, the script and the criterion of choice are unchanged. Settings that follow from the data size
+are derived from the number of clients in the result. A setting that is newer than a result
+counts as its default there, except settings of a private kind, which define how it is fitted.
 """
 
 import json
@@ -23,7 +22,7 @@ from pfm_llm.suite.plan import Plan, Point, SuiteRun
 
 
 class State(StrEnum):
-    """How far a run with one seed is."""
+    """The status of a run with one seed."""
 
     DONE = "done"
     STALE = "stale"
@@ -34,10 +33,10 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Status:
-    """A state, and what there is to say about it.
+    """A state with a detail.
 
     Attributes:
-        state: How far it is.
+        state: The state.
         detail: The chosen value and figure, the reason, or the count.
     """
 
@@ -46,11 +45,11 @@ class Status:
 
 
 def status_of(plan: Plan, run: SuiteRun, results: Path) -> Status:
-    """How far a run is.
+    """The status of a run.
 
     Args:
-        plan: What it belongs to.
-        run: One of the plan's.
+        plan: The plan of the run.
+        run: A run of the plan.
         results: The folder of all results.
     """
     stored = read_tree(plan.result(run, results))
@@ -84,7 +83,7 @@ def is_recorded(point: Point) -> bool:
 
 
 def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
-    """What differs, of all that training depends on; empty when nothing does.
+    """The differing settings among those that training depends on.
 
     Args:
         stored: Holds the ``config`` of an earlier run as it was written, and, where they are
@@ -115,7 +114,7 @@ def _num_clients(stored: Mapping[str, Any]) -> int | None:
 
 
 def _gained(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
-    """Settings of the private kind that an earlier run lacks: its kind was made otherwise."""
+    """Settings of the private kind that an earlier run lacks, so that its kind was another one."""
     private = config.adapters.private
     if not private.enabled or stored.get("script"):  # a script's model has no private part
         return []
@@ -138,7 +137,7 @@ def read_tree(path: Path) -> dict[str, Any] | None:
 
 
 def _differences(stored: Mapping[str, Any], plan: Plan, run: SuiteRun) -> list[str]:
-    """Why a result is not that of the plan; empty when it is."""
+    """The reasons for which a result does not belong to the plan; empty if it does."""
     grid = stored.get("grid")
     if not isinstance(grid, dict) or not isinstance(grid.get("values"), list):
         return ["its file lacks the grid"]
@@ -178,5 +177,5 @@ def _summary(stored: Mapping[str, Any], plan: Plan) -> str:
 
 
 def figure_name(plan: Plan) -> str:
-    """What chooses, such as ``ndcg@10``."""
+    """Name of the figure that chooses, such as ``ndcg@10``."""
     return plan.select.metric + (f"@{plan.select.k}" if plan.select.k else "")

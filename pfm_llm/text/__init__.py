@@ -1,1 +1,1 @@
-"""What the language model reads: prompts, windows of tokens."""
+"""The input of the language model: prompts, and windows of tokens."""

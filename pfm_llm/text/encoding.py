@@ -1,8 +1,8 @@
 """Histories as token windows with item ends.
 
-An item's text is tokenised by itself and the pieces are concatenated, so the last token of
-each item is known exactly and a text is tokenised once, however often it occurs. Position
-``j`` of a window is its ``j``-th item; the state there predicts the item after it.
+Each item's text is tokenised separately and the pieces are concatenated. The last token of each
+item is therefore known exactly, and each text is tokenised once, however often it occurs. Position
+``j`` of a window is its ``j``-th item; the state at its last token predicts the next item.
 """
 
 import functools
@@ -27,10 +27,10 @@ NO_TARGET = -1
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """One pass over a stretch of one history.
+    """A stretch of one history that the model reads in one pass.
 
-    Position j of the window is item ``start + j`` of the history, and its target is the item after
-    that, if it is one of ``history[first_target:]``.
+    Position j of the window is item ``start + j`` of the history. Its target is the next item of
+    the history, if that is one of ``history[first_target:]``.
 
     Attributes:
         tokens: int32 [T], the rendered text.
@@ -72,7 +72,7 @@ class Window:
 
     @property
     def num_targets(self) -> int:
-        """How many predictions this window trains."""
+        """The number of positions that have a target."""
         return int(self.has_target.sum())
 
     @property
@@ -88,7 +88,7 @@ class Window:
 
 
 def windows_hash(windows: Sequence[Window]) -> str:
-    """Hash of the tokens of some windows, in hex: what a cached trunk state depends on."""
+    """Hash, in hex, of the tokens of some windows, on which their cached trunk states depend."""
     digest = hashlib.blake2b(digest_size=16)
     for window in windows:
         digest.update(len(window.tokens).to_bytes(4, "little"))
@@ -105,7 +105,7 @@ class HistoryEncoder:
         tokenizer: A Hugging Face tokenizer.
         config: Window lengths.
         max_tokens: The backbone's context length.
-        rating_values: The ratings that histories may show; others are tokenised when they come.
+        rating_values: The ratings that histories may show; others are tokenised when they occur.
 
     Raises:
         DataError: The catalogue lacks a field of the prompt, or a whole window of the longest
@@ -176,16 +176,16 @@ class HistoryEncoder:
         """Cut a training history into windows that end with its last item.
 
         Every transition is a target exactly once: the last position of a window predicts the
-        first item of the next. A history of fewer than two items trains nothing and gives no
-        window.
+        first item of the next window. A history of fewer than two items has no transition and
+        gives no window.
 
-        A history that grew is not cut anew: windows with ``num_known`` go beside those of its
-        first items. The newest of them shows the same items as the query, unless it is long.
+        When a history has grown, its old windows stay. A call with ``num_known`` gives further
+        windows, whose targets are the new items only. The newest of them shows the same items as
+        the query, unless there are many new items.
 
         Args:
             history: The training history.
-            num_known: How many of the first items other windows have as targets, or as the
-                first item of all; they are no targets here.
+            num_known: Number of first items that the old windows cover; they are no targets here.
 
         Returns:
             Windows, oldest first; the newest ``max_windows`` of them.
@@ -193,7 +193,7 @@ class HistoryEncoder:
         size, first = self.config.items, max(num_known, 1)
         stops = range(len(history), 0, -size)
         spans = [(max(0, stop - size), stop) for stop in stops]
-        # Without a target: all is known, or the newest window is one item long.
+        # A window has no target if all its items are known, or if it is one item long.
         spans = [s for s in spans if max(s[0] + 1, first) < min(s[1] + 1, len(history))]
         newest = spans[: self.config.max_windows]
         return tuple(self.window(history, *span, first) for span in reversed(newest))

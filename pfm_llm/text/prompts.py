@@ -19,8 +19,8 @@ In ``item`` and ``catalogue_item``:
   fields leave no litter such as ``()``. Parts do not nest.
 - A literal bracket or brace is doubled: ``[[``, ``]]``, ``{{``, ``}}``.
 
-Items are tokenised one by one and their tokens put in a row, so an item's last token always lies
-at the end of its text, where the user's state is read.
+Items are tokenised one by one and their tokens are concatenated, so the last token of an item is
+always the end of its text. The user's state is read there.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class Prompt:
     """One version of one template, checked.
 
     Attributes:
-        name: What it is for.
+        name: The template's name, such as ``next_item``.
         version: From 1.
         header: Plain text before a window's first item; may be empty.
         item: Template of one item of a history.
@@ -95,7 +95,7 @@ class Prompt:
         """Make sure that a catalogue has the fields of this prompt.
 
         Raises:
-            DataError: One is missing; the message names it and those there are.
+            DataError: A field is missing; the message names it and the available fields.
         """
         for field in self.fields:
             if field not in catalogue.fields:
@@ -110,8 +110,8 @@ class Prompt:
 
         Args:
             fields: The item's fields; see `check_fields`.
-            rating: What the user gave; None or NaN where unknown. Rendered as ``5`` or ``3.5``,
-                and ignored by prompts without ``{rating}``.
+            rating: The user's rating; None or NaN if unknown. It is rendered as ``5`` or ``3.5``,
+                and prompts without ``{rating}`` ignore it.
 
         Raises:
             DataError: The text is empty, so there would be no token to read a state from.
@@ -141,8 +141,8 @@ def load_prompt(name_or_path: str) -> Prompt:
             TOML file (it ends in ``.toml``).
 
     Raises:
-        ConfigError: No such prompt (the message lists those there are), or the file breaks the
-            format (the message names the file and the key).
+        ConfigError: There is no such prompt (the message lists the shipped ones), or the file
+            breaks the format (the message names the file and the key).
     """
     if name_or_path.endswith(".toml"):
         return _read_prompt(Path(name_or_path))

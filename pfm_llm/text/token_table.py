@@ -1,7 +1,7 @@
-"""Texts, tokenised once through `datasets` and kept as a memory-mapped Arrow table.
+"""Tokens of texts, computed once through `datasets` and kept as a memory-mapped Arrow table.
 
-Only public texts go through here: items of a catalogue as a prompt renders them, never a
-history. What a history is made of is looked up in the table.
+The table holds public texts only: the items of a catalogue as a prompt renders them. A history is
+put together from the tokens in the table and is never stored here.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class TokenTable:
 
     def __init__(self, dataset: Any) -> None:
         chunks = dataset.data.column(_COLUMN).chunks
-        # Views of the mapped file: a row is read when it is asked for.
+        # Views of the mapped file; a row is read from disk when it is used.
         self._rows = [row for chunk in chunks for row in _rows(chunk)]
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class TokenTable:
 
 
 def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> TokenTable:
-    """Tokenise texts without special tokens, or map them from an earlier time.
+    """Tokenise texts without special tokens, or map the table of an earlier call.
 
     Args:
         texts: At least one.

@@ -1,9 +1,9 @@
 """The methods that can be compared: one file each, with its paper and its equations.
 
-All run on the same backbone, head, data, split and budget. A method is a set of settings that
-it fixes (`MethodSpec.settings`) and a set of shared tensors that it leaves untrained
-(`MethodSpec.frozen`); everything else is up to the config. In the equations h = W x is a frozen
-linear layer, u is a user, and what carries the index u never leaves the client.
+All methods run on the same backbone, head, data, split and budget. A method fixes a set of settings
+(`MethodSpec.settings`) and leaves a set of shared tensors untrained (`MethodSpec.frozen`). The
+config decides everything else. In the equations h = W x is a frozen linear layer and u is a user; a
+quantity with the index u never leaves the client.
 """
 
 import copy

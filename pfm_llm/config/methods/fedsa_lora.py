@@ -7,9 +7,9 @@
 In this system: the private adapter has the kind ``shared_basis`` (its A is the basis that all
 clients train), and the shared LoRA is left at zero: give `adapters.private` the rank and alpha
 that other methods give to the shared adapter.
-B_u is fitted before the gradient of A is taken: with B_u at zero, where every client starts, A
-has no gradient. The paper trains both at once. The head is shared, and so is nothing of the
-private part in it (``head_rank: 0``).
+B_u is fitted before the gradient of A is taken, because A has no gradient while B_u is zero, its
+initial value. The paper trains both at once. The head is shared and has no private term
+(``head_rank: 0``).
 """
 
 from pfm_llm.config.methods.spec import MethodSpec

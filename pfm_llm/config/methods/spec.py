@@ -1,4 +1,4 @@
-"""What a method is: settings that it fixes, and shared tensors that it does not train."""
+"""The type of a method: settings that it fixes, and shared tensors that it does not train."""
 
 import fnmatch
 from collections.abc import Mapping

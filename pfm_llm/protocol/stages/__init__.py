@@ -11,15 +11,15 @@ from pfm_llm.protocol.stages.stage import StageContext, UpdateStage
 from pfm_llm.protocol.types import Tensors
 
 STAGES: Mapping[str, Callable[..., UpdateStage]] = {"clip": Clip}
-"""Name in ``federation.stages`` to what is made of its settings."""
+"""Name in ``federation.stages`` to the function that makes the stage from its settings."""
 
 
 class Stages:
-    """The stages of one federation, which client and server run alike.
+    """The stages of one federation. Client and server run the same ones.
 
-    A client runs them in the order of the config. The server runs them in the reverse order, so
-    that it first undoes or checks what a client did last; on the aggregate the order is that of
-    the config again.
+    A client runs the stages in the order of the config. The server runs them in reverse order,
+    because it must first undo or check the last stage of the client. On the aggregate the order is
+    that of the config again.
     """
 
     def __init__(
@@ -28,16 +28,16 @@ class Stages:
         """Make the stages.
 
         Args:
-            chosen: Name (a key of `STAGES`) and settings of each; every name once.
+            chosen: Name (a key of `STAGES`) and settings of each stage; every name at most once.
             seed: The experiment's seed.
-            cohort_size: How many clients are asked in a round.
+            cohort_size: Number of clients in a round.
         """
         self._stages = {name: STAGES[name](**settings) for name, settings in chosen}
         self._seed = seed
         self._cohort_size = cohort_size
 
     def on_client(self, delta: Tensors, client_id: str, round_number: int) -> Tensors:
-        """What a client sends in place of its own update."""
+        """The update that a client sends, after all stages."""
         context = self._context(round_number, client_id)
         for stage in self._stages.values():
             delta = stage.on_client(delta, context)
@@ -46,7 +46,7 @@ class Stages:
     def on_server(
         self, delta: Tensors, client_id: str, round_number: int
     ) -> tuple[Tensors, dict[str, float]]:
-        """What the server aggregates in place of an update, and what each stage noted of it.
+        """The update that the server aggregates, and the number that each stage noted.
 
         Raises:
             ContractError: A stage refuses the update.
@@ -59,13 +59,13 @@ class Stages:
         return delta, noted
 
     def on_aggregate(self, aggregate: Tensors, round_number: int) -> Tensors:
-        """What the server steps with in place of the aggregate."""
+        """The aggregate that the server steps with, after all stages."""
         for stage in self._stages.values():
             aggregate = stage.on_aggregate(aggregate, self._context(round_number))
         return aggregate
 
     def summary(self, noted: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-        """Per stage that noted something, its figures of a round."""
+        """For each stage that noted a number, its figures of the round."""
         return {
             name: dict(stage.summary(noted[name]))
             for name, stage in self._stages.items()

@@ -1,4 +1,4 @@
-"""Clipping: no client moves the aggregate by more than a given length."""
+"""Clipping: it bounds the length by which a client can move the aggregate."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ from pfm_llm.protocol.stages.stage import StageContext, UpdateStage
 from pfm_llm.protocol.types import Tensors
 
 _MARGIN = 1e-6
-"""A clipped update ends this share below the bound, so that float32 cannot lift it above."""
+"""A clipped update is this share below the bound, so that rounding cannot lift it above."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Clip(UpdateStage):
 
         Δ ← Δ · min(1, C / ‖Δ‖₂)
 
-    The norm is taken over all numbers of all tensors that are sent, in float64: for shapes
-    [a, b], [c], … over a · b + c + … numbers (arXiv 1710.06963, "flat clipping", and arXiv
-    1911.07963 as a defence). The client clips, and the server clips again what arrives. An honest
-    update passes the server unchanged, to the bit.
+    The norm covers all numbers of all tensors that are sent, in float64: for shapes [a, b], [c], …
+    it covers a · b + c + … numbers (arXiv 1710.06963, "flat clipping"; arXiv 1911.07963 uses it as
+    a defence). The client clips its update, and the server clips every arriving update again. The
+    server does not change a single bit of an honest update.
 
     Attributes:
         norm: The bound C, above 0.
@@ -32,16 +32,16 @@ class Clip(UpdateStage):
     norm: float
 
     def on_client(self, delta: Tensors, context: StageContext) -> Tensors:
-        """Clip. An update that is not finite stays as it is, for the server to refuse."""
+        """Clip the update. One that is not finite stays unchanged; the server refuses it."""
         return self._clipped(delta, _norm(delta))
 
     def on_server(self, delta: Tensors, context: StageContext) -> tuple[Tensors, float | None]:
-        """Clip, and note the norm that the update arrived with."""
+        """Clip the update, and note its norm before clipping."""
         norm = _norm(delta)
         return self._clipped(delta, norm), norm
 
     def summary(self, noted: Sequence[float]) -> Mapping[str, float]:
-        """How many updates stand at the bound or beyond, and the norms that arrived.
+        """The number of updates at or above the bound, and figures of the arriving norms.
 
         ``largest_norm`` above the bound means that a client did not clip.
         """

@@ -1,4 +1,4 @@
-"""What a stage of an update is: a protocol that client and server both run."""
+"""The protocol of an update stage, which client and server both run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from pfm_llm.protocol.types import Tensors
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may know beside the tensors.
+    """The inputs of a stage besides the tensors.
 
     Attributes:
-        seed: The experiment's seed. It is public: no secret may come from it.
-        round_number: The round under way, from 1.
-        cohort_size: How many clients were asked in this round, whoever answers.
-        client_id: Whose update it is; empty for the aggregate.
+        seed: The experiment's seed. It is public: no secret may be derived from it.
+        round_number: The current round, from 1.
+        cohort_size: Number of clients that were asked in this round, also those without an answer.
+        client_id: The client of the update; empty for the aggregate.
     """
 
     seed: int
@@ -25,11 +25,10 @@ class StageContext:
 
 
 class UpdateStage(Protocol):
-    """Something that is done to every update on its way; each hook is optional.
+    """A change to every update between the client and the server's step. Each hook is optional.
 
-    A stage has no state that outlives a call: a resumed run has the context and nothing else.
-    Every hook returns new tensors of the same names, shapes and dtypes, and leaves its arguments
-    as they are.
+    A stage keeps no state between calls, because a resumed run only has the context. Every hook
+    returns new tensors with the same names, shapes and dtypes, and does not change its arguments.
     """
 
     def on_client(self, delta: Tensors, context: StageContext) -> Tensors:
@@ -42,10 +41,10 @@ class UpdateStage(Protocol):
         return delta
 
     def on_server(self, delta: Tensors, context: StageContext) -> tuple[Tensors, float | None]:
-        """Change an update at the server, which does not trust that the client did its part.
+        """Change an update at the server, which does not rely on the client's own stage.
 
         Args:
-            delta: What arrived; fits the contract and is finite.
+            delta: The update that arrived; it fits the contract and is finite.
             context: Round and client.
 
         Returns:
@@ -62,7 +61,7 @@ class UpdateStage(Protocol):
         Every process of a run calls this with the same aggregate and must get the same bits.
 
         Args:
-            aggregate: What the aggregator made of the round's updates, float32.
+            aggregate: The aggregated update of the round, float32.
             context: Round and size of the cohort.
         """
         return aggregate
@@ -71,6 +70,6 @@ class UpdateStage(Protocol):
         """Figures for the round's record.
 
         Args:
-            noted: What `on_server` noted of each update, at least one number.
+            noted: The numbers that `on_server` noted, one or more.
         """
         return {}

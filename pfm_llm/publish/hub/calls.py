@@ -1,7 +1,7 @@
-"""Calls to the Hub: what is tried again, and every error of the client with its remedy.
+"""Calls to the Hub: retries, and a remedy for every error of the client.
 
-The client (`huggingface_hub`) tries downloads, uploads and lists again by itself, and everything
-else once: repositories, branches, tags and commits. `retried` is for those.
+The client (`huggingface_hub`) retries downloads, uploads and lists itself. It makes all other calls
+only once (repositories, branches, tags and commits); `retried` is for those.
 """
 
 import contextlib
@@ -46,15 +46,15 @@ _LOG_IN = "run `hf auth login`, or set HF_TOKEN"
 
 
 def hub_api() -> HfApi:
-    """The client, for the endpoint that its settings name now."""
+    """The client, for the endpoint in its current settings."""
     return HfApi(library_name="pfm_llm", library_version=__version__)
 
 
 def check_repo_id(repo: str) -> None:
-    """Check that this could be a repository.
+    """Check the form of a repository's name.
 
     Raises:
-        HubError: It is not of the form ``user/name``.
+        HubError: The name has not the form ``user/name``.
     """
     if not _REPO_ID.fullmatch(repo) or "--" in repo or ".." in repo or repo.endswith(".git"):
         raise HubError(
@@ -64,7 +64,7 @@ def check_repo_id(repo: str) -> None:
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """The HTTP status that an error is about, if any."""
+    """The HTTP status of an error, if it has one."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
@@ -81,18 +81,18 @@ def is_passing(error: BaseException | None) -> bool:
 
 
 def is_cut(error: BaseException | None) -> bool:
-    """Whether a download was reset in the middle, which the client gives up at."""
+    """Whether a download was reset in the middle; the client does not retry this."""
     return isinstance(error, httpx2.ReadError)
 
 
 def retried(
     call: Callable[[], Result], passing: Callable[[BaseException], bool] = is_passing
 ) -> Result:
-    """Call, and call again after growing waits while what goes wrong may pass.
+    """Make a call, and repeat it after growing waits while its errors are temporary.
 
     Args:
-        call: May be carried out more than once.
-        passing: Which errors to call again after; the last try's goes out in any case.
+        call: The call, which may be made more than once.
+        passing: Whether an error is temporary. The error of the last try is always raised.
     """
     for wait in WAITS:
         try:
@@ -105,7 +105,7 @@ def retried(
 
 
 def pause(error: BaseException, wait: float) -> None:
-    """Wait before another try, as long as the Hub asks for within reason."""
+    """Wait before another try, as long as the Hub asks for, up to a limit."""
     if isinstance(error, HfHubHTTPError):
         asked = error.response.headers.get("Retry-After", "")
         wait = max(wait, min(float(asked), _LONGEST_WAIT)) if asked.isdigit() else wait
@@ -118,8 +118,8 @@ def hub_errors(repo: str, what: str) -> Iterator[None]:
     """Turn what the client raises into a `HubError` with a remedy.
 
     Args:
-        repo: Which repository the block is about.
-        what: What the block does, to stand before the repository: "pull", "push to".
+        repo: The repository.
+        what: The action of the block, such as "pull" or "push to", for the message.
 
     Raises:
         HubError: The Hub refused, or cannot be reached.
@@ -158,7 +158,7 @@ def _explained(error: Exception, repo: str, what: str) -> HubError:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What the client wrapped: an upload that broke, or a copy that it looked for in vain."""
+    """The error that the client wrapped, of a failed upload or of a missing cached copy."""
     wrappers = (LocalEntryNotFoundError, RevisionResolutionError, RuntimeError)
     while isinstance(error, wrappers) and error.__cause__ is not None:
         error = error.__cause__

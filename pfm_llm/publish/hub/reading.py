@@ -1,8 +1,8 @@
-"""Reading from the Hub: pulling an adapter, its manifest, and what versions there are.
+"""Reading from the Hub: pulling an adapter, its manifest, and the list of versions.
 
-The client checks only the size of a download. In its cache a file is a link to a blob that is
-named by the hash the Hub announced, so content is compared with that name here, and what differs
-is deleted: the client would otherwise hand it out for ever.
+The client checks only the size of a download. In its cache a file is a link to a blob, whose name
+is the hash that the Hub announced. This module compares the content with that name and deletes
+damaged files, which the client would otherwise use again.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from pfm_llm.publish.artefact import (
 from pfm_llm.publish.hub.calls import check_repo_id, hub_api, hub_errors, is_cut, retried
 
 MANAGED_FILES = (*LISTED_FILES, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE)
-"""Patterns of all that is pushed and pulled; whatever else a repository holds is left alone."""
+"""Patterns of the files that are pushed and pulled; other files of a repository are ignored."""
 
 _SHA256_DIGITS, _GIT_DIGITS = 64, 40
 
@@ -56,9 +56,9 @@ class Commit:
 
 
 def pull(source: str, revision: str | None = None) -> Artefact:
-    """Get a shared adapter, whole and checked.
+    """Get a shared adapter and check all of its files.
 
-    Without a connection, what was pulled before under this revision serves again.
+    Without a connection, the copy of an earlier pull of this revision is used.
 
     Args:
         source: A folder on this machine, or ``user/name`` on the Hub.
@@ -92,7 +92,7 @@ def pull(source: str, revision: str | None = None) -> Artefact:
 
 
 def pull_named(text: str) -> Artefact:
-    """`pull` of what a person wrote: a folder, ``user/name`` or ``user/name@revision``.
+    """`pull` from one text: a folder, ``user/name`` or ``user/name@revision``.
 
     Raises:
         ArtefactError: It is not a shared adapter's folder.
@@ -129,7 +129,7 @@ def read_file(repo: str, revision: str, name: str) -> bytes | None:
 
 
 def head_manifest(repo: str, revision: str | None = None) -> tuple[Manifest, str, str] | None:
-    """The manifest that a push to a branch would follow.
+    """The manifest of the version before a push to a branch.
 
     Args:
         repo: ``user/name``.
@@ -178,14 +178,14 @@ def list_tags(repo: str) -> dict[str, str]:
 
 
 def check_complete(artefact: Artefact, names: Iterable[str]) -> None:
-    """Check that the manifest covers all that a folder holds and that says anything.
+    """Check that the manifest lists all files of a folder.
 
     Args:
-        artefact: The folder's.
-        names: Of its files. A plot may be there without being listed.
+        artefact: The artefact of the folder.
+        names: The names of its files. A plot need not be listed.
 
     Raises:
-        ArtefactError: It does not.
+        ArtefactError: A file is not listed.
     """
     for name in names:
         meaningful = is_listed(name) and not fnmatchcase(name, PLOT_FILES)
@@ -197,7 +197,7 @@ def check_complete(artefact: Artefact, names: Iterable[str]) -> None:
 
 
 def git_oid(content: bytes) -> str:
-    """The name that git, and so the Hub, gives a file that it keeps itself."""
+    """The hash by which git, and so the Hub, names a file that is not in LFS."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

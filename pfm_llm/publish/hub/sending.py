@@ -31,13 +31,13 @@ _OID = re.compile("[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where a folder is now.
+    """The place of a pushed folder.
 
     Attributes:
         repo: ``user/name``.
         revision: The commit.
         url: Its page.
-        changed: False when the head held exactly this already, and no commit was made.
+        changed: False if the head already held exactly this folder, so no commit was made.
     """
 
     repo: str
@@ -73,22 +73,22 @@ def push_folder(
 ) -> Pushed:
     """Publish a folder in one commit, after which the branch's head holds exactly its files.
 
-    Files there that only a shared adapter's folder may hold and this one does not are deleted;
-    others, such as ``.gitattributes``, stay. Pushing the same again changes nothing; after a
-    broken connection, the next push sends only what is missing.
+    Files of a shared adapter that the repository has and the folder lacks are deleted. Other files,
+    such as ``.gitattributes``, stay. A second push of the same folder changes nothing. After a
+    broken connection, the next push sends only the missing files.
 
     Args:
-        folder: A shared adapter's folder; all that is in it is published.
-        repo: ``user/name``; created when it is not there.
-        private: Whether a new repository is private; an old one stays as it is.
+        folder: A shared adapter's folder; all of its files are published.
+        repo: ``user/name``; created if it does not exist.
+        private: Whether a new repository is private; an existing one is not changed.
         tag: A tag for the commit.
         revision: The branch; a new one starts from the main branch.
         message: Of the commit.
 
     Raises:
-        ArtefactError: It is no shared adapter's folder, or holds what has no place in one;
-            nothing was sent.
-        CorruptFileError: A file is not what the manifest lists; nothing was sent.
+        ArtefactError: The folder is no shared adapter's, or holds a file that does not belong in
+            one; nothing was sent.
+        CorruptFileError: A file does not match the manifest; nothing was sent.
         HubError: The Hub refused or cannot be reached, the tag names another commit, or somebody
             else pushed in the meantime.
     """
@@ -169,7 +169,7 @@ def _tree(repo: str, commit: str) -> dict[str, RepoFile]:
 
 
 def _operations(contents: dict[str, _Content], there: dict[str, RepoFile]) -> _Operations:
-    """What makes the files there those of the folder."""
+    """The operations that make the repository's files equal to those of the folder."""
     changes: _Operations = [
         CommitOperationAdd(name, str(content.path))
         for name, content in contents.items()
@@ -206,7 +206,7 @@ def _commit(
     head: str,
     message: str,
 ) -> str:
-    """Upload what is missing, and commit; the commit."""
+    """Upload the missing files and commit; return the commit."""
     api = hub_api()
     added = [change for change in operations if isinstance(change, CommitOperationAdd)]
     # By itself first: the client tries uploads again, but not the commit.

@@ -1,9 +1,9 @@
-"""Whether the versions of a repository are what was published, each upon the one before it.
+"""The check of a repository's versions, each of which must follow the one before it.
 
-A manifest holds the hash of every file, and the hash of the manifest of the version before it; a
-signature is over the manifest. So nothing can be changed, left out or put in between without
-breaking a link, except by who signs, or, where nothing is signed, by who can write to the
-repository and makes all that follows anew.
+A manifest holds the hash of every file and the hash of the previous version's manifest. A signature
+is over the manifest. A changed, missing or inserted version therefore breaks a link. Only the
+signer can avoid this or, without signatures, anybody who can write to the repository and makes all
+later versions anew.
 """
 
 import re
@@ -19,12 +19,12 @@ _OID = re.compile("[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class CheckedVersion:
-    """A version, and what was found about it.
+    """A version and the results of its checks.
 
     Attributes:
-        version: Which.
-        problems: What is wrong with it; empty when nothing is.
-        notes: What could not be checked.
+        version: The version.
+        problems: The failed checks; empty if all passed.
+        notes: The checks that could not be made.
     """
 
     version: Version
@@ -34,12 +34,12 @@ class CheckedVersion:
 
 @dataclass(frozen=True)
 class ChainReport:
-    """What was found about all versions of a branch.
+    """The checks of all versions of a branch.
 
     Attributes:
         repo: ``user/name``.
-        revision: Where the chain was followed from.
-        trusted_key: The public key that all had to be signed with; None for any or none.
+        revision: The revision at which the chain starts.
+        trusted_key: The public key that must have signed all versions; None: any or none.
         versions: Newest first.
     """
 
@@ -50,7 +50,7 @@ class ChainReport:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """All of them, each with its commit."""
+        """All failed checks, each with its commit."""
         return tuple(
             f"{checked.version.commit[:12]}: {problem}"
             for checked in self.versions
@@ -59,14 +59,14 @@ class ChainReport:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no check failed."""
         return not self.problems
 
 
 def verify_chain(
     repo: str, revision: str | None = None, trusted_key: str | None = None
 ) -> ChainReport:
-    """Check every version of a branch: its files, its signature, and what it says it came from.
+    """Check the files, the signature and the parents of every version of a branch.
 
     Args:
         repo: ``user/name``.
@@ -122,7 +122,7 @@ def _signature_problems(version: Version, trusted_key: str | None) -> list[str]:
 
 
 def _link_problems(version: Version, older: list[Version]) -> list[str]:
-    """What is wrong with the links to the versions that came before it, newest first."""
+    """Problems with the links to earlier versions, newest first."""
     if version.manifest is None or (older and _same(version, older[0])):
         return []  # unreadable; or the card alone was edited
     problems = []

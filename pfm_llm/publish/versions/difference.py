@@ -1,4 +1,4 @@
-"""What changed from one version of a shared adapter to another.
+"""The difference between two versions of a shared adapter.
 
 An adapted module computes with W + (alpha / r) B A, so the effective change of its weights is the
 difference of two such products. They are never formed: with A and B padded with zeros to one rank,
@@ -6,7 +6,7 @@ difference of two such products. They are never formed: with A and B padded with
     s' B' A' - s B A = [s' B', s' B' - s B] [A' - A; A] = P Q,
 
 and the squared Frobenius norm of P Q is the sum over (PᵀP) * (QQᵀ), two small Gram matrices.
-Written with differences of the factors, nearby versions lose no digits, and equal ones give zero.
+With differences of the factors, close versions lose no precision, and equal versions give zero.
 """
 
 import math
@@ -32,14 +32,14 @@ _IN_BOTH = {"adapters", "head", "window", "prompt", "name"}
 
 @dataclass(frozen=True)
 class Change:
-    """How much something changed.
+    """The size of one change.
 
     Attributes:
-        name: Of a module, a layer or a tensor.
-        norm: Frobenius norm of the change; None when the two cannot be compared.
-        older_norm: Frobenius norm of what it was.
-        relative: Their ratio; None when there is none.
-        note: What to know about the comparison; empty for nothing.
+        name: Name of a module, a layer or a tensor.
+        norm: Frobenius norm of the change; None if the two cannot be compared.
+        older_norm: Frobenius norm of the older value.
+        relative: The ratio of both norms; None if it is undefined.
+        note: A remark on the comparison; may be empty.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Change:
 
     @classmethod
     def of(cls, name: str, norm: float | None, older_norm: float, note: str = "") -> "Change":
-        """With the ratio of the two norms."""
+        """A change with the ratio of the two norms."""
         known = norm is not None and older_norm > 0
         relative = norm / older_norm if known and norm is not None else None
         return cls(name, norm, older_norm, relative, note)
@@ -58,7 +58,7 @@ class Change:
 
 @dataclass(frozen=True)
 class MetricChange:
-    """A figure of the evaluation, before and after; None where it was not measured."""
+    """A figure of the evaluation, before and after; None if it was not measured."""
 
     mode: str
     metric: str
@@ -75,7 +75,7 @@ class MetricChange:
 
 @dataclass(frozen=True)
 class SettingChange:
-    """A setting, before and after; None where it was not set."""
+    """A setting, before and after; None if it was not set."""
 
     name: str
     older: Any
@@ -84,10 +84,10 @@ class SettingChange:
 
 @dataclass(frozen=True)
 class VersionDiff:
-    """What changed.
+    """All changes between two versions.
 
     Attributes:
-        older, newer: Where the two came from.
+        older, newer: The origins of the two versions.
         modules: Effective weight change of each adapted module.
         layers: The same, modules of a layer taken together.
         tensors: Change of each tensor of the head and of a shared basis; rows that belong to
@@ -114,8 +114,8 @@ def diff_versions(older: Artefact, newer: Artefact) -> VersionDiff:
     """Compare two shared adapters, whose ranks, modules and catalogues may differ.
 
     Args:
-        older: What it was.
-        newer: What it is.
+        older: The older version.
+        newer: The newer version.
 
     Raises:
         CorruptFileError: A file of one of them is damaged.
@@ -181,7 +181,7 @@ def _factors(
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """So that layer 9 comes before layer 10."""
+    """A sort key by which layer 9 comes before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
@@ -203,7 +203,7 @@ def _tensor_changes(
     common: list[tuple[int, int]],
     per_item: Collection[str],
 ) -> Iterator[Change]:
-    """Of all but the LoRA; ``common`` are the rows of the items that both know."""
+    """Changes of all tensors except the LoRA; ``common``: the rows of items in both versions."""
     names = {name for name in (*before, *after) if not in_group(name, Group.LORA)}
     for name in sorted(names):
         if name not in before:
@@ -236,7 +236,7 @@ def _metric_changes(older: Iterable[Metric], newer: Iterable[Metric]) -> Iterato
 
 
 def _settings(artefact: Artefact) -> dict[str, Any]:
-    """Dotted key to value, from the manifest and, where it is there, the training config."""
+    """Dotted key to value, from the manifest and, if there is one, the training config."""
     manifest = artefact.manifest.model_dump(mode="json", exclude=_NOT_SETTINGS)
     settings = dict(_flat(manifest))
     path = artefact.folder / TRAINING_CONFIG_FILE

@@ -1,4 +1,4 @@
-"""What versions a repository has: a commit with a manifest is a version."""
+"""The versions of a repository: every commit with a manifest."""
 
 import hashlib
 import re
@@ -24,11 +24,11 @@ class Version:
         commit: 40 hexadecimal digits.
         date: When it was pushed.
         title: First line of the commit's message.
-        tags: That name it.
-        manifest_sha256: Identity of the adapter; a commit that edits the card alone keeps it.
-        manifest: None when it cannot be read.
+        tags: The tags on the commit.
+        manifest_sha256: Identity of the adapter; a commit that edits only the card keeps it.
+        manifest: The manifest; None if it cannot be read.
         signed_by: The public key of a valid signature; None without one.
-        problem: What is wrong with the manifest or the signature; empty when nothing is.
+        problem: The problem with the manifest or the signature; empty if there is none.
     """
 
     commit: str
@@ -42,17 +42,17 @@ class Version:
 
     @property
     def name(self) -> str:
-        """Of the run; empty when the manifest cannot be read."""
+        """Name of the run; empty if the manifest cannot be read."""
         return self.manifest.name if self.manifest else ""
 
     @property
     def round(self) -> int | None:
-        """After which the adapter stands."""
+        """The last round of the adapter's training; None if the manifest cannot be read."""
         return self.manifest.round if self.manifest else None
 
     @property
     def parents(self) -> tuple[Parent, ...]:
-        """What the adapter came from."""
+        """The predecessors of the adapter."""
         return self.manifest.parents if self.manifest else ()
 
     @property
@@ -81,15 +81,15 @@ def list_versions(repo: str, revision: str | None = None) -> list[Version]:
 
 
 def find_commit(repo: str, wanted: str, revision: str | None = None) -> str:
-    """The commit that a tag, a commit or a unique start of one names.
+    """Find a commit by a tag, its hash or a unique start of its hash.
 
     Args:
         repo: ``user/name``.
-        wanted: What a person named it.
-        revision: In the history of which branch a start of a commit is looked for.
+        wanted: The tag, hash or start of a hash.
+        revision: The branch whose history is searched for the start of a hash.
 
     Raises:
-        HubError: There is none, or more than one; the Hub refused, or cannot be reached.
+        HubError: No commit or several fit, the Hub refused, or it cannot be reached.
     """
     tags = hub.list_tags(repo)
     if wanted in tags:

@@ -1,4 +1,4 @@
-"""Bringing a version back: into a folder, or as a new commit on top of those that followed it."""
+"""Restoring a version: into a folder, or as a new commit on top of the later versions."""
 
 import logging
 import tempfile
@@ -26,10 +26,10 @@ def copy_artefact(artefact: Artefact, folder: Path) -> Artefact:
 
     Args:
         artefact: From `hub.pull`.
-        folder: Where to; it must be empty, or not be there.
+        folder: The target folder; it must be empty or must not exist.
 
     Raises:
-        ArtefactError: The folder holds something.
+        ArtefactError: The folder is not empty.
         StorageError: It cannot be written.
     """
     with files.storage_errors(folder):
@@ -49,10 +49,10 @@ def rollback(
     signing_key: signing.SigningKey | None = None,
     revision: str = "main",
 ) -> hub.Pushed:
-    """Publish an older version anew, on top of those that followed it; history stays.
+    """Publish an older version anew, on top of the later ones. The history stays.
 
-    The new manifest names the head as the version before it and the older one as what it
-    restores, so the older one's signature does not fit it: it is made anew, or left out.
+    The new manifest names the head as its previous version and the older version as the restored
+    one. The older signature does not fit the new manifest: it is signed again or left unsigned.
 
     Args:
         repo: ``user/name``.

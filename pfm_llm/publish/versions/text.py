@@ -1,4 +1,4 @@
-"""Versions for people, as plain tables, and for programs, as trees of JSON."""
+"""Versions as plain tables for people, and as JSON trees for programs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +13,7 @@ _SHORT = 12
 
 
 def versions_text(versions: Sequence[Version]) -> str:
-    """A table of versions, and below it what is wrong with them."""
+    """A table of versions, with their problems below it."""
     if not versions:
         return "no versions: no commit has a manifest"
     rows = [
@@ -91,7 +91,7 @@ def diff_tree(diff: VersionDiff) -> dict[str, Any]:
 
 
 def chain_text(report: ChainReport) -> str:
-    """A line per version, what is wrong or was not checked below it, and the outcome."""
+    """A line per version with its problems and unchecked points below it, and the result."""
     lines = []
     for checked in report.versions:
         version = checked.version

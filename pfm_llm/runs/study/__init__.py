@@ -1,1 +1,1 @@
-"""What a finished run says about personality, measured on test."""
+"""The study of a finished run: all measures of personality, on test."""

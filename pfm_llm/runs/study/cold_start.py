@@ -1,4 +1,4 @@
-"""Users of whom little is known: quality after their first so many interactions."""
+"""Cold start: the quality for users with only a few known interactions."""
 
 import dataclasses
 import tempfile
@@ -20,7 +20,7 @@ from pfm_llm.runs.run import Run, make_clients
 
 
 def known_by_none(run: Run, task: EvaluationTask) -> np.ndarray:
-    """Log-rank quality [U] without a history: item biases alone rank, for everybody alike."""
+    """Log-rank quality [U] without a history: only the item biases rank, equally for all users."""
     held_out = task.held_out
     num_items = len(run.data.interactions.catalogue)
     bias = task.shared.tensors.get(ITEM_BIAS, torch.zeros(num_items)).numpy()
@@ -34,12 +34,12 @@ def known_by_none(run: Run, task: EvaluationTask) -> np.ndarray:
 
 
 def known_by_few(run: Run, task: EvaluationTask, given: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log-rank quality [U] with and without a private adapter fitted to ``given`` events.
+    """Log-rank quality [U] with and without a private part fitted to ``given`` events.
 
     Args:
         run: The run.
-        task: What to rank; its histories are replaced.
-        given: How many of each user's first events are known, at least 1.
+        task: The queries; their histories are replaced.
+        given: Number of known first events of each user, at least 1.
     """
     train = first_events(run.data.split.train.interactions, given)
     rated = task.held_out.history_ratings
@@ -51,7 +51,7 @@ def known_by_few(run: Run, task: EvaluationTask, given: int) -> tuple[np.ndarray
     few = only(task, Mode.SHARED_ONLY, Mode.SHARED_PRIVATE, held_out=held_out, liked=None)
     members = tuple(run.clients.histories.clients.values())
     with tempfile.TemporaryDirectory(dir=run.folders.private) as empty:
-        # An empty store: what a client learned from its whole history must not be known.
+        # The store is empty, because the stored private states know the whole history.
         store = PrivateStore(Path(empty))
         clients = make_clients(
             run.config, run.model, members, TrainData(train), run.clients.cache, store

@@ -1,7 +1,7 @@
-"""What a finished run says about personality: every measure of `personality`, on test.
+"""The study of a finished run: every measure of `personality`, on test.
 
-Private adapters are those that evaluation fits and keeps. Settings and groups come from train and
-validation; nothing is fitted to test.
+The private parts are those that the evaluation fits and stores. Settings and groups come from train
+and validation; nothing is fitted to test.
 """
 
 import dataclasses
@@ -46,18 +46,18 @@ _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
 
 
 def study_run(folder: Path, budget: str) -> list[ResultRow]:
-    """Measure a finished run on test: ranks, likes, and personality where something is private.
+    """Measure a finished run on test: ranks, likes, and the personality of a private part.
 
-    Three things are added to the run's ``results.json``: per-user gains under ``per_user``, under
-    ``harm`` the p-values of each group of users (see `personality.group_harm`), and under
-    ``private_weight`` how strongly the private part counted.
+    The run's ``results.json`` gets three more entries: ``per_user`` with the gain of each user,
+    ``harm`` with the p-values of each group of users (see `harm.group_harm`), and
+    ``private_weight`` with the weight of the private part.
 
     Args:
         folder: The run's folder.
-        budget: Its label in the rows.
+        budget: Label of the budget in the rows.
 
     Raises:
-        CheckpointError: Nothing was ever committed.
+        CheckpointError: The run has no committed round.
     """
     run, trained = open_run(folder)
     study = _Study(run, trained, budget)
@@ -97,9 +97,9 @@ class _Study:
         return [dataclasses.replace(row, budget=self._budget) for row in rows]
 
     def per_user(self) -> dict[str, list[float]]:
-        """Gains over shared only, one a user, in ascending order: nobody's can be told.
+        """The gain of each user over the shared part alone, sorted, so that no user is named.
 
-        Users without an AUC have none of that kind.
+        Users without an AUC have no gain in AUC.
         """
         gains = {"gain_log_rank": self._gain("log_rank"), "gain_ndcg": self._gain("ndcg")}
         if self._test.aucs:
@@ -108,7 +108,7 @@ class _Study:
         return {name: np.sort(values[~np.isnan(values)]).tolist() for name, values in gains.items()}
 
     def personality_rows(self) -> list[ResultRow]:
-        """Every measure as rows, positive is better for the user."""
+        """Every measure as rows; positive is better for the user."""
         over_shared, over_private = (
             comparison.gains(self._test.ranks, self._test.aucs, self._bootstrap, over)
             for over in (Mode.SHARED_ONLY, Mode.PRIVATE_ONLY)
@@ -128,7 +128,7 @@ class _Study:
             like = named_estimates(
                 over_shared[Task.LIKE],
                 over_private[Task.LIKE],
-                # Ten likes give an AUC of few values: most users would tie.
+                # With ten likes the AUC has few possible values, and most users would tie.
                 self._strangers(
                     ("auc", "log_likelihood"), {"log_likelihood": "", "joint": "joint"}
                 ),
@@ -146,7 +146,7 @@ class _Study:
         return difference
 
     def harm_tests(self) -> dict[str, dict[str, float | bool]]:
-        """Per group of users whether it is harmed, before and after Holm's correction."""
+        """For each group of users, whether it is harmed, before and after Holm's correction."""
         return {
             name: {
                 "p_value": group.p_value,
@@ -163,7 +163,7 @@ class _Study:
 
     @functools.cached_property
     def _groups(self) -> dict[str, GroupHarm]:
-        """Groups by quality on validation, by activity, and by what is known of the users."""
+        """Groups by quality on validation, by activity, and by the fields of the users."""
         split = self._run.data.split
         held_out, users = split.validation, self._task.held_out.users
         task = evaluation_task(self._run, self._trained, held_out, [Mode.SHARED_ONLY])
@@ -182,14 +182,14 @@ class _Study:
         return self._served.by_strangers()
 
     def _strangers(self, lost: Sequence[str], told_by: Mapping[str, str]) -> dict[str, Estimate]:
-        """What strangers' adapters cost, and how well the own one is told from them.
+        """The loss with strangers' private parts, and how often one's own is identified.
 
         Args:
-            lost: Qualities whose loss is measured.
-            told_by: Qualities that tell the own adapter, with what its figure is called after.
+            lost: Qualities for the loss.
+            told_by: Qualities for the identification, each with its name in the figure.
 
         Returns:
-            Nothing where a single user has a query: there are no strangers.
+            Empty if only one user has a query: then there are no strangers.
         """
         served = self._by_strangers
         if any(qualities.shape[1] == 1 for qualities in served.values()):
@@ -203,7 +203,7 @@ class _Study:
         )
 
     def _memory(self) -> dict[str, Estimate]:
-        """Quality as queries show fewer of the newest items; the private adapter stays."""
+        """Quality when the queries show fewer of the newest items, with the same private part."""
         own: dict[int, np.ndarray] = {}
         shared: dict[int, np.ndarray] = {}
         longest = self._run.config.window.items
@@ -217,7 +217,7 @@ class _Study:
         return curve_figures(MEMORY, own, shared, self._bootstrap)
 
     def _cold_start(self) -> dict[str, Estimate]:
-        """Quality for users of whom only the first so many interactions are known."""
+        """Quality for users with only a few known interactions."""
         own: dict[int, np.ndarray] = {}
         shared: dict[int, np.ndarray] = {}
         for given in GIVEN:
@@ -228,7 +228,7 @@ class _Study:
         return curve_figures(COLD_START, own, shared, self._bootstrap)
 
     def _new_items(self) -> dict[str, Estimate]:
-        """Quality on items that nobody met in training."""
+        """Quality on items without training interactions."""
         held_out, train = self._task.held_out, self._run.data.split.train.interactions
         num_items = len(train.catalogue)
         was_met = np.zeros(num_items, dtype=bool)
@@ -245,7 +245,7 @@ class _Study:
         )
 
     def _integrity(self) -> dict[str, Estimate]:
-        """How far rankings move when the newest shared state replaces the one before."""
+        """The similarity of the rankings under the newest shared state and the one before."""
         rounds = self._run.checkpoints.rounds()
         if len(rounds) < 2:
             return {}

@@ -1,4 +1,4 @@
-"""Measuring a run with private adapters that are given: kept ones, strangers', older ones."""
+"""Measuring a run with given private parts: stored ones, strangers' or older ones."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -19,27 +19,27 @@ TOP_K = 20
 
 
 class Served:
-    """Serves the users of a task with private adapters of the caller's choice.
+    """Serves the users of a task with given private parts.
 
     Args:
-        run: The run; the store of its clients holds the adapter of each that is evaluated.
-        task: What to rank.
+        run: The run; its store has the private part of each evaluated client.
+        task: The queries, the modes and the states.
     """
 
     def __init__(self, run: Run, task: EvaluationTask) -> None:
         self._run, self._task = run, task
 
     def by_strangers(self) -> dict[str, np.ndarray]:
-        """Qualities of each user, [U, 1 + STRANGERS]: own adapter first.
+        """Qualities of each user, [U, 1 + STRANGERS], with the own private part first.
 
         Returns:
-            ``log_rank``, and with the task ``like`` its ``auc`` and ``log_likelihood``, and
-            ``joint``: the log-likelihood of an event, of what was met and whether it was liked.
+            ``log_rank``. With the task ``like`` also ``auc``, ``log_likelihood``, and ``joint``:
+            the log-likelihood of an event, that is, of the item and of the like together.
         """
         task, client_of = self._task, self._run.clients.histories.client_of
         names = sorted({client_of(int(user)) for user in task.held_out.users})
         generator = numpy_generator(self._run.config.seed, "strangers")
-        # Rotations of one random order: everybody's adapter serves as often as everybody else's.
+        # With rotations of one random order, every private part serves equally often.
         order = [names[i] for i in generator.permutation(len(names))]
         place = {name: index for index, name in enumerate(order)}
         count = min(STRANGERS, len(order) - 1)
@@ -58,11 +58,11 @@ class Served:
         return {name: np.stack([one[name] for one in served], 1) for name in served[0]}
 
     def by_owners(self, task: EvaluationTask, description: str) -> Measured:
-        """Measure, each client served with its own kept private adapter.
+        """Measure, with each client's own stored private part.
 
         Args:
-            task: What to rank with what.
-            description: What the progress bar says.
+            task: The queries, the modes and the states.
+            description: Text of the progress bar.
         """
         same = {name: name for name in self._run.clients.histories.clients}
         chunks = _shown(self._chunks(task), description)
@@ -75,10 +75,10 @@ class Served:
         known: UserVectors,
         chunks: Iterable[tuple[str, ...]],
     ) -> Measured:
-        """Each client with the adapter of its lender; ``known`` is what was read out before."""
+        """Measure each client with the private part of its lender; ``known``: see `measure`."""
         rank, parts = self._run.evaluator.rank_chunk, []
         for chunk in chunks:
-            # Where nothing private is served, nothing was kept.
+            # Without a private mode, no private state is stored.
             private = self._kept([lender[c] for c in chunk]) if task.uses_private else {}
             parts.append(rank(chunk, task, private, known))
         return evaluator.combine(parts)
@@ -105,14 +105,14 @@ class Served:
         Args:
             shared: The shared state.
             private: Private tensors chunk by chunk; None: fitted to ``shared``.
-            description: What the progress bar says.
+            description: Text of the progress bar.
 
         Returns:
-            The private tensors, chunk by chunk, and int64 [Q, k], the best first.
+            The private tensors, chunk by chunk, and the items, int64 [Q, k], best first.
         """
         task = only(self._task, Mode.SHARED_PRIVATE, shared=shared, liked=None)
         num_items = len(self._run.data.interactions.catalogue)
-        # Lists of one length: whoever has seen the most leaves the fewest to rank.
+        # All lists have one length, which the user with the longest history limits.
         length = min(TOP_K, num_items - max(len(set(h.tolist())) for h in task.held_out.histories))
         used, top = [], np.zeros((len(task.held_out.users), length), np.int64)
         for index, chunk in enumerate(_shown(self._chunks(task), description)):
@@ -136,7 +136,7 @@ def _shown(chunks: Sequence[tuple[str, ...]], description: str) -> Iterator[tupl
 
 
 def _qualities(found: Measured) -> dict[str, np.ndarray]:
-    """What strangers' adapters are compared by."""
+    """The qualities by which strangers' private parts are compared."""
     mode = Mode.SHARED_PRIVATE
     qualities = {"log_rank": quality_of(found, mode)}
     if found.aucs:
