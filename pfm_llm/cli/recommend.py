@@ -48,14 +48,7 @@ def recommend(
     """
     import logging
 
-    from pfm_llm.base.errors import ConfigError
-
-    if (user is None) == (adapter is None):
-        raise ConfigError("give --user, or --adapter with --history")
-    if (adapter is None) != (history is None):
-        raise ConfigError("--adapter and --history go together")
-    if compare and user is None:
-        raise ConfigError("--compare goes with --user")
+    _check(user, adapter, history, compare)
     logging.getLogger("pfm_llm").setLevel(logging.WARNING)
     if compare:
         _compare(options.run_folder(run, runs), str(user), n, as_json)
@@ -66,6 +59,17 @@ def recommend(
         model = _load(str(adapter), catalogue, revision, backbone, allow_base_mismatch)
         items = _after_history(model, str(history), n)
     _print(items, as_json)
+
+
+def _check(user: str | None, adapter: str | None, history: str | None, compare: bool) -> None:
+    from pfm_llm.base.errors import ConfigError
+
+    if (user is None) == (adapter is None):
+        raise ConfigError("give --user, or --adapter with --history")
+    if (adapter is None) != (history is None):
+        raise ConfigError("--adapter and --history go together")
+    if compare and user is None:
+        raise ConfigError("--compare goes with --user")
 
 
 def _of_run(run: Path, user: str, n: int) -> "list[Recommendation]":
