@@ -46,13 +46,9 @@ def recommend(
     With --user: to a user of a run, with their private part. With --adapter and --history: by a
     published adapter.
     """
-    import logging
-
-    _check(user, adapter, history, compare)
-    logging.getLogger("pfm_llm").setLevel(logging.WARNING)
+    _start(user, adapter, history, compare)
     if compare:
-        _compare(options.run_folder(run, runs), str(user), n, as_json)
-        return
+        return _compare(options.run_folder(run, runs), str(user), n, as_json)
     if user is not None:
         items = _of_run(options.run_folder(run, runs), user, n)
     else:
@@ -61,9 +57,12 @@ def recommend(
     _print(items, as_json)
 
 
-def _check(user: str | None, adapter: str | None, history: str | None, compare: bool) -> None:
+def _start(user: str | None, adapter: str | None, history: str | None, compare: bool) -> None:
+    import logging
+
     from pfm_llm.base.errors import ConfigError
 
+    logging.getLogger("pfm_llm").setLevel(logging.WARNING)
     if (user is None) == (adapter is None):
         raise ConfigError("give --user, or --adapter with --history")
     if (adapter is None) != (history is None):
