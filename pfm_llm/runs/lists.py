@@ -58,7 +58,9 @@ class UserLists:
         """A table of the lists. A ``+`` marks what the list of the shared part does not have."""
         head = " | ".join(_HEADINGS.values())
         rows = "\n".join(f"| {' | '.join(row)} |" for row in self._rows())
-        return f"{self._title()}\n\n| {head} |\n| --- | --- | --- |\n{rows}"
+        # No id and no title of the history: a page may be shown to anybody.
+        who = f"A user with {self.history_length} items in the history."
+        return f"{who}\n\n| {head} |\n| --- | --- | --- |\n{rows}"
 
     def text(self) -> str:
         """The same for a terminal, in columns."""
