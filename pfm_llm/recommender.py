@@ -332,10 +332,7 @@ class Recommender:
 def _owner(run: Run, shared: SharedState, user: str) -> Owner:
     """A user of a run, with what the federation keeps for them."""
     interactions, clients = run.data.interactions, run.clients
-    if user not in interactions.user_ids:
-        first = ", ".join(interactions.user_ids[:3])
-        raise DataError(f"no user {user!r} in the data; users are {first}, …")
-    number = interactions.user_ids.index(user)
+    number = interactions.user(user)
     client_id = clients.histories.client_of(number)
     private = _kept(clients.store, client_id, shared.round_number)
     return Owner(interactions.history_of(number), private)

@@ -21,7 +21,7 @@ def print_ending(run: Path) -> None:
         print("\nLists of three users; + marks what the list of the shared part does not have.")
         for one in read_lists(read_json(kept)):
             print(f"\n{one.text()}")
-    rows, _ = read_results(run / RESULTS_FILE)
+    rows, results = read_results(run / RESULTS_FILE)
     print(f"\n{terminal_table(rows)}\n")
-    print("\n".join(of_run(run)))
+    print("\n".join(of_run(run, results)))
     print(f"\nrun folder: {run}")

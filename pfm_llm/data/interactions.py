@@ -109,6 +109,17 @@ class Interactions:
         """Interactions of all users."""
         return len(self.items)
 
+    def user(self, user_id: str) -> int:
+        """The internal id of a user.
+
+        Raises:
+            DataError: There is no such user; the message names some.
+        """
+        if user_id not in self.user_ids:
+            first = ", ".join(self.user_ids[:3])
+            raise DataError(f"no user {user_id!r} in the data; users are {first}, …")
+        return self.user_ids.index(user_id)
+
     def history(self, user: int) -> np.ndarray:
         """The items of internal user ``user``, oldest first: a view, int32 [length]."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]

@@ -1,6 +1,7 @@
 """Items of a catalogue by what a person types: an id, a title, or a part of a title."""
 
 import difflib
+from collections import Counter
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.data.interactions import Catalogue
@@ -18,13 +19,14 @@ def find_items(catalogue: Catalogue, wanted: str) -> list[str]:
     Raises:
         DataError: Nothing has that name, or several items have it. The message lists some.
     """
+    ids, by_title = set(catalogue.item_ids), _unique_titles(catalogue)
     parts = [part.strip() for part in wanted.split(",")]
     found, start = [], 0
     while start < len(parts):
         # The longest stretch first: "Good, the Bad and the Ugly, The" is one title.
         for end in range(len(parts), start, -1):
             name = ", ".join(parts[start:end])
-            item = _exact(catalogue, name)
+            item = name if name in ids else by_title.get(name.casefold())
             if item is not None:
                 break
         else:
@@ -36,13 +38,11 @@ def find_items(catalogue: Catalogue, wanted: str) -> list[str]:
     return found
 
 
-def _exact(catalogue: Catalogue, name: str) -> str | None:
-    if name in catalogue.item_ids:
-        return name
-    titles = [title.casefold() for title in catalogue.fields["title"]]
-    if titles.count(name.casefold()) == 1:
-        return catalogue.item_ids[titles.index(name.casefold())]
-    return None
+def _unique_titles(catalogue: Catalogue) -> dict[str, str]:
+    """Folded title to id, for the titles that a single item has."""
+    folded = [title.casefold() for title in catalogue.fields["title"]]
+    counts = Counter(folded)
+    return {t: i for t, i in zip(folded, catalogue.item_ids, strict=True) if counts[t] == 1}
 
 
 def _by_part(catalogue: Catalogue, name: str) -> str:
@@ -54,9 +54,9 @@ def _by_part(catalogue: Catalogue, name: str) -> str:
         some = "; ".join(f"{titles[i]} [{catalogue.item_ids[i]}]" for i in having[:_NAMED])
         raise DataError(f"{len(having)} items have {name!r} in their title, such as {some}")
     folded = {title.casefold(): title for title in titles}
-    near = difflib.get_close_matches(name.casefold(), folded, _NAMED, cutoff=_NEAR)
     typo = difflib.get_close_matches(name.casefold(), folded, 2, cutoff=_TYPO)
     if len(typo) == 1:
         return catalogue.item_ids[titles.index(folded[typo[0]])]
+    near = difflib.get_close_matches(name.casefold(), folded, _NAMED, cutoff=_NEAR)
     there = "; ".join(folded[one] for one in near) or "; ".join(titles[:3])
     raise DataError(f"no item {name!r} in the catalogue; there are {there}")

@@ -13,7 +13,8 @@ import numpy as np
 from pfm_llm.base import files
 from pfm_llm.base.errors import DataError
 from pfm_llm.evaluation import scoring
-from pfm_llm.evaluation.evaluator import ChunkScores, EvaluationTask
+from pfm_llm.evaluation.evaluator import EvaluationTask
+from pfm_llm.evaluation.scorer import UserVectors
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.measuring import evaluation_task, only
 from pfm_llm.runs.run import Run, Trained
@@ -23,11 +24,7 @@ LENGTH = 5
 _SHOWN_OF_HISTORY = 3
 _PERCENTILES = (10, 50, 90)
 _WIDTH = 38
-_HEADINGS = {
-    "shared": "shared part alone",
-    "own": "with their private part",
-    "other": "with another user's",
-}
+_HEADINGS = ("shared part alone", "with their private part", "with another user's")
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class UserLists:
 
     def markdown(self) -> str:
         """A table of the lists. A ``+`` marks what the list of the shared part does not have."""
-        head = " | ".join(_HEADINGS.values())
+        head = " | ".join(_HEADINGS)
         rows = "\n".join(f"| {' | '.join(row)} |" for row in self._rows())
         # No id and no title of the history: a page may be shown to anybody.
         who = f"A user with {self.history_length} items in the history."
@@ -64,15 +61,12 @@ class UserLists:
 
     def text(self) -> str:
         """The same for a terminal, in columns."""
-        lines = [self._title(), *(map(_columns, [tuple(_HEADINGS.values()), *self._rows()]))]
-        return "\n  ".join(lines)
-
-    def _title(self) -> str:
-        after = ", ".join(self.newest)
-        return (
-            f"User {self.user} met {self.history_length} items, the newest of them {after}. "
-            f"Next came {', '.join(self.held_out)}. The other user is {self.other}."
+        who = (
+            f"User {self.user} met {self.history_length} items, the newest of them "
+            f"{', '.join(self.newest)}. Next came {', '.join(self.held_out)}. "
+            f"The other user is {self.other}."
         )
+        return "\n  ".join([who, *map(_columns, [_HEADINGS, *self._rows()])])
 
     def _rows(self) -> list[tuple[str, ...]]:
         def marked(titles: Sequence[str]) -> list[str]:
@@ -107,40 +101,38 @@ def compare_lists(run: Run, trained: Trained, user: str, length: int = LENGTH) -
     """
     if not run.config.adapters.private.enabled:
         raise DataError("this run has no private parts to compare; see adapters.private.enabled")
-    if user not in run.data.interactions.user_ids:
-        raise DataError(f"no user {user!r} in the data")
-    test, number = run.data.split.test, run.data.interactions.user_ids.index(user)
+    interactions, test = run.data.interactions, run.data.split.test
+    number = interactions.user(user)
     task = evaluation_task(run, trained, test, [Mode.SHARED_ONLY, Mode.SHARED_PRIVATE])
     if number not in task.query_of:
         raise DataError(f"user {user!r} has no item in test, so nothing shows what came next")
     query = task.query_of[number]
     other = int(test.users[(query + len(test.users) // 2) % len(test.users)])
-    scores = _three(run, task, number, other)
-    seen, titles = test.histories[query], run.data.interactions.catalogue.fields["title"]
+    seen, titles = test.histories[query], interactions.catalogue.fields["title"]
 
     def named(items: np.ndarray) -> tuple[str, ...]:
         return tuple(titles[item] for item in items.tolist())
 
-    def best(which: str) -> tuple[str, ...]:
-        return named(scoring.top_items(scores[which], seen, length)[0])
-
+    shared, own, other_own = (
+        named(scoring.top_items(scores, seen, length)[0])
+        for scores in _three(run, task, number, other)
+    )
     return UserLists(
         user=user,
-        other=run.data.interactions.user_ids[other],
+        other=interactions.user_ids[other],
         history_length=len(seen),
         newest=named(seen[-_SHOWN_OF_HISTORY:]),
         held_out=named(test.targets[query][:1]),
-        shared=best("shared"),
-        own=best("own"),
-        other_own=best("other"),
+        shared=shared,
+        own=own,
+        other_own=other_own,
     )
 
 
-def write_lists(run: Run, trained: Trained) -> list[UserLists]:
+def write_lists(run: Run, trained: Trained) -> None:
     """Compare the lists of `example_users`, and keep them in the run's private folder."""
     found = [compare_lists(run, trained, user) for user in example_users(run)]
     files.write_json(run.folders.private / LISTS_FILE, {"lists": [asdict(one) for one in found]})
-    return found
 
 
 def read_lists(content: Mapping[str, Sequence[Mapping[str, object]]]) -> list[UserLists]:
@@ -151,21 +143,20 @@ def read_lists(content: Mapping[str, Sequence[Mapping[str, object]]]) -> list[Us
     ]
 
 
-def _three(run: Run, task: EvaluationTask, user: int, other: int) -> dict[str, np.ndarray]:
+def _three(run: Run, task: EvaluationTask, user: int, other: int) -> list[np.ndarray]:
     """Scores [I] for the user's query: shared alone, with the own part, with the other's."""
     client_of, score = run.clients.histories.client_of, run.evaluator.score_chunk
     client, lender = (client_of(one) for one in (user, other))
-    own = score([client], task)
-    lent = score([client], task, score([lender], only(task, Mode.SHARED_PRIVATE)).private)
-
-    def row(scored: ChunkScores, mode: Mode) -> np.ndarray:
-        return scored.scores[mode][scored.order.index(task.query_of[user])]
-
-    return {
-        "shared": row(own, Mode.SHARED_ONLY),
-        "own": row(own, Mode.SHARED_PRIVATE),
-        "other": row(lent, Mode.SHARED_PRIVATE),
-    }
+    known: UserVectors = {}
+    private_mode = only(task, Mode.SHARED_PRIVATE)
+    own = score([client], task, known=known)
+    lent = score([client], private_mode, score([lender], private_mode).private, known)
+    row = own.order.index(task.query_of[user])
+    return [
+        own.scores[Mode.SHARED_ONLY][row],
+        own.scores[Mode.SHARED_PRIVATE][row],
+        lent.scores[Mode.SHARED_PRIVATE][row],
+    ]
 
 
 def _columns(cells: Sequence[str]) -> str:

@@ -7,9 +7,8 @@ from typing import Any
 
 from pfm_llm.evaluation.comparison import OVER
 from pfm_llm.evaluation.personality.estimates import Estimate
-from pfm_llm.evaluation.results import ResultRow, read_results
+from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.protocol.types import Mode
-from pfm_llm.runs.folders import RESULTS_FILE
 
 COMPARISONS, GAINS = "comparisons", "gains"
 """Keys of ``results.json``: rows of differences, see `comparison.rows_over` and `gain_rows`."""
@@ -28,17 +27,13 @@ _JUDGED = {
 }
 
 
-def of_run(folder: Path) -> list[str]:
+def of_run(folder: Path, results: Mapping[str, Any]) -> list[str]:
     """The findings of a run, and the commands that show more of it, a line each.
 
     Args:
         folder: The run's folder.
-
-    Raises:
-        DataError: The run was not evaluated yet.
-        CorruptFileError: Its results cannot be read.
+        results: See `findings`.
     """
-    _, results = read_results(folder / RESULTS_FILE)
     return [*findings(results), *next_commands(folder, PRIVATE_WEIGHT in results)]
 
 

@@ -410,7 +410,7 @@ def test_a_run_ends_with_what_it_found_and_how_to_see_more(
     evaluate_run(copied)
     print_ending(copied)
     said = capsys.readouterr().out.splitlines()
-    found = summary.of_run(copied)
+    found = summary.of_run(copied, results_of(copied))
     assert said[-2 - len(found) : -2] == found
     assert len([line for line in said if line.startswith("User u")]) == 3
     assert [line for line in said if "the private part adds" in line]
