@@ -282,7 +282,7 @@ class Recommender:
                     f"({', '.join(clients[:3])}, …); give client_id"
                 )
             client_id = _ME if _ME in clients else clients[0]
-        return None if client_id is None else _kept(store, client_id)
+        return None if client_id is None else store.serving(client_id)
 
     def _history(
         self, history: Sequence[str] | None, ratings: Sequence[float] | None = None
@@ -334,13 +334,8 @@ def _owner(run: Run, shared: SharedState, user: str) -> Owner:
     interactions, clients = run.data.interactions, run.clients
     number = interactions.user(user)
     client_id = clients.histories.client_of(number)
-    private = _kept(clients.store, client_id, shared.round_number)
+    private = clients.store.serving(client_id, shared.round_number)
     return Owner(interactions.history_of(number), private)
-
-
-def _kept(store: PrivateStore, client_id: str, at_most: int | None = None) -> PrivateState | None:
-    """The private part that serves a client: the one made for serving, else the newest."""
-    return store.load_personalised(client_id) or store.load(client_id, at_most=at_most)
 
 
 def _load_catalogue(artefact: Artefact, source: str | None) -> Catalogue:

@@ -9,17 +9,16 @@ def print_ending(run: Path) -> None:
     Args:
         run: The folder of a run that was evaluated.
     """
-    from pfm_llm.base.files import read_json
     from pfm_llm.evaluation.results import read_results
     from pfm_llm.evaluation.tables import terminal_table
     from pfm_llm.runs.folders import RESULTS_FILE, RunFolders
-    from pfm_llm.runs.lists import LISTS_FILE, read_lists
+    from pfm_llm.runs.lists import LISTS_FILE, MARK, read_lists
     from pfm_llm.runs.summary import of_run
 
     kept = RunFolders.of(run).private / LISTS_FILE
     if kept.is_file():
-        print("\nLists of three users; + marks what the list of the shared part does not have.")
-        for one in read_lists(read_json(kept)):
+        print(f"\nLists of three users; {MARK}")
+        for one in read_lists(kept):
             print(f"\n{one.text()}")
     rows, results = read_results(run / RESULTS_FILE)
     print(f"\n{terminal_table(rows)}\n")

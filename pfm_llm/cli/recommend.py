@@ -1,4 +1,4 @@
-"""``pfm recommend``: a run's list for one of its users, or an adapter's after a history."""
+"""``pfm recommend``: a list for a user of a run, or after a history."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,85 +11,102 @@ if TYPE_CHECKING:
     from pfm_llm.recommender import Recommendation, Recommender
 
 
+_Catalogue = Annotated[
+    str | None, typer.Option(help="File of items, when not those it was trained on.")
+]
+_Backbone = Annotated[
+    str | None, typer.Option(help="Base model, when not as the adapter names it.")
+]
+_Compare = Annotated[
+    bool,
+    typer.Option(
+        "--compare",
+        help="Lists side by side: by the shared part alone, with the user's private part, and "
+        "with another user's. Without --user: of three example users, who are not named.",
+    ),
+]
+
+
 def recommend(
-    user: Annotated[str | None, typer.Option(help="A user's id in the data of a run.")] = None,
+    user: Annotated[str | None, typer.Option(help="A user's id in the data of the run.")] = None,
+    history: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --user: ids or titles of items, oldest first, with commas; typos in "
+            "titles are forgiven."
+        ),
+    ] = None,
     run: options.Run = None,
     runs: options.Runs = Path("runs"),
     adapter: Annotated[
-        str | None, typer.Option(help="Hub id, or a folder that was exported or pulled.")
-    ] = None,
-    history: Annotated[
         str | None,
-        typer.Option(help="With --adapter: ids or titles of items, oldest first, with commas."),
+        typer.Option(help="Instead of --run: a Hub id, or a folder that was exported or pulled."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
-    catalogue: Annotated[
-        str | None, typer.Option(help="File of items, when not those it was trained on.")
-    ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Base model, when not as the adapter names it.")
-    ] = None,
+    catalogue: _Catalogue = None,
+    backbone: _Backbone = None,
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Go on with other weights.")
     ] = False,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare", help="With --user: by the shared part alone, their own, and another's."
-        ),
-    ] = False,
-    n: Annotated[int, typer.Option("-n", help="How many items.")] = 10,
+    compare: _Compare = False,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="How many items; 10, or 5 with --compare.")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Recommend items to a user, or after a history.
+    """Recommend items to a user of a run, or after a history.
 
-    With --user: to a user of a run, with their private part. With --adapter and --history: by a
-    published adapter.
+    A user gets their private part. After a history the shared part recommends, that of a run or
+    of a published adapter.
     """
-    _start(user, adapter, history, compare)
-    if compare:
-        return _compare(options.run_folder(run, runs), str(user), n, as_json)
-    if user is not None:
-        items = _of_run(options.run_folder(run, runs), user, n)
-    else:
-        model = _load(str(adapter), catalogue, revision, backbone, allow_base_mismatch)
-        items = _after_history(model, str(history), n)
-    _print(items, as_json)
-
-
-def _start(user: str | None, adapter: str | None, history: str | None, compare: bool) -> None:
     import logging
 
+    _check(user, history, adapter, compare)
+    logging.getLogger("pfm_llm").setLevel(logging.WARNING)
+    if compare:
+        return _compare(options.run_folder(run, runs), user, n, as_json)
+    source = options.run_folder(run, runs) if adapter is None else adapter
+    model = _load(source, user, catalogue, revision, backbone, allow_base_mismatch)
+    items = None if history is None else _understood(model, history)
+    _print(model.recommend(items, n or 10), as_json)
+
+
+def _check(user: str | None, history: str | None, adapter: str | None, compare: bool) -> None:
     from pfm_llm.base.errors import ConfigError
 
-    logging.getLogger("pfm_llm").setLevel(logging.WARNING)
-    if (user is None) == (adapter is None):
-        raise ConfigError("give --user, or --adapter with --history")
-    if (adapter is None) != (history is None):
-        raise ConfigError("--adapter and --history go together")
-    if compare and user is None:
-        raise ConfigError("--compare goes with --user")
+    if compare and (history is not None or adapter is not None):
+        raise ConfigError(
+            "--compare is for users of a run: give it without --history and --adapter"
+        )
+    if adapter is not None and history is None:
+        raise ConfigError("--adapter needs --history: a published adapter knows no users")
+    if not compare and (user is None) == (history is None):
+        raise ConfigError("give --user, or --history, or --compare")
 
 
-def _of_run(run: Path, user: str, n: int) -> "list[Recommendation]":
-    from pfm_llm.recommender import Recommender
-
-    return Recommender.from_pretrained(run, user).recommend(k=n)
-
-
-def _compare(run: Path, user: str, n: int, as_json: bool) -> None:
+def _compare(folder: Path, user: str | None, n: int | None, as_json: bool) -> None:
+    import dataclasses
     import json
-    from dataclasses import asdict
 
+    from pfm_llm.runs import lists
     from pfm_llm.runs.experiment import open_run
-    from pfm_llm.runs.lists import compare_lists
 
-    found = compare_lists(*open_run(run), user, n)
-    print(json.dumps(asdict(found), ensure_ascii=False) if as_json else found.text())
+    run, trained = open_run(folder)
+    length = n or lists.LENGTH
+    if user is not None:
+        found = [lists.compare_lists(run, trained, user, length)]
+    else:
+        named = lists.compare_examples(run, trained, length)
+        found = [dataclasses.replace(one, user="", newest=()) for one in named]
+    if as_json:
+        print(json.dumps(lists.lists_tree(found), ensure_ascii=False, indent=2))
+    else:
+        print("\n\n".join(one.text() for one in found), lists.MARK, sep="\n\n")
 
 
 def _load(
-    adapter: str,
+    source: str | Path,
+    user: str | None,
     catalogue: str | None,
     revision: str | None,
     backbone: str | None,
@@ -100,8 +117,9 @@ def _load(
     from pfm_llm.recommender import Recommender
 
     model = Recommender.from_pretrained(
-        adapter,
-        catalogue=catalogue,
+        source,
+        user,
+        catalogue,
         revision=revision,
         backbone=backbone,
         allow_base_mismatch=allow_base_mismatch,
@@ -111,23 +129,27 @@ def _load(
     return model
 
 
-def _after_history(model: "Recommender", history: str, n: int) -> "list[Recommendation]":
+def _understood(model: "Recommender", history: str) -> list[str]:
     import sys
 
+    from pfm_llm.base.terminal import harmless
     from pfm_llm.data.titles import find_items
 
-    items = find_items(model.catalogue, history)
+    items = find_items(history, model.catalogue)
     titles = dict(zip(model.catalogue.item_ids, model.catalogue.fields["title"], strict=True))
-    print(f"history: {'; '.join(f'{titles[i]} [{i}]' for i in items)}", file=sys.stderr)
-    return model.recommend(items, n)
+    named = "; ".join(f"{titles[item]} [{item}]" for item in items)
+    print(f"history: {harmless(named)}", file=sys.stderr)
+    return items
 
 
 def _print(items: "list[Recommendation]", as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
+    from pfm_llm.base.terminal import harmless
+
     if as_json:
         print(json.dumps({"items": [asdict(item) for item in items]}, ensure_ascii=False))
         return
     for place, item in enumerate(items, 1):
-        print(f"{place:3d}  {item.score:8.3f}  {item.title}  [{item.item_id}]")
+        print(f"{place:3d}  {item.score:8.3f}  {harmless(item.title)}  [{item.item_id}]")

@@ -124,6 +124,19 @@ class PrivateStore:
         versions = self._files(_PERSONALISED, client_id)
         return self._read(_PERSONALISED, client_id, max(versions)) if versions else None
 
+    def serving(self, client_id: str, at_most: int | None = None) -> PrivateState | None:
+        """The state that serves a client: the personalised one, else the newest of training.
+
+        Args:
+            client_id: The client.
+            at_most: As in `load`.
+
+        Raises:
+            CorruptFileError: The file is damaged; the message names client and remedy.
+            StorageError: The file cannot be read.
+        """
+        return self.load_personalised(client_id) or self.load(client_id, at_most=at_most)
+
     def discard_newer(self, round_number: int) -> int:
         """Delete all states after a round, including personalised ones.
 

@@ -96,7 +96,7 @@ def _first(path: Path) -> str:
 def _lists_of(path: Path) -> list[UserLists]:
     if not path.is_file():
         raise DataError(f"lists are to be shown of {path}, which is not there")
-    return read_lists(read_json(path))
+    return read_lists(path)
 
 
 def _claims_table(what: str, claims: Mapping[str, Claim]) -> str:

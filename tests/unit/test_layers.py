@@ -176,7 +176,7 @@ def test_files_and_functions_stay_small() -> None:
 def test_models_are_loaded_in_backbone_and_converted_in_assets_only() -> None:
     callers = callers_of_from_pretrained(PACKAGE)
     others = {caller for caller in callers if not caller.startswith("model/backbone.py:")}
-    ours = {"cli/recommend.py:_of_run", "cli/recommend.py:_load"}  # of our own Recommender
+    ours = {"cli/recommend.py:_load"}  # of our own Recommender
     assert others == {"base/assets.py:_dequantise"} | ours
     assert callers != others
 
