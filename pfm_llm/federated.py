@@ -29,10 +29,12 @@ from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
 from pfm_llm.config.shipped import find_config
 from pfm_llm.data.frames import data_section
 from pfm_llm.evaluation.results import read_results
+from pfm_llm.publish.alignment import Alignment
 from pfm_llm.publish.publishing import publish
 from pfm_llm.recommender import Recommendation, Recommender
-from pfm_llm.runs.experiment import evaluate_run, open_run, run_experiment
+from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.runs.folders import RESULTS_FILE
+from pfm_llm.runs.opening import open_to_serve
 from pfm_llm.runs.publication import request_of
 from pfm_llm.runs.run import Run, Trained
 
@@ -68,7 +70,7 @@ class FederatedRecommender:
         self._config = parse_config(tree if data is None else _with_data(tree, data))
         self._tree = tree
         self._run: Path | None = None
-        self._opened: tuple[Run, Trained] | None = None
+        self._opened: tuple[Run, Trained, Alignment] | None = None
 
     @property
     def config(self) -> ExperimentConfig:
@@ -134,8 +136,9 @@ class FederatedRecommender:
             DataError: There is no such user.
         """
         if self._opened is None:
-            self._opened = open_run(self.run)
-        return Recommender.of_run(*self._opened, user)
+            self._opened = open_to_serve(self.run)
+        run, trained, alignment = self._opened
+        return Recommender.of_run(run, trained, user, alignment)
 
     def push_to_hub(self, repo: str, **options: Any) -> str:
         """Publish the shared adapter; nothing private is in it.

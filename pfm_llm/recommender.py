@@ -31,8 +31,8 @@ from pfm_llm.protocol.types import PrivateState, SharedState
 from pfm_llm.publish import hub
 from pfm_llm.publish.alignment import Alignment, start_from
 from pfm_llm.publish.artefact import Artefact, prompt_file
-from pfm_llm.runs.experiment import open_run
 from pfm_llm.runs.folders import CONFIG_FILE
+from pfm_llm.runs.opening import open_to_serve
 from pfm_llm.runs.run import Run, Trained, make_trainer
 
 _ME = "user-me"
@@ -141,7 +141,8 @@ class Recommender:
                     f"{source}: a run has a catalogue and a base model of its own; give catalogue, "
                     "revision, backbone and allow_base_mismatch with a published adapter only"
                 )
-            return cls.of_run(*open_run(Path(source)), user)
+            run, trained, alignment = open_to_serve(Path(source))
+            return cls.of_run(run, trained, user, alignment)
         artefact = hub.pull(str(source), revision)
         if not isinstance(catalogue, Catalogue):
             catalogue = _load_catalogue(artefact, catalogue)
@@ -155,16 +156,28 @@ class Recommender:
         return cls(config, parts, catalogue, trained, alignment)
 
     @classmethod
-    def of_run(cls, run: Run, trained: Trained, user: str | None = None) -> "Recommender":
+    def of_run(
+        cls,
+        run: Run,
+        trained: Trained,
+        user: str | None = None,
+        alignment: Alignment | None = None,
+    ) -> "Recommender":
         """The recommender of a run that is open; see `from_pretrained`.
+
+        Args:
+            run: The run.
+            trained: Its shared state, and the weight of private parts.
+            user: As in `from_pretrained`.
+            alignment: How its items fit those of the training; None: they are the same.
 
         Raises:
             DataError: The run's data have no such user.
         """
-        interactions = run.data.interactions
-        everything = Alignment(tuple(range(len(interactions.catalogue))), run.model.model.num_items)
+        catalogue = run.data.interactions.catalogue
+        fit = alignment or Alignment(tuple(range(len(catalogue))), len(catalogue))
         owner = None if user is None else _owner(run, trained.shared, user)
-        return cls(run.config, run.model, interactions.catalogue, trained, everything, owner)
+        return cls(run.config, run.model, catalogue, trained, fit, owner)
 
     def recommend(
         self,

@@ -89,9 +89,9 @@ def _compare(folder: Path, user: str | None, n: int | None, as_json: bool) -> No
     import json
 
     from pfm_llm.runs import lists
-    from pfm_llm.runs.experiment import open_run
+    from pfm_llm.runs.opening import open_to_serve
 
-    run, trained = open_run(folder)
+    run, trained, _ = open_to_serve(folder)
     length = n or lists.LENGTH
     if user is not None:
         found = [lists.compare_lists(run, trained, user, length)]

@@ -4,6 +4,7 @@ Users and items have internal ids, 0 to n - 1: the positions of their external i
 `Interactions.user_ids` and `Catalogue.item_ids`.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -136,8 +137,32 @@ class Interactions:
 
     def content_hash(self) -> str:
         """SHA-256 over all that this holds, the catalogue included, in hex."""
+        return self._hash(self.catalogue.content_hash())
+
+    def events_hash(self) -> str:
+        """SHA-256 over all that this holds without the items' ids and texts, in hex."""
+        return self._hash("")
+
+    def with_item_order(self, order: Sequence[int]) -> "Interactions":
+        """The same interactions over a catalogue in another order.
+
+        Args:
+            order: Internal ids of all items, in their new order.
+        """
+        catalogue = self.catalogue
+        fields = {name: [texts[i] for i in order] for name, texts in catalogue.fields.items()}
+        return dataclasses.replace(
+            self,
+            catalogue=Catalogue(
+                tuple(catalogue.item_ids[i] for i in order),
+                {name: tuple(texts) for name, texts in fields.items()},
+            ),
+            items=np.argsort(order).astype(np.int32)[self.items],
+        )
+
+    def _hash(self, catalogue_hash: str) -> str:
         digest = _text_hash("interactions", self.user_ids, self.user_fields)
-        digest.update(self.catalogue.content_hash().encode())
+        digest.update(catalogue_hash.encode())
         for name in ("offsets", "items", "timestamps", "ratings"):
             array: np.ndarray | None = getattr(self, name)
             digest.update(f"{name}:{'none' if array is None else array.shape}".encode())

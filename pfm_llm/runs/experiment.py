@@ -12,13 +12,14 @@ from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.config.choices import Aggregation, ServerOptimizer
-from pfm_llm.config.schema import ExperimentConfig, dump_config, load_config, training_hash
+from pfm_llm.config.schema import ExperimentConfig, dump_config, training_hash
 from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.baselines.selection import parse_names
 from pfm_llm.federation.exchange import LocalExchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish import hub
+from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.publish.versions.restore import copy_artefact
 from pfm_llm.runs.environment import environment
 from pfm_llm.runs.folders import (
@@ -26,9 +27,9 @@ from pfm_llm.runs.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
     RunFolders,
-    find_run,
 )
 from pfm_llm.runs.measuring import measure, validation_task
+from pfm_llm.runs.opening import TrainedOn, corpus_to_resume, open_run
 from pfm_llm.runs.private_weight import choose_weight
 from pfm_llm.runs.publication import push_finished, push_when_due
 from pfm_llm.runs.report import evaluate_and_report
@@ -59,7 +60,7 @@ def run_experiment(
     folders = _run_folders(config, resume, processes)
     # Bad input fails before the first round, and then leaves no folder.
     with contextlib.nullcontext() if resume else folders.discarded_on_failure():
-        data = load_corpus(config)
+        data = corpus_to_resume(config, folders) if resume else load_corpus(config)
         if processes.is_main:
             _log.info("data: %s\n%s", data.report.describe(), data.split.describe())
         config = settled(config, data)
@@ -68,7 +69,8 @@ def run_experiment(
         else:
             _write_settings(config, folders, processes)
             _fetch_initial_adapter(config, folders, processes)
-        run = assemble(config, data, folders, processes)
+        artefact = read_artefact(folders.initial_adapter) if config.init_from else None
+        run = assemble(config, data, folders, processes, artefact)
         federation = make_federation(run)
         federation.server.select_cohort(1)
         parse_names(config.evaluation.baselines)
@@ -109,21 +111,6 @@ def evaluate_run(folder: Path, against: Sequence[Path] = ()) -> Path:
     """
     evaluate_and_report(*open_run(folder), None, against)
     return folder
-
-
-def open_run(folder: Path) -> tuple[Run, Trained]:
-    """Open a finished or interrupted run, with the state of its last commit.
-
-    Raises:
-        ConfigError: There is no such run; the message lists the runs in the same folder.
-        CheckpointError: The run has no committed round.
-    """
-    folder = find_run(folder, folder.parent)
-    config = load_config(folder / CONFIG_FILE)
-    processes = start_processes(config.runtime.threads)
-    data = load_corpus(config)
-    run = assemble(settled(config, data), data, RunFolders.of(folder), processes)
-    return run, choose_weight(run, run.committed())
 
 
 def make_federation(run: Run) -> Federation:
@@ -192,6 +179,7 @@ def _write_environment(run: Run) -> None:
     here |= {"data": data, "split": run.data.split.describe()}
     here["num_clients"] = len(run.clients.histories.trainable)
     files.write_json(run.folders.public / ENVIRONMENT_FILE, here)
+    TrainedOn.of(run).write(run.folders)
     _log.info("%d threads x %d processes, %s", processes.threads, processes.count, here["dtype"])
 
 

@@ -1,7 +1,7 @@
 """A run as one value: the connected objects that training, evaluation and serving share."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from pfm_llm.evaluation.scorer import Scorer
 from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.alignment import start_from
-from pfm_llm.publish.artefact import Artefact, read_artefact
+from pfm_llm.publish.artefact import Artefact
 from pfm_llm.runs.folders import RunFolders
-from pfm_llm.server.checkpoint import CheckpointStore
+from pfm_llm.server.checkpoint import Checkpoint, CheckpointStore
 from pfm_llm.server.server import Server
 
 _BYTES_PER_GB = 10**9
@@ -135,11 +135,7 @@ class Run:
         Raises:
             CheckpointError: The run has no committed round, or the round is not kept.
         """
-        checkpoint = self.checkpoints.load(round_number)
-        if checkpoint is None:
-            raise CheckpointError(
-                f"{self.folders.public} has no committed round; run `pfm train --resume` first"
-            )
+        checkpoint = committed(self.folders, round_number)
         server = self.new_server()
         server.load_state_tensors(checkpoint.tensors, checkpoint.round_number)
         return server.shared
@@ -149,9 +145,28 @@ class Run:
         return Trained(shared, self.config.adapters.private.weight)
 
 
-def load_corpus(config: ExperimentConfig) -> Corpus:
-    """Load and split the data of an experiment."""
+def committed(folders: RunFolders, round_number: int | None = None) -> Checkpoint:
+    """A committed round of a run; see `Run.committed`."""
+    checkpoint = CheckpointStore(folders.server).load(round_number)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{folders.public} has no committed round; run `pfm train --resume` first"
+        )
+    return checkpoint
+
+
+def load_corpus(
+    config: ExperimentConfig, arranged: Callable[[Interactions], Interactions] | None = None
+) -> Corpus:
+    """Load and split the data of an experiment.
+
+    Args:
+        config: The experiment.
+        arranged: Is given the interactions, and returns those to split.
+    """
     interactions, report = load_interactions(config.data, config.seed)
+    if arranged is not None:
+        interactions = arranged(interactions)
     return Corpus(interactions, report, split_interactions(interactions, config.data))
 
 
@@ -162,7 +177,11 @@ def settled(config: ExperimentConfig, data: Corpus) -> ExperimentConfig:
 
 
 def assemble(
-    config: ExperimentConfig, data: Corpus, folders: RunFolders, processes: Processes
+    config: ExperimentConfig,
+    data: Corpus,
+    folders: RunFolders,
+    processes: Processes,
+    artefact: Artefact | None = None,
 ) -> Run:
     """Make and connect the objects of an experiment.
 
@@ -171,6 +190,7 @@ def assemble(
         data: From `load_corpus`.
         folders: The folders for private states and caches.
         processes: The processes of the run, which know the device.
+        artefact: A published adapter to start from; None: a new model.
 
     Raises:
         DataError: The prompt needs a field that the data lacks, or a window exceeds the context.
@@ -178,7 +198,6 @@ def assemble(
         ArtefactError: The adapter to start from does not fit.
     """
     interactions = data.interactions
-    artefact = read_artefact(folders.initial_adapter) if config.init_from else None
     catalogue = interactions.catalogue
     start = start_from(artefact, catalogue)[0] if artefact else None
     model = build_model(config, catalogue, interactions.ratings, processes.device, start)

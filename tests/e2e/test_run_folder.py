@@ -24,7 +24,8 @@ from pfm_llm.model.cohort import Parts
 from pfm_llm.model.head import context_vectors, score_items, user_vectors
 from pfm_llm.publish.artefact import read_head
 from pfm_llm.runs import summary
-from pfm_llm.runs.experiment import evaluate_run, open_run, run_experiment
+from pfm_llm.runs.experiment import evaluate_run, run_experiment
+from pfm_llm.runs.opening import open_run
 from pfm_llm.runs.run import load_corpus
 from tests.support.leaks import files_below
 from tests.support.scripts import run_script

@@ -34,8 +34,9 @@ from pfm_llm.publish.artefact import (
     read_artefact,
 )
 from pfm_llm.publish.publishing import PublishRequest, plan, publish, stage
-from pfm_llm.runs.experiment import open_run, run_experiment
+from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.opening import open_run
 from pfm_llm.runs.publication import request_of
 from tests.support.exports import (
     a_private_state,

@@ -11,8 +11,9 @@ from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.config.schema import dump_config, load_config
 from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import Mode
-from pfm_llm.runs.experiment import evaluate_run, open_run, run_experiment
+from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.runs.measuring import evaluation_task, measure, quality_of
+from pfm_llm.runs.opening import open_run
 from pfm_llm.runs.private_weight import WEIGHT_FILE
 from tests.support.tiny import Tiny
 

@@ -25,8 +25,9 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.publish.artefact import MANIFEST_FILE, Manifest, read_artefact
 from pfm_llm.recommender import Recommender
-from pfm_llm.runs.experiment import open_run, run_experiment
+from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.opening import open_run
 from pfm_llm.runs.run import load_corpus
 from tests.support.tiny import TITLES, Tiny, metrics_of, results_of, tensor_files
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pfm_llm.evaluation.results import ResultRow
-from pfm_llm.runs.experiment import open_run, run_experiment
+from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RESULTS_FILE, TABLE_FILE
+from pfm_llm.runs.opening import open_run
 from pfm_llm.runs.study.cold_start import first_events
 from pfm_llm.runs.study.run import study_run
 from tests.support.tiny import Tiny, random_histories

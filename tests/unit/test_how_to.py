@@ -17,7 +17,8 @@ from pfm_llm.config.schema import ColumnsConfig, ExperimentConfig
 from pfm_llm.data.rows import validate
 from pfm_llm.evaluation import metrics, results
 from pfm_llm.protocol.types import Tensors
-from pfm_llm.runs.experiment import open_run, run_experiment
+from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.opening import open_run
 from tests.support.tiny import Tiny, results_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to.md"

@@ -22,7 +22,6 @@ from pfm_llm.evaluation.personality.new_items import new_item_figures
 from pfm_llm.evaluation.personality.swap import identification, swap_loss
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.protocol.types import Mode
-from pfm_llm.runs.experiment import open_run
 from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.runs.measuring import (
     evaluation_task,
@@ -34,6 +33,7 @@ from pfm_llm.runs.measuring import (
     rank_baselines,
     rows_of,
 )
+from pfm_llm.runs.opening import open_run
 from pfm_llm.runs.run import Run, Trained
 from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
 from pfm_llm.runs.study.served import Served
