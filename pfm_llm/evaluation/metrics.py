@@ -82,12 +82,9 @@ def auc(scores: npt.NDArray[np.floating], labels: npt.NDArray[Any]) -> float:
     positives, negatives = scores[liked], scores[~liked]
     if not positives.size or not negatives.size:
         return float("nan")
-    positives = positives[~np.isnan(positives)]
-    ordered = np.sort(negatives[~np.isnan(negatives)])
-    below = np.searchsorted(ordered, positives, side="left").sum(dtype=np.float64)
-    below_or_tied = np.searchsorted(ordered, positives, side="right").sum(dtype=np.float64)
-    # Pairs with a NaN are counted in the denominator only.
-    return float((below + below_or_tied) / 2 / (liked.sum() * (~liked).sum()))
+    in_order = np.greater.outer(positives, negatives).sum()
+    tied = np.equal.outer(positives, negatives).sum()
+    return float((in_order + tied / 2) / (positives.size * negatives.size))
 
 
 def per_user_auc(

@@ -115,7 +115,9 @@ def test_the_result_does_not_depend_on_chunks(users_per_client: int, tiny_run: T
     assert len(run.evaluator.chunks(task, 10**6)) == 1
     for mode in OUR_MODES:
         assert _equal(small.ranks[mode], large.ranks[mode]), mode
-    assert replace(small, ranks={}) == replace(large, ranks={})
+    assert np.array_equal(small.users, large.users)
+    none = np.zeros(0)
+    assert replace(small, ranks={}, users=none) == replace(large, ranks={}, users=none)
 
 
 def test_users_who_never_were_in_a_cohort_are_personalised(tiny_run: TinyRun) -> None:
@@ -241,27 +243,23 @@ def test_rank_scores_takes_each_querys_own_negatives() -> None:
     assert ranks.sampled.tolist() == [1, 3, 1]
 
 
-def test_rank_baseline_does_not_depend_on_its_batches() -> None:
-    class Longest:
-        """Scores item i by i times the length of the history."""
-
-        def score(self, histories: Sequence[np.ndarray]) -> np.ndarray:
-            return np.array([np.arange(6) * len(history) for history in histories])
-
+def test_ranks_of_a_split_do_not_depend_on_the_batches() -> None:
     held_out = _held_out([[0], [1, 2], [5], [3]], [[4, 1], [5], [0], [5]])
+
+    def score(queries: Sequence[int]) -> np.ndarray:
+        """Item i scores i times the length of the history."""
+        return np.array([np.arange(6) * len(held_out.histories[q]) for q in queries])
+
     negatives = np.full((5, 1), -1)
-    small, large = (
-        ranking.rank_baseline(Longest(), held_out, negatives, batch)  # type: ignore[arg-type]
-        for batch in (1, 100)
-    )
+    small, large = (ranking.rank_all(score, held_out, negatives, batch) for batch in (1, 100))
     assert _equal(small, large)
     assert small.full.tolist() == [2, 5, 1, 5, 1]
 
 
 def test_combine_orders_by_user_and_adds_up() -> None:
-    def part(users: list[int], count: int) -> evaluator.ChunkRanks:
+    def part(users: list[int], count: int) -> Measured:
         ranks = Ranks(np.array(users), np.array(users) + 1, np.array(users) + 2)
-        return evaluator.ChunkRanks(
+        return Measured(
             ranks={Mode.SHARED_ONLY: ranks},
             users=np.unique(users),
             aucs={Mode.SHARED_ONLY: np.unique(users) / 10},
