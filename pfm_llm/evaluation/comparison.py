@@ -45,12 +45,10 @@ class Reference:
 
 def ranked_references(ranks: Mapping[str, Ranks]) -> list[Reference]:
     """References from the ranks of each method."""
-    return [_reference(name, own) for name, own in ranks.items()]
-
-
-def _reference(name: str, ranks: Ranks) -> Reference:
-    ndcg = user_quality(_NDCG, ranks.full, ranks.users)
-    return Reference(name, np.unique(ranks.users), ndcg)
+    return [
+        Reference(name, np.unique(own.users), user_quality(_NDCG, own.full, own.users))
+        for name, own in ranks.items()
+    ]
 
 
 def read_references(paths: Sequence[Path], config: ExperimentConfig, split: str) -> list[Reference]:
@@ -126,7 +124,7 @@ def rows_over(
         DataError: A reference is of other users.
     """
     mode = _mode_of(config)
-    own = _reference(mode.value, ranks[mode])
+    [own] = ranked_references({mode.value: ranks[mode]})
     figures = {}
     for reference in references:
         if not np.array_equal(reference.users, own.users):

@@ -26,10 +26,8 @@ from pfm_llm.model.head import Normaliser
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.outputs import Outputs
 from pfm_llm.model.readout import Readout, read_last_mlp_only
-from pfm_llm.protocol.types import Tensors
+from pfm_llm.protocol.types import Tensors, lora_name
 
-SHARED_LORA = "lora."
-BASIS = "basis."
 _FACTOR = (".A", ".B")
 
 
@@ -360,7 +358,7 @@ class CohortModel:
         """The factors of each active adapter."""
         pairs = []
         if parts.shared_lora:
-            a, b = stacked[f"{SHARED_LORA}{name}.A"], stacked[f"{SHARED_LORA}{name}.B"]
+            a, b = stacked[lora_name(name, "A")], stacked[lora_name(name, "B")]
             pairs.append(_Pair(a, b * self._scale, is_private=False))
         if parts.private_weight:
             own = self.objective.private.factors(name, stacked, parts.private_weight)

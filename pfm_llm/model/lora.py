@@ -5,11 +5,10 @@ This is the only module that imports ``peft``. Both adapters are plain LoRA on
 (`cohort`) and exported as an ordinary PEFT folder.
 """
 
-import contextlib
 import copy
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +112,17 @@ class DualAdapter:
         self.load_shared(peft_model, shared)
         peft_model.peft_config[SHARED].base_model_name_or_path = base_name
         folder.mkdir(parents=True, exist_ok=True)
-        with files.storage_errors(folder), _peft_subfolder(folder) as scratch:
+        with files.storage_errors(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
             peft_model.save_pretrained(
-                str(scratch), selected_adapters=[SHARED], save_embedding_layers=False
+                scratch, selected_adapters=[SHARED], save_embedding_layers=False
             )
+            written = Path(scratch) / SHARED  # PEFT writes adapter x to <dir>/x
             # PEFT keeps the targets as a set. Sorted, equal adapters give equal files.
-            path = scratch / SHARED / "adapter_config.json"
+            path = written / "adapter_config.json"
             tree = files.read_json(path)
             files.write_json(path, {**tree, "target_modules": sorted(tree["target_modules"])})
+            for file in sorted(written.iterdir()):
+                file.replace(folder / file.name)
 
     def _load(self, peft_model: Any, adapter: str, tensors: Tensors) -> None:
         state = {
@@ -213,15 +215,3 @@ def _clone_structure(model: Any) -> Any:
     """New modules around the same tensors, so that PEFT can replace layers in the copy."""
     shared: Mapping[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, dict(shared))
-
-
-@contextlib.contextmanager
-def _peft_subfolder(folder: Path) -> Iterator[Path]:
-    """A scratch folder for PEFT, which writes adapter ``x`` to ``<dir>/x``; then moves it up."""
-    scratch = folder / ".peft"
-    try:
-        yield scratch
-        for file in sorted((scratch / SHARED).iterdir()):
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

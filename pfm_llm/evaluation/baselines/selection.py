@@ -4,11 +4,11 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
 
 import numpy as np
 
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation.baselines.common import Baseline, Histories, ScoreMatrix, Scorer
 from pfm_llm.evaluation.baselines.ease import Ease
 from pfm_llm.evaluation.baselines.ease_markov import EaseMarkov, mixtures
@@ -35,18 +35,6 @@ class BaselineName(StrEnum):
     EASE_MARKOV = "ease_markov"
 
 
-class HeldOutQueries(Protocol):
-    """The parts of a validation set that the choice of hyperparameters uses."""
-
-    @property
-    def histories(self) -> Histories:
-        """Per query the item ids that came before."""
-
-    @property
-    def targets(self) -> Histories:
-        """Per query at least one item id that came next, none from its history."""
-
-
 @dataclass(frozen=True)
 class FittedBaseline:
     """A baseline, ready to score.
@@ -71,7 +59,7 @@ def fit_baselines(
     names: Sequence[str],
     train_histories: Histories,
     num_items: int,
-    validation: HeldOutQueries,
+    validation: HeldOut,
 ) -> list[FittedBaseline]:
     """Fit baselines on train, each with the hyperparameters that are best on validation.
 
@@ -86,9 +74,8 @@ def fit_baselines(
         ConfigError: A name is unknown.
         DataError: The catalogue is too large for a method, or validation is empty.
     """
-    chosen = parse_names(names)
     selection = _Selection(train_histories, num_items, validation)
-    return [selection.best(name) for name in chosen]
+    return [selection.best(name) for name in parse_names(names)]
 
 
 def parse_names(names: Sequence[str]) -> list[BaselineName]:
@@ -97,15 +84,19 @@ def parse_names(names: Sequence[str]) -> list[BaselineName]:
     Raises:
         ConfigError: A name is unknown; the message gives the nearest or all valid ones.
     """
-    return [_parse_name(name) for name in names]
+    valid = [known.value for known in BaselineName]
+    for name in names:
+        if name not in valid:
+            nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"valid: {', '.join(valid)}"
+            raise ConfigError(f"evaluation.baselines: unknown baseline {name!r}; {hint}")
+    return [BaselineName(name) for name in names]
 
 
 class _Selection:
     """Chooses the setting of each baseline once, also if mixtures use it too."""
 
-    def __init__(
-        self, train_histories: Histories, num_items: int, validation: HeldOutQueries
-    ) -> None:
+    def __init__(self, train_histories: Histories, num_items: int, validation: HeldOut) -> None:
         self._train_histories = train_histories
         self._num_items = num_items
         self._validation = validation
@@ -157,29 +148,16 @@ def _grid(name: BaselineName) -> Iterator[Baseline]:
 
 
 def _validation_ndcg(
-    score: Callable[[Histories], Iterable[ScoreMatrix]], validation: HeldOutQueries
+    score: Callable[[Histories], Iterable[ScoreMatrix]], validation: HeldOut
 ) -> list[float]:
     """NDCG@10 of each score matrix that ``score`` yields, in order."""
     histories, targets = validation.histories, validation.targets
     values: list[list[np.ndarray]] = []
     for start in range(0, max(len(targets), 1), _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
-        batch = [
-            ndcg(full_ranks(scores, histories[part], targets[part]), HEADLINE_K)
-            for scores in score(histories[part])
-        ]
-        values.append(batch)
-    counts = np.array([len(wanted) for wanted in targets], np.int64)
-    queries = np.repeat(np.arange(len(targets)), counts)
+        ranks = (
+            full_ranks(scores, histories[part], targets[part]) for scores in score(histories[part])
+        )
+        values.append([ndcg(each, HEADLINE_K) for each in ranks])
+    queries = np.repeat(np.arange(len(targets)), [len(wanted) for wanted in targets])
     return [mean_over_users(np.concatenate(each), queries) for each in zip(*values, strict=True)]
-
-
-def _parse_name(name: str) -> BaselineName:
-    try:
-        return BaselineName(name)
-    except ValueError:
-        valid = [known.value for known in BaselineName]
-        nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"valid: {', '.join(valid)}"
-        message = f"evaluation.baselines: unknown baseline {name!r}; {hint}"
-    raise ConfigError(message)
