@@ -20,7 +20,6 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import BackboneError, CorruptFileError
 from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.private import PrivatePart
 from pfm_llm.protocol.types import Group, Tensors, lora_name, of_group
 
 SHARED = "shared"
@@ -69,8 +68,8 @@ class DualAdapter:
     def peft_model(self) -> Any:
         """A fresh `peft.PeftModel` with both adapters, on modules of its own.
 
-        The base weights are shared with the backbone; adapter weights are float32. Fill it
-        with `load_shared` and `load_private`.
+        The base weights are shared with the backbone; adapter weights are float32. `load_shared`
+        loads the shared adapter; the private one is as PEFT draws it.
         """
         model = _clone_structure(self._backbone.model)
         peft_model: Any = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
@@ -81,22 +80,6 @@ class DualAdapter:
     def load_shared(self, peft_model: Any, shared: Tensors) -> None:
         """Put the shared LoRA into a model from `peft_model`."""
         self._load(peft_model, SHARED, of_group(shared, Group.LORA))
-
-    def load_private(self, peft_model: Any, part: PrivatePart, tensors: Tensors) -> None:
-        """Put a private LoRA into a model from `peft_model`.
-
-        Args:
-            peft_model: The model.
-            part: The kind of private part; it combines a shared basis with the private tensors.
-            tensors: A client's shared and private tensors.
-        """
-        lora, private = {}, self._config.private
-        for name in self.modules:
-            # PEFT multiplies with the scale itself.
-            factors = part.factors(name, tensors, private.rank / private.alpha)
-            if factors is not None:  # None: the private part does not adapt this layer
-                lora[lora_name(name, "A")], lora[lora_name(name, "B")] = factors
-        self._load(peft_model, PRIVATE, lora)
 
     def export_shared(self, shared: Tensors, folder: Path, base_name: str) -> None:
         """Write the shared adapter as a PEFT folder, and nothing else.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.runs.run import Run
 from tests.conftest import TinyRun
+from tests.support.queries import held_out_of
 from tests.support.tiny_models import stirred
 
 STEPS = {"federation__local__personalise_steps": 3, "federation__local__private_lr": 0.05}
@@ -209,23 +211,11 @@ def test_a_sample_of_users_is_fixed_and_whole(tiny_run: TinyRun) -> None:
 
 
 def test_a_sample_keeps_ratings_with_their_users() -> None:
-    held_out = _held_out(histories=[[0], [1], [2]], targets=[[3], [3], [3]])
+    held_out = held_out_of(histories=[[0], [1], [2]], targets=[[3], [3], [3]])
     rated = replace(held_out, history_ratings=tuple(np.array([u / 2]) for u in range(3)))
     sample = evaluator.sample_users(rated, 2, seed=0)
     assert sample.history_ratings is not None
     assert [r[0] * 2 for r in sample.history_ratings] == sample.users.tolist()
-
-
-def _held_out(histories: list[list[int]], targets: list[list[int]]) -> HeldOut:
-    return HeldOut(
-        name="test",
-        users=np.arange(len(histories)),
-        histories=tuple(np.array(h) for h in histories),
-        history_ratings=None,
-        targets=tuple(np.array(t) for t in targets),
-        num_dropped=0,
-        num_repeated_targets=0,
-    )
 
 
 def test_rank_scores_takes_each_querys_own_negatives() -> None:
@@ -234,7 +224,7 @@ def test_rank_scores_takes_each_querys_own_negatives() -> None:
     Query 0 has targets 4 and 1 (seen: 0): full ranks 4 and 1; against negatives 3 and 2, 3.
     Query 1 has target 2 (seen: 1): full rank 2; against negative 4, rank 1.
     """
-    held_out = _held_out(histories=[[0], [1]], targets=[[4, 1], [2]])
+    held_out = held_out_of(histories=[[0], [1]], targets=[[4, 1], [2]])
     negatives = np.array([[3, 3], [2, 3], [4, -1]])
     scores = np.array([[5.0, 4, 3, 2, 1]] * 2)
     ranks = ranking.rank_scores(scores, held_out, [1, 0], negatives)
@@ -244,7 +234,7 @@ def test_rank_scores_takes_each_querys_own_negatives() -> None:
 
 
 def test_ranks_of_a_split_do_not_depend_on_the_batches() -> None:
-    held_out = _held_out([[0], [1, 2], [5], [3]], [[4, 1], [5], [0], [5]])
+    held_out = held_out_of([[0], [1, 2], [5], [3]], [[4, 1], [5], [0], [5]])
 
     def score(queries: Sequence[int]) -> np.ndarray:
         """Item i scores i times the length of the history."""
@@ -293,19 +283,8 @@ def test_result_rows_hold_every_metric_cut_off_and_candidate_set() -> None:
     """Users 0 and 1 with ranks (1), (4, 2): hit rate at 2 is (1 + 1/2) / 2 = 0.75 over users."""
     ranks = Ranks(np.array([0, 1, 1]), np.array([1, 4, 2]), np.array([1, 1, 1]))
     config = EvaluationConfig(ks=(2, 4), bootstrap=20, num_negatives=9)
-
-    def describe(**values: Any) -> ResultRow:
-        return ResultRow(
-            method="m",
-            mode="none",
-            task="t",
-            protocol="p",
-            budget="b",
-            split="test",
-            seed=0,
-            **values,
-        )
-
+    what = {"method": "m", "mode": "none", "task": "t", "protocol": "p", "budget": "b"}
+    describe = partial(ResultRow, **what, split="test", seed=0)
     rows = ranking.result_rows(ranks, describe, config, seed=0)
     table = {(row.candidates, row.metric, row.k): row for row in rows}
     assert len(table) == len(rows) == 2 * 3 * 2
