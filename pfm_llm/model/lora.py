@@ -5,15 +5,16 @@ This is the only module that imports ``peft``. Both adapters are plain LoRA on
 (`cohort`) and exported as an ordinary PEFT folder.
 """
 
+import contextlib
 import copy
 import re
-import tempfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from pfm_llm.base import files
@@ -95,16 +96,17 @@ class DualAdapter:
         self.load_shared(peft_model, shared)
         peft_model.peft_config[SHARED].base_model_name_or_path = base_name
         folder.mkdir(parents=True, exist_ok=True)
-        with files.storage_errors(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        scratch = folder / ".peft"  # PEFT writes an adapter x to <dir>/x
+        with files.storage_errors(folder), contextlib.ExitStack() as cleanup:
+            cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
             peft_model.save_pretrained(
-                scratch, selected_adapters=[SHARED], save_embedding_layers=False
+                str(scratch), selected_adapters=[SHARED], save_embedding_layers=False
             )
-            written = Path(scratch) / SHARED  # PEFT writes adapter x to <dir>/x
             # PEFT keeps the targets as a set. Sorted, equal adapters give equal files.
-            path = written / "adapter_config.json"
+            path = scratch / SHARED / "adapter_config.json"
             tree = files.read_json(path)
             files.write_json(path, {**tree, "target_modules": sorted(tree["target_modules"])})
-            for file in sorted(written.iterdir()):
+            for file in sorted((scratch / SHARED).iterdir()):
                 file.replace(folder / file.name)
 
     def _load(self, peft_model: Any, adapter: str, tensors: Tensors) -> None:
@@ -142,15 +144,10 @@ class DualAdapter:
     def _find_modules(self) -> dict[str, tuple[int, int]]:
         model = _clone_structure(self._backbone.model)
         try:
-            peft_model = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
+            peft_model: Any = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
         except ValueError as error:
             raise self._missing(self._target_names()) from error
-        state = get_peft_model_state_dict(peft_model, adapter_name=SHARED)
-        names = [
-            key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
-            for key in state
-            if key.endswith(".lora_A.weight")
-        ]
+        names = peft_model.base_model.targeted_module_names
         # PEFT raises only when none of the names matches; here each name must match.
         missing = [
             t for t in self._target_names() if not any(f".{n}".endswith(f".{t}") for n in names)

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import product, starmap
 
 import numpy as np
 
@@ -132,17 +133,13 @@ def _grid(name: BaselineName) -> Iterator[Baseline]:
         case BaselineName.POPULARITY:
             yield Popularity()
         case BaselineName.EASE:
-            for l2 in (50.0, 100.0, 200.0, 500.0, 1000.0):
-                yield Ease(l2)
+            yield from map(Ease, (50.0, 100.0, 200.0, 500.0, 1000.0))
         case BaselineName.MARKOV_RECENCY:
-            for decay in (0.7, 0.8, 0.9):
-                for distance_decay, window in ((0.7, 5), (0.9, 10)):
-                    for smoothing in (10.0, 100.0):
-                        yield MarkovRecency(decay, distance_decay, window, smoothing)
+            grid = product((0.7, 0.8, 0.9), ((0.7, 5), (0.9, 10)), (10.0, 100.0))
+            for decay, (distance_decay, window), smoothing in grid:
+                yield MarkovRecency(decay, distance_decay, window, smoothing)
         case BaselineName.ITEM_KNN:
-            for neighbours in (5, 10, 20, 50, 100, 200):
-                for shrinkage in (0.0, 10.0, 100.0):
-                    yield ItemKnn(neighbours, shrinkage)
+            yield from starmap(ItemKnn, product((5, 10, 20, 50, 100, 200), (0.0, 10.0, 100.0)))
         case BaselineName.EASE_MARKOV:
             raise AssertionError("a mixture has no grid of its own to fit")
 
