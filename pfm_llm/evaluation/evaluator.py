@@ -2,7 +2,7 @@
 
 Everything is fitted on train. A private part that takes no steps is a function of the history that
 a query shows, as are the scores of every method. Before a part that takes steps is measured, every
-client takes ``personalise_steps`` on it from the shared state at hand, on its own training
+client takes ``personalise_steps`` on it from the current shared state, on its own training
 history, whether it ever was in a cohort or not. At test every method sees train and validation as
 input history; nothing is refitted.
 """
@@ -60,16 +60,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """What to rank with what.
+    """The queries of an evaluation, and the states and adapters that rank them.
 
     Attributes:
         held_out: All queries.
         negatives: From `candidates.sample_negatives` for ``held_out``.
-        shared: The shared state at hand.
+        shared: The shared state to evaluate.
         parts: Per mode which adapters take part; None for zero-shot.
         keep: Store the personalised adapters with their clients, for serving.
         liked: Per query whether each target was liked; None: likes are not measured.
-        window_items: Queries show so many of the newest items; None: as many as a window holds.
+        window_items: How many of a query's newest items the language model reads; None: as many as
+            a window holds.
     """
 
     held_out: HeldOut
@@ -151,11 +152,11 @@ class Evaluator:
         private: Mapping[str, torch.Tensor] | None = None,
         known: UserVectors | None = None,
     ) -> Measured:
-        """Rank the targets of some clients' users; queries of other clients are passed over.
+        """Rank the targets of some clients' users; queries of other clients are ignored.
 
         Args:
             chunk: Client ids.
-            task: What to rank with what.
+            task: The queries, and the states that rank them.
             private: Stacked private tensors [C, ...] to serve them with; None: each client's own,
                 personalised now.
             known: User vectors that earlier calls on this split and shared state have read out;
@@ -234,7 +235,7 @@ class Evaluator:
         return metrics.per_user_auc(scores, liked), metrics.per_user_log_likelihood(scores, liked)
 
     def _shown(self, client_id: str, task: EvaluationTask) -> list[History]:
-        """What the language model may read of a client's queries."""
+        """The part of each of a client's queries that the language model may read."""
         newest = slice(-task.window_items if task.window_items else None, None)
         indices = self._query_indices(client_id, task)
         return [task.held_out.query(q).history[newest] for q in indices]

@@ -179,11 +179,7 @@ def pad_tokens(pieces: list[list[int]]) -> torch.Tensor:
 
     Causal attention never looks right, so no mask is needed for what stands left of padding.
     """
-    longest = max(map(len, pieces))
-    tokens = torch.zeros(len(pieces), longest, dtype=torch.int64)
-    for row, piece in enumerate(pieces):
-        tokens[row, : len(piece)] = torch.tensor(piece)
-    return tokens
+    return nn.utils.rnn.pad_sequence([torch.tensor(piece) for piece in pieces], batch_first=True)
 
 
 def load_backbone(config: BackboneConfig, device: torch.device | None = None) -> Backbone:

@@ -38,11 +38,11 @@ class BaselineName(StrEnum):
 
 @dataclass(frozen=True)
 class FittedBaseline:
-    """A baseline, ready to score.
+    """A fitted baseline.
 
     Attributes:
         name: Its key in ``evaluation.baselines`` and ``results.json``.
-        hyperparameters: As chosen on validation.
+        hyperparameters: The values that were chosen on validation.
         validation_ndcg: NDCG@10 on validation over the full catalogue.
     """
 
@@ -68,8 +68,8 @@ def fit_baselines(
         names: `BaselineName` values; the result keeps their order.
         train_histories: Per user the training item ids in order of time.
         num_items: Size of the catalogue.
-        validation: Where NDCG@10 over the full catalogue is compared; ties keep the setting
-            that comes first in the grid. Seen items are masked.
+        validation: The queries on which settings are compared by NDCG@10 over the full catalogue,
+            seen items masked. Of equal settings the first one in the grid is kept.
 
     Raises:
         ConfigError: A name is unknown.
@@ -95,7 +95,7 @@ def parse_names(names: Sequence[str]) -> list[BaselineName]:
 
 
 class _Selection:
-    """Chooses the setting of each baseline once, also if mixtures use it too."""
+    """Chooses the setting of each baseline once, even if a mixture uses the baseline too."""
 
     def __init__(self, train_histories: Histories, num_items: int, validation: HeldOut) -> None:
         self._train_histories = train_histories
