@@ -33,8 +33,8 @@ class Readout:
             num_rows: N.
         """
         counts = rows.bincount(minlength=num_rows)
-        index = nn.utils.rnn.pad_sequence(ends.split(counts.tolist()), batch_first=True)
-        return cls(index, torch.arange(index.shape[1], device=rows.device) < counts[:, None])
+        valid = torch.arange(int(counts.max()), device=rows.device) < counts[:, None]
+        return cls(torch.zeros_like(valid, dtype=ends.dtype).masked_scatter(valid, ends), valid)
 
 
 class ReadoutMlp(nn.Module):
