@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -156,20 +155,19 @@ class PrivateStore:
                         discarded += 1
         return discarded
 
-    def prune(self, oldest_commit: int, client_ids: Iterable[str] | None = None) -> int:
+    def prune(self, oldest_commit: int) -> int:
         """Delete states that no kept checkpoint needs.
 
         Each client keeps its newest version up to ``oldest_commit``, and every later version.
 
         Args:
             oldest_commit: The oldest round that the run may still go back to.
-            client_ids: Only these clients, such as the cohorts since the last commit; None: all.
 
         Returns:
             Number of deleted states.
         """
         deleted = 0
-        for client_id in self.client_ids() if client_ids is None else client_ids:
+        for client_id in self.client_ids():
             files = self._files(_TRAINED, client_id)
             for version in sorted(v for v in files if v <= oldest_commit)[:-1]:
                 _unlink(files[version])

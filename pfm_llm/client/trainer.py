@@ -217,15 +217,18 @@ class LocalTrainer:
         round_number: int,
     ) -> tuple[dict[str, torch.Tensor], list[float]]:
         """Take the planned steps; the new tensors, and the losses of the first shared step."""
-        shared_optimizer, private_optimizer = self._optimizers()
+        local, clip = self._local, self._local.max_grad_norm
+        shared_optimizer = StackedOptimizer(local.shared_optimizer, local.shared_lr, clip)
+        private_optimizer = StackedOptimizer(local.private_optimizer, local.private_lr, clip)
+        private_names = [name for name in stacked if name.startswith(PRIVATE_PREFIX)]
         # Training uses the full private adapter; `adapters.private.weight` applies to serving only.
         private_on = self._config.adapters.private.enabled
         parts = Parts(shared_lora=True, private_weight=1.0 if private_on else 0.0)
         first_losses: list[float] | None = None
         batches = BatchSource(self._config, self._histories, chunk, work, round_number)
         for step, (moves_shared, moves_private) in enumerate(work.plan()):
-            shared = self._trained(stacked) if moves_shared else {}
-            private = _private_leaves(stacked) if moves_private else {}
+            shared = _leaves(stacked, self._contract.tensors) if moves_shared else {}
+            private = _leaves(stacked, private_names) if moves_private else {}
             current = {**stacked, **shared, **private}
             losses = self._model.losses(batches.batch(step), current, parts, batches.dropout(step))
             if moves_shared and first_losses is None:
@@ -240,18 +243,6 @@ class LocalTrainer:
             stacked |= private_optimizer.step(private, gradients[len(shared) :])
         new = {name: value.detach() for name, value in stacked.items()}
         return new, first_losses or [math.nan] * len(chunk)
-
-    def _trained(self, stacked: Tensors) -> dict[str, torch.Tensor]:
-        """The shared tensors that the method trains, as leaves to take gradients of."""
-        return {name: stacked[name].detach().requires_grad_() for name in self._contract.tensors}
-
-    def _optimizers(self) -> tuple[StackedOptimizer, StackedOptimizer]:
-        """The optimizers of the shared and of the private tensors, with fresh moments."""
-        local = self._local
-        return (
-            StackedOptimizer(local.shared_optimizer, local.shared_lr, local.max_grad_norm),
-            StackedOptimizer(local.private_optimizer, local.private_lr, local.max_grad_norm),
-        )
 
     def _stack_shared(self, shared: SharedState, num_clients: int) -> dict[str, torch.Tensor]:
         return stacked_tensors(shared.tensors, num_clients, self._model.item_texts.device)
@@ -277,10 +268,6 @@ class LocalTrainer:
             self._store.save(PrivateState(client_id, round_number, tensors))
 
 
-def _private_leaves(stacked: Tensors) -> dict[str, torch.Tensor]:
-    """The private tensors as leaves to take gradients of."""
-    return {
-        name: value.detach().requires_grad_()
-        for name, value in stacked.items()
-        if name.startswith(PRIVATE_PREFIX)
-    }
+def _leaves(stacked: Tensors, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Some tensors as leaves, of which gradients are taken."""
+    return {name: stacked[name].detach().requires_grad_() for name in names}

@@ -69,7 +69,6 @@ class TrunkCache:
         root: A private folder with a folder per client.
         identity: The weights, layers and dtype that the states depend on besides the tokens.
         max_bytes: Budget for all files together; beyond it states are computed each time.
-        batch_tokens: Bound on padded tokens per forward pass.
         num_writers: Number of processes that write under ``root``; they share the budget evenly.
 
     Attributes:
@@ -83,23 +82,16 @@ class TrunkCache:
         root: Path,
         identity: str,
         max_bytes: int,
-        batch_tokens: int = 8192,
         num_writers: int = 1,
     ) -> None:
         self._trunk = trunk
         self._root = root
         self._identity = identity
         self._max_bytes = max_bytes
-        self._batch_tokens = batch_tokens
         self._num_writers = num_writers
         self._bytes_left: int | None = None
         self.hits = 0
         self.misses = 0
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the trunk and of the returned states."""
-        return next(self._trunk.parameters()).device
 
     def states(self, windows: Sequence[Window], client_id: str) -> list[torch.Tensor]:
         """Trunk states of one client's windows.
@@ -109,7 +101,7 @@ class TrunkCache:
             client_id: The client, whose private folder keeps the states.
 
         Returns:
-            For each window its states [T, d] in the backbone's dtype.
+            For each window its states [T, d] in the backbone's dtype, on its device.
         """
         if not windows:
             return []
@@ -118,11 +110,11 @@ class TrunkCache:
         states = self._read(path, sum(lengths))
         if states is None:
             self.misses += 1
-            states = torch.cat(trunk_states(self._trunk, windows, self._batch_tokens))
+            states = torch.cat(trunk_states(self._trunk, windows))
             self._write(path, states)
         else:
             self.hits += 1
-        return list(states.to(self.device).split(lengths))
+        return list(states.to(next(self._trunk.parameters()).device).split(lengths))
 
     def _key(self, windows: Sequence[Window]) -> str:
         text = f"{self._identity}/{windows_hash(windows)}"

@@ -50,10 +50,7 @@ def sample_negatives(
     for user, history, targets in zip(
         held_out.users, held_out.histories, held_out.targets, strict=True
     ):
-        allowed = np.ones(num_items, dtype=bool)
-        allowed[history] = False
-        allowed[targets] = False
-        pool = np.flatnonzero(allowed)
+        pool = np.setdiff1d(np.arange(num_items), np.concatenate([history, targets]))
         num_drawn = min(num_negatives, len(pool))
         generator = numpy_generator(seed, f"negatives/{held_out.name}", client=str(user))
         for _ in targets:

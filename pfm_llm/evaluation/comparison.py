@@ -27,6 +27,8 @@ _NDCG = "ndcg"
 OVER = f"{_NDCG}_over_"
 """The prefix of the name of a difference to a reference."""
 
+_AGAIN = "; run the script of benchmarks/baselines again"
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -45,12 +47,10 @@ class Reference:
 
 def ranked_references(ranks: Mapping[str, Ranks]) -> list[Reference]:
     """References from the ranks of each method."""
-    return [_reference(name, own) for name, own in ranks.items()]
-
-
-def _reference(name: str, ranks: Ranks) -> Reference:
-    ndcg = user_quality(_NDCG, ranks.full, ranks.users)
-    return Reference(name, np.unique(ranks.users), ndcg)
+    return [
+        Reference(name, np.unique(own.users), user_quality(_NDCG, own.full, own.users))
+        for name, own in ranks.items()
+    ]
 
 
 def read_references(paths: Sequence[Path], config: ExperimentConfig, split: str) -> list[Reference]:
@@ -79,18 +79,23 @@ def _read_reference(path: Path, config: ExperimentConfig, split: str) -> Referen
     per_user = extra.get("per_user", {}).get(split)
     if not rows or not isinstance(per_user, dict) or "users" not in per_user:
         raise DataError(
-            f"{path} does not say what each user got on {split}; give a file that a script of "
+            f"{path} has no figures of single users on {split}; give a file that a script of "
             "benchmarks/baselines wrote"
         )
     if _population(extra.get("config", {})) != _population(config.model_dump(mode="json")):
-        raise DataError(f"{path} was measured on other data, users or another split than this run")
+        raise DataError(
+            f"{path} was measured on other data, users or another split than this run; measure the "
+            "baseline again with the config of this run"
+        )
     try:
         users = np.asarray(per_user["users"], np.int64)
         ndcg = np.asarray(per_user["ndcg@10"], np.float64)
     except (KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(f"{path}: per_user of {split} cannot be read: {error}") from error
+        raise CorruptFileError(
+            f"{path}: cannot read per_user of {split} ({error}){_AGAIN}"
+        ) from error
     if users.shape != ndcg.shape or users.ndim != 1:
-        raise CorruptFileError(f"{path}: per_user of {split} has unequal lists")
+        raise CorruptFileError(f"{path}: users and ndcg@10 of {split} differ in length{_AGAIN}")
     return Reference(rows[0].method, users, ndcg)
 
 
@@ -126,11 +131,14 @@ def rows_over(
         DataError: A reference is of other users.
     """
     mode = _mode_of(config)
-    own = _reference(mode.value, ranks[mode])
+    [own] = ranked_references({mode.value: ranks[mode]})
     figures = {}
     for reference in references:
         if not np.array_equal(reference.users, own.users):
-            raise DataError(f"{reference.name} was measured on other users than this run")
+            raise DataError(
+                f"{reference.name} was measured on other users than this run; measure both on the "
+                "same split and sample of users"
+            )
         figures[f"{OVER}{reference.name}"] = paired_difference(
             own.ndcg, reference.ndcg, bootstrap_of(config)
         )

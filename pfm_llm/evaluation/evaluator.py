@@ -2,7 +2,7 @@
 
 Everything is fitted on train. A private part that takes no steps is a function of the history that
 a query shows, as are the scores of every method. Before a part that takes steps is measured, every
-client takes ``personalise_steps`` on it from the shared state at hand, on its own training
+client takes ``personalise_steps`` on it from the current shared state, on its own training
 history, whether it ever was in a cohort or not. At test every method sees train and validation as
 input history; nothing is refitted.
 """
@@ -24,47 +24,53 @@ from pfm_llm.evaluation import metrics
 from pfm_llm.evaluation.ranking import Ranks, concatenate, rank_scores
 from pfm_llm.evaluation.scorer import Scorer, UserVectors
 from pfm_llm.model.cohort import Parts
-from pfm_llm.protocol.types import Mode, PrivateState, SharedState, Tensors
+from pfm_llm.protocol.types import Mode, PrivateState, SharedState
 
 OUR_MODES = (Mode.ZERO_SHOT, Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one evaluation found.
+    """The figures of some clients' users: of one chunk, or from `combine` of all.
 
     Attributes:
-        ranks: Per mode.
-        aucs: Per mode each user's AUC of likes, float64 [num_users], users ascending, NaN
-            without both classes; empty without the task ``like``.
+        ranks: The ranks of the targets per mode.
+        users: The user of each query, int64 [Q]; ascending after `combine`.
+        aucs: Per mode the AUC of likes of each of ``users``, float64 [Q], NaN without both
+            classes; empty without the task ``like``.
         like_fits: Per mode the mean log-likelihood of each user's labels, beside ``aucs``.
-        choice_fits: The same of what each user met.
-        num_personalised: Users whose private adapter is not zero.
-        num_users: Users evaluated.
-        private_steps: Private gradient steps that were taken for it, over all clients.
+        choice_fits: Per mode the mean log-likelihood of each user's targets, beside ``aucs``.
+        num_personalised: The number of users whose private adapter is not zero.
+        private_steps: The number of private gradient steps of this evaluation, over all clients.
     """
 
     ranks: Mapping[Mode, Ranks]
+    users: np.ndarray
     aucs: Mapping[Mode, np.ndarray]
     like_fits: Mapping[Mode, np.ndarray]
     choice_fits: Mapping[Mode, np.ndarray]
     num_personalised: int
-    num_users: int
     private_steps: int
+
+    @property
+    def num_users(self) -> int:
+        """The number of evaluated users."""
+        return len(self.users)
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """What to rank with what.
+    """The queries of an evaluation, and the states and adapters that rank them.
 
     Attributes:
         held_out: All queries.
         negatives: From `candidates.sample_negatives` for ``held_out``.
-        shared: The shared state at hand.
+        shared: The shared state to evaluate.
         parts: Per mode which adapters take part; None for zero-shot.
         keep: Store the personalised adapters with their clients, for serving.
         liked: Per query whether each target was liked; None: likes are not measured.
-        window_items: Queries show so many of the newest items; None: as many as a window holds.
+        window_items: How many of a query's newest items the language model reads; None: as many as
+            a window holds.
     """
 
     held_out: HeldOut
@@ -84,19 +90,6 @@ class EvaluationTask:
     def query_of(self) -> Mapping[int, int]:
         """User to index of the query in ``held_out``."""
         return {int(user): index for index, user in enumerate(self.held_out.users)}
-
-
-@dataclass(frozen=True)
-class ChunkRanks:
-    """What one chunk of clients contributes; see `Measured`. ``users`` are those of ``aucs``."""
-
-    ranks: Mapping[Mode, Ranks]
-    users: np.ndarray
-    aucs: Mapping[Mode, np.ndarray]
-    like_fits: Mapping[Mode, np.ndarray]
-    choice_fits: Mapping[Mode, np.ndarray]
-    num_personalised: int
-    private_steps: int
 
 
 @dataclass(frozen=True)
@@ -158,38 +151,36 @@ class Evaluator:
         task: EvaluationTask,
         private: Mapping[str, torch.Tensor] | None = None,
         known: UserVectors | None = None,
-    ) -> ChunkRanks:
-        """Rank the targets of some clients' users; queries of other clients are passed over.
+    ) -> Measured:
+        """Rank the targets of some clients' users; queries of other clients are ignored.
 
         Args:
             chunk: Client ids.
-            task: What to rank with what.
+            task: The queries, and the states that rank them.
             private: Stacked private tensors [C, ...] to serve them with; None: each client's own,
                 personalised now.
             known: User vectors that earlier calls on this split and shared state have read out;
                 see `Scorer.score`.
         """
         scored = self.score_chunk(chunk, task, private, known)
-        counts = scored.queries_per_client
+        asked = task.held_out.take(scored.order)
         ranks, aucs, likes, choices = {}, {}, {}, {}
-        held_out = task.held_out
-        histories, targets = (
-            [items[q] for q in scored.order] for items in (held_out.histories, held_out.targets)
-        )
         for mode, parts in task.parts.items():
             scores = scored.scores[mode]
-            ranks[mode] = rank_scores(scores, held_out, scored.order, task.negatives)
+            ranks[mode] = rank_scores(scores, task.held_out, scored.order, task.negatives)
             if task.liked is not None and parts is not None:
-                choices[mode] = metrics.per_user_choice_log_likelihood(scores, histories, targets)
+                choices[mode] = metrics.per_user_choice_log_likelihood(
+                    scores, asked.histories, asked.targets
+                )
                 aucs[mode], likes[mode] = self._likes(task, scored, parts)
         personalised = private is None and bool(scored.private)
-        return ChunkRanks(
+        return Measured(
             ranks=ranks,
-            users=held_out.users[list(scored.order)],
+            users=asked.users,
             aucs=aucs,
             like_fits=likes,
             choice_fits=choices,
-            num_personalised=self._count_active(scored.private, counts),
+            num_personalised=self._count_active(scored),
             private_steps=self._trainer.personalise_steps(chunk) if personalised else 0,
         )
 
@@ -226,10 +217,8 @@ class Evaluator:
         """
         if self._model.objective.private.takes_steps:
             return self._trainer.personalise(chunk, task.shared)
-        shown: list[History | None] = [None] * len(chunk)
-        for c, client_id in enumerate(chunk):
-            for q in self._query_indices(client_id, task):
-                shown[c] = task.held_out.query(q).history
+        queries = [self._query_indices(client_id, task) for client_id in chunk]
+        shown = [task.held_out.query(own[-1]).history if own else None for own in queries]
         return self._trainer.fit(chunk, task.shared, shown)
 
     def _likes(
@@ -246,7 +235,7 @@ class Evaluator:
         return metrics.per_user_auc(scores, liked), metrics.per_user_log_likelihood(scores, liked)
 
     def _shown(self, client_id: str, task: EvaluationTask) -> list[History]:
-        """What the language model may read of a client's queries."""
+        """The part of each of a client's queries that the language model may read."""
         newest = slice(-task.window_items if task.window_items else None, None)
         indices = self._query_indices(client_id, task)
         return [task.held_out.query(q).history[newest] for q in indices]
@@ -255,12 +244,12 @@ class Evaluator:
         users = self._histories.clients[client_id].users
         return [task.query_of[user] for user in users if user in task.query_of]
 
-    def _count_active(self, private: Tensors, users: Sequence[int]) -> int:
-        """How many users have private tensors that change anything; ``users`` is per client."""
-        if not private:
+    def _count_active(self, scored: ChunkScores) -> int:
+        """The number of users whose private tensors change scores."""
+        if not scored.private:
             return 0
-        active = self._model.objective.private.active(private).tolist()
-        return sum(count for count, is_active in zip(users, active, strict=True) if is_active)
+        active = self._model.objective.private.active(scored.private)
+        return int(active.cpu().numpy() @ scored.queries_per_client)
 
     def _keep(
         self, chunk: Sequence[str], private: Mapping[str, torch.Tensor], round_number: int
@@ -286,25 +275,23 @@ def parts_of(modes: Sequence[Mode], private_weight: float) -> dict[Mode, Parts |
     return {mode: table[mode] for mode in modes}
 
 
-def combine(parts: Sequence[ChunkRanks]) -> Measured:
-    """Put the parts of all chunks together."""
-    modes = list(parts[0].ranks) if parts else []
-    ranks = {mode: concatenate([part.ranks[mode] for part in parts]) for mode in modes}
-    by_user = np.argsort(np.concatenate([part.users for part in parts])) if parts else None
+def combine(parts: Sequence[Measured]) -> Measured:
+    """Join the figures of all chunks, users ascending."""
+    users = np.concatenate([np.zeros(0, np.int64), *(part.users for part in parts)])
+    by_user, modes = np.argsort(users), parts[0].ranks if parts else ()
 
     def joined(name: str) -> dict[Mode, np.ndarray]:
         found = [getattr(part, name) for part in parts]
         modes = found[0] if found else ()
         return {mode: np.concatenate([one[mode] for one in found])[by_user] for mode in modes}
 
-    num_users = len(np.unique(next(iter(ranks.values())).users)) if ranks else 0
     return Measured(
-        ranks=ranks,
+        ranks={mode: concatenate([part.ranks[mode] for part in parts]) for mode in modes},
+        users=users[by_user],
         aucs=joined("aucs"),
         like_fits=joined("like_fits"),
         choice_fits=joined("choice_fits"),
         num_personalised=sum(part.num_personalised for part in parts),
-        num_users=num_users,
         private_steps=sum(part.private_steps for part in parts),
     )
 

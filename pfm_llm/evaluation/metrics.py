@@ -82,12 +82,9 @@ def auc(scores: npt.NDArray[np.floating], labels: npt.NDArray[Any]) -> float:
     positives, negatives = scores[liked], scores[~liked]
     if not positives.size or not negatives.size:
         return float("nan")
-    positives = positives[~np.isnan(positives)]
-    ordered = np.sort(negatives[~np.isnan(negatives)])
-    below = np.searchsorted(ordered, positives, side="left").sum(dtype=np.float64)
-    below_or_tied = np.searchsorted(ordered, positives, side="right").sum(dtype=np.float64)
-    # Pairs with a NaN are counted in the denominator only.
-    return float((below + below_or_tied) / 2 / (liked.sum() * (~liked).sum()))
+    in_order = np.greater.outer(positives, negatives).sum()
+    tied = np.equal.outer(positives, negatives).sum()
+    return float((in_order + tied / 2) / (positives.size * negatives.size))
 
 
 def per_user_auc(
@@ -138,11 +135,11 @@ def per_user_log_likelihood(
 def per_user_choice_log_likelihood(
     scores: npt.NDArray[np.floating], histories: Sequence[IntArray], targets: Sequence[IntArray]
 ) -> FloatArray:
-    """The mean log-likelihood, in nats, of each user's targets among the items not in the history.
+    """The mean log-likelihood, in nats, of each user's targets among all candidates.
 
     Args:
         scores: [users, items], logits of a softmax over the catalogue.
-        histories: Per user the items that are no candidates.
+        histories: Per user the history, whose items are no candidates.
         targets: Per user the target items, none of them in the history.
 
     Returns:
@@ -206,9 +203,9 @@ def bootstrap_interval(
     """
     values = np.asarray(per_user_values, np.float64)
     if num_resamples < 1:
-        raise ConfigError(f"evaluation.bootstrap is {num_resamples}: at least 1 resample")
+        raise ConfigError(f"evaluation.bootstrap is {num_resamples}; set it to at least 1 resample")
     if not 0 < confidence < 1:
-        raise ConfigError(f"evaluation.confidence is {confidence}: between 0 and 1, say 0.95")
+        raise ConfigError(f"evaluation.confidence is {confidence}; set it between 0 and 1, as 0.95")
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
         raise DataError("a bootstrap needs one finite value per user, and at least one user")
     means = resampled_means(values, num_resamples, seed)
@@ -245,7 +242,7 @@ def mean_over_users(values: FloatArray, groups: IntArray) -> float:
     """
     means, users = per_user(values, groups)
     if not users.size:
-        raise DataError("nothing to average: no held-out targets; check data.split")
+        raise DataError("nothing to average: there are no held-out targets; check data.split")
     return float(means.mean())
 
 
@@ -292,4 +289,4 @@ def _in_list(ranks: IntArray, k: int) -> npt.NDArray[np.bool_]:
 
 def _check_k(k: int) -> None:
     if k < 1:
-        raise ConfigError(f"evaluation.ks holds {k}: a list has at least 1 item")
+        raise ConfigError(f"evaluation.ks holds {k}; set every list length to at least 1")

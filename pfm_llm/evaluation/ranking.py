@@ -40,27 +40,24 @@ def rank_scores(
         queries: int [Q], their indices in it.
         negatives: int [all targets of ``held_out``, num_negatives].
     """
-    histories = [held_out.histories[q] for q in queries]
-    targets = [held_out.targets[q] for q in queries]
-    starts = np.concatenate([[0], np.cumsum([len(t) for t in held_out.targets])])
+    asked = held_out.take(queries)
+    histories, targets = asked.histories, asked.targets
+    starts = np.cumsum([0, *map(len, held_out.targets)])
     rows = np.concatenate([np.arange(starts[q], starts[q + 1]) for q in queries])
-    users = np.concatenate([np.full(len(held_out.targets[q]), held_out.users[q]) for q in queries])
     return Ranks(
-        users=users.astype(np.int64),
+        users=np.repeat(asked.users, [len(own) for own in targets]),
         full=scoring.full_ranks(scores, histories, targets),
         sampled=scoring.sampled_ranks(scores, targets, negatives[rows]),
     )
 
 
-def rank_baseline(
-    baseline: FittedBaseline, held_out: HeldOut, negatives: np.ndarray, batch: int = 1024
-) -> Ranks:
-    """Rank all targets with a baseline."""
+def rank_baseline(baseline: FittedBaseline, held_out: HeldOut, negatives: np.ndarray) -> Ranks:
+    """Rank all targets of a split with a baseline; see `rank_all`."""
 
     def score(queries: Sequence[int]) -> np.ndarray:
-        return np.asarray(baseline.score([held_out.histories[q] for q in queries]))
+        return baseline.score([held_out.histories[q] for q in queries])
 
-    return rank_all(score, held_out, negatives, batch)
+    return rank_all(score, held_out, negatives)
 
 
 def rank_all(
@@ -153,8 +150,8 @@ def concatenate(parts: Sequence[Ranks]) -> Ranks:
     users = np.concatenate([part.users for part in parts])
     # Sorted by user, so that the result does not depend on the division of the work.
     order = np.argsort(users, kind="stable")
-    return Ranks(
-        users=users[order],
-        full=np.concatenate([part.full for part in parts])[order],
-        sampled=np.concatenate([part.sampled for part in parts])[order],
+    full, sampled = (
+        np.concatenate([getattr(part, name) for part in parts])[order]
+        for name in ("full", "sampled")
     )
+    return Ranks(users[order], full, sampled)

@@ -39,7 +39,7 @@ class ResultRow:
         k: The cut-off of the ranked list; 0 where there is none.
         value: Mean over users.
         ci_low: Lower end of the bootstrap interval over users.
-        ci_high: Upper end of it.
+        ci_high: Upper end of this interval.
         num_users: How many users the mean is over.
         seed: The experiment's seed.
         regime: The division of work between clients and server: ``fedsgd``, ``fedavg`` or ``""``.
@@ -76,7 +76,7 @@ class ResultRow:
 
 
 def judged_mode(has_private: bool) -> Mode:
-    """The mode that a run is judged by: with its private part, if it has one."""
+    """The mode whose figures a run is judged by: with the private part, if the run has one."""
     return Mode.SHARED_PRIVATE if has_private else Mode.SHARED_ONLY
 
 
@@ -89,7 +89,7 @@ def write_results(path: Path, rows: Sequence[ResultRow], extra: Mapping[str, Any
         extra: Further top-level keys in plain JSON types: ``config``, ``environment``, ``costs``.
 
     Raises:
-        DataError: ``extra`` holds ``rows``, or a value that JSON has no form for, such as NaN.
+        DataError: ``extra`` holds ``rows``, or a value that JSON cannot hold, such as NaN.
         StorageError: The file cannot be written.
     """
     if "rows" in extra:
@@ -97,7 +97,10 @@ def write_results(path: Path, rows: Sequence[ResultRow], extra: Mapping[str, Any
     try:
         write_json(path, {"rows": [dataclasses.asdict(row) for row in rows], **extra})
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: rows, config, environment or costs: {error}") from error
+        raise DataError(
+            f"{path}: rows, config, environment or costs cannot be written as JSON: {error}; give "
+            "plain values without NaN"
+        ) from error
 
 
 def read_results(path: Path) -> tuple[list[ResultRow], dict[str, Any]]:
@@ -105,7 +108,7 @@ def read_results(path: Path) -> tuple[list[ResultRow], dict[str, Any]]:
 
     Raises:
         DataError: There is no such file.
-        CorruptFileError: The file is not what `write_results` writes.
+        CorruptFileError: The file does not have the form that `write_results` writes.
     """
     if not path.is_file():
         raise DataError(f"no results at {path}; run `pfm evaluate` first")
@@ -121,11 +124,15 @@ def _parse_row(row: Any, where: str) -> ResultRow:
     if isinstance(row, dict):
         row = {"regime": "", **row}  # files from before there were regimes
     if not isinstance(row, dict) or row.keys() != fields.keys():
-        raise CorruptFileError(f"{where}: expected the keys {', '.join(fields)}")
+        raise CorruptFileError(
+            f"{where}: expected the keys {', '.join(fields)}; run `pfm evaluate` again"
+        )
     for name, kind in fields.items():
         valid = (int, float) if kind is float else kind
         if isinstance(row[name], bool) or not isinstance(row[name], valid):
-            raise CorruptFileError(f"{where}: {name} is {row[name]!r}")
+            raise CorruptFileError(
+                f"{where}: {name} is {row[name]!r}, not {kind.__name__}; run `pfm evaluate` again"
+            )
     try:
         return ResultRow(**row)
     except DataError as error:

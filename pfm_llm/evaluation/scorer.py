@@ -1,7 +1,7 @@
 """Scoring a catalogue after histories: the one chain by which we rank, serve and recommend.
 
-A history becomes its newest window, the window trunk states, these a user vector, and that the
-scores of the items, with what a private part adds to them.
+The newest window of a history gives trunk states, these give a user vector, and the user vector
+gives the scores of the items. A private part adds to these scores.
 """
 
 import functools
@@ -18,12 +18,12 @@ from pfm_llm.protocol.types import Mode, SharedState, Tensors
 from pfm_llm.text.encoding import HistoryEncoder, Window
 
 Histories = Mapping[str, Sequence[History]]
-"""Per client id the histories that it asks to be continued."""
+"""Per client id the histories after which items are scored."""
 
 UserVectors = dict[tuple[tuple[str, ...], bool], list[torch.Tensor]]
-"""User vectors that `Scorer.score` read out before, per client [Q, D]: by the clients that were
-scored together, and by whether the shared LoRA was on. They hold for one set of histories and one
-shared state."""
+"""User vectors [Q, D] per client that `Scorer.score` has read out. A key has the clients that were
+scored together, and whether the shared LoRA was active. The vectors are valid for one set of
+histories and one shared state."""
 
 
 class Scorer:
@@ -44,7 +44,7 @@ class Scorer:
         self._states = states
 
     def window(self, history: History) -> Window:
-        """The newest stretch of a history, as the language model reads it.
+        """The newest window of a history, as the language model reads it.
 
         Raises:
             DataError: The history is empty.
@@ -70,10 +70,10 @@ class Scorer:
         Args:
             histories: Of C clients, Q histories in all, none empty.
             stacked: The clients' tensors [C, ...], from `stack`.
-            modes: Per mode which adapters take part; None: the untouched language model.
+            modes: Per mode which adapters take part; None: the language model without adapters.
             candidates: Internal ids of the items to score, int [K]; None: the whole catalogue.
-            known: User vectors that earlier calls read out. It is used and added to, so that
-                other private parts for the same histories cost no second pass.
+            known: User vectors that earlier calls have read out. This call adds its own, so that
+                other private parts for the same histories need no second pass.
 
         Returns:
             Per mode float32 [Q, K], the histories by client in their order.
@@ -99,7 +99,7 @@ class Scorer:
         parts: Parts,
         known: UserVectors,
     ) -> list[torch.Tensor]:
-        """User vectors per client; those that no private part changes are read out once."""
+        """User vectors per client. Vectors that no private part changes are read out once."""
         if self.model.objective.private.acts_on_states:
             return self.model.user_vectors(batch(), stacked, parts)
         key = (clients, parts.shared_lora)
@@ -109,7 +109,7 @@ class Scorer:
 
     def _collate(self, histories: Histories) -> ChunkBatch:
         windows = [[self.window(history) for history in own] for own in histories.values()]
-        # Each window is a cache entry of its own: it stays when the client's others change.
+        # Each window has its own cache entry, which stays when other windows of the client change.
         states = [
             [self._states([window], client_id)[0] for window in own]
             for client_id, own in zip(histories, windows, strict=True)

@@ -16,8 +16,6 @@ Scores = npt.NDArray[np.floating] | torch.Tensor
 ItemArray = npt.NDArray[np.integer]
 Ranks = npt.NDArray[np.int64]
 
-_ROWS_AT_ONCE = 4096
-
 
 def full_ranks(
     scores: Scores, histories: Sequence[ItemArray], targets: Sequence[ItemArray]
@@ -46,7 +44,16 @@ def full_ranks(
         raise DataError(f"{len(histories)} histories for {len(targets)} queries: give one each")
     ranks = [np.zeros(0, np.int64)]
     for query, (row, seen, wanted) in enumerate(zip(matrix, histories, targets, strict=True)):
-        ranks.append(_ranks_in_row(row, seen, wanted, query))
+        check_ids(wanted, len(row), "target")
+        unseen = _unseen(row, seen)
+        masked = wanted[~unseen[wanted]]
+        if masked.size:
+            raise DataError(
+                f"query {query}: target item {masked[0]} is in its own history, which is masked; "
+                "leave such repeats out of the targets"
+            )
+        # "Not below" also catches NaN on either side; the target itself supplies the 1.
+        ranks.append(np.count_nonzero(~(row[unseen] < row[wanted][:, None]), axis=1))
     return np.concatenate(ranks)
 
 
@@ -67,25 +74,19 @@ def sampled_ranks(scores: Scores, targets: Sequence[ItemArray], negatives: ItemA
             its own negatives.
     """
     matrix = _as_matrix(scores, len(targets))
-    counts = np.array([len(wanted) for wanted in targets], np.int64)
-    flat = _concatenate(targets)
+    flat = np.concatenate([np.zeros(0, np.int64), *targets])
     if negatives.ndim != 2 or len(negatives) != len(flat):
         raise DataError(
             f"negatives have shape {negatives.shape}, expected one row for each of the "
             f"{len(flat)} targets"
         )
-    _check_ids(flat, matrix.shape[1], "target")
-    _check_ids(negatives, matrix.shape[1], "negative", lowest=-1)
+    check_ids(flat, matrix.shape[1], "target")
+    check_ids(negatives, matrix.shape[1], "negative", lowest=-1)
     if (negatives == flat[:, None]).any():
         raise DataError("a target is among its own negatives: sample them without the targets")
-    queries = np.repeat(np.arange(len(matrix)), counts)
-    ranks = np.empty(len(flat), np.int64)
-    for start in range(0, len(flat), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        own = matrix[queries[part], flat[part]]
-        others = matrix[queries[part, None], negatives[part]]
-        ranks[part] = 1 + (~(others < own[:, None]) & (negatives[part] >= 0)).sum(axis=1)
-    return ranks
+    queries = np.repeat(np.arange(len(matrix)), [len(wanted) for wanted in targets])[:, None]
+    below = matrix[queries, negatives] < matrix[queries, flat[:, None]]
+    return 1 + np.count_nonzero(~below & (negatives >= 0), axis=1)
 
 
 def top_items(
@@ -113,28 +114,10 @@ def top_items(
     return best, row[best]
 
 
-def _ranks_in_row(
-    row: npt.NDArray[np.floating], seen: ItemArray, wanted: ItemArray, query: int
-) -> Ranks:
-    _check_ids(wanted, len(row), "target")
-    unseen = _unseen(row, seen)
-    masked = np.asarray(wanted)[~unseen[wanted]]
-    if masked.size:
-        raise DataError(
-            f"query {query}: target item {masked[0]} is in its own history, which is masked; "
-            "leave such repeats out of the targets"
-        )
-    candidates = row[unseen]
-    # "Not below" also catches NaN on either side; the target itself supplies the 1.
-    below = np.count_nonzero(candidates[None, :] < row[wanted][:, None], axis=1)
-    return (len(candidates) - below).astype(np.int64)
-
-
 def _unseen(row: npt.NDArray[np.floating], seen: ItemArray) -> npt.NDArray[np.bool_]:
+    check_ids(seen, len(row), "history")
     unseen = np.ones(len(row), np.bool_)
-    _check_ids(seen, len(row), "history")
-    if len(seen):
-        unseen[seen] = False
+    unseen[np.asarray(seen, np.int64)] = False
     return unseen
 
 
@@ -150,15 +133,22 @@ def _as_matrix(scores: Scores, num_queries: int) -> npt.NDArray[np.floating]:
     return scores
 
 
-def _check_ids(ids: ItemArray, num_items: int, what: str, lowest: int = 0) -> None:
+def check_ids(ids: ItemArray, num_items: int, what: str, lowest: int = 0) -> None:
+    """Check that item ids are in the catalogue.
+
+    Args:
+        ids: Item ids, of any shape.
+        num_items: Size of the catalogue.
+        what: The kind of item, for the message, such as ``target``.
+        lowest: The lowest valid id; -1 where padding is valid.
+
+    Raises:
+        DataError: An id is below ``lowest`` or not below ``num_items``.
+    """
     ids = np.asarray(ids)
     if ids.size and (ids.min() < lowest or ids.max() >= num_items):
         bad = ids.min() if ids.min() < lowest else ids.max()
         raise DataError(
-            f"{what} item {bad} is outside the catalogue of {num_items} items; scores and ids "
-            "must come from the same catalogue"
+            f"{what} item {bad} is outside the catalogue of {num_items} items; take scores, "
+            "histories and targets from one catalogue"
         )
-
-
-def _concatenate(arrays: Sequence[ItemArray]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.zeros(0, np.int64), *arrays]).astype(np.int64)

@@ -26,11 +26,11 @@ def results_table(
 ) -> str:
     """The results as Markdown: baselines first, then the modes; the best of a column in bold.
 
-    Each group of rows with equal task, protocol and seed gets its own table. Different budgets get
-    a column.
+    Each group of rows with equal task, protocol and seed has its own table. Where budgets differ,
+    a column shows them.
 
     Args:
-        rows: Measured numbers of any split.
+        rows: Results of any split.
         split: The split to show.
         confidence: Coverage of the intervals in the rows, for their label.
 
@@ -142,7 +142,7 @@ def _cell(row: ResultRow | None, column: _Column, top: str, best: str) -> str:
 
 
 def _figure(row: ResultRow) -> str:
-    """The value as shown, so that what looks equal is also marked as equal."""
+    """The value as text. Values with equal text are marked as equally good."""
     return f"{row.value:.4f}"
 
 

@@ -36,6 +36,12 @@ class Backbone:
         tokenizer: Its tokenizer.
         name: The name in the config, never a path of the local cache.
         weights_hash: SHA-256 over its parameters as stored, before any cast to another dtype.
+        dtype: The compute dtype.
+        device: The device of the model.
+        hidden_size: Width of a hidden state.
+        layers_path: Path of the list of decoder layers in ``model``, such as ``model.layers``.
+        num_layers: Number of decoder layers.
+        is_embedded: Whether the weights come from a package registry instead of the Hub.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, weights_hash: str) -> None:
@@ -43,40 +49,19 @@ class Backbone:
         self.tokenizer = tokenizer
         self.name = name
         self.weights_hash = weights_hash
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self.hidden_size: int = model.config.get_text_config().hidden_size
         self._decoder_path, self._layers_name, self._norm_name = _find_parts(model)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        dtype: torch.dtype = next(self.model.parameters()).dtype
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the model."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of a hidden state."""
-        return int(self.model.config.get_text_config().hidden_size)
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return len(getattr(self.decoder, self._layers_name))
+        self.layers_path = f"{self._decoder_path}.{self._layers_name}"
+        self.num_layers = len(model.get_submodule(self.layers_path))
+        self.is_embedded = name in EMBEDDED
 
     @property
     def max_tokens(self) -> int:
         """Longest input that the position embeddings allow."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else 1 << 30
-
-    @property
-    def is_embedded(self) -> bool:
-        """Whether the weights come from a package registry instead of the Hub."""
-        return self.name in EMBEDDED
 
     @property
     def tokenizer_hash(self) -> str:
@@ -94,11 +79,6 @@ class Backbone:
     def decoder(self) -> Any:
         """The model without its language-modelling head."""
         return self.model.get_submodule(self._decoder_path)
-
-    @property
-    def layers_path(self) -> str:
-        """Path of the list of decoder layers in ``model``, such as ``model.layers``."""
-        return f"{self._decoder_path}.{self._layers_name}"
 
     def first_top_layer(self, num_top: int) -> int:
         """Index of the lowest of the ``num_top`` highest layers.
@@ -199,11 +179,7 @@ def pad_tokens(pieces: list[list[int]]) -> torch.Tensor:
 
     Causal attention never looks right, so no mask is needed for what stands left of padding.
     """
-    longest = max(map(len, pieces))
-    tokens = torch.zeros(len(pieces), longest, dtype=torch.int64)
-    for row, piece in enumerate(pieces):
-        tokens[row, : len(piece)] = torch.tensor(piece)
-    return tokens
+    return nn.utils.rnn.pad_sequence([torch.tensor(piece) for piece in pieces], batch_first=True)
 
 
 def load_backbone(config: BackboneConfig, device: torch.device | None = None) -> Backbone:

@@ -93,9 +93,11 @@ def build_model(
     prompt = _load_prompt(config.prompt, ratings)
     backbone = load_backbone(config.backbone, device)
     if start is not None:
-        allowed = config.init_from is not None and config.init_from.allow_base_mismatch
-        start.check_base(backbone, allowed)
-    encoder = _encoder(config, catalogue, ratings, prompt, backbone)
+        start.check_base(backbone, bool(config.init_from and config.init_from.allow_base_mismatch))
+    values = () if ratings is None else tuple(np.unique(ratings).tolist())
+    encoder = HistoryEncoder(
+        prompt, catalogue, backbone.tokenizer, config.window, backbone.max_tokens, values
+    )
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
     sizes = Sizes(backbone.hidden_size, adapter.modules, len(catalogue))
@@ -104,8 +106,7 @@ def build_model(
     normaliser = start.normaliser if start else fit_normaliser(states)
     shared = start.shared(table, prompt) if start else table.initial_state()
     texts = normaliser(states)[:, : config.head.dim].contiguous()
-    unseen_only = config.federation.local.unseen_only
-    objective = Objective(texts, config.tasks, private, unseen_only)
+    objective = Objective(texts, config.tasks, private, config.federation.local.unseen_only)
     return ModelParts(
         backbone=backbone,
         trunk=trunk,
@@ -132,19 +133,6 @@ def _load_prompt(name: str, ratings: np.ndarray | None) -> Prompt:
             "or choose a prompt without ratings such as next_item.v1"
         )
     return prompt
-
-
-def _encoder(
-    config: ExperimentConfig,
-    catalogue: Catalogue,
-    ratings: np.ndarray | None,
-    prompt: Prompt,
-    backbone: Backbone,
-) -> HistoryEncoder:
-    values = () if ratings is None else tuple(np.unique(ratings).tolist())
-    return HistoryEncoder(
-        prompt, catalogue, backbone.tokenizer, config.window, backbone.max_tokens, values
-    )
 
 
 def item_states(

@@ -25,11 +25,10 @@ from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.model.head import Normaliser
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.outputs import Outputs
+from pfm_llm.model.private.part import Factors
 from pfm_llm.model.readout import Readout, read_last_mlp_only
-from pfm_llm.protocol.types import Tensors
+from pfm_llm.protocol.types import Tensors, lora_name
 
-SHARED_LORA = "lora."
-BASIS = "basis."
 _FACTOR = (".A", ".B")
 
 
@@ -44,15 +43,6 @@ class Parts:
 
     shared_lora: bool = True
     private_weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """One adapter's factors for every client: A [C, r, in], and B [C, out, r] with its scale."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    is_private: bool
 
 
 @dataclass(frozen=True)
@@ -223,12 +213,10 @@ class CohortModel:
         self, vectors: Sequence[torch.Tensor], stacked: Tensors, parts: Parts
     ) -> torch.Tensor:
         """Scores [K, I] of the catalogue for user vectors from `user_vectors`, float32."""
-        owns = _slices(stacked, len(vectors))
         found = []
-        for own, states in zip(owns, vectors, strict=True):
+        for own, states in zip(_slices(stacked, len(vectors)), vectors, strict=True):
             scores = recommender_head.score_items(own, states, self.item_texts)
-            added = self._added_scores(own, Task.NEXT_ITEM, parts.private_weight)
-            found.append(scores if added is None else scores + added)
+            found.append(self._with_private(scores, own, Task.NEXT_ITEM, parts))
         return torch.cat(found)
 
     @torch.no_grad()
@@ -237,18 +225,19 @@ class CohortModel:
 
         They depend on no user vector. Only the private part makes them differ between clients.
         """
-        num_clients = len(stacked[recommender_head.LIKE_TEXT])
         found = []
-        for own in _slices(stacked, num_clients):
+        for own in _slices(stacked, len(stacked[recommender_head.LIKE_TEXT])):
             logits = recommender_head.like_logits(own, self.item_texts)
-            added = self._added_scores(own, Task.LIKE, parts.private_weight)
-            found.append(logits if added is None else logits + added)
+            found.append(self._with_private(logits, own, Task.LIKE, parts))
         return torch.stack(found)
 
-    def _added_scores(self, own: Tensors, task: Task, weight: float) -> torch.Tensor | None:
-        if not weight:
-            return None
-        return self.objective.private.added_scores(own, task, self.item_texts, weight)
+    def _with_private(
+        self, scores: torch.Tensor, own: Tensors, task: Task, parts: Parts
+    ) -> torch.Tensor:
+        """Scores [..., I] with those that the private part adds."""
+        private, weight = self.objective.private, parts.private_weight
+        added = private.added_scores(own, task, self.item_texts, weight) if weight else None
+        return scores if added is None else scores + added
 
     @torch.no_grad()
     def zero_shot_scores(self, batch: ChunkBatch) -> torch.Tensor:
@@ -343,39 +332,37 @@ class CohortModel:
     ) -> None:
         """Give every adapted layer the LoRA factors of each row of the batch."""
         for name, linear in self._linears.items():
-            pairs = self._pairs(name, stacked, parts)
+            shared, private = self._factors(name, stacked, parts)
+            active = [factors for factors in (shared, private) if factors is not None]
             linear.factors = linear.lora_input = None
-            if not pairs:
+            if not active:
                 continue
             dtype = linear.base.weight.dtype
-            a = torch.cat([pair.a for pair in pairs], 1).to(dtype)
-            b = torch.cat([pair.b for pair in pairs], 2).to(dtype)
+            a = torch.cat([a for a, _ in active], 1).to(dtype)
+            b = torch.cat([b for _, b in active], 2).to(dtype)
             linear.factors = (a[batch.row_clients].mT, b[batch.row_clients].mT)
             if dropout is not None:
-                rates = [dropout.private if pair.is_private else dropout.shared for pair in pairs]
-                ranks = [pair.a.shape[1] for pair in pairs]
+                both = ((shared, dropout.shared), (private, dropout.private))
+                rates = [rate for factors, rate in both if factors is not None]
+                ranks = [a.shape[1] for a, _ in active]
                 linear.lora_input = _LoraInput(dropout, batch, ranks, rates)
 
-    def _pairs(self, name: str, stacked: Tensors, parts: Parts) -> list[_Pair]:
-        """The factors of each active adapter."""
-        pairs = []
+    def _factors(
+        self, name: str, stacked: Tensors, parts: Parts
+    ) -> tuple[Factors | None, Factors | None]:
+        """The factors of the shared and of the private adapter, each None where not active."""
+        shared = private = None
         if parts.shared_lora:
-            a, b = stacked[f"{SHARED_LORA}{name}.A"], stacked[f"{SHARED_LORA}{name}.B"]
-            pairs.append(_Pair(a, b * self._scale, is_private=False))
+            shared = stacked[lora_name(name, "A")], stacked[lora_name(name, "B")] * self._scale
         if parts.private_weight:
-            own = self.objective.private.factors(name, stacked, parts.private_weight)
-            if own is not None:
-                pairs.append(_Pair(*own, is_private=True))
-        return pairs
+            private = self.objective.private.factors(name, stacked, parts.private_weight)
+        return shared, private
 
     def _private_heads(
         self, stacked: Tensors, num_clients: int, weight: float
     ) -> Sequence[tuple[torch.Tensor, torch.Tensor] | None]:
         found = self.objective.private.head_factors(stacked, weight) if weight else None
-        if found is None:
-            return [None] * num_clients
-        a, b = found
-        return list(zip(a.unbind(0), b.unbind(0), strict=True))
+        return [None] * num_clients if found is None else list(zip(*found, strict=True))
 
     def _with_dropout(
         self, outputs: Outputs, own: Tensors, dropout: Dropout, client: int

@@ -174,11 +174,6 @@ def fading(ages: torch.Tensor, half_life: torch.Tensor) -> torch.Tensor:
     return weights
 
 
-def score_scale(dim: int) -> float:
-    """Factor on the inner product, so that scores of random vectors start below one."""
-    return 0.5 / dim**0.5
-
-
 def item_inputs(head: Tensors, items: torch.Tensor) -> torch.Tensor | None:
     """The ID term that is added to the hidden state at the last token of each item.
 
@@ -260,7 +255,8 @@ def score_items(head: Tensors, vectors: torch.Tensor, item_texts: torch.Tensor) 
     scores = (vectors @ head[ITEM_PROJ]) @ item_texts.T
     if ITEM_IDS in head:
         scores = scores + (vectors @ head[ITEM_IDS_OUT]) @ head[ITEM_IDS].T
-    scores = scores * score_scale(item_texts.shape[1])
+    # With this factor the scores of random vectors start below one.
+    scores = scores * (0.5 / item_texts.shape[1] ** 0.5)
     if ITEM_BIAS in head:
         scores = scores + head[ITEM_BIAS]
     return scores

@@ -9,19 +9,18 @@ import contextlib
 import copy
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import BackboneError, CorruptFileError
 from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.private import PrivatePart
 from pfm_llm.protocol.types import Group, Tensors, lora_name, of_group
 
 SHARED = "shared"
@@ -70,8 +69,8 @@ class DualAdapter:
     def peft_model(self) -> Any:
         """A fresh `peft.PeftModel` with both adapters, on modules of its own.
 
-        The base weights are shared with the backbone; adapter weights are float32. Fill it
-        with `load_shared` and `load_private`.
+        The base weights are shared with the backbone; adapter weights are float32. `load_shared`
+        loads the shared adapter; the private one is as PEFT draws it.
         """
         model = _clone_structure(self._backbone.model)
         peft_model: Any = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
@@ -82,22 +81,6 @@ class DualAdapter:
     def load_shared(self, peft_model: Any, shared: Tensors) -> None:
         """Put the shared LoRA into a model from `peft_model`."""
         self._load(peft_model, SHARED, of_group(shared, Group.LORA))
-
-    def load_private(self, peft_model: Any, part: PrivatePart, tensors: Tensors) -> None:
-        """Put a private LoRA into a model from `peft_model`.
-
-        Args:
-            peft_model: The model.
-            part: The kind of private part; it combines a shared basis with the private tensors.
-            tensors: A client's shared and private tensors.
-        """
-        lora, private = {}, self._config.private
-        for name in self.modules:
-            # PEFT multiplies with the scale itself.
-            factors = part.factors(name, tensors, private.rank / private.alpha)
-            if factors is not None:  # None: the private part does not adapt this layer
-                lora[lora_name(name, "A")], lora[lora_name(name, "B")] = factors
-        self._load(peft_model, PRIVATE, lora)
 
     def export_shared(self, shared: Tensors, folder: Path, base_name: str) -> None:
         """Write the shared adapter as a PEFT folder, and nothing else.
@@ -113,7 +96,9 @@ class DualAdapter:
         self.load_shared(peft_model, shared)
         peft_model.peft_config[SHARED].base_model_name_or_path = base_name
         folder.mkdir(parents=True, exist_ok=True)
-        with files.storage_errors(folder), _peft_subfolder(folder) as scratch:
+        scratch = folder / ".peft"  # PEFT writes an adapter x to <dir>/x
+        with files.storage_errors(folder), contextlib.ExitStack() as cleanup:
+            cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
             peft_model.save_pretrained(
                 str(scratch), selected_adapters=[SHARED], save_embedding_layers=False
             )
@@ -121,6 +106,8 @@ class DualAdapter:
             path = scratch / SHARED / "adapter_config.json"
             tree = files.read_json(path)
             files.write_json(path, {**tree, "target_modules": sorted(tree["target_modules"])})
+            for file in sorted((scratch / SHARED).iterdir()):
+                file.replace(folder / file.name)
 
     def _load(self, peft_model: Any, adapter: str, tensors: Tensors) -> None:
         state = {
@@ -157,15 +144,10 @@ class DualAdapter:
     def _find_modules(self) -> dict[str, tuple[int, int]]:
         model = _clone_structure(self._backbone.model)
         try:
-            peft_model = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
+            peft_model: Any = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
         except ValueError as error:
             raise self._missing(self._target_names()) from error
-        state = get_peft_model_state_dict(peft_model, adapter_name=SHARED)
-        names = [
-            key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
-            for key in state
-            if key.endswith(".lora_A.weight")
-        ]
+        names = peft_model.base_model.targeted_module_names
         # PEFT raises only when none of the names matches; here each name must match.
         missing = [
             t for t in self._target_names() if not any(f".{n}".endswith(f".{t}") for n in names)
@@ -213,15 +195,3 @@ def _clone_structure(model: Any) -> Any:
     """New modules around the same tensors, so that PEFT can replace layers in the copy."""
     shared: Mapping[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, dict(shared))
-
-
-@contextlib.contextmanager
-def _peft_subfolder(folder: Path) -> Iterator[Path]:
-    """A scratch folder for PEFT, which writes adapter ``x`` to ``<dir>/x``; then moves it up."""
-    scratch = folder / ".peft"
-    try:
-        yield scratch
-        for file in sorted((scratch / SHARED).iterdir()):
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -33,13 +33,8 @@ class Readout:
             num_rows: N.
         """
         counts = rows.bincount(minlength=num_rows)
-        starts = counts.cumsum(0) - counts
-        slots = torch.arange(len(rows), device=rows.device) - starts[rows]
-        longest = int(counts.max())
-        index = torch.zeros(num_rows, longest, dtype=torch.int64, device=rows.device)
-        valid = torch.zeros(num_rows, longest, dtype=torch.bool, device=rows.device)
-        index[rows, slots], valid[rows, slots] = ends, True
-        return cls(index, valid)
+        valid = torch.arange(int(counts.max()), device=rows.device) < counts[:, None]
+        return cls(torch.zeros_like(valid, dtype=ends.dtype).masked_scatter(valid, ends), valid)
 
 
 class ReadoutMlp(nn.Module):

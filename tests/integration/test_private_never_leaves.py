@@ -32,6 +32,7 @@ from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.run import assemble, load_corpus
 from pfm_llm.server.server import Server
 from tests.support.leaks import DTYPES, RUN, Hunt, files_below
+from tests.support.peft_reference import load_private
 from tests.support.tiny import TITLES, Tiny, alone
 from tests.support.watch import Watch
 
@@ -284,7 +285,7 @@ def naive_push(folder: Path, what: Exported, state: PrivateState) -> None:
     """What `save_pretrained` and `push_to_hub` write unless they are told otherwise."""
     model = what.parts.adapter.peft_model()
     tensors = {**what.parts.shared.tensors, **state.tensors}
-    what.parts.adapter.load_private(model, what.parts.private, tensors)
+    load_private(what.parts.adapter, model, what.parts.private, tensors)
     model.save_pretrained(str(folder))
 
 

@@ -16,6 +16,7 @@ from pfm_llm.protocol.types import PrivateState
 from pfm_llm.publish.artefact import ADAPTER_FILE, MANIFEST_FILE, Manifest
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
+from tests.support.peft_reference import load_private
 from tests.support.tiny import Tiny
 
 
@@ -119,7 +120,7 @@ def save_both_with_peft(run: Any, state: PrivateState, folder: Path) -> None:
     model = run.model.adapter.peft_model()
     run.model.adapter.load_shared(model, run.model.shared.tensors)
     tensors = {**run.model.shared.tensors, **state.tensors}
-    run.model.adapter.load_private(model, run.model.private, tensors)
+    load_private(run.model.adapter, model, run.model.private, tensors)
     model.save_pretrained(str(folder))
 
 

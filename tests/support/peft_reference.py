@@ -9,11 +9,24 @@ from typing import Any
 
 import torch
 
-from pfm_llm.protocol.types import Tensors
+from pfm_llm.model.lora import PRIVATE, DualAdapter
+from pfm_llm.model.private import PrivatePart
+from pfm_llm.protocol.types import Tensors, lora_name
 from pfm_llm.text.encoding import NO_TARGET, Window
 from tests.support.tiny_models import TinyCohort
 
 _FACTOR = {"A": "lora_A", "B": "lora_B"}
+
+
+def load_private(adapter: DualAdapter, peft: Any, part: PrivatePart, tensors: Tensors) -> None:
+    """Put a client's private LoRA, with a shared basis if any, into a `DualAdapter.peft_model`."""
+    lora, settings = {}, part.settings
+    for name in adapter.modules:
+        # PEFT multiplies with the scale itself.
+        factors = part.factors(name, tensors, settings.rank / settings.alpha)
+        if factors is not None:  # None: the private part does not adapt this layer
+            lora[lora_name(name, "A")], lora[lora_name(name, "B")] = factors
+    adapter._load(peft, PRIVATE, lora)
 
 
 class PeftReference:
@@ -28,7 +41,7 @@ class PeftReference:
         self._cohort = cohort
         self._peft: Any = cohort.adapter.peft_model().eval()
         cohort.adapter.load_shared(self._peft, tensors)
-        cohort.adapter.load_private(self._peft, cohort.private, tensors)
+        load_private(cohort.adapter, self._peft, cohort.private, tensors)
         self._model = self._peft.get_base_model()
         self._weights = {
             f"{prefix}.{module}.{factor}": self._model.get_submodule(

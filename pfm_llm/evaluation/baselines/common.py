@@ -8,6 +8,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from pfm_llm.base.errors import DataError, TrainingError
+from pfm_llm.evaluation.scoring import check_ids
 
 Histories = Sequence[npt.NDArray[np.integer]]
 ScoreMatrix = npt.NDArray[np.float32]
@@ -69,12 +70,7 @@ def flatten(
     if num_items < 1:
         raise DataError("the catalogue has no items: a baseline needs at least one")
     items = np.concatenate([np.zeros(0, np.int64), *histories]).astype(np.int64)
-    if items.size and (items.min() < 0 or items.max() >= num_items):
-        bad = items.min() if items.min() < 0 else items.max()
-        raise DataError(
-            f"history item {bad} is outside the catalogue of {num_items} items; fit and score "
-            "histories of one catalogue"
-        )
+    check_ids(items, num_items, "history")
     lengths = np.array([len(history) for history in histories], np.int64)
     return items, np.repeat(np.arange(len(histories)), lengths)
 

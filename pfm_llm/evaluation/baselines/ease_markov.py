@@ -1,4 +1,4 @@
-"""A mixture of EASE, which uses the whole history, and the Markov chain, which uses its order."""
+"""A mixture of EASE, which ignores the order of a history, and the Markov chain, which uses it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,7 +18,7 @@ class EaseMarkov:
     Args:
         ease: A fitted `Ease`.
         markov: A fitted `MarkovRecency`, of the same catalogue.
-        weight: Of EASE, in [0, 1].
+        weight: The weight of EASE, in [0, 1].
 
     Raises:
         ConfigError: ``weight`` is out of range.
@@ -26,7 +26,9 @@ class EaseMarkov:
 
     def __init__(self, ease: Scorer, markov: Scorer, weight: float) -> None:
         if not 0 <= weight <= 1:
-            raise ConfigError(f"the weight of EASE beside Markov is {weight}: between 0 and 1")
+            raise ConfigError(
+                f"the weight of EASE beside Markov is {weight}; set it between 0 and 1"
+            )
         self._ease = ease
         self._markov = markov
         self._weight = weight

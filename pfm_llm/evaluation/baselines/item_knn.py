@@ -20,8 +20,8 @@ class ItemKnn:
     once. Items that tie with the last neighbour all count, so the order of ids does not matter.
 
     Args:
-        neighbours: How many per item, at least 1.
-        shrinkage: In users, at least 0.
+        neighbours: Number of neighbours per item, at least 1.
+        shrinkage: Added to the denominator, in users, at least 0.
 
     Raises:
         ConfigError: A value is out of range.

@@ -1,4 +1,4 @@
-"""Baselines of the task ``like``: will a user like an item that was rated?
+"""Baselines of the task ``like``: whether a user will like an item that the user has rated.
 
 Both are central, fitted on train and chosen on validation by the mean AUC per user. The AUC only
 depends on the order of a user's own held-out items, so a constant per user does not matter.
@@ -34,13 +34,13 @@ RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 @dataclass(frozen=True)
 class FittedLikes:
-    """A baseline of likes, ready to be measured.
+    """A fitted baseline of likes.
 
     Attributes:
         name: ``like_rate`` or ``like_ridge``.
-        hyperparameters: As chosen on validation.
-        validation_auc: Mean AUC per user on validation; NaN if nobody there has both classes, and
-            then the first values of the grid were kept.
+        hyperparameters: The values that were chosen on validation.
+        validation_auc: Mean AUC per user on validation. It is NaN if no user there has both
+            classes; the first values of the grid are then kept.
     """
 
     name: str
@@ -71,7 +71,7 @@ def fit_like_baselines(
 
     Args:
         split: Train to fit on and validation to choose on.
-        threshold: A rating from here on is a like.
+        threshold: A rating of at least this is a like.
         features: [num_items, D], finite.
 
     Raises:
@@ -85,7 +85,9 @@ def fit_like_baselines(
         weights = train.ridge(x, **settings)
         unjudged = FittedLikes(name, settings, np.nan, rates, x, weights)
         aucs = unjudged.aucs(split.validation, liked)
-        return dataclasses.replace(unjudged, validation_auc=mean_auc(aucs))
+        defined = aucs[~np.isnan(aucs)]
+        mean = float(defined.mean()) if len(defined) else math.nan
+        return dataclasses.replace(unjudged, validation_auc=mean)
 
     # A ridge on no features is the like rate alone.
     nothing, scaled = features[:, :0].astype(np.float64), _standardised(features)
@@ -93,12 +95,6 @@ def fit_like_baselines(
     rate = max(rates, key=lambda one: one.validation_auc)
     ridges = (made("like_ridge", {**rate.hyperparameters, "l2": l2}, scaled) for l2 in RIDGES)
     return [rate, max(ridges, key=lambda one: one.validation_auc)]
-
-
-def mean_auc(aucs: FloatArray) -> float:
-    """The mean over the users who have an AUC; NaN if nobody has one."""
-    defined = aucs[~np.isnan(aucs)]
-    return float(defined.mean()) if len(defined) else math.nan
 
 
 @dataclass(frozen=True)

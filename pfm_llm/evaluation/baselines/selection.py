@@ -4,11 +4,12 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from itertools import product, starmap
 
 import numpy as np
 
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation.baselines.common import Baseline, Histories, ScoreMatrix, Scorer
 from pfm_llm.evaluation.baselines.ease import Ease
 from pfm_llm.evaluation.baselines.ease_markov import EaseMarkov, mixtures
@@ -35,25 +36,13 @@ class BaselineName(StrEnum):
     EASE_MARKOV = "ease_markov"
 
 
-class HeldOutQueries(Protocol):
-    """The parts of a validation set that the choice of hyperparameters uses."""
-
-    @property
-    def histories(self) -> Histories:
-        """Per query the item ids that came before."""
-
-    @property
-    def targets(self) -> Histories:
-        """Per query at least one item id that came next, none from its history."""
-
-
 @dataclass(frozen=True)
 class FittedBaseline:
-    """A baseline, ready to score.
+    """A fitted baseline.
 
     Attributes:
         name: Its key in ``evaluation.baselines`` and ``results.json``.
-        hyperparameters: As chosen on validation.
+        hyperparameters: The values that were chosen on validation.
         validation_ndcg: NDCG@10 on validation over the full catalogue.
     """
 
@@ -71,7 +60,7 @@ def fit_baselines(
     names: Sequence[str],
     train_histories: Histories,
     num_items: int,
-    validation: HeldOutQueries,
+    validation: HeldOut,
 ) -> list[FittedBaseline]:
     """Fit baselines on train, each with the hyperparameters that are best on validation.
 
@@ -79,16 +68,15 @@ def fit_baselines(
         names: `BaselineName` values; the result keeps their order.
         train_histories: Per user the training item ids in order of time.
         num_items: Size of the catalogue.
-        validation: Where NDCG@10 over the full catalogue is compared; ties keep the setting
-            that comes first in the grid. Seen items are masked.
+        validation: The queries on which settings are compared by NDCG@10 over the full catalogue,
+            seen items masked. Of equal settings the first one in the grid is kept.
 
     Raises:
         ConfigError: A name is unknown.
         DataError: The catalogue is too large for a method, or validation is empty.
     """
-    chosen = parse_names(names)
     selection = _Selection(train_histories, num_items, validation)
-    return [selection.best(name) for name in chosen]
+    return [selection.best(name) for name in parse_names(names)]
 
 
 def parse_names(names: Sequence[str]) -> list[BaselineName]:
@@ -97,15 +85,19 @@ def parse_names(names: Sequence[str]) -> list[BaselineName]:
     Raises:
         ConfigError: A name is unknown; the message gives the nearest or all valid ones.
     """
-    return [_parse_name(name) for name in names]
+    valid = [known.value for known in BaselineName]
+    for name in names:
+        if name not in valid:
+            nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"valid: {', '.join(valid)}"
+            raise ConfigError(f"evaluation.baselines: unknown baseline {name!r}; {hint}")
+    return [BaselineName(name) for name in names]
 
 
 class _Selection:
-    """Chooses the setting of each baseline once, also if mixtures use it too."""
+    """Chooses the setting of each baseline once, even if a mixture uses the baseline too."""
 
-    def __init__(
-        self, train_histories: Histories, num_items: int, validation: HeldOutQueries
-    ) -> None:
+    def __init__(self, train_histories: Histories, num_items: int, validation: HeldOut) -> None:
         self._train_histories = train_histories
         self._num_items = num_items
         self._validation = validation
@@ -141,45 +133,28 @@ def _grid(name: BaselineName) -> Iterator[Baseline]:
         case BaselineName.POPULARITY:
             yield Popularity()
         case BaselineName.EASE:
-            for l2 in (50.0, 100.0, 200.0, 500.0, 1000.0):
-                yield Ease(l2)
+            yield from map(Ease, (50.0, 100.0, 200.0, 500.0, 1000.0))
         case BaselineName.MARKOV_RECENCY:
-            for decay in (0.7, 0.8, 0.9):
-                for distance_decay, window in ((0.7, 5), (0.9, 10)):
-                    for smoothing in (10.0, 100.0):
-                        yield MarkovRecency(decay, distance_decay, window, smoothing)
+            grid = product((0.7, 0.8, 0.9), ((0.7, 5), (0.9, 10)), (10.0, 100.0))
+            for decay, (distance_decay, window), smoothing in grid:
+                yield MarkovRecency(decay, distance_decay, window, smoothing)
         case BaselineName.ITEM_KNN:
-            for neighbours in (5, 10, 20, 50, 100, 200):
-                for shrinkage in (0.0, 10.0, 100.0):
-                    yield ItemKnn(neighbours, shrinkage)
+            yield from starmap(ItemKnn, product((5, 10, 20, 50, 100, 200), (0.0, 10.0, 100.0)))
         case BaselineName.EASE_MARKOV:
             raise AssertionError("a mixture has no grid of its own to fit")
 
 
 def _validation_ndcg(
-    score: Callable[[Histories], Iterable[ScoreMatrix]], validation: HeldOutQueries
+    score: Callable[[Histories], Iterable[ScoreMatrix]], validation: HeldOut
 ) -> list[float]:
     """NDCG@10 of each score matrix that ``score`` yields, in order."""
     histories, targets = validation.histories, validation.targets
     values: list[list[np.ndarray]] = []
     for start in range(0, max(len(targets), 1), _QUERIES_AT_ONCE):
         part = slice(start, start + _QUERIES_AT_ONCE)
-        batch = [
-            ndcg(full_ranks(scores, histories[part], targets[part]), HEADLINE_K)
-            for scores in score(histories[part])
-        ]
-        values.append(batch)
-    counts = np.array([len(wanted) for wanted in targets], np.int64)
-    queries = np.repeat(np.arange(len(targets)), counts)
+        ranks = (
+            full_ranks(scores, histories[part], targets[part]) for scores in score(histories[part])
+        )
+        values.append([ndcg(each, HEADLINE_K) for each in ranks])
+    queries = np.repeat(np.arange(len(targets)), [len(wanted) for wanted in targets])
     return [mean_over_users(np.concatenate(each), queries) for each in zip(*values, strict=True)]
-
-
-def _parse_name(name: str) -> BaselineName:
-    try:
-        return BaselineName(name)
-    except ValueError:
-        valid = [known.value for known in BaselineName]
-        nearest = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"valid: {', '.join(valid)}"
-        message = f"evaluation.baselines: unknown baseline {name!r}; {hint}"
-    raise ConfigError(message)

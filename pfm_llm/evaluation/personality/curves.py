@@ -1,4 +1,4 @@
-"""Memory and cold start: the gain when the prompt, or the whole model, has less of a history."""
+"""Memory and cold start: the gain when the prompt, or the whole model, has a shorter history."""
 
 from collections.abc import Mapping
 
@@ -51,7 +51,7 @@ def curve_figures(
     if own.keys() != shared.keys():
         raise DataError(
             f"a curve with the private adapter at {sorted(own)} items and without it at "
-            f"{sorted(shared)}: measure both at the same"
+            f"{sorted(shared)}; measure both at the same numbers of items"
         )
     figures = {}
     for items in sorted(own):

@@ -15,7 +15,7 @@ from pfm_llm.evaluation.metrics import FloatArray, IntArray, bootstrap_interval,
 from pfm_llm.evaluation.results import HEADLINE_K
 
 ROUNDING = 1e-9
-"""Qualities that differ by less are equal: another order of summation changes them so much."""
+"""Qualities that differ by less count as equal: the order of summation changes them so much."""
 
 _NAME = re.compile(r"[a-z0-9_]+")
 
@@ -42,7 +42,7 @@ class Estimate:
     Attributes:
         value: The mean.
         ci_low: Lower end of the interval.
-        ci_high: Upper end of it.
+        ci_high: Upper end of this interval.
         num_users: How many users the mean is over.
     """
 
@@ -78,7 +78,7 @@ def estimate(values: FloatArray, bootstrap: Bootstrap) -> Estimate:
         raise DataError(f"values of shape {values.shape}: give one per user")
     values = values[~np.isnan(values)]
     if not values.size:
-        raise DataError("no user has a value to average: leave this measure out, or give users")
+        raise DataError("no user has a value to average; leave this measure out, or add users")
     low, high = bootstrap_interval(
         values, bootstrap.num_resamples, bootstrap.confidence, bootstrap.seed
     )
@@ -97,7 +97,7 @@ def paired_difference(own: FloatArray, reference: FloatArray, bootstrap: Bootstr
         bootstrap: The settings of the interval.
 
     Returns:
-        Over the users that have both values.
+        The mean over the users that have both values, with its interval.
 
     Raises:
         ConfigError: ``bootstrap`` is out of range.
@@ -188,6 +188,6 @@ def named_estimates(*figures: Mapping[str, Estimate]) -> dict[str, Estimate]:
             if not _NAME.fullmatch(name):
                 raise DataError(f"figure {name!r}: make its name of a-z, 0-9 and _")
             if name in merged:
-                raise DataError(f"two figures are called {name}: name them apart")
+                raise DataError(f"two figures are called {name}; give each a name of its own")
             merged[name] = value
     return merged

@@ -9,16 +9,13 @@ from pfm_llm.evaluation.personality.estimates import (
     user_quality,
 )
 
-SHARED = ""
-"""The default reference, the shared part alone, which is not named in a figure's name."""
-
 
 def rank_gain(
     own: IntArray,
     reference: IntArray,
     users: IntArray,
     bootstrap: Bootstrap,
-    over: str = SHARED,
+    over: str = "",
 ) -> dict[str, Estimate]:
     """Gain in ranks over a reference.
 
@@ -35,8 +32,8 @@ def rank_gain(
         reference: int64 [T], ranks of the same targets in the same order without it.
         users: int64 [T], the user of each target.
         bootstrap: The settings of the intervals.
-        over: Name of a reference other than the shared part alone, such as ``"private"``: the
-            names then end in ``_over_private``.
+        over: The reference, such as ``"private"``: the names then end in ``_over_private``. Empty
+            for the shared part alone.
 
     Returns:
         ``gain_log_rank`` and ``gain_ndcg``.
@@ -54,7 +51,7 @@ def rank_gain(
 
 
 def auc_gain(
-    own: FloatArray, reference: FloatArray, bootstrap: Bootstrap, over: str = SHARED
+    own: FloatArray, reference: FloatArray, bootstrap: Bootstrap, over: str = ""
 ) -> dict[str, Estimate]:
     """Gain in AUC over a reference.
 

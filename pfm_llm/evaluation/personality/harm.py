@@ -13,7 +13,7 @@ from pfm_llm.evaluation.personality.estimates import ROUNDING, Bootstrap, Estima
 from pfm_llm.evaluation.personality.groups import members, slug
 
 MIN_USERS = 10
-"""Groups below are merged."""
+"""Groups with fewer users are merged."""
 
 _RESAMPLES_PER_TEST = 4  # at 1, a single resample could decide
 
@@ -93,7 +93,7 @@ def group_harm(
         DataError: Lengths differ, two groups share a name, or a gain is infinite.
     """
     if min_users < 1:
-        raise ConfigError(f"harm: min_users {min_users}: at least 1")
+        raise ConfigError(f"harm: min_users is {min_users}; set it to at least 1")
     by_group = _gains_by_group(np.asarray(gain, np.float64), groupings, min_users)
     level = (1 - bootstrap.confidence) / 2
     if level > 0:
@@ -152,7 +152,7 @@ def holm(p_values: FloatArray) -> FloatArray:
 def _gains_by_group(
     gain: FloatArray, groupings: Mapping[str, Sequence[str]], min_users: int
 ) -> dict[str, FloatArray]:
-    """Name of a group to the gains of its members who have one."""
+    """Name of a group to the gains of the members who have a gain."""
     has_gain = ~np.isnan(gain)
     found: dict[str, FloatArray] = {}
     for grouping, labels in groupings.items():

@@ -29,7 +29,7 @@ def rank_biased_overlap(
     Args:
         before: int [U, k], each user's items, best first.
         after: int [U, k], the same users in the same order.
-        persistence: p in (0, 1); lower places count more with a larger p.
+        persistence: p in (0, 1). With a larger p, lower places count more.
 
     Returns:
         float64 [U].
@@ -40,7 +40,9 @@ def rank_biased_overlap(
     """
     before, after = np.asarray(before), np.asarray(after)
     if not 0 < persistence < 1:
-        raise ConfigError(f"rank-biased overlap: persistence {persistence}: between 0 and 1")
+        raise ConfigError(
+            f"rank-biased overlap: persistence is {persistence}; set it between 0 and 1"
+        )
     if before.shape != after.shape or before.ndim != 2 or not before.shape[1]:
         raise DataError(
             f"rank-biased overlap of {before.shape} and {after.shape}: give two lists of equal "

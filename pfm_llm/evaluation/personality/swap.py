@@ -13,7 +13,7 @@ def swap_loss(quality: str, served: FloatArray, bootstrap: Bootstrap) -> dict[st
     Definition, with q(u, v) the quality of user u served with v's private adapter and S
     strangers v drawn for u: ``mean_u [q(u, u) - mean_v q(u, v)]``. Range: that of a difference
     of the quality, [-1, 1] for NDCG and AUC. Positive: a user's own adapter serves better than
-    a stranger's, so what it holds is personal.
+    a stranger's; the adapter is therefore personal.
 
     Args:
         quality: Name of the quality, such as ``log_rank``, ``auc`` or ``log_likelihood``.
@@ -34,7 +34,7 @@ def swap_loss(quality: str, served: FloatArray, bootstrap: Bootstrap) -> dict[st
 
 
 def identification(served: FloatArray, bootstrap: Bootstrap, by: str = "") -> dict[str, Estimate]:
-    """How often a user's own private part is the best of all that were tried.
+    """The share of users whom their own private part serves better than any stranger's.
 
     Definition: the share of users u with q(u, u) > q(u, v) for all S strangers v; a tie counts as
     not identified. Range: [0, 1]. Interchangeable private parts give 1 / (1 + S), or less with
@@ -44,7 +44,7 @@ def identification(served: FloatArray, bootstrap: Bootstrap, by: str = "") -> di
     Args:
         served: float64 [U, 1 + S]; see `swap_loss`.
         bootstrap: The settings of the interval.
-        by: Name of the quality, if it is not the task's usual one.
+        by: Name of the quality; empty for the usual quality of the task.
 
     Returns:
         ``identification``, or ``identification_<by>``.
@@ -69,5 +69,5 @@ def _whole_rows(served: FloatArray) -> FloatArray:
         )
     whole: FloatArray = served[~np.isnan(served).any(axis=1)]
     if not len(whole):
-        raise DataError("swap: no user has all qualities; leave this measure out, or give users")
+        raise DataError("swap: no user has all qualities; leave this measure out, or add users")
     return whole

@@ -5,7 +5,7 @@ is the minimum, to a few Newton steps from zero, of the client's own loss with a
 
     phi = argmin  sum_t w_t loss(s_t + V phi, y_t) + lambda/2 |phi|^2,    s_t the shared scores
 
-For the next item the loss is the softmax cross-entropy over the items that the user had not met
+For the next item the loss is the softmax cross-entropy over the items that are not in the history
 by then, with one step::
 
     g = sum_t w_t (v_{y_t} - E_{p_t} v),    H = sum_t w_t Cov_{p_t}(v) + lambda I,    phi = H^-1 g
@@ -33,8 +33,8 @@ def past_weights(block: torch.Tensor, half_life: torch.Tensor) -> torch.Tensor:
         half_life: float32, in positions.
 
     Returns:
-        float32 [F + 1, K]: row f has the positions before block f, zero elsewhere; the last row
-        has all. The newest position of a row has weight one.
+        float32 [F + 1, K]: row f weighs the positions before block f and is zero elsewhere; the
+        last row weighs all positions. The newest position of a row has weight one.
     """
     num_positions = len(block)
     place = torch.arange(num_positions, device=block.device)
@@ -50,7 +50,7 @@ def fit_next_item(
     precisions: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Vectors for the softmax loss, one for each way to weigh the positions.
+    """Vectors for the softmax loss, one for each row of weights.
 
     Args:
         scores: float32 [K, I], shared scores at each position.
@@ -60,12 +60,12 @@ def fit_next_item(
         weights: float32 [F, K], from `past_weights`.
 
     Returns:
-        float32 [F, r]; zero where all weights are.
+        float32 [F, r]; zero where all weights of a row are zero.
     """
     probabilities = scores.softmax(1)
     means = probabilities @ features
     gradient = weights @ (features[targets] - means)
-    # Of the products of two features: E v v' - E v E v', summed over the positions.
+    # The covariance of the features, E v v' - E v E v', summed over the positions.
     second = (weights @ probabilities) @ _products(features) - weights @ _products(means)
     return _newton_step(gradient, second, precisions)
 
@@ -77,7 +77,7 @@ def fit_likes(
     precisions: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Vectors for the logistic loss, one for each way to weigh the rated items.
+    """Vectors for the logistic loss, one for each row of weights.
 
     Args:
         logits: float32 [K], shared log-odds of each rated item.
@@ -87,7 +87,7 @@ def fit_likes(
         weights: float32 [F, K], from `past_weights`.
 
     Returns:
-        float32 [M, F, r + 1]; zero where all weights are.
+        float32 [M, F, r + 1]; zero where all weights of a row are zero.
     """
     features = features.transpose(0, 1)
     vectors = features.new_zeros(len(features), len(weights), features.shape[2])
@@ -103,7 +103,7 @@ def fit_likes(
 def _newton_step(
     gradient: torch.Tensor, second: torch.Tensor, precisions: torch.Tensor
 ) -> torch.Tensor:
-    """Up the penalised likelihood: gradient [.., r], its curvature [.., r * r] but the prior's."""
+    """One step up the penalised likelihood: gradient [.., r], the data's curvature [.., r * r]."""
     hessian = second.unflatten(-1, (gradient.shape[-1], -1)) + torch.diag(precisions)
     step: torch.Tensor = torch.linalg.solve(hessian, gradient)
     return step

@@ -4,8 +4,8 @@
 
     h_u = W x + s B_u A_u x
 
-`IndependentLora` draws an A for every client and trains both factors; with `SharedBasisLora` all
-clients train A together, as the basis, and keep B alone.
+`IndependentLora` draws an A for every client and trains both factors. With `SharedBasisLora` all
+clients train A together as the basis, and each client keeps only B.
 """
 
 import functools
@@ -23,7 +23,7 @@ HEAD = "head"
 
 
 class IndependentLora(PrivatePart):
-    """A and B are the client's own."""
+    """A private LoRA whose factors A and B both belong to the client."""
 
     takes_steps: ClassVar[bool] = True
     acts_on_states: ClassVar[bool] = True
@@ -49,7 +49,7 @@ class IndependentLora(PrivatePart):
         return self._factors(HEAD, stacked, weight)
 
     def deciding(self, stacked: Tensors) -> Tensors:
-        """B: with B at zero A changes nothing."""
+        """The factors B: where B is zero, A changes no score."""
         return {name: value for name, value in stacked.items() if name.endswith(".B")}
 
     def _factors(self, module: str, stacked: Tensors, scale: float) -> Factors | None:
@@ -70,7 +70,7 @@ class IndependentLora(PrivatePart):
 
 
 class SharedBasisLora(IndependentLora):
-    """B is the client's own, A is the basis that all clients train (FedSA-LoRA)."""
+    """A private LoRA whose B belongs to the client; all clients train A, the basis (FedSA-LoRA)."""
 
     _own_a: ClassVar[bool] = False
 
@@ -98,11 +98,11 @@ def random_a(rank: int, fan_in: int, seed: int, purpose: str, client_id: str = "
     That is Kaiming-uniform with a = sqrt(5): uniform in ±1/sqrt(fan_in).
 
     Args:
-        rank: Of the LoRA.
-        fan_in: Inputs of the adapted layer.
+        rank: Rank of the LoRA.
+        fan_in: Input features of the adapted layer.
         seed: The experiment's seed.
-        purpose: Tells apart what is drawn.
-        client_id: Whose; empty for what is shared.
+        purpose: Name of the random draw.
+        client_id: The client; empty for a shared factor.
     """
     generator = seeding.generator(seed, f"lora/{purpose}", client=client_id)
     return (torch.rand(rank, fan_in, generator=generator) * 2 - 1) / math.sqrt(fan_in)

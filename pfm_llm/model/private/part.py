@@ -1,7 +1,7 @@
-"""What a private part is: everything that depends on its kind, behind one class.
+"""The interface of a private part: one class holds everything that depends on the kind.
 
-A kind is a subclass in a file of its own and a line in `config.private_kinds`; it overrides what
-it does and leaves the rest. The base class is the private part that does nothing.
+A kind is a subclass in its own file and a line in `config.private_kinds`. The subclass overrides
+the methods that its kind needs. The base class is the private part that does nothing.
 """
 
 from typing import ClassVar
@@ -19,16 +19,16 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 
 
 class PrivatePart:
-    """A kind of private part; this one is empty.
+    """A private part; this base class is the empty one.
 
-    Tensors of a client are named ``private.…`` and shared ones that only this kind needs
-    ``basis.…``. Stacked tensors have a leading client dimension C.
+    The private tensors of a client are named ``private.…``. Shared tensors that only this kind
+    needs are named ``basis.…``. Stacked tensors have a leading client dimension C.
 
     Attributes:
-        takes_steps: Its tensors move by gradient steps and are kept from round to round;
-            otherwise `fit` computes them from the history at hand.
-        acts_on_states: It changes user vectors, so they cannot be shared between private parts.
-        reads_text: `fit` needs user vectors, that is a pass of the language model.
+        takes_steps: Whether gradient steps train the private tensors, which the client keeps from
+            round to round. Otherwise `fit` computes them from a history.
+        acts_on_states: Whether it changes user vectors, which then hold for one private part alone.
+        reads_text: Whether `fit` needs user vectors, and so a pass of the language model.
     """
 
     takes_steps: ClassVar[bool] = False
@@ -39,7 +39,7 @@ class PrivatePart:
 
         Args:
             config: Private adapter, head, tasks, seed and the server's learning rates.
-            sizes: Of the language model and of the catalogue.
+            sizes: The sizes of the language model and of the catalogue.
         """
         self.config = config
         self.settings = config.adapters.private
@@ -51,25 +51,25 @@ class PrivatePart:
         return False
 
     def shared_parameters(self) -> list[Parameter]:
-        """The shared tensors that only this kind needs: its basis."""
+        """The basis: the shared tensors that only this kind needs."""
         return []
 
     def initial(self, client_id: str) -> dict[str, torch.Tensor]:
-        """A client's own tensors before anything was learned, float32; they change nothing."""
+        """A client's private tensors before training, float32; they change no score."""
         return {}
 
     def factors(self, module: str, stacked: Tensors, weight: float) -> Factors | None:
-        """The LoRA of an adapted module, B with its scale and times ``weight``."""
+        """The LoRA of an adapted module, B times its scale and ``weight``; None: no LoRA."""
         return None
 
     def head_factors(self, stacked: Tensors, weight: float) -> Factors | None:
-        """A low-rank term on the head's projection of the user's state, B times ``weight``."""
+        """A low-rank term on the head's projection of user states, B times ``weight``, or None."""
         return None
 
     def past_scores(self, view: SharedView) -> torch.Tensor | None:
-        """What the part adds to each output's scores, known from the outputs before it alone.
+        """The scores that the part adds at each output, from the outputs before it alone.
 
-        The objective trains the shared tensors of this kind on it, with the shared scores fixed.
+        The objective trains the basis on these scores, while the shared scores are fixed.
 
         Returns:
             float32 [K, I], or None where the part adds nothing to scores.
@@ -77,15 +77,15 @@ class PrivatePart:
         return None
 
     def past_likes(self, view: SharedView) -> torch.Tensor | None:
-        """The same for the log-odds of likes: float32 [M, R], a row for each of M fits."""
+        """`past_scores` for the log-odds of likes: float32 [M, R], a row for each of M fits."""
         return None
 
     def dropout_width(self, own: Tensors) -> int:
-        """Numbers r of an output on which `Outputs.kept_private` is drawn; 0: none."""
+        """Width r of the private vectors with dropout (`Outputs.kept_private`); 0: no dropout."""
         return 0
 
     def fit(self, view: SharedView) -> dict[str, torch.Tensor]:
-        """A client's own tensors, from all that its outputs show; zero where there are none.
+        """A client's private tensors, fitted to all of its outputs; zero without outputs.
 
         Only parts that take no steps are fitted.
         """
@@ -94,13 +94,13 @@ class PrivatePart:
     def added_scores(
         self, own: Tensors, task: Task, texts: torch.Tensor, weight: float
     ) -> torch.Tensor | None:
-        """What is added to the scores of the whole catalogue when a user is served.
+        """The scores that are added for the whole catalogue when a user is served.
 
         Args:
-            own: One client's tensors, private ones too.
+            own: One client's shared and private tensors.
             task: The next item, or likes.
-            texts: float32 [I, D], whitened.
-            weight: How strongly the private part counts.
+            texts: float32 [I, D], whitened texts of the catalogue.
+            weight: Factor on the private part.
 
         Returns:
             float32 [I], or None where the part adds nothing.
@@ -108,10 +108,10 @@ class PrivatePart:
         return None
 
     def active(self, stacked: Tensors) -> torch.Tensor:
-        """Which clients' own tensors change anything, bool [C]."""
+        """Whether each client's private tensors change any score, bool [C]."""
         changes = [v.flatten(1).ne(0).any(1) for v in self.deciding(stacked).values()]
         return torch.stack(changes).any(0)
 
     def deciding(self, stacked: Tensors) -> Tensors:
-        """Those of a client's own tensors without which, at zero, nothing changes."""
+        """The private tensors that decide: when they are zero, the part changes no score."""
         return stacked

@@ -23,14 +23,14 @@ or the embeddings would remember which user met an item.
 with r free numbers f_i of an item for likes, where items have IDs, and a feature 1 for the user's
 own level of likes. A basis that is learned from so few likes is largely chance: M of them start and
 are learned apart, each has a fit of its own, and their logits are averaged. In training, likes are
-fitted to the windows at hand, and in serving to all rated items.
+fitted to the windows of the batch, and in serving to all rated items.
 
 Training is *prequential* (Dawid 1984): each position is predicted with the phi of earlier positions
-alone; where phi is fitted, with that of all positions before its block. The features then receive
-the gradient of what generalises from a user's past to the user's future, from every length of past.
-Fitted in-sample, the features would learn to remember the past. Private parameters that are fitted
-anew for each task inside the training of the shared ones are those of CAVIA (Zintgraf et al. 2019,
-arXiv 1810.03642, equations 2 and 3).
+alone; where phi is fitted, with that of all positions before its block. The loss then measures how
+well a vector of the past predicts the user's future, at every length of past. With phi fitted to
+the positions that it predicts, the features would learn to remember the past. CAVIA (Zintgraf et
+al. 2019, arXiv 1810.03642, equations 2 and 3) also fits private parameters anew for each task,
+inside the training of the shared ones.
 """
 
 import math
@@ -99,11 +99,11 @@ def vector_name(task: Task) -> str:
 
 
 class UserEmbedding(PrivatePart):
-    """The kind ``taste``: a vector of some numbers a task."""
+    """The kind ``taste``: one private vector for each task."""
 
     @property
     def reads_text(self) -> bool:
-        """The vectors of the next item are fitted to scores, unless they are read."""
+        """Whether the next-item vector is fitted to scores, which need the language model."""
         return not self._is_read
 
     @property
@@ -143,11 +143,11 @@ class UserEmbedding(PrivatePart):
         return (fitted[:, block[rated.where]] * features.transpose(0, 1)).sum(2)
 
     def dropout_width(self, own: Tensors) -> int:
-        """Vectors that are read have dropout."""
+        """The width of a vector that is read; a fitted vector has no dropout."""
         return own[READ_IN].shape[1] if self._is_read else 0
 
     def fit(self, view: SharedView) -> dict[str, torch.Tensor]:
-        """The vectors of all outputs; where they are read, user vectors are not asked for."""
+        """The vectors, fitted to all outputs; a vector that is read needs no user vectors."""
         own, outputs = view.own, view.outputs
         one_block = torch.zeros_like(outputs.targets)
         if self._is_read:
@@ -184,7 +184,7 @@ class UserEmbedding(PrivatePart):
 
 
 def is_read(config: TasteConfig, task: Task, head: HeadConfig) -> bool:
-    """Whether a task's vector is read off the history instead of fitted to it."""
+    """Whether a task's vector is read from the history instead of fitted to it."""
     has_ids = head.item_ids is not ItemIds.NONE
     return task is Task.NEXT_ITEM and has_ids and bool(config.read_rank)
 
@@ -192,11 +192,11 @@ def is_read(config: TasteConfig, task: Task, head: HeadConfig) -> bool:
 def basis_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
     """The tensors of the basis; each task has a basis of its own.
 
-    They have a loss of their own, so that ``lr_scale`` does not apply to them.
+    The basis has its own loss, so ``lr_scale`` does not apply to its learning rates.
 
     Args:
         config: Private adapter, head, tasks and seed.
-        sizes: Of the catalogue.
+        sizes: The size of the catalogue.
     """
     found = []
     for task in config.tasks:
@@ -253,11 +253,11 @@ def _fitted_basis(config: ExperimentConfig, sizes: Sizes, task: Task) -> list[Pa
 def item_features(shared: Tensors, task: Task, item_texts: torch.Tensor) -> torch.Tensor:
     """Features of the whole catalogue; for likes, with the constant 1 as the last one of each fit.
 
-    The ID embeddings are read as they are: this use of them sends no gradient to them.
+    The ID embeddings are inputs here: this use sends no gradient to them.
 
     Args:
         shared: One client's shared tensors.
-        task: Whose basis.
+        task: The task whose basis is used.
         item_texts: float32 [I, D], whitened.
 
     Returns:
@@ -295,7 +295,7 @@ def half_life(shared: Tensors, task: Task) -> torch.Tensor:
 
 
 def read_vectors(shared: Tensors, items: torch.Tensor) -> torch.Tensor:
-    """Vectors for the next item, read off the history of one user.
+    """Vectors for the next item, read from the history of one user.
 
     Args:
         shared: One client's shared tensors.

@@ -129,14 +129,6 @@ def test_prune_keeps_the_newest_committed_and_everything_newer(store: PrivateSto
     assert store.versions("u3") == (20,)
 
 
-def test_prune_can_be_limited_to_some_clients(store: PrivateStore) -> None:
-    for client_id in ("u1", "u2"):
-        store.save(_state(client_id, 1))
-        store.save(_state(client_id, 2))
-    assert store.prune(2, ["u2", "nobody"]) == 1
-    assert (store.versions("u1"), store.versions("u2")) == ((1, 2), (2,))
-
-
 def test_personalised_state_is_apart_and_one(store: PrivateStore) -> None:
     store.save(_state("u1", 3))
     store.save_personalised(_state("u1", 100))

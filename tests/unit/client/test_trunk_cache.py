@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pfm_llm.base import files
-from pfm_llm.client.trunk_cache import TrunkCache
+from pfm_llm.client.trunk_cache import TrunkCache, trunk_states
 from pfm_llm.text.encoding import Window
 from tests.support.tiny_models import ARCHITECTURES, CLIENT_WINDOWS, make_backbone, random_window
 
@@ -229,7 +229,7 @@ def test_the_tokens_of_a_batch_are_bounded(
     trunk.register_forward_pre_hook(
         lambda _module, _args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
     )
-    states = TrunkCache(trunk, tmp_path, "x", 0, batch_tokens).states(WINDOWS, "u")
+    states = trunk_states(trunk, WINDOWS, batch_tokens)
     assert seen == sizes
     together = _cache(tmp_path, max_bytes=0).states(WINDOWS, "u")
     for own, expected in zip(states, together, strict=True):

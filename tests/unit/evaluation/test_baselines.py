@@ -1,7 +1,5 @@
 """Baselines against hand arithmetic and against their definitions on small random data."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 
@@ -15,16 +13,9 @@ from pfm_llm.evaluation.baselines.popularity import Popularity
 from pfm_llm.evaluation.baselines.selection import BaselineName, fit_baselines
 from pfm_llm.evaluation.metrics import ndcg
 from pfm_llm.evaluation.scoring import full_ranks
+from tests.support.queries import held_out_of
 
 ALL = [Popularity, Ease, MarkovRecency, ItemKnn]
-
-
-@dataclass(frozen=True)
-class Queries:
-    """A validation set."""
-
-    histories: tuple[np.ndarray, ...]
-    targets: tuple[np.ndarray, ...]
 
 
 def ids(*items):
@@ -248,7 +239,7 @@ def test_hyperparameters_out_of_range_are_refused(method, settings):
 
 def split_of(histories):
     train = [history[:-1] for history in histories]
-    return train, Queries(tuple(train), tuple(history[-1:] for history in histories))
+    return train, held_out_of(train, [history[-1:] for history in histories])
 
 
 def test_each_baseline_is_fitted_on_train_with_its_best_validation_setting():
@@ -279,8 +270,8 @@ def test_the_choice_follows_validation():
     for l2 in (50.0, 1000.0):
         scores = Ease(l2).fit(train, 30).score(train)
         np.put_along_axis(scores, np.stack(train), -np.inf, axis=1)
-        targets = tuple(row.argmax(keepdims=True) for row in scores)
-        [ease] = fit_baselines(["ease"], train, 30, Queries(tuple(train), targets))
+        targets = [row.argmax(keepdims=True) for row in scores]
+        [ease] = fit_baselines(["ease"], train, 30, held_out_of(train, targets))
         assert ease.validation_ndcg == 1.0
         chosen.append(ease.hyperparameters["l2"])
     assert chosen == [50.0, 1000.0]
@@ -322,7 +313,7 @@ def test_validation_in_several_batches_counts_each_user_once():
     train = [ids(0)] * 600
     targets = [ids(1, 2)] + [ids(1)] * 599
     [popularity] = fit_baselines(
-        ["popularity"], [*train, ids(1, 1), ids(2)], 3, Queries(tuple(train), tuple(targets))
+        ["popularity"], [*train, ids(1, 1), ids(2)], 3, held_out_of(train, targets)
     )
     # Item 1 ranks first (gain 1), item 2 second (1 / log2 3 = 0.6309…).
     expected = ((1 + 1 / np.log2(3)) / 2 + 599) / 600
@@ -344,7 +335,7 @@ def test_an_unknown_baseline_is_refused_with_the_nearest_name():
 
 def test_an_empty_validation_set_is_refused():
     with pytest.raises(DataError, match="nothing to average"):
-        fit_baselines(["ease"], [ids(0, 1)], 2, Queries((), ()))
+        fit_baselines(["ease"], [ids(0, 1)], 2, held_out_of([], []))
 
 
 def test_every_name_can_be_fitted():

@@ -12,6 +12,7 @@ from pfm_llm.data.splits import HeldOut, Split, TrainData
 from pfm_llm.evaluation.baselines import likes as module
 from pfm_llm.evaluation.baselines.likes import FittedLikes, fit_like_baselines
 from pfm_llm.evaluation.metrics import per_user_auc
+from tests.support.queries import held_out_of
 
 NUM_ITEMS = 40
 Rated = Sequence[tuple[int, bool]]
@@ -19,18 +20,9 @@ Rated = Sequence[tuple[int, bool]]
 
 def held_out(users: Sequence[Rated], name: str = "validation") -> HeldOut:
     """One query a user, whose liked items were rated 4 and the others 3.5."""
-    return HeldOut(
-        name=name,
-        users=np.arange(len(users)),
-        histories=tuple(np.zeros(1, np.int32) for _ in users),
-        history_ratings=None,
-        targets=tuple(np.array([item for item, _ in own], np.int32) for own in users),
-        num_dropped=0,
-        num_repeated_targets=0,
-        target_ratings=tuple(
-            np.array([4.0 if liked else 3.5 for _, liked in own]) for own in users
-        ),
-    )
+    asked = held_out_of([[0]] * len(users), [[item for item, _ in own] for own in users], name)
+    ratings = tuple(np.array([4.0 if liked else 3.5 for _, liked in own]) for own in users)
+    return dataclasses.replace(asked, target_ratings=ratings)
 
 
 def split(train: Sequence[Rated], validation: Sequence[Rated], num_items: int) -> Split:

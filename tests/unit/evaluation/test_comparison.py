@@ -77,8 +77,8 @@ def test_the_gain_is_what_the_private_part_adds_to_the_shared_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"per_user": {}}, "does not say what each user got on test"),
-        ({"per_user": {"test": {"gain_ndcg": [0.1]}}}, "does not say what each user got"),
+        ({"per_user": {}}, "has no figures of single users on test"),
+        ({"per_user": {"test": {"gain_ndcg": [0.1]}}}, "has no figures of single users"),
         ({"config": {"data": {"source": "elsewhere"}}}, "on other data"),
     ],
 )

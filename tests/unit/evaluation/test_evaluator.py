@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from pfm_llm.model.private import taste
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.runs.run import Run
 from tests.conftest import TinyRun
+from tests.support.queries import held_out_of
 from tests.support.tiny_models import stirred
 
 STEPS = {"federation__local__personalise_steps": 3, "federation__local__private_lr": 0.05}
@@ -115,7 +117,9 @@ def test_the_result_does_not_depend_on_chunks(users_per_client: int, tiny_run: T
     assert len(run.evaluator.chunks(task, 10**6)) == 1
     for mode in OUR_MODES:
         assert _equal(small.ranks[mode], large.ranks[mode]), mode
-    assert replace(small, ranks={}) == replace(large, ranks={})
+    assert np.array_equal(small.users, large.users)
+    none = np.zeros(0)
+    assert replace(small, ranks={}, users=none) == replace(large, ranks={}, users=none)
 
 
 def test_users_who_never_were_in_a_cohort_are_personalised(tiny_run: TinyRun) -> None:
@@ -207,23 +211,11 @@ def test_a_sample_of_users_is_fixed_and_whole(tiny_run: TinyRun) -> None:
 
 
 def test_a_sample_keeps_ratings_with_their_users() -> None:
-    held_out = _held_out(histories=[[0], [1], [2]], targets=[[3], [3], [3]])
+    held_out = held_out_of(histories=[[0], [1], [2]], targets=[[3], [3], [3]])
     rated = replace(held_out, history_ratings=tuple(np.array([u / 2]) for u in range(3)))
     sample = evaluator.sample_users(rated, 2, seed=0)
     assert sample.history_ratings is not None
     assert [r[0] * 2 for r in sample.history_ratings] == sample.users.tolist()
-
-
-def _held_out(histories: list[list[int]], targets: list[list[int]]) -> HeldOut:
-    return HeldOut(
-        name="test",
-        users=np.arange(len(histories)),
-        histories=tuple(np.array(h) for h in histories),
-        history_ratings=None,
-        targets=tuple(np.array(t) for t in targets),
-        num_dropped=0,
-        num_repeated_targets=0,
-    )
 
 
 def test_rank_scores_takes_each_querys_own_negatives() -> None:
@@ -232,7 +224,7 @@ def test_rank_scores_takes_each_querys_own_negatives() -> None:
     Query 0 has targets 4 and 1 (seen: 0): full ranks 4 and 1; against negatives 3 and 2, 3.
     Query 1 has target 2 (seen: 1): full rank 2; against negative 4, rank 1.
     """
-    held_out = _held_out(histories=[[0], [1]], targets=[[4, 1], [2]])
+    held_out = held_out_of(histories=[[0], [1]], targets=[[4, 1], [2]])
     negatives = np.array([[3, 3], [2, 3], [4, -1]])
     scores = np.array([[5.0, 4, 3, 2, 1]] * 2)
     ranks = ranking.rank_scores(scores, held_out, [1, 0], negatives)
@@ -241,27 +233,23 @@ def test_rank_scores_takes_each_querys_own_negatives() -> None:
     assert ranks.sampled.tolist() == [1, 3, 1]
 
 
-def test_rank_baseline_does_not_depend_on_its_batches() -> None:
-    class Longest:
-        """Scores item i by i times the length of the history."""
+def test_ranks_of_a_split_do_not_depend_on_the_batches() -> None:
+    held_out = held_out_of([[0], [1, 2], [5], [3]], [[4, 1], [5], [0], [5]])
 
-        def score(self, histories: Sequence[np.ndarray]) -> np.ndarray:
-            return np.array([np.arange(6) * len(history) for history in histories])
+    def score(queries: Sequence[int]) -> np.ndarray:
+        """Item i scores i times the length of the history."""
+        return np.array([np.arange(6) * len(held_out.histories[q]) for q in queries])
 
-    held_out = _held_out([[0], [1, 2], [5], [3]], [[4, 1], [5], [0], [5]])
     negatives = np.full((5, 1), -1)
-    small, large = (
-        ranking.rank_baseline(Longest(), held_out, negatives, batch)  # type: ignore[arg-type]
-        for batch in (1, 100)
-    )
+    small, large = (ranking.rank_all(score, held_out, negatives, batch) for batch in (1, 100))
     assert _equal(small, large)
     assert small.full.tolist() == [2, 5, 1, 5, 1]
 
 
 def test_combine_orders_by_user_and_adds_up() -> None:
-    def part(users: list[int], count: int) -> evaluator.ChunkRanks:
+    def part(users: list[int], count: int) -> Measured:
         ranks = Ranks(np.array(users), np.array(users) + 1, np.array(users) + 2)
-        return evaluator.ChunkRanks(
+        return Measured(
             ranks={Mode.SHARED_ONLY: ranks},
             users=np.unique(users),
             aucs={Mode.SHARED_ONLY: np.unique(users) / 10},
@@ -295,19 +283,8 @@ def test_result_rows_hold_every_metric_cut_off_and_candidate_set() -> None:
     """Users 0 and 1 with ranks (1), (4, 2): hit rate at 2 is (1 + 1/2) / 2 = 0.75 over users."""
     ranks = Ranks(np.array([0, 1, 1]), np.array([1, 4, 2]), np.array([1, 1, 1]))
     config = EvaluationConfig(ks=(2, 4), bootstrap=20, num_negatives=9)
-
-    def describe(**values: Any) -> ResultRow:
-        return ResultRow(
-            method="m",
-            mode="none",
-            task="t",
-            protocol="p",
-            budget="b",
-            split="test",
-            seed=0,
-            **values,
-        )
-
+    what = {"method": "m", "mode": "none", "task": "t", "protocol": "p", "budget": "b"}
+    describe = partial(ResultRow, **what, split="test", seed=0)
     rows = ranking.result_rows(ranks, describe, config, seed=0)
     table = {(row.candidates, row.metric, row.k): row for row in rows}
     assert len(table) == len(rows) == 2 * 3 * 2

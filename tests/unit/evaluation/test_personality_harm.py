@@ -244,7 +244,7 @@ def test_groups_of_harm_refuse_what_does_not_fit() -> None:
         group_harm(np.ones(3), {"g": ["a", "b"]}, FEW)
     with pytest.raises(DataError, match="two groups are called a_b_c"):
         group_harm(np.ones(1), {"a": ["b c"], "a b": ["c"]}, FEW, min_users=1)
-    with pytest.raises(ConfigError, match="min_users 0"):
+    with pytest.raises(ConfigError, match="min_users is 0"):
         group_harm(np.ones(1), {"a": ["b"]}, FEW, min_users=0)
 
 

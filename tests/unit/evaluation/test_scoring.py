@@ -107,7 +107,7 @@ def test_padding_does_not_read_the_last_item():
 
 
 def test_many_targets_are_ranked_in_their_own_rows():
-    """More targets than one batch holds, each in its own row of scores."""
+    """Each of 5,000 targets has a row of scores of its own."""
     num_queries = 5000
     scores = np.zeros((num_queries, 3), np.float32)
     scores[np.arange(num_queries), np.arange(num_queries) % 3] = 1  # one item above the others

@@ -1,16 +1,17 @@
 """The many-clients pass equals PEFT one client at a time, and keeps clients apart."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
 
 from pfm_llm.config.choices import ItemIds
 from pfm_llm.config.model import HeadConfig
-from pfm_llm.model.batches import Dropout, collate
+from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.model.cohort import CohortLinear, Parts
 from pfm_llm.protocol.types import Tensors
+from pfm_llm.text.encoding import Window
 from tests.support.peft_reference import PeftReference
 from tests.support.tiny_models import (
     ARCHITECTURES,
@@ -35,15 +36,23 @@ def _assert_close(found: torch.Tensor, expected: torch.Tensor, what: str) -> Non
     assert float((found - expected).abs().max()) <= TOLERANCE * scale, what
 
 
+def _batch(
+    cohort: TinyCohort,
+    windows: Sequence[Sequence[Window]] = CLIENT_WINDOWS,
+    last_only: bool = False,
+) -> ChunkBatch:
+    states = [[cohort.trunk_states(window) for window in own] for own in windows]
+    return collate(windows, states, last_only)
+
+
 def _stacked_losses(
     cohort: TinyCohort,
     stacked: Tensors,
     chosen: tuple[int, ...] = (0, 1, 2),
     parts: Parts = EVERYTHING,
 ) -> list[torch.Tensor]:
-    windows = [CLIENT_WINDOWS[client] for client in chosen]
-    states = [[cohort.trunk_states(window) for window in own] for own in windows]
-    return cohort.model.losses(collate(windows, states), stacked, parts)
+    batch = _batch(cohort, [CLIENT_WINDOWS[client] for client in chosen])
+    return cohort.model.losses(batch, stacked, parts)
 
 
 def _gradients(losses: list[torch.Tensor], stacked: Tensors) -> Mapping[str, torch.Tensor]:
@@ -73,8 +82,7 @@ def test_stacked_pass_equals_peft_one_client_at_a_time(architecture: str, head: 
         for name, gradient in expected.items():
             assert float(gradient.abs().max()) > 1e-6, f"{name} is not tested"
             _assert_close(gradients[name][client], gradient, name)
-        states = [[cohort.trunk_states(window) for window in windows]]
-        batch = collate([windows], states, last_only=True)
+        batch = _batch(cohort, [windows], last_only=True)
         scores = cohort.model.scores(batch, stack([tensors]), Parts())
         last = [reference.scores(window)[-1].detach() for window in windows]
         _assert_close(scores, torch.stack(last), "scores")
@@ -113,8 +121,7 @@ def test_a_shared_basis_learns_only_through_private_parts_that_are_not_zero(zero
 
 
 def _scores(cohort: TinyCohort, tensors: Tensors, parts: Parts = EVERYTHING) -> torch.Tensor:
-    windows = CLIENT_WINDOWS[1]
-    batch = collate([windows], [[cohort.trunk_states(w) for w in windows]], last_only=True)
+    batch = _batch(cohort, CLIENT_WINDOWS[1:2], last_only=True)
     return cohort.model.scores(batch, stack([tensors]), parts)
 
 
@@ -209,10 +216,8 @@ def test_zero_shot_is_the_cosine_of_whitened_states_without_any_adapter() -> Non
     """Also right after a pass that had adapters."""
     cohort = make_cohort()
     _scores(cohort, cohort.client_tensors(1))
-    windows = CLIENT_WINDOWS[1]
-    batch = collate([windows], [[cohort.trunk_states(w) for w in windows]], last_only=True)
-    found = cohort.model.zero_shot_scores(batch)
-    for row, window in zip(found, windows, strict=True):
+    found = cohort.model.zero_shot_scores(_batch(cohort, CLIENT_WINDOWS[1:2], last_only=True))
+    for row, window in zip(found, CLIENT_WINDOWS[1], strict=True):
         tokens = torch.from_numpy(window.tokens).long()[None]
         with torch.no_grad():
             hidden = cohort.backbone.decoder(input_ids=tokens).last_hidden_state[0, -1]
@@ -285,8 +290,7 @@ def test_dropout_reaches_exactly_the_adapter_that_has_a_rate(
 ) -> None:
     cohort = make_cohort()
     stacked = stack([cohort.client_tensors(seed) for seed in (1, 2, 3)])
-    states = [[cohort.trunk_states(window) for window in own] for own in CLIENT_WINDOWS]
-    batch = collate(CLIENT_WINDOWS, states)
+    batch = _batch(cohort)
     with torch.no_grad():
         plain = torch.stack(cohort.model.losses(batch, stacked, parts))
         dropped = torch.stack(cohort.model.losses(batch, stacked, parts, dropout))
@@ -298,17 +302,13 @@ def test_dropout_reaches_exactly_the_adapter_that_has_a_rate(
 def test_what_a_client_drops_does_not_depend_on_the_chunk() -> None:
     cohort = make_cohort()
     clients = [cohort.client_tensors(seed) for seed in (1, 2, 3)]
-    states = [[cohort.trunk_states(window) for window in own] for own in CLIENT_WINDOWS]
+    own = Dropout(0.2, 0.0, 0.3, 0.4, [torch.Generator().manual_seed(2)])
     with torch.no_grad():
         together = cohort.model.losses(
-            collate(CLIENT_WINDOWS, states), stack(clients), Parts(), _dropout(0.3, 0.4, 0.2)
+            _batch(cohort), stack(clients), Parts(), _dropout(0.3, 0.4, 0.2)
         )
-        alone = cohort.model.losses(
-            collate(CLIENT_WINDOWS[2:], states[2:]),
-            stack(clients[2:]),
-            Parts(),
-            Dropout(0.2, 0.0, 0.3, 0.4, [torch.Generator().manual_seed(2)]),
-        )
+        batch = _batch(cohort, CLIENT_WINDOWS[2:])
+        alone = cohort.model.losses(batch, stack(clients[2:]), Parts(), own)
     _assert_close(together[2], alone[0], "loss")
 
 
@@ -316,8 +316,7 @@ def test_dropped_entries_do_not_reach_the_low_rank_product() -> None:
     """All but dropped: with a rate near one the linear layer is its frozen base."""
     cohort = make_cohort()
     tensors = cohort.client_tensors(1)
-    windows = (random_window([1, 1], 8, header=1),)
-    batch = collate([windows], [[cohort.trunk_states(windows[0])]])
+    batch = _batch(cohort, [[random_window([1, 1], 8, header=1)]])
     frozen = {n: torch.zeros_like(t) if n.startswith("lora.") else t for n, t in tensors.items()}
     parts = Parts(private_weight=0.0)
     with torch.no_grad():

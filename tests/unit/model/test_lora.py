@@ -19,6 +19,7 @@ from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.protocol.types import Group, of_group
+from tests.support.peft_reference import load_private
 from tests.support.tables import Drawn
 from tests.support.tiny import Tiny
 from tests.support.tiny_models import (
@@ -212,7 +213,7 @@ def test_an_exported_folder_holds_the_shared_adapter_and_nothing_else(
     private = stirred(part.initial("u"), 2)
     peft = adapter.peft_model()
     # It exists elsewhere, and must not come along.
-    adapter.load_private(peft, part, {**shared, **private})
+    load_private(adapter, peft, part, {**shared, **private})
     everything = {**shared, **private, "head.item_bias": torch.ones(3)}
     for _ in range(2):  # the second export replaces the first
         adapter.export_shared(everything, tmp_path / "out", "org/base")
@@ -241,7 +242,7 @@ def test_a_shared_basis_is_folded_into_a_private_peft_adapter() -> None:
     tensors = cohort.client_tensors(1)
     peft = cohort.adapter.peft_model().eval()
     cohort.adapter.load_shared(peft, tensors)
-    cohort.adapter.load_private(peft, cohort.private, tensors)
+    load_private(cohort.adapter, peft, cohort.private, tensors)
     name = next(iter(cohort.adapter.modules))
     folded = peft.get_base_model().get_submodule(f"{name}.lora_A.private").weight
     assert torch.equal(folded, tensors[f"basis.{name}.A"])
