@@ -59,11 +59,6 @@ _LONGEST_TYPE = 30
 _WORD = re.compile(r"MISC\.|[A-Z]+")
 
 
-def grocery_files(folder: Path) -> tuple[Path, ...]:
-    """The files that `read_groceries` reads."""
-    return tuple(folder / name for name in GROCERY_FILES)
-
-
 def read_groceries(folder: Path) -> SourceTables:
     """Read the tables of the Complete Journey; the module says what becomes of them.
 

@@ -16,7 +16,7 @@ from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.base.files import make_private_dir, sha256_of
 from pfm_llm.config.schema import ColumnsConfig, DataConfig
 from pfm_llm.data import groceries, movielens
-from pfm_llm.data.arrow import FORMAT_VERSION, from_arrow, read_report, to_arrow
+from pfm_llm.data.arrow import FORMAT_VERSION, from_arrow, to_arrow
 from pfm_llm.data.interactions import Catalogue, Interactions, build_interactions
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.rows import SourceTables, read_catalogue, validate
@@ -68,14 +68,14 @@ def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, Load
     folder = assets.cache_dir() / "interactions" / _cache_key(source, config, seed)
     if folder.exists():
         try:
-            return from_arrow(folder), read_report(folder)
+            return from_arrow(folder)
         except CorruptFileError as error:
             _LOG.warning("the cached interactions are damaged and are built again: %s", error)
     raw = validate(source.read(), source.columns, config.max_bad_rows)
     interactions, report = build_interactions(raw, config, seed)
     try:
         make_private_dir(folder.parent)
-        to_arrow(interactions, folder, report)
+        to_arrow(interactions, report, folder)
     except StorageError as error:
         _LOG.warning("the interactions could not be cached: %s", error)
     return interactions, report
@@ -112,12 +112,16 @@ def load_catalogue(source: str, columns: ColumnsConfig | None = None) -> Catalog
 
 def _find(config: DataConfig) -> _Source:
     path = Path(config.source).expanduser()
-    if config.source == EMBEDDED:
-        return _find_movielens(assets.movielens_100k(), config)
     if config.source == GROCERIES:
-        return _find_groceries(config)
-    if path.is_dir() and movielens.movielens_files(path):
-        return _find_movielens(path, config)
+        _check_no_items(config)
+        path = assets.completejourney()
+        files = tuple(path / name for name in assets.GROCERY_FILES)
+        return _Source(files, groceries.COLUMNS, lambda: groceries.read_groceries(path))
+    if config.source == EMBEDDED:
+        path = assets.movielens_100k()
+    if path.is_dir() and (files := movielens.movielens_files(path)):
+        _check_no_items(config)
+        return _Source(files, movielens.COLUMNS, lambda: movielens.read_movielens(path))
     _check_source(config.source, path)
     places = [config.source] if config.items is None else [config.source, config.items]
     located = [_locate(place) for place in places]
@@ -126,19 +130,6 @@ def _find(config: DataConfig) -> _Source:
         columns=config.columns,
         read=lambda: _read_tables(config.columns, [read for _, read in located]),
     )
-
-
-def _find_movielens(folder: Path, config: DataConfig) -> _Source:
-    _check_no_items(config)
-    files = movielens.movielens_files(folder)
-    return _Source(files, movielens.COLUMNS, lambda: movielens.read_movielens(folder))
-
-
-def _find_groceries(config: DataConfig) -> _Source:
-    _check_no_items(config)
-    folder = assets.completejourney()
-    files = groceries.grocery_files(folder)
-    return _Source(files, groceries.COLUMNS, lambda: groceries.read_groceries(folder))
 
 
 def _check_no_items(config: DataConfig) -> None:
