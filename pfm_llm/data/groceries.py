@@ -35,7 +35,7 @@ from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.config.schema import ColumnsConfig
 from pfm_llm.data.grocery_words import WORDS
 from pfm_llm.data.rows import SourceTables
-from pfm_llm.data.tables import Table
+from pfm_llm.data.tables import Table, from_arrow_table
 
 COLUMNS = ColumnsConfig(
     user="household_id", item="item_id", timestamp="timestamp", rating=None, title="title"
@@ -187,11 +187,8 @@ def _item_table(named: Any) -> Table:
 
 
 def _household_table(folder: Path) -> Table:
-    table = _read(folder / _HOUSEHOLDS)
-    if "household_id" not in table.columns:
-        raise DataError(f"{folder / _HOUSEHOLDS} has no column 'household_id'; is the file whole?")
-    columns = {
-        str(name): ["" if pd.isna(value) else str(value).strip() for value in table[name]]
-        for name in table.columns
-    }
-    return Table(_HOUSEHOLDS, tuple(columns), columns, range(1, len(table) + 1), unit="row")
+    frame = _read(folder / _HOUSEHOLDS)
+    content = pa.Table.from_pandas(frame, preserve_index=False)
+    table = from_arrow_table(_HOUSEHOLDS, content, content.column_names)
+    table.column("household_id")  # each household has one: a file without them is damaged
+    return table

@@ -1,7 +1,7 @@
 """The MovieLens data sets in the forms in which they are handed out."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,10 +122,9 @@ def _edition(folder: Path) -> _Edition | None:
 def _read_latest(folder: Path) -> SourceTables:
     ratings = read_delimited(folder / "ratings.csv", CSV)
     movies = read_delimited(folder / "movies.csv", CSV)
-    ids = {"userId": "user_id", "movieId": "item_id"}
     return SourceTables(
-        _pick(ratings, {**ids, "rating": "rating", "timestamp": "timestamp"}),
-        _spoken(_pick(movies, {"movieId": "item_id", "title": "title", "genres": "genres"})),
+        _pick(ratings, "rating", "timestamp", user_id="userId", item_id="movieId"),
+        _spoken(_pick(movies, "title", "genres", item_id="movieId")),
     )
 
 
@@ -140,7 +139,7 @@ def _read_1m(folder: Path) -> SourceTables:
             "age": [_ML1M_AGES.get(age, "") for age in users.columns["age"]],
             "occupation": [_ML1M_OCCUPATIONS.get(job, "") for job in users.columns["occupation"]],
         }
-        users = _pick(replace(users, columns={**users.columns, **decoded}), _same(_USER_FIELDS))
+        users = _pick(replace(users, columns={**users.columns, **decoded}), *_USER_FIELDS)
     return SourceTables(
         read("ratings.dat", *_RATINGS),
         _spoken(read("movies.dat", "item_id", "title", "genres")),
@@ -164,22 +163,19 @@ def _read_100k(folder: Path) -> SourceTables:
         users = read_delimited(folder / "u.user", Layout("|", header, latin1=True), _USER_FIELDS)
     return SourceTables(
         read_delimited(folder / "u.data", Layout("\t", _RATINGS)),
-        _spoken(_pick(movies, _same(("item_id", "title", "genres")))),
+        _spoken(movies),
         users,
     )
 
 
 def _read_recbole(folder: Path) -> SourceTables:
-    def read(suffix: str, names: Mapping[str, str]) -> Table:
+    def read(suffix: str, *names: str, **renamed: str) -> Table:
         table = read_delimited(folder / f"ml-100k.{suffix}", TSV)
         untyped = {name: name.partition(":")[0] for name in table.header}
         columns = {untyped[name]: values for name, values in table.columns.items()}
-        return _pick(replace(table, header=tuple(columns), columns=columns), names)
+        return _pick(replace(table, header=tuple(columns), columns=columns), *names, **renamed)
 
-    items = read(
-        "item",
-        {"item_id": "item_id", "movie_title": "title", "release_year": "year", "class": "genres"},
-    )
+    items = read("item", "item_id", title="movie_title", year="release_year", genres="class")
     titles, years = items.columns["title"], items.columns["year"]
     columns = {
         **items.columns,
@@ -190,9 +186,9 @@ def _read_recbole(folder: Path) -> SourceTables:
     }
     has_users = (folder / "ml-100k.user").is_file()
     return SourceTables(
-        read("inter", _same(_RATINGS)),
+        read("inter", *_RATINGS),
         replace(items, columns=columns),
-        read("user", _same(_USER_FIELDS)) if has_users else None,
+        read("user", *_USER_FIELDS) if has_users else None,
     )
 
 
@@ -214,13 +210,10 @@ def _genres(text: str, separator: str) -> str:
     return ", ".join(genre for genre in text.split(separator) if genre)
 
 
-def _pick(table: Table, names: Mapping[str, str]) -> Table:
-    """The columns ``names``, renamed to its values; each must be there."""
-    return replace(table, columns={new: table.column(old) for old, new in names.items()})
-
-
-def _same(names: Sequence[str]) -> dict[str, str]:
-    return {name: name for name in names}
+def _pick(table: Table, *names: str, **renamed: str) -> Table:
+    """The columns ``names``, and those of ``renamed`` under their new names; each must be there."""
+    olds = {name: name for name in names} | renamed
+    return replace(table, columns={new: table.column(old) for new, old in olds.items()})
 
 
 _EDITIONS = (

@@ -4,6 +4,7 @@ import html
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -24,14 +25,6 @@ NOT_A_RATING = "rating is not a number"
 Number = int | float
 
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """Parsed columns; None for a value that is none, and for a column that is not used."""
-
-    timestamps: list[Number | None] | None
-    ratings: list[Number | None] | None
 
 
 @dataclass(frozen=True)
@@ -74,18 +67,27 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
         user_fields, user_notes = _user_fields(tables.users, columns, max_bad_rows)
         notes += user_notes
     users = rows.column(columns.user, "data.columns.user")
-    items = _codes(rows.column(columns.item, "data.columns.item"), catalogue)
-    parsed = _parse(rows, columns)
-    bad = _faults(rows, columns, items, parsed)
+    code_of = {item: code for code, item in enumerate(catalogue.item_ids)}
+    codes = [code_of.get(item) for item in rows.column(columns.item, "data.columns.item")]
+    times = _parse(rows, columns.timestamp, "timestamp", "the rows are in order", _time)
+    ratings = _parse(rows, columns.rating, "rating", "there are none", _number)
+    bad = _first_faults(
+        *rows.bad,
+        *_empty(rows, users, "empty user id"),
+        *_empty(rows, rows.columns[columns.item], "empty item id"),
+        *_not_parsed(rows, columns.timestamp, times, NOT_A_TIME),
+        *_not_parsed(rows, columns.rating, ratings, NOT_A_RATING),
+        *_not_parsed(rows, columns.item, codes, NO_TEXT),
+    )
     _check_share(rows, bad, max_bad_rows)
     faulty = {fault.position for fault in bad}
     kept = [index for index, at in enumerate(rows.positions) if at not in faulty]
     return RawInteractions(
         catalogue=catalogue,
         users=[users[index] for index in kept],
-        items=items[kept],
-        timestamps=_select(parsed.timestamps, kept),
-        ratings=_select(parsed.ratings, kept),
+        items=np.array([codes[index] for index in kept], dtype=np.int64),
+        timestamps=_select(times, kept),
+        ratings=_select(ratings, kept),
         user_fields=user_fields,
         num_bad=_count(bad),
         examples=_examples(rows, bad),
@@ -115,13 +117,12 @@ def read_catalogue(
     _check_share(table, bad, max_bad_rows)
     faulty = {fault.position for fault in bad}
     first: dict[str, int] = {}
-    for index, (item, position) in enumerate(zip(ids, table.positions, strict=True)):
-        if position not in faulty:
-            first.setdefault(item, index)
+    good = [index for index, position in enumerate(table.positions) if position not in faulty]
+    for index in good:
+        first.setdefault(ids[index], index)
     kept = list(first.values())
     fields = {name: tuple(values[index] for index in kept) for name, values in texts.items()}
-    num_good = len(table.positions) - len(faulty) + len(table.bad)
-    return Catalogue(tuple(first), fields), _table_notes(table, bad, num_good - len(kept))
+    return Catalogue(tuple(first), fields), _table_notes(table, bad, len(good) - len(kept))
 
 
 def _catalogue_of_rows(table: Table, columns: ColumnsConfig) -> tuple[Catalogue, list[str]]:
@@ -155,39 +156,22 @@ def _user_fields(
     return fields, _table_notes(table, bad, num_repeated=0)
 
 
-def _codes(items: list[str], catalogue: Catalogue) -> np.ndarray:
-    """Internal ids, int64 [rows]; -1 for an item without text."""
-    index = {item: code for code, item in enumerate(catalogue.item_ids)}
-    return np.array([index.get(item, -1) for item in items], dtype=np.int64)
+def _parse(
+    table: Table,
+    column: str | None,
+    role: str,
+    no_column: str,
+    parse: Callable[[str], Number | None],
+) -> list[Number | None] | None:
+    """The numbers of a column, None for what is none; no list where no column has the role."""
+    if column is None:
+        return None
+    texts = table.column(column, f"data.columns.{role}", f"or to null when {no_column}")
+    return [parse(text) for text in texts]
 
 
-def _parse(table: Table, columns: ColumnsConfig) -> _Numbers:
-    timestamps = ratings = None
-    if columns.timestamp is not None:
-        key, hint = "data.columns.timestamp", "or to null when the rows are in order"
-        timestamps = [_time(text) for text in table.column(columns.timestamp, key, hint)]
-    if columns.rating is not None:
-        key, hint = "data.columns.rating", "or to null when there are none"
-        ratings = [_number(text) for text in table.column(columns.rating, key, hint)]
-    return _Numbers(timestamps, ratings)
-
-
-def _faults(
-    table: Table, columns: ColumnsConfig, codes: np.ndarray, parsed: _Numbers
-) -> list[BadRow]:
-    """At most one fault for each row, by position."""
-    items = table.columns[columns.item]
-    found = [
-        *table.bad,
-        *_empty(table, table.columns[columns.user], "empty user id"),
-        *_empty(table, items, "empty item id"),
-        *_not_parsed(table, columns.timestamp, parsed.timestamps, NOT_A_TIME),
-        *_not_parsed(table, columns.rating, parsed.ratings, NOT_A_RATING),
-        *(
-            BadRow(table.positions[int(index)], NO_TEXT, repr(items[int(index)]))
-            for index in np.flatnonzero(codes < 0)
-        ),
-    ]
+def _first_faults(*found: BadRow) -> list[BadRow]:
+    """The first fault of each row, by position."""
     first: dict[int, BadRow] = {}
     for fault in found:
         first.setdefault(fault.position, fault)
@@ -195,24 +179,17 @@ def _faults(
 
 
 def _not_parsed(
-    table: Table, column: str | None, values: list[Number | None] | None, reason: str
+    table: Table, column: str | None, values: Sequence[Number | None] | None, reason: str
 ) -> list[BadRow]:
     if column is None or values is None:
         return []
-    texts = table.columns[column]
-    return [
-        BadRow(table.positions[index], reason, repr(texts[index]))
-        for index, value in enumerate(values)
-        if value is None
-    ]
+    rows = zip(table.positions, table.columns[column], values, strict=True)
+    return [BadRow(position, reason, repr(text)) for position, text, value in rows if value is None]
 
 
 def _empty(table: Table, values: list[str], reason: str) -> list[BadRow]:
-    return [
-        BadRow(position, reason, "")
-        for position, value in zip(table.positions, values, strict=True)
-        if not value
-    ]
+    rows = zip(table.positions, values, strict=True)
+    return [BadRow(position, reason, "") for position, value in rows if not value]
 
 
 def _check_share(table: Table, bad: list[BadRow], max_bad_rows: float) -> None:
