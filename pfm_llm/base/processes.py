@@ -59,8 +59,7 @@ class Processes:
     @property
     def device(self) -> torch.device:
         """Where this process computes."""
-        device: torch.device = self.accelerator.device
-        return device
+        return self.accelerator.device
 
     def share(self, work: Sequence[T]) -> list[tuple[int, T]]:
         """The pieces of work of this process, each with its index in ``work``."""

@@ -4,7 +4,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
@@ -67,7 +66,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._started = self._logged = self._clock()
-        if self._enabled and _is_terminal():
+        if self._enabled and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.total,
                 desc=self._description,
@@ -79,12 +78,7 @@ class Progress:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         elif self._enabled and self._logged_count != self.count:
@@ -131,7 +125,3 @@ class Progress:
 
 def _format(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
-
-
-def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()

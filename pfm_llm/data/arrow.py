@@ -118,8 +118,8 @@ def _read(folder: Path) -> Interactions:
     users = _columns(folder / "users")
     items = _columns(folder / "items")
     return Interactions(
-        catalogue=Catalogue(_texts(items["id"]), _without_prefix(items)),
-        user_ids=_texts(users["id"]),
+        catalogue=Catalogue(tuple(items["id"].to_pylist()), _without_prefix(items)),
+        user_ids=tuple(users["id"].to_pylist()),
         offsets=np.concatenate([[0], np.cumsum(users["length"].to_numpy())]),
         items=rows["item"].to_numpy(),
         timestamps=rows["timestamp"].to_numpy() if "timestamp" in rows else None,
@@ -133,17 +133,13 @@ def _columns(folder: Path) -> dict[str, Any]:
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def _texts(column: Any) -> tuple[str, ...]:
-    return tuple(column.to_pylist())
-
-
 def _with_prefix(fields: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
     return {f"{_FIELD}{name}": values for name, values in fields.items()}
 
 
 def _without_prefix(columns: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {
-        name.removeprefix(_FIELD): _texts(column)
+        name.removeprefix(_FIELD): tuple(column.to_pylist())
         for name, column in columns.items()
         if name.startswith(_FIELD)
     }

@@ -310,8 +310,7 @@ def _keep_ties(interactions: Interactions, cuts: _Cuts, kind: SplitKind) -> _Cut
 def _count_per_user(events: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """How many of each user's events are true, int64 [num_users]."""
     running = np.concatenate(([0], np.cumsum(events, dtype=np.int64)))
-    counts: np.ndarray = running[offsets[1:]] - running[offsets[:-1]]
-    return counts
+    return running[offsets[1:]] - running[offsets[:-1]]
 
 
 def _train_data(interactions: Interactions, train_ends: np.ndarray) -> TrainData:
@@ -374,5 +373,4 @@ def _without_repeats(targets: np.ndarray, history: np.ndarray) -> np.ndarray:
     """Positions of the targets that the history lacks, of each item the first; ascending."""
     fresh = np.flatnonzero(~np.isin(targets, history))
     _, first_places = np.unique(targets[fresh], return_index=True)
-    positions: np.ndarray = fresh[np.sort(first_places)]
-    return positions
+    return fresh[np.sort(first_places)]

@@ -30,7 +30,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -248,11 +248,8 @@ def _placeholders(template: str) -> set[str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _parse(template: str) -> tuple[_Part, ...]:
-    return tuple(_parts(template))
-
-
-def _parts(template: str) -> Iterator[_Part]:
+def _parse(template: str) -> list[_Part]:
+    parts: list[_Part] = []
     pieces: list[tuple[str, bool]] = []
     inside = False
     for match in _TOKEN.finditer(template):
@@ -264,7 +261,7 @@ def _parts(template: str) -> Iterator[_Part]:
                 raise ConfigError(f"unmatched {token!r}; double it to mean the character")
             if inside and not any(is_field for _, is_field in pieces):
                 raise ConfigError("an optional part [...] has no placeholder; [[ means a bracket")
-            yield _Part(tuple(pieces), optional=inside)
+            parts.append(_Part(tuple(pieces), optional=inside))
             pieces, inside = [], not inside
         elif token in {"{", "}"}:
             raise ConfigError(f"unmatched {token!r}; double it to mean the character")
@@ -273,4 +270,4 @@ def _parts(template: str) -> Iterator[_Part]:
             pieces.append((token[0] if is_doubled else token, False))
     if inside:
         raise ConfigError("unmatched '['; double it to mean the character")
-    yield _Part(tuple(pieces), optional=False)
+    return [*parts, _Part(tuple(pieces), optional=False)]
