@@ -168,13 +168,8 @@ class Split:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Cuts:
-    """Where each user's train and validation parts end: event indices, int64 [num_users]."""
-
-    train_ends: np.ndarray
-    validation_ends: np.ndarray
-    rule: str
+_Cuts = tuple[np.ndarray, np.ndarray, str]
+"""Where each user's train and validation parts end (event indices, int64 [num_users]); the rule."""
 
 
 def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
@@ -205,14 +200,13 @@ def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
         cuts = _global_temporal(interactions, config.held_out)
     if config.keep_ties:
         cuts = _keep_ties(interactions, cuts, config.split)
+    train_ends, validation_ends, rule = cuts
     starts, ends = interactions.offsets[:-1], interactions.offsets[1:]
     return Split(
-        train=_train_data(interactions, cuts.train_ends),
-        validation=_held_out(
-            "validation", interactions, (starts, cuts.train_ends, cuts.validation_ends)
-        ),
-        test=_held_out("test", interactions, (starts, cuts.validation_ends, ends)),
-        rule=cuts.rule,
+        train=_train_data(interactions, train_ends),
+        validation=_held_out("validation", interactions, (starts, train_ends, validation_ends)),
+        test=_held_out("test", interactions, (starts, validation_ends, ends)),
+        rule=rule,
     )
 
 
@@ -225,10 +219,10 @@ def _order(interactions: Interactions) -> str:
 def _leave_last_out(interactions: Interactions) -> _Cuts:
     ends = interactions.offsets[1:]
     divided = np.diff(interactions.offsets) >= _MIN_EVENTS
-    return _Cuts(
-        train_ends=np.where(divided, ends - 2, ends),
-        validation_ends=np.where(divided, ends - 1, ends),
-        rule="leave_last_out: each user's last item is the test target, the last but one the "
+    return (
+        np.where(divided, ends - 2, ends),
+        np.where(divided, ends - 1, ends),
+        "leave_last_out: each user's last item is the test target, the last but one the "
         f"validation target ({_order(interactions)})",
     )
 
@@ -239,10 +233,10 @@ def _last_fraction(interactions: Interactions, share: float) -> _Cuts:
     num_held_out = np.minimum(np.maximum(num_held_out, 2), lengths - 1)
     num_held_out = np.where(lengths >= _MIN_EVENTS, num_held_out, 0)
     train_ends = ends - num_held_out
-    return _Cuts(
-        train_ends=train_ends,
-        validation_ends=train_ends + num_held_out // 2,
-        rule=f"last_fraction: the last {share:.0%} of each user's items, first half validation, "
+    return (
+        train_ends,
+        train_ends + num_held_out // 2,
+        f"last_fraction: the last {share:.0%} of each user's items, first half validation, "
         f"second half test ({_order(interactions)})",
     )
 
@@ -270,10 +264,10 @@ def _global_temporal(interactions: Interactions, share: float) -> _Cuts:
             "data.held_out, or use data.split: leave_last_out or last_fraction"
         )
     starts = interactions.offsets[:-1]
-    return _Cuts(
-        train_ends=starts + _count_per_user(times < first, interactions.offsets),
-        validation_ends=starts + _count_per_user(times < second, interactions.offsets),
-        rule=f"global_temporal: train before {first}, validation from there to before {second}, "
+    return (
+        starts + _count_per_user(times < first, interactions.offsets),
+        starts + _count_per_user(times < second, interactions.offsets),
+        f"global_temporal: train before {first}, validation from there to before {second}, "
         "test from there on",
     )
 
@@ -288,7 +282,7 @@ def _keep_ties(interactions: Interactions, cuts: _Cuts, kind: SplitKind) -> _Cut
         )
     if kind is SplitKind.GLOBAL_TEMPORAL:
         return cuts
-    train_ends, validation_ends = cuts.train_ends.copy(), cuts.validation_ends.copy()
+    train_ends, validation_ends = cuts[0].copy(), cuts[1].copy()
     for user, (start, end) in enumerate(itertools.pairwise(interactions.offsets)):
         # Where a group begins, but for the first one: each is a place for a cut.
         places = start + 1 + np.flatnonzero(np.diff(times[start:end]))
@@ -298,13 +292,13 @@ def _keep_ties(interactions: Interactions, cuts: _Cuts, kind: SplitKind) -> _Cut
             train_ends[user], validation_ends[user] = places[-2:]
         else:
             last = len(places) - 1
-            ends = (cuts.train_ends[user], cuts.validation_ends[user])
-            first, second = (int(np.searchsorted(places, cut, side="right")) - 1 for cut in ends)
+            cut = (cuts[0][user], cuts[1][user])
+            first, second = np.searchsorted(places, cut, side="right") - 1
             first = min(max(first, 0), last - 1)
             train_ends[user] = places[first]
             validation_ends[user] = places[max(second, first + 1)]
-    rule = f"{cuts.rule}; a user's events of one time lie on one side of each cut (keep_ties)"
-    return _Cuts(train_ends, validation_ends, rule)
+    rule = f"{cuts[2]}; a user's events of one time lie on one side of each cut (keep_ties)"
+    return train_ends, validation_ends, rule
 
 
 def _count_per_user(events: np.ndarray, offsets: np.ndarray) -> np.ndarray:
