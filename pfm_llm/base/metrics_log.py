@@ -21,14 +21,12 @@ class MetricsLog:
     """One JSON object per line, each with the ``round`` that it belongs to.
 
     A process may be killed at any byte, so a half-written last line is ignored.
+
+    Args:
+        path: The file; it and its folder need not exist.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open nothing yet.
-
-        Args:
-            path: The file; it and its folder need not exist.
-        """
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def check_data(config: DataConfig) -> DataCheck:
 
     Raises:
         DataError: The source or a column is missing, or no row can be used.
-        AssetError: The embedded data set cannot be had.
+        AssetError: The embedded data set cannot be fetched.
     """
     tables, columns = read_source(config)
     problems: list[str] = []

@@ -55,7 +55,7 @@ class Catalogue:
         return len(self.item_ids)
 
     def content_hash(self) -> str:
-        """SHA-256 over ids and fields, in hex; the order of the fields does not matter."""
+        """SHA-256, in hex, over ids and fields; the order of the fields does not matter."""
         return _text_hash("catalogue", self.item_ids, self.fields).hexdigest()
 
 
@@ -74,7 +74,7 @@ class Interactions:
         timestamps: int64 [num_interactions], seconds or any other order, not descending within
             a user; None where only the order is known.
         ratings: float32 [num_interactions]; None where there are none.
-        user_fields: Such as age and occupation, one string per user, ``""`` where unknown.
+        user_fields: Fields such as age, each one string per user, ``""`` where unknown.
 
     Raises:
         DataError: The parts do not fit together.
@@ -133,7 +133,7 @@ class Interactions:
         return History(self.items[own], None if self.ratings is None else self.ratings[own])
 
     def content_hash(self) -> str:
-        """SHA-256 over all that this holds, the catalogue included, in hex."""
+        """SHA-256, in hex, over the interactions, the users and the catalogue."""
         digest = _text_hash("interactions", self.user_ids, self.user_fields)
         digest.update(self.catalogue.content_hash().encode())
         for name in ("offsets", "items", "timestamps", "ratings"):
@@ -147,7 +147,7 @@ class Interactions:
 
 @dataclass(frozen=True)
 class RawInteractions:
-    """Usable rows in the order of their file, and what was said about the others.
+    """The usable rows of a source in their order, and an account of its other rows.
 
     Attributes:
         catalogue: The items.
@@ -156,8 +156,8 @@ class RawInteractions:
         timestamps: int64 or float64 [rows], finite; None: the rows are in order.
         ratings: float [rows]; None: no ratings.
         user_fields: Field name to a mapping from external user id to text.
-        num_bad: Reason to number of rows left out before these.
-        examples: The first rows left out: file, line and reason.
+        num_bad: Reason to number of rows that cannot be used.
+        examples: The first rows that cannot be used: file, line and reason.
         notes: For the report.
     """
 
@@ -186,17 +186,17 @@ def build_interactions(
         seed: The experiment's seed; matters only with ``max_users``.
 
     Returns:
-        The interactions, and a report of what was dropped and what deserves a word.
+        The interactions, and the report with the numbers of dropped rows.
 
     Raises:
-        DataError: Fewer than two items, or nothing is left.
+        DataError: The catalogue has fewer than two items, or no interaction is left.
     """
     num_rows = len(raw.users) + sum(raw.num_bad.values())
     if not raw.users:
         raise DataError(_nothing_left(num_rows, raw.num_bad, raw.examples))
     if len(raw.catalogue) < _MIN_ITEMS:
         raise DataError(
-            f"a catalogue of {len(raw.catalogue)} item: ranking needs at least {_MIN_ITEMS} "
+            f"the catalogue has {len(raw.catalogue)} item: ranking needs at least {_MIN_ITEMS} "
             "items with text; check data.source, data.items and data.columns"
         )
     rows, dropped = _select(_sorted_rows(raw), config, seed)
@@ -257,7 +257,7 @@ def _gather(raw: RawInteractions, rows: Any) -> Interactions:
     user_ids = tuple(raw.users[row] for row in rows.index[~rows.duplicated("user")])
     timestamps = rows["time"].to_numpy() if "time" in rows else None
     if timestamps is not None and timestamps.dtype.kind == "f":
-        timestamps = np.floor(timestamps)  # sorted at full resolution, held in whole units
+        timestamps = np.floor(timestamps)  # after the sort, which needs the full resolution
     return Interactions(
         catalogue=raw.catalogue,
         user_ids=user_ids,

@@ -1,4 +1,4 @@
-"""The MovieLens data sets in the forms in which they are handed out."""
+"""The published editions of the MovieLens data sets."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from pfm_llm.data.tables import CSV, TSV, Layout, Table, read_delimited
 COLUMNS = ColumnsConfig(
     user="user_id", item="item_id", timestamp="timestamp", rating="rating", title="title"
 )
-"""The columns of what `read_movielens` returns."""
+"""The columns of the tables that `read_movielens` returns."""
 
 _RATINGS = ("user_id", "item_id", "rating", "timestamp")
 _USER_FIELDS = ("user_id", "age", "gender", "occupation")
@@ -47,7 +47,7 @@ _ML1M_OCCUPATIONS = {
 
 @dataclass(frozen=True)
 class _Edition:
-    """One form of MovieLens; its first file tells it from the others."""
+    """An edition of MovieLens; its first file tells it from the others."""
 
     files: tuple[str, ...]
     read: Callable[[Path], SourceTables]
@@ -74,12 +74,12 @@ def movielens_files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_movielens(folder: Path) -> SourceTables:
-    """Read a MovieLens folder; the files that are there tell the edition.
+    """Read a MovieLens folder of any edition; its files tell the edition.
 
-    ml-latest-small and its larger siblings (``ratings.csv``, ``movies.csv``), ml-1m
-    (``ratings.dat``, ``movies.dat``, ``users.dat``), ml-100k (``u.data``, ``u.item``,
-    ``u.user``) and its RecBole form (``ml-100k.inter``, ``.item``, ``.user``). Zip codes are
-    not read.
+    The editions are ml-latest-small and its larger siblings (``ratings.csv``, ``movies.csv``),
+    ml-1m (``ratings.dat``, ``movies.dat``, ``users.dat``), ml-100k (``u.data``, ``u.item``,
+    ``u.user``) and its RecBole form (``ml-100k.inter``, ``.item``, ``.user``). Zip codes are not
+    read.
 
     Returns:
         Tables with the columns of `COLUMNS`; items also have ``year`` (four digits or ``""``)
@@ -193,7 +193,7 @@ def _read_recbole(folder: Path) -> SourceTables:
 
 
 def _spoken(movies: Table) -> Table:
-    """Titles as they are spoken, the year and the genres apart."""
+    """Titles with the article first; the year and the genres in columns of their own."""
     split = [split_year(title) for title in movies.columns["title"]]
     columns = {
         "item_id": movies.columns["item_id"],

@@ -36,8 +36,8 @@ def partition(interactions: Interactions, users_per_client: int, seed: int) -> t
     because they can be served; training must skip them.
 
     Args:
-        interactions: The users, of a whole data set or of its train part (the result is equal:
-            no event is looked at).
+        interactions: The users of a whole data set or of its train part; the events do not
+            matter.
         users_per_client: 1: a client per user, in the order of the users, named
             ``user-<external id>``. More: silos of so many users drawn at random, named
             ``silo-0000`` and so on; the last one may hold fewer.

@@ -1,4 +1,4 @@
-"""From tables of text to usable rows: every fault has a place, a reason and a limit."""
+"""The usable rows of tables of text. A bad row is counted and shown with its position."""
 
 import html
 import math
@@ -34,7 +34,7 @@ class SourceTables:
     Attributes:
         interactions: One row per interaction, in order.
         items: Item id, title and further text columns; None: titles are in ``interactions``.
-        users: User id and further columns; None: nothing is known of the users.
+        users: User id and further columns; None: users have no fields.
         notes: For the report.
     """
 
@@ -45,11 +45,11 @@ class SourceTables:
 
 
 def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) -> RawInteractions:
-    """Keep the usable rows and account for the others.
+    """Keep the usable rows, and count the others.
 
     Args:
-        tables: What was read.
-        columns: Which column is what.
+        tables: The tables of the source.
+        columns: The column of each role.
         max_bad_rows: Highest share of bad rows, of each table.
 
     Raises:
@@ -98,7 +98,7 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
 def read_catalogue(
     table: Table, columns: ColumnsConfig, max_bad_rows: float
 ) -> tuple[Catalogue, list[str]]:
-    """The items of a table, the first of equal ids, and notes on what was passed over.
+    """The items of a table, the first of equal ids, and notes on the rows left out.
 
     Raises:
         DataError: A column is missing, or more rows than allowed have no id or no text.
@@ -163,7 +163,7 @@ def _parse(
     no_column: str,
     parse: Callable[[str], Number | None],
 ) -> list[Number | None] | None:
-    """The numbers of a column, None for what is none; no list where no column has the role."""
+    """The numbers of a column, None for a text that is no number; None without a column."""
     if column is None:
         return None
     texts = table.column(column, f"data.columns.{role}", f"or to null when {no_column}")
@@ -230,7 +230,7 @@ def _table_notes(table: Table, bad: list[BadRow], num_repeated: int) -> list[str
 def _one_line(texts: list[str]) -> list[str]:
     """Prompts hold one item a line: line breaks and runs of blanks become one blank.
 
-    Scraped titles hold HTML's names of characters, which become the characters.
+    Scraped titles hold HTML entities, such as ``&amp;``, which become the characters.
     """
     characters = (_ENTITY.sub(lambda entity: html.unescape(entity[0]), text) for text in texts)
     return [" ".join(text.split()) for text in characters]

@@ -24,9 +24,9 @@ share may differ from ``held_out``. Users with fewer than 3 groups are all train
 
 At validation a method sees the train history; at test, train and validation.
 
-Seen items are masked when a catalogue is ranked, so a target that the query's history holds
-already (possible with ``repeats: allow``) could never be ranked, and a target that comes twice
-would be counted twice: such repeats are dropped from the targets, not from any history, and
+Seen items are masked when a catalogue is ranked. A target that the query's history already holds
+(possible with ``repeats: allow``) could therefore never be ranked, and a target that comes twice
+would be counted twice. Such repeats are dropped from the targets, not from any history, and are
 counted in `HeldOut.num_repeated_targets`.
 """
 
@@ -62,7 +62,7 @@ class TrainData:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The queries of one split, one per user who can be asked.
+    """The queries of one split, one for each user with a history and a target.
 
     Attributes:
         name: ``"validation"`` or ``"test"``.
@@ -71,11 +71,11 @@ class HeldOut:
         history_ratings: The ratings of ``histories``, float32, or None without ratings.
         targets: Per query the held-out items to find, oldest first, distinct, none of them in
             the history, int32 [>= 1].
-        num_dropped: How many users have no query, for want of a history or of targets.
-        num_repeated_targets: How many held-out events are no target because their item is in
-            the history or among the earlier targets.
-        target_ratings: The ratings of ``targets``, float32, or None without ratings. Labels: for
-            measuring alone, never an input.
+        num_dropped: Number of users without a query: they lack a history or a target.
+        num_repeated_targets: Number of held-out events that are no target because their item is
+            in the history or among the earlier targets.
+        target_ratings: The ratings of ``targets``, float32, or None without ratings. They are
+            labels: a method never gets them as input.
     """
 
     name: str
@@ -139,10 +139,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Split:
-    """Interactions, divided.
+    """The three parts of the interactions.
 
     Attributes:
-        train: What training sees.
+        train: The data of training.
         validation: Queries to choose settings by; their histories are the train events.
         test: Queries to report; their histories are the train and validation events.
         rule: The rule that divided them, in words.
@@ -173,7 +173,7 @@ _Cuts = tuple[np.ndarray, np.ndarray, str]
 
 
 def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
-    """Divide interactions by the rule ``config.split``; the module says how.
+    """Divide interactions by the rule ``config.split``; the module describes the rules.
 
     Args:
         interactions: All events; they are not changed and not shared with the train part.
@@ -185,7 +185,7 @@ def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
     Raises:
         ConfigError: ``held_out`` is 0 with a rule that needs it.
         DataError: ``global_temporal`` or ``keep_ties`` without timestamps, too few distinct
-            ones, or no user is left to ask at validation or at test.
+            ones, or no user has a query at validation or at test.
     """
     if config.split is SplitKind.LEAVE_LAST_OUT:
         cuts = _leave_last_out(interactions)
@@ -273,7 +273,7 @@ def _global_temporal(interactions: Interactions, share: float) -> _Cuts:
 
 
 def _keep_ties(interactions: Interactions, cuts: _Cuts, kind: SplitKind) -> _Cuts:
-    """The cuts, moved to where tie groups begin; the module says how."""
+    """The cuts, moved to the starts of tie groups; the module describes the rule."""
     times = interactions.timestamps
     if times is None:
         raise DataError(
@@ -346,7 +346,7 @@ def _held_out(
             asked.append((user, np.arange(start, middle), middle + rankable))
     if not asked:
         raise DataError(
-            f"no user can be asked at {name}: none of {interactions.num_users} has both a history "
+            f"no user has a query at {name}: none of {interactions.num_users} has both a history "
             f"and a held-out item (a user needs {_MIN_EVENTS} interactions); use a source with "
             "longer histories, or another data.split"
         )

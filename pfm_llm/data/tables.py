@@ -1,4 +1,4 @@
-"""Tables of text with the line of every row: CSV, TSV and like files, Parquet, `datasets`."""
+"""Tables of text that know the line of each row: from CSV, TSV, Parquet and `datasets`."""
 
 import csv
 import difflib
@@ -40,7 +40,7 @@ class Table:
         columns: Column name to one string per row, ``""`` where there is none.
         positions: Line or row of each row in the source, from 1.
         unit: What ``positions`` count: ``"line"`` or ``"row"``.
-        bad: Rows that are no rows of this table, such as those with too few fields.
+        bad: Rows that do not fit the header, such as those with too few fields.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Table:
 
         Args:
             name: A column.
-            key: The config key that names it; None: the format of the file does.
+            key: The config key that names it; None: the format of the file names it.
             hint: Another remedy, for the message.
 
         Raises:
-            DataError: There is none; the message names it, the key, the columns that are
-                there, and the nearest.
+            DataError: There is no such column; the message names it, the key, all columns and
+                the nearest one.
         """
         if name in self.columns:
             return self.columns[name]
@@ -173,7 +173,7 @@ def from_arrow_table(name: str, content: pa.Table, header: Sequence[str]) -> Tab
         header: All columns of the source.
 
     Raises:
-        DataError: A column has no form as text, or a name comes twice.
+        DataError: A column cannot be read as text, or two columns have one name.
     """
     _check_header(name, tuple(header))
     columns = {}

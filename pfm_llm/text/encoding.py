@@ -76,7 +76,7 @@ class Window:
 
     @property
     def met(self) -> np.ndarray:
-        """Int [H], the history up to the last target, or item, of the window."""
+        """Int [H], the history up to the last target of the window, or up to its last item."""
         return self.history.items[: self.start + len(self) + bool(self.has_target[-1:].any())]
 
     def _following(self, values: np.ndarray, missing: int) -> np.ndarray:
@@ -216,7 +216,7 @@ class HistoryEncoder:
         return dict(zip(keys, pieces, strict=True))
 
     def _tokenise(self, texts: Sequence[str], items: Sequence[int]) -> list[np.ndarray]:
-        """The tokens of each text, cut to length; ``items`` are the items that they describe."""
+        """The tokens of each text, cut to length; ``items`` are the items of the texts."""
         rows = tokenise(texts, self._tokenizer, assets.cache_dir() / "tokens")
         return [self._cut(row, item) for row, item in zip(rows, items, strict=True)]
 

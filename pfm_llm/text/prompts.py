@@ -14,7 +14,7 @@ is a new version, so that a prompt's key always stands for the same text.
 In ``item`` and ``catalogue_item``:
 
 - ``{field}`` is an item's field, the empty string where it is unknown. ``{rating}`` (in ``item``
-  only, and not in ``fields``) is what the user gave: a field of the event, not of the item.
+  only, and not in ``fields``) is the user's rating: a field of the interaction, not of the item.
 - ``[...]`` is an optional part, left out when any placeholder in it is empty, so that unknown
   fields leave no litter such as ``()``. Parts do not nest.
 - A literal bracket or brace is doubled: ``[[``, ``]]``, ``{{``, ``}}``.
@@ -94,7 +94,7 @@ class Prompt:
         return RATING in _placeholders(self.item)
 
     def content_hash(self) -> str:
-        """SHA-256, in hex, over all that the rendered text depends on."""
+        """SHA-256, in hex, over everything that the rendered text depends on."""
         parts = [self.key, self.header, self.item, self.catalogue_item, *self.fields]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -206,7 +206,9 @@ def _check_plain(file: _PromptFile) -> None:
         if file.fields.count(field) > 1:
             raise ConfigError(f"fields: {field!r} is listed twice; remove one of them")
     if RATING in file.fields:
-        raise ConfigError(f"fields: {RATING!r} belongs to the event; use it in item, unlisted")
+        raise ConfigError(
+            f"fields: {RATING!r} is a field of the interaction; leave it out of fields"
+        )
     if not file.fields:
         raise ConfigError("fields: empty; an item needs at least one field as its text")
 

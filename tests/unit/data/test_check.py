@@ -115,7 +115,7 @@ def test_nobody_to_ask_is_a_problem(tmp_path: Path) -> None:
     same_time = write(tmp_path / "same.csv", *(f"a,{n},7,1,Film {n},x" for n in range(5)))
     checked = check_data(config(same_time).model_copy(update={"keep_ties": True}))
     (problem,) = checked.problems
-    assert "no user can be asked at validation" in problem
+    assert "no user has a query at validation" in problem
     assert checked.split is None
 
 

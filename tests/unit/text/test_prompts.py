@@ -147,7 +147,7 @@ def test_missing_key_is_named(tmp_path: Path, key: str) -> None:
         ({"fields": ["a b"]}, "fields: 'a b' is no field name"),
         ({"fields": []}, "fields: empty"),
         ({"fields": ["title", "title"]}, "fields: 'title' is listed twice"),
-        ({"fields": ["title", "year", "rating"]}, "fields: 'rating' belongs to the event"),
+        ({"fields": ["title", "year", "rating"]}, "fields: 'rating' is a field of the interaction"),
         ({"fields": ["title"]}, r"item: placeholder \{year\} is not in fields"),
         ({"fields": ["title", "year", "genres"]}, "fields: 'genres' is not used"),
         ({"catalogue_item": "{title} {genres}"}, r"catalogue_item: placeholder \{genres\}"),
