@@ -208,7 +208,7 @@ def _is_whole(folder: Path) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _has_hash(path: Path, size: int, mtime_ns: int, sha256: str) -> bool:
-    """Whether the content has this hash; size and time make a changed file a new question."""
+    """Whether the content has this hash; with another size or time the file is hashed again."""
     del size, mtime_ns
     return sha256_of(path) == sha256
 

@@ -48,15 +48,15 @@ class TrainingError(PfmError):
 
 
 class CheckpointError(PfmError):
-    """A run that cannot be resumed from what is on disk."""
+    """A run that cannot be resumed from its files."""
 
 
 class ArtefactError(PfmError):
-    """A folder that is not a shared adapter, or that does not fit what it is used with."""
+    """A folder that is not a shared adapter, or that does not fit the model or run that uses it."""
 
 
 class PrivateLeakError(ArtefactError):
-    """Something private was found in what is about to be published; nothing was sent."""
+    """Something private was found in the files to be published; nothing was sent."""
 
 
 class HubError(PfmError):

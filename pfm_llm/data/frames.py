@@ -50,7 +50,7 @@ def data_section(data: Any) -> dict[str, Any]:
     """The section ``data`` of a config.
 
     Args:
-        data: What ``data.source`` takes, a table in memory, or a mapping: the section itself,
+        data: A value of ``data.source``, a table in memory, or a mapping: the section itself,
             whose ``source`` and ``items`` may be tables in memory.
 
     Returns:

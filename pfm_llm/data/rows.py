@@ -73,11 +73,11 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
     ratings = _parse(rows, columns.rating, "rating", "there are none", _number)
     bad = _first_faults(
         *rows.bad,
-        *_empty(rows, users, "empty user id"),
-        *_empty(rows, rows.columns[columns.item], "empty item id"),
-        *_not_parsed(rows, columns.timestamp, times, NOT_A_TIME),
-        *_not_parsed(rows, columns.rating, ratings, NOT_A_RATING),
-        *_not_parsed(rows, columns.item, codes, NO_TEXT),
+        *_without_value(rows, users, "empty user id"),
+        *_without_value(rows, rows.columns[columns.item], "empty item id"),
+        *_without_value(rows, times, NOT_A_TIME, columns.timestamp),
+        *_without_value(rows, ratings, NOT_A_RATING, columns.rating),
+        *_without_value(rows, codes, NO_TEXT, columns.item),
     )
     _check_share(rows, bad, max_bad_rows)
     faulty = {fault.position for fault in bad}
@@ -111,8 +111,8 @@ def read_catalogue(
     }
     bad = [
         *table.bad,
-        *_empty(table, ids, "empty item id"),
-        *_empty(table, texts[TITLE], NO_TEXT),
+        *_without_value(table, ids, "empty item id"),
+        *_without_value(table, texts[TITLE], NO_TEXT),
     ]
     _check_share(table, bad, max_bad_rows)
     faulty = {fault.position for fault in bad}
@@ -128,11 +128,8 @@ def read_catalogue(
 def _catalogue_of_rows(table: Table, columns: ColumnsConfig) -> tuple[Catalogue, list[str]]:
     """The first title that the rows give each item."""
     ids = table.column(columns.item, "data.columns.item")
-    titles = _one_line(
-        table.column(
-            columns.title, "data.columns.title", "or name a file of item texts in data.items"
-        )
-    )
+    hint = "or name a file of item texts in data.items"
+    titles = _one_line(table.column(columns.title, "data.columns.title", hint))
     first: dict[str, str] = {}
     num_other = 0
     for item, title in zip(ids, titles, strict=True):
@@ -146,7 +143,7 @@ def _user_fields(
     table: Table, columns: ColumnsConfig, max_bad_rows: float
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     ids = table.column(columns.user, "data.columns.user")
-    bad = [*table.bad, *_empty(table, ids, "empty user id")]
+    bad = [*table.bad, *_without_value(table, ids, "empty user id")]
     _check_share(table, bad, max_bad_rows)
     fields = {
         name: dict(zip(ids, values, strict=True))
@@ -178,18 +175,16 @@ def _first_faults(*found: BadRow) -> list[BadRow]:
     return sorted(first.values())
 
 
-def _not_parsed(
-    table: Table, column: str | None, values: Sequence[Number | None] | None, reason: str
+def _without_value(
+    table: Table, values: Sequence[object] | None, reason: str, column: str | None = None
 ) -> list[BadRow]:
-    if column is None or values is None:
-        return []
-    rows = zip(table.positions, table.columns[column], values, strict=True)
-    return [BadRow(position, reason, repr(text)) for position, text, value in rows if value is None]
-
-
-def _empty(table: Table, values: list[str], reason: str) -> list[BadRow]:
-    rows = zip(table.positions, values, strict=True)
-    return [BadRow(position, reason, "") for position, value in rows if not value]
+    """The rows whose value is None or empty, with their text in ``column`` as the detail."""
+    texts = None if column is None else table.columns[column]
+    return [
+        BadRow(table.positions[index], reason, "" if texts is None else repr(texts[index]))
+        for index, value in enumerate(values or ())
+        if value is None or value == ""
+    ]
 
 
 def _check_share(table: Table, bad: list[BadRow], max_bad_rows: float) -> None:

@@ -34,6 +34,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -93,18 +94,13 @@ class HeldOut:
         Args:
             queries: int [K], positions in ``users``.
         """
-
-        def pick(values: tuple[np.ndarray, ...] | None) -> tuple[np.ndarray, ...] | None:
-            return None if values is None else tuple(values[query] for query in queries)
-
-        return replace(
-            self,
-            users=self.users[np.asarray(queries, dtype=np.int64)],
-            histories=tuple(self.histories[query] for query in queries),
-            history_ratings=pick(self.history_ratings),
-            targets=tuple(self.targets[query] for query in queries),
-            target_ratings=pick(self.target_ratings),
-        )
+        fields = ("histories", "history_ratings", "targets", "target_ratings")
+        taken: dict[str, Any] = {
+            name: tuple(values[query] for query in queries)
+            for name in fields
+            if (values := getattr(self, name)) is not None
+        }
+        return replace(self, users=self.users[np.asarray(queries, dtype=np.int64)], **taken)
 
     def query(self, index: int) -> Query:
         """One query as a value; whether its targets were liked is not in it."""
@@ -169,7 +165,7 @@ class Split:
 
 
 _Cuts = tuple[np.ndarray, np.ndarray, str]
-"""Where each user's train and validation parts end (event indices, int64 [num_users]); the rule."""
+"""The ends of each user's train and validation parts (event indices, int64 [num_users]); the rule."""
 
 
 def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
@@ -302,7 +298,7 @@ def _keep_ties(interactions: Interactions, cuts: _Cuts, kind: SplitKind) -> _Cut
 
 
 def _count_per_user(events: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """How many of each user's events are true, int64 [num_users]."""
+    """The number of each user's events that are true, int64 [num_users]."""
     running = np.concatenate(([0], np.cumsum(events, dtype=np.int64)))
     return running[offsets[1:]] - running[offsets[:-1]]
 

@@ -22,7 +22,7 @@ class BadRow(NamedTuple):
     Attributes:
         position: Its line in the file from 1 (the header is line 1), or its row from 1.
         reason: The kind of fault, by which rows are counted.
-        detail: What is wrong with this row.
+        detail: The fault of this row, such as ``"1 fields, expected 2"``.
     """
 
     position: int
@@ -39,7 +39,7 @@ class Table:
         header: All columns of the source, also those that were not read.
         columns: Column name to one string per row, ``""`` where there is none.
         positions: Line or row of each row in the source, from 1.
-        unit: What ``positions`` count: ``"line"`` or ``"row"``.
+        unit: The unit of ``positions``: ``"line"`` or ``"row"``.
         bad: Rows that do not fit the header, such as those with too few fields.
     """
 
@@ -82,7 +82,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a text file is cut into fields.
+    """The layout of a text file.
 
     Attributes:
         separator: Between fields; may be several characters unless ``quoted``.

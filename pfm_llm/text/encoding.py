@@ -35,7 +35,7 @@ class Window:
         tokens: int32 [T], the rendered text.
         item_ends: int32 [L], index in ``tokens`` of each item's last token, ascending.
         history: The history that the stretch is part of.
-        start: How many items of the history come before the window.
+        start: The number of items of the history before the window.
         first_target: Items of the history before this one are no targets here.
     """
 
@@ -128,7 +128,11 @@ class HistoryEncoder:
             {name: catalogue.fields[name][i] for name in prompt.fields if name in catalogue.fields}
             for i in range(len(catalogue))
         ]
-        self._pieces = self._tokenise_pieces(rating_values if prompt.uses_rating else (None,))
+        ratings = rating_values if prompt.uses_rating else (None,)
+        keys = [(item, rating) for rating in ratings for item in range(len(catalogue))]
+        texts = [prompt.render_item(self._fields[item], rating) for item, rating in keys]
+        pieces = self._tokenise(texts, [item for item, _ in keys]) if keys else []
+        self._pieces = dict(zip(keys, pieces, strict=True))
         self._header = self._encode(prompt.header)
         longest = len(self._header) + config.items * config.max_item_tokens
         if longest > max_tokens:
@@ -150,8 +154,8 @@ class HistoryEncoder:
 
         Args:
             history: Oldest item first; its ratings are needed where the prompt shows them.
-            start: How many items of the history come before the stretch.
-            stop: Where it ends; None: with the history.
+            start: The number of items of the history before the stretch.
+            stop: The number of items up to the end of the stretch; None: all.
             first_target: See `Window`.
 
         Raises:
@@ -206,14 +210,6 @@ class HistoryEncoder:
             text = self._prompt.render_item(self._fields[item], key[1])
             self._pieces[key] = self._cut(self._encode(text), item)
         return self._pieces[key]
-
-    def _tokenise_pieces(
-        self, ratings: Sequence[float | None]
-    ) -> dict[tuple[int, float | None], np.ndarray]:
-        keys = [(item, rating) for rating in ratings for item in range(len(self._fields))]
-        texts = [self._prompt.render_item(self._fields[item], rating) for item, rating in keys]
-        pieces = self._tokenise(texts, [item for item, _ in keys]) if keys else []
-        return dict(zip(keys, pieces, strict=True))
 
     def _tokenise(self, texts: Sequence[str], items: Sequence[int]) -> list[np.ndarray]:
         """The tokens of each text, cut to length; ``items`` are the items of the texts."""

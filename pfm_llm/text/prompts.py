@@ -173,11 +173,6 @@ def _read_prompt(path: Path) -> Prompt:
     try:
         text = path.read_text(encoding="utf-8")
         tree = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    try:
         file = _PromptFile.model_validate(tree)
         _check_plain(file)
         values = file.model_dump(exclude={"description", "fields"})
@@ -188,6 +183,10 @@ def _read_prompt(path: Path) -> Prompt:
                 f"name, version: they make {prompt.key!r}; call the file {prompt.key}.toml, or "
                 "correct them (a changed prompt is a new version)"
             )
+    except OSError as error:
+        raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
     except ValidationError as error:
         problems = (explain(problem, _PromptFile) for problem in error.errors())
         raise ConfigError(f"{path}: {'; '.join(problems)}") from error

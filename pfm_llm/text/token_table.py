@@ -29,7 +29,7 @@ def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> list[np.ndar
     Args:
         texts: At least one.
         tokenizer: A Hugging Face tokenizer.
-        folder: Where tables are kept, each under a key of texts and tokenizer. A table that
+        folder: The folder of the tables, each named by a key of texts and tokenizer. A table that
             cannot be written there stays in memory, with a warning.
 
     Returns:
