@@ -88,8 +88,7 @@ def _as_arrow(data: Any) -> pa.Table:
     if isinstance(data, datasets.Dataset):
         return data.with_format("arrow")[:]
     if isinstance(data, datasets.DatasetDict):
-        raise DataError(f"the data set has the splits {', '.join(data)}; pass one of them")
+        raise DataError(f"data have the splits {', '.join(data)}; give one of them")
     raise DataError(
-        f"data of type {type(data).__name__} cannot be read; pass a path, a pandas DataFrame or a "
-        "datasets.Dataset"
+        f"data of type {type(data).__name__}: give a path, a pandas DataFrame or a datasets.Dataset"
     )

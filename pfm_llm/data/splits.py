@@ -165,7 +165,7 @@ class Split:
 
 
 _Cuts = tuple[np.ndarray, np.ndarray, str]
-"""The ends of each user's train and validation parts (event indices, int64 [num_users]); the rule."""
+"""Event indices, int64 [num_users], at which train and validation end for each user; the rule."""
 
 
 def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
