@@ -196,7 +196,7 @@ def build_interactions(
         raise DataError(_nothing_left(num_rows, raw.num_bad, raw.examples))
     if len(raw.catalogue) < _MIN_ITEMS:
         raise DataError(
-            f"the catalogue has {len(raw.catalogue)} item: ranking needs at least {_MIN_ITEMS} "
+            f"a catalogue of {len(raw.catalogue)} item: ranking needs at least {_MIN_ITEMS} "
             "items with text; check data.source, data.items and data.columns"
         )
     rows, dropped = _select(_sorted_rows(raw), config, seed)
