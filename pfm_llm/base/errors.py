@@ -1,21 +1,5 @@
 """Every error that pfm_llm raises on purpose.
 
-PfmError
-├── ConfigError            a config key, value or combination that cannot run
-├── DataError              a source, row or split that cannot be used
-├── AssetError             an embedded asset that cannot be had
-├── StorageError           a file that cannot be written or trusted
-│   ├── DiskSpaceError
-│   └── CorruptFileError
-├── BackboneError          a language model that cannot serve as the backbone
-├── ContractError          an update that the server refuses
-├── TrainingError          training that cannot go on (a loss that is not finite)
-├── CheckpointError        a run that cannot be resumed
-├── ArtefactError          a folder that is not, or must not become, a published adapter
-│   └── PrivateLeakError   something private in what is about to be published
-├── HubError               the Hub refused, or cannot be reached
-└── LaunchError            processes that were started in a way that would mislead
-
 Each message names the thing and the remedy. Scripts print it without a traceback and exit
 with ``exit_code``.
 """
@@ -64,15 +48,15 @@ class TrainingError(PfmError):
 
 
 class CheckpointError(PfmError):
-    """A run that cannot be resumed from what is on disk."""
+    """A run that cannot be resumed from its files."""
 
 
 class ArtefactError(PfmError):
-    """A folder that is not a shared adapter, or that does not fit what it is used with."""
+    """A folder that is not a shared adapter, or that does not fit the model or run that uses it."""
 
 
 class PrivateLeakError(ArtefactError):
-    """Something private was found in what is about to be published; nothing was sent."""
+    """Something private was found in the files to be published; nothing was sent."""
 
 
 class HubError(PfmError):

@@ -24,14 +24,14 @@ _METADATA_KEY = "pfm_llm"
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` about ``path`` into a `StorageError` that says what to do."""
+    """Turn an ``OSError`` about ``path`` into a `StorageError` that names the remedy."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise DiskSpaceError(
                 f"no space left while writing {path}; free some disk space and run again "
-                "(what was committed before is intact)"
+                "(everything that was committed before is intact)"
             ) from error
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -62,7 +62,7 @@ def remove_temporary(folder: Path) -> None:
     """Delete temporary files of killed processes below ``folder``; call it while none writes there.
 
     Raises:
-        StorageError: Something could not be deleted.
+        StorageError: A file could not be deleted.
     """
     with storage_errors(folder):
         for path in folder.rglob(f".*{_TEMPORARY}"):
@@ -93,11 +93,8 @@ def read_json(path: Path) -> Any:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_tensors(

@@ -21,14 +21,12 @@ class MetricsLog:
     """One JSON object per line, each with the ``round`` that it belongs to.
 
     A process may be killed at any byte, so a half-written last line is ignored.
+
+    Args:
+        path: The file; it and its folder need not exist.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open nothing yet.
-
-        Args:
-            path: The file; it and its folder need not exist.
-        """
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -43,7 +41,7 @@ class MetricsLog:
             StorageError: The line cannot be written.
         """
         line = _to_line(record)
-        if self._is_cut_off():
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             self._rewrite(self.read())
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,13 +74,6 @@ class MetricsLog:
             return [*records, self._parse(tail, len(lines) + 1)]
         except CorruptFileError:
             return records
-
-    def _is_cut_off(self) -> bool:
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            return False
-        with self.path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:

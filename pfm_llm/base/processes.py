@@ -29,12 +29,12 @@ class Processes:
     """This process among those of the run.
 
     Args:
-        accelerator: What accelerate set up.
+        accelerator: The accelerator of this process.
         threads: Threads of this process.
 
     Attributes:
-        accelerator: For trackers and the device.
-        threads: As set.
+        accelerator: The accelerator, for trackers and the device.
+        threads: Threads of this process.
     """
 
     def __init__(self, accelerator: Accelerator, threads: int) -> None:
@@ -48,19 +48,18 @@ class Processes:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return int(self.accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:
-        """Whether this one writes files and shows progress."""
+        """Whether this process writes files and shows progress."""
         return bool(self.accelerator.is_main_process)
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
-        device: torch.device = self.accelerator.device
-        return device
+        """The device on which this process computes."""
+        return self.accelerator.device
 
     def share(self, work: Sequence[T]) -> list[tuple[int, T]]:
         """The pieces of work of this process, each with its index in ``work``."""
@@ -104,10 +103,10 @@ def start_processes(
         threads: Threads per process; None: cores divided by the processes on this machine. The
             OMP_NUM_THREADS=1 that ``accelerate launch`` exports on CPU is ignored.
         trackers: Names of accelerate trackers.
-        logging_dir: Where trackers write.
+        logging_dir: The folder in which trackers write.
 
     Raises:
-        LaunchError: The processes were launched wrongly; the message says how to start them.
+        LaunchError: The processes were launched wrongly; the message has a right command.
         ConfigError: A tracker is unknown or not installed.
     """
     check_launch(os.environ)
@@ -131,7 +130,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers that accelerate would skip with a warning.
 
     Raises:
-        ConfigError: One is unknown or its package is not installed.
+        ConfigError: A tracker is unknown or its package is not installed.
     """
     available = [str(tracker.value) for tracker in get_available_trackers()]
     for name in names:
@@ -149,9 +148,9 @@ def check_launch(environment: Mapping[str, str]) -> None:
         environment: The process's environment variables.
 
     Raises:
-        LaunchError: MASTER_ADDR is set without WORLD_SIZE, which is what
-            ``accelerate launch --cpu --num_processes 2`` looks like from inside; or WORLD_SIZE
-            asks for several and there is no MASTER_ADDR at which they could meet.
+        LaunchError: MASTER_ADDR is set without WORLD_SIZE, as ``accelerate launch --cpu
+            --num_processes 2`` leaves them; or WORLD_SIZE asks for several processes and there
+            is no MASTER_ADDR at which they could meet.
     """
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise LaunchError(
@@ -167,7 +166,7 @@ def check_launch(environment: Mapping[str, str]) -> None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

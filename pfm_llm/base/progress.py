@@ -4,7 +4,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
@@ -21,11 +20,11 @@ _BAR_FORMAT = (
 
 
 class Progress:
-    """Progress through a known number of things, for the main process to show.
+    """Progress through a known number of things, such as clients; the main process shows it.
 
-    On a terminal: one bar on standard error with count, rate, time left and the figures given
-    to `update`. Elsewhere: INFO log lines, one for each tenth of the way but not more often than
-    every 5 s, at least one a minute, and one at the end.
+    On a terminal it is one bar on standard error with count, rate, time left and the figures given
+    to `update`. Elsewhere it is INFO log lines: one for each tenth of the way but not more often
+    than every 5 s, at least one a minute, and one at the end.
 
     Example:
         >>> with Progress(3, "reading histories", enabled=False, unit="users") as progress:
@@ -43,14 +42,14 @@ class Progress:
         initial: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Show nothing yet; the bar appears on entering the context.
+        """Prepare the bar; it appears on entering the context.
 
         Args:
-            total: How many things there are; 0 is allowed.
-            description: What is being done.
+            total: The number of things; 0 is allowed.
+            description: The activity, such as ``"reading histories"``.
             enabled: Whether to show anything: true on the main process alone.
-            unit: What is counted, in the plural.
-            initial: How many were done before, by the run that this one resumes.
+            unit: The name of the things, in the plural.
+            initial: The number of things done before, by the run that this one resumes.
             clock: Seconds that only grow.
         """
         self.total = total
@@ -67,7 +66,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._started = self._logged = self._clock()
-        if self._enabled and _is_terminal():
+        if self._enabled and sys.stderr is not None and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.total,
                 desc=self._description,
@@ -79,12 +78,7 @@ class Progress:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         elif self._enabled and self._logged_count != self.count:
@@ -94,7 +88,7 @@ class Progress:
         """Count ``n`` more things as done.
 
         Args:
-            n: How many.
+            n: The number of things.
             figures: Shown beside the count until given anew, such as ``loss=6.1``.
         """
         self.count += n
@@ -131,7 +125,3 @@ class Progress:
 
 def _format(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
-
-
-def _is_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()

@@ -15,7 +15,7 @@ def derive_seed(seed: int, purpose: str, round_number: int = 0, client: str = ""
 
     Args:
         seed: The experiment's seed.
-        purpose: What the numbers are for, such as ``"cohort"``.
+        purpose: The use of the numbers, such as ``"cohort"``.
         round_number: The round, from 1; 0 where none applies.
         client: The client's id; empty where none applies.
 

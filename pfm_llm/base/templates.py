@@ -9,10 +9,10 @@ def render(package: str, template: str, *, is_html: bool, **values: object) -> s
     """A template with values in its places; a place without a value is an error.
 
     Args:
-        package: Where the template is, such as ``pfm_llm.publish``.
-        template: Its file name.
+        package: The package that holds the template, such as ``pfm_llm.publish``.
+        template: The template's file name.
         is_html: Whether markup in values is escaped.
-        values: By name.
+        values: The values by name.
     """
     source = importlib.resources.files(package).joinpath(template).read_text("utf-8")
     environment = Environment(

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,18 @@ from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.report import LoadReport
 
 FORMAT_VERSION = 2
-"""Raise it when the layout of what is stored changes, or how a source is parsed."""
+"""Raise it when the stored layout changes, or the parsing of a source."""
 
 _MANIFEST = "manifest.json"
 _FIELD = "field."
-_MAX_SWAPS = 3
 
 
-def to_arrow(interactions: Interactions, folder: Path, report: LoadReport | None = None) -> None:
-    """Store ``interactions`` as ``folder``, replacing what is there in one step.
+def to_arrow(interactions: Interactions, report: LoadReport, folder: Path) -> None:
+    """Store ``interactions`` and ``report`` as ``folder``, and replace an older one in one step.
 
     The folder is readable by its owner alone and holds ``interactions``, ``users`` and
-    ``items``, each loadable with ``datasets.load_from_disk``, and a manifest with the SHA-256
-    of every file.
-
-    Args:
-        interactions: What to store.
-        folder: Where; parents are created.
-        report: Kept beside it; see `read_report`.
+    ``items``, each loadable with ``datasets.load_from_disk``, and a manifest with the report and
+    the SHA-256 of every file. Its parents are created.
 
     Raises:
         DiskSpaceError: The disk is full; nothing half-written was left behind.
@@ -44,45 +39,49 @@ def to_arrow(interactions: Interactions, folder: Path, report: LoadReport | None
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            _write(interactions, temporary, report)
+            _write(interactions, report, temporary)
             _swap_in(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def from_arrow(folder: Path) -> Interactions:
-    """The interactions that `to_arrow` stored.
+def from_arrow(folder: Path) -> tuple[Interactions, LoadReport]:
+    """The interactions and the report that `to_arrow` stored.
 
     Raises:
         CorruptFileError: The folder is missing, incomplete, of another format version, or a
             file does not match its checksum.
     """
-    manifest = _read_manifest(folder)
     try:
-        # Before Arrow sees them: damaged offsets in a memory-mapped file can crash a process.
+        manifest = read_json(folder / _MANIFEST)
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise CorruptFileError(f"{folder} is not of format version {FORMAT_VERSION}; delete it")
+        # Before Arrow maps the files: damaged offsets in a mapped file can crash a process.
         for name, sha256 in manifest["files"].items():
             if sha256_of(folder / name) != sha256:
                 raise CorruptFileError(
                     f"{folder / name} does not match its recorded checksum; delete {folder}"
                 )
-        return _read(folder)
+        report = manifest["report"]
+        tuples = {name: tuple(report[name]) for name in ("examples", "notes")}
+        return _read(folder), LoadReport(**{**report, **tuples})
     except (OSError, AttributeError, KeyError, ValueError, TypeError, DataError) as error:
         raise CorruptFileError(f"{folder} cannot be read ({error}); delete it") from error
 
 
-def read_report(folder: Path) -> LoadReport:
-    """The report that `to_arrow` stored beside the interactions.
-
-    Raises:
-        CorruptFileError: There is none, or it is damaged.
-    """
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """A block in which `datasets` draws no progress bars."""
+    were_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
-        return LoadReport.from_json(_read_manifest(folder)["report"])
-    except (TypeError, KeyError) as error:
-        raise CorruptFileError(f"{folder / _MANIFEST} holds no report; delete it") from error
+        yield
+    finally:
+        if were_on:
+            datasets.enable_progress_bars()
 
 
-def _write(interactions: Interactions, folder: Path, report: LoadReport | None) -> None:
+def _write(interactions: Interactions, report: LoadReport, folder: Path) -> None:
     rows: dict[str, Any] = {"item": interactions.items}
     if interactions.timestamps is not None:
         rows["timestamp"] = interactions.timestamps
@@ -95,7 +94,7 @@ def _write(interactions: Interactions, folder: Path, report: LoadReport | None) 
         "users": users | _with_prefix(interactions.user_fields),
         "items": {"id": catalogue.item_ids} | _with_prefix(catalogue.fields),
     }
-    with _no_progress_bars():
+    with no_progress_bars():
         for name, columns in tables.items():
             table = datasets.Dataset.from_dict(columns)
             # An empty table left to itself gets no file, and then does not load.
@@ -109,20 +108,9 @@ def _write(interactions: Interactions, folder: Path, report: LoadReport | None) 
                 for path in sorted(folder.rglob("*"))
                 if path.is_file()
             },
-            "report": None if report is None else report.to_json(),
+            "report": asdict(report),
         },
     )
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / _MANIFEST
-    try:
-        manifest = read_json(path)
-    except OSError as error:
-        raise CorruptFileError(f"{path} cannot be read ({error.strerror})") from error
-    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-        raise CorruptFileError(f"{path} is not of format version {FORMAT_VERSION}; delete it")
-    return manifest
 
 
 def _read(folder: Path) -> Interactions:
@@ -130,8 +118,8 @@ def _read(folder: Path) -> Interactions:
     users = _columns(folder / "users")
     items = _columns(folder / "items")
     return Interactions(
-        catalogue=Catalogue(_texts(items["id"]), _without_prefix(items)),
-        user_ids=_texts(users["id"]),
+        catalogue=Catalogue(tuple(items["id"].to_pylist()), _without_prefix(items)),
+        user_ids=tuple(users["id"].to_pylist()),
         offsets=np.concatenate([[0], np.cumsum(users["length"].to_numpy())]),
         items=rows["item"].to_numpy(),
         timestamps=rows["timestamp"].to_numpy() if "timestamp" in rows else None,
@@ -145,44 +133,29 @@ def _columns(folder: Path) -> dict[str, Any]:
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def _texts(column: Any) -> tuple[str, ...]:
-    return tuple(column.to_pylist())
-
-
 def _with_prefix(fields: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
     return {f"{_FIELD}{name}": values for name, values in fields.items()}
 
 
 def _without_prefix(columns: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {
-        name.removeprefix(_FIELD): _texts(column)
+        name.removeprefix(_FIELD): tuple(column.to_pylist())
         for name, column in columns.items()
         if name.startswith(_FIELD)
     }
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:
-    """Rename onto ``folder``; a folder that is there is moved aside first, then removed."""
-    for _ in range(_MAX_SWAPS):
+    """Rename onto ``folder``; an older folder is moved aside first, then removed."""
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, aside)
         try:
             os.rename(temporary, folder)
-            return
         except OSError:
+            # Another process may have put its own whole folder here since then: that one stands.
             if not folder.exists():
                 raise
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            os.rename(folder, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-    # Another process keeps putting its own whole folder here: that one stands.
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    were_on = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
     finally:
-        if were_on:
-            datasets.enable_progress_bars()
+        shutil.rmtree(aside, ignore_errors=True)

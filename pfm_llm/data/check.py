@@ -5,47 +5,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
+import pandas as pd
 import yaml
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.schema import ColumnsConfig, DataConfig
-from pfm_llm.data.interactions import (
-    TITLE,
-    Catalogue,
-    Interactions,
-    RawInteractions,
-    build_interactions,
-)
+from pfm_llm.data.interactions import TITLE, Interactions, RawInteractions, build_interactions
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.rows import SourceTables, validate
 from pfm_llm.data.sources import read_source
 from pfm_llm.data.splits import split_interactions
 
-QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
-"""Of the lengths of histories."""
-
 _OPTIONAL = ("timestamp", "rating")
 _UNIX_SECONDS = (100_000_000, 4_102_444_800)  # 1973 to 2100; smaller numbers are an order
 _NUM_EXAMPLES = 3
-
-
-@dataclass(frozen=True)
-class Ratings:
-    """Statistics of the ratings.
-
-    Attributes:
-        low: The lowest.
-        high: The highest.
-        threshold: ``data.like_threshold``: a rating from here on is a like.
-        share_liked: Share of the interactions that are likes, in [0, 1].
-        num_users_with_both: Users who have likes and other ratings; no other has an AUC.
-    """
-
-    low: float
-    high: float
-    threshold: float
-    share_liked: float
-    num_users_with_both: int
 
 
 @dataclass(frozen=True)
@@ -56,13 +29,8 @@ class DataCheck:
         config: The section ``data`` of the check.
         columns: Role to its column; None if no column has the role.
         unused: Columns of the interactions that have no role.
-        item_fields: The text fields of items.
+        interactions: The interactions that training would use.
         report: The rows that were read and dropped.
-        times: The first and the last timestamp; None: rows are in order.
-        lengths: Events of a user, at each of `QUANTILES`.
-        num_same_titles: Number of items with the title of an earlier item.
-        same_titles: Some of those titles.
-        ratings: Statistics of the ratings; None without ratings.
         split: A description of the split; None if splitting fails.
         problems: The reasons for which training would fail; empty if it would not.
     """
@@ -70,13 +38,8 @@ class DataCheck:
     config: DataConfig
     columns: Mapping[str, str | None]
     unused: tuple[str, ...]
-    item_fields: tuple[str, ...]
+    interactions: Interactions
     report: LoadReport
-    times: tuple[int, int] | None
-    lengths: tuple[int, ...]
-    num_same_titles: int
-    same_titles: tuple[str, ...]
-    ratings: Ratings | None
     split: str | None
     problems: tuple[str, ...]
 
@@ -90,12 +53,12 @@ class DataCheck:
         if self.unused:
             lines.append(f"columns that are not read: {', '.join(self.unused)}")
         lines += [
-            f"texts of an item: {', '.join(self.item_fields)}",
+            f"texts of an item: {', '.join(self.interactions.catalogue.fields)}",
             self.report.describe(),
-            f"time: {_times_text(self.times)}",
-            f"events of a user: {_lengths_text(self.lengths)}",
-            f"titles: {_titles_text(self.num_same_titles, self.same_titles)}",
-            f"ratings: {_ratings_text(self.ratings, self.report.num_users)}",
+            f"time: {_times_text(self.interactions.timestamps)}",
+            f"events of a user: {_lengths_text(self.interactions)}",
+            f"titles: {_titles_text(self.interactions.catalogue.fields[TITLE])}",
+            f"ratings: {_ratings_text(self.interactions, self.config.like_threshold)}",
         ]
         if self.split is not None:
             lines.append("split: " + self.split.replace("\n", "\n  "))
@@ -153,7 +116,7 @@ def check_data(config: DataConfig) -> DataCheck:
 
     Raises:
         DataError: The source or a column is missing, or no row can be used.
-        AssetError: The embedded data set cannot be had.
+        AssetError: The embedded data set cannot be fetched.
     """
     tables, columns = read_source(config)
     problems: list[str] = []
@@ -164,21 +127,13 @@ def check_data(config: DataConfig) -> DataCheck:
         split = split_interactions(interactions, config).describe()
     except DataError as error:
         problems.append(str(error))
-    times = interactions.timestamps
-    lengths = np.quantile(np.diff(interactions.offsets), QUANTILES, method="nearest")
-    same = _same_titles(interactions.catalogue)
     roles: dict[str, str | None] = columns.model_dump()
     return DataCheck(
         config=config,
         columns=roles,
         unused=tuple(c for c in tables.interactions.header if c not in roles.values()),
-        item_fields=tuple(interactions.catalogue.fields),
+        interactions=interactions,
         report=report,
-        times=None if times is None else (int(times.min()), int(times.max())),
-        lengths=tuple(int(length) for length in lengths),
-        num_same_titles=len(same),
-        same_titles=tuple(dict.fromkeys(same))[:_NUM_EXAMPLES],
-        ratings=_ratings(interactions, config.like_threshold),
         split=split,
         problems=tuple(problems),
     )
@@ -191,73 +146,50 @@ def _usable_rows(
     try:
         return validate(tables, columns, config.max_bad_rows)
     except DataError as error:
-        try:
-            raw = validate(tables, columns, max_bad_rows=1.0)
-        except DataError:
-            raise error from None
+        raw = validate(tables, columns, max_bad_rows=1.0)
         if not raw.users:
             raise
         problems.append(str(error))
         return raw
 
 
-def _same_titles(catalogue: Catalogue) -> list[str]:
-    """The title of each item whose title an earlier item has."""
-    met: set[str] = set()
-    same = []
-    for title in catalogue.fields[TITLE]:
-        if title in met:
-            same.append(title)
-        met.add(title)
-    return same
-
-
-def _ratings(interactions: Interactions, threshold: float) -> Ratings | None:
-    ratings = interactions.ratings
-    if ratings is None:
-        return None
-    liked = ratings >= threshold
-    per_user = np.add.reduceat(liked, interactions.offsets[:-1], dtype=np.int64)
-    both = (per_user > 0) & (per_user < np.diff(interactions.offsets))
-    return Ratings(
-        low=float(ratings.min()),
-        high=float(ratings.max()),
-        threshold=threshold,
-        share_liked=float(liked.mean()),
-        num_users_with_both=int(both.sum()),
-    )
-
-
-def _times_text(times: tuple[int, int] | None) -> str:
+def _times_text(times: np.ndarray | None) -> str:
     if times is None:
         return "none; the rows are taken in the order of the file"
-    first, last = times
+    first, last = int(times.min()), int(times.max())
     if _UNIX_SECONDS[0] <= first and last < _UNIX_SECONDS[1]:
-        days = (datetime.fromtimestamp(time, UTC).date().isoformat() for time in times)
+        days = (datetime.fromtimestamp(time, UTC).date().isoformat() for time in (first, last))
         return " to ".join(days)
     return f"{first} to {last}, taken as an order: these are not seconds since 1970"
 
 
-def _lengths_text(lengths: tuple[int, ...]) -> str:
-    low, tenth, median, ninth, high = lengths
+def _lengths_text(interactions: Interactions) -> str:
+    lengths = np.diff(interactions.offsets)
+    low, tenth, median, ninth, high = np.quantile(lengths, (0, 0.1, 0.5, 0.9, 1), method="nearest")
     return f"{low} to {high}, median {median}; 80 % of users have {tenth} to {ninth}"
 
 
-def _titles_text(num_same: int, examples: tuple[str, ...]) -> str:
-    if not num_same:
+def _titles_text(titles: Sequence[str]) -> str:
+    every = pd.Series(titles)
+    same = every[every.duplicated()]
+    if same.empty:
         return "all different"
-    shown = ", ".join(map(repr, examples))
-    return f"{num_same:,} items have the title of an earlier item, such as {shown}"
+    shown = ", ".join(map(repr, same.unique()[:_NUM_EXAMPLES]))
+    return f"{len(same):,} items have the title of an earlier item, such as {shown}"
 
 
-def _ratings_text(ratings: Ratings | None, num_users: int) -> str:
+def _ratings_text(interactions: Interactions, threshold: float) -> str:
+    ratings = interactions.ratings
     if ratings is None:
         return "none; the task like needs a column (data.columns.rating)"
+    liked = ratings >= threshold
+    num_liked = np.add.reduceat(liked, interactions.offsets[:-1], dtype=np.int64)
+    num_both = int(((num_liked > 0) & (num_liked < np.diff(interactions.offsets))).sum())
     text = (
-        f"{ratings.low:g} to {ratings.high:g}; {ratings.share_liked:.0%} are likes, which are "
-        f"{ratings.threshold:g} and above (data.like_threshold); {ratings.num_users_with_both:,} "
-        f"of {num_users:,} users have likes and other ratings"
+        f"{ratings.min():g} to {ratings.max():g}; {liked.mean():.0%} are likes, which are "
+        f"{threshold:g} and above (data.like_threshold); {num_both:,} of "
+        f"{interactions.num_users:,} users have likes and other ratings"
     )
-    if not ratings.num_users_with_both:
+    if not num_both:
         text += ", so that the task like cannot be measured: change data.like_threshold"
     return text

@@ -1,4 +1,4 @@
-"""Data in memory, a pandas DataFrame or a `datasets.Dataset`, and how they become a source."""
+"""Tables in memory as sources: a pandas DataFrame or a `datasets.Dataset`."""
 
 import hashlib
 import io
@@ -21,17 +21,17 @@ _IN_SECTION = ("source", "items")
 
 
 def load_dataset(source: Any, *, items: Any = None, **columns: str | None) -> Interactions:
-    """Load interactions, as training reads them.
+    """Load interactions as training does.
 
     Args:
         source: A pandas DataFrame, a `datasets.Dataset`, or what ``data.source`` takes: a CSV,
             TSV or Parquet file, a folder, the id of a data set, ``movielens-100k``.
-        items: The items' texts, in any of these forms, where they are not in ``source``.
-        columns: Which column is what, such as ``user="reader"``; see `ColumnsConfig`.
+        items: The texts of the items, in any of these forms; None: ``source`` has them.
+        columns: Role to its column, such as ``user="reader"``; see `ColumnsConfig`.
 
     Raises:
-        ConfigError: There is no such column to name.
-        DataError: The source cannot be read or yields nothing.
+        ConfigError: A name in ``columns`` is no role.
+        DataError: The source cannot be read, or no interaction is left.
 
     Example:
         >>> import pandas as pd
@@ -50,11 +50,11 @@ def data_section(data: Any) -> dict[str, Any]:
     """The section ``data`` of a config.
 
     Args:
-        data: What ``data.source`` takes, a table in memory, or a mapping: the section itself,
+        data: A value of ``data.source``, a table in memory, or a mapping: the section itself,
             whose ``source`` and ``items`` may be tables in memory.
 
     Returns:
-        The section, in which no table is in memory.
+        The section. Paths have taken the place of tables in memory.
 
     Raises:
         DataError: The data are of another type.
@@ -66,7 +66,7 @@ def data_section(data: Any) -> dict[str, Any]:
 
 
 def _place(data: Any) -> str | None:
-    """Where a table is. One in memory is written first, once, to the user's own cache.
+    """The name or path of a table. A table in memory is first written to the user's own cache.
 
     The file is named by its content, so that a run finds it again when it is evaluated or resumed.
     """

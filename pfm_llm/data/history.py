@@ -1,4 +1,4 @@
-"""A user's history as a value, and a question about what comes after it."""
+"""A user's history, and a query for the items that follow it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class History:
     Attributes:
         items: int [n].
         ratings: float [n]; None without ratings.
-        liked: bool [n], whether the user liked each item; None if likes are no task.
+        liked: bool [n], whether the user liked each item; None if likes are not predicted.
     """
 
     items: np.ndarray
@@ -42,7 +42,7 @@ class History:
         """The same history with ``liked`` derived from the ratings.
 
         Args:
-            threshold: A rating of at least this counts as a like; None: likes are no task.
+            threshold: A rating of at least this is a like; None: likes are not predicted.
         """
         if threshold is None or self.ratings is None:
             return self
@@ -51,13 +51,13 @@ class History:
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """Which items come after a history?
+    """A question to a method: which items follow this history?
 
     Attributes:
         user: Internal id.
         history: The items that a method may use.
         targets: int [m], the items to find, none of them in the history.
-        liked: bool [m], whether the user liked each target; None: not asked.
+        liked: bool [m], whether the user liked each target; None: likes are not predicted.
     """
 
     user: int

@@ -8,10 +8,12 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.seeding import numpy_generator
@@ -46,14 +48,15 @@ class Catalogue:
 
     def __post_init__(self) -> None:
         if TITLE not in self.fields:
-            raise DataError(f"catalogue without a {TITLE} field; it has: {_names(self.fields)}")
+            there = ", ".join(self.fields) or "none"
+            raise DataError(f"the catalogue has no text field {TITLE!r}; its fields: {there}")
         _check_ids("catalogue", self.item_ids, self.fields)
 
     def __len__(self) -> int:
         return len(self.item_ids)
 
     def content_hash(self) -> str:
-        """SHA-256 over ids and fields, in hex; the order of the fields does not matter."""
+        """SHA-256, in hex, over ids and fields; the order of the fields does not matter."""
         return _text_hash("catalogue", self.item_ids, self.fields).hexdigest()
 
 
@@ -72,7 +75,7 @@ class Interactions:
         timestamps: int64 [num_interactions], seconds or any other order, not descending within
             a user; None where only the order is known.
         ratings: float32 [num_interactions]; None where there are none.
-        user_fields: Such as age and occupation, one string per user, ``""`` where unknown.
+        user_fields: Fields such as age, each one string per user, ``""`` where unknown.
 
     Raises:
         DataError: The parts do not fit together.
@@ -125,22 +128,17 @@ class Interactions:
         """The items of internal user ``user``, oldest first: a view, int32 [length]."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
-    def ratings_of(self, user: int) -> np.ndarray | None:
-        """The ratings beside `history`: a view, float32 [length]; None without ratings."""
-        if self.ratings is None:
-            return None
-        return self.ratings[self.offsets[user] : self.offsets[user + 1]]
-
     def history_of(self, user: int) -> History:
-        """Items and ratings of internal user ``user``, as one value."""
-        return History(self.history(user), self.ratings_of(user))
+        """The items and ratings of internal user ``user``: views, int32 and float32 [length]."""
+        own = slice(self.offsets[user], self.offsets[user + 1])
+        return History(self.items[own], None if self.ratings is None else self.ratings[own])
 
     def content_hash(self) -> str:
-        """SHA-256 over all that this holds, the catalogue included, in hex."""
+        """SHA-256, in hex, over the interactions, the users and the catalogue."""
         return self._hash(self.catalogue.content_hash())
 
     def events_hash(self) -> str:
-        """SHA-256 over all that this holds without the items' ids and texts, in hex."""
+        """SHA-256, in hex, over the interactions and the users, without the items' ids and texts."""
         return self._hash("")
 
     def with_item_order(self, order: Sequence[int]) -> "Interactions":
@@ -174,7 +172,7 @@ class Interactions:
 
 @dataclass(frozen=True)
 class RawInteractions:
-    """Usable rows in the order of their file, and what was said about the others.
+    """The usable rows of a source in their order, and an account of its other rows.
 
     Attributes:
         catalogue: The items.
@@ -183,8 +181,8 @@ class RawInteractions:
         timestamps: int64 or float64 [rows], finite; None: the rows are in order.
         ratings: float [rows]; None: no ratings.
         user_fields: Field name to a mapping from external user id to text.
-        num_bad: Reason to number of rows left out before these.
-        examples: The first rows left out: file, line and reason.
+        num_bad: Reason to number of rows that cannot be used.
+        examples: The first rows that cannot be used: file, line and reason.
         notes: For the report.
     """
 
@@ -213,10 +211,10 @@ def build_interactions(
         seed: The experiment's seed; matters only with ``max_users``.
 
     Returns:
-        The interactions, and a report of what was dropped and what deserves a word.
+        The interactions, and the report with the numbers of dropped rows.
 
     Raises:
-        DataError: Fewer than two items, or nothing is left.
+        DataError: The catalogue has fewer than two items, or no interaction is left.
     """
     num_rows = len(raw.users) + sum(raw.num_bad.values())
     if not raw.users:
@@ -226,17 +224,15 @@ def build_interactions(
             f"a catalogue of {len(raw.catalogue)} item: ranking needs at least {_MIN_ITEMS} "
             "items with text; check data.source, data.items and data.columns"
         )
-    user_ids, users = _encode(raw.users)
-    by_time = _time_order(users, raw.timestamps)
-    order, num_dropped = _select(by_time, users, raw, config, seed)
-    dropped = {**raw.num_bad, **num_dropped}
-    if not len(order):
+    rows, dropped = _select(_sorted_rows(raw), config, seed)
+    dropped = {**raw.num_bad, **dropped}
+    if not len(rows):
         raise DataError(_nothing_left(num_rows, dropped, raw.examples))
-    interactions = _gather(raw, order, user_ids, users)
-    num_ties = _count_ties(users[order], raw.timestamps, order)
+    interactions = _gather(raw, rows)
+    num_ties = int(rows.duplicated(["user", "time"]).sum()) if "time" in rows else 0
     report = LoadReport(
         num_rows=num_rows,
-        num_interactions=len(order),
+        num_interactions=len(rows),
         num_users=interactions.num_users,
         num_items=len(raw.catalogue),
         dropped=dropped,
@@ -246,70 +242,59 @@ def build_interactions(
     return interactions, report
 
 
-def _gather(
-    raw: RawInteractions, order: np.ndarray, user_ids: list[str], users: np.ndarray
-) -> Interactions:
-    """The rows at the positions ``order``, which lists each user's rows one after another."""
-    kept_users, counts = np.unique(users[order], return_counts=True)
-    kept_ids = tuple(user_ids[user] for user in kept_users)
-    timestamps = None if raw.timestamps is None else raw.timestamps[order]
-    if timestamps is not None and timestamps.dtype.kind == "f":
-        timestamps = np.floor(timestamps)  # sorted at full resolution, held in whole units
-    return Interactions(
-        catalogue=raw.catalogue,
-        user_ids=kept_ids,
-        offsets=np.concatenate([[0], np.cumsum(counts)]),
-        items=raw.items[order],
-        timestamps=timestamps,
-        ratings=None if raw.ratings is None else raw.ratings[order],
-        user_fields={
-            name: tuple(values.get(user, "") for user in kept_ids)
-            for name, values in raw.user_fields.items()
-        },
-    )
+def _sorted_rows(raw: RawInteractions) -> Any:
+    """A frame of the rows by user, within a user by time; ties keep the order of the file.
+
+    Its column ``user`` numbers users by first appearance. It has no ``time`` or ``rating`` where
+    the source has none.
+    """
+    columns = {"item": raw.items, "time": raw.timestamps, "rating": raw.ratings}
+    rows = pd.DataFrame({name: values for name, values in columns.items() if values is not None})
+    rows["user"] = pd.factorize(np.array(raw.users, dtype=object))[0]
+    keys = ["user", "time"] if "time" in rows else ["user"]
+    return rows.sort_values(keys, kind="stable")
 
 
-def _time_order(users: np.ndarray, timestamps: np.ndarray | None) -> np.ndarray:
-    """Row positions by user, within a user by time; stable, so that ties keep file order."""
-    if timestamps is None:
-        return np.argsort(users, kind="stable")
-    return np.lexsort((timestamps, users))  # stable too
-
-
-def _count_ties(sorted_users: np.ndarray, timestamps: np.ndarray | None, order: np.ndarray) -> int:
-    if timestamps is None:
-        return 0
-    times = timestamps[order]
-    same = (sorted_users[1:] == sorted_users[:-1]) & (times[1:] == times[:-1])
-    return int(same.sum())
-
-
-def _select(
-    order: np.ndarray, users: np.ndarray, raw: RawInteractions, config: DataConfig, seed: int
-) -> tuple[np.ndarray, dict[str, int]]:
+def _select(rows: Any, config: DataConfig, seed: int) -> tuple[Any, dict[str, int]]:
     """Drop repeats, then short histories, then users beyond the sample; count the rows."""
     dropped: dict[str, int] = {}
 
-    def keep(mask: np.ndarray, reason: str) -> None:
-        nonlocal order
+    def keep(mask: Any, reason: str) -> Any:
         if not mask.all():
             dropped[reason] = int((~mask).sum())
-        order = order[mask]
+        return rows[mask]
 
     if config.repeats is Repeats.FIRST_ONLY:
-        pairs = users[order].astype(np.int64) * len(raw.catalogue) + raw.items[order]
-        first = np.zeros(len(order), dtype=bool)
-        first[np.unique(pairs, return_index=True)[1]] = True
-        keep(first, REPEAT)
-    kept_users, codes, counts = np.unique(users[order], return_inverse=True, return_counts=True)
-    enough = counts >= config.min_interactions
-    keep(enough[codes], TOO_FEW)
-    kept_users = kept_users[enough]
-    if config.max_users is not None and config.max_users < len(kept_users):
+        rows = keep(~rows.duplicated(["user", "item"]), REPEAT)
+    lengths = rows.groupby("user")["item"].transform("size")
+    rows = keep(lengths >= config.min_interactions, TOO_FEW)
+    users = np.unique(rows["user"])
+    if config.max_users is not None and config.max_users < len(users):
         draw = numpy_generator(seed, "max_users")
-        sample = draw.choice(kept_users, size=config.max_users, replace=False)
-        keep(np.isin(users[order], sample), NOT_SAMPLED)
-    return order, dropped
+        sample = draw.choice(users, size=config.max_users, replace=False)
+        rows = keep(rows["user"].isin(sample), NOT_SAMPLED)
+    return rows, dropped
+
+
+def _gather(raw: RawInteractions, rows: Any) -> Interactions:
+    """The interactions of sorted rows, whose index holds their positions in the file."""
+    lengths = rows.groupby("user").size()
+    user_ids = tuple(raw.users[row] for row in rows.index[~rows.duplicated("user")])
+    timestamps = rows["time"].to_numpy() if "time" in rows else None
+    if timestamps is not None and timestamps.dtype.kind == "f":
+        timestamps = np.floor(timestamps)  # after the sort, which needs the full resolution
+    return Interactions(
+        catalogue=raw.catalogue,
+        user_ids=user_ids,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        items=rows["item"].to_numpy(),
+        timestamps=timestamps,
+        ratings=rows["rating"].to_numpy() if "rating" in rows else None,
+        user_fields={
+            name: tuple(values.get(user, "") for user in user_ids)
+            for name, values in raw.user_fields.items()
+        },
+    )
 
 
 def _notes(interactions: Interactions, num_ties: int) -> list[str]:
@@ -330,22 +315,20 @@ def _notes(interactions: Interactions, num_ties: int) -> list[str]:
 
 def _identical_text(catalogue: Catalogue) -> str | None:
     groups: dict[tuple[str, ...], list[str]] = {}
-    for item_id, text in zip(
-        catalogue.item_ids, zip(*catalogue.fields.values(), strict=True), strict=True
-    ):
+    texts = zip(*catalogue.fields.values(), strict=True)
+    for item_id, text in zip(catalogue.item_ids, texts, strict=True):
         groups.setdefault(text, []).append(item_id)
-    titles = dict(zip(catalogue.item_ids, catalogue.fields[TITLE], strict=True))
     twins = [ids for ids in groups.values() if len(ids) > 1]
     if not twins:
         return None
-    num_later = sum(len(ids) - 1 for ids in twins)
+    titles = dict(zip(catalogue.item_ids, catalogue.fields[TITLE], strict=True))
     shown = "; ".join(
         f"{titles[ids[0]]!r} ({', '.join(ids[:4])}{', …' if len(ids) > 4 else ''})"
         for ids in twins[:3]
     )
     return (
-        f"{num_later:,} items have the same text as an earlier item, in {len(twins):,} groups "
-        f"that the text cannot tell apart, e.g. {shown}"
+        f"{sum(map(len, twins)) - len(twins):,} items have the same text as an earlier item, in "
+        f"{len(twins):,} groups that the text cannot tell apart, e.g. {shown}"
     )
 
 
@@ -353,13 +336,6 @@ def _nothing_left(num_rows: int, dropped: Mapping[str, int], examples: tuple[str
     lines = [f"no interactions left of {num_rows:,} rows; check data.source and data.columns"]
     lines += [f"  {count:,} dropped: {reason}" for reason, count in dropped.items()]
     return "\n".join([*lines, *(f"  {example}" for example in examples)])
-
-
-def _encode(ids: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Distinct ids by first appearance, and the number of each, int64 [rows]."""
-    index: dict[str, int] = {}
-    codes = np.array([index.setdefault(value, len(index)) for value in ids], dtype=np.int64)
-    return list(index), codes
 
 
 def _check_ids(what: str, ids: tuple[str, ...], fields: Mapping[str, Sequence[str]]) -> None:
@@ -400,7 +376,3 @@ def _text_hash(
 ) -> "hashlib._Hash":
     content = json.dumps([what, ids, sorted(fields.items())])  # JSON: no two texts collide
     return hashlib.sha256(content.encode())
-
-
-def _names(fields: Mapping[str, Sequence[str]]) -> str:
-    return ", ".join(fields) or "none"

@@ -1,7 +1,7 @@
-"""The MovieLens data sets in the forms in which they are handed out."""
+"""The published editions of the MovieLens data sets."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pfm_llm.data.tables import CSV, TSV, Layout, Table, read_delimited
 COLUMNS = ColumnsConfig(
     user="user_id", item="item_id", timestamp="timestamp", rating="rating", title="title"
 )
-"""The columns of what `read_movielens` returns."""
+"""The columns of the tables that `read_movielens` returns."""
 
 _RATINGS = ("user_id", "item_id", "rating", "timestamp")
 _USER_FIELDS = ("user_id", "age", "gender", "occupation")
@@ -47,7 +47,7 @@ _ML1M_OCCUPATIONS = {
 
 @dataclass(frozen=True)
 class _Edition:
-    """One form of MovieLens; its first file tells it from the others."""
+    """An edition of MovieLens; its first file tells it from the others."""
 
     files: tuple[str, ...]
     read: Callable[[Path], SourceTables]
@@ -74,12 +74,12 @@ def movielens_files(folder: Path) -> tuple[Path, ...]:
 
 
 def read_movielens(folder: Path) -> SourceTables:
-    """Read a MovieLens folder; the files that are there tell the edition.
+    """Read a MovieLens folder of any edition; its files tell the edition.
 
-    ml-latest-small and its larger siblings (``ratings.csv``, ``movies.csv``), ml-1m
-    (``ratings.dat``, ``movies.dat``, ``users.dat``), ml-100k (``u.data``, ``u.item``,
-    ``u.user``) and its RecBole form (``ml-100k.inter``, ``.item``, ``.user``). Zip codes are
-    not read.
+    The editions are ml-latest-small and its larger siblings (``ratings.csv``, ``movies.csv``),
+    ml-1m (``ratings.dat``, ``movies.dat``, ``users.dat``), ml-100k (``u.data``, ``u.item``,
+    ``u.user``) and its RecBole form (``ml-100k.inter``, ``.item``, ``.user``). Zip codes are not
+    read.
 
     Returns:
         Tables with the columns of `COLUMNS`; items also have ``year`` (four digits or ``""``)
@@ -122,10 +122,9 @@ def _edition(folder: Path) -> _Edition | None:
 def _read_latest(folder: Path) -> SourceTables:
     ratings = read_delimited(folder / "ratings.csv", CSV)
     movies = read_delimited(folder / "movies.csv", CSV)
-    ids = {"userId": "user_id", "movieId": "item_id"}
     return SourceTables(
-        _pick(ratings, {**ids, "rating": "rating", "timestamp": "timestamp"}),
-        _spoken(_pick(movies, {"movieId": "item_id", "title": "title", "genres": "genres"})),
+        _pick(ratings, "rating", "timestamp", user_id="userId", item_id="movieId"),
+        _spoken(_pick(movies, "title", "genres", item_id="movieId")),
     )
 
 
@@ -140,7 +139,7 @@ def _read_1m(folder: Path) -> SourceTables:
             "age": [_ML1M_AGES.get(age, "") for age in users.columns["age"]],
             "occupation": [_ML1M_OCCUPATIONS.get(job, "") for job in users.columns["occupation"]],
         }
-        users = _pick(replace(users, columns={**users.columns, **decoded}), _same(_USER_FIELDS))
+        users = _pick(replace(users, columns={**users.columns, **decoded}), *_USER_FIELDS)
     return SourceTables(
         read("ratings.dat", *_RATINGS),
         _spoken(read("movies.dat", "item_id", "title", "genres")),
@@ -164,22 +163,19 @@ def _read_100k(folder: Path) -> SourceTables:
         users = read_delimited(folder / "u.user", Layout("|", header, latin1=True), _USER_FIELDS)
     return SourceTables(
         read_delimited(folder / "u.data", Layout("\t", _RATINGS)),
-        _spoken(_pick(movies, _same(("item_id", "title", "genres")))),
+        _spoken(movies),
         users,
     )
 
 
 def _read_recbole(folder: Path) -> SourceTables:
-    def read(suffix: str, names: Mapping[str, str]) -> Table:
+    def read(suffix: str, *names: str, **renamed: str) -> Table:
         table = read_delimited(folder / f"ml-100k.{suffix}", TSV)
         untyped = {name: name.partition(":")[0] for name in table.header}
         columns = {untyped[name]: values for name, values in table.columns.items()}
-        return _pick(replace(table, header=tuple(columns), columns=columns), names)
+        return _pick(replace(table, header=tuple(columns), columns=columns), *names, **renamed)
 
-    items = read(
-        "item",
-        {"item_id": "item_id", "movie_title": "title", "release_year": "year", "class": "genres"},
-    )
+    items = read("item", "item_id", title="movie_title", year="release_year", genres="class")
     titles, years = items.columns["title"], items.columns["year"]
     columns = {
         **items.columns,
@@ -190,14 +186,14 @@ def _read_recbole(folder: Path) -> SourceTables:
     }
     has_users = (folder / "ml-100k.user").is_file()
     return SourceTables(
-        read("inter", _same(_RATINGS)),
+        read("inter", *_RATINGS),
         replace(items, columns=columns),
-        read("user", _same(_USER_FIELDS)) if has_users else None,
+        read("user", *_USER_FIELDS) if has_users else None,
     )
 
 
 def _spoken(movies: Table) -> Table:
-    """Titles as they are spoken, the year and the genres apart."""
+    """Titles with the article first; the year and the genres in columns of their own."""
     split = [split_year(title) for title in movies.columns["title"]]
     columns = {
         "item_id": movies.columns["item_id"],
@@ -214,13 +210,10 @@ def _genres(text: str, separator: str) -> str:
     return ", ".join(genre for genre in text.split(separator) if genre)
 
 
-def _pick(table: Table, names: Mapping[str, str]) -> Table:
-    """The columns ``names``, renamed to its values; each must be there."""
-    return replace(table, columns={new: table.column(old) for old, new in names.items()})
-
-
-def _same(names: Sequence[str]) -> dict[str, str]:
-    return {name: name for name in names}
+def _pick(table: Table, *names: str, **renamed: str) -> Table:
+    """The columns ``names``, and those of ``renamed`` under their new names; each must be there."""
+    olds = {name: name for name in names} | renamed
+    return replace(table, columns={new: table.column(old) for new, old in olds.items()})
 
 
 _EDITIONS = (

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.data.interactions import Interactions
@@ -36,8 +38,8 @@ def partition(interactions: Interactions, users_per_client: int, seed: int) -> t
     because they can be served; training must skip them.
 
     Args:
-        interactions: The users, of a whole data set or of its train part (the result is equal:
-            no event is looked at).
+        interactions: The users of a whole data set or of its train part; the events do not
+            matter.
         users_per_client: 1: a client per user, in the order of the users, named
             ``user-<external id>``. More: silos of so many users drawn at random, named
             ``silo-0000`` and so on; the last one may hold fewer.
@@ -71,12 +73,8 @@ def partition(interactions: Interactions, users_per_client: int, seed: int) -> t
 
 def trainable(clients: Sequence[Client], train: TrainData) -> tuple[str, ...]:
     """Ids of the clients that have at least one transition to train on."""
-    offsets = train.interactions.offsets
-    return tuple(
-        client.client_id
-        for client in clients
-        if any(offsets[user + 1] - offsets[user] >= 2 for user in client.users)
-    )
+    lengths = np.diff(train.interactions.offsets)
+    return tuple(c.client_id for c in clients if lengths[list(c.users)].max() >= 2)
 
 
 def _client_ids(external_ids: Sequence[str]) -> list[str]:

@@ -1,8 +1,7 @@
 """The report of loading a source: rows that were read and dropped, and notes."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,3 @@ class LoadReport:
         lines += [f"  bad row, for example: {example}" for example in self.examples]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        """A tree for ``json.dump``; `from_json` reads it back to an equal report."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> "LoadReport":
-        """The report that `to_json` wrote.
-
-        Raises:
-            TypeError, KeyError: The tree has other keys.
-        """
-        tuples = {name: tuple(tree[name]) for name in ("examples", "notes")}
-        return cls(**{**tree, **tuples})

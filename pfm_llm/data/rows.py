@@ -1,9 +1,10 @@
-"""From tables of text to usable rows: every fault has a place, a reason and a limit."""
+"""The usable rows of tables of text. A bad row is counted and shown with its position."""
 
 import html
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -27,21 +28,13 @@ _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 
 
 @dataclass(frozen=True)
-class _Numbers:
-    """Parsed columns; None for a value that is none, and for a column that is not used."""
-
-    timestamps: list[Number | None] | None
-    ratings: list[Number | None] | None
-
-
-@dataclass(frozen=True)
 class SourceTables:
     """The tables of one source.
 
     Attributes:
         interactions: One row per interaction, in order.
         items: Item id, title and further text columns; None: titles are in ``interactions``.
-        users: User id and further columns; None: nothing is known of the users.
+        users: User id and further columns; None: users have no fields.
         notes: For the report.
     """
 
@@ -52,11 +45,11 @@ class SourceTables:
 
 
 def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) -> RawInteractions:
-    """Keep the usable rows and account for the others.
+    """Keep the usable rows, and count the others.
 
     Args:
-        tables: What was read.
-        columns: Which column is what.
+        tables: The tables of the source.
+        columns: The column of each role.
         max_bad_rows: Highest share of bad rows, of each table.
 
     Raises:
@@ -74,18 +67,27 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
         user_fields, user_notes = _user_fields(tables.users, columns, max_bad_rows)
         notes += user_notes
     users = rows.column(columns.user, "data.columns.user")
-    items = _codes(rows.column(columns.item, "data.columns.item"), catalogue)
-    parsed = _parse(rows, columns)
-    bad = _faults(rows, columns, items, parsed)
+    code_of = {item: code for code, item in enumerate(catalogue.item_ids)}
+    codes = [code_of.get(item) for item in rows.column(columns.item, "data.columns.item")]
+    times = _parse(rows, columns.timestamp, "timestamp", "the rows are in order", _time)
+    ratings = _parse(rows, columns.rating, "rating", "there are none", _number)
+    bad = _first_faults(
+        *rows.bad,
+        *_without_value(rows, users, "empty user id"),
+        *_without_value(rows, rows.columns[columns.item], "empty item id"),
+        *_without_value(rows, times, NOT_A_TIME, columns.timestamp),
+        *_without_value(rows, ratings, NOT_A_RATING, columns.rating),
+        *_without_value(rows, codes, NO_TEXT, columns.item),
+    )
     _check_share(rows, bad, max_bad_rows)
     faulty = {fault.position for fault in bad}
     kept = [index for index, at in enumerate(rows.positions) if at not in faulty]
     return RawInteractions(
         catalogue=catalogue,
         users=[users[index] for index in kept],
-        items=items[kept],
-        timestamps=_select(parsed.timestamps, kept),
-        ratings=_select(parsed.ratings, kept),
+        items=np.array([codes[index] for index in kept], dtype=np.int64),
+        timestamps=_select(times, kept),
+        ratings=_select(ratings, kept),
         user_fields=user_fields,
         num_bad=_count(bad),
         examples=_examples(rows, bad),
@@ -96,7 +98,7 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
 def read_catalogue(
     table: Table, columns: ColumnsConfig, max_bad_rows: float
 ) -> tuple[Catalogue, list[str]]:
-    """The items of a table, the first of equal ids, and notes on what was passed over.
+    """The items of a table, the first of equal ids, and notes on the rows left out.
 
     Raises:
         DataError: A column is missing, or more rows than allowed have no id or no text.
@@ -109,29 +111,25 @@ def read_catalogue(
     }
     bad = [
         *table.bad,
-        *_empty(table, ids, "empty item id"),
-        *_empty(table, texts[TITLE], NO_TEXT),
+        *_without_value(table, ids, "empty item id"),
+        *_without_value(table, texts[TITLE], NO_TEXT),
     ]
     _check_share(table, bad, max_bad_rows)
     faulty = {fault.position for fault in bad}
     first: dict[str, int] = {}
-    for index, (item, position) in enumerate(zip(ids, table.positions, strict=True)):
-        if position not in faulty:
-            first.setdefault(item, index)
+    good = [index for index, position in enumerate(table.positions) if position not in faulty]
+    for index in good:
+        first.setdefault(ids[index], index)
     kept = list(first.values())
     fields = {name: tuple(values[index] for index in kept) for name, values in texts.items()}
-    num_good = len(table.positions) - len(faulty) + len(table.bad)
-    return Catalogue(tuple(first), fields), _table_notes(table, bad, num_good - len(kept))
+    return Catalogue(tuple(first), fields), _table_notes(table, bad, len(good) - len(kept))
 
 
 def _catalogue_of_rows(table: Table, columns: ColumnsConfig) -> tuple[Catalogue, list[str]]:
     """The first title that the rows give each item."""
     ids = table.column(columns.item, "data.columns.item")
-    titles = _one_line(
-        table.column(
-            columns.title, "data.columns.title", "or name a file of item texts in data.items"
-        )
-    )
+    hint = "or name a file of item texts in data.items"
+    titles = _one_line(table.column(columns.title, "data.columns.title", hint))
     first: dict[str, str] = {}
     num_other = 0
     for item, title in zip(ids, titles, strict=True):
@@ -145,7 +143,7 @@ def _user_fields(
     table: Table, columns: ColumnsConfig, max_bad_rows: float
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     ids = table.column(columns.user, "data.columns.user")
-    bad = [*table.bad, *_empty(table, ids, "empty user id")]
+    bad = [*table.bad, *_without_value(table, ids, "empty user id")]
     _check_share(table, bad, max_bad_rows)
     fields = {
         name: dict(zip(ids, values, strict=True))
@@ -155,63 +153,37 @@ def _user_fields(
     return fields, _table_notes(table, bad, num_repeated=0)
 
 
-def _codes(items: list[str], catalogue: Catalogue) -> np.ndarray:
-    """Internal ids, int64 [rows]; -1 for an item without text."""
-    index = {item: code for code, item in enumerate(catalogue.item_ids)}
-    return np.array([index.get(item, -1) for item in items], dtype=np.int64)
+def _parse(
+    table: Table,
+    column: str | None,
+    role: str,
+    no_column: str,
+    parse: Callable[[str], Number | None],
+) -> list[Number | None] | None:
+    """The numbers of a column, None for a text that is no number; None without a column."""
+    if column is None:
+        return None
+    texts = table.column(column, f"data.columns.{role}", f"or to null when {no_column}")
+    return [parse(text) for text in texts]
 
 
-def _parse(table: Table, columns: ColumnsConfig) -> _Numbers:
-    timestamps = ratings = None
-    if columns.timestamp is not None:
-        key, hint = "data.columns.timestamp", "or to null when the rows are in order"
-        timestamps = [_time(text) for text in table.column(columns.timestamp, key, hint)]
-    if columns.rating is not None:
-        key, hint = "data.columns.rating", "or to null when there are none"
-        ratings = [_number(text) for text in table.column(columns.rating, key, hint)]
-    return _Numbers(timestamps, ratings)
-
-
-def _faults(
-    table: Table, columns: ColumnsConfig, codes: np.ndarray, parsed: _Numbers
-) -> list[BadRow]:
-    """At most one fault for each row, by position."""
-    items = table.columns[columns.item]
-    found = [
-        *table.bad,
-        *_empty(table, table.columns[columns.user], "empty user id"),
-        *_empty(table, items, "empty item id"),
-        *_not_parsed(table, columns.timestamp, parsed.timestamps, NOT_A_TIME),
-        *_not_parsed(table, columns.rating, parsed.ratings, NOT_A_RATING),
-        *(
-            BadRow(table.positions[int(index)], NO_TEXT, repr(items[int(index)]))
-            for index in np.flatnonzero(codes < 0)
-        ),
-    ]
+def _first_faults(*found: BadRow) -> list[BadRow]:
+    """The first fault of each row, by position."""
     first: dict[int, BadRow] = {}
     for fault in found:
         first.setdefault(fault.position, fault)
     return sorted(first.values())
 
 
-def _not_parsed(
-    table: Table, column: str | None, values: list[Number | None] | None, reason: str
+def _without_value(
+    table: Table, values: Sequence[object] | None, reason: str, column: str | None = None
 ) -> list[BadRow]:
-    if column is None or values is None:
-        return []
-    texts = table.columns[column]
+    """The rows whose value is None or empty, with their text in ``column`` as the detail."""
+    texts = None if column is None else table.columns[column]
     return [
-        BadRow(table.positions[index], reason, repr(texts[index]))
-        for index, value in enumerate(values)
-        if value is None
-    ]
-
-
-def _empty(table: Table, values: list[str], reason: str) -> list[BadRow]:
-    return [
-        BadRow(position, reason, "")
-        for position, value in zip(table.positions, values, strict=True)
-        if not value
+        BadRow(table.positions[index], reason, "" if texts is None else repr(texts[index]))
+        for index, value in enumerate(values or ())
+        if value is None or value == ""
     ]
 
 
@@ -253,7 +225,7 @@ def _table_notes(table: Table, bad: list[BadRow], num_repeated: int) -> list[str
 def _one_line(texts: list[str]) -> list[str]:
     """Prompts hold one item a line: line breaks and runs of blanks become one blank.
 
-    Scraped titles hold HTML's names of characters, which become the characters.
+    Scraped titles hold HTML entities, such as ``&amp;``, which become the characters.
     """
     characters = (_ENTITY.sub(lambda entity: html.unescape(entity[0]), text) for text in texts)
     return [" ".join(text.split()) for text in characters]

@@ -1,4 +1,4 @@
-"""``data.source`` to interactions, parsed once and then memory-mapped from a cache."""
+"""Interactions from ``data.source``: parsed once, then memory-mapped from a cache."""
 
 import difflib
 import hashlib
@@ -16,7 +16,7 @@ from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.base.files import make_private_dir, sha256_of
 from pfm_llm.config.schema import ColumnsConfig, DataConfig
 from pfm_llm.data import groceries, movielens
-from pfm_llm.data.arrow import FORMAT_VERSION, from_arrow, read_report, to_arrow
+from pfm_llm.data.arrow import FORMAT_VERSION, from_arrow, to_arrow
 from pfm_llm.data.interactions import Catalogue, Interactions, build_interactions
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.rows import SourceTables, read_catalogue, validate
@@ -25,7 +25,7 @@ from pfm_llm.data.tables import TABLE_SUFFIXES, Table, from_arrow_table, read_ta
 EMBEDDED = "movielens-100k"
 GROCERIES = "completejourney"
 EMBEDDED_SOURCES = (EMBEDDED, GROCERIES)
-"""The sources that need no files of the user's."""
+"""The sources that pfm_llm fetches by itself."""
 
 _LOG = logging.getLogger(__name__)
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
@@ -36,8 +36,8 @@ class _Source:
     """A source that was found but not yet read.
 
     Attributes:
-        files: All files whose content matters.
-        columns: Which column is what.
+        files: All files on whose content the result depends.
+        columns: The column of each role.
         read: Reads the tables.
     """
 
@@ -49,44 +49,44 @@ class _Source:
 def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, LoadReport]:
     """Load ``data.source``.
 
-    The parsed result is kept in the user's cache under a key of the content of the source's
-    files and of every setting that matters; a damaged entry is rebuilt with a warning, and one
-    that cannot be written costs no more than the time of parsing again.
+    The result is kept in the user's cache. Its key is a hash of the source's files and of every
+    setting that matters. A damaged entry is built again, with a warning. An entry that cannot be
+    written is a warning too: the next load parses the source again.
 
     Args:
         config: The section ``data``.
         seed: The experiment's seed; matters only with ``max_users``.
 
     Returns:
-        The interactions, and what was dropped and noticed.
+        The interactions, and the report of the load.
 
     Raises:
-        DataError: The source is missing, has bad rows above the limit, or yields nothing.
-        AssetError: The embedded data set cannot be had.
+        DataError: The source is missing, has too many bad rows, or no interaction is left.
+        AssetError: The embedded data set cannot be fetched.
     """
     source = _find(config)
     folder = assets.cache_dir() / "interactions" / _cache_key(source, config, seed)
     if folder.exists():
         try:
-            return from_arrow(folder), read_report(folder)
+            return from_arrow(folder)
         except CorruptFileError as error:
             _LOG.warning("the cached interactions are damaged and are built again: %s", error)
     raw = validate(source.read(), source.columns, config.max_bad_rows)
     interactions, report = build_interactions(raw, config, seed)
     try:
         make_private_dir(folder.parent)
-        to_arrow(interactions, folder, report)
+        to_arrow(interactions, report, folder)
     except StorageError as error:
         _LOG.warning("the interactions could not be cached: %s", error)
     return interactions, report
 
 
 def read_source(config: DataConfig) -> tuple[SourceTables, ColumnsConfig]:
-    """The tables of ``data.source`` as they are, without a cache, and which column is what.
+    """The tables of ``data.source``, read without a cache, and the column of each role.
 
     Raises:
         DataError: The source is missing or cannot be read.
-        AssetError: The embedded data set cannot be had.
+        AssetError: The embedded data set cannot be fetched.
     """
     source = _find(config)
     return source.read(), source.columns
@@ -112,12 +112,16 @@ def load_catalogue(source: str, columns: ColumnsConfig | None = None) -> Catalog
 
 def _find(config: DataConfig) -> _Source:
     path = Path(config.source).expanduser()
-    if config.source == EMBEDDED:
-        return _find_movielens(assets.movielens_100k(), config)
     if config.source == GROCERIES:
-        return _find_groceries(config)
-    if path.is_dir() and movielens.movielens_files(path):
-        return _find_movielens(path, config)
+        _check_no_items(config)
+        path = assets.completejourney()
+        files = tuple(path / name for name in assets.GROCERY_FILES)
+        return _Source(files, groceries.COLUMNS, lambda: groceries.read_groceries(path))
+    if config.source == EMBEDDED:
+        path = assets.movielens_100k()
+    if path.is_dir() and (files := movielens.movielens_files(path)):
+        _check_no_items(config)
+        return _Source(files, movielens.COLUMNS, lambda: movielens.read_movielens(path))
     _check_source(config.source, path)
     places = [config.source] if config.items is None else [config.source, config.items]
     located = [_locate(place) for place in places]
@@ -126,19 +130,6 @@ def _find(config: DataConfig) -> _Source:
         columns=config.columns,
         read=lambda: _read_tables(config.columns, [read for _, read in located]),
     )
-
-
-def _find_movielens(folder: Path, config: DataConfig) -> _Source:
-    _check_no_items(config)
-    files = movielens.movielens_files(folder)
-    return _Source(files, movielens.COLUMNS, lambda: movielens.read_movielens(folder))
-
-
-def _find_groceries(config: DataConfig) -> _Source:
-    _check_no_items(config)
-    folder = assets.completejourney()
-    files = groceries.grocery_files(folder)
-    return _Source(files, groceries.COLUMNS, lambda: groceries.read_groceries(folder))
 
 
 def _check_no_items(config: DataConfig) -> None:
@@ -150,7 +141,7 @@ def _check_no_items(config: DataConfig) -> None:
 
 
 _Reader = Callable[[Collection[str] | None], tuple[Table, tuple[str, ...]]]
-"""Reads the wanted columns (None: all) of one table, and returns notes with it."""
+"""Reads the wanted columns (None: all) of one table; returns the table and notes on it."""
 
 
 def _read_tables(columns: ColumnsConfig, readers: list[_Reader]) -> SourceTables:
@@ -171,7 +162,7 @@ def _locate(place: str) -> tuple[tuple[Path, ...], _Reader]:
         return (path,), lambda wanted: (read_table(path, wanted), ())
     if path.is_dir():
         dataset = _load_saved(path)
-        # What `datasets` computes later it puts beside the data, as cache-*.
+        # `datasets` puts its own later results beside the data, as cache-*.
         files = sorted(
             file
             for file in path.rglob("*")
@@ -186,7 +177,7 @@ def _locate(place: str) -> tuple[tuple[Path, ...], _Reader]:
 
 
 def _check_source(source: str, path: Path) -> None:
-    """Say what a folder lacks, and catch a misspelt name before it is looked up elsewhere."""
+    """Refuse a folder of another kind, and a misspelt name before it is looked up on the Hub."""
     if path.is_dir() and not any((path / name).is_file() for name in _SAVED_DATASET):
         found = sorted(file.name for file in path.iterdir())[:8]
         raise DataError(
@@ -202,7 +193,7 @@ def _check_source(source: str, path: Path) -> None:
 def _load_saved(path: Path) -> Any:
     try:
         return datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever Arrow, JSON or datasets make of a damaged folder
+    except Exception as error:  # Arrow, JSON and datasets have errors of their own
         raise DataError(
             f"{path} cannot be read as a folder that datasets.save_to_disk wrote: {error}"
         ) from error
@@ -211,7 +202,7 @@ def _load_saved(path: Path) -> Any:
 def _load_from_hub(name: str) -> Any:
     try:
         return datasets.load_dataset(name)
-    except Exception as error:  # whatever the hub, the network or a loader raises
+    except Exception as error:  # the Hub, the network and each loader have their own
         raise DataError(
             f"{name!r} is no file or folder here, and datasets.load_dataset cannot load it "
             f"({type(error).__name__}: {error}). Either the path is wrong, or the id is unknown, "
@@ -221,7 +212,7 @@ def _load_from_hub(name: str) -> Any:
 
 
 def _one_split(dataset: Any, name: str) -> tuple[Any, tuple[str, ...]]:
-    """The split ``train``, or the only one; the notes say what was left."""
+    """The split ``train``, or the only one; the note names the splits that are not read."""
     if not isinstance(dataset, dict):
         return dataset, ()
     split = next(iter(dataset)) if len(dataset) == 1 else "train"
@@ -246,7 +237,7 @@ def _dataset_table(
 
 
 def _cache_key(source: _Source, config: DataConfig, seed: int) -> str:
-    """A hash of all that the result depends on, the names in messages included."""
+    """A hash of everything that decides the result, the names in messages included."""
     settings = config.model_dump(
         mode="json",
         include={"source", "items", "repeats", "min_interactions", "max_users", "max_bad_rows"},

@@ -24,9 +24,9 @@ share may differ from ``held_out``. Users with fewer than 3 groups are all train
 
 At validation a method sees the train history; at test, train and validation.
 
-Seen items are masked when a catalogue is ranked, so a target that the query's history holds
-already (possible with ``repeats: allow``) could never be ranked, and a target that comes twice
-would be counted twice: such repeats are dropped from the targets, not from any history, and
+Seen items are masked when a catalogue is ranked. A target that the query's history already holds
+(possible with ``repeats: allow``) could therefore never be ranked, and a target that comes twice
+would be counted twice. Such repeats are dropped from the targets, not from any history, and are
 counted in `HeldOut.num_repeated_targets`.
 """
 
@@ -34,6 +34,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class TrainData:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The queries of one split, one per user who can be asked.
+    """The queries of one split, one for each user with a history and a target.
 
     Attributes:
         name: ``"validation"`` or ``"test"``.
@@ -71,11 +72,11 @@ class HeldOut:
         history_ratings: The ratings of ``histories``, float32, or None without ratings.
         targets: Per query the held-out items to find, oldest first, distinct, none of them in
             the history, int32 [>= 1].
-        num_dropped: How many users have no query, for want of a history or of targets.
-        num_repeated_targets: How many held-out events are no target because their item is in
-            the history or among the earlier targets.
-        target_ratings: The ratings of ``targets``, float32, or None without ratings. Labels: for
-            measuring alone, never an input.
+        num_dropped: Number of users without a query: they lack a history or a target.
+        num_repeated_targets: Number of held-out events that are no target because their item is
+            in the history or among the earlier targets.
+        target_ratings: The ratings of ``targets``, float32, or None without ratings. They are
+            labels: a method never gets them as input.
     """
 
     name: str
@@ -93,18 +94,13 @@ class HeldOut:
         Args:
             queries: int [K], positions in ``users``.
         """
-
-        def pick(values: tuple[np.ndarray, ...] | None) -> tuple[np.ndarray, ...] | None:
-            return None if values is None else tuple(values[query] for query in queries)
-
-        return replace(
-            self,
-            users=self.users[np.asarray(queries, dtype=np.int64)],
-            histories=tuple(self.histories[query] for query in queries),
-            history_ratings=pick(self.history_ratings),
-            targets=tuple(self.targets[query] for query in queries),
-            target_ratings=pick(self.target_ratings),
-        )
+        fields = ("histories", "history_ratings", "targets", "target_ratings")
+        taken: dict[str, Any] = {
+            name: tuple(values[query] for query in queries)
+            for name in fields
+            if (values := getattr(self, name)) is not None
+        }
+        return replace(self, users=self.users[np.asarray(queries, dtype=np.int64)], **taken)
 
     def query(self, index: int) -> Query:
         """One query as a value; whether its targets were liked is not in it."""
@@ -139,10 +135,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Split:
-    """Interactions, divided.
+    """The three parts of the interactions.
 
     Attributes:
-        train: What training sees.
+        train: The data of training.
         validation: Queries to choose settings by; their histories are the train events.
         test: Queries to report; their histories are the train and validation events.
         rule: The rule that divided them, in words.
@@ -168,17 +164,12 @@ class Split:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Cuts:
-    """Where each user's train and validation parts end: event indices, int64 [num_users]."""
-
-    train_ends: np.ndarray
-    validation_ends: np.ndarray
-    rule: str
+_Cuts = tuple[np.ndarray, np.ndarray, str]
+"""Event indices, int64 [num_users], at which train and validation end for each user; the rule."""
 
 
 def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
-    """Divide interactions by the rule ``config.split``; the module says how.
+    """Divide interactions by the rule ``config.split``; the module describes the rules.
 
     Args:
         interactions: All events; they are not changed and not shared with the train part.
@@ -190,7 +181,7 @@ def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
     Raises:
         ConfigError: ``held_out`` is 0 with a rule that needs it.
         DataError: ``global_temporal`` or ``keep_ties`` without timestamps, too few distinct
-            ones, or no user is left to ask at validation or at test.
+            ones, or no user has a query at validation or at test.
     """
     if config.split is SplitKind.LEAVE_LAST_OUT:
         cuts = _leave_last_out(interactions)
@@ -205,14 +196,13 @@ def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
         cuts = _global_temporal(interactions, config.held_out)
     if config.keep_ties:
         cuts = _keep_ties(interactions, cuts, config.split)
+    train_ends, validation_ends, rule = cuts
     starts, ends = interactions.offsets[:-1], interactions.offsets[1:]
     return Split(
-        train=_train_data(interactions, cuts.train_ends),
-        validation=_held_out(
-            "validation", interactions, (starts, cuts.train_ends, cuts.validation_ends)
-        ),
-        test=_held_out("test", interactions, (starts, cuts.validation_ends, ends)),
-        rule=cuts.rule,
+        train=_train_data(interactions, train_ends),
+        validation=_held_out("validation", interactions, (starts, train_ends, validation_ends)),
+        test=_held_out("test", interactions, (starts, validation_ends, ends)),
+        rule=rule,
     )
 
 
@@ -225,10 +215,10 @@ def _order(interactions: Interactions) -> str:
 def _leave_last_out(interactions: Interactions) -> _Cuts:
     ends = interactions.offsets[1:]
     divided = np.diff(interactions.offsets) >= _MIN_EVENTS
-    return _Cuts(
-        train_ends=np.where(divided, ends - 2, ends),
-        validation_ends=np.where(divided, ends - 1, ends),
-        rule="leave_last_out: each user's last item is the test target, the last but one the "
+    return (
+        np.where(divided, ends - 2, ends),
+        np.where(divided, ends - 1, ends),
+        "leave_last_out: each user's last item is the test target, the last but one the "
         f"validation target ({_order(interactions)})",
     )
 
@@ -239,10 +229,10 @@ def _last_fraction(interactions: Interactions, share: float) -> _Cuts:
     num_held_out = np.minimum(np.maximum(num_held_out, 2), lengths - 1)
     num_held_out = np.where(lengths >= _MIN_EVENTS, num_held_out, 0)
     train_ends = ends - num_held_out
-    return _Cuts(
-        train_ends=train_ends,
-        validation_ends=train_ends + num_held_out // 2,
-        rule=f"last_fraction: the last {share:.0%} of each user's items, first half validation, "
+    return (
+        train_ends,
+        train_ends + num_held_out // 2,
+        f"last_fraction: the last {share:.0%} of each user's items, first half validation, "
         f"second half test ({_order(interactions)})",
     )
 
@@ -270,16 +260,16 @@ def _global_temporal(interactions: Interactions, share: float) -> _Cuts:
             "data.held_out, or use data.split: leave_last_out or last_fraction"
         )
     starts = interactions.offsets[:-1]
-    return _Cuts(
-        train_ends=starts + _count_per_user(times < first, interactions.offsets),
-        validation_ends=starts + _count_per_user(times < second, interactions.offsets),
-        rule=f"global_temporal: train before {first}, validation from there to before {second}, "
+    return (
+        starts + _count_per_user(times < first, interactions.offsets),
+        starts + _count_per_user(times < second, interactions.offsets),
+        f"global_temporal: train before {first}, validation from there to before {second}, "
         "test from there on",
     )
 
 
 def _keep_ties(interactions: Interactions, cuts: _Cuts, kind: SplitKind) -> _Cuts:
-    """The cuts, moved to where tie groups begin; the module says how."""
+    """The cuts, moved to the starts of tie groups; the module describes the rule."""
     times = interactions.timestamps
     if times is None:
         raise DataError(
@@ -288,7 +278,7 @@ def _keep_ties(interactions: Interactions, cuts: _Cuts, kind: SplitKind) -> _Cut
         )
     if kind is SplitKind.GLOBAL_TEMPORAL:
         return cuts
-    train_ends, validation_ends = cuts.train_ends.copy(), cuts.validation_ends.copy()
+    train_ends, validation_ends = cuts[0].copy(), cuts[1].copy()
     for user, (start, end) in enumerate(itertools.pairwise(interactions.offsets)):
         # Where a group begins, but for the first one: each is a place for a cut.
         places = start + 1 + np.flatnonzero(np.diff(times[start:end]))
@@ -298,20 +288,19 @@ def _keep_ties(interactions: Interactions, cuts: _Cuts, kind: SplitKind) -> _Cut
             train_ends[user], validation_ends[user] = places[-2:]
         else:
             last = len(places) - 1
-            ends = (cuts.train_ends[user], cuts.validation_ends[user])
-            first, second = (int(np.searchsorted(places, cut, side="right")) - 1 for cut in ends)
+            cut = (cuts[0][user], cuts[1][user])
+            first, second = np.searchsorted(places, cut, side="right") - 1
             first = min(max(first, 0), last - 1)
             train_ends[user] = places[first]
             validation_ends[user] = places[max(second, first + 1)]
-    rule = f"{cuts.rule}; a user's events of one time lie on one side of each cut (keep_ties)"
-    return _Cuts(train_ends, validation_ends, rule)
+    rule = f"{cuts[2]}; a user's events of one time lie on one side of each cut (keep_ties)"
+    return train_ends, validation_ends, rule
 
 
 def _count_per_user(events: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """How many of each user's events are true, int64 [num_users]."""
+    """The number of each user's events that are true, int64 [num_users]."""
     running = np.concatenate(([0], np.cumsum(events, dtype=np.int64)))
-    counts: np.ndarray = running[offsets[1:]] - running[offsets[:-1]]
-    return counts
+    return running[offsets[1:]] - running[offsets[:-1]]
 
 
 def _train_data(interactions: Interactions, train_ends: np.ndarray) -> TrainData:
@@ -353,7 +342,7 @@ def _held_out(
             asked.append((user, np.arange(start, middle), middle + rankable))
     if not asked:
         raise DataError(
-            f"no user can be asked at {name}: none of {interactions.num_users} has both a history "
+            f"no user has a query at {name}: none of {interactions.num_users} has both a history "
             f"and a held-out item (a user needs {_MIN_EVENTS} interactions); use a source with "
             "longer histories, or another data.split"
         )
@@ -374,5 +363,4 @@ def _without_repeats(targets: np.ndarray, history: np.ndarray) -> np.ndarray:
     """Positions of the targets that the history lacks, of each item the first; ascending."""
     fresh = np.flatnonzero(~np.isin(targets, history))
     _, first_places = np.unique(targets[fresh], return_index=True)
-    positions: np.ndarray = fresh[np.sort(first_places)]
-    return positions
+    return fresh[np.sort(first_places)]

@@ -1,10 +1,11 @@
-"""Tables of text with the line of every row: CSV, TSV and like files, Parquet, `datasets`."""
+"""Tables of text that know the line of each row: from CSV, TSV, Parquet and `datasets`."""
 
 import csv
 import difflib
 import io
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ class BadRow(NamedTuple):
     Attributes:
         position: Its line in the file from 1 (the header is line 1), or its row from 1.
         reason: The kind of fault, by which rows are counted.
-        detail: What is wrong with this row.
+        detail: The fault of this row, such as ``"1 fields, expected 2"``.
     """
 
     position: int
@@ -38,8 +39,8 @@ class Table:
         header: All columns of the source, also those that were not read.
         columns: Column name to one string per row, ``""`` where there is none.
         positions: Line or row of each row in the source, from 1.
-        unit: What ``positions`` count: ``"line"`` or ``"row"``.
-        bad: Rows that are no rows of this table, such as those with too few fields.
+        unit: The unit of ``positions``: ``"line"`` or ``"row"``.
+        bad: Rows that do not fit the header, such as those with too few fields.
     """
 
     name: str
@@ -59,12 +60,12 @@ class Table:
 
         Args:
             name: A column.
-            key: The config key that names it; None: the format of the file does.
+            key: The config key that names it; None: the format of the file names it.
             hint: Another remedy, for the message.
 
         Raises:
-            DataError: There is none; the message names it, the key, the columns that are
-                there, and the nearest.
+            DataError: There is no such column; the message names it, the key, all columns and
+                the nearest one.
         """
         if name in self.columns:
             return self.columns[name]
@@ -81,7 +82,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a text file is cut into fields.
+    """The layout of a text file.
 
     Attributes:
         separator: Between fields; may be several characters unless ``quoted``.
@@ -138,23 +139,23 @@ def read_delimited(path: Path, layout: Layout, wanted: Collection[str] | None = 
     records = _records(path, _decode(path, layout.latin1), layout)
     header = layout.header
     if header is None:
-        first = next(records, None)
-        if first is None:
+        _, first = next(records, (0, None))
+        if not isinstance(first, list):
             raise DataError(f"{path} is empty; its first line must name the columns")
-        header = tuple(name.strip() for name in first.fields)
+        header = tuple(name.strip() for name in first)
     _check_header(path, header)
     rows: list[list[str]] = []
     positions: list[int] = []
     bad: list[BadRow] = []
-    for record in records:
-        if record.fault is not None:
-            bad.append(BadRow(record.line, "malformed quotes", record.fault))
-        elif len(record.fields) != len(header):
-            detail = f"{len(record.fields)} fields, expected {len(header)}"
-            bad.append(BadRow(record.line, "wrong number of fields", detail))
+    for line, fields in records:
+        if isinstance(fields, str):
+            bad.append(BadRow(line, "malformed quotes", fields))
+        elif len(fields) != len(header):
+            detail = f"{len(fields)} fields, expected {len(header)}"
+            bad.append(BadRow(line, "wrong number of fields", detail))
         else:
-            rows.append(record.fields)
-            positions.append(record.line)
+            rows.append(fields)
+            positions.append(line)
     columns = {
         name: [row[index].strip() for row in rows]
         for index, name in enumerate(header)
@@ -172,7 +173,7 @@ def from_arrow_table(name: str, content: pa.Table, header: Sequence[str]) -> Tab
         header: All columns of the source.
 
     Raises:
-        DataError: A column has no form as text, or a name comes twice.
+        DataError: A column cannot be read as text, or two columns have one name.
     """
     _check_header(name, tuple(header))
     columns = {}
@@ -187,25 +188,14 @@ def from_arrow_table(name: str, content: pa.Table, header: Sequence[str]) -> Tab
     return Table(name, tuple(header), columns, range(1, content.num_rows + 1), unit="row")
 
 
-@dataclass(frozen=True)
-class _Record:
-    line: int
-    fields: list[str] = field(default_factory=list)
-    fault: str | None = None
-
-
-def _records(path: Path, text: str, layout: Layout) -> Iterator[_Record]:
-    if layout.quoted:
-        return _quoted_records(path, text, layout.separator)
-    return (
-        _Record(line, content.rstrip("\r").split(layout.separator))
-        for line, content in enumerate(text.split("\n"), start=1)
-        if content.strip()
-    )
-
-
-def _quoted_records(path: Path, text: str, separator: str) -> Iterator[_Record]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+def _records(path: Path, text: str, layout: Layout) -> Iterator[tuple[int, list[str] | str]]:
+    """The line at which each row begins, with its fields, or with the fault of its quotes."""
+    if not layout.quoted:
+        for line, content in enumerate(text.split("\n"), start=1):
+            if content.strip():
+                yield line, content.rstrip("\r").split(layout.separator)
+        return
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=layout.separator, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -218,10 +208,10 @@ def _quoted_records(path: Path, text: str, separator: str) -> Iterator[_Record]:
                     f"{path} line {line}: a quotation mark that is never closed; close it, or "
                     'write quotation marks inside a quoted field as ""'
                 ) from error
-            yield _Record(line, fault=str(error))
+            yield line, str(error)
             continue
         if fields:
-            yield _Record(line, fields)
+            yield line, fields
 
 
 def _decode(path: Path, latin1: bool) -> str:
@@ -251,13 +241,9 @@ def _check_header(name: Path | str, header: tuple[str, ...]) -> None:
 
 
 def _nearest(name: str, header: Sequence[str]) -> str | None:
-    folded = {_fold(column): column for column in header}
-    matches = difflib.get_close_matches(_fold(name), folded, n=1, cutoff=0.5)
+    folded = {re.sub("[_ -]", "", column.lower()): column for column in header}
+    matches = difflib.get_close_matches(re.sub("[_ -]", "", name.lower()), folded, 1, cutoff=0.5)
     return folded[matches[0]] if matches else None
-
-
-def _fold(name: str) -> str:
-    return name.lower().replace("_", "").replace("-", "").replace(" ", "")
 
 
 def _as_text(column: Any) -> list[str]:

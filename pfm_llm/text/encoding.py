@@ -9,7 +9,6 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ class Window:
         tokens: int32 [T], the rendered text.
         item_ends: int32 [L], index in ``tokens`` of each item's last token, ascending.
         history: The history that the stretch is part of.
-        start: How many items of the history come before the window.
+        start: The number of items of the history before the window.
         first_target: Items of the history before this one are no targets here.
     """
 
@@ -77,7 +76,7 @@ class Window:
 
     @property
     def met(self) -> np.ndarray:
-        """Int [H], the history up to the last target, or item, of the window."""
+        """Int [H], the history up to the last target of the window, or up to its last item."""
         return self.history.items[: self.start + len(self) + bool(self.has_target[-1:].any())]
 
     def _following(self, values: np.ndarray, missing: int) -> np.ndarray:
@@ -129,8 +128,12 @@ class HistoryEncoder:
             {name: catalogue.fields[name][i] for name in prompt.fields if name in catalogue.fields}
             for i in range(len(catalogue))
         ]
-        self._pieces = self._tokenise_pieces(rating_values if prompt.uses_rating else (None,))
-        self._header = self._encode([prompt.header])[0] if prompt.header else []
+        ratings = rating_values if prompt.uses_rating else (None,)
+        keys = [(item, rating) for rating in ratings for item in range(len(catalogue))]
+        texts = [prompt.render_item(self._fields[item], rating) for item, rating in keys]
+        pieces = self._tokenise(texts, [item for item, _ in keys]) if keys else []
+        self._pieces = dict(zip(keys, pieces, strict=True))
+        self._header = self._encode(prompt.header)
         longest = len(self._header) + config.items * config.max_item_tokens
         if longest > max_tokens:
             raise DataError(
@@ -142,8 +145,7 @@ class HistoryEncoder:
     def catalogue_pieces(self) -> list[list[int]]:
         """Token ids of every item rendered by itself, for the frozen item embeddings."""
         texts = [self._prompt.render_catalogue_item(fields) for fields in self._fields]
-        table = tokenise(texts, self._tokenizer, _tables_folder())
-        return [self._cut(table[item], item).tolist() for item in range(len(texts))]
+        return [piece.tolist() for piece in self._tokenise(texts, range(len(texts)))]
 
     def window(
         self, history: History, start: int = 0, stop: int | None = None, first_target: int = 1
@@ -152,8 +154,8 @@ class HistoryEncoder:
 
         Args:
             history: Oldest item first; its ratings are needed where the prompt shows them.
-            start: How many items of the history come before the stretch.
-            stop: Where it ends; None: with the history.
+            start: The number of items of the history before the stretch.
+            stop: The number of items up to the end of the stretch; None: all.
             first_target: See `Window`.
 
         Raises:
@@ -167,9 +169,8 @@ class HistoryEncoder:
             self._piece(int(item), None if ratings is None else float(ratings[j]))
             for j, item in enumerate(part.items)
         ]
-        header = np.asarray(self._header, dtype=np.int32)
-        ends = len(header) + np.cumsum([len(piece) for piece in pieces]) - 1
-        tokens = np.concatenate([header, *pieces])
+        ends = len(self._header) + np.cumsum([len(piece) for piece in pieces]) - 1
+        tokens = np.concatenate([self._header, *pieces])
         return Window(tokens, ends.astype(np.int32), history, start, first_target)
 
     def training_windows(self, history: History, num_known: int = 0) -> tuple[Window, ...]:
@@ -207,18 +208,13 @@ class HistoryEncoder:
         key = (item, rating if self._prompt.uses_rating else None)
         if key not in self._pieces:
             text = self._prompt.render_item(self._fields[item], key[1])
-            self._pieces[key] = self._cut(np.asarray(self._encode([text])[0], np.int32), item)
+            self._pieces[key] = self._cut(self._encode(text), item)
         return self._pieces[key]
 
-    def _tokenise_pieces(
-        self, ratings: Sequence[float | None]
-    ) -> dict[tuple[int, float | None], np.ndarray]:
-        keys = [(item, rating) for rating in ratings for item in range(len(self._fields))]
-        if not keys:
-            return {}
-        texts = [self._prompt.render_item(self._fields[item], rating) for item, rating in keys]
-        table = tokenise(texts, self._tokenizer, _tables_folder())
-        return {key: self._cut(table[row], key[0]) for row, key in enumerate(keys)}
+    def _tokenise(self, texts: Sequence[str], items: Sequence[int]) -> list[np.ndarray]:
+        """The tokens of each text, cut to length; ``items`` are the items of the texts."""
+        rows = tokenise(texts, self._tokenizer, assets.cache_dir() / "tokens")
+        return [self._cut(row, item) for row, item in zip(rows, items, strict=True)]
 
     def _cut(self, piece: np.ndarray, item: int) -> np.ndarray:
         if not len(piece):
@@ -228,10 +224,6 @@ class HistoryEncoder:
             return np.append(piece[: self.config.max_item_tokens - 1], piece[-1])
         return piece
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        encoded: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return encoded
-
-
-def _tables_folder() -> Path:
-    return assets.cache_dir() / "tokens"
+    def _encode(self, text: str) -> np.ndarray:
+        (tokens,) = self._tokenizer([text], add_special_tokens=False)["input_ids"]
+        return np.asarray(tokens, np.int32)

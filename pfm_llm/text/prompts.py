@@ -14,7 +14,7 @@ is a new version, so that a prompt's key always stands for the same text.
 In ``item`` and ``catalogue_item``:
 
 - ``{field}`` is an item's field, the empty string where it is unknown. ``{rating}`` (in ``item``
-  only, and not in ``fields``) is what the user gave: a field of the event, not of the item.
+  only, and not in ``fields``) is the user's rating: a field of the interaction, not of the item.
 - ``[...]`` is an optional part, left out when any placeholder in it is empty, so that unknown
   fields leave no litter such as ``()``. Parts do not nest.
 - A literal bracket or brace is doubled: ``[[``, ``]]``, ``{{``, ``}}``.
@@ -24,34 +24,41 @@ always the end of its text. The user's state is read there.
 """
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, ValidationError
 
 from pfm_llm.base.errors import ConfigError, DataError
+from pfm_llm.config.model import PositiveCount, Settings
+from pfm_llm.config.text import explain
 from pfm_llm.data.interactions import Catalogue
 
 RATING = "rating"
 
-_KEYS: dict[str, type] = {
-    "name": str,
-    "version": int,
-    "description": str,
-    "header": str,
-    "item": str,
-    "catalogue_item": str,
-    "fields": list,
-}
-_TYPE_NAMES = {str: "a string", int: "a whole number", list: "a list of strings"}
 _TOKEN = re.compile(r"\[\[|\]\]|\{\{|\}\}|\{(?P<field>\w+)\}|[\[\]{}]|[^\[\]{}]+")
+
+
+class _PromptFile(Settings):
+    """The keys of a prompt file."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: Annotated[str, Field(pattern="^[a-z0-9_]+$")]
+    version: PositiveCount
+    description: str
+    header: str
+    item: str
+    catalogue_item: str
+    fields: list[str]
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Prompt:
         return RATING in _placeholders(self.item)
 
     def content_hash(self) -> str:
-        """SHA-256, in hex, over all that the rendered text depends on."""
+        """SHA-256, in hex, over everything that the rendered text depends on."""
         parts = [self.key, self.header, self.item, self.catalogue_item, *self.fields]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -166,67 +173,43 @@ def _read_prompt(path: Path) -> Prompt:
     try:
         text = path.read_text(encoding="utf-8")
         tree = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    try:
-        _check_keys(tree)
-        _check_header(tree["header"])
-        prompt = Prompt(
-            name=tree["name"],
-            version=tree["version"],
-            header=tree["header"],
-            item=tree["item"],
-            catalogue_item=tree["catalogue_item"],
-            fields=tuple(tree["fields"]),
-            toml=text,
-        )
+        file = _PromptFile.model_validate(tree)
+        _check_plain(file)
+        values = file.model_dump(exclude={"description", "fields"})
+        prompt = Prompt(**values, fields=tuple(file.fields), toml=text)
         _check_templates(prompt)
         if prompt.key != path.stem:
             raise ConfigError(
                 f"name, version: they make {prompt.key!r}; call the file {prompt.key}.toml, or "
                 "correct them (a changed prompt is a new version)"
             )
+    except OSError as error:
+        raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except ValidationError as error:
+        problems = (explain(problem, _PromptFile) for problem in error.errors())
+        raise ConfigError(f"{path}: {'; '.join(problems)}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return prompt
 
 
-def _check_keys(tree: Mapping[str, Any]) -> None:
-    for key in tree:
-        if key not in _KEYS:
-            nearest = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"valid are {', '.join(_KEYS)}"
-            raise ConfigError(f"unknown key {key}; {hint}")
-    for key, expected in _KEYS.items():
-        if key not in tree:
-            raise ConfigError(f"{key}: missing; set it to {_TYPE_NAMES[expected]}")
-        # type(), not isinstance: a TOML boolean is a Python int.
-        if type(tree[key]) is not expected:
-            raise ConfigError(f"{key}: must be {_TYPE_NAMES[expected]}, not {tree[key]!r}")
-    if not re.fullmatch(r"[a-z0-9_]+", tree["name"]):
-        raise ConfigError(f"name: use a-z, 0-9 and _ only, not {tree['name']!r}")
-    if tree["version"] < 1:
-        raise ConfigError(f"version: counts from 1, not {tree['version']}")
-    _check_field_list(tree["fields"])
-
-
-def _check_field_list(fields: list[Any]) -> None:
-    for field in fields:
-        if not isinstance(field, str) or not re.fullmatch(r"\w+", field):
-            raise ConfigError(f"fields: must be a list of field names, not {field!r}")
-        if fields.count(field) > 1:
-            raise ConfigError(f"fields: {field!r} is listed twice")
-    if RATING in fields:
-        raise ConfigError(f"fields: {RATING!r} belongs to the event; use it in item, unlisted")
-    if not fields:
-        raise ConfigError("fields: empty; an item needs at least one field as its text")
-
-
-def _check_header(header: str) -> None:
-    if "{" in header or "}" in header:
+def _check_plain(file: _PromptFile) -> None:
+    """Check the texts that are no templates: the header and the names of the fields."""
+    if "{" in file.header or "}" in file.header:
         raise ConfigError("header: is plain text and has no placeholders; remove the braces")
+    for field in file.fields:
+        if not re.fullmatch(r"\w+", field):
+            raise ConfigError(f"fields: {field!r} is no field name; use letters, digits and _")
+        if file.fields.count(field) > 1:
+            raise ConfigError(f"fields: {field!r} is listed twice; remove one of them")
+    if RATING in file.fields:
+        raise ConfigError(
+            f"fields: {RATING!r} is a field of the interaction; leave it out of fields"
+        )
+    if not file.fields:
+        raise ConfigError("fields: empty; an item needs at least one field as its text")
 
 
 def _check_templates(prompt: Prompt) -> None:
@@ -266,11 +249,8 @@ def _placeholders(template: str) -> set[str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _parse(template: str) -> tuple[_Part, ...]:
-    return tuple(_parts(template))
-
-
-def _parts(template: str) -> Iterator[_Part]:
+def _parse(template: str) -> list[_Part]:
+    parts: list[_Part] = []
     pieces: list[tuple[str, bool]] = []
     inside = False
     for match in _TOKEN.finditer(template):
@@ -282,7 +262,7 @@ def _parts(template: str) -> Iterator[_Part]:
                 raise ConfigError(f"unmatched {token!r}; double it to mean the character")
             if inside and not any(is_field for _, is_field in pieces):
                 raise ConfigError("an optional part [...] has no placeholder; [[ means a bracket")
-            yield _Part(tuple(pieces), optional=inside)
+            parts.append(_Part(tuple(pieces), optional=inside))
             pieces, inside = [], not inside
         elif token in {"{", "}"}:
             raise ConfigError(f"unmatched {token!r}; double it to mean the character")
@@ -291,4 +271,4 @@ def _parts(template: str) -> Iterator[_Part]:
             pieces.append((token[0] if is_doubled else token, False))
     if inside:
         raise ConfigError("unmatched '['; double it to mean the character")
-    yield _Part(tuple(pieces), optional=False)
+    return [*parts, _Part(tuple(pieces), optional=False)]

@@ -4,12 +4,11 @@ The table holds public texts only: the items of a catalogue as a prompt renders 
 put together from the tokens in the table and is never stored here.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,24 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from pfm_llm.data.arrow import no_progress_bars
+
 _log = logging.getLogger(__name__)
 _COLUMN = "tokens"
 _FEATURES = datasets.Features({_COLUMN: datasets.Sequence(datasets.Value("int32"))})
 
 
-class TokenTable:
-    """Token ids of some texts, by index.
-
-    Args:
-        dataset: A `datasets.Dataset` with one column of int32 lists.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        chunks = dataset.data.column(_COLUMN).chunks
-        # Views of the mapped file; a row is read from disk when it is used.
-        self._rows = [row for chunk in chunks for row in _rows(chunk)]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Tokens of a text, int32 [number of tokens], read-only."""
-        return self._rows[index]
-
-
-def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> TokenTable:
+def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> list[np.ndarray]:
     """Tokenise texts without special tokens, or map the table of an earlier call.
 
     Args:
         texts: At least one.
         tokenizer: A Hugging Face tokenizer.
-        folder: Where tables are kept, each under a key of texts and tokenizer. When it cannot be
-            written the table stays in memory, with a warning.
+        folder: The folder of the tables, each named by a key of texts and tokenizer. A table that
+            cannot be written there stays in memory, with a warning.
+
+    Returns:
+        For each text its tokens, int32 [number of tokens]: a read-only view of the mapped file.
     """
     key = _key(texts, tokenizer)
     path = folder / f"{key}.arrow"
@@ -57,7 +41,7 @@ def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> TokenTable:
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {_COLUMN: tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}
 
-    def mapped(cache_file: str | None) -> TokenTable:
+    def mapped(cache_file: str | None) -> list[np.ndarray]:
         dataset = datasets.Dataset.from_dict({"text": list(texts)}).map(
             encode,
             batched=True,
@@ -67,12 +51,12 @@ def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> TokenTable:
             keep_in_memory=cache_file is None,
             new_fingerprint=key,
         )
-        table = TokenTable(dataset)
-        if len(table) != len(texts):
-            raise pa.ArrowInvalid(f"{len(table)} of {len(texts)} texts")
-        return table
+        rows = [row for chunk in dataset.data.column(_COLUMN).chunks for row in _rows(chunk)]
+        if len(rows) != len(texts):
+            raise pa.ArrowInvalid(f"{len(rows)} of {len(texts)} texts")
+        return rows
 
-    with _no_progress_bars():
+    with no_progress_bars():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -86,10 +70,10 @@ def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> TokenTable:
             return mapped(None)
 
 
-def _rows(chunk: Any) -> Iterator[np.ndarray]:
+def _rows(chunk: Any) -> list[np.ndarray]:
     values = chunk.values.to_numpy(zero_copy_only=True)
     offsets = chunk.offsets.to_numpy()
-    return (values[start:stop] for start, stop in itertools.pairwise(offsets))
+    return [values[start:stop] for start, stop in itertools.pairwise(offsets)]
 
 
 def _key(texts: Sequence[str], tokenizer: Any) -> str:
@@ -98,14 +82,3 @@ def _key(texts: Sequence[str], tokenizer: Any) -> str:
     digest = hashlib.sha256(identity.encode())
     digest.update(json.dumps(list(texts)).encode())
     return digest.hexdigest()[:32]
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    were_disabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_disabled:
-            datasets.enable_progress_bars()

@@ -7,7 +7,7 @@ import yaml
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.schema import ColumnsConfig, DataConfig
-from pfm_llm.data.check import Ratings, check_data, data_config
+from pfm_llm.data.check import check_data, data_config
 
 HEADER = "who,film,at,stars,title,city"
 
@@ -45,12 +45,12 @@ def test_columns_counts_lengths_and_times(tmp_path: Path) -> None:
         "title": "title",
     }
     assert checked.unused == ("stars", "city")
-    assert checked.item_fields == ("title",)
+    assert "\ntexts of an item: title\n" in checked.describe()
     assert checked.report.num_rows == 15
     assert (checked.report.num_users, checked.report.num_items) == (2, 10)
     assert sum(checked.report.dropped.values()) == 1
-    assert (checked.lengths[0], checked.lengths[-1]) == (4, 10)
-    assert checked.times == (10_000 * day, 10_001 * day + 9)
+    # Lengths 4 and 10: numpy's nearest quantile of the two is the lower one up to a half.
+    assert "events of a user: 4 to 10, median 4; 80 % of users have 4 to 10" in checked.describe()
     assert "time: 1997-05-19 to 1997-05-20" in checked.describe()
     assert checked.problems == ()
 
@@ -63,7 +63,6 @@ def test_an_order_is_not_shown_as_dates(tmp_path: Path) -> None:
 def test_without_timestamps_the_order_of_the_file_counts(tmp_path: Path) -> None:
     source = write(tmp_path / "own.csv", *film_rows("a", [1] * 5))
     checked = check_data(config(source, "timestamp=null"))
-    assert checked.times is None
     assert "the rows are taken in the order of the file" in checked.describe()
 
 
@@ -71,22 +70,26 @@ def test_ratings_say_who_has_both_classes(tmp_path: Path) -> None:
     rows = [*film_rows("a", [5, 3, 4]), *film_rows("b", [5, 5, 5]), *film_rows("c", [1, 2, 1])]
     checked = check_data(config(write(tmp_path / "own.csv", *rows), "rating=stars"))
     # Likes are 4 and above: 2 of a, 3 of b, 0 of c, of 9.
-    assert checked.ratings == Ratings(1.0, 5.0, 4.0, pytest.approx(5 / 9), 1)
-    assert "cannot be measured" not in checked.describe()
+    assert (
+        "ratings: 1 to 5; 56% are likes, which are 4 and above (data.like_threshold); "
+        "1 of 3 users have likes and other ratings\n"
+    ) in checked.describe()
 
 
 def test_ratings_that_nobody_has_both_classes_of(tmp_path: Path) -> None:
     rows = [*film_rows("b", [5, 5, 5]), *film_rows("c", [1, 2, 1])]
     checked = check_data(config(write(tmp_path / "own.csv", *rows), "rating=stars"))
-    assert checked.ratings is not None
-    assert checked.ratings.num_users_with_both == 0
-    assert "the task like cannot be measured" in checked.describe()
+    assert (
+        "0 of 2 users have likes and other ratings, so that the task like cannot be measured"
+        in (checked.describe())
+    )
 
 
 def test_titles_that_come_twice(tmp_path: Path) -> None:
     rows = [f"a,{item},{item},1,{title},x" for item, title in enumerate("xyxzx")]
     checked = check_data(config(write(tmp_path / "own.csv", *rows)))
-    assert (checked.num_same_titles, checked.same_titles) == (2, ("x",))
+    # Titles x, y, x, z, x: two items have the title of an earlier one.
+    assert "titles: 2 items have the title of an earlier item, such as 'x'\n" in checked.describe()
 
 
 def test_too_many_bad_rows_are_a_problem_and_the_rest_is_shown(tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_nobody_to_ask_is_a_problem(tmp_path: Path) -> None:
     same_time = write(tmp_path / "same.csv", *(f"a,{n},7,1,Film {n},x" for n in range(5)))
     checked = check_data(config(same_time).model_copy(update={"keep_ties": True}))
     (problem,) = checked.problems
-    assert "no user can be asked at validation" in problem
+    assert "no user has a query at validation" in problem
     assert checked.split is None
 
 
@@ -122,7 +125,7 @@ def test_the_block_reads_back_to_what_was_checked(tmp_path: Path) -> None:
     source = write(tmp_path / "own.csv", *film_rows("a", [1] * 5))
     asked = data_config(source, str(items), ["user=who", "item=film", "timestamp=null"])
     checked = check_data(asked)
-    assert checked.item_fields == ("title", "maker")
+    assert "\ntexts of an item: title, maker\n" in checked.describe()
     assert checked.describe().endswith(checked.block())
     assert DataConfig.model_validate(yaml.safe_load(checked.block())["data"]) == asked
 
@@ -136,7 +139,7 @@ def test_a_source_with_columns_of_its_own_has_a_block_without_them(tmp_path: Pat
     )
     checked = check_data(data_config(str(tmp_path)))
     assert checked.columns["rating"] == "rating"
-    assert checked.item_fields == ("title", "year", "genres")
+    assert "\ntexts of an item: title, year, genres\n" in checked.describe()
     assert yaml.safe_load(checked.block()) == {"data": {"source": str(tmp_path)}}
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from pfm_llm.base.assets import GROCERY_FILES
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.schema import DataConfig
 from pfm_llm.data import groceries, sources
-from pfm_llm.data.groceries import COLUMNS, MIN_PRODUCTS, grocery_files, plain_words, read_groceries
+from pfm_llm.data.groceries import COLUMNS, MIN_PRODUCTS, plain_words, read_groceries
 from pfm_llm.data.grocery_words import WORDS
 from pfm_llm.data.rows import SourceTables, validate
 from pfm_llm.data.sources import load_interactions
@@ -191,7 +192,7 @@ def test_it_is_an_embedded_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("file", [0, 1, 2])
 def test_a_damaged_file_is_named(damage: str, file: int, tmp_path: Path) -> None:
     folder = write(tmp_path, [(7, 5, MILK, 1)])
-    path = grocery_files(folder)[file]
+    path = folder / GROCERY_FILES[file]
     if damage == "missing":
         path.unlink()
     elif damage == "not parquet":

@@ -242,8 +242,10 @@ def test_ratings_stand_beside_their_history() -> None:
     ratings = np.array([1.0, 2.5, 4.0], dtype=np.float32)
     offsets, items = np.array([0, 2, 3]), np.array([4, 0, 1])
     rated = Interactions(LETTERS, ("u", "v"), offsets, items, ratings=ratings)
-    assert [rated.ratings_of(user).tolist() for user in (0, 1)] == [[1.0, 2.5], [4.0]]
-    assert Interactions(LETTERS, ("u", "v"), offsets, items).ratings_of(0) is None
+    histories = [rated.history_of(user) for user in (0, 1)]
+    assert [history.items.tolist() for history in histories] == [[4, 0], [1]]
+    assert [history.ratings.tolist() for history in histories] == [[1.0, 2.5], [4.0]]
+    assert Interactions(LETTERS, ("u", "v"), offsets, items).history_of(0).ratings is None
 
 
 def test_users_may_have_empty_histories() -> None:
@@ -275,7 +277,7 @@ def test_parts_that_do_not_fit_are_refused(changes: dict[str, object], message: 
 @pytest.mark.parametrize(
     ("ids", "fields", "message"),
     [
-        (("a", "b"), {"name": ("A", "B")}, "without a title field; it has: name"),
+        (("a", "b"), {"name": ("A", "B")}, "no text field 'title'; its fields: name"),
         (("a", "a"), {"title": ("A", "B")}, "'a' comes twice"),
         (("a", "b"), {"title": ("A",)}, "'title' has 1 values for 2 ids"),
     ],

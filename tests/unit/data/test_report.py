@@ -1,8 +1,4 @@
-"""The report of a load: text for people, JSON for the cache."""
-
-import json
-
-import pytest
+"""The report of a load, as text for people."""
 
 from pfm_llm.data.report import LoadReport
 
@@ -25,13 +21,3 @@ def test_describe_tells_counts_reasons_examples_and_notes() -> None:
         "  bad row, for example: f.csv line 7: torn",
         "  note: a word",
     ]
-
-
-def test_json_reads_back_to_an_equal_report() -> None:
-    assert LoadReport.from_json(json.loads(json.dumps(REPORT.to_json()))) == REPORT
-
-
-@pytest.mark.parametrize("tree", [{}, {**REPORT.to_json(), "other": 1}])
-def test_json_of_something_else_is_refused(tree: dict[str, object]) -> None:
-    with pytest.raises((KeyError, TypeError)):
-        LoadReport.from_json(tree)

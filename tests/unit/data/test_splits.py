@@ -337,7 +337,7 @@ def test_repeated_targets_are_dropped_and_counted() -> None:
 @pytest.mark.parametrize("config", [LAST_OUT, FRACTION])
 @pytest.mark.parametrize("histories", [[], [[]], [[1]], [[1, 2], [3]]])
 def test_nobody_to_ask_is_an_error(config: DataConfig, histories: list[list[int]]) -> None:
-    with pytest.raises(DataError, match="no user can be asked at validation"):
+    with pytest.raises(DataError, match="no user has a query at validation"):
         split_interactions(make(histories), config)
 
 

@@ -127,7 +127,7 @@ def test_file_is_read_as_it_stands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", list(GOOD))
 def test_missing_key_is_named(tmp_path: Path, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"mine\.v2\.toml: {key}: missing"):
+    with pytest.raises(ConfigError, match=rf"mine\.v2\.toml: {key}: Field required"):
         load_prompt(write(tmp_path, **{key: None}))
 
 
@@ -135,19 +135,19 @@ def test_missing_key_is_named(tmp_path: Path, key: str) -> None:
     ("changes", "message"),
     [
         ({"itm": "x"}, "unknown key itm; did you mean item"),
-        ({"zzz": "x"}, "unknown key zzz; valid are name, version"),
-        ({"version": "2"}, "version: must be a whole number"),
-        ({"version": True}, "version: must be a whole number"),
-        ({"version": 0}, "version: counts from 1"),
-        ({"name": "my prompt"}, "name: use a-z"),
-        ({"header": 1}, "header: must be a string"),
+        ({"zzz": "x"}, "unknown key zzz; valid here: name, version"),
+        ({"version": "2"}, "version: Input should be a valid integer"),
+        ({"version": True}, "version: Input should be a valid integer"),
+        ({"version": 0}, "version: Input should be greater than or equal to 1"),
+        ({"name": "my prompt"}, r"name: String should match pattern '\^\[a-z0-9_\]"),
+        ({"header": 1}, "header: Input should be a valid string"),
         ({"header": "{title}"}, "header: is plain text"),
-        ({"fields": "title"}, "fields: must be a list"),
-        ({"fields": [1]}, "fields: must be a list of field names"),
-        ({"fields": ["a b"]}, "fields: must be a list of field names"),
+        ({"fields": "title"}, "fields: Input should be a valid list"),
+        ({"fields": [1]}, r"fields\.0: Input should be a valid string"),
+        ({"fields": ["a b"]}, "fields: 'a b' is no field name"),
         ({"fields": []}, "fields: empty"),
         ({"fields": ["title", "title"]}, "fields: 'title' is listed twice"),
-        ({"fields": ["title", "year", "rating"]}, "fields: 'rating' belongs to the event"),
+        ({"fields": ["title", "year", "rating"]}, "fields: 'rating' is a field of the interaction"),
         ({"fields": ["title"]}, r"item: placeholder \{year\} is not in fields"),
         ({"fields": ["title", "year", "genres"]}, "fields: 'genres' is not used"),
         ({"catalogue_item": "{title} {genres}"}, r"catalogue_item: placeholder \{genres\}"),
