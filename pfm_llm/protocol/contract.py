@@ -5,7 +5,6 @@ was sent. Therefore `UpdateContract.build` makes every update from exactly the n
 the server runs `UpdateContract.check` before it uses any number.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -77,10 +76,6 @@ class UpdateContract:
 
     def hash(self) -> str:
         """SHA-256, in hex, over names, shapes, dtypes and the three identities."""
-        return self._hash
-
-    @functools.cached_property
-    def _hash(self) -> str:
         specs = {name: [list(spec.shape), spec.dtype] for name, spec in self.tensors.items()}
         identities = [self.backbone_hash, self.prompt_hash, self.catalogue_hash]
         text = json.dumps([specs, identities], sort_keys=True)
