@@ -72,10 +72,9 @@ def explain(problem: Any, root: type[BaseModel]) -> str:
 def _keys_at(location: list[str], root: type[BaseModel]) -> list[str]:
     model: Any = root
     for part in location:
-        if part.isdecimal():  # an entry of a list: `model` is tuple[Entry, ...]
-            model = typing.get_args(model)[0]
-            continue
-        annotation = model.model_fields[part].annotation
-        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
-        model = next((o for o in options if isinstance(o, type)), annotation)
+        # tuple[Entry, ...] and dict[str, Entry]: the part is the place of an entry
+        entries = [option for option in typing.get_args(model) if hasattr(option, "model_fields")]
+        model = entries[0] if entries else model.model_fields[part].annotation
+        if isinstance(model, types.UnionType):  # Settings | None
+            model = next(o for o in typing.get_args(model) if isinstance(o, type))
     return list(model.model_fields)

@@ -13,19 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-    StrictStr,
-    ValidationError,
-)
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.methods import SPECS, Method
+from pfm_llm.config.model import Settings
 from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
 from pfm_llm.config.text import explain, set_setting
 
@@ -37,39 +29,40 @@ VALIDATION, TEST = "validation", "test"
 _OWN_KEYS = ("name", "seed")
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class SelectConfig(_Settings):
+class SelectConfig(Settings):
     """What chooses a grid value: a figure on validation, over the full catalogue."""
 
     metric: str = "ndcg"
     k: int = Field(10, ge=0, description="cut-off of the ranked list; 0 for metrics without one")
     task: str = "next_item"
 
+    @property
+    def figure(self) -> str:
+        """Name of the figure that chooses, such as ``ndcg@10``."""
+        return self.metric + (f"@{self.k}" if self.k else "")
 
-class BudgetConfig(_Settings):
+
+class BudgetConfig(Settings):
     """How much is spent, and on which runs."""
 
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({})
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     runs: tuple[str, ...] | None = Field(None, description="names; None: all runs")
     grids: bool = Field(True, description="false: what `set` says, as a smaller budget chose it")
 
 
-class GridConfig(_Settings):
+class GridConfig(Settings):
     """Values of one setting, among which validation chooses."""
 
     key: str = Field(description="dotted key of the config")
     values: tuple[Scalar, ...] = Field(min_length=1)
 
 
-class RunConfig(_Settings):
+class RunConfig(Settings):
     """One line of the table: settings, or a baseline's script."""
 
     name: Name
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({})
     set_with: dict[str, dict[str, Any]] = Field({}, description="by budget: set with it alone")
     grid: str | None = Field(None, description="name of a grid; None: one experiment")
     seeds: tuple[int, ...] | None = Field(
@@ -81,15 +74,15 @@ class RunConfig(_Settings):
     arguments: tuple[str, ...] = Field((), description="further ones, for the script")
 
 
-class SuiteConfig(_Settings):
+class SuiteConfig(Settings):
     """The whole file."""
 
     name: Name
     base: str = Field(description="a config, relative to the suite's file")
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({})
     select: SelectConfig = SelectConfig()
     budgets: dict[Name, BudgetConfig] = Field(min_length=1)
-    grids: dict[str, GridConfig] = {}
+    grids: dict[str, GridConfig] = Field({})
     runs: tuple[RunConfig, ...] = Field(min_length=1)
 
 
@@ -179,7 +172,7 @@ def load_suite(path: Path) -> SuiteConfig:
     try:
         suite = SuiteConfig.model_validate(tree)
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        lines = "\n".join(f"  {explain(problem, SuiteConfig)}" for problem in error.errors())
         raise ConfigError(f"{path}:\n{lines}") from error
     names = [run.name for run in suite.runs]
     _refuse_twice(names, f"{path}: run")
@@ -247,16 +240,12 @@ def _suite_run(source: _Source, position: int, seed: int) -> SuiteRun:
     takes_grids = source.suite.budgets[source.budget].grids
     grid = source.suite.grids[run.grid] if run.grid is not None and takes_grids else None
     label = f"{run.name}-s{seed}"
-    if grid is None:
-        points = [Point(None, _config(source, run, label, {"seed": seed}))]
-    else:
-        points = [
-            Point(
-                value,
-                _config(source, run, f"{label}-{_text(value)}", {"seed": seed, grid.key: value}),
-            )
-            for value in grid.values
-        ]
+    points = []
+    for value in (None,) if grid is None else grid.values:
+        # A grid value becomes a part of the folder's name.
+        name = label if grid is None else f"{label}-{re.sub(r'[^A-Za-z0-9._-]', '_', str(value))}"
+        own = {} if grid is None else {grid.key: value}
+        points.append(Point(value, _config(source, run, name, {"seed": seed, **own})))
     key = None if grid is None else grid.key
     script = None if run.script is None else (run.script, *run.arguments)
     return SuiteRun(run.name, seed, position, key, tuple(points), script)
@@ -265,21 +254,17 @@ def _suite_run(source: _Source, position: int, seed: int) -> SuiteRun:
 def _config(source: _Source, run: RunConfig, name: str, own: Mapping[str, Any]) -> ExperimentConfig:
     origin = f"{source.path}, run {run.name}"
     suite, budget = source.suite, source.suite.budgets[source.budget]
-    tree = copy.deepcopy(dict(source.base))
-    with_budget = run.set_with.get(source.budget, {})
-    for settings in (suite.set, budget.set, run.set, with_budget):
+    above, of_run = [suite.set, budget.set], [run.set, run.set_with.get(source.budget, {})]
+    for settings in (*above, *of_run):
         _refuse_own(settings, origin)
-    _apply(tree, suite.set)
-    _apply(tree, budget.set)
-    if run.set.get("method") in list(Method):
-        _apply(tree, SPECS[Method(run.set["method"])].settings)
-    _apply(tree, run.set)
-    _apply(tree, with_budget)
-    _apply(tree, own)
-    tree["name"] = name
+    of_method = [SPECS[method].settings for method in Method if method == run.set.get("method")]
     # The losing values are never looked at on test; a script has one go at both.
     splits = [VALIDATION, TEST] if run.script else [VALIDATION]
-    _apply(tree, {"evaluation.splits": splits})
+    last = {**own, "name": name, "evaluation.splits": splits}
+    tree = copy.deepcopy(dict(source.base))
+    for level in (*above, *of_method, *of_run, last):
+        for key, value in level.items():
+            set_setting(tree, key, copy.deepcopy(value))
     config = parse_config(tree, origin)
     folder = Path(config.output.dir) / f"{suite.name}-{source.budget}"
     config = config.model_copy(
@@ -304,35 +289,6 @@ def _refuse_own(settings: Mapping[str, Any], origin: str) -> None:
                 f"{origin}: evaluation.splits: a suite chooses on [{VALIDATION}] and shows test "
                 "of the chosen run alone; remove it"
             )
-
-
-def _apply(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    for key, value in settings.items():
-        set_setting(tree, key, copy.deepcopy(value))
-
-
-def _text(value: Scalar) -> str:
-    """A grid value as part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", str(value))
-
-
-_PARTS: dict[str, tuple[int, type[BaseModel]]] = {
-    "select": (1, SelectConfig),
-    "budgets": (2, BudgetConfig),
-    "grids": (2, GridConfig),
-    "runs": (2, RunConfig),
-}
-
-
-def _explain(problem: Any) -> str:
-    """One of pydantic's problems; parts of the suite are looked into one by one."""
-    location = problem["loc"]
-    depth, model = _PARTS.get(str(location[0]) if location else "", (0, SuiteConfig))
-    if len(location) <= depth:
-        return explain(problem, SuiteConfig)
-    where = ".".join(map(str, location[:depth]))
-    text = explain({**problem, "loc": location[depth:]}, model)
-    return f"{where}: {text}" if where else text
 
 
 def _look_up(name: str, valid: Sequence[str], what: str) -> None:

@@ -27,7 +27,7 @@ from pfm_llm.suite.pace import Pace
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
 from pfm_llm.suite.records import Record
 from pfm_llm.suite.scripts import ScriptCall, call_script
-from pfm_llm.suite.status import State, changes, figure_name, is_recorded, read_tree, status_of
+from pfm_llm.suite.status import State, changes, is_recorded, read_tree, status_of
 
 _log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class _Runner:
             return f"training failed: {record.failed}"
         one = SuiteRun(run.name, run.seed, run.position, run.key, (point,), None)
         (figure,) = records.choose(one, [record], self._plan.select).figures
-        return f"{figure_name(self._plan)} {figure:.4f} on validation"
+        return f"{self._plan.select.figure} {figure:.4f} on validation"
 
     def _prepare(self, point: Point) -> bool:
         """Make way for an experiment; whether one was begun that is to be resumed."""
@@ -214,7 +214,7 @@ class _Runner:
         record = Record(tuple(rows), None, self._pace.now() - started)
         extra |= records.result_extra(self._plan, run, choice, [record])
         write_results(self._plan.result(run, self._results), rows, extra)
-        figure = f"{figure_name(self._plan)} {choice.figures[0]:.4f} on validation"
+        figure = f"{self._plan.select.figure} {choice.figures[0]:.4f} on validation"
         _log.info("%s", self._pace.trained(point, record, figure))
 
     def _tidy(self, run: SuiteRun, winner: Point | None) -> None:

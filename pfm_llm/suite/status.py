@@ -170,12 +170,7 @@ def _summary(stored: Mapping[str, Any], plan: Plan) -> str:
         parts.append(f"{grid['key']} {grid['chosen']}")
     figure = next((e["figure"] for e in grid["values"] if e["value"] == grid["chosen"]), None)
     if figure is not None:
-        parts.append(f"{figure_name(plan)} {figure:.4f} on validation")
+        parts.append(f"{plan.select.figure} {figure:.4f} on validation")
     if stored.get("did_not_learn"):
         parts.append("did not learn")
     return ", ".join(parts)
-
-
-def figure_name(plan: Plan) -> str:
-    """Name of the figure that chooses, such as ``ndcg@10``."""
-    return plan.select.metric + (f"@{plan.select.k}" if plan.select.k else "")

@@ -155,7 +155,7 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
     """
     lines = summary_lines(results)
     columns = [c for c in COLUMNS if any(c in line.figures for line in lines)]
-    interval = f" [{_confidence(results) * 100:g} %]"
+    interval = f" [{results[0].extra['config']['evaluation']['confidence'] * 100:g} %]"
     header = ["Method", "Regime"]
     header += [column.heading + (interval if column.has_interval else "") for column in columns]
     header += ["MB a client and round, up / down", "Client steps, shared + private"]
@@ -172,7 +172,7 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
         name = line.label + (f", {line.num_seeds} seeds" if line.num_seeds > 1 and line.run else "")
         name += " (did not learn)" if line.did_not_learn else ""
         cells = [Cell(name), Cell(line.regime or "-")]
-        cells += [_cell(line.figures.get(column), column, tops[column]) for column in columns]
+        cells += [figure_cell(line.figures.get(column), column, tops[column]) for column in columns]
         body.append([*cells, *_cost_cells(line)])
     return header, body
 
@@ -228,12 +228,20 @@ def mean_figures(
     return _mean(_found(result.own_rows, column, mode) for result in results)
 
 
-def figure_text(figure: Figure, column: Column) -> str:
-    """The figure as shown, with its interval where the column has one."""
-    text = column.form.format(figure.value)
-    if column.has_interval:
-        text += f" [{column.form.format(figure.low)}, {column.form.format(figure.high)}]"
-    return text
+def figure_cell(figure: Figure | None, column: Column, top: str | None = None) -> Cell:
+    """A figure as shown, with its interval where the column has one; ``-`` without a figure.
+
+    Args:
+        figure: What to show.
+        column: How to show it.
+        top: The best figure of the column, as formatted; it is shown in bold.
+    """
+    if figure is None:
+        return Cell("-")
+    value, low, high = map(column.form.format, (figure.value, figure.low, figure.high))
+    is_sure = figure.low > 0 or figure.high < 0
+    text = f"{value} [{low}, {high}]" if column.has_interval else value
+    return Cell(text, is_sure if column.is_difference else value == top)
 
 
 def _baseline_lines(results: Sequence[SuiteResult]) -> list[Line]:
@@ -279,14 +287,6 @@ def _mean(rows: Iterable[ResultRow | None]) -> Figure | None:
     )
 
 
-def _cell(figure: Figure | None, column: Column, top: str) -> Cell:
-    if figure is None:
-        return Cell("-")
-    if column.is_difference:
-        return Cell(figure_text(figure, column), figure.low > 0 or figure.high < 0)
-    return Cell(figure_text(figure, column), column.form.format(figure.value) == top)
-
-
 def _cost_cells(line: Line) -> list[Cell]:
     clients, up, down = map(line.mean_cost, ("client_rounds", "bytes_up", "bytes_down"))
     shared, private = map(line.mean_cost, ("shared_client_steps", "private_client_steps"))
@@ -296,10 +296,6 @@ def _cost_cells(line: Line) -> list[Cell]:
     if shared is not None and private is not None:
         steps = f"{shared:,.0f} + {private:,.0f}"
     return [Cell(traffic), Cell(steps)]
-
-
-def _confidence(results: Sequence[SuiteResult]) -> float:
-    return float(results[0].extra["config"]["evaluation"]["confidence"])
 
 
 def _line(cells: Sequence[str]) -> str:
