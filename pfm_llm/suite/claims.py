@@ -113,9 +113,7 @@ def build_claims(root: Path) -> list[Claim]:
         claims.append(
             Claim(
                 id=name,
-                value=figure.value,
-                ci_low=figure.ci_low,
-                ci_high=figure.ci_high,
+                **vars(figure),
                 unit=spec["unit"],
                 bar=spec.get("bar"),
                 holds=holds(spec["bar"], figure) if "bar" in spec else None,

@@ -113,7 +113,7 @@ def choose(run: SuiteRun, records: Sequence[Record], select: SelectConfig) -> Ch
         )
         raise TrainingError(f"{run.label}: training failed with every value: {reasons}")
     best = max(learned, key=lambda index: (figures[index], -index))
-    return Choice(best, figures, popularity_of(records[best].rows, select))
+    return Choice(best, figures, _popularity(records[best].rows, select))
 
 
 def choose_script(run: SuiteRun, rows: Sequence[ResultRow], select: SelectConfig) -> Choice:
@@ -125,11 +125,10 @@ def choose_script(run: SuiteRun, rows: Sequence[ResultRow], select: SelectConfig
     found = [row.value for row in _matching(rows, select, Mode.NONE) if row.method != POPULARITY]
     if not found:
         raise DataError(f"{run.label}: {_lacks(select)}")
-    return Choice(0, (max(found),), popularity_of(rows, select))
+    return Choice(0, (max(found),), _popularity(rows, select))
 
 
-def popularity_of(rows: Iterable[ResultRow], select: SelectConfig) -> float | None:
-    """Popularity's figure on validation."""
+def _popularity(rows: Iterable[ResultRow], select: SelectConfig) -> float | None:
     found = (r.value for r in _matching(rows, select, Mode.NONE) if r.method == POPULARITY)
     return next(found, None)
 
@@ -138,25 +137,8 @@ def result_extra(
     plan: Plan, run: SuiteRun, choice: Choice, records: Sequence[Record]
 ) -> dict[str, Any]:
     """The entries of a result beside rows, environment and costs."""
-    return {
-        **_heading(plan, run),
-        **_settings(run.points[choice.index].config, records[choice.index]),
-        "grid": {
-            "key": run.key,
-            "chosen": run.points[choice.index].value,
-            "values": [
-                {
-                    "value": point.value,
-                    "figure": figure,
-                    "failed": record.failed,
-                    "training_hash": training_hash(record.settled(point.config)),
-                }
-                for point, figure, record in zip(run.points, choice.figures, records, strict=True)
-            ],
-        },
-        "popularity": choice.popularity,
-        "did_not_learn": choice.did_not_learn,
-    }
+    extra = _extra(plan, run, choice, records)
+    return {**extra, "popularity": choice.popularity, "did_not_learn": choice.did_not_learn}
 
 
 def write_failure(plan: Plan, run: SuiteRun, path: Path, message: str) -> None:
@@ -165,17 +147,10 @@ def write_failure(plan: Plan, run: SuiteRun, path: Path, message: str) -> None:
     Raises:
         StorageError: It cannot be written.
     """
-    values = [
-        {"value": p.value, "figure": None, "failed": None, "training_hash": training_hash(p.config)}
-        for p in run.points
-    ]
-    extra = {
-        **_heading(plan, run),
-        **_settings(run.points[0].config, Record(())),
-        "grid": {"key": run.key, "chosen": None, "values": values},
-        "failed": message,
-    }
-    write_results(path, [], extra)
+    count = len(run.points)
+    extra = _extra(plan, run, Choice(0, (None,) * count, None), [Record(())] * count)
+    extra["grid"]["chosen"] = None
+    write_results(path, [], {**extra, "failed": message})
 
 
 def merged(first: Iterable[ResultRow], second: Iterable[ResultRow]) -> list[ResultRow]:
@@ -191,7 +166,7 @@ def _identity(row: ResultRow) -> tuple[object, ...]:
     return tuple(value for name, value in vars(row).items() if name not in numbers)
 
 
-def _heading(plan: Plan, run: SuiteRun) -> dict[str, Any]:
+def _extra(plan: Plan, run: SuiteRun, choice: Choice, records: Sequence[Record]) -> dict[str, Any]:
     return {
         "suite": plan.suite,
         "budget": plan.budget,
@@ -200,6 +175,20 @@ def _heading(plan: Plan, run: SuiteRun) -> dict[str, Any]:
         "position": run.position,
         "script": None if run.script is None else list(run.script),
         "select": plan.select.model_dump(),
+        **_settings(run.points[choice.index].config, records[choice.index]),
+        "grid": {
+            "key": run.key,
+            "chosen": run.points[choice.index].value,
+            "values": [
+                {
+                    "value": point.value,
+                    "figure": figure,
+                    "failed": record.failed,
+                    "training_hash": training_hash(record.settled(point.config)),
+                }
+                for point, figure, record in zip(run.points, choice.figures, records, strict=True)
+            ],
+        },
     }
 
 

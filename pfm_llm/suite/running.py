@@ -26,7 +26,7 @@ from pfm_llm.suite import records
 from pfm_llm.suite.pace import Pace
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
 from pfm_llm.suite.records import Record
-from pfm_llm.suite.scripts import ScriptCall, call_script
+from pfm_llm.suite.scripts import call_script
 from pfm_llm.suite.status import State, changes, is_recorded, read_tree, status_of
 
 _log = logging.getLogger(__name__)
@@ -40,12 +40,12 @@ class Tools:
         train: Config, and whether to resume, to the run's folder: trains and evaluates on the
             config's splits.
         evaluate: Run folder and budget to the rows of the final evaluation.
-        script: Calls a baseline's script.
+        script: Calls a baseline's script, as `call_script` does.
     """
 
     train: Callable[[ExperimentConfig, bool], Path]
     evaluate: Callable[[Path, str], Sequence[ResultRow]]
-    script: Callable[[ScriptCall], None] = call_script
+    script: Callable[..., None] = call_script
 
     @classmethod
     def real(cls) -> "Tools":
@@ -205,10 +205,10 @@ class _Runner:
         config = point.folder.with_name(f"{point.config.name}.{CONFIG_FILE}")
         output = point.folder.with_name(f"{point.config.name}.output.json")
         files.write_text(config, dump_config(point.config))
-        script, *arguments = run.script
+        script, *further = run.script
         _log.info("calling %s for %s", " ".join(run.script), run.label)
         started = self._pace.now()
-        self._tools.script(ScriptCall(Path(script), config, run.seed, output, tuple(arguments)))
+        self._tools.script(Path(script), further, config=config, seed=run.seed, output=output)
         rows, extra = read_results(output)
         choice = records.choose_script(run, rows, self._plan.select)
         record = Record(tuple(rows), None, self._pace.now() - started)
