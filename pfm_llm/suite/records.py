@@ -102,7 +102,7 @@ def choose(run: SuiteRun, records: Sequence[Record], select: SelectConfig) -> Ch
         DataError: A record lacks the figure that chooses.
     """
     figures = tuple(
-        None if record.failed else _figure(record.rows, select, point)
+        None if record.failed else figure_of(run, point, record, select)
         for point, record in zip(run.points, records, strict=True)
     )
     learned = [index for index, figure in enumerate(figures) if figure is not None]
@@ -113,24 +113,35 @@ def choose(run: SuiteRun, records: Sequence[Record], select: SelectConfig) -> Ch
         )
         raise TrainingError(f"{run.label}: training failed with every value: {reasons}")
     best = max(learned, key=lambda index: (figures[index], -index))
-    return Choice(best, figures, _popularity(records[best].rows, select))
+    baselines = _matching(records[best].rows, select, Mode.NONE)
+    popularity = next((row.value for row in baselines if row.method == POPULARITY), None)
+    return Choice(best, figures, popularity)
 
 
-def choose_script(run: SuiteRun, rows: Sequence[ResultRow], select: SelectConfig) -> Choice:
-    """The choice of a script, which has chosen its own settings: the figure of its best method.
+def figure_of(run: SuiteRun, point: Point, record: Record, select: SelectConfig) -> float:
+    """The figure of an experiment on validation; of a script, that of its best method.
 
     Raises:
-        DataError: No row holds the figure.
+        DataError: The record lacks the figure.
     """
-    found = [row.value for row in _matching(rows, select, Mode.NONE) if row.method != POPULARITY]
-    if not found:
-        raise DataError(f"{run.label}: {_lacks(select)}")
-    return Choice(0, (max(found),), _popularity(rows, select))
-
-
-def _popularity(rows: Iterable[ResultRow], select: SelectConfig) -> float | None:
-    found = (r.value for r in _matching(rows, select, Mode.NONE) if r.method == POPULARITY)
-    return next(found, None)
+    expected = (
+        f"expected one row with metric {select.metric}, k {select.k}, task {select.task} on the "
+        "full catalogue of validation; correct `select` or what is evaluated"
+    )
+    if run.script is not None:
+        rows = _matching(record.rows, select, Mode.NONE)
+        found = [row.value for row in rows if row.method != POPULARITY]
+        if not found:
+            raise DataError(f"{run.label}: {expected}")
+        return max(found)
+    mode = judged_mode(point.config.adapters.private.enabled)
+    found = [row.value for row in _matching(record.rows, select, mode)]
+    if len(found) != 1:
+        raise DataError(
+            f"{point.record}: {len(found)} rows in mode {mode}; {expected}, and delete the file to "
+            "evaluate again"
+        )
+    return found[0]
 
 
 def result_extra(
@@ -201,17 +212,6 @@ def _settings(config: ExperimentConfig, record: Record) -> dict[str, Any]:
     }
 
 
-def _figure(rows: Iterable[ResultRow], select: SelectConfig, point: Point) -> float:
-    mode = judged_mode(point.config.adapters.private.enabled)
-    found = [row.value for row in _matching(rows, select, mode)]
-    if len(found) != 1:
-        raise DataError(
-            f"{point.record}: {len(found)} rows in mode {mode}; {_lacks(select)}, and delete the "
-            "file to evaluate again"
-        )
-    return found[0]
-
-
 def _matching(rows: Iterable[ResultRow], select: SelectConfig, mode: Mode) -> list[ResultRow]:
     return [
         row
@@ -219,10 +219,3 @@ def _matching(rows: Iterable[ResultRow], select: SelectConfig, mode: Mode) -> li
         if (row.split, row.candidates, row.metric, row.k, row.task, row.mode)
         == (VALIDATION, FULL, select.metric, select.k, select.task, mode)
     ]
-
-
-def _lacks(select: SelectConfig) -> str:
-    return (
-        f"expected one row with metric {select.metric}, k {select.k}, task {select.task} on the "
-        "full catalogue of validation; correct `select` or what is evaluated"
-    )

@@ -163,8 +163,13 @@ class _Runner:
         return self._train(run, point)
 
     def _train(self, run: SuiteRun, point: Point) -> Record:
-        resume = self._prepare(point)
         name = point.config.name
+        stored = read_tree(point.record)
+        if stored is not None and (differing := changes(stored, point.config)):
+            _log.info("%s is trained anew: %s", name, "; ".join(differing))
+        resume = _is_begun(point)
+        if not resume:
+            _discard(point)
         _log.info("%s %s", "going on with" if resume else "training", name)
         started = self._pace.now()
         try:
@@ -178,26 +183,15 @@ class _Runner:
             seconds = None if resume else self._pace.now() - started
             record = Record(tuple(rows), None, seconds, _num_clients(point))
         records.write_record(point, record)
-        _log.info("%s", self._pace.trained(point, record, self._describe(run, point, record)))
+        self._log_trained(run, point, record)
         return record
 
-    def _describe(self, run: SuiteRun, point: Point, record: Record) -> str:
-        if record.failed:
-            return f"training failed: {record.failed}"
-        one = SuiteRun(run.name, run.seed, run.position, run.key, (point,), None)
-        (figure,) = records.choose(one, [record], self._plan.select).figures
-        return f"{self._plan.select.figure} {figure:.4f} on validation"
-
-    def _prepare(self, point: Point) -> bool:
-        """Make way for an experiment; whether one was begun that is to be resumed."""
-        name = point.config.name
-        stored = read_tree(point.record)
-        if stored is not None and (differing := changes(stored, point.config)):
-            _log.info("%s is trained anew: %s", name, "; ".join(differing))
-        if _is_begun(point):
-            return True
-        _discard(point)
-        return False
+    def _log_trained(self, run: SuiteRun, point: Point, record: Record) -> None:
+        what = f"training failed: {record.failed}"
+        if not record.failed:
+            figure = records.figure_of(run, point, record, self._plan.select)
+            what = f"{self._plan.select.figure} {figure:.4f} on validation"
+        _log.info("%s", self._pace.trained(point, record, what))
 
     def _run_script(self, run: SuiteRun) -> None:
         (point,) = run.points
@@ -210,12 +204,11 @@ class _Runner:
         started = self._pace.now()
         self._tools.script(Path(script), further, config=config, seed=run.seed, output=output)
         rows, extra = read_results(output)
-        choice = records.choose_script(run, rows, self._plan.select)
         record = Record(tuple(rows), None, self._pace.now() - started)
+        choice = records.choose(run, [record], self._plan.select)
         extra |= records.result_extra(self._plan, run, choice, [record])
         write_results(self._plan.result(run, self._results), rows, extra)
-        figure = f"{self._plan.select.figure} {choice.figures[0]:.4f} on validation"
-        _log.info("%s", self._pace.trained(point, record, figure))
+        self._log_trained(run, point, record)
 
     def _tidy(self, run: SuiteRun, winner: Point | None) -> None:
         """Delete the folders of the values that lost."""
