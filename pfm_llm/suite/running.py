@@ -84,8 +84,8 @@ def run_suite(
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise LaunchError("a suite runs on one process; start it with --num_processes 1")
-    done = [status_of(plan, run, results).state is State.DONE for run in plan.runs]
-    pace = Pace(plan.runs, done, clock)
+    left = [r for r in plan.runs if status_of(plan, r, results).state is not State.DONE]
+    pace = Pace(plan.runs, left, clock)
     runner = _Runner(plan, results, tools, keep, pace)
     failures = {}
     for run in plan.runs:

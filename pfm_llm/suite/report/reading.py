@@ -9,8 +9,7 @@ from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.files import read_json
 from pfm_llm.evaluation.results import FULL, ResultRow, judged_mode, read_results
 from pfm_llm.protocol.types import Mode
-
-TEST = "test"
+from pfm_llm.suite.plan import TEST
 
 
 @dataclass(frozen=True)
