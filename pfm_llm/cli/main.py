@@ -1,4 +1,4 @@
-"""The commands of ``pfm``, put together."""
+"""The application ``pfm`` with all its commands."""
 
 import functools
 import sys
@@ -49,7 +49,7 @@ def main(*words: str) -> None:
     """Run the command that the command line names.
 
     Args:
-        words: Put before what the command line says: a script is one command of ``pfm``.
+        words: Put before the arguments of the command line; a script names its command here.
 
     Raises:
         SystemExit: Always.

@@ -12,14 +12,14 @@ def train(
     config: options.Config = "quickstart",
     overrides: options.Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run of that name.")
+        bool, typer.Option("--resume", help="Continue the run of this name.")
     ] = False,
     from_round: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             help="With --resume: first go back to the kept commit of round N; later rounds are "
-            "lost.",
+            "deleted.",
         ),
     ] = None,
 ) -> None:

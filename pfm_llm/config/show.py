@@ -27,8 +27,8 @@ def describe(
     Args:
         path_or_name: A YAML file, or a shipped config; see `find_config`.
         overrides: ``dotted.key=value`` strings, applied on top of the file.
-        num_clients: Clients that have something to train on, for the values that follow from
-            their number; None: those are shown as null.
+        num_clients: Clients with at least one training example, for the values that follow from
+            their number; None: these values are shown as null.
 
     Raises:
         ConfigError: The file cannot be read, or a key or value is wrong.

@@ -1,4 +1,4 @@
-"""Configs as text: overrides on the command line, and messages about wrong keys."""
+"""Overrides and dotted keys of settings, and messages about wrong keys."""
 
 import difflib
 import types
@@ -16,7 +16,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value``, the value in YAML, in a tree of settings.
 
     Raises:
-        ConfigError: It has another form, or goes through something that holds no keys.
+        ConfigError: The override has another form, or a parent in its key is no group of settings.
     """
     key, separator, value = override.partition("=")
     if not separator:
@@ -28,7 +28,7 @@ def set_setting(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in a tree of settings, which is changed.
 
     Raises:
-        ConfigError: The key goes through something that holds no keys.
+        ConfigError: A parent in the key is no group of settings.
     """
     *parents, last = key.split(".")
     for parent in parents:
@@ -36,7 +36,7 @@ def set_setting(tree: dict[str, Any], key: str, value: Any) -> None:
         if child is None:
             child = tree[parent] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"setting {key}: {parent} holds no keys")
+            raise ConfigError(f"setting {key}: {parent} is a value, not a group; correct the key")
         tree = child
     tree[last] = value
 
@@ -52,7 +52,7 @@ def find_setting(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def explain(problem: Any, root: type[BaseModel]) -> str:
-    """One of pydantic's problems in a sentence; for an unknown key, the nearest valid one.
+    """Describe one problem of pydantic; for an unknown key, name the nearest valid one.
 
     Args:
         problem: An entry of ``ValidationError.errors()``.
