@@ -1,9 +1,9 @@
-"""One YAML, expanded into experiments: for every run, seed and grid value one config.
+"""The plan of a suite: one config for every run, seed and grid value.
 
-Later settings win: the base config, then ``set`` of the suite, of the budget and of the run, what
-the run sets with this budget alone, then the grid's value. A run's ``method`` overrules what the
-levels above the run say of the settings that it fixes, so that one base serves all methods. Unknown
-keys, in the suite as in the settings, are errors that name the nearest valid one.
+Later settings win. The order is: the base config, ``set`` of the suite, of the budget and of the
+run, ``set_with`` of the run for this budget, the grid's value. The settings that a run's ``method``
+fixes win over the base, the suite and the budget, so that one base serves all methods. An unknown
+key is an error that names the nearest valid key.
 """
 
 import copy
@@ -30,7 +30,7 @@ _OWN_KEYS = ("name", "seed")
 
 
 class SelectConfig(Settings):
-    """What chooses a grid value: a figure on validation, over the full catalogue."""
+    """The figure on validation that chooses a grid value, over the full catalogue."""
 
     metric: str = "ndcg"
     k: int = Field(10, ge=0, description="cut-off of the ranked list; 0 for metrics without one")
@@ -43,39 +43,39 @@ class SelectConfig(Settings):
 
 
 class BudgetConfig(Settings):
-    """How much is spent, and on which runs."""
+    """The size of the experiments, and the runs."""
 
     set: dict[str, Any] = Field({})
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    runs: tuple[str, ...] | None = Field(None, description="names; None: all runs")
-    grids: bool = Field(True, description="false: what `set` says, as a smaller budget chose it")
+    runs: tuple[str, ...] | None = Field(None, description="names of runs; None: all")
+    grids: bool = Field(True, description="false: one experiment per run, with `set`")
 
 
 class GridConfig(Settings):
-    """Values of one setting, among which validation chooses."""
+    """The values of one setting; validation chooses one of them."""
 
     key: str = Field(description="dotted key of the config")
     values: tuple[Scalar, ...] = Field(min_length=1)
 
 
 class RunConfig(Settings):
-    """One line of the table: settings, or a baseline's script."""
+    """A run, one line of the table: settings, or a baseline's script."""
 
     name: Name
     set: dict[str, Any] = Field({})
-    set_with: dict[str, dict[str, Any]] = Field({}, description="by budget: set with it alone")
+    set_with: dict[str, dict[str, Any]] = Field({}, description="budget to further settings")
     grid: str | None = Field(None, description="name of a grid; None: one experiment")
     seeds: tuple[int, ...] | None = Field(
-        None, min_length=1, description="with every budget; None: the budget's"
+        None, min_length=1, description="for every budget; None: the budget's seeds"
     )
     script: str | None = Field(
         None, description="called with --config FILE --seed N --output FILE instead of training"
     )
-    arguments: tuple[str, ...] = Field((), description="further ones, for the script")
+    arguments: tuple[str, ...] = Field((), description="further arguments of the script")
 
 
 class SuiteConfig(Settings):
-    """The whole file."""
+    """The whole suite file."""
 
     name: Name
     base: str = Field(description="a config, relative to the suite's file")
@@ -91,8 +91,8 @@ class Point:
     """One experiment.
 
     Attributes:
-        value: Of the grid's key; None without a grid.
-        config: What it runs with; its name is the run folder's.
+        value: The grid value; None without a grid.
+        config: Its config; the name is that of the run folder.
     """
 
     value: Scalar | None
@@ -105,18 +105,18 @@ class Point:
 
     @property
     def record(self) -> Path:
-        """What is kept of it when its folder is gone: the validation figures."""
+        """The file of its validation figures, which is kept when the run's folder is deleted."""
         return self.folder.with_name(f"{self.folder.name}.json")
 
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """A run with one seed: its grid of experiments, of which one is chosen.
+    """A run with one seed: its grid of experiments, of which validation chooses one.
 
     Attributes:
-        name: As in the suite.
-        seed: Of all its experiments.
-        position: Where the suite lists it, from 0.
+        name: The run's name in the suite.
+        seed: The seed of all its experiments.
+        position: The run's place in the suite, from 0.
         key: The grid's dotted key; None without a grid.
         points: The experiments, in the grid's order.
         script: A baseline's script and its further arguments; None for an experiment.
@@ -136,18 +136,18 @@ class SuiteRun:
 
     @property
     def folder(self) -> Path:
-        """What holds the folders of its experiments."""
+        """The parent of its experiments' folders."""
         return self.points[0].folder.parent
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a suite runs with one budget.
+    """The runs of a suite with one budget.
 
     Attributes:
         suite: The suite's name.
         budget: The budget's name.
-        select: What chooses.
+        select: The figure that chooses.
         runs: Each run with each seed, in the suite's order.
     """
 
@@ -157,7 +157,7 @@ class Plan:
     runs: tuple[SuiteRun, ...]
 
     def result(self, run: SuiteRun, results: Path) -> Path:
-        """The file of a run's result below the folder of all results."""
+        """The file of a run's result; ``results`` is the folder of all results."""
         return results / self.suite / self.budget / f"{run.label}.json"
 
 
@@ -165,8 +165,8 @@ def load_suite(path: Path) -> SuiteConfig:
     """Read a suite's YAML.
 
     Raises:
-        ConfigError: The file cannot be read, a key or value is wrong, or something is named that
-            is not there.
+        ConfigError: The file cannot be read, a key or value is wrong, or the name of a run, grid
+            or budget is unknown.
     """
     tree = read_yaml(path)
     try:
@@ -184,7 +184,7 @@ def load_suite(path: Path) -> SuiteConfig:
             if "method" in run.set_with[budget]:
                 raise ConfigError(f"{path}, run {run.name}: set_with: method belongs to set")
         if run.arguments and run.script is None:
-            raise ConfigError(f"{path}, run {run.name}: arguments are for a script; name one")
+            raise ConfigError(f"{path}, run {run.name}: arguments are for a script; set script")
         if run.grid is not None and run.script is not None:
             raise ConfigError(
                 f"{path}, run {run.name}: a script takes no grid; it chooses on validation itself"
@@ -196,16 +196,16 @@ def load_suite(path: Path) -> SuiteConfig:
 
 
 def make_plan(path: Path, budget: str, only: Sequence[str] = ()) -> Plan:
-    """Everything that a suite runs with a budget, every config validated.
+    """The plan of a suite with one budget; every config is validated.
 
     Args:
         path: The suite's YAML.
         budget: One of its budgets.
-        only: Names of runs to leave the others out; empty: all of the budget.
+        only: Names of the runs to plan; empty: all of the budget.
 
     Raises:
-        ConfigError: As `load_suite`; or a setting is wrong, is the suite's own to make, or leaves
-            nothing to choose by.
+        ConfigError: As `load_suite`; or a setting is wrong, is reserved for the suite, or prevents
+            the choice on validation.
     """
     suite = load_suite(path)
     _look_up(budget, list(suite.budgets), f"{path}: budget")
@@ -227,7 +227,7 @@ def make_plan(path: Path, budget: str, only: Sequence[str] = ()) -> Plan:
 
 @dataclass(frozen=True)
 class _Source:
-    """What configs are made from."""
+    """The parts that make a config."""
 
     path: Path
     suite: SuiteConfig
@@ -258,7 +258,7 @@ def _config(source: _Source, run: RunConfig, name: str, own: Mapping[str, Any]) 
     for settings in (*above, *of_run):
         _refuse_own(settings, origin)
     of_method = [SPECS[method].settings for method in Method if method == run.set.get("method")]
-    # The losing values are never looked at on test; a script has one go at both.
+    # Only the chosen value is evaluated on test, later. A script evaluates both splits at once.
     splits = [VALIDATION, TEST] if run.script else [VALIDATION]
     last = {**own, "name": name, "evaluation.splits": splits}
     tree = copy.deepcopy(dict(source.base))
@@ -274,8 +274,8 @@ def _config(source: _Source, run: RunConfig, name: str, own: Mapping[str, Any]) 
         raise ConfigError(f"{origin}: push_to_hub: a suite publishes nothing; remove it")
     if run.script is None and POPULARITY not in config.evaluation.baselines:
         raise ConfigError(
-            f"{origin}: evaluation.baselines lacks {POPULARITY}, against which it shows whether a "
-            "run learned; add it"
+            f"{origin}: evaluation.baselines lacks {POPULARITY}, which shows whether a run "
+            "learned; add it"
         )
     return config
 
@@ -286,8 +286,8 @@ def _refuse_own(settings: Mapping[str, Any], origin: str) -> None:
             raise ConfigError(f"{origin}: {key} is set by the suite; remove it")
         if key == "evaluation.splits" and value != [VALIDATION]:
             raise ConfigError(
-                f"{origin}: evaluation.splits: a suite chooses on [{VALIDATION}] and shows test "
-                "of the chosen run alone; remove it"
+                f"{origin}: evaluation.splits: a suite chooses on [{VALIDATION}] and evaluates "
+                "only the chosen run on test; remove it"
             )
 
 
@@ -299,4 +299,4 @@ def _look_up(name: str, valid: Sequence[str], what: str) -> None:
 def _refuse_twice(names: Sequence[str], what: str) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{what} {name!r} is there twice; give one another name")
+            raise ConfigError(f"{what} {name!r} is not unique; rename one of the two")

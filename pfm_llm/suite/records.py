@@ -1,7 +1,7 @@
-"""The files of a suite's runs: a record of each experiment, and one result of each run.
+"""The files of a suite: a record of each experiment, and a result of each run.
 
-A record has the figures of an experiment on validation. It is kept when the experiment's folder is
-deleted. Tables and reports are made from the results. Both have the format of
+A record holds the figures of an experiment on validation. It is kept when the experiment's folder
+is deleted. Tables and reports are made from the results. Both files have the format of
 `results.write_results`.
 """
 
@@ -20,11 +20,11 @@ from pfm_llm.suite.plan import POPULARITY, VALIDATION, Plan, Point, SelectConfig
 
 @dataclass(frozen=True)
 class Record:
-    """The kept figures of one experiment.
+    """The record of one experiment.
 
     Attributes:
         rows: Its figures on validation; empty if it failed.
-        failed: The reason why training failed with this value; None if it did not.
+        failed: The reason why training failed; None if it did not fail.
         seconds: Its duration without the final evaluation; None if it was resumed.
         num_clients: Number of training clients; None if unknown, as for a script.
     """
@@ -35,12 +35,12 @@ class Record:
     num_clients: int | None = None
 
     def settled(self, config: ExperimentConfig) -> ExperimentConfig:
-        """The experiment's config with the settings that follow from its data."""
+        """The experiment's config with values that follow from the number of clients."""
         return config if self.num_clients is None else settle(config, self.num_clients)
 
 
 def write_record(point: Point, record: Record) -> None:
-    """Keep an experiment's record, with the settings that it belongs to.
+    """Write the record of an experiment, with its settings.
 
     Raises:
         StorageError: It cannot be written.
@@ -55,11 +55,11 @@ def write_record(point: Point, record: Record) -> None:
 
 
 def read_record(point: Point) -> Record:
-    """An experiment's record; see `status.is_recorded`.
+    """Read the record of an experiment; see `status.is_recorded`.
 
     Raises:
-        DataError: There is none.
-        CorruptFileError: It is not what `write_record` writes.
+        DataError: The record does not exist.
+        CorruptFileError: The file does not have the format of `write_record`.
     """
     rows, extra = read_results(point.record)
     kept = (extra.get(name) for name in ("failed", "seconds", "num_clients"))
@@ -71,9 +71,9 @@ class Choice:
     """The experiment of a run with the best figure.
 
     Attributes:
-        index: Which of the run's points.
-        figures: Per point: the figure; None where training failed.
-        popularity: The same figure of popularity, None where it was not measured.
+        index: The index of the experiment in the run's points.
+        figures: The figure of each point; None if training failed.
+        popularity: The same figure of popularity; None if it was not measured.
     """
 
     index: int
@@ -82,7 +82,7 @@ class Choice:
 
     @property
     def did_not_learn(self) -> bool | None:
-        """Whether it fails to beat popularity; None if that is unknown."""
+        """Whether its figure is at most that of popularity; None if one of them is unknown."""
         best = self.figures[self.index]
         if best is None or self.popularity is None:
             return None
@@ -94,12 +94,12 @@ def choose(run: SuiteRun, records: Sequence[Record], select: SelectConfig) -> Ch
 
     Args:
         run: The run.
-        records: Of its points, in their order.
-        select: What chooses.
+        records: The records of its points, in their order.
+        select: The figure that chooses.
 
     Raises:
         TrainingError: Training failed with every value.
-        DataError: A record lacks the figure that chooses.
+        DataError: A record lacks the figure.
     """
     figures = tuple(
         None if record.failed else figure_of(run, point, record, select)
@@ -147,13 +147,13 @@ def figure_of(run: SuiteRun, point: Point, record: Record, select: SelectConfig)
 def result_extra(
     plan: Plan, run: SuiteRun, choice: Choice, records: Sequence[Record]
 ) -> dict[str, Any]:
-    """The entries of a result beside rows, environment and costs."""
+    """The entries of a result file besides rows, environment and costs."""
     extra = _extra(plan, run, choice, records)
     return {**extra, "popularity": choice.popularity, "did_not_learn": choice.did_not_learn}
 
 
 def write_failure(plan: Plan, run: SuiteRun, path: Path, message: str) -> None:
-    """Write a result file that has only the reason of the failure.
+    """Write the result file of a failed run: no rows, and the reason of the failure.
 
     Raises:
         StorageError: It cannot be written.

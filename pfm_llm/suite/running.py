@@ -34,12 +34,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tools:
-    """What a suite is run with.
+    """The functions that do the work of a suite.
 
     Attributes:
-        train: Config, and whether to resume, to the run's folder: trains and evaluates on the
-            config's splits.
-        evaluate: Run folder and budget to the rows of the final evaluation.
+        train: Trains a config and evaluates it on the config's splits. Takes the config and
+            whether to resume, returns the run's folder.
+        evaluate: Takes a run's folder and the budget, returns the rows of the final evaluation.
         script: Calls a baseline's script, as `call_script` does.
     """
 
@@ -49,12 +49,12 @@ class Tools:
 
     @classmethod
     def real(cls) -> "Tools":
-        """Those of the library."""
+        """The functions of the library."""
         from pfm_llm.runs.experiment import run_experiment
         from pfm_llm.runs.study.run import study_run
 
         def train(config: ExperimentConfig, resume: bool) -> Path:
-            gc.collect()  # the last model hangs in cycles, and two may not fit
+            gc.collect()  # cycles hold the last model, and memory may not suffice for two
             return run_experiment(config, resume)
 
         return cls(train, study_run)
@@ -67,17 +67,17 @@ def run_suite(
     keep: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, str]:
-    """Run whatever has no result yet.
+    """Run the runs of a plan that have no valid result.
 
     Args:
-        plan: What to run.
+        plan: The plan.
         results: The folder of all results.
-        tools: What to run it with.
-        keep: Leave the folders of the values that lost.
-        clock: Seconds that only grow.
+        tools: The functions that train and evaluate.
+        keep: Whether to keep the folders of the values that were not chosen.
+        clock: Monotonic time in seconds.
 
     Returns:
-        Name and seed of each run that failed, with its message; the others are done.
+        The label of each failed run to its error message; all other runs have a result.
 
     Raises:
         LaunchError: Several processes were started.
@@ -105,7 +105,7 @@ class _Runner:
         self._keep, self._pace = keep, pace
 
     def settle(self, run: SuiteRun) -> str | None:
-        """Do what is missing of a run; the message if it failed."""
+        """Complete a run; returns the error message if it failed."""
         path = self._plan.result(run, self._results)
         try:
             with _alone(run):
@@ -114,7 +114,7 @@ class _Runner:
                 except PfmError as error:
                     records.write_failure(self._plan, run, path, str(error))
                     return str(error)
-        except PfmError as error:  # another process has it, or the failure cannot be written
+        except PfmError as error:  # another process holds it, or the failure cannot be written
             return str(error)
         return None
 
@@ -141,11 +141,11 @@ class _Runner:
             raise
         chosen = run.points[choice.index]
         if not _is_begun(chosen):
-            _log.info("%s: its folder is gone; it is trained again", chosen.config.name)
+            _log.info("%s: its folder is missing; it is trained again", chosen.config.name)
             with files.storage_errors(chosen.record):
-                chosen.record.unlink()  # or a kill would leave half a run that seems whole
+                chosen.record.unlink()  # with it, a half-trained folder would count as trained
             self._train(run, chosen)
-        # What is measured, and how, may have changed since it was trained.
+        # Settings of the evaluation may have changed since training.
         config = found[choice.index].settled(chosen.config)
         files.write_text(chosen.folder / CONFIG_FILE, dump_config(config))
         with self._pace.evaluating(run):
@@ -157,7 +157,7 @@ class _Runner:
         self._tidy(run, chosen)
 
     def _record(self, run: SuiteRun, point: Point) -> Record:
-        """The experiment's figures on validation; trained now if that was not done."""
+        """The record of an experiment, which is trained now if there is none."""
         if is_recorded(point):
             return records.read_record(point)
         return self._train(run, point)
@@ -211,7 +211,7 @@ class _Runner:
         self._log_trained(run, point, record)
 
     def _tidy(self, run: SuiteRun, winner: Point | None) -> None:
-        """Delete the folders of the values that lost."""
+        """Delete the folders of all points but the winner."""
         if self._keep or run.script is not None:
             return
         for point in run.points:
@@ -220,17 +220,17 @@ class _Runner:
 
 
 def _is_begun(point: Point) -> bool:
-    """Whether the folder holds a run with the point's settings, which can be gone on with."""
+    """Whether the folder holds a run with the point's settings, which can be resumed."""
     try:
         tree = read_yaml(point.folder / CONFIG_FILE)
-    except ConfigError:  # none, or cut off
+    except ConfigError:  # the file is missing or truncated
         return False
-    # Read as a config it would have today's default of what it lacks.
+    # The tree as written: a parsed config would have today's defaults for settings that it lacks.
     return not changes({"config": tree, "num_clients": _num_clients(point)}, point.config)
 
 
 def _num_clients(point: Point) -> int | None:
-    """The clients that an experiment trains on; None as long as its folder does not say it."""
+    """Number of training clients of an experiment; None before its folder records it."""
     environment = read_tree(point.folder / ENVIRONMENT_FILE) or {}
     return environment.get("num_clients")
 
@@ -243,10 +243,10 @@ def _discard(point: Point) -> None:
 
 @contextlib.contextmanager
 def _alone(run: SuiteRun) -> Iterator[None]:
-    """Hold a run against other processes of the same suite; a killed one lets go by itself.
+    """Lock a run against other processes; the system releases the lock of a killed process.
 
     Raises:
-        LaunchError: Another process has it.
+        LaunchError: Another process holds the lock.
     """
     path = run.folder / f"{run.label}.lock"
     with files.storage_errors(path):

@@ -1,4 +1,4 @@
-"""One HTML page with everything that a suite found; it needs no other file and no network."""
+"""One HTML page with all results of a suite; it needs no other file and no network."""
 
 import base64
 import json
@@ -49,10 +49,10 @@ class Table:
 
     Attributes:
         title: Its heading.
-        note: What the figures are.
-        header: Of each column.
-        rows: Cells.
-        num_names: So many columns from the left are text.
+        note: A description of the figures.
+        header: The headings of the columns.
+        rows: The cells.
+        num_names: Number of columns, from the left, that hold text.
     """
 
     title: str
@@ -73,7 +73,7 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         DataError: The folder holds no result.
-        CorruptFileError: A file is not what the suite writes.
+        CorruptFileError: A file does not have the format of the suite's results.
         StorageError: A plot or the page cannot be written.
     """
     results = read_suite(folder)
@@ -86,7 +86,7 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
     """The page's HTML.
 
     Args:
-        results: Of a suite with one budget.
+        results: All results of a suite with one budget.
         drawn: PNG files to show.
     """
     header, body = summary_cells(results)
@@ -113,7 +113,7 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
 
 
 def _modes_table(results: Sequence[SuiteResult]) -> Table:
-    """Every mode of every run: what is shared, what is private, and both."""
+    """The quality of every mode of every run."""
     columns = [column for column in COLUMNS if column.metric in _RANKING]
     rows = []
     for run, own in by_run(results).items():
@@ -132,7 +132,7 @@ def _modes_table(results: Sequence[SuiteResult]) -> Table:
 
 
 def _personality_table(results: Sequence[SuiteResult]) -> Table:
-    """Every other figure, a column for each run that has one."""
+    """Every other figure, with a column for each run that has one."""
     keys = {
         (row.metric, row.task): None
         for result in results
@@ -159,7 +159,7 @@ def _personality_table(results: Sequence[SuiteResult]) -> Table:
 
 
 def _harmed(results: Sequence[SuiteResult]) -> list[str]:
-    """A sentence on each result with groups of users: those that are harmed after correction."""
+    """A sentence for each result with groups of users: the groups harmed after correction."""
     sentences = []
     for result in results:
         groups = result.extra.get("harm") or {}
@@ -217,7 +217,7 @@ def _costs_table(results: Sequence[SuiteResult]) -> Table:
 
 
 def _environment_table(results: Sequence[SuiteResult]) -> Table:
-    """Each environment once, with the runs that were made in it."""
+    """Each environment once, with its runs."""
     found: dict[str, list[str]] = {}
     for result in results:
         environment = result.extra.get("environment")

@@ -162,7 +162,7 @@ def test_values_of_any_kind_make_names(world: World) -> None:
             r"method belongs to set",
         ),
         ({"runs": [{"name": "a", "grid": "x"}]}, r"run a: grid 'x' is unknown; there is lr"),
-        ({"runs": [{"name": "a"}, {"name": "a"}]}, r"run 'a' is there twice"),
+        ({"runs": [{"name": "a"}, {"name": "a"}]}, r"run 'a' is not unique"),
         ({"runs": [{"name": "a", "grid": "lr"}, {"name": "a-s0"}]}, None),
         ({"runs": [{"name": "a", "grid": "lr"}, {"name": "a-s0-0.1"}]}, None),
         ({"runs": [{"name": "a/b"}]}, r"runs.0.name: "),
@@ -171,7 +171,7 @@ def test_values_of_any_kind_make_names(world: World) -> None:
         ({"runs": [{"name": "a", "arguments": ["-x"]}]}, r"run a: arguments are for a script"),
         ({"budgets": {"small": {"runs": ["c"]}}}, r"budget small: run 'c' is unknown; there is a"),
         ({"budgets": {"small": {"seeds": []}}}, r"budgets.small.seeds: "),
-        ({"grids": {"lr": GRID | {"values": [0.1, 0.1]}}}, r"run folder 'a-s0-0.1' is there twice"),
+        ({"grids": {"lr": GRID | {"values": [0.1, 0.1]}}}, r"run folder 'a-s0-0.1' is not unique"),
         ({"set": {"seed": 3}}, r"seed is set by the suite"),
         ({"set": {"evaluation.splits": ["test"]}}, r"evaluation.splits: a suite chooses on"),
         ({"set": {"push_to_hub.repo": "me/films"}}, r"push_to_hub: a suite publishes nothing"),
@@ -192,7 +192,7 @@ def test_two_runs_never_share_a_folder(world: World) -> None:
     """Run a at seed 0 with value s0 would be where run a-s0 is at seed 0."""
     grid = {"key": "prompt", "values": ["s0"]}
     world.write(grids={"p": grid}, runs=[{"name": "a", "grid": "p"}, {"name": "a-s0"}])
-    with pytest.raises(ConfigError, match=r"run folder 'a-s0-s0' is there twice"):
+    with pytest.raises(ConfigError, match=r"run folder 'a-s0-s0' is not unique"):
         world.plan()
 
 
