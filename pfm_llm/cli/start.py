@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from pfm_llm.base.errors import PfmError
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 plus the number of the signal."""
 
@@ -22,9 +24,6 @@ def run_safely(command: Callable[[], None], when_interrupted: str = "interrupted
         SystemExit: The command failed, or was interrupted.
     """
     prepare()
-
-    from pfm_llm.base.errors import PfmError
-
     try:
         command()
     except PfmError as error:

@@ -1,5 +1,6 @@
 """``pfm suite``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,8 +41,6 @@ def suite(
 
     You may stop it at any moment. The same command continues.
     """
-    import sys
-
     from pfm_llm.config.shipped import find_config
     from pfm_llm.suite.plan import make_plan
     from pfm_llm.suite.status import list_text

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.cli import options
 from pfm_llm.cli.start import is_main_process
 
@@ -27,7 +28,6 @@ def train(
 
     The run leaves a folder runs/NAME with its config, results, plots and shared adapter.
     """
-    from pfm_llm.base.errors import ConfigError
     from pfm_llm.config.schema import load_config
     from pfm_llm.config.shipped import find_config
 

@@ -1,5 +1,6 @@
 """``pfm versions``: the versions of a published adapter, and signing keys."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +22,6 @@ def show_versions(
     repo: _Repo, revision: _Revision = "main", as_json: options.AsJson = False
 ) -> None:
     """List the versions of a repository, newest first."""
-    import json
-
     from pfm_llm.publish.versions.history import list_versions
     from pfm_llm.publish.versions.text import versions_text, versions_tree
 
@@ -32,8 +31,6 @@ def show_versions(
 
 def diff(older: _Place, newer: _Place, as_json: options.AsJson = False) -> None:
     """Show the differences between two versions."""
-    import json
-
     from pfm_llm.publish.hub import pull_named
     from pfm_llm.publish.versions.difference import diff_versions
     from pfm_llm.publish.versions.text import diff_text, diff_tree
@@ -51,8 +48,6 @@ def verify(
     as_json: options.AsJson = False,
 ) -> None:
     """Check the files, the signature and the parent of each version."""
-    import json
-
     from pfm_llm.publish.versions.chain import verify_chain
     from pfm_llm.publish.versions.text import chain_text, chain_tree
 

@@ -19,6 +19,8 @@ from pfm_llm.base.files import read_json, read_tensors, storage_errors, write_js
 from pfm_llm.protocol.types import Tensors
 
 _COMMIT_FILE = "commit.json"
+_NUM_KEPT = 2
+"""The number of committed rounds that are kept."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,9 @@ def check_resumable(saved: RunEnvironment, current: RunEnvironment) -> None:
 class CheckpointStore:
     """The checkpoints of one run, in one folder."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        """Open a folder; it is made by the first `save`.
-
-        Args:
-            directory: Such as ``runs/<name>/server``.
-            keep: How many committed rounds to keep, at least 1.
-        """
+    def __init__(self, directory: Path) -> None:
+        """Open a folder, such as ``runs/<name>/server``; the first `save` makes it."""
         self._directory = directory
-        self._keep = max(keep, 1)
 
     def rounds(self) -> tuple[int, ...]:
         """The committed rounds that are kept, oldest first; the last is the commit point.
@@ -154,7 +150,7 @@ class CheckpointStore:
         }
         path = self._directory / _file_of(round_number)
         commits[round_number] = write_tensors(path, tensors, header)
-        self._publish(dict(list(commits.items())[-self._keep :]))
+        self._publish(dict(list(commits.items())[-_NUM_KEPT:]))
 
     def load(self, round_number: int | None = None) -> Checkpoint | None:
         """Read the commit point, or an older round that is kept.

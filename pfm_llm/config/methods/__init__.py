@@ -61,6 +61,3 @@ def with_method(tree: dict[str, Any], origin: str) -> dict[str, Any]:
             )
         set_setting(tree, key, value)
     return tree
-
-
-__all__ = ["SPECS", "Method", "MethodSpec", "with_method"]
