@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import (
@@ -38,7 +38,7 @@ from pfm_llm.config.model import (
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.running import CacheConfig, OutputConfig, PushToHubConfig, RuntimeConfig
 from pfm_llm.config.stages import StageConfig, stages_problem
-from pfm_llm.config.text import apply_override, explain
+from pfm_llm.config.text import apply_override, validated
 
 _FEDAVG_STEPS = 4
 """Minimum local steps of fedavg: with fewer, the local models hardly differ."""
@@ -351,20 +351,7 @@ def _with_source(tree: dict[str, Any]) -> dict[str, Any]:
 
 def parse_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConfig:
     """Validate a tree of settings; see `load_config`."""
-    return validated(with_method(_with_source(tree), origin), origin)
-
-
-def validated(tree: dict[str, Any], origin: str) -> ExperimentConfig:
-    """Validate a tree that includes the settings of its method.
-
-    Raises:
-        ConfigError: A key or value is wrong, or values contradict each other.
-    """
-    try:
-        return ExperimentConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = "\n".join(f"  {explain(problem, ExperimentConfig)}" for problem in error.errors())
-        raise ConfigError(f"{origin}:\n{lines}") from error
+    return validated(with_method(_with_source(tree), origin), ExperimentConfig, origin)
 
 
 def dump_config(config: ExperimentConfig) -> str:

@@ -4,8 +4,8 @@ from fractions import Fraction
 from typing import Any
 
 from pfm_llm.base.errors import ConfigError, DataError
-from pfm_llm.config.schema import ExperimentConfig, validated
-from pfm_llm.config.text import find_setting, set_setting
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.text import find_setting, set_setting, validated
 
 FOLLOWING = (
     "federation.cohort_size",
@@ -94,4 +94,4 @@ def _filled(config: ExperimentConfig, values: dict[str, Any]) -> ExperimentConfi
     for key, value in values.items():
         if find_setting(tree, key) is None:
             set_setting(tree, key, value)
-    return validated(tree, config.name)
+    return validated(tree, ExperimentConfig, config.name)

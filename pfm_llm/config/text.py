@@ -4,12 +4,14 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pfm_llm.base.errors import ConfigError
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -51,13 +53,26 @@ def find_setting(tree: Mapping[str, Any], key: str) -> Any:
     return found
 
 
-def explain(problem: Any, root: type[BaseModel]) -> str:
-    """Describe one problem of pydantic; for an unknown key, name the nearest valid one.
+def validated(tree: Mapping[str, Any], model: type[_Model], origin: str) -> _Model:
+    """A tree of settings as an instance of a pydantic model.
 
     Args:
-        problem: An entry of ``ValidationError.errors()``.
-        root: The model of the whole tree.
+        tree: The settings.
+        model: The model.
+        origin: Where the tree is from, for messages.
+
+    Raises:
+        ConfigError: A key or value is wrong; the message names each with its dotted key, and for an
+            unknown key the nearest valid one.
     """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(problem, model)}" for problem in error.errors())
+        raise ConfigError(f"{origin}:\n{lines}") from error
+
+
+def _explain(problem: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in problem["loc"]]
     if problem["type"] != "extra_forbidden":
         return f"{'.'.join(location) or 'config'}: {problem['msg']}"

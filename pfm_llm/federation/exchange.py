@@ -77,8 +77,8 @@ class LocalExchange:
             trainer: Trains the clients.
             store: The clients' private folders.
             processes: The processes that share the cohort.
-            measure_error: Whether to measure `aggregation_error`; it holds the LoRA factors of a
-                whole cohort.
+            measure_error: Whether to measure `aggregation_error`, which keeps the LoRA factors of
+                a whole cohort in memory.
         """
         self._server = server
         self._trainer = trainer

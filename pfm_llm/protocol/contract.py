@@ -39,7 +39,7 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Self:
-        """The spec that ``tensor`` meets."""
+        """The spec of a tensor."""
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def __str__(self) -> str:
@@ -71,7 +71,7 @@ class UpdateContract:
             check_shared_name(name, "a contract")
         for field in ("backbone_hash", "prompt_hash", "catalogue_hash"):
             if not getattr(self, field):
-                raise ContractError(f"the contract's {field} is empty; it must identify one")
+                raise ContractError(f"the contract's {field} is empty; give the hash")
         object.__setattr__(self, "tensors", dict(self.tensors))
 
     def hash(self) -> str:

@@ -104,7 +104,7 @@ def check_resumable(saved: RunEnvironment, current: RunEnvironment) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"this run cannot be resumed here: {'; '.join(differing)}. Restore what it was, "
+            f"this run cannot be resumed here: {'; '.join(differing)}. Restore these conditions, "
             "or start a new run under another name"
         )
 
@@ -125,7 +125,7 @@ class CheckpointStore:
         return tuple(self._commits())
 
     def save(self, round_number: int, tensors: Tensors, environment: RunEnvironment) -> None:
-        """Commit a round, then delete those no longer kept.
+        """Commit a round, then delete the rounds that are no longer kept.
 
         Args:
             round_number: Later than the committed one.
@@ -133,7 +133,7 @@ class CheckpointStore:
             environment: See `check_resumable`.
 
         Raises:
-            CheckpointError: The round is committed already.
+            CheckpointError: This round or a later one is committed already.
             DiskSpaceError: The disk is full; the commit point is unchanged.
             StorageError: Writing failed; the commit point is unchanged.
         """
@@ -159,7 +159,7 @@ class CheckpointStore:
             round_number: None: the newest.
 
         Returns:
-            None when nothing was ever committed and no round was asked for.
+            The checkpoint; None if no round was committed and none was asked for.
 
         Raises:
             CheckpointError: The round is not kept, or was written by another version.
@@ -176,9 +176,9 @@ class CheckpointStore:
         return self._read(round_number, commits)
 
     def rollback(self, round_number: int) -> None:
-        """Make an older round that is kept the commit point and delete the later ones.
+        """Make an older kept round the commit point and delete the later rounds.
 
-        Private states newer than it must be discarded by the caller.
+        The caller must discard private states that are newer than the round.
 
         Raises:
             CheckpointError: The round is not kept.

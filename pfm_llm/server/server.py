@@ -89,7 +89,7 @@ class Server:
         if difference := _difference(_specs(self._shared.tensors), table.specs):
             raise ContractError(
                 "the shared state to start from does not fit the table of shared tensors: "
-                f"{difference}; start from one of the same settings"
+                f"{difference}; start from a state with the same settings"
             )
         self.table = table
         self.contract = contract

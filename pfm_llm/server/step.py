@@ -17,7 +17,7 @@ _BETA2, _EPS = 0.99, 1e-8
 """β₂ and ε of `ServerStep`'s ``fedadam``."""
 
 _MAX_RATE = 1e30
-"""A larger learning rate, divided by Adam's bias correction, may not fit into float32."""
+"""A larger learning rate, divided by Adam's bias correction, may overflow float32."""
 
 
 @dataclass(frozen=True)

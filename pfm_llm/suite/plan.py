@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.methods import SPECS, Method
 from pfm_llm.config.model import Settings
 from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
-from pfm_llm.config.text import explain, set_setting
+from pfm_llm.config.text import set_setting, validated
 
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -168,12 +168,7 @@ def load_suite(path: Path) -> SuiteConfig:
         ConfigError: The file cannot be read, a key or value is wrong, or the name of a run, grid
             or budget is unknown.
     """
-    tree = read_yaml(path)
-    try:
-        suite = SuiteConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = "\n".join(f"  {explain(problem, SuiteConfig)}" for problem in error.errors())
-        raise ConfigError(f"{path}:\n{lines}") from error
+    suite = validated(read_yaml(path), SuiteConfig, str(path))
     names = [run.name for run in suite.runs]
     _refuse_twice(names, f"{path}: run")
     for run in suite.runs:
