@@ -1,1 +1,1 @@
-"""The command ``pfm``: typed functions, which import what is heavy when they are called."""
+"""The command ``pfm``: typed functions, which import heavy libraries when they are called."""

@@ -1,4 +1,4 @@
-"""``pfm config``: shipped configs, and what a config resolves to."""
+"""``pfm config``: the shipped configs, and the resolved settings of a config."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from pfm_llm.cli import options
 
-HELP = "List the shipped configs, or show what a config resolves to."
+HELP = "List the shipped configs, or show the resolved settings of one config."
 
 
 def show(
@@ -16,14 +16,14 @@ def show(
     ] = "quickstart",
     overrides: options.Overrides = None,
 ) -> None:
-    """Print every setting that a config resolves to."""
+    """Print every setting of a config, with the origin of its value."""
     from pfm_llm.config.show import describe
 
     print(describe(config, overrides or []))
 
 
 def list_configs() -> None:
-    """List the names of the shipped configs, with the first line of each."""
+    """List the shipped configs: name and first line."""
     from pfm_llm.config.shipped import shipped_folder
 
     files = sorted(shipped_folder().glob("*.yaml"))

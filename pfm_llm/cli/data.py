@@ -1,11 +1,11 @@
-"""``pfm data``: a look at one's own data before anything is trained."""
+"""``pfm data``: a check of a data source before training."""
 
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-HELP = "Look at data before anything is trained."
+HELP = "Check a data source before training."
 
 
 def check(
@@ -19,20 +19,21 @@ def check(
         ),
     ],
     items: Annotated[
-        str | None, typer.Option(metavar="FILE", help="File of item texts, when apart.")
+        str | None,
+        typer.Option(metavar="FILE", help="File of item texts, if not in SOURCE."),
     ] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(
             metavar="ROLE=NAME",
-            help="The column of user, item, timestamp, rating or title; timestamp and rating may "
-            "be null; repeats.",
+            help="Column of user, item, timestamp, rating or title; timestamp and rating may be "
+            "null; may be repeated.",
         ),
     ] = None,
 ) -> None:
-    """Say what would be read and what would be dropped.
+    """Report which rows training would read and which rows it would drop.
 
-    The last lines are the block `data:` of a config. The exit code is 1 when training on the data
+    The last lines are the block `data:` of a config. The exit code is 1 if training on the data
     would fail.
     """
     from pfm_llm.data.check import check_data, data_config

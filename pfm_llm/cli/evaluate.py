@@ -16,8 +16,8 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             metavar="FILE...",
-            help="Result files of benchmarks/baselines on the same data: adds the difference to "
-            "each, paired over users; takes several, and repeats.",
+            help="Result files of benchmarks/baselines on the same data; the results gain the "
+            "difference to each, paired over users. Takes several; may be repeated.",
         ),
     ] = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The commands of ``pfm``, put together."""
+"""The application ``pfm`` with all its commands."""
 
 import functools
 import sys
@@ -31,15 +31,10 @@ def make_app() -> typer.Typer:
     app.command("recommend")(_safe(recommend))
     app.command("push")(_safe(push))
     app.command("suite", cls=ManyValues)(_safe(suite, again))
-    groups: dict[str, tuple[str, dict[str, _Function]]] = {
-        "versions": (versions.HELP, versions.COMMANDS),
-        "config": (config.HELP, config.COMMANDS),
-        "data": (data.HELP, data.COMMANDS),
-    }
-    for name, (text, commands) in groups.items():
-        group = _group(text)
+    for name, module in {"versions": versions, "config": config, "data": data}.items():
+        group = _group(module.HELP)
         group.callback()(lambda: None)  # a group even of a single command
-        for command, function in commands.items():
+        for command, function in module.COMMANDS.items():
             group.command(command)(_safe(function))
         app.add_typer(group, name=name)
     return app
@@ -49,7 +44,7 @@ def main(*words: str) -> None:
     """Run the command that the command line names.
 
     Args:
-        words: Put before what the command line says: a script is one command of ``pfm``.
+        words: Put before the arguments of the command line; a script names its command here.
 
     Raises:
         SystemExit: Always.

@@ -9,9 +9,7 @@ from typer.core import TyperCommand
 Run = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Run folder; default: the newest of --runs.")
 ]
-Runs = Annotated[
-    Path, typer.Option(metavar="FOLDER", help="Folder in which the newest run is looked for.")
-]
+Runs = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to search for the newest run.")]
 Config = Annotated[
     str, typer.Option(metavar="FILE|NAME", help="YAML file, or a name of `pfm config list`.")
 ]
@@ -20,17 +18,17 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE...",
-        help="Override a setting, such as federation.num_rounds=20; takes several, and repeats.",
+        help="Override a setting: federation.num_rounds=20. Takes several; may be repeated.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SigningKey = Annotated[
-    Path | None, typer.Option(metavar="PEM", help="File of the private key to sign with.")
+    Path | None, typer.Option(metavar="PEM", help="File of the private signing key.")
 ]
 
 
 def run_folder(run: Path | None, runs: Path) -> Path:
-    """The run that ``--run`` names, as a folder or by its name, else the newest in ``--runs``.
+    """The run that ``--run`` names by folder or name; without it, the newest run in ``--runs``.
 
     Raises:
         ConfigError: There is no run.

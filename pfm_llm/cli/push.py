@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.cli import options
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ def push(
 
     Nothing is sent before all files have been searched for anything private.
     """
-    from pfm_llm.base.errors import ConfigError
-
     if private and public:
         raise ConfigError("--private and --public exclude each other")
 

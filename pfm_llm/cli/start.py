@@ -1,4 +1,4 @@
-"""What every command shares: start-up settings, logging, and errors without a traceback."""
+"""The start of every command: environment, logging, and errors without a traceback."""
 
 import logging
 import os
@@ -7,24 +7,23 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from pfm_llm.base.errors import PfmError
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 plus the number of the signal."""
 
 
 def run_safely(command: Callable[[], None], when_interrupted: str = "interrupted") -> None:
-    """Run a command; a deliberate error is one message and its exit code.
+    """Run a command; a `PfmError` becomes one message and an exit code.
 
     Args:
-        command: What to run.
+        command: The command.
         when_interrupted: The message after Ctrl-C.
 
     Raises:
         SystemExit: The command failed, or was interrupted.
     """
     prepare()
-
-    from pfm_llm.base.errors import PfmError
-
     try:
         command()
     except PfmError as error:
@@ -36,7 +35,7 @@ def run_safely(command: Callable[[], None], when_interrupted: str = "interrupted
 
 
 def prepare() -> None:
-    """Set what torch and its companions read when they start, and where messages go."""
+    """Set the environment variables that torch and tokenizers read at start-up, and logging."""
     _forget_folder_of_script()
     # Before torch starts: waiting threads that spin for long starve each other on a busy machine,
     # and those that sleep at once are late for the next of many small operations.
@@ -48,7 +47,7 @@ def prepare() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     # Not the root logger: at INFO, httpx writes each request with its signed URL.
     logging.getLogger("pfm_llm").setLevel(logging.INFO)
-    # From inside the library; nothing that a user could change.
+    # transformers warns about its own code, which a user cannot change.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 
 
@@ -58,7 +57,7 @@ def is_main_process() -> bool:
 
 
 def _forget_folder_of_script() -> None:
-    """Python puts a script's folder first on the path; evaluate.py would hide that library."""
+    """Remove the script's folder from the path; scripts/evaluate.py would hide that library."""
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script is not None:
         folder = Path(script).resolve().parent

@@ -1,5 +1,6 @@
 """``pfm suite``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,8 @@ _Keep = Annotated[
     bool,
     typer.Option(
         "--keep",
-        help="Leave the run folders of the grid values that lost; without it, any start that "
-        "finds them deletes them.",
+        help="Keep the run folders of the grid values that were not chosen; without this option, "
+        "each start deletes them.",
     ),
 ]
 
@@ -26,22 +27,20 @@ def suite(
     budget: Annotated[str, typer.Option(help="One of the suite's budgets.")] = "small",
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME...", help="Only these runs; takes several, and repeats."),
+        typer.Option(metavar="NAME...", help="Only these runs. Takes several; may be repeated."),
     ] = None,
     show: Annotated[
-        bool, typer.Option("--list", help="Say what is done, and run nothing.")
+        bool, typer.Option("--list", help="Print the state of each run, and run nothing.")
     ] = False,
-    results: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results go.")] = Path(
+    results: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of all results.")] = Path(
         "results"
     ),
     keep: _Keep = False,
 ) -> None:
     """Run the experiments of a suite that have no result yet.
 
-    Stop it at any moment; the same command goes on.
+    You may stop it at any moment. The same command continues.
     """
-    import sys
-
     from pfm_llm.config.shipped import find_config
     from pfm_llm.suite.plan import make_plan
     from pfm_llm.suite.status import list_text

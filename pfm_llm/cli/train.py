@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.cli import options
 from pfm_llm.cli.start import is_main_process
 
@@ -12,14 +13,14 @@ def train(
     config: options.Config = "quickstart",
     overrides: options.Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run of that name.")
+        bool, typer.Option("--resume", help="Continue the run of this name.")
     ] = False,
     from_round: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             help="With --resume: first go back to the kept commit of round N; later rounds are "
-            "lost.",
+            "deleted.",
         ),
     ] = None,
 ) -> None:
@@ -27,7 +28,6 @@ def train(
 
     The run leaves a folder runs/NAME with its config, results, plots and shared adapter.
     """
-    from pfm_llm.base.errors import ConfigError
     from pfm_llm.config.schema import load_config
     from pfm_llm.config.shipped import find_config
 

@@ -1,5 +1,6 @@
-"""``pfm versions``: the versions of a published adapter, and a signing key."""
+"""``pfm versions``: the versions of a published adapter, and signing keys."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ import typer
 
 from pfm_llm.cli import options
 
-HELP = "Versions of a published adapter, and a key to sign them."
+HELP = "List, compare, verify and restore versions of a published adapter; make a signing key."
 
 _Repo = Annotated[str, typer.Argument(metavar="USER/NAME", show_default=False)]
 _Place = Annotated[
@@ -21,8 +22,6 @@ def show_versions(
     repo: _Repo, revision: _Revision = "main", as_json: options.AsJson = False
 ) -> None:
     """List the versions of a repository, newest first."""
-    import json
-
     from pfm_llm.publish.versions.history import list_versions
     from pfm_llm.publish.versions.text import versions_text, versions_tree
 
@@ -31,9 +30,7 @@ def show_versions(
 
 
 def diff(older: _Place, newer: _Place, as_json: options.AsJson = False) -> None:
-    """Say what changed from one version to another."""
-    import json
-
+    """Show the differences between two versions."""
     from pfm_llm.publish.hub import pull_named
     from pfm_llm.publish.versions.difference import diff_versions
     from pfm_llm.publish.versions.text import diff_text, diff_tree
@@ -46,13 +43,11 @@ def verify(
     repo: _Repo,
     revision: _Revision = "main",
     trusted_key: Annotated[
-        str | None, typer.Option(help="Public key that all versions must be signed with.")
+        str | None, typer.Option(help="Public key; every version must be signed with it.")
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check files, signatures and the parent of each version."""
-    import json
-
+    """Check the files, the signature and the parent of each version."""
     from pfm_llm.publish.versions.chain import verify_chain
     from pfm_llm.publish.versions.text import chain_text, chain_tree
 
@@ -68,7 +63,7 @@ def roll_back(
     revision: Annotated[str, typer.Option(metavar="BRANCH", help="Branch to push to.")] = "main",
     signing_key: options.SigningKey = None,
 ) -> None:
-    """Publish an older version anew."""
+    """Publish an older version again."""
     from pfm_llm.publish.signing import load_key, public_key
     from pfm_llm.publish.versions.restore import rollback
 
@@ -87,12 +82,12 @@ def keygen(
         Path, typer.Argument(help="File to write; never an existing one.", show_default=False)
     ],
 ) -> None:
-    """Make a private key to sign with."""
+    """Make a private key for signing."""
     from pfm_llm.publish.signing import new_key
 
     public = new_key(path)
     print(f"private key: {path} (keep it to yourself, and a copy in a safe place)")
-    print(f"public key: {public} (tell it to those who are to trust you)")
+    print(f"public key: {public} (give it to those who verify your versions)")
 
 
 def pull(
@@ -100,7 +95,7 @@ def pull(
     revision: _Revision = "main",
     to: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Copy it there; default: keep it in the cache."),
+        typer.Option(metavar="FOLDER", help="Folder to copy it to; default: only the cache."),
     ] = None,
 ) -> None:
     """Fetch a version and check its files."""

@@ -1,1 +1,1 @@
-"""One YAML, one frozen tree of settings. Nothing here imports torch."""
+"""The config: one YAML file becomes one frozen tree of settings. Nothing here imports torch."""

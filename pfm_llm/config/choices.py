@@ -1,17 +1,17 @@
-"""The choices that settings offer; unknown names are errors."""
+"""The values of settings that offer a choice; an unknown name is an error."""
 
 from enum import StrEnum
 
 
 class Task(StrEnum):
-    """What is predicted."""
+    """The prediction task: the next item, or whether the user likes an item."""
 
     NEXT_ITEM = "next_item"
     LIKE = "like"
 
 
 class Regime(StrEnum):
-    """How local training and the server share the work."""
+    """How local training and the server divide the work."""
 
     FEDSGD = "fedsgd"
     FEDAVG = "fedavg"
@@ -26,14 +26,14 @@ class SplitKind(StrEnum):
 
 
 class HeldOutSplit(StrEnum):
-    """A part of the data that is ranked, not trained on."""
+    """A part of the data that is evaluated and not trained on."""
 
     VALIDATION = "validation"
     TEST = "test"
 
 
 class Repeats(StrEnum):
-    """What to do when a user meets an item again."""
+    """Whether repeated interactions of a user with an item are kept."""
 
     FIRST_ONLY = "first_only"
     ALLOW = "allow"
@@ -63,14 +63,14 @@ class Weighting(StrEnum):
 
 
 class Aggregation(StrEnum):
-    """What the server makes of a round's updates; see `server.aggregation`."""
+    """How the server combines the updates of a round; see `server.aggregation`."""
 
     MEAN = "mean"
     MEDIAN = "median"
 
 
 class ServerOptimizer(StrEnum):
-    """What the server does with the aggregated update."""
+    """How the server steps with the aggregated update; see `server.step`."""
 
     AVERAGE = "average"
     FEDAVGM = "fedavgm"
@@ -85,14 +85,14 @@ class LearningRateSchedule(StrEnum):
 
 
 class LocalOptimizer(StrEnum):
-    """What a client steps with."""
+    """The optimizer of a client."""
 
     SGD = "sgd"
     ADAMW = "adamw"
 
 
 class Dtype(StrEnum):
-    """Compute type of the frozen backbone."""
+    """Compute dtype of the frozen backbone."""
 
     AUTO = "auto"
     FLOAT32 = "float32"

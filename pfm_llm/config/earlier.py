@@ -1,4 +1,4 @@
-"""Config trees as earlier versions wrote them into results, read as trees of this version."""
+"""Config trees in results of earlier versions, converted to trees of this version."""
 
 import copy
 from collections.abc import Mapping
@@ -22,11 +22,11 @@ CONSTANTS: dict[str, Any] = {
     "adapters.private.taste.half_life_like": 100.0,
     "adapters.private.taste.block": 8,
 }
-"""Former settings by dotted key, and the value that is now a constant."""
+"""Dotted key of a former setting to the value that is now a constant."""
 
 
 def from_earlier(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole config tree of an earlier version as a tree of this one.
+    """Convert a whole config tree of an earlier version to a tree of this one.
 
     Args:
         tree: Every setting of its version. A setting of `CONSTANTS` whose value differs from the

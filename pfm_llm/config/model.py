@@ -1,4 +1,4 @@
-"""Settings of the model: windows, adapters, head. What a published adapter says of itself."""
+"""Settings of the model: windows, adapters, head. A published adapter carries them."""
 
 from typing import Annotated, Any
 
@@ -21,13 +21,13 @@ class Settings(BaseModel):
 
 
 class WindowConfig(Settings):
-    """How a history is cut into passes."""
+    """How a history is cut into windows; the model reads one window in one pass."""
 
     items: PositiveCount = Field(16, description="items per window")
     max_windows: PositiveCount | None = Field(
-        None, description="train on the newest so many windows; None: the whole history"
+        None, description="train on this many of the newest windows; None: all windows"
     )
-    max_item_tokens: PositiveCount = Field(32, description="longer item texts are cut")
+    max_item_tokens: PositiveCount = Field(32, description="tokens kept of an item's text")
 
 
 class LoraAdapterConfig(Settings):
@@ -41,11 +41,11 @@ class LoraAdapterConfig(Settings):
 class TasteConfig(Settings):
     """The user embedding, kind ``taste``; see model/private/taste.py."""
 
-    rank: PositiveCount = Field(16, description="numbers a user, where the next item's are fitted")
-    like_rank: PositiveCount = Field(8, description="numbers a user and fit for likes")
-    read_rank: Count = Field(128, description="numbers a user, read off the history; 0: fitted")
+    rank: PositiveCount = Field(16, description="size of a fitted embedding, next item")
+    like_rank: PositiveCount = Field(8, description="size of each fitted embedding, likes")
+    read_rank: Count = Field(128, description="size of one computed from the history; 0: fit one")
     dropout: Fraction | None = Field(
-        None, description="dropout on vectors that are read; None: that of the head"
+        None, description="dropout on embeddings computed from the history; None: as in head"
     )
 
 
@@ -60,7 +60,7 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     on_layers: bool = Field(True, description="false: on the head alone (not of kind taste)")
     taste: TasteConfig = TasteConfig()
     head_rank: Count = Field(4, description="rank of the private head term; 0: none")
-    weight: float = Field(1.0, ge=0, le=1.5, description="private_weight at serving time")
+    weight: float = Field(1.0, ge=0, le=1.5, description="factor of the private part in serving")
 
     @field_validator("kind")
     @classmethod
@@ -71,7 +71,7 @@ class PrivateAdapterConfig(LoraAdapterConfig):
 
 
 class AdaptersConfig(Settings):
-    """Where and how large the adapters are."""
+    """The place and size of the adapters."""
 
     num_layers: PositiveCount = Field(2, description="adapted layers, counted from the top")
     targets: tuple[str, ...] | str = Field("all-linear", description="module names, or all-linear")
@@ -87,9 +87,9 @@ class HeadConfig(Settings):
     item_ids: ItemIds = ItemIds.BOTH
     id_dim: PositiveCount = Field(64, description="dimensions of an item's learned embedding")
     item_context: bool = Field(
-        True, description="a linear way from the window's items to the user vector"
+        True, description="add a linear function of the window's items to the user vector"
     )
     dropout: Fraction = Field(
         0.4,
-        description="dropout on user vectors, and on tastes read without one of their own",
+        description="dropout on user vectors; also on user embeddings with taste.dropout: None",
     )

@@ -1,4 +1,4 @@
-"""The registry of private kinds: a line each.
+"""The registry of private kinds, one entry each.
 
 A kind is one file in `pfm_llm.model.private`; nothing else in the library knows it by name. The
 path is text, so that reading a config imports no torch.
@@ -11,13 +11,13 @@ from pfm_llm.config.choices import Schedule
 
 @dataclass(frozen=True)
 class KindSpec:
-    """What a config has to know of a private kind.
+    """The requirements of a private kind on the config.
 
     Attributes:
-        path: Its class, as ``module:name``.
+        path: The class, as ``module:name``.
         one_user: Whether a client must be a single user, because the kind reads one history.
-        schedule: The only schedule that it can be trained with; None: any.
-        min_steps: The fewest private steps of a round.
+        schedule: The only valid training schedule; None: any.
+        min_steps: Minimum number of private steps in a round.
     """
 
     path: str

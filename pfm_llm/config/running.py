@@ -1,4 +1,4 @@
-"""Settings of how and where a run works. None of them changes what is trained."""
+"""Settings of the machine and of files. None of them changes the trained tensors."""
 
 from pydantic import Field
 
@@ -6,11 +6,11 @@ from pfm_llm.config.model import Count, NonNegative, PositiveCount, Settings
 
 
 class CacheConfig(Settings):
-    """Cached trunk states. They reproduce the history: private data."""
+    """The cache of trunk states, which are private data: they reproduce the history."""
 
-    max_gb: NonNegative = Field(4.0, description="beyond it: recompute")
+    max_gb: NonNegative = Field(4.0, description="limit; beyond it, states are recomputed")
     dir: str | None = Field(
-        None, description="another private folder, to reuse trunk states between runs"
+        None, description="private folder, to reuse trunk states between runs; None: of the run"
     )
 
 
@@ -23,16 +23,16 @@ class RuntimeConfig(Settings):
 
 
 class PushToHubConfig(Settings):
-    """Publishing the shared adapter while and after training."""
+    """Publishing of the shared adapter, during and after training."""
 
     repo: str = Field(description="user/name")
-    every: Count = Field(0, description="push every so many rounds; 0: at the end only")
+    every: Count = Field(0, description="rounds between pushes; 0: push at the end only")
     private: bool = Field(True, description="make the repository private when it is created")
     tag: str | None = Field(None, description="tag of the last push")
 
 
 class OutputConfig(Settings):
-    """Where a run leaves its files."""
+    """Where a run writes its files."""
 
     dir: str = Field("runs", description="holds <name>/ and, apart from it, <name>.private/")
     checkpoint_every: PositiveCount | None = Field(

@@ -1,4 +1,4 @@
-"""One YAML, one frozen tree of settings. Unknown keys and impossible combinations are errors."""
+"""The config schema. Unknown keys and impossible combinations of values are errors."""
 
 import hashlib
 import typing
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import (
@@ -38,10 +38,10 @@ from pfm_llm.config.model import (
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.running import CacheConfig, OutputConfig, PushToHubConfig, RuntimeConfig
 from pfm_llm.config.stages import StageConfig, stages_problem
-from pfm_llm.config.text import apply_override, explain
+from pfm_llm.config.text import apply_override, validated
 
 _FEDAVG_STEPS = 4
-"""Fewer local steps are hardly an average of models."""
+"""Minimum local steps of fedavg: with fewer, the local models hardly differ."""
 
 
 class ColumnsConfig(Settings):
@@ -55,24 +55,24 @@ class ColumnsConfig(Settings):
 
 
 class DataConfig(Settings):
-    """Where interactions come from and how they are split."""
+    """The source of the interactions, and how they are split."""
 
     source: str = Field(
         "movielens-100k",
         description="movielens-100k or completejourney (embedded), a MovieLens folder, a "
         "CSV/TSV/Parquet file, a `datasets` id, or a save_to_disk folder",
     )
-    items: str | None = Field(None, description="file of item texts, when apart from source")
+    items: str | None = Field(None, description="file of item texts, if not in source")
     columns: ColumnsConfig = ColumnsConfig()
     repeats: Repeats = Repeats.FIRST_ONLY
     split: SplitKind = SplitKind.LEAVE_LAST_OUT
-    held_out: Fraction = Field(0.2, description="share held out by the other two splits")
-    keep_ties: bool = Field(False, description="never cut between a user's events of one time")
-    like_threshold: float = Field(4.0, description="ratings from here on count as liked")
+    held_out: Fraction = Field(0.2, description="held-out share of the other two splits")
+    keep_ties: bool = Field(False, description="never split events of a user with equal timestamps")
+    like_threshold: float = Field(4.0, description="ratings from this value up count as likes")
     min_interactions: PositiveCount = Field(3, description="users with fewer are dropped")
-    max_users: PositiveCount | None = Field(None, description="keep a random sample of users")
-    max_bad_rows: Fraction = Field(0.01, description="stop above this share of bad rows")
-    users_per_client: PositiveCount = Field(1, description="1: one user per client; else silos")
+    max_users: PositiveCount | None = Field(None, description="keep a random sample of this size")
+    max_bad_rows: Fraction = Field(0.01, description="an error above this share of bad rows")
+    users_per_client: PositiveCount = Field(1, description="1: a client is a user; else a silo")
 
 
 class BackboneConfig(Settings):
@@ -84,32 +84,32 @@ class BackboneConfig(Settings):
 
 
 class LocalConfig(Settings):
-    """What a client does in a round."""
+    """The local training of a client in a round."""
 
     schedule: Schedule = Schedule.JOINT
     shared_local_steps: PositiveCount = 1
     private_local_steps: Count = 1
     personalise_steps: Count = Field(4, description="private steps before an evaluation")
     windows_per_step: PositiveCount | None = Field(
-        None, description="windows that a step in a round reads, in turn; None: all"
+        None, description="windows that a step reads, taken in turn; None: all"
     )
     personalise_windows: PositiveCount | None = Field(
-        1, description="the same for the steps before an evaluation"
+        1, description="windows_per_step of the steps before an evaluation"
     )
     shared_optimizer: LocalOptimizer = LocalOptimizer.SGD
-    shared_lr: Positive = Field(1.0, description="with sgd, one step and fedadam: irrelevant")
+    shared_lr: Positive = Field(1.0, description="no effect with sgd, one step and fedadam")
     private_optimizer: LocalOptimizer = LocalOptimizer.ADAMW
     private_lr: Positive = 2e-4
-    max_grad_norm: Positive | None = Field(None, description="clip each client's gradient")
-    unseen_only: bool = Field(True, description="learn to rank what was not met yet, nothing else")
+    max_grad_norm: Positive | None = Field(None, description="bound of a client's gradient")
+    unseen_only: bool = Field(True, description="items of the history are no negatives")
 
 
 class ServerConfig(Settings):
-    """How the server steps. Learning rates are per group of tensors."""
+    """The server's optimizer. Each group of tensors has a learning rate."""
 
     optimizer: ServerOptimizer = ServerOptimizer.FEDADAM
     weighting: Weighting = Weighting.UNIFORM
-    aggregator: Aggregation = Field(Aggregation.MEAN, description="median: of each number")
+    aggregator: Aggregation = Field(Aggregation.MEAN, description="median: per coordinate")
     lr_lora: Positive = 1e-3
     lr_head: Positive = 3e-3
     lr_item_ids: Positive = 3e-2
@@ -124,10 +124,10 @@ class ServerConfig(Settings):
 
 
 class FederationConfig(Settings):
-    """The rounds."""
+    """Rounds, cohorts, local training and the server."""
 
     passes: Positive = Field(
-        3.4, description="how often each client takes part; num_rounds overrules it"
+        3.4, description="mean participations of a client; num_rounds overrides it"
     )
     num_rounds: PositiveCount | None = Field(
         None, description="None: follows from passes, cohort_size and the number of clients"
@@ -138,21 +138,21 @@ class FederationConfig(Settings):
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
     stages: tuple[StageConfig, ...] = Field(
-        (), description="what is done to each update, in order, such as [{clip: {norm: 1.0}}]"
+        (), description="stages that each update passes, in order, such as [{clip: {norm: 1.0}}]"
     )
 
 
 class EvaluationConfig(Settings):
-    """What is measured, and when."""
+    """The measures, and when they are taken."""
 
     every: Count | None = Field(
         None,
-        description="validate every so many rounds; 0: at the end only; None: a quarter of the "
-        "rounds, at most 100",
+        description="rounds between validations; 0: validate at the end only; None: a quarter of "
+        "the rounds, at most 100",
     )
     ks: tuple[PositiveCount, ...] = (5, 10, 20)
     num_negatives: PositiveCount = 99
-    bootstrap: PositiveCount = Field(1000, description="resamples for the intervals")
+    bootstrap: PositiveCount = Field(1000, description="bootstrap resamples for the intervals")
     confidence: Fraction = 0.95
     max_users: PositiveCount | None = Field(
         300, description="a fixed random sample of users for the validations during training"
@@ -162,25 +162,25 @@ class EvaluationConfig(Settings):
     )
     baselines: tuple[str, ...] = ("popularity", "ease", "markov_recency")
     splits: tuple[HeldOutSplit, ...] = Field(
-        (HeldOutSplit.TEST,), description="what the final results report"
+        (HeldOutSplit.TEST,), description="splits in the final results"
     )
 
 
 class InitFromConfig(Settings):
-    """A published adapter to go on from."""
+    """A published adapter to start from."""
 
     adapter: str = Field(description="Hub id, or a folder that was exported or pulled")
     revision: str | None = Field(None, description="commit, tag or branch of a Hub id")
     allow_base_mismatch: bool = Field(
-        False, description="go on although the adapter was trained on other base weights"
+        False, description="accept an adapter that was trained on other base weights"
     )
 
 
 class ExperimentConfig(Settings):
-    """Everything that a run depends on.
+    """All settings of a run.
 
-    What is not given stands at the settings that MovieLens-100K was tuned to. A setting of None
-    that follows from the number of clients gets its value from `settle.settle`.
+    The defaults are tuned on MovieLens-100K. `settle.settle` gives a value to each setting that is
+    None and follows from the number of clients.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -188,7 +188,9 @@ class ExperimentConfig(Settings):
     prompt: str = "next_item.v1"
     method: Method = Field(Method.PFM, description="see config/methods; custom fixes nothing")
     regime: Regime | None = Field(None, description="a label that the settings must fit")
-    tasks: tuple[Task, ...] = Field((Task.NEXT_ITEM,), description="next_item, and like beside it")
+    tasks: tuple[Task, ...] = Field(
+        (Task.NEXT_ITEM,), description="next_item, or next_item and like"
+    )
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
     window: WindowConfig = WindowConfig()
@@ -241,8 +243,8 @@ def _task_problem(config: ExperimentConfig) -> str | None:
         return "tasks must hold next_item, and like at most once beside it"
     if Task.LIKE in config.tasks and config.data.split is SplitKind.LEAVE_LAST_OUT:
         return (
-            "tasks: like needs data.split: last_fraction (or global_temporal): one held-out event "
-            "a user has no AUC"
+            "tasks: like needs data.split: last_fraction or global_temporal, because one held-out "
+            "event of a user gives no AUC"
         )
     return None
 
@@ -255,7 +257,7 @@ def _regime_problem(config: ExperimentConfig) -> str | None:
         or optimizer is not ServerOptimizer.FEDADAM
     ):
         return (
-            "regime: fedsgd is one local gradient and an optimizer at the server: it needs "
+            "regime: fedsgd is one local gradient and an optimizer at the server; set "
             "federation.local.shared_local_steps: 1, shared_optimizer: sgd and "
             "federation.server.optimizer: fedadam"
         )
@@ -285,10 +287,9 @@ def _work_problem(config: ExperimentConfig) -> str | None:
         config.regime is Regime.FEDAVG or local.shared_local_steps > local.private_local_steps
     ):
         return (
-            f"method: {config.method} trains nothing that is shared, so that a step of the shared "
-            "part alone has nothing to do: remove regime: fedavg and "
-            "federation.local.shared_local_steps; private_local_steps (at least 1) is the work of "
-            "a round"
+            f"method: {config.method} trains no shared tensor, so shared steps have no effect; "
+            "remove regime: fedavg and federation.local.shared_local_steps, and set the steps of a "
+            "round with private_local_steps (at least 1)"
         )
     return None
 
@@ -298,10 +299,10 @@ def _output_problem(config: ExperimentConfig) -> str | None:
     if push is not None and commits is not None and push.every % commits:
         return (
             f"push_to_hub.every: {push.every} is not a multiple of output.checkpoint_every "
-            f"({commits}): only committed rounds are pushed"
+            f"({commits}), but only committed rounds are pushed; change one of them"
         )
     if config.name.endswith(".private"):
-        return "name must not end in .private: that is the private folder's name"
+        return "name ends in .private, which is reserved for private folders; choose another name"
     return None
 
 
@@ -326,7 +327,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Exper
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file without any default; ``data: PATH`` is written out.
+    """The settings in a YAML file, without defaults; ``data: PATH`` is expanded.
 
     Raises:
         ConfigError: The file cannot be read, or holds something else.
@@ -350,20 +351,7 @@ def _with_source(tree: dict[str, Any]) -> dict[str, Any]:
 
 def parse_config(tree: dict[str, Any], origin: str = "config") -> ExperimentConfig:
     """Validate a tree of settings; see `load_config`."""
-    return validated(with_method(_with_source(tree), origin), origin)
-
-
-def validated(tree: dict[str, Any], origin: str) -> ExperimentConfig:
-    """A tree that holds what its method fixes, as a config.
-
-    Raises:
-        ConfigError: A key or value is wrong, or values contradict each other.
-    """
-    try:
-        return ExperimentConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = "\n".join(f"  {explain(problem, ExperimentConfig)}" for problem in error.errors())
-        raise ConfigError(f"{origin}:\n{lines}") from error
+    return validated(with_method(_with_source(tree), origin), ExperimentConfig, origin)
 
 
 def dump_config(config: ExperimentConfig) -> str:
@@ -375,9 +363,9 @@ def training_hash(config: ExperimentConfig) -> str:
     """SHA-256, in hex, over all settings that the trained tensors depend on."""
     sections = ("name", "evaluation", "cache", "runtime", "output", "push_to_hub")
     elsewhere: dict[str, Any] = dict.fromkeys(sections, True)
-    # How strongly it counts is a matter of serving.
     private = config.adapters.private
-    # Settings of a kind are read by that kind alone, and none where the private part is off.
+    # `weight` acts at serving time. A kind reads its own settings alone; a private part that is
+    # disabled reads none.
     kinds = (kind for kind in PRIVATE_KINDS if kind != private.kind)
     unread = {*kinds, "weight"} if private.enabled else {*type(private).model_fields} - {"enabled"}
     elsewhere["adapters"] = {"private": dict.fromkeys(unread, True)}

@@ -1,16 +1,16 @@
-"""Values that several modules derive from a config."""
+"""Functions of a config that several modules need."""
 
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig, training_hash
 
 
 def like_threshold(config: ExperimentConfig) -> float | None:
-    """The lowest rating that counts as a like; None: likes are no task."""
+    """The lowest rating that counts as a like; None if ``like`` is no task."""
     return config.data.like_threshold if Task.LIKE in config.tasks else None
 
 
 def changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list[str]:
-    """One text for each differing setting that training depends on."""
+    """One text for each setting that differs and affects training."""
     changed = []
     for section in type(saved).model_fields:
         replaced = saved.model_copy(update={section: getattr(current, section)})
@@ -28,7 +28,7 @@ def changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list
 
 
 def leaves(tree: object, key: str = "") -> dict[str, object]:
-    """Dotted key to value of every setting in a tree that stands at ``key``."""
+    """Dotted key to value of every setting in a tree; ``key`` is the place of the tree."""
     if not isinstance(tree, dict) or not tree:
         return {key: tree}
     return {

@@ -1,11 +1,11 @@
-"""Settings that follow from the size of the data: their values, once the clients are counted."""
+"""The values of settings that follow from the number of clients."""
 
 from fractions import Fraction
 from typing import Any
 
 from pfm_llm.base.errors import ConfigError, DataError
-from pfm_llm.config.schema import ExperimentConfig, validated
-from pfm_llm.config.text import find_setting, set_setting
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.text import find_setting, set_setting, validated
 
 FOLLOWING = (
     "federation.cohort_size",
@@ -14,7 +14,7 @@ FOLLOWING = (
     "evaluation.every",
     "output.checkpoint_every",
 )
-"""Dotted keys of the settings that may be None until `settle` gives them a value."""
+"""Dotted keys of the settings that are None until `settle` gives them a value."""
 
 _COHORT_SIZE = 8
 _ROUNDS_STEP = 10
@@ -22,30 +22,30 @@ _MOST_WARMUP_ROUNDS, _MOST_BETWEEN_VALIDATIONS, _MOST_BETWEEN_COMMITS = 10, 100,
 
 
 def settle(config: ExperimentConfig, num_clients: int) -> ExperimentConfig:
-    """A config in which every setting that follows from the size of the data has its value.
+    """Give a value to every setting that follows from the number of clients.
 
     With n clients, R rounds of c clients and p passes over the clients::
 
         c = min(8, n),    R = max(10, p n / c, rounded down to tens)
         warm-up = min(10, R / 10),    validations every min(100, R / 4) rounds
-        commits every min(50, R / 6) rounds, or less often by as little as lets
-        push_to_hub.every be a multiple of it
+        commits every k rounds, k the largest number up to min(50, R / 6) that divides
+        push_to_hub.every
 
-    all rounded down, the last two at least 1. A value that the config gives is kept, and the
-    others follow from it.
+    All are rounded down, the last two are at least 1. A value in the config is kept, and the others
+    follow from it.
 
     Args:
-        config: The experiment; a settled one comes back as it is.
-        num_clients: Clients that have something to train on.
+        config: The experiment; a settled config is returned unchanged.
+        num_clients: Number of clients with at least one training example.
 
     Raises:
-        DataError: There is no such client.
+        DataError: The number is 0.
         ConfigError: The values contradict each other.
     """
     if num_clients < 1:
         raise DataError(
-            "no user has two events to train on, so that there is nothing to learn from; give "
-            "longer histories, or hold out less (data.split, data.held_out)"
+            "no user has two events to train on; give longer histories, or hold out less "
+            "(data.split, data.held_out)"
         )
     federation, push = config.federation, config.push_to_hub
     cohort = federation.cohort_size or min(_COHORT_SIZE, num_clients)
@@ -64,7 +64,7 @@ def settle(config: ExperimentConfig, num_clients: int) -> ExperimentConfig:
 
 
 def settle_like(config: ExperimentConfig, settled: ExperimentConfig) -> ExperimentConfig:
-    """A config whose settings that follow from the data are those of a settled one."""
+    """Like `settle`, with the values of a settled config."""
     tree = settled.model_dump(mode="json")
     return _filled(config, {key: find_setting(tree, key) for key in FOLLOWING})
 
@@ -84,7 +84,7 @@ def known(value: int | None) -> int:
 
 
 def _num_rounds(passes: float, num_clients: int, cohort_size: int) -> int:
-    # As a person reads it: in binary, 3.4 passes are a little more or less than 34 / 10.
+    # The decimal number: the binary float 3.4 is not exactly 34 / 10, which may change a floor.
     exact = Fraction(str(passes)) * num_clients / cohort_size
     return max(_ROUNDS_STEP, int(exact / _ROUNDS_STEP) * _ROUNDS_STEP)
 
@@ -94,4 +94,4 @@ def _filled(config: ExperimentConfig, values: dict[str, Any]) -> ExperimentConfi
     for key, value in values.items():
         if find_setting(tree, key) is None:
             set_setting(tree, key, value)
-    return validated(tree, config.name)
+    return validated(tree, ExperimentConfig, config.name)

@@ -12,8 +12,8 @@ def find_config(name_or_path: str | Path) -> Path:
 
     Args:
         name_or_path: The name of a shipped one, such as ``quickstart`` or ``suites/games``, or
-            the path of a YAML file (it ends in ``.yaml`` or ``.yml``). A file of the given path
-            comes first.
+            the path of a YAML file (ending in ``.yaml`` or ``.yml``). An existing file of that
+            path has precedence.
 
     Raises:
         ConfigError: No config of that name is shipped; the message lists those that are.

@@ -9,16 +9,14 @@ import yaml
 from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import load_config, read_yaml
 from pfm_llm.config.settings import leaves
-from pfm_llm.config.settle import FOLLOWING, settle
+from pfm_llm.config.settle import FOLLOWING
 from pfm_llm.config.shipped import find_config
 from pfm_llm.config.text import apply_override
 
 _WIDTH = 48
 
 
-def describe(
-    path_or_name: str | Path, overrides: Sequence[str] = (), num_clients: int | None = None
-) -> str:
+def describe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> str:
     """The resolved settings of a config as YAML; a comment on each line names its origin.
 
     An origin is ``default``, ``method <name>`` for what the method fixes, the file, ``--set``, or
@@ -27,8 +25,6 @@ def describe(
     Args:
         path_or_name: A YAML file, or a shipped config; see `find_config`.
         overrides: ``dotted.key=value`` strings, applied on top of the file.
-        num_clients: Clients that have something to train on, for the values that follow from
-            their number; None: those are shown as null.
 
     Raises:
         ConfigError: The file cannot be read, or a key or value is wrong.
@@ -36,7 +32,6 @@ def describe(
     path = find_config(path_or_name)
     config = load_config(path, overrides)
     settings = leaves(config.model_dump(mode="json"))
-    following = [key for key in FOLLOWING if settings[key] is None]
     origins = dict.fromkeys(settings, "default")
     origins |= dict.fromkeys(SPECS[config.method].settings, f"method {config.method}")
     origins |= dict.fromkeys(leaves(read_yaml(path)), path.name)
@@ -44,9 +39,8 @@ def describe(
         changed: dict[str, Any] = {}
         apply_override(changed, override)
         origins |= dict.fromkeys(leaves(changed), "--set")
+    following = [key for key in FOLLOWING if settings[key] is None]
     origins |= dict.fromkeys(following, "follows from the number of clients")
-    if num_clients is not None:
-        config = settle(config, num_clients)
     return "\n".join(_lines(config.model_dump(mode="json"), origins)) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Settings of the stages that an update passes; what they do is in `protocol.stages`."""
+"""Settings of the update stages in `protocol.stages`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,12 @@ from pfm_llm.config.model import Settings
 
 
 class ClipConfig(Settings):
-    """Scale down what is longer."""
+    """Scale down an update whose norm exceeds a bound."""
 
     norm: float = Field(
         gt=0,
         allow_inf_nan=False,
-        description="largest Euclidean norm of an update, over all that is sent",
+        description="largest Euclidean norm of an update, over all its tensors",
     )
 
 
@@ -38,7 +38,7 @@ class StageConfig(Settings):
         named = [name for name, settings in entry.items() if settings is not None]
         if len(named) != 1:
             raise ValueError(
-                f"an entry has one stage with its settings, here are {len(named)}; "
+                f"an entry must hold one stage with its settings, this one holds {len(named)}; "
                 f"known stages: {known}"
             )
         return entry
@@ -51,7 +51,7 @@ class StageConfig(Settings):
 
 
 def stages_problem(stages: tuple[StageConfig, ...]) -> str | None:
-    """What is wrong with the list as a whole, or None."""
+    """The problem of the list as a whole, or None."""
     names = [stage.choice[0] for stage in stages]
     twice = sorted({name for name in names if names.count(name) > 1})
-    return f"federation.stages: {twice[0]} stands there more than once" if twice else None
+    return f"federation.stages: {twice[0]} is listed more than once" if twice else None

@@ -1,22 +1,24 @@
-"""Configs as text: overrides on the command line, and messages about wrong keys."""
+"""Overrides and dotted keys of settings, and messages about wrong keys."""
 
 import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from pfm_llm.base.errors import ConfigError
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value``, the value in YAML, in a tree of settings.
 
     Raises:
-        ConfigError: It has another form, or goes through something that holds no keys.
+        ConfigError: The override has another form, or a parent in its key is no group of settings.
     """
     key, separator, value = override.partition("=")
     if not separator:
@@ -28,7 +30,7 @@ def set_setting(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in a tree of settings, which is changed.
 
     Raises:
-        ConfigError: The key goes through something that holds no keys.
+        ConfigError: A parent in the key is no group of settings.
     """
     *parents, last = key.split(".")
     for parent in parents:
@@ -36,7 +38,7 @@ def set_setting(tree: dict[str, Any], key: str, value: Any) -> None:
         if child is None:
             child = tree[parent] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"setting {key}: {parent} holds no keys")
+            raise ConfigError(f"setting {key}: {parent} is a value, not a group; correct the key")
         tree = child
     tree[last] = value
 
@@ -51,13 +53,26 @@ def find_setting(tree: Mapping[str, Any], key: str) -> Any:
     return found
 
 
-def explain(problem: Any, root: type[BaseModel]) -> str:
-    """One of pydantic's problems in a sentence; for an unknown key, the nearest valid one.
+def validated(tree: Mapping[str, Any], model: type[_Model], origin: str) -> _Model:
+    """A tree of settings as an instance of a pydantic model.
 
     Args:
-        problem: An entry of ``ValidationError.errors()``.
-        root: The model of the whole tree.
+        tree: The settings.
+        model: The model.
+        origin: Where the tree is from, for messages.
+
+    Raises:
+        ConfigError: A key or value is wrong; the message names each with its dotted key, and for an
+            unknown key the nearest valid one.
     """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(problem, model)}" for problem in error.errors())
+        raise ConfigError(f"{origin}:\n{lines}") from error
+
+
+def _explain(problem: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in problem["loc"]]
     if problem["type"] != "extra_forbidden":
         return f"{'.'.join(location) or 'config'}: {problem['msg']}"
@@ -72,10 +87,9 @@ def explain(problem: Any, root: type[BaseModel]) -> str:
 def _keys_at(location: list[str], root: type[BaseModel]) -> list[str]:
     model: Any = root
     for part in location:
-        if part.isdecimal():  # an entry of a list: `model` is tuple[Entry, ...]
-            model = typing.get_args(model)[0]
-            continue
-        annotation = model.model_fields[part].annotation
-        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
-        model = next((o for o in options if isinstance(o, type)), annotation)
+        # tuple[Entry, ...] and dict[str, Entry]: the part is the place of an entry
+        entries = [option for option in typing.get_args(model) if hasattr(option, "model_fields")]
+        model = entries[0] if entries else model.model_fields[part].annotation
+        if isinstance(model, types.UnionType):  # Settings | None
+            model = next(o for o in typing.get_args(model) if isinstance(o, type))
     return list(model.model_fields)

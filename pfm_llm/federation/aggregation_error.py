@@ -29,11 +29,14 @@ def factors_of(tensors: Tensors, delta: Tensors) -> Factors:
         tensors: The shared tensors that it received.
         delta: Its change of them; a factor that it did not send is unchanged.
     """
-    found: Factors = {}
-    for module in lora_modules(tensors):
-        a, b = (_moved(tensors, delta, lora_name(module, factor)) for factor in "AB")
-        found[module] = (a, b)
-    return found
+
+    def factor(name: str) -> torch.Tensor:
+        return tensors[name] + delta[name] if name in delta else tensors[name]
+
+    return {
+        module: (factor(lora_name(module, "A")), factor(lora_name(module, "B")))
+        for module in lora_modules(tensors)
+    }
 
 
 def aggregation_error(clients: Sequence[tuple[float, Factors]]) -> float | None:
@@ -62,7 +65,3 @@ def _squared_norm(b: Sequence[torch.Tensor], a: Sequence[torch.Tensor]) -> float
     """|sum_k B_k A_k|^2 = sum of the entries of (B'B) * (A A') for the stacked factors."""
     left, right = torch.cat(list(b), 1), torch.cat(list(a), 0)
     return float(((left.T @ left) * (right @ right.T)).sum())
-
-
-def _moved(tensors: Tensors, delta: Tensors, name: str) -> torch.Tensor:
-    return tensors[name] + delta[name] if name in delta else tensors[name]

@@ -12,7 +12,7 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.federation.aggregation_error import Factors, aggregation_error, factors_of
 from pfm_llm.protocol.types import SharedState
-from pfm_llm.server.aggregation import Aggregator, Payload
+from pfm_llm.server.aggregation import Aggregator
 from pfm_llm.server.server import Server
 
 
@@ -77,8 +77,8 @@ class LocalExchange:
             trainer: Trains the clients.
             store: The clients' private folders.
             processes: The processes that share the cohort.
-            measure_error: Whether to measure `aggregation_error`; it holds the LoRA factors of a
-                whole cohort.
+            measure_error: Whether to measure `aggregation_error`, which keeps the LoRA factors of
+                a whole cohort in memory.
         """
         self._server = server
         self._trainer = trainer
@@ -93,15 +93,16 @@ class LocalExchange:
         Raises:
             PfmError: A client could not be trained or stored, on every process.
         """
-        pieces = []
         with self._processes.together():
-            for index, chunk in self._processes.share(self._trainer.chunks(cohort)):
-                pieces.append((index, self._train_chunk(chunk, shared)))
+            pieces = [
+                (index, self._train_chunk(chunk, shared))
+                for index, chunk in self._processes.share(self._trainer.chunks(cohort))
+            ]
         total = self._server.new_aggregator()
         clients: list[tuple[float, Factors]] = []
-        for payload, own in self._processes.gather(pieces):
-            total.merge(type(total).from_payload(payload))
-            clients += own
+        for received, factors in self._processes.gather(pieces):
+            total.merge(received)
+            clients += factors
         self._error = aggregation_error(clients)
         return total
 
@@ -120,7 +121,7 @@ class LocalExchange:
 
     def _train_chunk(
         self, chunk: Sequence[str], shared: SharedState
-    ) -> tuple[Payload, list[tuple[float, Factors]]]:
+    ) -> tuple[Aggregator, list[tuple[float, Factors]]]:
         """The updates of a chunk, and the factors of each accepted client."""
         received = self._server.new_aggregator()
         clients: list[tuple[float, Factors]] = []
@@ -128,4 +129,4 @@ class LocalExchange:
             if self._server.receive(received, update) and self._measure_error:
                 weight = self._server.weight_of(update)
                 clients.append((weight, factors_of(shared.tensors, update.delta)))
-        return received.to_payload(), clients
+        return received, clients

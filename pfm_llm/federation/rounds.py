@@ -117,15 +117,15 @@ def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: in
     if len(silent) > len(tally.refusals):
         raise TrainingError(
             f"round {round_number}: of {len(cohort)} clients {tally.num_updates} sent an update "
-            f"and {len(tally.refusals)} were refused; nothing is known of the others (among "
-            f"{', '.join(map(repr, silent[:3]))}). The round does not count; go on with --resume "
-            "from the last commit"
+            f"and {len(tally.refusals)} were refused; the others did not answer "
+            f"(clients without an update: {', '.join(map(repr, silent[:3]))}). The round does not "
+            "count; continue from the last commit with --resume"
         )
     if not tally.num_updates:
         raise TrainingError(
             f"round {round_number}: none of {len(tally.refusals)} updates was usable "
             f"({tally.refusals[0]}); lower the learning rates under federation.local and "
-            "federation.server, then go on with --resume from the last commit"
+            "federation.server, then continue from the last commit with --resume"
         )
 
 

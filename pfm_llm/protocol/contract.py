@@ -5,7 +5,6 @@ was sent. Therefore `UpdateContract.build` makes every update from exactly the n
 the server runs `UpdateContract.check` before it uses any number.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -40,7 +39,7 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Self:
-        """The spec that ``tensor`` meets."""
+        """The spec of a tensor."""
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def __str__(self) -> str:
@@ -72,15 +71,11 @@ class UpdateContract:
             check_shared_name(name, "a contract")
         for field in ("backbone_hash", "prompt_hash", "catalogue_hash"):
             if not getattr(self, field):
-                raise ContractError(f"the contract's {field} is empty; it must identify one")
+                raise ContractError(f"the contract's {field} is empty; give the hash")
         object.__setattr__(self, "tensors", dict(self.tensors))
 
     def hash(self) -> str:
         """SHA-256, in hex, over names, shapes, dtypes and the three identities."""
-        return self._hash
-
-    @functools.cached_property
-    def _hash(self) -> str:
         specs = {name: [list(spec.shape), spec.dtype] for name, spec in self.tensors.items()}
         identities = [self.backbone_hash, self.prompt_hash, self.catalogue_hash]
         text = json.dumps([specs, identities], sort_keys=True)

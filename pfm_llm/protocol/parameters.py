@@ -22,7 +22,7 @@ _BYTES_PER_NUMBER = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers of a language model and a catalogue that shapes follow from.
+    """The sizes of a language model and a catalogue, which determine the shapes of tensors.
 
     Attributes:
         hidden_size: Width of the model's hidden states.
@@ -47,7 +47,7 @@ class Parameter:
     """One shared tensor, float32.
 
     Attributes:
-        name: As in the table of `types`.
+        name: The name, as in the table of `protocol.types`.
         shape: Its dimensions.
         rate: The server's learning rate for it, before the schedule.
         init: Makes the initial value; None: zeros.

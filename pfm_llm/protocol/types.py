@@ -14,9 +14,9 @@ name                   shape                                lives in
 ``private.…``          as the kind of private part says     private state, never leaves
 =====================  ===================================  ==========================
 
-What private parts are made with is ``basis.…``: the item features of a user embedding, the default
-(``basis.taste.…``), or the factors A that clients with private factors B share
-(``basis.<module>.A``, kind ``shared_basis``).
+The private parts of all clients use the tensors ``basis.…``: for the kind ``taste`` the item
+features of a user embedding (``basis.taste.…``), for the kind ``shared_basis`` the factors A of
+clients with private factors B (``basis.<module>.A``).
 
 ``<module>`` is the module's path in ``AutoModelForCausalLM``, such as
 ``model.layers.26.self_attn.q_proj``. All are float32 on the CPU between rounds.
@@ -45,7 +45,7 @@ class Group(StrEnum):
 
 
 def in_group(name: str, group: Group) -> bool:
-    """Whether a tensor's name is of a group."""
+    """Whether a tensor name belongs to a group."""
     return name.startswith(f"{group}.")
 
 

@@ -4,11 +4,10 @@ This module handles no data of clients and no private states.
 """
 
 import abc
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, TypedDict
+from typing import Self
 
 import torch
 
@@ -63,13 +62,6 @@ class Tally:
             self.noted.setdefault(name, []).extend(figures)
 
 
-class Payload(TypedDict):
-    """An `Aggregator` as plain data, to cross a process boundary."""
-
-    held: list[dict[str, torch.Tensor]]
-    tally: dict[str, Any]
-
-
 def update_weight(weighting: Weighting, num_examples: int) -> float:
     """How much an update counts: 1 (``uniform``) or its number of examples."""
     return 1.0 if weighting is Weighting.UNIFORM else float(num_examples)
@@ -80,7 +72,8 @@ class Aggregator(abc.ABC):
 
     A subclass defines how an update is stored (`_take`) and how the stored updates are combined
     (`_combine`). This class has the checks and counts. The result must not depend on the order of
-    clients, chunks and processes, and equal updates must aggregate to themselves.
+    clients, chunks and processes, and equal updates must aggregate to themselves. An aggregator can
+    be pickled, to be merged in another process.
 
     Attributes:
         tally: The clients and counts of the updates.
@@ -151,18 +144,6 @@ class Aggregator(abc.ABC):
         if not self.tally.client_ids:
             raise TrainingError("no update was accepted in this round: nothing can be aggregated")
         return self._combine()
-
-    def to_payload(self) -> Payload:
-        """The whole state as plain data. It shares its tensors with this aggregator."""
-        return Payload(held=list(self._held), tally=dataclasses.asdict(self.tally))
-
-    @classmethod
-    def from_payload(cls, payload: Payload) -> Self:
-        """The inverse of `to_payload`. Adding to the result does not change the payload."""
-        made = cls()
-        made._held = [{n: t.clone() for n, t in held.items()} for held in payload["held"]]
-        made.tally.merge(Tally(**payload["tally"]))
-        return made
 
     def _check_joinable(self, client_ids: list[str], tensors: Tensors) -> None:
         twice = set(client_ids).intersection(self.tally.client_ids)

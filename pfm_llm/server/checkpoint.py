@@ -7,9 +7,10 @@ killed at any moment therefore leaves either the old round or the new one, compl
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
@@ -18,6 +19,8 @@ from pfm_llm.base.files import read_json, read_tensors, storage_errors, write_js
 from pfm_llm.protocol.types import Tensors
 
 _COMMIT_FILE = "commit.json"
+_NUM_KEPT = 2
+"""The number of committed rounds that are kept."""
 
 
 @dataclass(frozen=True)
@@ -101,36 +104,17 @@ def check_resumable(saved: RunEnvironment, current: RunEnvironment) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"this run cannot be resumed here: {'; '.join(differing)}. Restore what it was, "
+            f"this run cannot be resumed here: {'; '.join(differing)}. Restore these conditions, "
             "or start a new run under another name"
         )
-
-
-@dataclass(frozen=True)
-class _Commit:
-    round_number: int
-    sha256: str
-
-    @property
-    def file(self) -> str:
-        return f"round_{self.round_number:06d}.safetensors"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"round": self.round_number, "file": self.file, "sha256": self.sha256}
 
 
 class CheckpointStore:
     """The checkpoints of one run, in one folder."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
-        """Open a folder; it is made by the first `save`.
-
-        Args:
-            directory: Such as ``runs/<name>/server``.
-            keep: How many committed rounds to keep, at least 1.
-        """
+    def __init__(self, directory: Path) -> None:
+        """Open a folder, such as ``runs/<name>/server``; the first `save` makes it."""
         self._directory = directory
-        self._keep = max(keep, 1)
 
     def rounds(self) -> tuple[int, ...]:
         """The committed rounds that are kept, oldest first; the last is the commit point.
@@ -138,10 +122,10 @@ class CheckpointStore:
         Raises:
             CorruptFileError: ``commit.json`` is damaged.
         """
-        return tuple(commit.round_number for commit in self._commits())
+        return tuple(self._commits())
 
     def save(self, round_number: int, tensors: Tensors, environment: RunEnvironment) -> None:
-        """Commit a round, then delete those no longer kept.
+        """Commit a round, then delete the rounds that are no longer kept.
 
         Args:
             round_number: Later than the committed one.
@@ -149,23 +133,24 @@ class CheckpointStore:
             environment: See `check_resumable`.
 
         Raises:
-            CheckpointError: The round is committed already.
+            CheckpointError: This round or a later one is committed already.
             DiskSpaceError: The disk is full; the commit point is unchanged.
             StorageError: Writing failed; the commit point is unchanged.
         """
         commits = self._commits()
-        if commits and round_number <= commits[-1].round_number:
+        newest = max(commits, default=-1)
+        if round_number <= newest:
             raise CheckpointError(
-                f"{self._directory}: round {commits[-1].round_number} is committed, so round "
-                f"{round_number} cannot be; resume from it"
+                f"{self._directory}: round {newest} is committed, so round {round_number} cannot "
+                "be; resume from it"
             )
         header = {
             "round": str(round_number),
             "environment": json.dumps(dataclasses.asdict(environment)),
         }
-        path = self._directory / _Commit(round_number, "").file
-        commit = _Commit(round_number, write_tensors(path, tensors, header))
-        self._publish([*commits, commit][-self._keep :])
+        path = self._directory / _file_of(round_number)
+        commits[round_number] = write_tensors(path, tensors, header)
+        self._publish(dict(list(commits.items())[-_NUM_KEPT:]))
 
     def load(self, round_number: int | None = None) -> Checkpoint | None:
         """Read the commit point, or an older round that is kept.
@@ -174,7 +159,7 @@ class CheckpointStore:
             round_number: None: the newest.
 
         Returns:
-            None when nothing was ever committed and no round was asked for.
+            The checkpoint; None if no round was committed and none was asked for.
 
         Raises:
             CheckpointError: The round is not kept, or was written by another version.
@@ -182,33 +167,33 @@ class CheckpointStore:
         """
         commits = self._commits()
         if round_number is None:
-            return self._read(commits[-1], commits) if commits else None
-        for commit in commits:
-            if commit.round_number == round_number:
-                return self._read(commit, commits)
-        kept = ", ".join(str(commit.round_number) for commit in commits) or "none"
-        raise CheckpointError(
-            f"{self._directory}: round {round_number} is not kept; kept rounds: {kept}"
-        )
+            return self._read(max(commits), commits) if commits else None
+        if round_number not in commits:
+            raise CheckpointError(
+                f"{self._directory}: round {round_number} is not kept; "
+                f"kept rounds: {', '.join(map(str, commits)) or 'none'}"
+            )
+        return self._read(round_number, commits)
 
-    def rollback(self, round_number: int) -> Checkpoint:
-        """Make an older round that is kept the commit point and delete the later ones.
+    def rollback(self, round_number: int) -> None:
+        """Make an older kept round the commit point and delete the later rounds.
 
-        Private states newer than it must be discarded by the caller.
+        The caller must discard private states that are newer than the round.
 
         Raises:
             CheckpointError: The round is not kept.
             CorruptFileError: Its file is damaged; nothing was changed.
         """
-        checkpoint = self.load(round_number)
-        if checkpoint is None:  # pragma: no cover - load raises when a round is asked for
-            raise CheckpointError(f"{self._directory}: round {round_number} is not kept")
-        self._publish([c for c in self._commits() if c.round_number <= round_number])
-        return checkpoint
+        self.load(round_number)
+        self._publish({n: sha256 for n, sha256 in self._commits().items() if n <= round_number})
 
-    def _publish(self, commits: list[_Commit]) -> None:
-        write_json(self._directory / _COMMIT_FILE, {"commits": [c.to_json() for c in commits]})
-        kept = {_COMMIT_FILE, *(commit.file for commit in commits)}
+    def _publish(self, commits: Mapping[int, str]) -> None:
+        entries = [
+            {"round": number, "file": _file_of(number), "sha256": sha256}
+            for number, sha256 in commits.items()
+        ]
+        write_json(self._directory / _COMMIT_FILE, {"commits": entries})
+        kept = {_COMMIT_FILE, *map(_file_of, commits)}
         with storage_errors(self._directory):
             for path in self._directory.iterdir():
                 # Temporary files of a killed save begin with a dot.
@@ -216,42 +201,45 @@ class CheckpointStore:
                 if ours and path.name not in kept:
                     path.unlink(missing_ok=True)
 
-    def _commits(self) -> list[_Commit]:
+    def _commits(self) -> dict[int, str]:
+        """The kept rounds, oldest first, and the SHA-256 of the file of each."""
         path = self._directory / _COMMIT_FILE
         if not path.exists():
-            return []
+            return {}
         remedy = "restore it from a backup, or delete the run's folders and start again"
         try:
-            commits = [
-                _Commit(int(e["round"]), str(e["sha256"])) for e in read_json(path)["commits"]
-            ]
+            entries = [(int(e["round"]), str(e["sha256"])) for e in read_json(path)["commits"]]
         except (CorruptFileError, KeyError, TypeError, ValueError) as error:
             raise CorruptFileError(f"{path} is damaged ({error!r}); {remedy}") from error
-        rounds = [commit.round_number for commit in commits]
+        rounds = [round_number for round_number, _ in entries]
         if not rounds or rounds != sorted(set(rounds)):
             raise CorruptFileError(f"{path} is damaged (rounds {rounds}); {remedy}")
-        return commits
+        return dict(entries)
 
-    def _read(self, commit: _Commit, commits: list[_Commit]) -> Checkpoint:
-        path = self._directory / commit.file
+    def _read(self, round_number: int, commits: Mapping[int, str]) -> Checkpoint:
+        path = self._directory / _file_of(round_number)
         try:
-            tensors, header = read_tensors(path, commit.sha256)
+            tensors, header = read_tensors(path, commits[round_number])
         except (CorruptFileError, OSError) as error:
-            older = [c.round_number for c in commits if c.round_number < commit.round_number]
+            older = [number for number in commits if number < round_number]
             remedy = (
                 f"round {older[-1]} is kept, go back to it with --resume --from-round {older[-1]}"
                 if older
                 else "no older round is kept: start the run again"
             )
             raise CorruptFileError(
-                f"the checkpoint of round {commit.round_number}, {path}, is damaged or missing "
+                f"the checkpoint of round {round_number}, {path}, is damaged or missing "
                 f"({error}); {remedy}"
             ) from error
         try:
             environment = RunEnvironment(**json.loads(header["environment"]))
-            return Checkpoint(commit.round_number, tensors, environment)
+            return Checkpoint(round_number, tensors, environment)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path} was written by another version of pfm_llm ({error!r}); resume with "
                 "that version, or start a new run"
             ) from error
+
+
+def _file_of(round_number: int) -> str:
+    return f"round_{round_number:06d}.safetensors"

@@ -20,7 +20,9 @@ from pfm_llm.server.participation import select_cohort
 from pfm_llm.server.step import OptimizerState, ServerStep
 
 _LOG = logging.getLogger(__name__)
-_SHARED, _FIRST, _SECOND, _STEP = "shared/", "first/", "second/", "optimizer/step"
+_PREFIXES = ("shared/", "first/", "second/")
+"""Of the shared tensors and of the optimizer's two moments, in a checkpoint."""
+_STEP = "optimizer/step"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,12 @@ class RoundSummary:
 
 
 class Server:
-    """Holds the shared state from round to round."""
+    """Holds the shared state from round to round.
+
+    Attributes:
+        table: The shared tensors.
+        contract: The contract of updates.
+    """
 
     def __init__(
         self,
@@ -82,10 +89,10 @@ class Server:
         if difference := _difference(_specs(self._shared.tensors), table.specs):
             raise ContractError(
                 "the shared state to start from does not fit the table of shared tensors: "
-                f"{difference}; start from one of the same settings"
+                f"{difference}; start from a state with the same settings"
             )
-        self._table = table
-        self._contract = contract
+        self.table = table
+        self.contract = contract
         self._client_ids = tuple(client_ids)
         self._config = config
         self._seed = seed
@@ -105,16 +112,6 @@ class Server:
     def round_under_way(self) -> int:
         """The current round: one more than the round of the shared state."""
         return self._shared.round_number + 1
-
-    @property
-    def table(self) -> ParameterTable:
-        """The shared tensors."""
-        return self._table
-
-    @property
-    def contract(self) -> UpdateContract:
-        """The contract of updates."""
-        return self._contract
 
     def select_cohort(self, round_number: int) -> tuple[str, ...]:
         """The clients of a round, a function of (seed, round) alone.
@@ -144,7 +141,7 @@ class Server:
         """
         round_number = self.round_under_way
         try:
-            self._contract.check(update, round_number)
+            self.contract.check(update, round_number)
             if update.client_id not in self.select_cohort(round_number):
                 raise ContractError(
                     f"client {update.client_id!r:.80} is not in the cohort of round {round_number}"
@@ -192,23 +189,19 @@ class Server:
 
     def _trained(self) -> SharedState:
         """The part of the shared state that the contract lists."""
-        trained = {name: self._shared.tensors[name] for name in self._contract.tensors}
+        trained = {name: self._shared.tensors[name] for name in self.contract.tensors}
         return SharedState(trained, self._shared.round_number)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """The complete state of the server for a checkpoint; see `load_state_tensors`."""
-        groups = {
-            _SHARED: self._shared.tensors,
-            _FIRST: self._optimizer.first,
-            _SECOND: self._optimizer.second,
-        }
+        optimizer = self._optimizer
+        groups = (self._shared.tensors, optimizer.first, optimizer.second)
         tensors = {
             prefix + name: tensor
-            for prefix, group in groups.items()
+            for prefix, group in zip(_PREFIXES, groups, strict=True)
             for name, tensor in group.items()
         }
-        tensors[_STEP] = torch.tensor(self._optimizer.step)
-        return tensors
+        return {**tensors, _STEP: torch.tensor(optimizer.step)}
 
     def load_state_tensors(self, tensors: Tensors, round_number: int) -> None:
         """Continue from the tensors of `state_tensors`.
@@ -227,14 +220,12 @@ class Server:
                 f"the checkpoint is of another model or server optimizer: {difference}; "
                 "resume with the config that it was written under"
             )
-        groups: dict[str, dict[str, torch.Tensor]] = {_SHARED: {}, _FIRST: {}, _SECOND: {}}
-        for name, tensor in tensors.items():
-            prefix, _, rest = name.partition("/")
-            if name != _STEP:
-                groups[prefix + "/"][rest] = tensor.clone()
-        self._shared = SharedState(groups[_SHARED], round_number)
-        step = int(tensors[_STEP])
-        self._optimizer = OptimizerState(step, groups[_FIRST], groups[_SECOND])
+        shared, first, second = (
+            {n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
+            for prefix in _PREFIXES
+        )
+        self._shared = SharedState(shared, round_number)
+        self._optimizer = OptimizerState(int(tensors[_STEP]), first, second)
 
 
 def _specs(tensors: Tensors) -> dict[str, TensorSpec]:

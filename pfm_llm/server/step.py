@@ -17,7 +17,7 @@ _BETA2, _EPS = 0.99, 1e-8
 """β₂ and ε of `ServerStep`'s ``fedadam``."""
 
 _MAX_RATE = 1e30
-"""A larger learning rate, divided by Adam's bias correction, may not fit into float32."""
+"""A larger learning rate, divided by Adam's bias correction, may overflow float32."""
 
 
 @dataclass(frozen=True)
@@ -135,15 +135,14 @@ class ServerStep:
     def _moments(
         self, aggregate: Tensors, state: OptimizerState
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        momentum, beta2 = self.config.momentum, _BETA2
-        adam = self.config.optimizer is ServerOptimizer.FEDADAM
-        gain = 1 - momentum if adam else 1.0
+        momentum = self.config.momentum
+        gain = 1 - momentum if self.config.optimizer is ServerOptimizer.FEDADAM else 1.0
         first = {
             name: (moment * momentum).add_(aggregate[name], alpha=gain)
             for name, moment in state.first.items()
         }
         second = {
-            name: (moment * beta2).addcmul_(aggregate[name], aggregate[name], value=1 - beta2)
+            name: (moment * _BETA2).addcmul_(aggregate[name], aggregate[name], value=1 - _BETA2)
             for name, moment in state.second.items()
         }
         return first, second

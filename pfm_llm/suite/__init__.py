@@ -1,4 +1,4 @@
-"""A suite: many experiments from one YAML file, with their plan, status, results and report.
+"""A suite: experiments from one YAML file, with their plan, status, results and report.
 
 ``plan`` and ``status`` work without torch; ``running`` trains.
 """

@@ -1,7 +1,7 @@
 """Claims: every figure that README and docs state in prose, looked up in committed result files.
 
-``results/claims.yaml`` says where each figure stands; `build_claims` looks the figures up, and
-``make claims`` writes them to ``results/claims.json``. Nobody types a figure::
+``results/claims.yaml`` gives the place of each figure. ``make claims`` looks the figures up with
+`build_claims` and writes them to ``results/claims.json``. Nobody types a figure::
 
     sources:
       films:
@@ -12,14 +12,13 @@
         from: films
         row: {metric: gain_ndcg, k: 10}   # the row or comparison with these fields
         unit: NDCG@10
-        bar: ci_low > 0                   # what is claimed; left out where nothing is
-        note: What the private part adds.
+        bar: ci_low > 0                   # the claimed bound; optional
+        note: The gain from the private part.
 
 Instead of ``row``, ``path: [costs, bytes_up]`` names a number by its keys; ``per`` (a number or
-a second path) divides it and ``scale`` multiplies it. Over several files a figure is the mean, and
-so are both ends of its interval, as in the tables. ``least: ci_low`` takes, of all rows that fit in
-all files, the one with the lowest lower end; then a field may be a pattern such as
-``harm_*_decile_*``.
+a second path) divides it and ``scale`` multiplies it. Over several files, a figure and both ends of
+its interval are means, as in the tables. ``least: ci_low`` takes the row with the lowest lower end
+among the matching rows of all files; a field may then be a pattern such as ``harm_*_decile_*``.
 
 Nothing here imports torch.
 """
@@ -49,17 +48,17 @@ class Claim:
 
     Attributes:
         id: Dotted name, such as ``gain.films.ndcg``.
-        value: The figure, the mean over seeds.
+        value: The figure, a mean over seeds.
         ci_low: Lower end of its 95 % interval; None for a figure without one.
         ci_high: Upper end of it.
         unit: Such as ``NDCG@10``, ``log-ranks`` or ``MB``.
-        bar: What is claimed of it, such as ``ci_low > 0``; None where nothing is.
-        holds: Whether that is so; None without a bar.
-        command: What measures it again.
+        bar: The claimed bound, such as ``ci_low > 0``; None without one.
+        holds: Whether the figure meets the bar; None without a bar.
+        command: The command that measures it again.
         file: The result file, or the pattern of several.
-        commit: The commits that it was measured at, separated by commas.
-        seeds: The seeds that it is a mean over.
-        note: What the figure is, in words.
+        commit: The commits of the measurements, separated by commas.
+        seeds: The seeds of the mean.
+        note: The figure in words.
     """
 
     id: str
@@ -113,9 +112,7 @@ def build_claims(root: Path) -> list[Claim]:
         claims.append(
             Claim(
                 id=name,
-                value=figure.value,
-                ci_low=figure.ci_low,
-                ci_high=figure.ci_high,
+                **vars(figure),
                 unit=spec["unit"],
                 bar=spec.get("bar"),
                 holds=holds(spec["bar"], figure) if "bar" in spec else None,
@@ -130,7 +127,7 @@ def build_claims(root: Path) -> list[Claim]:
 
 
 def claims_text(claims: Sequence[Claim]) -> str:
-    """The claims as ``results/claims.json`` has them."""
+    """The content of ``results/claims.json``."""
     return json.dumps({"rows": [vars(claim) for claim in claims]}, indent=2) + "\n"
 
 
@@ -138,8 +135,8 @@ def read_claims(root: Path) -> dict[str, Claim]:
     """Id to claim, from ``results/claims.json``.
 
     Raises:
-        DataError: There is no such file.
-        CorruptFileError: It is not what `claims_text` writes.
+        DataError: The file does not exist.
+        CorruptFileError: The file does not have the format of `claims_text`.
     """
     path = root / "results" / "claims.json"
     if not path.is_file():
@@ -152,10 +149,10 @@ def read_claims(root: Path) -> dict[str, Claim]:
 
 
 def holds(bar: str, figure: "_Figure | Claim") -> bool:
-    """Whether a figure meets a bar: ``> 0`` asks it of the value, ``ci_low > 0`` of that end.
+    """Whether a figure meets a bar: ``> 0`` bounds the value, ``ci_low > 0`` the lower end.
 
     Raises:
-        DataError: The bar cannot be read, or it asks for an interval that the figure lacks.
+        DataError: The bar cannot be parsed, or it bounds an interval that the figure lacks.
     """
     match = _BAR.fullmatch(bar)
     field = match[1] or "value" if match else ""
@@ -178,7 +175,7 @@ def _check(name: str, spec: Mapping[str, Any], contents: Mapping[str, Any]) -> N
     if ("row" in spec) == ("path" in spec):
         raise DataError(f"claim {name}: give either row or path")
     if not contents.get(spec["from"]):
-        raise DataError(f"claim {name}: source {spec['from']} is unknown, or none of its files is")
+        raise DataError(f"claim {name}: source {spec['from']} is unknown or has no files")
 
 
 def _figure(spec: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> _Figure:
@@ -205,7 +202,7 @@ def _figure(spec: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> _Fig
 
 
 def _rows(file: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[_Figure]:
-    """The figures of all rows and comparisons whose fields are as wanted."""
+    """The figures of all rows and comparisons with the wanted fields."""
     return [
         _Figure(row["value"], row["ci_low"], row["ci_high"])
         for row in [*file["rows"], *file.get("comparisons", [])]

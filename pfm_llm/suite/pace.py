@@ -1,6 +1,7 @@
-"""The progress of a suite, with an estimate of the remaining time from the mean so far."""
+"""The progress of a suite, and an estimate of its remaining time from mean durations."""
 
 import contextlib
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 from tqdm import tqdm
@@ -11,50 +12,44 @@ from pfm_llm.suite.status import is_recorded
 
 
 class Pace:
-    """Counts experiments and final evaluations.
+    """Counts the experiments and final evaluations that remain.
 
     Args:
-        runs: All of the plan's.
-        done: Per run, whether its result is there.
-        clock: Seconds that only grow.
+        runs: All runs of the plan.
+        left: The runs without a result.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(
-        self, runs: Sequence[SuiteRun], done: Sequence[bool], clock: Callable[[], float]
+        self, runs: Sequence[SuiteRun], left: Sequence[SuiteRun], clock: Callable[[], float]
     ) -> None:
         self.now = clock
         self._started = clock()
         self._seconds: list[float] = []
         self._evaluation_seconds: list[float] = []
-        left = [run for run, is_done in zip(runs, done, strict=True) if not is_done]
-        trained = [point for run in left for point in run.points if is_recorded(point)]
-        for point in trained:
-            self._remember(read_record(point))
         self._total = sum(len(run.points) for run in runs)
-        self._missing = {p.config.name for run in left for p in run.points} - {
-            point.config.name for point in trained
-        }
+        self._missing = {point.config.name for run in left for point in run.points}
         self._unevaluated = {run.label for run in left if run.script is None}
+        for point in (point for run in left for point in run.points if is_recorded(point)):
+            self._count(point, read_record(point))
 
     def trained(self, point: Point, record: Record, what: str) -> str:
-        """The line for an experiment that was just finished.
+        """Count an experiment that has just finished, and return the line of the log.
 
         Args:
-            point: Which.
-            record: What it left.
-            what: What there is to say about it.
+            point: The experiment.
+            record: Its record.
+            what: The result, in words.
         """
-        self._missing.discard(point.config.name)
-        self._remember(record)
+        self._count(point, record)
         done = self._total - len(self._missing)
         times = [f"{tqdm.format_interval(self.now() - self._started)} elapsed"]
-        left = self._seconds_left()
-        if left is not None:
-            times.append(f"about {tqdm.format_interval(left)} left")
+        if not self._missing or self._seconds:
+            times.append(f"about {tqdm.format_interval(self._seconds_left())} left")
         return f"[{done}/{self._total}] {point.config.name}: {what}; {', '.join(times)}"
 
     def gave_up(self, run: SuiteRun) -> None:
-        """Nothing more comes of a run."""
+        """Count a failed run as finished."""
         self._missing -= {point.config.name for point in run.points}
         self._unevaluated.discard(run.label)
 
@@ -66,19 +61,15 @@ class Pace:
         self._evaluation_seconds.append(self.now() - started)
         self._unevaluated.discard(run.label)
 
-    def _remember(self, record: Record) -> None:
+    def _count(self, point: Point, record: Record) -> None:
+        self._missing.discard(point.config.name)
         if record.seconds is not None:
             self._seconds.append(record.seconds)
 
-    def _seconds_left(self) -> float | None:
-        """None as long as nothing was finished that could be a measure."""
-        left = 0.0
-        for count, seconds in (
-            (len(self._missing), self._seconds),
-            (len(self._unevaluated), self._evaluation_seconds),
-        ):
-            if count and seconds:
-                left += count * sum(seconds) / len(seconds)
-            elif count and seconds is self._seconds:
-                return None
-        return left
+    def _seconds_left(self) -> float:
+        """The estimate; an activity that has not been timed yet counts as nothing."""
+        activities = (
+            (self._missing, self._seconds),
+            (self._unevaluated, self._evaluation_seconds),
+        )
+        return sum(len(left) * statistics.fmean(times) for left, times in activities if times)

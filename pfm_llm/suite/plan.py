@@ -1,9 +1,9 @@
-"""One YAML, expanded into experiments: for every run, seed and grid value one config.
+"""The plan of a suite: one config for every run, seed and grid value.
 
-Later settings win: the base config, then ``set`` of the suite, of the budget and of the run, what
-the run sets with this budget alone, then the grid's value. A run's ``method`` overrules what the
-levels above the run say of the settings that it fixes, so that one base serves all methods. Unknown
-keys, in the suite as in the settings, are errors that name the nearest valid one.
+Later settings win. The order is: the base config, ``set`` of the suite, of the budget and of the
+run, ``set_with`` of the run for this budget, the grid's value. The settings that a run's ``method``
+fixes win over the base, the suite and the budget, so that one base serves all methods. An unknown
+key is an error that names the nearest valid key.
 """
 
 import copy
@@ -13,21 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-    StrictStr,
-    ValidationError,
-)
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.methods import SPECS, Method
+from pfm_llm.config.model import Settings
 from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
-from pfm_llm.config.text import explain, set_setting
+from pfm_llm.config.text import set_setting, validated
 
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -37,59 +29,60 @@ VALIDATION, TEST = "validation", "test"
 _OWN_KEYS = ("name", "seed")
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class SelectConfig(_Settings):
-    """What chooses a grid value: a figure on validation, over the full catalogue."""
+class SelectConfig(Settings):
+    """The figure on validation that chooses a grid value, over the full catalogue."""
 
     metric: str = "ndcg"
     k: int = Field(10, ge=0, description="cut-off of the ranked list; 0 for metrics without one")
     task: str = "next_item"
 
+    @property
+    def figure(self) -> str:
+        """Name of the figure that chooses, such as ``ndcg@10``."""
+        return self.metric + (f"@{self.k}" if self.k else "")
 
-class BudgetConfig(_Settings):
-    """How much is spent, and on which runs."""
 
-    set: dict[str, Any] = {}
+class BudgetConfig(Settings):
+    """The size of the experiments, and the runs."""
+
+    set: dict[str, Any] = Field({})
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    runs: tuple[str, ...] | None = Field(None, description="names; None: all runs")
-    grids: bool = Field(True, description="false: what `set` says, as a smaller budget chose it")
+    runs: tuple[str, ...] | None = Field(None, description="names of runs; None: all")
+    grids: bool = Field(True, description="false: one experiment per run, with `set`")
 
 
-class GridConfig(_Settings):
-    """Values of one setting, among which validation chooses."""
+class GridConfig(Settings):
+    """The values of one setting; validation chooses one of them."""
 
     key: str = Field(description="dotted key of the config")
     values: tuple[Scalar, ...] = Field(min_length=1)
 
 
-class RunConfig(_Settings):
-    """One line of the table: settings, or a baseline's script."""
+class RunConfig(Settings):
+    """A run, one line of the table: settings, or a baseline's script."""
 
     name: Name
-    set: dict[str, Any] = {}
-    set_with: dict[str, dict[str, Any]] = Field({}, description="by budget: set with it alone")
+    set: dict[str, Any] = Field({})
+    set_with: dict[str, dict[str, Any]] = Field({}, description="budget to further settings")
     grid: str | None = Field(None, description="name of a grid; None: one experiment")
     seeds: tuple[int, ...] | None = Field(
-        None, min_length=1, description="with every budget; None: the budget's"
+        None, min_length=1, description="for every budget; None: the budget's seeds"
     )
     script: str | None = Field(
         None, description="called with --config FILE --seed N --output FILE instead of training"
     )
-    arguments: tuple[str, ...] = Field((), description="further ones, for the script")
+    arguments: tuple[str, ...] = Field((), description="further arguments of the script")
 
 
-class SuiteConfig(_Settings):
-    """The whole file."""
+class SuiteConfig(Settings):
+    """The whole suite file."""
 
     name: Name
     base: str = Field(description="a config, relative to the suite's file")
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({})
     select: SelectConfig = SelectConfig()
     budgets: dict[Name, BudgetConfig] = Field(min_length=1)
-    grids: dict[str, GridConfig] = {}
+    grids: dict[str, GridConfig] = Field({})
     runs: tuple[RunConfig, ...] = Field(min_length=1)
 
 
@@ -98,8 +91,8 @@ class Point:
     """One experiment.
 
     Attributes:
-        value: Of the grid's key; None without a grid.
-        config: What it runs with; its name is the run folder's.
+        value: The grid value; None without a grid.
+        config: Its config; the name is that of the run folder.
     """
 
     value: Scalar | None
@@ -112,18 +105,18 @@ class Point:
 
     @property
     def record(self) -> Path:
-        """What is kept of it when its folder is gone: the validation figures."""
+        """The file of its validation figures, which is kept when the run's folder is deleted."""
         return self.folder.with_name(f"{self.folder.name}.json")
 
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """A run with one seed: its grid of experiments, of which one is chosen.
+    """A run with one seed: its grid of experiments, of which validation chooses one.
 
     Attributes:
-        name: As in the suite.
-        seed: Of all its experiments.
-        position: Where the suite lists it, from 0.
+        name: The run's name in the suite.
+        seed: The seed of all its experiments.
+        position: The run's place in the suite, from 0.
         key: The grid's dotted key; None without a grid.
         points: The experiments, in the grid's order.
         script: A baseline's script and its further arguments; None for an experiment.
@@ -143,18 +136,18 @@ class SuiteRun:
 
     @property
     def folder(self) -> Path:
-        """What holds the folders of its experiments."""
+        """The parent of its experiments' folders."""
         return self.points[0].folder.parent
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a suite runs with one budget.
+    """The runs of a suite with one budget.
 
     Attributes:
         suite: The suite's name.
         budget: The budget's name.
-        select: What chooses.
+        select: The figure that chooses.
         runs: Each run with each seed, in the suite's order.
     """
 
@@ -164,7 +157,7 @@ class Plan:
     runs: tuple[SuiteRun, ...]
 
     def result(self, run: SuiteRun, results: Path) -> Path:
-        """The file of a run's result below the folder of all results."""
+        """The file of a run's result; ``results`` is the folder of all results."""
         return results / self.suite / self.budget / f"{run.label}.json"
 
 
@@ -172,15 +165,10 @@ def load_suite(path: Path) -> SuiteConfig:
     """Read a suite's YAML.
 
     Raises:
-        ConfigError: The file cannot be read, a key or value is wrong, or something is named that
-            is not there.
+        ConfigError: The file cannot be read, a key or value is wrong, or the name of a run, grid
+            or budget is unknown.
     """
-    tree = read_yaml(path)
-    try:
-        suite = SuiteConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
-        raise ConfigError(f"{path}:\n{lines}") from error
+    suite = validated(read_yaml(path), SuiteConfig, str(path))
     names = [run.name for run in suite.runs]
     _refuse_twice(names, f"{path}: run")
     for run in suite.runs:
@@ -191,7 +179,7 @@ def load_suite(path: Path) -> SuiteConfig:
             if "method" in run.set_with[budget]:
                 raise ConfigError(f"{path}, run {run.name}: set_with: method belongs to set")
         if run.arguments and run.script is None:
-            raise ConfigError(f"{path}, run {run.name}: arguments are for a script; name one")
+            raise ConfigError(f"{path}, run {run.name}: arguments are for a script; set script")
         if run.grid is not None and run.script is not None:
             raise ConfigError(
                 f"{path}, run {run.name}: a script takes no grid; it chooses on validation itself"
@@ -203,16 +191,16 @@ def load_suite(path: Path) -> SuiteConfig:
 
 
 def make_plan(path: Path, budget: str, only: Sequence[str] = ()) -> Plan:
-    """Everything that a suite runs with a budget, every config validated.
+    """The plan of a suite with one budget; every config is validated.
 
     Args:
         path: The suite's YAML.
         budget: One of its budgets.
-        only: Names of runs to leave the others out; empty: all of the budget.
+        only: Names of the runs to plan; empty: all of the budget.
 
     Raises:
-        ConfigError: As `load_suite`; or a setting is wrong, is the suite's own to make, or leaves
-            nothing to choose by.
+        ConfigError: As `load_suite`; or a setting is wrong, is reserved for the suite, or prevents
+            the choice on validation.
     """
     suite = load_suite(path)
     _look_up(budget, list(suite.budgets), f"{path}: budget")
@@ -234,7 +222,7 @@ def make_plan(path: Path, budget: str, only: Sequence[str] = ()) -> Plan:
 
 @dataclass(frozen=True)
 class _Source:
-    """What configs are made from."""
+    """The parts that make a config."""
 
     path: Path
     suite: SuiteConfig
@@ -247,16 +235,12 @@ def _suite_run(source: _Source, position: int, seed: int) -> SuiteRun:
     takes_grids = source.suite.budgets[source.budget].grids
     grid = source.suite.grids[run.grid] if run.grid is not None and takes_grids else None
     label = f"{run.name}-s{seed}"
-    if grid is None:
-        points = [Point(None, _config(source, run, label, {"seed": seed}))]
-    else:
-        points = [
-            Point(
-                value,
-                _config(source, run, f"{label}-{_text(value)}", {"seed": seed, grid.key: value}),
-            )
-            for value in grid.values
-        ]
+    points = []
+    for value in (None,) if grid is None else grid.values:
+        # A grid value becomes a part of the folder's name.
+        name = label if grid is None else f"{label}-{re.sub(r'[^A-Za-z0-9._-]', '_', str(value))}"
+        own = {} if grid is None else {grid.key: value}
+        points.append(Point(value, _config(source, run, name, {"seed": seed, **own})))
     key = None if grid is None else grid.key
     script = None if run.script is None else (run.script, *run.arguments)
     return SuiteRun(run.name, seed, position, key, tuple(points), script)
@@ -265,21 +249,17 @@ def _suite_run(source: _Source, position: int, seed: int) -> SuiteRun:
 def _config(source: _Source, run: RunConfig, name: str, own: Mapping[str, Any]) -> ExperimentConfig:
     origin = f"{source.path}, run {run.name}"
     suite, budget = source.suite, source.suite.budgets[source.budget]
-    tree = copy.deepcopy(dict(source.base))
-    with_budget = run.set_with.get(source.budget, {})
-    for settings in (suite.set, budget.set, run.set, with_budget):
+    above, of_run = [suite.set, budget.set], [run.set, run.set_with.get(source.budget, {})]
+    for settings in (*above, *of_run):
         _refuse_own(settings, origin)
-    _apply(tree, suite.set)
-    _apply(tree, budget.set)
-    if run.set.get("method") in list(Method):
-        _apply(tree, SPECS[Method(run.set["method"])].settings)
-    _apply(tree, run.set)
-    _apply(tree, with_budget)
-    _apply(tree, own)
-    tree["name"] = name
-    # The losing values are never looked at on test; a script has one go at both.
+    of_method = [SPECS[method].settings for method in Method if method == run.set.get("method")]
+    # Only the chosen value is evaluated on test, later. A script evaluates both splits at once.
     splits = [VALIDATION, TEST] if run.script else [VALIDATION]
-    _apply(tree, {"evaluation.splits": splits})
+    last = {**own, "name": name, "evaluation.splits": splits}
+    tree = copy.deepcopy(dict(source.base))
+    for level in (*above, *of_method, *of_run, last):
+        for key, value in level.items():
+            set_setting(tree, key, copy.deepcopy(value))
     config = parse_config(tree, origin)
     folder = Path(config.output.dir) / f"{suite.name}-{source.budget}"
     config = config.model_copy(
@@ -289,8 +269,8 @@ def _config(source: _Source, run: RunConfig, name: str, own: Mapping[str, Any]) 
         raise ConfigError(f"{origin}: push_to_hub: a suite publishes nothing; remove it")
     if run.script is None and POPULARITY not in config.evaluation.baselines:
         raise ConfigError(
-            f"{origin}: evaluation.baselines lacks {POPULARITY}, against which it shows whether a "
-            "run learned; add it"
+            f"{origin}: evaluation.baselines lacks {POPULARITY}, which shows whether a run "
+            "learned; add it"
         )
     return config
 
@@ -301,38 +281,9 @@ def _refuse_own(settings: Mapping[str, Any], origin: str) -> None:
             raise ConfigError(f"{origin}: {key} is set by the suite; remove it")
         if key == "evaluation.splits" and value != [VALIDATION]:
             raise ConfigError(
-                f"{origin}: evaluation.splits: a suite chooses on [{VALIDATION}] and shows test "
-                "of the chosen run alone; remove it"
+                f"{origin}: evaluation.splits: a suite chooses on [{VALIDATION}] and evaluates "
+                "only the chosen run on test; remove it"
             )
-
-
-def _apply(tree: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    for key, value in settings.items():
-        set_setting(tree, key, copy.deepcopy(value))
-
-
-def _text(value: Scalar) -> str:
-    """A grid value as part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", str(value))
-
-
-_PARTS: dict[str, tuple[int, type[BaseModel]]] = {
-    "select": (1, SelectConfig),
-    "budgets": (2, BudgetConfig),
-    "grids": (2, GridConfig),
-    "runs": (2, RunConfig),
-}
-
-
-def _explain(problem: Any) -> str:
-    """One of pydantic's problems; parts of the suite are looked into one by one."""
-    location = problem["loc"]
-    depth, model = _PARTS.get(str(location[0]) if location else "", (0, SuiteConfig))
-    if len(location) <= depth:
-        return explain(problem, SuiteConfig)
-    where = ".".join(map(str, location[:depth]))
-    text = explain({**problem, "loc": location[depth:]}, model)
-    return f"{where}: {text}" if where else text
 
 
 def _look_up(name: str, valid: Sequence[str], what: str) -> None:
@@ -343,4 +294,4 @@ def _look_up(name: str, valid: Sequence[str], what: str) -> None:
 def _refuse_twice(names: Sequence[str], what: str) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{what} {name!r} is there twice; give one another name")
+            raise ConfigError(f"{what} {name!r} is not unique; rename one of the two")

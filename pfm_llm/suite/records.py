@@ -1,7 +1,7 @@
-"""The files of a suite's runs: a record of each experiment, and one result of each run.
+"""The files of a suite: a record of each experiment, and a result of each run.
 
-A record has the figures of an experiment on validation. It is kept when the experiment's folder is
-deleted. Tables and reports are made from the results. Both have the format of
+A record holds the figures of an experiment on validation. It is kept when the experiment's folder
+is deleted. Tables and reports are made from the results. Both files have the format of
 `results.write_results`.
 """
 
@@ -20,11 +20,11 @@ from pfm_llm.suite.plan import POPULARITY, VALIDATION, Plan, Point, SelectConfig
 
 @dataclass(frozen=True)
 class Record:
-    """The kept figures of one experiment.
+    """The record of one experiment.
 
     Attributes:
         rows: Its figures on validation; empty if it failed.
-        failed: The reason why training failed with this value; None if it did not.
+        failed: The reason why training failed; None if it did not fail.
         seconds: Its duration without the final evaluation; None if it was resumed.
         num_clients: Number of training clients; None if unknown, as for a script.
     """
@@ -35,12 +35,12 @@ class Record:
     num_clients: int | None = None
 
     def settled(self, config: ExperimentConfig) -> ExperimentConfig:
-        """The experiment's config with the settings that follow from its data."""
+        """The experiment's config with values that follow from the number of clients."""
         return config if self.num_clients is None else settle(config, self.num_clients)
 
 
 def write_record(point: Point, record: Record) -> None:
-    """Keep an experiment's record, with the settings that it belongs to.
+    """Write the record of an experiment, with its settings.
 
     Raises:
         StorageError: It cannot be written.
@@ -55,11 +55,11 @@ def write_record(point: Point, record: Record) -> None:
 
 
 def read_record(point: Point) -> Record:
-    """An experiment's record; see `status.is_recorded`.
+    """Read the record of an experiment; see `status.is_recorded`.
 
     Raises:
-        DataError: There is none.
-        CorruptFileError: It is not what `write_record` writes.
+        DataError: The record does not exist.
+        CorruptFileError: The file does not have the format of `write_record`.
     """
     rows, extra = read_results(point.record)
     kept = (extra.get(name) for name in ("failed", "seconds", "num_clients"))
@@ -71,9 +71,9 @@ class Choice:
     """The experiment of a run with the best figure.
 
     Attributes:
-        index: Which of the run's points.
-        figures: Per point: the figure; None where training failed.
-        popularity: The same figure of popularity, None where it was not measured.
+        index: The index of the experiment in the run's points.
+        figures: The figure of each point; None if training failed.
+        popularity: The same figure of popularity; None if it was not measured.
     """
 
     index: int
@@ -82,7 +82,7 @@ class Choice:
 
     @property
     def did_not_learn(self) -> bool | None:
-        """Whether it fails to beat popularity; None if that is unknown."""
+        """Whether its figure is at most that of popularity; None if one of them is unknown."""
         best = self.figures[self.index]
         if best is None or self.popularity is None:
             return None
@@ -94,15 +94,15 @@ def choose(run: SuiteRun, records: Sequence[Record], select: SelectConfig) -> Ch
 
     Args:
         run: The run.
-        records: Of its points, in their order.
-        select: What chooses.
+        records: The records of its points, in their order.
+        select: The figure that chooses.
 
     Raises:
         TrainingError: Training failed with every value.
-        DataError: A record lacks the figure that chooses.
+        DataError: A record lacks the figure.
     """
     figures = tuple(
-        None if record.failed else _figure(record.rows, select, point)
+        None if record.failed else figure_of(run, point, record, select)
         for point, record in zip(run.points, records, strict=True)
     )
     learned = [index for index, figure in enumerate(figures) if figure is not None]
@@ -113,69 +113,55 @@ def choose(run: SuiteRun, records: Sequence[Record], select: SelectConfig) -> Ch
         )
         raise TrainingError(f"{run.label}: training failed with every value: {reasons}")
     best = max(learned, key=lambda index: (figures[index], -index))
-    return Choice(best, figures, popularity_of(records[best].rows, select))
+    baselines = _matching(records[best].rows, select, Mode.NONE)
+    popularity = next((row.value for row in baselines if row.method == POPULARITY), None)
+    return Choice(best, figures, popularity)
 
 
-def choose_script(run: SuiteRun, rows: Sequence[ResultRow], select: SelectConfig) -> Choice:
-    """The choice of a script, which has chosen its own settings: the figure of its best method.
+def figure_of(run: SuiteRun, point: Point, record: Record, select: SelectConfig) -> float:
+    """The figure of an experiment on validation; of a script, that of its best method.
 
     Raises:
-        DataError: No row holds the figure.
+        DataError: The record lacks the figure.
     """
-    found = [row.value for row in _matching(rows, select, Mode.NONE) if row.method != POPULARITY]
-    if not found:
-        raise DataError(f"{run.label}: {_lacks(select)}")
-    return Choice(0, (max(found),), popularity_of(rows, select))
-
-
-def popularity_of(rows: Iterable[ResultRow], select: SelectConfig) -> float | None:
-    """Popularity's figure on validation."""
-    found = (r.value for r in _matching(rows, select, Mode.NONE) if r.method == POPULARITY)
-    return next(found, None)
+    expected = (
+        f"expected one row with metric {select.metric}, k {select.k}, task {select.task} on the "
+        "full catalogue of validation; correct `select` or what is evaluated"
+    )
+    if run.script is not None:
+        rows = _matching(record.rows, select, Mode.NONE)
+        found = [row.value for row in rows if row.method != POPULARITY]
+        if not found:
+            raise DataError(f"{run.label}: {expected}")
+        return max(found)
+    mode = judged_mode(point.config.adapters.private.enabled)
+    found = [row.value for row in _matching(record.rows, select, mode)]
+    if len(found) != 1:
+        raise DataError(
+            f"{point.record}: {len(found)} rows in mode {mode}; {expected}, and delete the file to "
+            "evaluate again"
+        )
+    return found[0]
 
 
 def result_extra(
     plan: Plan, run: SuiteRun, choice: Choice, records: Sequence[Record]
 ) -> dict[str, Any]:
-    """The entries of a result beside rows, environment and costs."""
-    return {
-        **_heading(plan, run),
-        **_settings(run.points[choice.index].config, records[choice.index]),
-        "grid": {
-            "key": run.key,
-            "chosen": run.points[choice.index].value,
-            "values": [
-                {
-                    "value": point.value,
-                    "figure": figure,
-                    "failed": record.failed,
-                    "training_hash": training_hash(record.settled(point.config)),
-                }
-                for point, figure, record in zip(run.points, choice.figures, records, strict=True)
-            ],
-        },
-        "popularity": choice.popularity,
-        "did_not_learn": choice.did_not_learn,
-    }
+    """The entries of a result file besides rows, environment and costs."""
+    extra = _extra(plan, run, choice, records)
+    return {**extra, "popularity": choice.popularity, "did_not_learn": choice.did_not_learn}
 
 
 def write_failure(plan: Plan, run: SuiteRun, path: Path, message: str) -> None:
-    """Write a result file that has only the reason of the failure.
+    """Write the result file of a failed run: no rows, and the reason of the failure.
 
     Raises:
         StorageError: It cannot be written.
     """
-    values = [
-        {"value": p.value, "figure": None, "failed": None, "training_hash": training_hash(p.config)}
-        for p in run.points
-    ]
-    extra = {
-        **_heading(plan, run),
-        **_settings(run.points[0].config, Record(())),
-        "grid": {"key": run.key, "chosen": None, "values": values},
-        "failed": message,
-    }
-    write_results(path, [], extra)
+    count = len(run.points)
+    extra = _extra(plan, run, Choice(0, (None,) * count, None), [Record(())] * count)
+    extra["grid"]["chosen"] = None
+    write_results(path, [], {**extra, "failed": message})
 
 
 def merged(first: Iterable[ResultRow], second: Iterable[ResultRow]) -> list[ResultRow]:
@@ -191,7 +177,7 @@ def _identity(row: ResultRow) -> tuple[object, ...]:
     return tuple(value for name, value in vars(row).items() if name not in numbers)
 
 
-def _heading(plan: Plan, run: SuiteRun) -> dict[str, Any]:
+def _extra(plan: Plan, run: SuiteRun, choice: Choice, records: Sequence[Record]) -> dict[str, Any]:
     return {
         "suite": plan.suite,
         "budget": plan.budget,
@@ -200,6 +186,20 @@ def _heading(plan: Plan, run: SuiteRun) -> dict[str, Any]:
         "position": run.position,
         "script": None if run.script is None else list(run.script),
         "select": plan.select.model_dump(),
+        **_settings(run.points[choice.index].config, records[choice.index]),
+        "grid": {
+            "key": run.key,
+            "chosen": run.points[choice.index].value,
+            "values": [
+                {
+                    "value": point.value,
+                    "figure": figure,
+                    "failed": record.failed,
+                    "training_hash": training_hash(record.settled(point.config)),
+                }
+                for point, figure, record in zip(run.points, choice.figures, records, strict=True)
+            ],
+        },
     }
 
 
@@ -212,17 +212,6 @@ def _settings(config: ExperimentConfig, record: Record) -> dict[str, Any]:
     }
 
 
-def _figure(rows: Iterable[ResultRow], select: SelectConfig, point: Point) -> float:
-    mode = judged_mode(point.config.adapters.private.enabled)
-    found = [row.value for row in _matching(rows, select, mode)]
-    if len(found) != 1:
-        raise DataError(
-            f"{point.record}: {len(found)} rows in mode {mode}; {_lacks(select)}, and delete the "
-            "file to evaluate again"
-        )
-    return found[0]
-
-
 def _matching(rows: Iterable[ResultRow], select: SelectConfig, mode: Mode) -> list[ResultRow]:
     return [
         row
@@ -230,10 +219,3 @@ def _matching(rows: Iterable[ResultRow], select: SelectConfig, mode: Mode) -> li
         if (row.split, row.candidates, row.metric, row.k, row.task, row.mode)
         == (VALIDATION, FULL, select.metric, select.k, select.task, mode)
     ]
-
-
-def _lacks(select: SelectConfig) -> str:
-    return (
-        f"expected one row with metric {select.metric}, k {select.k}, task {select.task} on the "
-        "full catalogue of validation; correct `select` or what is evaluated"
-    )

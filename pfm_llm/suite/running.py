@@ -26,35 +26,35 @@ from pfm_llm.suite import records
 from pfm_llm.suite.pace import Pace
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
 from pfm_llm.suite.records import Record
-from pfm_llm.suite.scripts import ScriptCall, call_script
-from pfm_llm.suite.status import State, changes, figure_name, is_recorded, read_tree, status_of
+from pfm_llm.suite.scripts import call_script
+from pfm_llm.suite.status import State, changes, is_recorded, read_tree, status_of
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a suite is run with.
+    """The functions that do the work of a suite.
 
     Attributes:
-        train: Config, and whether to resume, to the run's folder: trains and evaluates on the
-            config's splits.
-        evaluate: Run folder and budget to the rows of the final evaluation.
-        script: Calls a baseline's script.
+        train: Trains a config and evaluates it on the config's splits. Takes the config and
+            whether to resume, returns the run's folder.
+        evaluate: Takes a run's folder and the budget, returns the rows of the final evaluation.
+        script: Calls a baseline's script, as `call_script` does.
     """
 
     train: Callable[[ExperimentConfig, bool], Path]
     evaluate: Callable[[Path, str], Sequence[ResultRow]]
-    script: Callable[[ScriptCall], None] = call_script
+    script: Callable[..., None] = call_script
 
     @classmethod
     def real(cls) -> "Tools":
-        """Those of the library."""
+        """The functions of the library."""
         from pfm_llm.runs.experiment import run_experiment
         from pfm_llm.runs.study.run import study_run
 
         def train(config: ExperimentConfig, resume: bool) -> Path:
-            gc.collect()  # the last model hangs in cycles, and two may not fit
+            gc.collect()  # cycles hold the last model, and memory may not suffice for two
             return run_experiment(config, resume)
 
         return cls(train, study_run)
@@ -67,25 +67,25 @@ def run_suite(
     keep: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, str]:
-    """Run whatever has no result yet.
+    """Run the runs of a plan that have no valid result.
 
     Args:
-        plan: What to run.
+        plan: The plan.
         results: The folder of all results.
-        tools: What to run it with.
-        keep: Leave the folders of the values that lost.
-        clock: Seconds that only grow.
+        tools: The functions that train and evaluate.
+        keep: Whether to keep the folders of the values that were not chosen.
+        clock: Monotonic time in seconds.
 
     Returns:
-        Name and seed of each run that failed, with its message; the others are done.
+        The label of each failed run to its error message; all other runs have a result.
 
     Raises:
         LaunchError: Several processes were started.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise LaunchError("a suite runs on one process; start it with --num_processes 1")
-    done = [status_of(plan, run, results).state is State.DONE for run in plan.runs]
-    pace = Pace(plan.runs, done, clock)
+    left = [r for r in plan.runs if status_of(plan, r, results).state is not State.DONE]
+    pace = Pace(plan.runs, left, clock)
     runner = _Runner(plan, results, tools, keep, pace)
     failures = {}
     for run in plan.runs:
@@ -105,7 +105,7 @@ class _Runner:
         self._keep, self._pace = keep, pace
 
     def settle(self, run: SuiteRun) -> str | None:
-        """Do what is missing of a run; the message if it failed."""
+        """Complete a run; returns the error message if it failed."""
         path = self._plan.result(run, self._results)
         try:
             with _alone(run):
@@ -114,7 +114,7 @@ class _Runner:
                 except PfmError as error:
                     records.write_failure(self._plan, run, path, str(error))
                     return str(error)
-        except PfmError as error:  # another process has it, or the failure cannot be written
+        except PfmError as error:  # another process holds it, or the failure cannot be written
             return str(error)
         return None
 
@@ -141,11 +141,11 @@ class _Runner:
             raise
         chosen = run.points[choice.index]
         if not _is_begun(chosen):
-            _log.info("%s: its folder is gone; it is trained again", chosen.config.name)
+            _log.info("%s: its folder is missing; it is trained again", chosen.config.name)
             with files.storage_errors(chosen.record):
-                chosen.record.unlink()  # or a kill would leave half a run that seems whole
+                chosen.record.unlink()  # with it, a half-trained folder would count as trained
             self._train(run, chosen)
-        # What is measured, and how, may have changed since it was trained.
+        # Settings of the evaluation may have changed since training.
         config = found[choice.index].settled(chosen.config)
         files.write_text(chosen.folder / CONFIG_FILE, dump_config(config))
         with self._pace.evaluating(run):
@@ -157,14 +157,19 @@ class _Runner:
         self._tidy(run, chosen)
 
     def _record(self, run: SuiteRun, point: Point) -> Record:
-        """The experiment's figures on validation; trained now if that was not done."""
+        """The record of an experiment, which is trained now if there is none."""
         if is_recorded(point):
             return records.read_record(point)
         return self._train(run, point)
 
     def _train(self, run: SuiteRun, point: Point) -> Record:
-        resume = self._prepare(point)
         name = point.config.name
+        stored = read_tree(point.record)
+        if stored is not None and (differing := changes(stored, point.config)):
+            _log.info("%s is trained anew: %s", name, "; ".join(differing))
+        resume = _is_begun(point)
+        if not resume:
+            _discard(point)
         _log.info("%s %s", "going on with" if resume else "training", name)
         started = self._pace.now()
         try:
@@ -178,26 +183,15 @@ class _Runner:
             seconds = None if resume else self._pace.now() - started
             record = Record(tuple(rows), None, seconds, _num_clients(point))
         records.write_record(point, record)
-        _log.info("%s", self._pace.trained(point, record, self._describe(run, point, record)))
+        self._log_trained(run, point, record)
         return record
 
-    def _describe(self, run: SuiteRun, point: Point, record: Record) -> str:
-        if record.failed:
-            return f"training failed: {record.failed}"
-        one = SuiteRun(run.name, run.seed, run.position, run.key, (point,), None)
-        (figure,) = records.choose(one, [record], self._plan.select).figures
-        return f"{figure_name(self._plan)} {figure:.4f} on validation"
-
-    def _prepare(self, point: Point) -> bool:
-        """Make way for an experiment; whether one was begun that is to be resumed."""
-        name = point.config.name
-        stored = read_tree(point.record)
-        if stored is not None and (differing := changes(stored, point.config)):
-            _log.info("%s is trained anew: %s", name, "; ".join(differing))
-        if _is_begun(point):
-            return True
-        _discard(point)
-        return False
+    def _log_trained(self, run: SuiteRun, point: Point, record: Record) -> None:
+        what = f"training failed: {record.failed}"
+        if not record.failed:
+            figure = records.figure_of(run, point, record, self._plan.select)
+            what = f"{self._plan.select.figure} {figure:.4f} on validation"
+        _log.info("%s", self._pace.trained(point, record, what))
 
     def _run_script(self, run: SuiteRun) -> None:
         (point,) = run.points
@@ -205,20 +199,19 @@ class _Runner:
         config = point.folder.with_name(f"{point.config.name}.{CONFIG_FILE}")
         output = point.folder.with_name(f"{point.config.name}.output.json")
         files.write_text(config, dump_config(point.config))
-        script, *arguments = run.script
+        script, *further = run.script
         _log.info("calling %s for %s", " ".join(run.script), run.label)
         started = self._pace.now()
-        self._tools.script(ScriptCall(Path(script), config, run.seed, output, tuple(arguments)))
+        self._tools.script(Path(script), further, config=config, seed=run.seed, output=output)
         rows, extra = read_results(output)
-        choice = records.choose_script(run, rows, self._plan.select)
         record = Record(tuple(rows), None, self._pace.now() - started)
+        choice = records.choose(run, [record], self._plan.select)
         extra |= records.result_extra(self._plan, run, choice, [record])
         write_results(self._plan.result(run, self._results), rows, extra)
-        figure = f"{figure_name(self._plan)} {choice.figures[0]:.4f} on validation"
-        _log.info("%s", self._pace.trained(point, record, figure))
+        self._log_trained(run, point, record)
 
     def _tidy(self, run: SuiteRun, winner: Point | None) -> None:
-        """Delete the folders of the values that lost."""
+        """Delete the folders of all points but the winner."""
         if self._keep or run.script is not None:
             return
         for point in run.points:
@@ -227,17 +220,17 @@ class _Runner:
 
 
 def _is_begun(point: Point) -> bool:
-    """Whether the folder holds a run with the point's settings, which can be gone on with."""
+    """Whether the folder holds a run with the point's settings, which can be resumed."""
     try:
         tree = read_yaml(point.folder / CONFIG_FILE)
-    except ConfigError:  # none, or cut off
+    except ConfigError:  # the file is missing or truncated
         return False
-    # Read as a config it would have today's default of what it lacks.
+    # The tree as written: a parsed config would have today's defaults for settings that it lacks.
     return not changes({"config": tree, "num_clients": _num_clients(point)}, point.config)
 
 
 def _num_clients(point: Point) -> int | None:
-    """The clients that an experiment trains on; None as long as its folder does not say it."""
+    """Number of training clients of an experiment; None before its folder records it."""
     environment = read_tree(point.folder / ENVIRONMENT_FILE) or {}
     return environment.get("num_clients")
 
@@ -250,10 +243,10 @@ def _discard(point: Point) -> None:
 
 @contextlib.contextmanager
 def _alone(run: SuiteRun) -> Iterator[None]:
-    """Hold a run against other processes of the same suite; a killed one lets go by itself.
+    """Lock a run against other processes; the system releases the lock of a killed process.
 
     Raises:
-        LaunchError: Another process has it.
+        LaunchError: Another process holds the lock.
     """
     path = run.folder / f"{run.label}.lock"
     with files.storage_errors(path):

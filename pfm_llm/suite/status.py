@@ -37,7 +37,7 @@ class Status:
 
     Attributes:
         state: The state.
-        detail: The chosen value and figure, the reason, or the count.
+        detail: The chosen value and figure, the reason, or the number of experiments.
     """
 
     state: State
@@ -67,7 +67,7 @@ def status_of(plan: Plan, run: SuiteRun, results: Path) -> Status:
 
 
 def list_text(plan: Plan, results: Path) -> str:
-    """One line for each run and seed: name, state, detail; and the sums."""
+    """One line for each run and seed (label, state, detail), and a line with the totals."""
     found = [(run.label, status_of(plan, run, results)) for run in plan.runs]
     width = max(len(label) for label, _ in found)
     lines = [f"{label:{width}}  {s.state:7}  {s.detail}".rstrip() for label, s in found]
@@ -77,7 +77,7 @@ def list_text(plan: Plan, results: Path) -> str:
 
 
 def is_recorded(point: Point) -> bool:
-    """Whether an experiment was trained with these settings, and its figures are kept."""
+    """Whether there is a record of an experiment with these settings."""
     stored = read_tree(point.record)
     return stored is not None and not changes(stored, point.config)
 
@@ -86,9 +86,9 @@ def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
     """The differing settings among those that training depends on.
 
     Args:
-        stored: Holds the ``config`` of an earlier run as it was written, and, where they are
-            known, its ``training_hash`` and the ``num_clients`` that it trained on.
-        config: What would be run now.
+        stored: The ``config`` of an earlier run as written and, if known, its ``training_hash``
+            and its number of training clients, ``num_clients``.
+        config: The config to run now.
 
     Returns:
         One text for each setting.
@@ -98,23 +98,23 @@ def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
     try:
         old = parse_config(from_earlier(stored["config"]))
     except (ConfigError, KeyError, TypeError, ValueError):
-        return ["it was made with settings that this version does not know"]
+        return ["its config has settings that this version does not know"]
     num_clients = _num_clients(stored)  # None: a script's, which trains a model of its own
     settled = settle_like(config, old) if num_clients is None else settle(config, num_clients)
     return changed_settings(old, settled) + _gained(stored, config)
 
 
 def _num_clients(stored: Mapping[str, Any]) -> int | None:
-    """The clients that an earlier run trained on; None where it does not say."""
+    """Number of training clients of an earlier run; None if unknown."""
     if stored.get("num_clients") is not None:
         return int(stored["num_clients"])
-    # Results from before that was kept are of one user a client.
+    # Older results lack the number; their clients are single users.
     data = stored.get("environment", {}).get("data", {})
     return data.get("num_users")
 
 
 def _gained(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
-    """Settings of the private kind that an earlier run lacks, so that its kind was another one."""
+    """Settings of the private kind that an earlier run lacks; without them, the kind differed."""
     private = config.adapters.private
     if not private.enabled or stored.get("script"):  # a script's model has no private part
         return []
@@ -123,12 +123,12 @@ def _gained(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
     return [
         f"adapters.private.{private.kind}.{name} did not exist"
         for name, value in now.items()
-        if name not in before and value is not None  # None: as it was without the setting
+        if name not in before and value is not None  # None has the effect of no setting
     ]
 
 
 def read_tree(path: Path) -> dict[str, Any] | None:
-    """A file of JSON keys and values; None when there is none, or no whole one."""
+    """Read a JSON object; None if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -137,7 +137,7 @@ def read_tree(path: Path) -> dict[str, Any] | None:
 
 
 def _differences(stored: Mapping[str, Any], plan: Plan, run: SuiteRun) -> list[str]:
-    """The reasons for which a result does not belong to the plan; empty if it does."""
+    """The reasons why a result does not belong to the plan; empty if it does."""
     grid = stored.get("grid")
     if not isinstance(grid, dict) or not isinstance(grid.get("values"), list):
         return ["its file lacks the grid"]
@@ -158,7 +158,7 @@ def _differences(stored: Mapping[str, Any], plan: Plan, run: SuiteRun) -> list[s
     ]
     if found:
         return found
-    # The others differ from this one by the grid's value alone.
+    # The other points differ from this one by the grid's value alone.
     chosen = next((p for p in run.points if p.value == grid.get("chosen")), run.points[0])
     return changes(stored, chosen.config)
 
@@ -170,12 +170,7 @@ def _summary(stored: Mapping[str, Any], plan: Plan) -> str:
         parts.append(f"{grid['key']} {grid['chosen']}")
     figure = next((e["figure"] for e in grid["values"] if e["value"] == grid["chosen"]), None)
     if figure is not None:
-        parts.append(f"{figure_name(plan)} {figure:.4f} on validation")
+        parts.append(f"{plan.select.figure} {figure:.4f} on validation")
     if stored.get("did_not_learn"):
         parts.append("did not learn")
     return ", ".join(parts)
-
-
-def figure_name(plan: Plan) -> str:
-    """Name of the figure that chooses, such as ``ndcg@10``."""
-    return plan.select.metric + (f"@{plan.select.k}" if plan.select.k else "")

@@ -13,7 +13,6 @@ from pfm_llm.config.settle import settle
 from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.suite.plan import Plan, make_plan
 from pfm_llm.suite.running import Tools, run_suite
-from pfm_llm.suite.scripts import ScriptCall
 
 BASE: dict[str, Any] = {
     "name": "base",
@@ -168,14 +167,16 @@ class World:
         self.now += 4
         return [row(split="test", value=0.08), popularity(split="test")]
 
-    def script(self, call: ScriptCall) -> None:
+    def script(
+        self, script: Path, arguments: Sequence[str], *, config: Path, seed: int, output: Path
+    ) -> None:
         """Stands for `scripts.call_script`."""
-        self.started.append((call.config.name, False))
+        self.started.append((config.name, False))
         rows = [
             row(method="sasrec", mode="none", value=0.12, split=split)
             for split in ("validation", "test")
         ]
-        write_results(call.output, [*rows, popularity()], {"costs": {"epochs": 3}})
+        write_results(output, [*rows, popularity()], {"costs": {"epochs": 3}})
 
 
 COSTS = {

@@ -7,25 +7,17 @@ quantity with the index u never leaves the client.
 """
 
 import copy
+import importlib
 from enum import StrEnum
 from typing import Any
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config.methods.central import SPEC as CENTRAL
-from pfm_llm.config.methods.custom import SPEC as CUSTOM
-from pfm_llm.config.methods.fedrep import SPEC as FEDREP
-from pfm_llm.config.methods.fedsa_lora import SPEC as FEDSA_LORA
-from pfm_llm.config.methods.ffa_lora import SPEC as FFA_LORA
-from pfm_llm.config.methods.local_only import SPEC as LOCAL_ONLY
-from pfm_llm.config.methods.pfm import SPEC as PFM
-from pfm_llm.config.methods.pfm_text import SPEC as PFM_TEXT
-from pfm_llm.config.methods.shared_only import SPEC as SHARED_ONLY
 from pfm_llm.config.methods.spec import MethodSpec
 from pfm_llm.config.text import find_setting, set_setting
 
 
 class Method(StrEnum):
-    """The methods by name."""
+    """The methods by name; each has a file of its name."""
 
     CENTRAL = "central"
     LOCAL_ONLY = "local_only"
@@ -39,16 +31,9 @@ class Method(StrEnum):
 
 
 SPECS: dict[Method, MethodSpec] = {
-    Method.CENTRAL: CENTRAL,
-    Method.LOCAL_ONLY: LOCAL_ONLY,
-    Method.SHARED_ONLY: SHARED_ONLY,
-    Method.FFA_LORA: FFA_LORA,
-    Method.FEDSA_LORA: FEDSA_LORA,
-    Method.FEDREP: FEDREP,
-    Method.PFM: PFM,
-    Method.PFM_TEXT: PFM_TEXT,
-    Method.CUSTOM: CUSTOM,
+    method: importlib.import_module(f"pfm_llm.config.methods.{method}").SPEC for method in Method
 }
+"""Method to the ``SPEC`` of the file of its name."""
 
 
 def with_method(tree: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -76,6 +61,3 @@ def with_method(tree: dict[str, Any], origin: str) -> dict[str, Any]:
             )
         set_setting(tree, key, value)
     return tree
-
-
-__all__ = ["SPECS", "Method", "MethodSpec", "with_method"]

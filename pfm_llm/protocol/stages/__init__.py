@@ -37,7 +37,7 @@ class Stages:
         self._cohort_size = cohort_size
 
     def on_client(self, delta: Tensors, client_id: str, round_number: int) -> Tensors:
-        """The update that a client sends, after all stages."""
+        """Apply all stages to a client's update before it is sent."""
         context = self._context(round_number, client_id)
         for stage in self._stages.values():
             delta = stage.on_client(delta, context)
@@ -46,7 +46,7 @@ class Stages:
     def on_server(
         self, delta: Tensors, client_id: str, round_number: int
     ) -> tuple[Tensors, dict[str, float]]:
-        """The update that the server aggregates, and the number that each stage noted.
+        """Apply all stages to an arrived update; also returns the number that each stage noted.
 
         Raises:
             ContractError: A stage refuses the update.
@@ -59,7 +59,7 @@ class Stages:
         return delta, noted
 
     def on_aggregate(self, aggregate: Tensors, round_number: int) -> Tensors:
-        """The aggregate that the server steps with, after all stages."""
+        """Apply all stages to the aggregate before the server's step."""
         for stage in self._stages.values():
             aggregate = stage.on_aggregate(aggregate, self._context(round_number))
         return aggregate

@@ -1,4 +1,4 @@
-"""What a suite found, for people: the README's table, plots, and an HTML page that stands alone.
+"""The report of a suite: the README's table, plots, and a self-contained HTML page.
 
-All of it is made from ``results/<suite>/<budget>/*.json`` and from nothing else.
+All of it is made from ``results/<suite>/<budget>/*.json`` alone.
 """

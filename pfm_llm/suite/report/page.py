@@ -1,16 +1,17 @@
-"""One HTML page with everything that a suite found; it needs no other file and no network."""
+"""One HTML page with all results of a suite; it needs no other file and no network."""
 
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pfm_llm.base import files, templates
+from pfm_llm.config.settings import leaves
 from pfm_llm.evaluation.results import AUC, RANK_LABELS
 from pfm_llm.protocol.types import Mode
+from pfm_llm.suite.plan import SelectConfig
 from pfm_llm.suite.report import pictures
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
 from pfm_llm.suite.report.tables import (
@@ -18,7 +19,7 @@ from pfm_llm.suite.report.tables import (
     Cell,
     Column,
     caption,
-    figure_text,
+    figure_cell,
     mean_figures,
     summary_cells,
 )
@@ -48,10 +49,10 @@ class Table:
 
     Attributes:
         title: Its heading.
-        note: What the figures are.
-        header: Of each column.
-        rows: Cells.
-        num_names: So many columns from the left are text.
+        note: A description of the figures.
+        header: The headings of the columns.
+        rows: The cells.
+        num_names: Number of columns, from the left, that hold text.
     """
 
     title: str
@@ -72,7 +73,7 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         DataError: The folder holds no result.
-        CorruptFileError: A file is not what the suite writes.
+        CorruptFileError: A file does not have the format of the suite's results.
         StorageError: A plot or the page cannot be written.
     """
     results = read_suite(folder)
@@ -85,7 +86,7 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
     """The page's HTML.
 
     Args:
-        results: Of a suite with one budget.
+        results: All results of a suite with one budget.
         drawn: PNG files to show.
     """
     header, body = summary_cells(results)
@@ -112,14 +113,14 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
 
 
 def _modes_table(results: Sequence[SuiteResult]) -> Table:
-    """Every mode of every run: what is shared, what is private, and both."""
+    """The quality of every mode of every run."""
     columns = [column for column in COLUMNS if column.metric in _RANKING]
     rows = []
     for run, own in by_run(results).items():
         for mode in _MODES:
             figures = [mean_figures(own, mode, column) for column in columns]
             if any(figures):
-                cells = [_figure_cell(f, c) for f, c in zip(figures, columns, strict=True)]
+                cells = [figure_cell(f, c) for f, c in zip(figures, columns, strict=True)]
                 rows.append([Cell(run), Cell(mode.replace("_", " ")), *cells])
     return Table(
         "Modes",
@@ -131,14 +132,14 @@ def _modes_table(results: Sequence[SuiteResult]) -> Table:
 
 
 def _personality_table(results: Sequence[SuiteResult]) -> Table:
-    """Every other figure, a column for each run that has one."""
+    """Every other figure, with a column for each run that has one."""
     keys = {
         (row.metric, row.task): None
         for result in results
         for row in result.own_rows
         if row.metric not in _RANKING
     }
-    names = {row.metric for r in results for row in r.own_rows if row.metric not in _RANKING}
+    names = {metric for metric, _ in keys}
     runs = {
         run: own
         for run, own in by_run(results).items()
@@ -146,9 +147,8 @@ def _personality_table(results: Sequence[SuiteResult]) -> Table:
     }
     rows = []
     for metric, task in keys:
-        column = Column("", metric, (task,))
-        figures = [mean_figures(own, None, column) for own in runs.values()]
-        cells = [_figure_cell(figure, column) for figure in figures]
+        column = Column("", metric, (task,), is_difference=bool(_DIFFERENCE.fullmatch(metric)))
+        cells = [figure_cell(mean_figures(own, None, column), column) for own in runs.values()]
         rows.append([Cell(metric), Cell(task.replace("_", " ")), *cells])
     note = (
         "Positive is better. Differences in bold where the interval excludes 0. Means over users "
@@ -159,7 +159,7 @@ def _personality_table(results: Sequence[SuiteResult]) -> Table:
 
 
 def _harmed(results: Sequence[SuiteResult]) -> list[str]:
-    """A sentence on each result with groups of users: those that are harmed after correction."""
+    """A sentence for each result with groups of users: the groups harmed after correction."""
     sentences = []
     for result in results:
         groups = result.extra.get("harm") or {}
@@ -190,13 +190,12 @@ def _grid_table(results: Sequence[SuiteResult]) -> Table:
                     Cell("-" if popularity is None else f"{popularity:.4f}"),
                 ]
             )
-    select = results[0].extra["select"]
-    figure_name = select["metric"] + (f"@{select['k']}" if select["k"] else "")
-    header = ["Run", "Setting", "Seed", "Value", f"{figure_name} on validation", "Popularity"]
+    select = SelectConfig.model_validate(results[0].extra["select"])
+    header = ["Run", "Setting", "Seed", "Value", f"{select.figure} on validation", "Popularity"]
     return Table(
         "Grids",
-        f"Chosen on validation by {figure_name} of {select['task']}, in bold; only the chosen "
-        "one was evaluated on test.",
+        f"Chosen on validation by {select.figure} of {select.task}, in bold; only the chosen one "
+        "was evaluated on test.",
         header,
         rows,
         num_names=2,
@@ -218,7 +217,7 @@ def _costs_table(results: Sequence[SuiteResult]) -> Table:
 
 
 def _environment_table(results: Sequence[SuiteResult]) -> Table:
-    """Each environment once, with the runs that were made in it."""
+    """Each environment once, with its runs."""
     found: dict[str, list[str]] = {}
     for result in results:
         environment = result.extra.get("environment")
@@ -228,22 +227,5 @@ def _environment_table(results: Sequence[SuiteResult]) -> Table:
     rows = []
     for text, runs in found.items():
         rows.append([Cell("runs", True), Cell(", ".join(runs), True)])
-        rows += [[Cell(name), Cell(value)] for name, value in _flat(json.loads(text)).items()]
+        rows += [[Cell(name), Cell(str(value))] for name, value in leaves(json.loads(text)).items()]
     return Table("Environment", "Where it was measured.", ["What", "Is"], rows, num_names=2)
-
-
-def _figure_cell(figure: Any, column: Column) -> Cell:
-    if figure is None:
-        return Cell("-")
-    is_sure = _DIFFERENCE.fullmatch(column.metric) and (figure.low > 0 or figure.high < 0)
-    return Cell(figure_text(figure, column), bool(is_sure))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat

@@ -25,11 +25,11 @@ _MAX_REFERENCES = 3
 
 
 def draw(results: Sequence[SuiteResult], folder: Path) -> list[Path]:
-    """Draw all plots that there are figures for, and delete older ones that there are none for.
+    """Draw every plot that has figures, and delete older plots that have none.
 
     Args:
-        results: Of a suite with one budget.
-        folder: Where the PNG files go.
+        results: All results of a suite with one budget.
+        folder: The folder of the PNG files.
 
     Returns:
         The files, in the order to show them.
@@ -79,7 +79,7 @@ def _draw_histograms(results: Sequence[SuiteResult], folder: Path) -> list[Path]
 
 
 def _per_user(extra: Mapping[str, Any], metric: str) -> np.ndarray:
-    """float64 [users]; empty when the result does not hold them. None stands for no value."""
+    """float64 [users], NaN for a user without a value; empty if the result lacks the metric."""
     values = (extra.get("per_user") or {}).get(metric, [])
     values = values.values() if isinstance(values, Mapping) else values
     return np.array([np.nan if value is None else value for value in values], dtype=float)

@@ -1,4 +1,4 @@
-"""The results of a suite, read back."""
+"""Reading of a suite's results."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,7 @@ from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.files import read_json
 from pfm_llm.evaluation.results import FULL, ResultRow, judged_mode, read_results
 from pfm_llm.protocol.types import Mode
-
-TEST = "test"
+from pfm_llm.suite.plan import TEST
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,10 @@ class SuiteResult:
     Attributes:
         run: The run's name.
         seed: Its seed.
-        position: Where the suite lists it.
-        mode: The mode that it is judged by.
-        rows: All that was measured, with the baselines.
-        extra: Everything else in its file: config, grid, costs, environment.
+        position: The run's place in the suite.
+        mode: The mode of its headline figures.
+        rows: All measured figures, including the baselines.
+        extra: The other entries of its file: config, grid, costs, environment.
     """
 
     run: str
@@ -35,7 +34,7 @@ class SuiteResult:
 
     @property
     def failed(self) -> str | None:
-        """Why there is no result; None when there is one."""
+        """The reason why the run failed; None if it did not."""
         return self.extra.get("failed")
 
     @property
@@ -56,8 +55,8 @@ def read_suite(folder: Path) -> list[SuiteResult]:
         folder: ``results/<suite>/<budget>``.
 
     Raises:
-        DataError: It holds no result.
-        CorruptFileError: A file is not what the suite writes.
+        DataError: The folder holds no result.
+        CorruptFileError: A file does not have the format of the suite's results.
     """
     results = [_read(path) for path in sorted(folder.glob("*.json"))]
     if not results:
@@ -76,7 +75,7 @@ def suite_folders(results: Path) -> list[Path]:
 
 
 def by_run(results: Sequence[SuiteResult]) -> dict[str, list[SuiteResult]]:
-    """Run to its results that did not fail, one for each seed."""
+    """Name of a run to its results that did not fail, one for each seed."""
     runs: dict[str, list[SuiteResult]] = {}
     for result in results:
         if result.failed is None:

@@ -1,4 +1,4 @@
-"""The suite's main table: a line for each method, means over seeds, as cells and as Markdown."""
+"""The main table of a suite, as cells and as Markdown: a line per method, means over seeds."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,16 +32,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class Column:
-    """A figure that the table shows.
+    """A column of figures.
 
     Attributes:
-        heading: Without the interval's label.
-        metric: As in the rows.
-        tasks: Tasks to look in, the first that has it counts.
-        k: Cut-off; None: any.
+        heading: The heading without the label of the interval.
+        metric: The metric of the rows to show.
+        tasks: Tasks of the rows; the first task with the metric counts.
+        k: Cut-off of the rows; None: any.
         form: Format of a number.
-        has_interval: Show it.
-        is_difference: Bold where the interval excludes 0, instead of the column's best.
+        has_interval: Whether to show the interval.
+        is_difference: Whether bold means that the interval excludes 0; otherwise, the best value.
     """
 
     heading: str
@@ -70,8 +70,8 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        text: What it says.
-        is_bold: Whether it stands out.
+        text: The text.
+        is_bold: Whether the text is bold.
     """
 
     text: str
@@ -83,13 +83,13 @@ class Line:
     """A method in the main table.
 
     Attributes:
-        method: Its name.
-        run: The suite's name for it; empty for a baseline.
-        regime: How it was trained; empty for a baseline.
-        figures: Column to figure, where there is one.
-        num_seeds: How many seeds the figures are means over.
-        did_not_learn: It does not beat popularity on validation, with one seed at least.
-        results: What it is from; empty for a baseline.
+        method: The method's name.
+        run: The run's name in the suite; empty for a baseline.
+        regime: The training regime; empty for a baseline.
+        figures: Column to figure; columns without a figure are absent.
+        num_seeds: Number of seeds of the means.
+        did_not_learn: Whether it fails to beat popularity on validation with at least one seed.
+        results: The results of the run; empty for a baseline.
     """
 
     method: str
@@ -102,15 +102,14 @@ class Line:
 
     @property
     def label(self) -> str:
-        """The method, and the run where its name says more."""
+        """The method, followed by the run's name if that is not implied."""
         says_it = self.run in ("", self.method, f"{self.method}-{self.regime}")
         return self.method if says_it else f"{self.method} ({self.run})"
 
     def mean_cost(self, *names: str) -> float | None:
-        """The mean over seeds of a sum of costs; None where one is not known.
+        """The mean over seeds of a sum of costs; None if one of them is unknown.
 
-        Bytes are not known of pooled training: there, the rounds that send them are only a way
-        to draw minibatches.
+        Bytes of pooled training count as unknown: its rounds are only a way to draw minibatches.
         """
         if self.method == _POOLED and any(name.startswith("bytes") for name in names):
             return None
@@ -131,7 +130,7 @@ def summary_lines(results: Sequence[SuiteResult]) -> list[Line]:
         rows = [row for result in own for row in result.own_rows]
         described = next((row for row in rows if row.mode == own[0].mode), None)
         if described is None:
-            continue  # a script's, whose methods are among the baselines
+            continue  # a script's run; its methods are among the baselines
         figures = {column: mean_figures(own, own[0].mode, column) for column in COLUMNS}
         lines.append(
             Line(
@@ -155,7 +154,7 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
     """
     lines = summary_lines(results)
     columns = [c for c in COLUMNS if any(c in line.figures for line in lines)]
-    interval = f" [{_confidence(results) * 100:g} %]"
+    interval = f" [{results[0].extra['config']['evaluation']['confidence'] * 100:g} %]"
     header = ["Method", "Regime"]
     header += [column.heading + (interval if column.has_interval else "") for column in columns]
     header += ["MB a client and round, up / down", "Client steps, shared + private"]
@@ -172,7 +171,7 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
         name = line.label + (f", {line.num_seeds} seeds" if line.num_seeds > 1 and line.run else "")
         name += " (did not learn)" if line.did_not_learn else ""
         cells = [Cell(name), Cell(line.regime or "-")]
-        cells += [_cell(line.figures.get(column), column, tops[column]) for column in columns]
+        cells += [figure_cell(line.figures.get(column), column, tops[column]) for column in columns]
         body.append([*cells, *_cost_cells(line)])
     return header, body
 
@@ -199,7 +198,7 @@ def markdown_table(folder: Path) -> str:
 
 
 def caption(results: Sequence[SuiteResult]) -> str:
-    """What the main table's figures are, in a few words."""
+    """The caption of the main table."""
     rows = [row for result in results for row in result.test_rows]
     users = sorted({row.num_users for row in rows if row.metric == NDCG.metric})
     seeds = sorted({result.seed for result in results})
@@ -224,20 +223,28 @@ def caption(results: Sequence[SuiteResult]) -> str:
 def mean_figures(
     results: Iterable[SuiteResult], mode: Mode | None, column: Column
 ) -> Figure | None:
-    """A figure in one mode (None: in any), its mean over results; None where one lacks it."""
+    """The mean over results of a figure in one mode (None: any); None if a result lacks it."""
     return _mean(_found(result.own_rows, column, mode) for result in results)
 
 
-def figure_text(figure: Figure, column: Column) -> str:
-    """The figure as shown, with its interval where the column has one."""
-    text = column.form.format(figure.value)
-    if column.has_interval:
-        text += f" [{column.form.format(figure.low)}, {column.form.format(figure.high)}]"
-    return text
+def figure_cell(figure: Figure | None, column: Column, top: str | None = None) -> Cell:
+    """The cell of a figure, with its interval if the column has one; ``-`` without a figure.
+
+    Args:
+        figure: The figure.
+        column: Its column.
+        top: The best value of the column, formatted; it is shown in bold.
+    """
+    if figure is None:
+        return Cell("-")
+    value, low, high = map(column.form.format, (figure.value, figure.low, figure.high))
+    is_sure = figure.low > 0 or figure.high < 0
+    text = f"{value} [{low}, {high}]" if column.has_interval else value
+    return Cell(text, is_sure if column.is_difference else value == top)
 
 
 def _baseline_lines(results: Sequence[SuiteResult]) -> list[Line]:
-    """Each baseline once for each seed, whichever run it was measured beside."""
+    """A line for each baseline; each seed counts once, from the first run that measured it."""
     found: dict[str, dict[int, list[ResultRow]]] = {}
     weak: set[str] = set()
     for result in results:
@@ -261,7 +268,7 @@ def _found(rows: Sequence[ResultRow], column: Column, mode: Mode | None) -> Resu
     for task in column.tasks:
         for row in rows:
             fits = (row.metric, row.task) == (column.metric, task) and column.k in (None, row.k)
-            # Quality in another mode is another quality; a difference of modes is of the run.
+            # A quality belongs to one mode; a difference between modes belongs to the whole run.
             if fits and (mode in (None, row.mode) or column.metric not in _QUALITIES):
                 return row
     return None
@@ -279,14 +286,6 @@ def _mean(rows: Iterable[ResultRow | None]) -> Figure | None:
     )
 
 
-def _cell(figure: Figure | None, column: Column, top: str) -> Cell:
-    if figure is None:
-        return Cell("-")
-    if column.is_difference:
-        return Cell(figure_text(figure, column), figure.low > 0 or figure.high < 0)
-    return Cell(figure_text(figure, column), column.form.format(figure.value) == top)
-
-
 def _cost_cells(line: Line) -> list[Cell]:
     clients, up, down = map(line.mean_cost, ("client_rounds", "bytes_up", "bytes_down"))
     shared, private = map(line.mean_cost, ("shared_client_steps", "private_client_steps"))
@@ -296,10 +295,6 @@ def _cost_cells(line: Line) -> list[Cell]:
     if shared is not None and private is not None:
         steps = f"{shared:,.0f} + {private:,.0f}"
     return [Cell(traffic), Cell(steps)]
-
-
-def _confidence(results: Sequence[SuiteResult]) -> float:
-    return float(results[0].extra["config"]["evaluation"]["confidence"])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -88,7 +88,7 @@ def test_custom_fixes_nothing_and_starts_from_the_same_settings() -> None:
 
 @pytest.mark.parametrize("local", [{"shared_local_steps": 4}, {"private_local_steps": 0}])
 def test_a_method_that_shares_nothing_takes_no_shared_steps(local: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=r"local_only trains nothing that is shared.* remove"):
+    with pytest.raises(ConfigError, match=r"local_only trains no shared tensor.* remove"):
         parse_config(_tree(method="local_only", federation={"local": local}))
 
 
@@ -97,7 +97,7 @@ def test_a_method_that_shares_nothing_averages_nothing() -> None:
         "local": {"shared_local_steps": 4, "private_local_steps": 4},
         "server": {"optimizer": "average"},
     }
-    with pytest.raises(ConfigError, match="local_only trains nothing that is shared"):
+    with pytest.raises(ConfigError, match="local_only trains no shared tensor"):
         parse_config(_tree(method="local_only", regime="fedavg", federation=averaging))
     assert parse_config(_tree(method="local_only", regime="fedsgd")).method is Method.LOCAL_ONLY
 

@@ -35,14 +35,14 @@ def test_training_depends_on_stages_and_aggregator() -> None:
     [
         ([{"clap": {"norm": 1}}], r"stages\.0: .*unknown stage 'clap'; known stages: clip"),
         (["clip"], r"such as \{clip: \{norm: 1\.0\}\}, not as 'clip'; known stages: clip"),
-        ([{}], "one stage with its settings, here are 0"),
-        ([{"clip": None}], "one stage with its settings, here are 0"),
+        ([{}], "one stage with its settings, this one holds 0"),
+        ([{"clip": None}], "one stage with its settings, this one holds 0"),
         ([{"clip": {}}], r"stages\.0\.clip\.norm: Field required"),
         ([{"clip": {"norm": 0}}], r"stages\.0\.clip\.norm: .*greater than 0"),
         ([{"clip": {"norm": -1}}], r"stages\.0\.clip\.norm: .*greater than 0"),
         ([{"clip": {"norm": float("inf")}}], r"stages\.0\.clip\.norm: .*finite"),
         ([{"clip": {"nrom": 1}}], r"unknown key .*stages\.0\.clip\.nrom; did you mean .*\.norm\?"),
-        ([{"clip": {"norm": 1}}] * 2, "stages: clip stands there more than once"),
+        ([{"clip": {"norm": 1}}] * 2, "stages: clip is listed more than once"),
     ],
 )
 def test_wrong_stages_are_named_with_the_remedy(stages: Any, message: str) -> None:

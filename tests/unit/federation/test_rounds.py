@@ -119,7 +119,7 @@ def test_a_round_of_which_a_part_is_missing_does_not_count(tmp_path: Path) -> No
         return losing(2)(update) if update.round_number == 3 else update
 
     exchange.answer = lose_two_in_round_3
-    with pytest.raises(TrainingError, match=r"round 3: of 8 clients 6 sent.*among 'a', 'b'\)"):
+    with pytest.raises(TrainingError, match=r"round 3: of 8 clients 6 sent.*an update: 'a', 'b'\)"):
         run_rounds(federation, 1, lambda: {})
     assert federation.server.shared.round_number == 2
     assert federation.checkpoints.rounds() == (2,)

@@ -107,7 +107,8 @@ def test_a_round_is_never_committed_twice(store: CheckpointStore, round_number: 
 
 def test_rollback_moves_the_commit_point(store: CheckpointStore, tmp_path: Path) -> None:
     _save(store, 10, 20)
-    _assert_whole(store.rollback(10), 10)
+    store.rollback(10)
+    _assert_whole(store.load(), 10)
     assert store.rounds() == (10,)
     assert _names(tmp_path) == ["commit.json", "round_000010.safetensors"]
     _save(store, 20)
@@ -132,7 +133,7 @@ def test_a_damaged_round_is_named_with_the_way_on(
         path.write_bytes(content)
     with pytest.raises(CorruptFileError, match=r"round 20, .*round 10 is kept.*--from-round 10"):
         store.load()
-    _assert_whole(store.rollback(10), 10)
+    store.rollback(10)
     _assert_whole(store.load(), 10)
 
 

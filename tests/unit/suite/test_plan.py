@@ -138,11 +138,23 @@ def test_values_of_any_kind_make_names(world: World) -> None:
     ("changes", "message"),
     [
         ({"grid": {}}, r"unknown key grid; did you mean grids\?"),
-        ({"budgets": {"small": {"seed": [0]}}}, r"budgets.small: unknown key seed; did you mean"),
-        ({"grids": {"lr": GRID | {"vals": []}}}, r"grids.lr: unknown key vals; did you mean val"),
-        ({"runs": [{"name": "a", "scrpt": "x"}]}, r"runs.0: unknown key scrpt; did you mean scr"),
-        ({"select": {"metrics": "ndcg"}}, r"select: unknown key metrics; did you mean metric\?"),
-        ({"runs": [{"nam": "a"}]}, r"runs.0: name: Field required"),
+        (
+            {"budgets": {"small": {"seed": [0]}}},
+            r"key budgets.small.seed; did you mean .*small.seeds",
+        ),
+        (
+            {"grids": {"lr": GRID | {"vals": []}}},
+            r"key grids.lr.vals; did you mean grids.lr.val",
+        ),
+        (
+            {"runs": [{"name": "a", "scrpt": "x"}]},
+            r"key runs.0.scrpt; did you mean runs.0.scr",
+        ),
+        (
+            {"select": {"metrics": "ndcg"}},
+            r"key select.metrics; did you mean .*metric\?",
+        ),
+        ({"runs": [{"nam": "a"}]}, r"runs.0.name: Field required"),
         ({"runs": [{"name": "a", "set": {"head.dmi": 2}}]}, r"run a:\n.*did you mean head.dim\?"),
         ({"runs": [{"name": "a", "set_with": {"al": {}}}]}, r"run a: set_with 'al' is unknown"),
         (
@@ -150,16 +162,16 @@ def test_values_of_any_kind_make_names(world: World) -> None:
             r"method belongs to set",
         ),
         ({"runs": [{"name": "a", "grid": "x"}]}, r"run a: grid 'x' is unknown; there is lr"),
-        ({"runs": [{"name": "a"}, {"name": "a"}]}, r"run 'a' is there twice"),
+        ({"runs": [{"name": "a"}, {"name": "a"}]}, r"run 'a' is not unique"),
         ({"runs": [{"name": "a", "grid": "lr"}, {"name": "a-s0"}]}, None),
         ({"runs": [{"name": "a", "grid": "lr"}, {"name": "a-s0-0.1"}]}, None),
-        ({"runs": [{"name": "a/b"}]}, r"runs.0: name"),
+        ({"runs": [{"name": "a/b"}]}, r"runs.0.name: "),
         ({"runs": []}, r"runs: "),
         ({"runs": [{"name": "a", "grid": "lr", "script": "x.py"}]}, r"takes no grid"),
         ({"runs": [{"name": "a", "arguments": ["-x"]}]}, r"run a: arguments are for a script"),
         ({"budgets": {"small": {"runs": ["c"]}}}, r"budget small: run 'c' is unknown; there is a"),
-        ({"budgets": {"small": {"seeds": []}}}, r"budgets.small: seeds"),
-        ({"grids": {"lr": GRID | {"values": [0.1, 0.1]}}}, r"run folder 'a-s0-0.1' is there twice"),
+        ({"budgets": {"small": {"seeds": []}}}, r"budgets.small.seeds: "),
+        ({"grids": {"lr": GRID | {"values": [0.1, 0.1]}}}, r"run folder 'a-s0-0.1' is not unique"),
         ({"set": {"seed": 3}}, r"seed is set by the suite"),
         ({"set": {"evaluation.splits": ["test"]}}, r"evaluation.splits: a suite chooses on"),
         ({"set": {"push_to_hub.repo": "me/films"}}, r"push_to_hub: a suite publishes nothing"),
@@ -180,7 +192,7 @@ def test_two_runs_never_share_a_folder(world: World) -> None:
     """Run a at seed 0 with value s0 would be where run a-s0 is at seed 0."""
     grid = {"key": "prompt", "values": ["s0"]}
     world.write(grids={"p": grid}, runs=[{"name": "a", "grid": "p"}, {"name": "a-s0"}])
-    with pytest.raises(ConfigError, match=r"run folder 'a-s0-s0' is there twice"):
+    with pytest.raises(ConfigError, match=r"run folder 'a-s0-s0' is not unique"):
         world.plan()
 
 

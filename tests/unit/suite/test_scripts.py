@@ -1,14 +1,14 @@
 """A baseline's script is called with a config, a seed and an output, and read like a run."""
 
-import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pfm_llm.base.errors import ConfigError, TrainingError
 from pfm_llm.suite import scripts
-from pfm_llm.suite.scripts import ScriptCall, call_script
+from pfm_llm.suite.scripts import call_script
 from pfm_llm.suite.status import State, status_of
 from tests.support.suite_double import World
 
@@ -29,16 +29,16 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path).write(runs=[{"name": "sasrec", "script": "sasrec.py"}])
 
 
-def call(folder: Path, text: str) -> ScriptCall:
+def call(folder: Path, text: str, *arguments: str) -> None:
     script, config = folder / "s.py", folder / "c.yaml"
     script.write_text(text)
     config.write_text("name: x")
-    return ScriptCall(script, config, 3, folder / "out.json")
+    call_script(script, arguments, config=config, seed=3, output=folder / "out.json")
 
 
 def test_a_script_gets_config_seed_and_output(tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO")
-    call_script(call(tmp_path, GOOD))
+    call(tmp_path, GOOD)
     assert (tmp_path / "out.json").read_text() == '["name: x", "3"]'
     assert "s: reading" in caplog.text
 
@@ -47,13 +47,13 @@ def test_a_script_that_fails_says_why_and_its_old_output_does_not_count(tmp_path
     text = "import sys\nfor n in range(9):\n    print('line', n, file=sys.stderr)\nsys.exit(3)"
     (tmp_path / "out.json").write_text("old")
     with pytest.raises(TrainingError, match=r"s\.py ended with 3 and said: line 4 / .*line 8$"):
-        call_script(call(tmp_path, text))
+        call(tmp_path, text)
     assert not (tmp_path / "out.json").exists()
 
 
 def test_a_missing_script_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no script at"):
-        call_script(ScriptCall(tmp_path / "s.py", tmp_path, 0, tmp_path / "o"))
+        call_script(tmp_path / "s.py", (), config=tmp_path, seed=0, output=tmp_path / "o")
 
 
 def test_a_stopped_suite_leaves_no_script_running(tmp_path: Path, monkeypatch) -> None:
@@ -66,7 +66,7 @@ def test_a_stopped_suite_leaves_no_script_running(tmp_path: Path, monkeypatch) -
 
     monkeypatch.setattr(scripts._log, "info", stop)
     with pytest.raises(KeyboardInterrupt):
-        call_script(call(tmp_path, text))
+        call(tmp_path, text)
     with pytest.raises(ProcessLookupError):
         os.kill(started[0], 0)
 
@@ -110,22 +110,21 @@ def test_another_script_is_another_run(world: World, changes: dict, detail: str)
 
 
 def test_further_arguments_reach_the_script(world: World, tmp_path: Path) -> None:
-    calls: list[ScriptCall] = []
+    calls: list[tuple[Path, list[str]]] = []
 
-    def note(called: ScriptCall) -> None:
-        calls.append(called)
-        world.script(called)
+    def note(script: Path, arguments: list[str], **named: Any) -> None:
+        calls.append((script, arguments))
+        world.script(script, arguments, **named)
 
     world.write(runs=[{"name": "s", "script": "s.py", "arguments": ["--grid", "-x"]}])
     assert world.run(script=note) == {}
-    assert [(c.script, c.arguments) for c in calls] == [(Path("s.py"), ("--grid", "-x"))]
-    made = call(tmp_path, "import sys\nsys.exit(' '.join(sys.argv[1:]))")
+    assert calls == [(Path("s.py"), ["--grid", "-x"])]
     with pytest.raises(TrainingError, match=r"said: --config .* --seed 3 --output .* --grid -x$"):
-        call_script(dataclasses.replace(made, arguments=("--grid", "-x")))
+        call(tmp_path, "import sys\nsys.exit(' '.join(sys.argv[1:]))", "--grid", "-x")
 
 
 def test_a_script_that_fails_is_a_failed_run_and_is_tried_again(world: World) -> None:
-    def fails(called: ScriptCall) -> None:
+    def fails(*arguments: Any, **named: Any) -> None:
         raise TrainingError("it fell over")
 
     assert world.run(script=fails) == {"sasrec-s0": "it fell over"}
