@@ -138,7 +138,7 @@ class Interactions:
         return self._hash(self.catalogue.content_hash())
 
     def events_hash(self) -> str:
-        """SHA-256, in hex, over the interactions and the users, without the items' ids and texts."""
+        """SHA-256, in hex, over the interactions and the users, without the items' texts."""
         return self._hash("")
 
     def with_item_order(self, order: Sequence[int]) -> "Interactions":

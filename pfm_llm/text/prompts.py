@@ -35,11 +35,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.model import PositiveCount, Settings
-from pfm_llm.config.text import explain
+from pfm_llm.config.text import validated
 from pfm_llm.data.interactions import Catalogue
 
 RATING = "rating"
@@ -173,23 +173,21 @@ def _read_prompt(path: Path) -> Prompt:
     try:
         text = path.read_text(encoding="utf-8")
         tree = tomllib.loads(text)
-        file = _PromptFile.model_validate(tree)
+    except OSError as error:
+        raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    file = validated(tree, _PromptFile, str(path))
+    values = file.model_dump(exclude={"description", "fields"})
+    prompt = Prompt(**values, fields=tuple(file.fields), toml=text)
+    try:
         _check_plain(file)
-        values = file.model_dump(exclude={"description", "fields"})
-        prompt = Prompt(**values, fields=tuple(file.fields), toml=text)
         _check_templates(prompt)
         if prompt.key != path.stem:
             raise ConfigError(
                 f"name, version: they make {prompt.key!r}; call the file {prompt.key}.toml, or "
                 "correct them (a changed prompt is a new version)"
             )
-    except OSError as error:
-        raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    except ValidationError as error:
-        problems = (explain(problem, _PromptFile) for problem in error.errors())
-        raise ConfigError(f"{path}: {'; '.join(problems)}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return prompt

@@ -127,7 +127,7 @@ def test_file_is_read_as_it_stands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", list(GOOD))
 def test_missing_key_is_named(tmp_path: Path, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"mine\.v2\.toml: {key}: Field required"):
+    with pytest.raises(ConfigError, match=rf"mine\.v2\.toml:\s+{key}: Field required"):
         load_prompt(write(tmp_path, **{key: None}))
 
 
@@ -167,7 +167,7 @@ def test_missing_key_is_named(tmp_path: Path, key: str) -> None:
 def test_wrong_file_names_file_key_and_remedy(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"mine\.v2\.toml: {message}"):
+    with pytest.raises(ConfigError, match=rf"mine\.v2\.toml:\s+{message}"):
         load_prompt(write(tmp_path, **changes))
 
 
