@@ -151,7 +151,7 @@ class FederatedRecommender:
             HubError: It could not be pushed.
             PrivateLeakError: Something private was found in what is to be published.
         """
-        return publish(request_of(self.run, repo, **options)).pushed.url
+        return publish(request_of(self.run, repo, **options)).url
 
 
 def _tree(config: str | Path | ExperimentConfig | None) -> dict[str, Any]:

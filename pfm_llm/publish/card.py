@@ -14,6 +14,7 @@ import yaml
 
 from pfm_llm import __version__
 from pfm_llm.base import templates
+from pfm_llm.config.settings import leaves
 from pfm_llm.evaluation.results import AUC, AUC_LABEL, FULL, RANK_LABELS, SAMPLED, ResultRow
 from pfm_llm.protocol.types import Mode
 
@@ -78,8 +79,6 @@ class CardFacts:
         results_table: The results as Markdown, as `result_tables.results_table` makes it; empty
             before the first evaluation.
         config: The resolved config, as nested mappings.
-        adapter: Hub id or folder name of the adapter, for the loading example.
-        base_note: A sentence on the source of the base weights; may be empty.
         plots: The plots in the folder, such as ``plots/loss.png``.
     """
 
@@ -91,8 +90,6 @@ class CardFacts:
     scores: Sequence[ResultRow]
     results_table: str
     config: Mapping[str, Any]
-    adapter: str = NO_REPO
-    base_note: str = ""
     plots: Sequence[str] = ()
 
 
@@ -108,6 +105,7 @@ def model_card(facts: CardFacts) -> str:
         facts=facts,
         base=shown_name(facts.base_model),
         dataset=shown_name(facts.dataset),
+        adapter=NO_REPO,
         version=__version__,
         plots=[(_PLOT_TITLES.get(Path(p).name, Path(p).stem), p) for p in facts.plots],
         **_conditions(facts),
@@ -137,9 +135,11 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
         "tags": list(_TAGS),
         "datasets": [dataset],
     }
-    confidence = _setting(facts.config, "evaluation.confidence")
+    confidence = leaves(facts.config).get("evaluation.confidence")
     metrics = [
-        _index_entry(score, confidence) for score in facts.scores if _is_of_this_folder(score)
+        _index_entry(score, confidence)
+        for score in facts.scores
+        if (score.mode, score.split) == (Mode.SHARED_ONLY, "test")
     ]
     if metrics:  # the Hub refuses an index without results
         result = {
@@ -151,11 +151,7 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
     return front
 
 
-def _is_of_this_folder(score: ResultRow) -> bool:
-    return (score.mode, score.split) == (Mode.SHARED_ONLY, "test")
-
-
-def _index_entry(score: ResultRow, confidence: float | None) -> dict[str, Any]:
+def _index_entry(score: ResultRow, confidence: Any) -> dict[str, Any]:
     sampled = score.candidates.removeprefix(SAMPLED)
     among = "full catalogue" if score.candidates == FULL else f"{sampled} sampled negatives"
     at_k = f"@{score.k}" if score.k else ""
@@ -199,16 +195,16 @@ def _conditions(facts: CardFacts) -> dict[str, bool]:
 
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the text that come from the settings."""
-    ids = _setting(config, "head.item_ids") or "none"
-    started = _setting(config, "init_from.adapter")
-    shown = ((label, _setting(config, key)) for key, label in _SETTINGS.items())
+    setting = leaves(config)
+    ids, started = setting.get("head.item_ids") or "none", setting.get("init_from.adapter")
+    shown = ((label, setting.get(key)) for key, label in _SETTINGS.items())
     return {
         "has_ids": ids != "none",
         "reads_ids": ids == "both",
-        "has_bias": bool(_setting(config, "head.item_bias")),
-        "has_context": bool(_setting(config, "head.item_context")),
-        "window_items": _setting(config, "window.items"),
-        "is_embedded_base": _setting(config, "backbone.name") == _EMBEDDED_BASE,
+        "has_bias": bool(setting.get("head.item_bias")),
+        "has_context": bool(setting.get("head.item_context")),
+        "window_items": setting.get("window.items"),
+        "is_embedded_base": setting.get("backbone.name") == _EMBEDDED_BASE,
         "started_from": started and shown_name(str(started)),
         "settings": [
             (label, ", ".join(value) if isinstance(value, list | tuple) else value)
@@ -216,11 +212,3 @@ def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
             if value is not None
         ],
     }
-
-
-def _setting(config: Mapping[str, Any], key: str) -> Any:
-    """A setting by its dotted key; None if it does not exist."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

@@ -1,9 +1,10 @@
 """The Hub: publishing a folder, and getting it back. Only this package uses its client."""
 
+from huggingface_hub import GitCommitInfo
+
 from pfm_llm.publish.hub.calls import check_repo_id, hub_errors
 from pfm_llm.publish.hub.reading import (
     MANAGED_FILES,
-    Commit,
     head_manifest,
     list_commits,
     list_tags,
@@ -15,7 +16,7 @@ from pfm_llm.publish.hub.sending import Pushed, push_folder
 
 __all__ = [
     "MANAGED_FILES",
-    "Commit",
+    "GitCommitInfo",
     "Pushed",
     "check_repo_id",
     "head_manifest",

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from pfm_llm.base.errors import ConfigError, CorruptFileError
 from pfm_llm.config.schema import read_yaml
+from pfm_llm.config.settings import leaves
 from pfm_llm.protocol.types import Group, Tensors, in_group, lora_modules, lora_name
 from pfm_llm.publish.alignment import align_items
 from pfm_llm.publish.artefact import TRAINING_CONFIG_FILE, Artefact, Metric
@@ -235,10 +236,10 @@ def _metric_changes(older: Iterable[Metric], newer: Iterable[Metric]) -> Iterato
         yield MetricChange(*key, older=before.get(key), newer=after.get(key))
 
 
-def _settings(artefact: Artefact) -> dict[str, Any]:
+def _settings(artefact: Artefact) -> dict[str, object]:
     """Dotted key to value, from the manifest and, if there is one, the training config."""
     manifest = artefact.manifest.model_dump(mode="json", exclude=_NOT_SETTINGS)
-    settings = dict(_flat(manifest))
+    settings = leaves(manifest)
     path = artefact.folder / TRAINING_CONFIG_FILE
     if path.is_file():
         try:
@@ -246,19 +247,13 @@ def _settings(artefact: Artefact) -> dict[str, Any]:
         except ConfigError as error:
             raise CorruptFileError(f"{error}; pull or export it again") from error
         own = {key: value for key, value in tree.items() if key not in _IN_BOTH}
-        settings |= {f"training.{key}": value for key, value in _flat(own)}
+        settings |= leaves(own, "training")
     return settings
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _setting_changes(older: dict[str, Any], newer: dict[str, Any]) -> Iterator[SettingChange]:
+def _setting_changes(
+    older: Mapping[str, object], newer: Mapping[str, object]
+) -> Iterator[SettingChange]:
     for name in sorted({*older, *newer}):
         if older.get(name) != newer.get(name):
             yield SettingChange(name, older.get(name), newer.get(name))

@@ -136,7 +136,7 @@ def test_without_scores_there_is_no_model_index(facts) -> None:
 
 
 def test_text_shows_how_to_load_and_the_loading_example_is_python(facts) -> None:
-    card = model_card(dataclasses.replace(facts, adapter="someone/ml100k"))
+    card = addressed_card(model_card(facts), "someone/ml100k")
     snippet = card.split("```python\n")[1].split("```")[0]
     compile(snippet, "card", "exec")
     assert f"AutoModelForCausalLM.from_pretrained('{BASE}')" in snippet
@@ -159,7 +159,7 @@ def test_use_with_pfm_llm_names_what_has_to_be_told(facts) -> None:
         ({"dataset": "/data/mine.csv"}, ', catalogue="items.csv"'),
         ({"base_model": "tiny"}, ', backbone="path/to/the/base/model"'),
     ):
-        card = model_card(dataclasses.replace(facts, adapter="a/b", **changes))
+        card = addressed_card(model_card(dataclasses.replace(facts, **changes)), "a/b")
         snippet = card.split("```python\n")[2].split("```")[0]
         compile(snippet, "card", "exec")
         assert f"Recommender.from_pretrained('a/b'{arguments})" in snippet
@@ -299,11 +299,5 @@ def test_local_paths_are_not_published(facts, path) -> None:
     assert "huggingface.co/tiny" not in card
 
 
-def test_a_note_on_the_base_weights_stands_by_the_loading_example(facts) -> None:
-    card = model_card(dataclasses.replace(facts, base_note="Weights were dequantised from Q4_1."))
-    assert "\nWeights were dequantised from Q4_1.\n\nThis gives hidden states." in card
-    assert "```\n\nThis gives hidden states." in model_card(facts)
-
-
 def test_braces_in_what_is_told_stay_as_they_are(facts) -> None:
-    assert "Weights of {x}." in model_card(dataclasses.replace(facts, base_note="Weights of {x}."))
+    assert "# Run {x}\n" in model_card(dataclasses.replace(facts, name="Run {x}"))
