@@ -148,12 +148,7 @@ class _Study:
     def harm_tests(self) -> dict[str, dict[str, float | bool]]:
         """For each group of users, whether it is harmed, before and after Holm's correction."""
         return {
-            name: {
-                "p_value": group.p_value,
-                "adjusted_p_value": group.adjusted_p_value,
-                "is_harmed": group.is_harmed,
-                "is_harmed_adjusted": group.is_harmed_adjusted,
-            }
+            name: {key: value for key, value in vars(group).items() if key != "gain"}
             for name, group in self._groups.items()
         }
 
@@ -177,10 +172,6 @@ class _Study:
         groupings = user_groupings(quality, np.diff(train.offsets)[users], fields)
         return group_harm(self._gain("log_rank"), groupings, self._bootstrap)
 
-    @functools.cached_property
-    def _by_strangers(self) -> dict[str, np.ndarray]:
-        return self._served.by_strangers()
-
     def _strangers(self, lost: Sequence[str], told_by: Mapping[str, str]) -> dict[str, Estimate]:
         """The loss with strangers' private parts, and how often one's own is identified.
 
@@ -191,7 +182,7 @@ class _Study:
         Returns:
             Empty if only one user has a query: then there are no strangers.
         """
-        served = self._by_strangers
+        served = self._served.by_strangers
         if any(qualities.shape[1] == 1 for qualities in served.values()):
             return {}
         return named_estimates(

@@ -16,7 +16,7 @@ from pfm_llm.evaluation.tables import results_table, terminal_table
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs import environment as environment_module
 from pfm_llm.runs.environment import _git_state, environment
-from pfm_llm.runs.folders import newest_run
+from pfm_llm.runs.folders import find_run
 from tests.support.golden import assert_golden
 
 
@@ -248,7 +248,7 @@ def test_newest_run_is_by_start_or_resumption_not_by_name(tmp_path) -> None:
     make_run(tmp_path / "z", 100, 110)
     resumed = make_run(tmp_path / "a", 50, 200)
     make_run(tmp_path / "m", 150)
-    assert newest_run(tmp_path) == resumed
+    assert find_run(None, tmp_path) == resumed
 
 
 def test_newest_run_passes_over_private_folders_files_and_folders_without_config(tmp_path) -> None:
@@ -256,13 +256,13 @@ def test_newest_run_passes_over_private_folders_files_and_folders_without_config
     make_run(tmp_path / "a.private", 900)
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("")
-    assert newest_run(str(tmp_path)) == run
+    assert find_run(None, str(tmp_path)) == run
 
 
 @pytest.mark.parametrize("name", [".", "absent"])
 def test_no_run_names_the_script_that_makes_one(tmp_path, name) -> None:
     with pytest.raises(ConfigError, match=r"run `pfm train` first"):
-        newest_run(tmp_path / name)
+        find_run(None, tmp_path / name)
 
 
 # --- environment ------------------------------------------------------------------------------
