@@ -15,7 +15,6 @@ from pfm_llm.base import files
 from pfm_llm.config.schema import ExperimentConfig, dump_config
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.evaluation.results import FULL, ResultRow
-from pfm_llm.evaluation.tables import results_table
 from pfm_llm.model.build import ModelParts
 from pfm_llm.protocol.types import Group, Mode, SharedState, of_group
 from pfm_llm.publish.alignment import item_keys
@@ -36,7 +35,7 @@ from pfm_llm.publish.artefact import (
     prompt_file,
     write_head,
 )
-from pfm_llm.publish.card import CardFacts, model_card, shown_name
+from pfm_llm.publish.card import model_card, shown_name
 
 PLOTS_FOLDER = "plots"
 
@@ -91,7 +90,9 @@ def export_shared_adapter(
     hashes = {name: files.sha256_of(folder / name) for name in names}
     manifest = _manifest(what, shared.round_number, rows, hashes)
     files.write_bytes(folder / MANIFEST_FILE, manifest.to_bytes())
-    files.write_text(folder / CARD_FILE, _card(what, shared.round_number, rows, plots))
+    base, prompt = parts.backbone.portable_name, parts.prompt.key
+    card = model_card(config, base, prompt, shared.round_number, rows, plots)
+    files.write_text(folder / CARD_FILE, card)
 
 
 def public_config(config: ExperimentConfig) -> ExperimentConfig:
@@ -116,24 +117,6 @@ def _copy_plots(source: Path, folder: Path) -> list[str]:
         names.append(f"{PLOTS_FOLDER}/{plot.name}")
         files.write_bytes(folder / names[-1], plot.read_bytes())
     return names
-
-
-def _card(
-    what: Exported, round_number: int, rows: Sequence[ResultRow], plots: Sequence[str]
-) -> str:
-    config = what.config
-    facts = CardFacts(
-        name=config.name,
-        base_model=what.parts.backbone.portable_name,
-        prompt=what.parts.prompt.key,
-        dataset=config.data.source,
-        rounds=round_number,
-        scores=rows,
-        results_table=results_table(rows, confidence=config.evaluation.confidence) if rows else "",
-        config=config.model_dump(mode="json"),
-        plots=tuple(plots),
-    )
-    return model_card(facts)
 
 
 def _manifest(

@@ -70,8 +70,9 @@ def push_when_due(run: Run, shared: SharedState) -> None:
             return
         exported = run.folders.private / "pushed"
         export_shared_adapter(exported_of(run, run.as_set(shared)), exported, shared)
+        folder = run.folders.public
         try:
-            pushed = publish(_request(run, exported))
+            pushed = publish(request_of(folder, wanted.repo, exported, private=wanted.private))
             _log.info("round %d is at %s", round_number, pushed.url)
         except HubError as error:
             _log.warning("round %d was not pushed, training goes on: %s", round_number, error)
@@ -91,17 +92,12 @@ def push_finished(run: Run) -> None:
     with run.processes.together():
         if not run.processes.is_main:
             return
+        folder = run.folders.public
         try:
-            pushed = publish(_request(run, tag=wanted.tag))
+            pushed = publish(request_of(folder, wanted.repo, private=wanted.private, tag=wanted.tag))
         except HubError as error:
             raise HubError(
                 f"{error}\nThe run is complete; push it later with pfm push "
-                f"--run {run.folders.public} --repo {wanted.repo}"
+                f"--run {folder} --repo {wanted.repo}"
             ) from error
         _log.info("the shared adapter is at %s", pushed.url)
-
-
-def _request(run: Run, exported: Path | None = None, tag: str | None = None) -> PublishRequest:
-    wanted = run.config.push_to_hub
-    assert wanted is not None
-    return request_of(run.folders.public, wanted.repo, exported, private=wanted.private, tag=tag)
