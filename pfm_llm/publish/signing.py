@@ -7,8 +7,6 @@ a reader who knows the publisher's key can check whose key it is; that key is ca
 
 import base64
 import binascii
-import contextlib
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -49,22 +47,17 @@ def new_key(path: Path) -> str:
     with files.storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # files.write_bytes would replace an existing key, which could not be restored.
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE_MODE)
+            path.touch(_PRIVATE_MODE, exist_ok=False)
         except FileExistsError:
             raise StorageError(
                 f"{path} exists, and a key is never replaced: name another file, or delete it "
                 "if nothing was signed with it"
             ) from None
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            raise
+    try:
+        files.write_bytes(path, content)  # it replaces, so the empty file above holds the place
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     return public_key(key)
 
 

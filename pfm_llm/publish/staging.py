@@ -19,7 +19,6 @@ from safetensors import safe_open
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, PrivateLeakError, StorageError
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.model.lora import tensors_from_peft
 from pfm_llm.protocol.contract import TensorSpec
 from pfm_llm.protocol.types import Group, PrivateState, Tensors, of_group
 from pfm_llm.publish.artefact import (
@@ -213,8 +212,7 @@ def _check_adapter_config(staged: Artefact) -> None:
 def _check_tensors(staged: Artefact) -> None:
     """Check that each file holds exactly its tensors, with their shapes and in float32."""
     folder, specs = staged.folder, staged.table().specs
-    lora = tensors_from_peft(files.read_tensors(folder / ADAPTER_FILE)[0])
-    _check_specs(staged, ADAPTER_FILE, lora, of_group(specs, Group.LORA))
+    _check_specs(staged, ADAPTER_FILE, staged.lora(), of_group(specs, Group.LORA))
 
     head, width = files.read_tensors(folder / HEAD_FILE)[0], staged.normaliser().mean.numel()
     whitening = {

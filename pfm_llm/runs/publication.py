@@ -93,8 +93,9 @@ def push_finished(run: Run) -> None:
         if not run.processes.is_main:
             return
         folder = run.folders.public
+        request = request_of(folder, wanted.repo, private=wanted.private, tag=wanted.tag)
         try:
-            pushed = publish(request_of(folder, wanted.repo, private=wanted.private, tag=wanted.tag))
+            pushed = publish(request)
         except HubError as error:
             raise HubError(
                 f"{error}\nThe run is complete; push it later with pfm push "

@@ -2,9 +2,8 @@
 
 from huggingface_hub import GitCommitInfo
 
-from pfm_llm.publish.hub.calls import check_repo_id, hub_errors
+from pfm_llm.publish.hub.calls import check_repo_id
 from pfm_llm.publish.hub.reading import (
-    MANAGED_FILES,
     head_manifest,
     list_commits,
     list_tags,
@@ -15,12 +14,10 @@ from pfm_llm.publish.hub.reading import (
 from pfm_llm.publish.hub.sending import Pushed, push_folder
 
 __all__ = [
-    "MANAGED_FILES",
     "GitCommitInfo",
     "Pushed",
     "check_repo_id",
     "head_manifest",
-    "hub_errors",
     "list_commits",
     "list_tags",
     "pull",

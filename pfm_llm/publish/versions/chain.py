@@ -89,7 +89,11 @@ def verify_chain(
     checked = []
     for place, version in enumerate(versions):
         problems, notes = [], []
-        problems += _file_problems(repo, version)
+        if version.manifest is not None:
+            try:
+                hub.pull(repo, version.commit)
+            except (ArtefactError, StorageError) as error:
+                problems.append(str(error))
         problems += _signature_problems(version, trusted_key)
         problems += _link_problems(version, versions[place + 1 :])
         for parent in version.parents:
@@ -99,16 +103,6 @@ def verify_chain(
                 notes += note
         checked.append(CheckedVersion(version, tuple(problems), tuple(notes)))
     return ChainReport(repo, revision or "main", trusted_key, tuple(checked))
-
-
-def _file_problems(repo: str, version: Version) -> list[str]:
-    if version.manifest is None:
-        return []  # told already
-    try:
-        hub.pull(repo, version.commit)
-    except (ArtefactError, StorageError) as error:
-        return [str(error)]
-    return []
 
 
 def _signature_problems(version: Version, trusted_key: str | None) -> list[str]:
