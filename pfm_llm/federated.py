@@ -18,7 +18,6 @@ Example, on a config and a DataFrame of a tiny world:
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +111,7 @@ class FederatedRecommender:
         path = self.run / RESULTS_FILE
         if not path.exists():
             evaluate_run(self.run)
-        rows, _ = read_results(path)
-        return pd.DataFrame([asdict(row) for row in rows])
+        return pd.DataFrame(read_results(path)[0])
 
     def recommend(self, user: str, k: int = 10) -> list[Recommendation]:
         """The best items that a user has not met, with the user's private part.

@@ -149,15 +149,10 @@ def _module_changes(
     older: Artefact, newer: Artefact, before: Tensors, after: Tensors
 ) -> Iterator[Change]:
     for module in sorted({*lora_modules(before), *lora_modules(after)}, key=_in_order):
-        b_old, a_old = _factors(older, before, module)
-        b_new, a_new = _factors(newer, after, module)
-        note = ""
-        if b_old is None or a_old is None:
-            assert b_new is not None
-            assert a_new is not None
-            b_old, a_old, note = torch.zeros_like(b_new), torch.zeros_like(a_new), "new"
-        if b_new is None or a_new is None:
-            b_new, a_new, note = torch.zeros_like(b_old), torch.zeros_like(a_old), "gone"
+        old, new = _factors(older, before, module), _factors(newer, after, module)
+        note = "new" if old is None else "gone" if new is None else ""
+        b_old, a_old = old or [torch.zeros_like(factor) for factor in new or ()]
+        b_new, a_new = new or [torch.zeros_like(factor) for factor in old or ()]
         was = product_norm(b_old, a_old)
         if (b_old.shape[0], a_old.shape[1]) != (b_new.shape[0], a_new.shape[1]):
             yield Change.of(module, None, was, "of another shape")
@@ -172,10 +167,10 @@ def _module_changes(
 
 def _factors(
     artefact: Artefact, tensors: Tensors, module: str
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Scaled B and A in float64; None where the module is not adapted."""
     if lora_name(module, "A") not in tensors:
-        return None, None
+        return None
     lora = artefact.manifest.adapters.shared
     b, a = tensors[lora_name(module, "B")], tensors[lora_name(module, "A")]
     return b.double() * (lora.alpha / lora.rank), a.double()
