@@ -35,8 +35,6 @@ from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.runs.publication import request_of
 from pfm_llm.runs.run import Run, Trained
 
-_NAME = "recommender"
-
 
 class FederatedRecommender:
     """A recommender that simulated clients train together, each with a private part of its own.
@@ -62,7 +60,7 @@ class FederatedRecommender:
         data: Any = None,
         **settings: Any,
     ) -> None:
-        tree = _merged({"name": _NAME}, _tree(config))
+        tree = _merged({"name": "recommender"}, _tree(config))
         tree = _merged(tree, settings if name is None else {**settings, "name": name})
         self._config = parse_config(tree if data is None else _with_data(tree, data))
         self._tree = tree

@@ -82,6 +82,16 @@ def test_hub_versions_that_are_damaged_do_not_hide_the_others(
     assert [version.problem for version in versions[2:]] == [""] * 3
 
 
+def test_hub_manifest_that_is_damaged_on_its_way_is_told_with_its_version(
+    hub: HubDouble, three: list[str]
+) -> None:
+    hub.corrupt(REPO, MANIFEST_FILE)
+    damaged, *others = list_versions(REPO)
+    assert "was damaged on its way" in damaged.problem
+    assert (damaged.commit, damaged.manifest, damaged.manifest_sha256) == (three[2], None, "")
+    assert [version.problem for version in others] == ["", ""]
+
+
 def test_hub_repo_without_versions_has_none(hub: HubDouble) -> None:
     api(hub).create_repo(REPO)
     assert list_versions(REPO) == []

@@ -52,8 +52,7 @@ class Change:
     @classmethod
     def of(cls, name: str, norm: float | None, older_norm: float, note: str = "") -> "Change":
         """A change with the ratio of the two norms."""
-        known = norm is not None and older_norm > 0
-        relative = norm / older_norm if known and norm is not None else None
+        relative = norm / older_norm if norm is not None and older_norm > 0 else None
         return cls(name, norm, older_norm, relative, note)
 
 

@@ -112,7 +112,7 @@ def find_commit(repo: str, wanted: str, revision: str | None = None) -> str:
 
 def _read_version(repo: str, commit: hub.GitCommitInfo, tags: dict[str, str]) -> Version | None:
     origin = f"{repo}@{commit.commit_id[:12]}"
-    manifest, signed_by, problems = None, None, []
+    content, manifest, signed_by, problems = None, None, None, []
     try:
         content = hub.read_file(repo, commit.commit_id, MANIFEST_FILE)
         if content is None:
