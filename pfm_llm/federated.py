@@ -18,7 +18,6 @@ Example, on a config and a DataFrame of a tiny world:
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,6 @@ from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.runs.opening import open_to_serve
 from pfm_llm.runs.publication import request_of
 from pfm_llm.runs.run import Run, Trained
-
-_NAME = "recommender"
 
 
 class FederatedRecommender:
@@ -65,7 +62,7 @@ class FederatedRecommender:
         data: Any = None,
         **settings: Any,
     ) -> None:
-        tree = _merged({"name": _NAME}, _tree(config))
+        tree = _merged({"name": "recommender"}, _tree(config))
         tree = _merged(tree, settings if name is None else {**settings, "name": name})
         self._config = parse_config(tree if data is None else _with_data(tree, data))
         self._tree = tree
@@ -114,8 +111,7 @@ class FederatedRecommender:
         path = self.run / RESULTS_FILE
         if not path.exists():
             evaluate_run(self.run)
-        rows, _ = read_results(path)
-        return pd.DataFrame([asdict(row) for row in rows])
+        return pd.DataFrame(read_results(path)[0])
 
     def recommend(self, user: str, k: int = 10) -> list[Recommendation]:
         """The best items that a user has not met, with the user's private part.
@@ -154,7 +150,7 @@ class FederatedRecommender:
             HubError: It could not be pushed.
             PrivateLeakError: Something private was found in what is to be published.
         """
-        return publish(request_of(self.run, repo, **options)).pushed.url
+        return publish(request_of(self.run, repo, **options)).url
 
 
 def _tree(config: str | Path | ExperimentConfig | None) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def push(
     if dry_run:
         _show_plan(request)
         return
-    pushed = publish(request).pushed
+    pushed = publish(request)
     print(f"{'pushed' if pushed.changed else 'nothing new'}: {pushed.url}")
 
 

@@ -226,7 +226,7 @@ class Artefact:
 
         The manifest lacks the widths of the base model, so they are taken from the files.
         """
-        lora, manifest = self._lora(), self.manifest
+        lora, manifest = self.lora(), self.manifest
         modules = {
             module: (_width(lora, module, "A"), _width(lora, module, "B"))
             for module in manifest.modules
@@ -240,12 +240,13 @@ class Artefact:
         )
         return parameter_table(config, sizes)
 
-    def _lora(self) -> dict[str, torch.Tensor]:
+    def lora(self) -> dict[str, torch.Tensor]:
+        """The shared LoRA, as it was stored, under the names of `types`."""
         return tensors_from_peft(files.read_tensors(self.folder / ADAPTER_FILE)[0])
 
     def shared_tensors(self) -> dict[str, torch.Tensor]:
         """LoRA, basis and head, float32, under the names of `types`."""
-        tensors = self._lora()
+        tensors = self.lora()
         if BASIS_FILE in self.manifest.files:
             tensors |= files.read_tensors(self.folder / BASIS_FILE)[0]
         head, _ = read_head(self.folder)

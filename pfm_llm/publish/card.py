@@ -5,8 +5,8 @@ settings and no local paths. At the time of the export the repository is unknown
 names `NO_REPO`, which `addressed_card` replaces.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import yaml
 
 from pfm_llm import __version__
 from pfm_llm.base import templates
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.evaluation.results import AUC, AUC_LABEL, FULL, RANK_LABELS, SAMPLED, ResultRow
+from pfm_llm.evaluation.tables import results_table
 from pfm_llm.protocol.types import Mode
 
 NO_REPO = "path/to/this/folder"
@@ -64,56 +66,51 @@ _PLOT_TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """The content of a card.
-
-    Attributes:
-        name: Name of the run.
-        base_model: Hub id of the backbone, or a local folder (then only its name is shown).
-        prompt: Prompt key, such as ``next_item.v1``.
-        dataset: Name or Hub id of the data, or a path (then only its name is shown).
-        rounds: Number of trained rounds.
-        scores: Result rows of any method, mode and split.
-        results_table: The results as Markdown, as `result_tables.results_table` makes it; empty
-            before the first evaluation.
-        config: The resolved config, as nested mappings.
-        adapter: Hub id or folder name of the adapter, for the loading example.
-        base_note: A sentence on the source of the base weights; may be empty.
-        plots: The plots in the folder, such as ``plots/loss.png``.
-    """
-
-    name: str
-    base_model: str
-    prompt: str
-    dataset: str
-    rounds: int
-    scores: Sequence[ResultRow]
-    results_table: str
-    config: Mapping[str, Any]
-    adapter: str = NO_REPO
-    base_note: str = ""
-    plots: Sequence[str] = ()
-
-
-def model_card(facts: CardFacts) -> str:
+def model_card(
+    config: ExperimentConfig,
+    base_model: str,
+    prompt: str,
+    rounds: int,
+    rows: Sequence[ResultRow] = (),
+    plots: Sequence[str] = (),
+) -> str:
     """The card: YAML front matter with a model index, then Markdown.
 
     The model index has the test scores of ``shared_only``: the folder holds the shared part alone.
+
+    Args:
+        config: The experiment. Of a path in it, only the last part is shown.
+        base_model: Hub id of the backbone, or a local folder (then only its name is shown).
+        prompt: Prompt key, such as ``next_item.v1``.
+        rounds: Number of trained rounds.
+        rows: Result rows of any method, mode and split; empty before the first evaluation.
+        plots: The plots in the folder, such as ``plots/loss.png``.
     """
+    source, dataset = config.data.source, shown_name(config.data.source)
+    settings = [(label, attrgetter(key)(config)) for key, label in _SETTINGS.items()]
     body = templates.render(
         __package__,
         _TEMPLATE,
         is_html=False,
-        facts=facts,
-        base=shown_name(facts.base_model),
-        dataset=shown_name(facts.dataset),
+        config=config,
+        base=shown_name(base_model),
+        prompt=prompt,
+        dataset=dataset,
+        rounds=rounds,
+        results=results_table(rows, confidence=config.evaluation.confidence) if rows else "",
+        adapter=NO_REPO,
         version=__version__,
-        plots=[(_PLOT_TITLES.get(Path(p).name, Path(p).stem), p) for p in facts.plots],
-        **_conditions(facts),
-        **_from_config(facts.config),
+        plots=[(_PLOT_TITLES.get(Path(p).name, Path(p).stem), p) for p in plots],
+        settings=[(label, value) for label, value in settings if value is not None],
+        started_from=config.init_from and shown_name(config.init_from.adapter),
+        is_on_hub=_is_hub_id(base_model),
+        is_embedded_base=config.backbone.name == _EMBEDDED_BASE,
+        is_embedded_data=source == _EMBEDDED_DATA,
+        is_movielens="movielens" in dataset.lower() or dataset.lower().startswith("ml-"),
+        has_paths=_is_path(source) or _is_path(base_model),
     )
-    front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True)
+    matter = _front_matter(config, base_model, rows)
+    front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n{body}"
 
 
@@ -127,8 +124,8 @@ def addressed_card(card: str, repo: str) -> str:
     return card.replace(NO_REPO, repo)
 
 
-def _front_matter(facts: CardFacts) -> dict[str, Any]:
-    dataset, base = shown_name(facts.dataset), facts.base_model
+def _front_matter(config: ExperimentConfig, base: str, rows: Sequence[ResultRow]) -> dict[str, Any]:
+    dataset = shown_name(config.data.source)
     front: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter"} if _is_hub_id(base) else {}),
         "library_name": "peft",
@@ -137,9 +134,10 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
         "tags": list(_TAGS),
         "datasets": [dataset],
     }
-    confidence = _setting(facts.config, "evaluation.confidence")
     metrics = [
-        _index_entry(score, confidence) for score in facts.scores if _is_of_this_folder(score)
+        _index_entry(row, config.evaluation.confidence)
+        for row in rows
+        if (row.mode, row.split) == (Mode.SHARED_ONLY, "test")
     ]
     if metrics:  # the Hub refuses an index without results
         result = {
@@ -147,15 +145,11 @@ def _front_matter(facts: CardFacts) -> dict[str, Any]:
             "dataset": {"type": dataset, "name": dataset, "split": "test"},
             "metrics": metrics,
         }
-        front["model-index"] = [{"name": facts.name, "results": [result]}]
+        front["model-index"] = [{"name": config.name, "results": [result]}]
     return front
 
 
-def _is_of_this_folder(score: ResultRow) -> bool:
-    return (score.mode, score.split) == (Mode.SHARED_ONLY, "test")
-
-
-def _index_entry(score: ResultRow, confidence: float | None) -> dict[str, Any]:
+def _index_entry(score: ResultRow, confidence: float) -> dict[str, Any]:
     sampled = score.candidates.removeprefix(SAMPLED)
     among = "full catalogue" if score.candidates == FULL else f"{sampled} sampled negatives"
     at_k = f"@{score.k}" if score.k else ""
@@ -163,7 +157,7 @@ def _index_entry(score: ResultRow, confidence: float | None) -> dict[str, Any]:
     interval = {
         "ci_low": round(float(score.ci_low), 6),
         "ci_high": round(float(score.ci_high), 6),
-        **({} if confidence is None else {"confidence": float(confidence)}),
+        "confidence": confidence,
     }
     return {
         "type": f"{score.metric}{at_k}",
@@ -184,43 +178,3 @@ def _is_path(name: str) -> bool:
 
 def _is_hub_id(name: str) -> bool:
     return "/" in name and not _is_path(name)
-
-
-def _conditions(facts: CardFacts) -> dict[str, bool]:
-    """The conditional parts of the text that do not depend on settings."""
-    dataset = shown_name(facts.dataset).lower()
-    return {
-        "is_on_hub": _is_hub_id(facts.base_model),
-        "is_embedded_data": facts.dataset == _EMBEDDED_DATA,
-        "is_movielens": "movielens" in dataset or dataset.startswith("ml-"),
-        "has_paths": _is_path(facts.dataset) or _is_path(facts.base_model),
-    }
-
-
-def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of the text that come from the settings."""
-    ids = _setting(config, "head.item_ids") or "none"
-    started = _setting(config, "init_from.adapter")
-    shown = ((label, _setting(config, key)) for key, label in _SETTINGS.items())
-    return {
-        "has_ids": ids != "none",
-        "reads_ids": ids == "both",
-        "has_bias": bool(_setting(config, "head.item_bias")),
-        "has_context": bool(_setting(config, "head.item_context")),
-        "window_items": _setting(config, "window.items"),
-        "is_embedded_base": _setting(config, "backbone.name") == _EMBEDDED_BASE,
-        "started_from": started and shown_name(str(started)),
-        "settings": [
-            (label, ", ".join(value) if isinstance(value, list | tuple) else value)
-            for label, value in shown
-            if value is not None
-        ],
-    }
-
-
-def _setting(config: Mapping[str, Any], key: str) -> Any:
-    """A setting by its dotted key; None if it does not exist."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value

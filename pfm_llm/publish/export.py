@@ -15,8 +15,6 @@ from pfm_llm.base import files
 from pfm_llm.config.schema import ExperimentConfig, dump_config
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.evaluation.results import FULL, ResultRow
-from pfm_llm.evaluation.tables import results_table
-from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.build import ModelParts
 from pfm_llm.protocol.types import Group, Mode, SharedState, of_group
 from pfm_llm.publish.alignment import item_keys
@@ -30,7 +28,6 @@ from pfm_llm.publish.artefact import (
     ITEM_KEYS_FILE,
     MANIFEST_FILE,
     TRAINING_CONFIG_FILE,
-    Artefact,
     Base,
     Manifest,
     Metric,
@@ -38,13 +35,9 @@ from pfm_llm.publish.artefact import (
     prompt_file,
     write_head,
 )
-from pfm_llm.publish.card import CardFacts, model_card, shown_name
+from pfm_llm.publish.card import model_card, shown_name
 
 PLOTS_FOLDER = "plots"
-_EMBEDDED_NOTE = (
-    "The weights that it was trained on are those of this model's Q4_1 GGUF file, dequantised "
-    "(`pfm_llm.base.assets.smollm2_135m()` rebuilds them); the manifest holds their hash."
-)
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,9 @@ def export_shared_adapter(
     hashes = {name: files.sha256_of(folder / name) for name in names}
     manifest = _manifest(what, shared.round_number, rows, hashes)
     files.write_bytes(folder / MANIFEST_FILE, manifest.to_bytes())
-    files.write_text(folder / CARD_FILE, _card(what, shared.round_number, rows, plots))
+    base, prompt = parts.backbone.portable_name, parts.prompt.key
+    card = model_card(config, base, prompt, shared.round_number, rows, plots)
+    files.write_text(folder / CARD_FILE, card)
 
 
 def public_config(config: ExperimentConfig) -> ExperimentConfig:
@@ -124,35 +119,23 @@ def _copy_plots(source: Path, folder: Path) -> list[str]:
     return names
 
 
-def _card(
-    what: Exported, round_number: int, rows: Sequence[ResultRow], plots: Sequence[str]
-) -> str:
-    config, backbone = what.config, what.parts.backbone
-    facts = CardFacts(
-        name=config.name,
-        base_model=backbone.portable_name,
-        prompt=what.parts.prompt.key,
-        dataset=config.data.source,
-        rounds=round_number,
-        scores=rows,
-        results_table=results_table(rows, confidence=config.evaluation.confidence) if rows else "",
-        config=config.model_dump(mode="json"),
-        base_note=_EMBEDDED_NOTE if backbone.is_embedded else "",
-        plots=tuple(plots),
-    )
-    return model_card(facts)
-
-
 def _manifest(
     what: Exported, round_number: int, rows: Sequence[ResultRow], hashes: dict[str, str]
 ) -> Manifest:
-    config, parts, catalogue = what.config, what.parts, what.catalogue
+    config, parts, backbone = what.config, what.parts, what.parts.backbone
     return Manifest(
         format=FORMAT,
         pfm_llm=__version__,
         name=config.name,
         round=round_number,
-        base=_base(config, parts.backbone),
+        base=Base(
+            name=backbone.portable_name,
+            embedded=backbone.name if backbone.is_embedded else None,
+            revision=config.backbone.revision,
+            dtype=config.backbone.dtype,
+            weights_sha256=backbone.weights_hash,
+            tokenizer_sha256=backbone.tokenizer_hash,
+        ),
         adapters=config.adapters,
         modules=tuple(parts.adapter.modules),
         head=config.head,
@@ -161,23 +144,12 @@ def _manifest(
         prompt=parts.prompt.key,
         prompt_sha256=parts.prompt.content_hash(),
         data_source=shown_name(config.data.source),
-        catalogue_sha256=catalogue.content_hash(),
-        num_items=len(catalogue),
+        catalogue_sha256=what.catalogue.content_hash(),
+        num_items=len(what.catalogue),
         contract_sha256=parts.contract.hash(),
         parents=what.parents,
         metrics=_metrics(rows),
         files=hashes,
-    )
-
-
-def _base(config: ExperimentConfig, backbone: Backbone) -> Base:
-    return Base(
-        name=backbone.portable_name,
-        embedded=backbone.name if backbone.is_embedded else None,
-        revision=config.backbone.revision,
-        dtype=config.backbone.dtype,
-        weights_sha256=backbone.weights_hash,
-        tokenizer_sha256=backbone.tokenizer_hash,
     )
 
 
@@ -192,20 +164,4 @@ def _metrics(rows: Sequence[ResultRow]) -> tuple[Metric, ...]:
         )
         for row in rows
         if row.mode != Mode.NONE and row.split == "test" and row.candidates == FULL
-    )
-
-
-def trained_from(artefact: Artefact, named: str, revision: str | None) -> Parent:
-    """The adapter that a training started from, as a parent of its export.
-
-    Args:
-        artefact: The adapter.
-        named: Its name in the config.
-        revision: Its revision in the config.
-    """
-    return Parent(
-        relation="trained_from",
-        manifest_sha256=artefact.manifest_sha256,
-        repo=shown_name(named),
-        revision=revision,
     )

@@ -30,9 +30,6 @@ TEXT = "text"
 
 _KEY_BYTES = 8
 _GAP = bytes(RUN * _KEY_BYTES)
-_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-_MIX = np.uint64(0x9E3779B97F4A7C15)
-_PAIRS_AT_ONCE = 1 << 14
 # Relative; torch prints small numbers with about three significant digits.
 _TOLERANCE = 5e-3
 _NUM_PAIRS = 1 << 20
@@ -87,38 +84,22 @@ def find_private_in(contents: Mapping[str, bytes], states: Iterable[PrivateState
     raw, spelt = _ByteIndex(contents), _NumberIndex(contents)
     found: set[Finding] = set()
     for state in states:
-        numbers = _Numbers.of(state)
-        for dtype in DTYPES:
-            form = str(dtype).removeprefix("torch.")
-            for place, file in raw.find(_as_unsigned(numbers.values.to(dtype))):
-                found.add(Finding(file, state.client_id, numbers.tensor_at(place), form))
-        for place, file in spelt.find(numbers.values.numpy()):
-            found.add(Finding(file, state.client_id, numbers.tensor_at(place), TEXT))
+        for name, numbers in _rows(state):
+            in_form = {TEXT: spelt.find(numbers.numpy())}
+            for dtype in DTYPES:
+                bits = numbers.to(dtype).view(torch.uint8).numpy().view(f"u{dtype.itemsize}")
+                in_form[str(dtype).removeprefix("torch.")] = raw.find(bits)
+            for form, names in in_form.items():
+                found |= {Finding(file, state.client_id, name, form) for file in names}
     return sorted(found)
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    """All numbers of a state in one row: each tensor as it is and, if a matrix, transposed."""
-
-    values: torch.Tensor
-    names: list[str]
-    ends: np.ndarray
-
-    @classmethod
-    def of(cls, state: PrivateState) -> "_Numbers":
-        names, rows = [], []
-        for name, tensor in state.tensors.items():
-            value = tensor.detach().cpu().float()
-            layouts = [value, value.T] if value.dim() == 2 and min(value.shape) > 1 else [value]
-            names += [name] * len(layouts)
-            rows += [layout.reshape(-1) for layout in layouts]
-        ends = np.cumsum([len(row) for row in rows])
-        return cls(torch.cat(rows) if rows else torch.empty(0), names, ends)
-
-    def tensor_at(self, place: int) -> str:
-        """The name of the tensor that a number belongs to."""
-        return self.names[int(np.searchsorted(self.ends, place, side="right"))]
+def _rows(state: PrivateState) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and numbers, float32 [n], of each tensor: as it is and, if a matrix, transposed."""
+    for name, tensor in state.tensors.items():
+        value = tensor.detach().cpu().float()
+        for layout in (value, value.T) if value.dim() == 2 else (value,):
+            yield name, layout.reshape(-1)
 
 
 class _ByteIndex:
@@ -127,99 +108,53 @@ class _ByteIndex:
     Numbers may stand at any offset, so every offset gets a key. A search for a tensor needs only
     some keys of it: with b bytes a number, a key spans 8/b numbers, so any stretch of eight numbers
     holds 8 - 8/b + 1 keys that begin at a number. If every (8 - 8/b + 1)th key of the tensor is
-    looked up, each stretch contains one of them. A found key is only a candidate; then all
-    stretches around it are compared number by number.
-
-    Attributes:
-        _keys: All keys except zero, sorted; `_places` are their offsets in `_bytes`.
-        _bitmap: One bit for each hash of a key. Most keys of a tensor are absent from the files;
-            the bitmap says so without a binary search.
+    looked up, each stretch contains one of them. A found key is only a candidate; then the
+    stretches around it are searched for.
     """
 
     def __init__(self, contents: Mapping[str, bytes]) -> None:
-        pieces = [(name, view) for name, content in contents.items() for view in _views(content)]
-        self._names = [name for name, _ in pieces]
-        # The gaps of zeros keep a stretch from reaching from one content into the next.
-        padded = b"".join(_GAP + view for _, view in pieces) + _GAP
-        self._ends = np.cumsum([len(_GAP) + len(view) for _, view in pieces])
-        self._bytes = np.frombuffer(padded, dtype=np.uint8)
-        # Eight aligned views, each shifted by one byte, cover every offset.
-        words = [
-            np.frombuffer(padded, "<u8", (len(padded) - shift) // _KEY_BYTES, shift)
-            for shift in range(_KEY_BYTES)
-        ]
-        places = [np.flatnonzero(word) * _KEY_BYTES + shift for shift, word in enumerate(words)]
-        keys = np.concatenate([word[word != 0] for word in words])
-        order = np.argsort(keys)
-        self._keys = keys[order]
-        self._places = np.concatenate(places)[order]
-        # At least 128 bits per key: fewer than one absent key in a hundred finds its bit set.
-        self._bits = max(16, (128 * len(keys)).bit_length())
-        self._bitmap = np.zeros(1 << (self._bits - 3), np.uint8)
-        np.bitwise_or.at(self._bitmap, *self._slots(self._keys))
+        # The gaps of zeros keep a stretch from reaching from one piece into the next.
+        self._contents = {
+            name: b"".join(view + _GAP for view in _views(content))
+            for name, content in contents.items()
+        }
+        self._keys = np.sort(np.concatenate([_keys(_GAP), *map(_keys, self._contents.values())]))
 
-    def find(self, numbers: np.ndarray) -> Iterator[tuple[int, str]]:
-        """Find stretches of numbers in the contents.
+    def find(self, numbers: np.ndarray) -> set[str]:
+        """Names of the contents that hold a stretch of numbers.
 
         Args:
             numbers: The bits of the numbers, as unsigned integers of the width of their dtype.
-
-        Yields:
-            Index of a number in a found stretch, and the name of the content.
         """
+        if len(numbers) < RUN:
+            return set()
         per_key = _KEY_BYTES // numbers.itemsize
         step = RUN - per_key + 1
-        if len(numbers) < RUN or not len(self._keys):
-            return
-        keys = np.ascontiguousarray(sliding_window_view(numbers, per_key)[::step])
-        keys = keys.view(np.uint64).reshape(-1)
-        slots, masks = self._slots(keys)
-        # First the bitmap, then a binary search for the keys that it lets through.
-        maybe = np.flatnonzero(self._bitmap[slots] & masks)
-        first = np.searchsorted(self._keys, keys[maybe])
-        is_there = self._keys[np.minimum(first, len(self._keys) - 1)] == keys[maybe]
-        if not is_there.any():
-            return
-        maybe, first = maybe[is_there], first[is_there]
-        count = np.searchsorted(self._keys, keys[maybe], side="right") - first
-        maybe *= step  # from the index of a key to the index of its first number
-        # With zeros at both ends every key has a full set of stretches around it.
-        numbers = np.pad(numbers, RUN)
-        telling = _is_telling(_around(numbers, maybe + RUN, per_key)).any(1)
-        for place, start, length in zip(
-            maybe[telling].tolist(), first[telling].tolist(), count[telling].tolist(), strict=True
-        ):
-            for name in self._confirmed(numbers, place, self._places[start : start + length]):
-                yield place, name
+        keys = _joined(sliding_window_view(numbers, per_key)[::step])
+        order = np.argsort(keys)  # sorted keys are looked up several times faster
+        there = np.searchsorted(self._keys, keys[order]).clip(max=len(self._keys) - 1)
+        places = step * order[self._keys[there] == keys[order]]
+        starts = np.unique(places[:, None] - np.arange(step))
+        starts = starts[(starts >= 0) & (starts <= len(numbers) - RUN)]
+        stretches = sliding_window_view(numbers, RUN)[starts]
+        stretches = stretches[_is_telling(stretches)]
+        return {name for name in self._contents if len(stretches) and self._has(name, stretches)}
 
-    def _confirmed(self, numbers: np.ndarray, place: int, at: np.ndarray) -> set[str]:
-        """Names of the contents that hold a whole stretch around one key of a tensor.
+    def _has(self, name: str, stretches: np.ndarray) -> bool:
+        """Whether a content holds one of the stretches [n, RUN]."""
+        content, per_key = self._contents[name], _KEY_BYTES // stretches.itemsize
+        likely = stretches[np.isin(_joined(stretches[:, :per_key]), _keys(content))]
+        return any(stretch.tobytes() in content for stretch in likely)
 
-        Args:
-            numbers: The padded numbers of the tensor.
-            place: Index of the key's first number, without padding.
-            at: Offsets in `_bytes` at which the key stands.
-        """
-        per_key = _KEY_BYTES // numbers.itemsize
-        around = _around(numbers, np.array([place + RUN]), per_key)
-        size = numbers.itemsize
-        # The bytes from the start of the earliest stretch with this key to the end of the latest.
-        relative = np.arange(-(RUN - per_key) * size, RUN * size)
-        found: set[str] = set()
-        for start in range(0, len(at), _PAIRS_AT_ONCE):
-            some = at[start : start + _PAIRS_AT_ONCE]
-            there = self._bytes[some[:, None] + relative].view(numbers.dtype)
-            equal = sliding_window_view(there, RUN, axis=1) == around
-            is_found = (equal.all(2) & _is_telling(around)).any(1)
-            files = np.searchsorted(self._ends, some[is_found], side="right")
-            found |= {self._names[file] for file in np.unique(files).tolist()}
-        return found
 
-    def _slots(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Byte and bit of the bitmap for each key."""
-        hashes = (keys * _MIX) >> np.uint64(64 - self._bits)
-        masks = np.left_shift(np.uint8(1), (hashes & np.uint64(7)).astype(np.uint8))
-        return (hashes >> np.uint64(3)).view(np.int64), masks
+def _keys(content: bytes) -> np.ndarray:
+    """The eight bytes at every offset of a content of at least eight bytes."""
+    return _joined(sliding_window_view(np.frombuffer(content, np.uint8), _KEY_BYTES))
+
+
+def _joined(rows: np.ndarray) -> np.ndarray:
+    """Rows of eight bytes each as uint64 keys."""
+    return np.ascontiguousarray(rows).view(np.uint64).reshape(-1)
 
 
 class _NumberIndex:
@@ -262,10 +197,11 @@ class _NumberIndex:
             near = [np.minimum(low + np.uint16(offset), high) for offset in (one, other)]
             self._pairs[_pair_slots(near[0][first], near[1][first + 1])] = True
 
-    def find(self, values: np.ndarray) -> Iterator[tuple[int, str]]:
-        """Places of float32 numbers that begin a found stretch."""
+    def find(self, values: np.ndarray) -> set[str]:
+        """Names of the contents that spell a stretch of float32 numbers."""
+        found: set[str] = set()
         if not len(self._starts) or len(values) < RUN:
-            return
+            return found
         buckets = _buckets(values)
         near = self._pairs[_pair_slots(buckets[:-1], buckets[1:])]
         # After both steps: whether the four pairs of the eight numbers from a place are marked.
@@ -277,14 +213,8 @@ class _NumberIndex:
             for offset in range(RUN):
                 there = self._numbers[starts + offset]
                 starts = starts[np.abs(there - stretch[offset]) <= _TOLERANCE * np.abs(there)]
-            for file in set(np.searchsorted(self._ends, starts, side="right").tolist()):
-                yield place, self._names[file]
-
-
-def _around(numbers: np.ndarray, places: np.ndarray, per_key: int) -> np.ndarray:
-    """For each place, the stretches [stretches, RUN] of numbers that contain the key there."""
-    first = places[:, None] - (RUN - per_key) + np.arange(RUN - per_key + 1)
-    return numbers[first[:, :, None] + np.arange(RUN)]
+            found |= {self._names[i] for i in np.searchsorted(self._ends, starts, side="right")}
+        return found
 
 
 def _is_telling(stretches: np.ndarray) -> np.ndarray:
@@ -306,11 +236,6 @@ def _buckets(values: np.ndarray) -> np.ndarray:
 def _pair_slots(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Index in `_NumberIndex._pairs` of two consecutive buckets."""
     return (one.astype(np.int32) * np.int32(_PAIR_FACTOR) + other) & np.int32(_NUM_PAIRS - 1)
-
-
-def _as_unsigned(values: torch.Tensor) -> np.ndarray:
-    size = values.element_size()
-    return values.contiguous().view(torch.uint8).numpy().view(_UNSIGNED[size])
 
 
 def _as_text(content: bytes) -> str | None:

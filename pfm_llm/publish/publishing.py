@@ -20,8 +20,6 @@ from pfm_llm.publish.artefact import (
 from pfm_llm.publish.card import addressed_card
 from pfm_llm.publish.staging import stage
 
-__all__ = ["PlannedFile", "PublishRequest", "Published", "plan", "publish", "stage"]
-
 
 @dataclass(frozen=True)
 class PublishRequest:
@@ -61,19 +59,6 @@ class PlannedFile:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Published:
-    """The result of `publish`.
-
-    Attributes:
-        manifest: The manifest of the branch's newest version.
-        pushed: Its place, and whether a file was new.
-    """
-
-    manifest: Manifest
-    pushed: hub.Pushed
-
-
 def plan(request: PublishRequest) -> list[PlannedFile]:
     """The files that `publish` would push, after all of its checks; needs no network or token.
 
@@ -97,10 +82,13 @@ def plan(request: PublishRequest) -> list[PlannedFile]:
         ]
 
 
-def publish(request: PublishRequest) -> Published:
+def publish(request: PublishRequest) -> hub.Pushed:
     """Check an exported adapter and push it.
 
     If the branch already holds it, only a missing tag or signature is sent.
+
+    Returns:
+        The place of the branch's newest version, and whether a file was new.
 
     Raises:
         PrivateLeakError: A private tensor is in the folder.
@@ -115,7 +103,7 @@ def publish(request: PublishRequest) -> Published:
         staged = stage(request.exported, Path(scratch) / "staged", request.private_root)
         manifest = _placed(staged, request)
         _finish(staged.folder, manifest, request)
-        pushed = hub.push_folder(
+        return hub.push_folder(
             staged.folder,
             request.repo,
             private=request.private,
@@ -123,7 +111,6 @@ def publish(request: PublishRequest) -> Published:
             revision=request.revision,
             message=f"{manifest.name}, round {manifest.round}",
         )
-    return Published(manifest, pushed)
 
 
 def _placed(staged: Artefact, request: PublishRequest) -> Manifest:

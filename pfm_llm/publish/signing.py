@@ -7,22 +7,19 @@ a reader who knows the publisher's key can check whose key it is; that key is ca
 
 import base64
 import binascii
-import contextlib
-import json
-import os
 from pathlib import Path
+from typing import Literal
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, StorageError
 
 SigningKey = Ed25519PrivateKey
 
-_ALGORITHM = "ed25519"
-_FIELDS = {"algorithm", "public_key", "signature"}
 _KEY_BYTES, _SIGNATURE_BYTES = 32, 64
 _PRIVATE_MODE = 0o600
 _OF_OTHERS = 0o077
@@ -50,22 +47,17 @@ def new_key(path: Path) -> str:
     with files.storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # files.write_bytes would replace an existing key, which could not be restored.
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _PRIVATE_MODE)
+            path.touch(_PRIVATE_MODE, exist_ok=False)
         except FileExistsError:
             raise StorageError(
                 f"{path} exists, and a key is never replaced: name another file, or delete it "
                 "if nothing was signed with it"
             ) from None
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            raise
+    try:
+        files.write_bytes(path, content)  # it replaces, so the empty file above holds the place
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     return public_key(key)
 
 
@@ -119,12 +111,9 @@ def sign(content: bytes, key: SigningKey) -> bytes:
     Returns:
         The content of the ``.sig`` file: equal content and key give equal bytes.
     """
-    fields = {
-        "algorithm": _ALGORITHM,
-        "public_key": public_key(key),
-        "signature": base64.b64encode(key.sign(content)).decode(),
-    }
-    return (json.dumps(fields, indent=2) + "\n").encode()
+    signature = base64.b64encode(key.sign(content)).decode()
+    file = _SignatureFile(algorithm="ed25519", public_key=public_key(key), signature=signature)
+    return (file.model_dump_json(indent=2) + "\n").encode()
 
 
 def verify(content: bytes, signature_file: bytes, trusted: str | None) -> str:
@@ -144,9 +133,16 @@ def verify(content: bytes, signature_file: bytes, trusted: str | None) -> str:
     """
     if trusted is not None:
         check_public_key(trusted)
-    fields = _fields(signature_file)
-    key = _decoded(fields["public_key"], _KEY_BYTES, "the signature's public key")
-    signature = _decoded(fields["signature"], _SIGNATURE_BYTES, "the signature")
+    try:
+        file = _SignatureFile.model_validate_json(signature_file)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "its start"
+        raise ArtefactError(
+            f"the signature file is damaged at {where}, or from another version of pfm_llm: "
+            f"{error.errors()[0]['msg']}"
+        ) from error
+    key = _decoded(file.public_key, _KEY_BYTES, "the signature's public key")
+    signature = _decoded(file.signature, _SIGNATURE_BYTES, "the signature")
     try:
         Ed25519PublicKey.from_public_bytes(key).verify(signature, content)
     except InvalidSignature as error:
@@ -179,25 +175,18 @@ def same_key(one: str | None, other: str | None) -> bool:
     return base64.b64decode(one) == base64.b64decode(other)
 
 
-def _fields(signature_file: bytes) -> dict[str, str]:
-    try:
-        tree = json.loads(signature_file)
-    except ValueError as error:
-        raise ArtefactError(f"the signature file is not valid JSON ({error})") from error
-    if not isinstance(tree, dict) or set(tree) != _FIELDS:
-        raise ArtefactError(
-            f"the signature file does not hold exactly {', '.join(sorted(_FIELDS))}: "
-            "it is damaged, or from another version of pfm_llm"
-        )
-    if tree["algorithm"] != _ALGORITHM:
-        raise ArtefactError(f"the signature is of kind {tree['algorithm']!r}, not {_ALGORITHM}")
-    return tree
+class _SignatureFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    algorithm: Literal["ed25519"]
+    public_key: str
+    signature: str
 
 
-def _decoded(text: object, size: int, what: str) -> bytes:
+def _decoded(text: str, size: int, what: str) -> bytes:
     """The bytes behind base64 of a known length."""
     try:
-        content = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+        content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         content = b""
     if len(content) != size:

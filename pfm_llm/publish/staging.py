@@ -1,14 +1,12 @@
 """The checked copy of a folder before it is published.
 
-`stage` copies the files that the manifest lists into an empty folder, checks the content of each
+`stage` copies the files that the manifest lists into a new folder, checks the content of each
 file, and searches all of them for every private tensor of the run. A private adapter has the format
 and the names of a shared one, so only a comparison of the numbers can find it.
 """
 
-import contextlib
 import os
 import re
-import shutil
 import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -21,7 +19,6 @@ from safetensors import safe_open
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, PrivateLeakError, StorageError
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.model.lora import tensors_from_peft
 from pfm_llm.protocol.contract import TensorSpec
 from pfm_llm.protocol.types import Group, PrivateState, Tensors, of_group
 from pfm_llm.publish.artefact import (
@@ -38,7 +35,6 @@ from pfm_llm.publish.artefact import (
     Manifest,
     check_listing,
     read_artefact,
-    read_head,
 )
 from pfm_llm.publish.leak_search import find_private
 
@@ -59,11 +55,11 @@ _PLAIN_LORA: dict[str, Any] = {
 
 
 def stage(exported: Path, into: Path, private_root: Path | None) -> Artefact:
-    """Copy the listed files into an empty folder, and check all of them.
+    """Copy the listed files into a new folder, and check all of them.
 
     Args:
         exported: An exported folder; links are not followed.
-        into: A folder that is empty or does not exist; after an error it is empty.
+        into: A folder that does not exist yet.
         private_root: The run's private store; None if the run has no private part.
 
     Returns:
@@ -72,7 +68,7 @@ def stage(exported: Path, into: Path, private_root: Path | None) -> Artefact:
     Raises:
         PrivateLeakError: A private tensor is in a file.
         ArtefactError: ``exported`` is no shared adapter or holds a file that does not belong in
-            one, ``into`` is not empty, or there is no private store.
+            one, or there is no private store.
         CorruptFileError: A file does not match the manifest, or a private state is damaged.
         StorageError: A file cannot be read or written.
     """
@@ -82,34 +78,19 @@ def stage(exported: Path, into: Path, private_root: Path | None) -> Artefact:
             f"can tell whether something private is in it; {_NOTHING_SENT}. Push from where the "
             "run was trained, or bring its private folder back"
         )
-    with _emptied_on_failure(into):
-        try:
-            _copy(exported, into)
-        except ArtefactError:
-            if private_root is not None:
-                _search(exported, private_root, exported)  # if it is that, it is to be said
-            raise
-        staged = read_artefact(into, origin=str(exported))
-        if private_root is not None:
-            _search(into, private_root, exported)
-        _check_texts(staged)
-        _check_adapter_config(staged)
-        _check_tensors(staged)
-    return staged
-
-
-@contextlib.contextmanager
-def _emptied_on_failure(folder: Path) -> Iterator[None]:
-    is_new = not folder.exists()
-    if not is_new and (folder.is_symlink() or any(folder.iterdir())):
-        raise ArtefactError(f"{folder} is not empty; stage into a new folder")
     try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not is_new:
-            folder.mkdir()
+        _copy(exported, into)
+    except ArtefactError:
+        if private_root is not None:
+            _search(exported, private_root, exported)  # if it is that, it is to be said
         raise
+    staged = read_artefact(into, origin=str(exported))
+    if private_root is not None:
+        _search(into, private_root, exported)
+    _check_texts(staged)
+    _check_adapter_config(staged)
+    _check_tensors(staged)
+    return staged
 
 
 def _copy(exported: Path, into: Path) -> None:
@@ -231,12 +212,9 @@ def _check_adapter_config(staged: Artefact) -> None:
 def _check_tensors(staged: Artefact) -> None:
     """Check that each file holds exactly its tensors, with their shapes and in float32."""
     folder, specs = staged.folder, staged.table().specs
-    lora = tensors_from_peft(files.read_tensors(folder / ADAPTER_FILE)[0])
-    _check_specs(staged, ADAPTER_FILE, lora, of_group(specs, Group.LORA))
+    _check_specs(staged, ADAPTER_FILE, staged.lora(), of_group(specs, Group.LORA))
 
-    head, normaliser = read_head(folder)
-    width = normaliser.mean.numel()
-    head |= {"normaliser.mean": normaliser.mean, "normaliser.basis": normaliser.basis}
+    head, width = files.read_tensors(folder / HEAD_FILE)[0], staged.normaliser().mean.numel()
     whitening = {
         "normaliser.mean": TensorSpec((width,)),
         "normaliser.basis": TensorSpec((width, width)),

@@ -1,8 +1,10 @@
 """The hardware and software of a run."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ def environment(
         "versions": {
             "python": platform.python_version(),
             "pfm_llm": __version__,
-            **{package: _version(package) for package in _PACKAGES},
+            **{package: importlib.metadata.version(package) for package in _PACKAGES},
         },
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
@@ -47,21 +49,10 @@ def environment(
     }
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _cpu_model() -> str | None:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass  # not Linux, or not readable
+    with contextlib.suppress(OSError):  # not Linux, or not readable
+        if found := re.search(r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.M):
+            return found[1].strip()
     return platform.processor() or None
 
 

@@ -123,36 +123,24 @@ def find_run(name_or_path: str | Path | None, runs_dir: str | Path = "runs") -> 
     Raises:
         ConfigError: There is no such run; the message lists the existing runs.
     """
+    runs = _runs_in(Path(runs_dir))
     if name_or_path is None:
-        return newest_run(runs_dir)
+        if not runs:
+            raise ConfigError(f"no run in {runs_dir}; {_TRAIN_FIRST}")
+        return runs[0]
     for folder in (Path(name_or_path), Path(runs_dir) / name_or_path):
         if (folder / CONFIG_FILE).is_file():
             return folder
     what = f"{name_or_path} is no run: it has no {CONFIG_FILE}"
     if not Path(name_or_path).exists():
         what = f"no run at {name_or_path}"
-    names = [folder.name for folder in _runs_in(Path(runs_dir))]
+    names = [folder.name for folder in runs]
     if not names:
         raise ConfigError(f"{what}; {runs_dir} has none either; {_TRAIN_FIRST}")
     near = difflib.get_close_matches(Path(name_or_path).name, names, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     listed = ", ".join([*names[:_MOST_NAMED], *(["…"] if len(names) > _MOST_NAMED else [])])
     raise ConfigError(f"{what}; {hint}{runs_dir} has {listed}")
-
-
-def newest_run(runs_dir: str | Path) -> Path:
-    """The run that was started or resumed last.
-
-    Args:
-        runs_dir: The folder of runs.
-
-    Raises:
-        ConfigError: There is no run.
-    """
-    runs = _runs_in(Path(runs_dir))
-    if not runs:
-        raise ConfigError(f"no run in {runs_dir}; {_TRAIN_FIRST}")
-    return runs[0]
 
 
 def _runs_in(runs_dir: Path) -> list[Path]:

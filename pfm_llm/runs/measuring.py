@@ -108,6 +108,14 @@ def quality_of(measured: Measured, mode: Mode, name: str = "log_rank") -> np.nda
     return user_quality(name, ranks.full, ranks.users)
 
 
+def gain_of(measured: Measured, name: str = "log_rank") -> np.ndarray:
+    """The gain of each user from the private part in a quality, float64 [U]; see `quality_of`."""
+    own, shared = (
+        quality_of(measured, mode, name) for mode in (Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)
+    )
+    return np.subtract(own, shared)
+
+
 def fit_run_baselines(run: Run) -> list[FittedBaseline]:
     """The config's baselines, fitted on train and chosen on validation."""
     train = run.data.split.train.interactions

@@ -1,7 +1,7 @@
 """The plots of a run and of a suite: loss, quality by round and by bytes, gains, curves.
 
-The plots use matplotlib's objects on an Agg canvas instead of ``pyplot``, so that they need no
-global state and no display. Every function returns whether there was data to draw; without data it
+The plots use matplotlib's objects instead of ``pyplot``, so that they need no global state and no
+display. Every function returns whether there was data to draw; without data it
 writes no file. The colours are those of Okabe and Ito, which colour-blind readers can tell apart,
 and every series has its own marker.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -93,19 +93,17 @@ def plot_loss(records: Iterable[Record], path: Path) -> bool:
     Raises:
         StorageError: The file cannot be written.
     """
-    points = [(r["round"], r["loss"]) for r in records if _is_number(r.get("loss"))]
-    if not points:
+    losses = pd.Series({r["round"]: r["loss"] for r in records if _is_number(r.get("loss"))})
+    if losses.empty:
         return False
-    rounds, losses = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     figure, axes = _new_axes("Training loss", "Round", "Loss of the cohort (nats per prediction)")
     width = len(losses) // 10
     if len(losses) < _SMOOTH_FROM:
-        axes.plot(rounds, losses, color=_BLUE, marker="o", markersize=4)
+        axes.plot(losses, color=_BLUE, marker="o", markersize=4)
     else:
-        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        axes.plot(rounds, losses, color=_BLUE, alpha=0.35, linewidth=1, label="each round")
-        label = f"mean of the last {width} rounds"
-        axes.plot(rounds[width - 1 :], smooth, color=_BLUE, linewidth=2, label=label)
+        axes.plot(losses, color=_BLUE, alpha=0.35, linewidth=1, label="each round")
+        smooth, label = losses.rolling(width).mean().dropna(), f"mean of the last {width} rounds"
+        axes.plot(smooth, color=_BLUE, linewidth=2, label=label)
         axes.legend(frameon=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)
@@ -172,12 +170,8 @@ def plot_user_gain(gains: np.ndarray, path: Path) -> bool:
         (np.maximum(finite, 0), _BLUE, f"better: {better * share:.0f} % of users"),
     ):
         axes.stairs(values, edges, fill=True, color=color, label=label)
-    axes.axhline(
-        0,
-        color="black",
-        linewidth=1,
-        label=f"unchanged: {(finite.size - better - worse) * share:.0f} % of users",
-    )
+    unchanged = (finite.size - better - worse) * share
+    axes.axhline(0, color="black", linewidth=1, label=f"unchanged: {unchanged:.0f} % of users")
     axes.set_xlim(0, 100)
     axes.legend(frameon=False, loc="upper left")
     _save(figure, path)
@@ -339,9 +333,7 @@ def _new_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 def _new_figure(widths: float = 1.0) -> Figure:
     width, height = _SIZE_INCHES
-    figure = Figure(figsize=(width * widths, height), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width * widths, height), dpi=_DPI, layout="constrained")
 
 
 def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:

@@ -9,7 +9,8 @@ from pfm_llm.base.errors import HubError
 from pfm_llm.config.schema import load_config
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.artefact import Parent
-from pfm_llm.publish.export import Exported, export_shared_adapter, trained_from
+from pfm_llm.publish.card import shown_name
+from pfm_llm.publish.export import Exported, export_shared_adapter
 from pfm_llm.publish.publishing import PublishRequest, publish
 from pfm_llm.runs.folders import CONFIG_FILE, RunFolders, find_run
 from pfm_llm.runs.run import Run, Trained
@@ -45,7 +46,13 @@ def exported_of(run: Run, trained: Trained) -> Exported:
     config, started = run.config, run.config.init_from
     parents: tuple[Parent, ...] = ()
     if run.artefact is not None and started is not None:
-        parents = (trained_from(run.artefact, started.adapter, started.revision),)
+        origin = Parent(
+            relation="trained_from",
+            manifest_sha256=run.artefact.manifest_sha256,
+            repo=shown_name(started.adapter),
+            revision=started.revision,
+        )
+        parents = (origin,)
     private = config.adapters.private.model_copy(update={"weight": trained.private_weight})
     adapters = config.adapters.model_copy(update={"private": private})
     recorded = config.model_copy(update={"adapters": adapters})
@@ -63,9 +70,10 @@ def push_when_due(run: Run, shared: SharedState) -> None:
             return
         exported = run.folders.private / "pushed"
         export_shared_adapter(exported_of(run, run.as_set(shared)), exported, shared)
+        folder = run.folders.public
         try:
-            published = publish(_request(run, exported))
-            _log.info("round %d is at %s", round_number, published.pushed.url)
+            pushed = publish(request_of(folder, wanted.repo, exported, private=wanted.private))
+            _log.info("round %d is at %s", round_number, pushed.url)
         except HubError as error:
             _log.warning("round %d was not pushed, training goes on: %s", round_number, error)
         finally:
@@ -84,17 +92,13 @@ def push_finished(run: Run) -> None:
     with run.processes.together():
         if not run.processes.is_main:
             return
+        folder = run.folders.public
+        request = request_of(folder, wanted.repo, private=wanted.private, tag=wanted.tag)
         try:
-            published = publish(_request(run, tag=wanted.tag))
+            pushed = publish(request)
         except HubError as error:
             raise HubError(
                 f"{error}\nThe run is complete; push it later with pfm push "
-                f"--run {run.folders.public} --repo {wanted.repo}"
+                f"--run {folder} --repo {wanted.repo}"
             ) from error
-        _log.info("the shared adapter is at %s", published.pushed.url)
-
-
-def _request(run: Run, exported: Path | None = None, tag: str | None = None) -> PublishRequest:
-    wanted = run.config.push_to_hub
-    assert wanted is not None
-    return request_of(run.folders.public, wanted.repo, exported, private=wanted.private, tag=tag)
+        _log.info("the shared adapter is at %s", pushed.url)

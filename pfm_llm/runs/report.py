@@ -29,8 +29,8 @@ from pfm_llm.runs.measuring import (
     evaluation_task,
     fit_run_baselines,
     fit_run_likes,
+    gain_of,
     measure,
-    quality_of,
     rank_baselines,
     rows_of,
 )
@@ -158,7 +158,4 @@ def _draw(folders: RunFolders, measured: Measured) -> None:
     plots.plot_loss(records, plots_folder / "loss.png")
     plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png")
     if Mode.SHARED_PRIVATE in measured.ranks:
-        own, shared = (
-            quality_of(measured, mode, "ndcg") for mode in (Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)
-        )
-        plots.plot_user_gain(own - shared, plots_folder / "user_gain.png")
+        plots.plot_user_gain(gain_of(measured, "ndcg"), plots_folder / "user_gain.png")

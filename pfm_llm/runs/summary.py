@@ -34,7 +34,14 @@ def of_run(folder: Path, results: Mapping[str, Any]) -> list[str]:
         folder: The run's folder.
         results: See `findings`.
     """
-    return [*findings(results), *next_commands(folder, PRIVATE_WEIGHT in results)]
+    shown, compare = "one user's list", ""
+    if PRIVATE_WEIGHT in results:
+        shown, compare = "what the private part changes for one user", " --compare"
+    return [
+        *findings(results),
+        f"To see {shown}: pfm recommend --run {folder} --user ID{compare}",
+        f"To measure this run again: pfm evaluate --run {folder}",
+    ]
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
@@ -59,21 +66,6 @@ def findings(results: Mapping[str, Any]) -> list[str]:
             "positive one is better for the user."
         )
     return lines
-
-
-def next_commands(folder: Path, has_private: bool) -> list[str]:
-    """The commands that show more of a run, a line each.
-
-    Args:
-        folder: The run's folder.
-        has_private: Whether there is a private part to compare lists with and without.
-    """
-    if has_private:
-        seen = "To see what the private part changes for one user"
-        shown = f"pfm recommend --run {folder} --user ID --compare"
-    else:
-        seen, shown = "To see one user's list", f"pfm recommend --run {folder} --user ID"
-    return [f"{seen}: {shown}", f"To measure this run again: pfm evaluate --run {folder}"]
 
 
 def differences_table(rows: Sequence[ResultRow], confidence: float) -> str:

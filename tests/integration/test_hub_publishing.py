@@ -30,10 +30,12 @@ from pfm_llm.publish.artefact import (
     CARD_FILE,
     MANIFEST_FILE,
     SIGNATURE_FILE,
+    Manifest,
     Parent,
     read_artefact,
 )
-from pfm_llm.publish.publishing import PublishRequest, plan, publish, stage
+from pfm_llm.publish.publishing import PublishRequest, plan, publish
+from pfm_llm.publish.staging import stage
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.opening import open_run
@@ -93,6 +95,10 @@ def num_sent(hub: HubDouble) -> int:
 # --- what is pushed ---------------------------------------------------------------------------
 
 
+def manifest_at(pushed: the_hub.Pushed) -> Manifest:
+    return the_hub.pull(REPO, pushed.revision).manifest
+
+
 def test_hub_holds_exactly_what_was_planned(
     request_: PublishRequest, run: Path, logged_in: HubDouble
 ) -> None:
@@ -103,7 +109,7 @@ def test_hub_holds_exactly_what_was_planned(
     files = on_hub(logged_in)
     assert planned == {name: (len(content), sha256(content)) for name, content in files.items()}
     repo = logged_in.repo(REPO)
-    assert (repo.private, repo.tags) == (True, {"v1": published.pushed.revision})
+    assert (repo.private, repo.tags) == (True, {"v1": published.revision})
     assert repo.at("main").message == "tiny, round 4"
     for name in manifest_of(run / "shared_adapter").files:
         assert files[name] == (run / "shared_adapter" / name).read_bytes()
@@ -117,11 +123,10 @@ def test_hub_gets_nothing_when_the_same_is_published_again(
     first = publish(request_)
     sent = num_sent(logged_in)
     again = publish(request_)
-    assert again.pushed == dataclasses.replace(first.pushed, changed=False)
-    assert again.manifest == first.manifest
+    assert again == dataclasses.replace(first, changed=False)
     assert num_sent(logged_in) == sent
     publish(dataclasses.replace(request_, tag="v1"))
-    assert logged_in.repo(REPO).tags == {"v1": first.pushed.revision}
+    assert logged_in.repo(REPO).tags == {"v1": first.revision}
     assert num_sent(logged_in) == sent + 1
 
 
@@ -132,7 +137,7 @@ def test_hub_keeps_a_card_that_was_edited_there(
     card = b"---\nlicense: mit\n---\n# Mine\n"
     the_api = the_hub.calls.hub_api()
     the_api.upload_file(repo_id=REPO, path_or_fileobj=card, path_in_repo=CARD_FILE)
-    assert not publish(request_).pushed.changed
+    assert not publish(request_).changed
     assert on_hub(logged_in)[CARD_FILE] == card
 
 
@@ -142,28 +147,26 @@ def test_hub_versions_are_linked(
     source = Parent(relation="trained_from", manifest_sha256="a" * 64, repo="bob/other")
     seal(exported, parents=(source,))
     first = publish(dataclasses.replace(request_, exported=exported))
-    assert first.manifest.parents == (source,)
+    assert manifest_at(first).parents == (source,)
     seal(exported, round=8)
     second = publish(dataclasses.replace(request_, exported=exported))
     link = Parent(
         relation="previous",
-        manifest_sha256=sha256(on_hub(logged_in, first.pushed.revision)[MANIFEST_FILE]),
+        manifest_sha256=sha256(on_hub(logged_in, first.revision)[MANIFEST_FILE]),
         repo=REPO,
-        revision=first.pushed.revision,
+        revision=first.revision,
     )
-    assert second.manifest.parents == (link, source)
-    assert on_hub(logged_in)[MANIFEST_FILE] == second.manifest.to_bytes()
-    assert the_hub.head_manifest(REPO) == (
-        second.manifest,
-        sha256(second.manifest.to_bytes()),
-        second.pushed.revision,
-    )
+    assert manifest_at(second).parents == (link, source)
+    content = on_hub(logged_in)[MANIFEST_FILE]
+    assert content == manifest_at(second).to_bytes()
+    head = (manifest_at(second), sha256(content), second.revision)
+    assert the_hub.head_manifest(REPO) == head
     sent = num_sent(logged_in)
-    assert not publish(dataclasses.replace(request_, exported=exported)).pushed.changed, (
+    assert not publish(dataclasses.replace(request_, exported=exported)).changed, (
         "but for its parents it is there"
     )
     assert num_sent(logged_in) == sent
-    assert the_hub.pull(REPO).manifest == second.manifest, "all files are as it lists them"
+    assert the_hub.pull(REPO).manifest == manifest_at(second), "all files are as it lists them"
 
 
 def test_hub_branch_gets_its_own_version(
@@ -173,12 +176,12 @@ def test_hub_branch_gets_its_own_version(
     seal(exported, round=8)
     on_branch = dataclasses.replace(request_, revision="trial")
     second = publish(dataclasses.replace(on_branch, exported=exported))
-    assert second.manifest.parents[0].revision == first.pushed.revision
+    assert manifest_at(second).parents[0].revision == first.revision
     branches = logged_in.repo(REPO).branches
-    assert branches == {"main": first.pushed.revision, "trial": second.pushed.revision}
+    assert branches == {"main": first.revision, "trial": second.revision}
     seal(exported, round=9)
     third = publish(dataclasses.replace(on_branch, exported=exported))
-    assert third.manifest.parents[0].revision == second.pushed.revision
+    assert manifest_at(third).parents[0].revision == second.revision
 
 
 def test_hub_signature_is_of_what_was_pushed(
@@ -191,11 +194,11 @@ def test_hub_signature_is_of_what_was_pushed(
     # Signing later adds the signature and makes no other version.
     later = publish(signed)
     files = on_hub(logged_in)
-    assert later.pushed.changed
-    assert later.manifest == unsigned.manifest
+    assert later.changed
+    assert manifest_at(later) == manifest_at(unsigned)
     assert signing.verify(files[MANIFEST_FILE], files[SIGNATURE_FILE], public) == public
-    assert not publish(signed).pushed.changed
-    assert not publish(request_).pushed.changed, "a signature that is there stays"
+    assert not publish(signed).changed
+    assert not publish(request_).changed, "a signature that is there stays"
     seal(exported, round=8)
     publish(dataclasses.replace(signed, exported=exported))
     files = on_hub(logged_in)
@@ -282,7 +285,7 @@ def test_a_run_without_private_adapters_needs_no_private_store(
 ) -> None:
     run = run_experiment(tiny.config(tmp_path / "runs", adapters__private__enabled=False))
     shutil.rmtree(RunFolders.of(run).private)
-    assert publish(request_of(run, REPO)).pushed.changed
+    assert publish(request_of(run, REPO)).changed
     assert "private_basis.safetensors" not in on_hub(logged_in)
 
 
@@ -312,7 +315,7 @@ def test_hub_run_may_be_named_by_a_link(
     request = request_of(tmp_path / "latest", REPO)
     with pytest.raises(PrivateLeakError):
         publish(dataclasses.replace(request, exported=folder))
-    assert publish(request).pushed.changed
+    assert publish(request).changed
 
 
 def test_hub_gets_no_private_adapter_under_the_shared_one_s_names(

@@ -167,7 +167,7 @@ def test_hub_repo_that_was_changed_by_hand_is_told(hub: HubDouble, small: Artefa
     api(hub).upload_file(repo_id=REPO, path_or_fileobj=b"[]", path_in_repo="item_keys.json")
     with pytest.raises(CorruptFileError, match=r"item_keys.*changed after it was published"):
         pull(REPO)
-    assert pull(REPO, the_hub.list_commits(REPO)[1].oid).manifest == small.manifest
+    assert pull(REPO, the_hub.list_commits(REPO)[1].commit_id).manifest == small.manifest
     changes = [CommitOperationDelete("item_keys.json")]
     api(hub).create_commit(REPO, changes, commit_message="less")
     with pytest.raises(CorruptFileError, match=r"item_keys\.json is missing"):
@@ -232,9 +232,9 @@ def test_hub_head_manifest_that_is_damaged_is_told(hub: HubDouble, small: Artefa
 def test_hub_lists_commits_and_tags(hub: HubDouble, two: tuple[str, str]) -> None:
     hub.page_size = 1
     commits = the_hub.list_commits(REPO)
-    assert [commit.oid for commit in commits[:2]] == list(reversed(two))
+    assert [commit.commit_id for commit in commits[:2]] == list(reversed(two))
     assert [commit.title for commit in commits] == ["push", "push", "initial commit"]
-    assert the_hub.list_commits(REPO, "v1")[0].oid == two[0]
+    assert the_hub.list_commits(REPO, "v1")[0].commit_id == two[0]
     assert the_hub.list_tags(REPO) == {"v1": two[0]}
 
 

@@ -1,5 +1,6 @@
 """Versions on the double of the Hub are listed and verified; who breaks a link is found."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,16 @@ def test_hub_versions_that_are_damaged_do_not_hide_the_others(
     assert [version.problem for version in versions[2:]] == [""] * 3
 
 
+def test_hub_manifest_that_is_damaged_on_its_way_is_told_with_its_version(
+    hub: HubDouble, three: list[str]
+) -> None:
+    hub.corrupt(REPO, MANIFEST_FILE)
+    damaged, *others = list_versions(REPO)
+    assert "was damaged on its way" in damaged.problem
+    assert (damaged.commit, damaged.manifest, damaged.manifest_sha256) == (three[2], None, "")
+    assert [version.problem for version in others] == ["", ""]
+
+
 def test_hub_repo_without_versions_has_none(hub: HubDouble) -> None:
     api(hub).create_repo(REPO)
     assert list_versions(REPO) == []
@@ -106,7 +117,7 @@ def test_hub_commits_are_found_by_tag_and_unique_start(
     api(hub).create_tag(REPO, tag=three[0][:8], revision=three[2])
     assert find_commit(REPO, three[0][:8]) == three[2]
     alike = [
-        the_hub.Commit(f"abcd{n}" + "0" * 35, commit.date, "")
+        dataclasses.replace(commit, commit_id=f"abcd{n}" + "0" * 35)
         for n, commit in enumerate(the_hub.list_commits(REPO))
     ]
     monkeypatch.setattr(the_hub, "list_commits", lambda *_: alike)
@@ -205,7 +216,7 @@ def test_hub_manifest_that_was_changed_and_not_signed_breaks_the_link(
     # It names v1 as the version before it; the honest v2 stands between.
     assert problems == (
         f"{commit[:12]}: it follows the previous version {three[1][:12]}, "
-        f"but {the_hub.list_commits(REPO)[1].oid[:12]} stands before it in the history",
+        f"but {the_hub.list_commits(REPO)[1].commit_id[:12]} stands before it in the history",
     )
 
 

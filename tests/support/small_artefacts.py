@@ -100,7 +100,7 @@ def make_artefact(
     files.write_text(folder / CARD_FILE, card)
     names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, ITEM_KEYS_FILE, TRAINING_CONFIG_FILE]
     hashes = {name: files.sha256_of(folder / name) for name in (*names, prompt_file(PROMPT))}
-    fields = _manifest(seed, rank, tuple(lora), len(items), hashes)
+    fields = small_manifest(seed, rank, tuple(lora), len(items), hashes)
     write_manifest(folder, fields.model_copy(update=manifest), key)
     return read_artefact(folder)
 
@@ -127,9 +127,10 @@ def follows(repo: str, head: tuple[Manifest, str, str] | None) -> tuple[Parent, 
     return (Parent(relation="previous", manifest_sha256=sha256, repo=repo, revision=commit),)
 
 
-def _manifest(
+def small_manifest(
     seed: int, rank: int, names: Sequence[str], num_items: int, hashes: dict[str, str]
 ) -> Manifest:
+    """A manifest whose hashes, but for those of the files, are of nothing."""
     value = 0.1 + seed / 100
     metric = Metric(
         mode="shared_only", metric="ndcg@10", value=value, ci_low=value - 0.01, ci_high=value + 0.01

@@ -1,9 +1,9 @@
 """The Hub: publishing a folder, and getting it back. Only this package uses its client."""
 
-from pfm_llm.publish.hub.calls import check_repo_id, hub_errors
+from huggingface_hub import GitCommitInfo
+
+from pfm_llm.publish.hub.calls import check_repo_id
 from pfm_llm.publish.hub.reading import (
-    MANAGED_FILES,
-    Commit,
     head_manifest,
     list_commits,
     list_tags,
@@ -14,12 +14,10 @@ from pfm_llm.publish.hub.reading import (
 from pfm_llm.publish.hub.sending import Pushed, push_folder
 
 __all__ = [
-    "MANAGED_FILES",
-    "Commit",
+    "GitCommitInfo",
     "Pushed",
     "check_repo_id",
     "head_manifest",
-    "hub_errors",
     "list_commits",
     "list_tags",
     "pull",

@@ -7,17 +7,17 @@ damaged files, which the client would otherwise use again.
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from huggingface_hub import GitCommitInfo
 from huggingface_hub.errors import (
     GatedRepoError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.sha import git_hash
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
@@ -38,21 +38,6 @@ MANAGED_FILES = (*LISTED_FILES, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE)
 """Patterns of the files that are pushed and pulled; other files of a repository are ignored."""
 
 _SHA256_DIGITS, _GIT_DIGITS = 64, 40
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A commit of a repository.
-
-    Attributes:
-        oid: 40 hexadecimal digits.
-        date: When it was made.
-        title: First line of its message.
-    """
-
-    oid: str
-    date: datetime
-    title: str
 
 
 def pull(source: str, revision: str | None = None) -> Artefact:
@@ -153,7 +138,7 @@ def head_manifest(repo: str, revision: str | None = None) -> tuple[Manifest, str
     return manifest, hashlib.sha256(content).hexdigest(), head
 
 
-def list_commits(repo: str, revision: str | None = None) -> list[Commit]:
+def list_commits(repo: str, revision: str | None = None) -> list[GitCommitInfo]:
     """The commits that led to a revision, newest first.
 
     Raises:
@@ -161,8 +146,7 @@ def list_commits(repo: str, revision: str | None = None) -> list[Commit]:
     """
     check_repo_id(repo)
     with hub_errors(repo, "list the commits of"):
-        found = hub_api().list_repo_commits(repo, revision=revision)
-    return [Commit(commit.commit_id, commit.created_at, commit.title) for commit in found]
+        return hub_api().list_repo_commits(repo, revision=revision)
 
 
 def list_tags(repo: str) -> dict[str, str]:
@@ -194,11 +178,6 @@ def check_complete(artefact: Artefact, names: Iterable[str]) -> None:
                 f"{artefact.origin}: {name} is not in the manifest, so it was put there "
                 "afterwards: remove it, or take another revision"
             )
-
-
-def git_oid(content: bytes) -> str:
-    """The hash by which git, and so the Hub, names a file that is not in LFS."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _head(repo: str, revision: str | None) -> str | None:
@@ -247,7 +226,7 @@ def _is_whole(path: Path) -> bool:
         return False
     if len(name) == _SHA256_DIGITS:
         return files.sha256_of(path) == name
-    return len(name) != _GIT_DIGITS or git_oid(path.read_bytes()) == name
+    return len(name) != _GIT_DIGITS or git_hash(path.read_bytes()) == name
 
 
 def _discard(paths: Iterable[Path]) -> None:

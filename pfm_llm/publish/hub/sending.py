@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import GitRefs, RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, HubError
@@ -23,7 +24,7 @@ from pfm_llm.publish.hub.calls import (
     retried,
     status_of,
 )
-from pfm_llm.publish.hub.reading import MANAGED_FILES, check_complete, git_oid, read_file
+from pfm_llm.publish.hub.reading import MANAGED_FILES, check_complete, read_file
 
 _Operations = list[CommitOperationAdd | CommitOperationDelete]
 _OID = re.compile("[0-9a-f]{40}")
@@ -124,7 +125,7 @@ def _contents(folder: Path) -> dict[str, _Content]:
                 )
             content = path.read_bytes()
             sha256 = hashlib.sha256(content).hexdigest()
-            found[name] = _Content(path, len(content), sha256, git_oid(content))
+            found[name] = _Content(path, len(content), sha256, git_hash(content))
     return found
 
 

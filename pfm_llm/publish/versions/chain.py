@@ -89,7 +89,11 @@ def verify_chain(
     checked = []
     for place, version in enumerate(versions):
         problems, notes = [], []
-        problems += _file_problems(repo, version)
+        if version.manifest is not None:
+            try:
+                hub.pull(repo, version.commit)
+            except (ArtefactError, StorageError) as error:
+                problems.append(str(error))
         problems += _signature_problems(version, trusted_key)
         problems += _link_problems(version, versions[place + 1 :])
         for parent in version.parents:
@@ -99,16 +103,6 @@ def verify_chain(
                 notes += note
         checked.append(CheckedVersion(version, tuple(problems), tuple(notes)))
     return ChainReport(repo, revision or "main", trusted_key, tuple(checked))
-
-
-def _file_problems(repo: str, version: Version) -> list[str]:
-    if version.manifest is None:
-        return []  # told already
-    try:
-        hub.pull(repo, version.commit)
-    except (ArtefactError, StorageError) as error:
-        return [str(error)]
-    return []
 
 
 def _signature_problems(version: Version, trusted_key: str | None) -> list[str]:
@@ -123,7 +117,7 @@ def _signature_problems(version: Version, trusted_key: str | None) -> list[str]:
 
 def _link_problems(version: Version, older: list[Version]) -> list[str]:
     """Problems with the links to earlier versions, newest first."""
-    if version.manifest is None or (older and _same(version, older[0])):
+    if version.manifest is None or (older and version.manifest_sha256 == older[0].manifest_sha256):
         return []  # unreadable; or the card alone was edited
     problems = []
     known = {other.commit: other for other in older}
@@ -146,17 +140,14 @@ def _link_problems(version: Version, older: list[Version]) -> list[str]:
             problems.append(
                 f"it follows {named}, but {older[0].commit[:12]} stands before it in the history"
             )
-        elif there is not None and parent.relation == "restored":
-            problems += _restored_problems(version, there)
+        elif (
+            there is not None
+            and parent.relation == "restored"
+            and there.manifest is not None
+            and there.manifest.files != version.manifest.files
+        ):
+            problems.append(f"it says that it restores {there.commit[:12]}, but has other files")
     return problems
-
-
-def _restored_problems(version: Version, restored: Version) -> list[str]:
-    if version.manifest is None or restored.manifest is None:
-        return []
-    if version.manifest.files == restored.manifest.files:
-        return []
-    return [f"it says that it restores {restored.commit[:12]}, but has other files"]
 
 
 def _check_origin(parent: Parent) -> tuple[list[str], list[str]]:
@@ -177,10 +168,6 @@ def _check_origin(parent: Parent) -> tuple[list[str], list[str]]:
     if parent.revision and _OID.fullmatch(parent.revision):
         return [f"{origin}, has another manifest than it says: SHA-256 {found[1]}"], []
     return [], [f"{origin}: not checked (that revision has moved on since)"]
-
-
-def _same(version: Version, other: Version) -> bool:
-    return version.manifest_sha256 == other.manifest_sha256
 
 
 def _short(parent: Parent) -> str:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from pfm_llm.base.errors import ConfigError, CorruptFileError
 from pfm_llm.config.schema import read_yaml
+from pfm_llm.config.settings import leaves
 from pfm_llm.protocol.types import Group, Tensors, in_group, lora_modules, lora_name
 from pfm_llm.publish.alignment import align_items
 from pfm_llm.publish.artefact import TRAINING_CONFIG_FILE, Artefact, Metric
@@ -51,8 +52,7 @@ class Change:
     @classmethod
     def of(cls, name: str, norm: float | None, older_norm: float, note: str = "") -> "Change":
         """A change with the ratio of the two norms."""
-        known = norm is not None and older_norm > 0
-        relative = norm / older_norm if known and norm is not None else None
+        relative = norm / older_norm if norm is not None and older_norm > 0 else None
         return cls(name, norm, older_norm, relative, note)
 
 
@@ -148,15 +148,10 @@ def _module_changes(
     older: Artefact, newer: Artefact, before: Tensors, after: Tensors
 ) -> Iterator[Change]:
     for module in sorted({*lora_modules(before), *lora_modules(after)}, key=_in_order):
-        b_old, a_old = _factors(older, before, module)
-        b_new, a_new = _factors(newer, after, module)
-        note = ""
-        if b_old is None or a_old is None:
-            assert b_new is not None
-            assert a_new is not None
-            b_old, a_old, note = torch.zeros_like(b_new), torch.zeros_like(a_new), "new"
-        if b_new is None or a_new is None:
-            b_new, a_new, note = torch.zeros_like(b_old), torch.zeros_like(a_old), "gone"
+        old, new = _factors(older, before, module), _factors(newer, after, module)
+        note = "new" if old is None else "gone" if new is None else ""
+        b_old, a_old = old or [torch.zeros_like(factor) for factor in new or ()]
+        b_new, a_new = new or [torch.zeros_like(factor) for factor in old or ()]
         was = product_norm(b_old, a_old)
         if (b_old.shape[0], a_old.shape[1]) != (b_new.shape[0], a_new.shape[1]):
             yield Change.of(module, None, was, "of another shape")
@@ -171,10 +166,10 @@ def _module_changes(
 
 def _factors(
     artefact: Artefact, tensors: Tensors, module: str
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Scaled B and A in float64; None where the module is not adapted."""
     if lora_name(module, "A") not in tensors:
-        return None, None
+        return None
     lora = artefact.manifest.adapters.shared
     b, a = tensors[lora_name(module, "B")], tensors[lora_name(module, "A")]
     return b.double() * (lora.alpha / lora.rank), a.double()
@@ -235,10 +230,10 @@ def _metric_changes(older: Iterable[Metric], newer: Iterable[Metric]) -> Iterato
         yield MetricChange(*key, older=before.get(key), newer=after.get(key))
 
 
-def _settings(artefact: Artefact) -> dict[str, Any]:
+def _settings(artefact: Artefact) -> dict[str, object]:
     """Dotted key to value, from the manifest and, if there is one, the training config."""
     manifest = artefact.manifest.model_dump(mode="json", exclude=_NOT_SETTINGS)
-    settings = dict(_flat(manifest))
+    settings = leaves(manifest)
     path = artefact.folder / TRAINING_CONFIG_FILE
     if path.is_file():
         try:
@@ -246,19 +241,13 @@ def _settings(artefact: Artefact) -> dict[str, Any]:
         except ConfigError as error:
             raise CorruptFileError(f"{error}; pull or export it again") from error
         own = {key: value for key, value in tree.items() if key not in _IN_BOTH}
-        settings |= {f"training.{key}": value for key, value in _flat(own)}
+        settings |= leaves(own, "training")
     return settings
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _setting_changes(older: dict[str, Any], newer: dict[str, Any]) -> Iterator[SettingChange]:
+def _setting_changes(
+    older: Mapping[str, object], newer: Mapping[str, object]
+) -> Iterator[SettingChange]:
     for name in sorted({*older, *newer}):
         if older.get(name) != newer.get(name):
             yield SettingChange(name, older.get(name), newer.get(name))

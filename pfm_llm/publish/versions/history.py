@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -94,18 +93,14 @@ def find_commit(repo: str, wanted: str, revision: str | None = None) -> str:
     tags = hub.list_tags(repo)
     if wanted in tags:
         return tags[wanted]
-    known = [commit.oid for commit in hub.list_commits(repo, revision)]
-    return _by_prefix(repo, wanted, sorted({*known, *tags.values()}))
-
-
-def _by_prefix(repo: str, wanted: str, known: Sequence[str]) -> str:
     lowered = wanted.lower()
     if not _PREFIX.fullmatch(lowered):
         raise HubError(
             f"{repo} has no tag {wanted!r}, and it is no commit (4 to 40 hexadecimal digits); "
             f"`pfm versions list {repo}` shows what there is"
         )
-    found = [oid for oid in known if oid.startswith(lowered)]
+    known = {*tags.values(), *(commit.commit_id for commit in hub.list_commits(repo, revision))}
+    found = sorted(oid for oid in known if oid.startswith(lowered))
     if len(found) == 1:
         return found[0]
     if found:
@@ -115,27 +110,27 @@ def _by_prefix(repo: str, wanted: str, known: Sequence[str]) -> str:
     raise HubError(f"{repo} has no commit {wanted}; `pfm versions list {repo}` shows what there is")
 
 
-def _read_version(repo: str, commit: hub.Commit, tags: dict[str, str]) -> Version | None:
-    origin = f"{repo}@{commit.oid[:12]}"
-    manifest, signed_by, problems = None, None, []
+def _read_version(repo: str, commit: hub.GitCommitInfo, tags: dict[str, str]) -> Version | None:
+    origin = f"{repo}@{commit.commit_id[:12]}"
+    content, manifest, signed_by, problems = None, None, None, []
     try:
-        content = hub.read_file(repo, commit.oid, MANIFEST_FILE)
+        content = hub.read_file(repo, commit.commit_id, MANIFEST_FILE)
         if content is None:
             return None
         manifest = Manifest.from_bytes(content, f"{origin}: {MANIFEST_FILE}")
     except CorruptFileError as error:
         problems.append(str(error))
     try:
-        signature = hub.read_file(repo, commit.oid, SIGNATURE_FILE)
+        signature = hub.read_file(repo, commit.commit_id, SIGNATURE_FILE)
         if signature is not None and content is not None:
             signed_by = signing.verify(content, signature, None)
     except (ArtefactError, CorruptFileError) as error:
         problems.append(str(error))
     return Version(
-        commit=commit.oid,
-        date=commit.date,
+        commit=commit.commit_id,
+        date=commit.created_at,
         title=commit.title,
-        tags=tuple(sorted(tag for tag, oid in tags.items() if oid == commit.oid)),
+        tags=tuple(sorted(tag for tag, oid in tags.items() if oid == commit.commit_id)),
         manifest_sha256=hashlib.sha256(content).hexdigest() if content else "",
         manifest=manifest,
         signed_by=signed_by,

@@ -119,12 +119,12 @@ def chain_tree(report: ChainReport) -> dict[str, Any]:
         "trusted_key": report.trusted_key,
         "whole": report.is_whole,
         "versions": [
-            {**tree, "problems": list(checked.problems), "notes": list(checked.notes)}
-            for checked, tree in zip(
-                report.versions,
-                versions_tree([checked.version for checked in report.versions]),
-                strict=True,
-            )
+            {
+                **versions_tree([checked.version])[0],
+                "problems": list(checked.problems),
+                "notes": list(checked.notes),
+            }
+            for checked in report.versions
         ],
     }
 

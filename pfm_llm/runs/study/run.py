@@ -27,6 +27,7 @@ from pfm_llm.runs.measuring import (
     evaluation_task,
     fit_run_baselines,
     fit_run_likes,
+    gain_of,
     measure,
     only,
     quality_of,
@@ -101,7 +102,7 @@ class _Study:
 
         Users without an AUC have no gain in AUC.
         """
-        gains = {"gain_log_rank": self._gain("log_rank"), "gain_ndcg": self._gain("ndcg")}
+        gains = {f"gain_{name}": gain_of(self._test, name) for name in ("log_rank", "ndcg")}
         if self._test.aucs:
             own, shared = (self._test.aucs[mode] for mode in reversed(_SERVED))
             gains["gain_auc"] = own - shared
@@ -116,7 +117,8 @@ class _Study:
         next_item = named_estimates(
             over_shared[Task.NEXT_ITEM],
             over_private[Task.NEXT_ITEM],
-            self._harm(),
+            harm_figures(self._groups),
+            not_harmed(gain_of(self._test), self._bootstrap),
             self._strangers(("log_rank",), {"log_rank": ""}),
             self._integrity(),
             self._memory(),
@@ -140,26 +142,12 @@ class _Study:
         split = self._task.held_out.name
         return comparison.estimate_rows(self._run.config, split, task, figures, self._budget)
 
-    def _gain(self, name: str) -> np.ndarray:
-        own, shared = (quality_of(self._test, mode, name) for mode in reversed(_SERVED))
-        difference: np.ndarray = own - shared
-        return difference
-
     def harm_tests(self) -> dict[str, dict[str, float | bool]]:
         """For each group of users, whether it is harmed, before and after Holm's correction."""
         return {
-            name: {
-                "p_value": group.p_value,
-                "adjusted_p_value": group.adjusted_p_value,
-                "is_harmed": group.is_harmed,
-                "is_harmed_adjusted": group.is_harmed_adjusted,
-            }
+            name: {key: value for key, value in vars(group).items() if key != "gain"}
             for name, group in self._groups.items()
         }
-
-    def _harm(self) -> dict[str, Estimate]:
-        found = harm_figures(self._groups)
-        return {**found, **not_harmed(self._gain("log_rank"), self._bootstrap)}
 
     @functools.cached_property
     def _groups(self) -> dict[str, GroupHarm]:
@@ -175,11 +163,7 @@ class _Study:
             name: [values[user] for user in users] for name, values in train.user_fields.items()
         }
         groupings = user_groupings(quality, np.diff(train.offsets)[users], fields)
-        return group_harm(self._gain("log_rank"), groupings, self._bootstrap)
-
-    @functools.cached_property
-    def _by_strangers(self) -> dict[str, np.ndarray]:
-        return self._served.by_strangers()
+        return group_harm(gain_of(self._test), groupings, self._bootstrap)
 
     def _strangers(self, lost: Sequence[str], told_by: Mapping[str, str]) -> dict[str, Estimate]:
         """The loss with strangers' private parts, and how often one's own is identified.
@@ -191,7 +175,7 @@ class _Study:
         Returns:
             Empty if only one user has a query: then there are no strangers.
         """
-        served = self._by_strangers
+        served = self._served.by_strangers
         if any(qualities.shape[1] == 1 for qualities in served.values()):
             return {}
         return named_estimates(

@@ -1,5 +1,6 @@
 """Measuring a run with given private parts: stored ones, strangers' or older ones."""
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ class Served:
     def __init__(self, run: Run, task: EvaluationTask) -> None:
         self._run, self._task = run, task
 
+    @functools.cached_property
     def by_strangers(self) -> dict[str, np.ndarray]:
         """Qualities of each user, [U, 1 + STRANGERS], with the own private part first.
 

@@ -18,7 +18,13 @@ from pfm_llm.publish import artefact
 from pfm_llm.publish.alignment import align_items, aligned_tensors, item_keys
 from pfm_llm.publish.artefact import Manifest, check_listing
 from pfm_llm.text.prompts import load_prompt
-from tests.support.small_artefacts import HIDDEN, MODULES, make_artefact, random_lora
+from tests.support.small_artefacts import (
+    HIDDEN,
+    MODULES,
+    make_artefact,
+    random_lora,
+    small_manifest,
+)
 from tests.support.tables import config_of
 
 PROMPT = load_prompt("next_item.v1")
@@ -30,34 +36,9 @@ def catalogue(**titles: str) -> Catalogue:
 
 
 def manifest_tree(**changes: Any) -> dict[str, Any]:
-    tree: dict[str, Any] = {
-        "format": 4,
-        "pfm_llm": "0",
-        "name": "run",
-        "round": 3,
-        "base": {
-            "name": "some/base",
-            "embedded": None,
-            "revision": None,
-            "dtype": "auto",
-            "weights_sha256": HASH,
-            "tokenizer_sha256": HASH,
-        },
-        "adapters": {},
-        "modules": ["model.layers.1.mlp.up_proj"],
-        "head": {},
-        "window": {},
-        "prompt": "next_item.v1",
-        "prompt_sha256": HASH,
-        "data_source": "films",
-        "catalogue_sha256": HASH,
-        "num_items": 2,
-        "contract_sha256": HASH,
-        "files": dict.fromkeys(
-            [*artefact.REQUIRED_FILES, artefact.prompt_file("next_item.v1")], HASH
-        ),
-    }
-    return {**tree, **changes}
+    names = [*artefact.REQUIRED_FILES, artefact.prompt_file("next_item.v1")]
+    manifest = small_manifest(3, 2, tuple(random_lora(0)), 2, dict.fromkeys(names, HASH))
+    return {**manifest.model_dump(mode="json"), **changes}
 
 
 def parse(tree: Any) -> Manifest:

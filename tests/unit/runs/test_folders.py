@@ -1,5 +1,6 @@
 """Which run is meant: by folder, by name, or the newest; and what is said when there is none."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -23,10 +24,20 @@ def test_a_run_is_found_by_its_folder_and_by_its_name(tmp_path: Path) -> None:
     assert find_run("films", tmp_path) == run
 
 
-def test_without_a_name_it_is_the_newest(tmp_path: Path) -> None:
-    make_run(tmp_path, "b", 1)
-    newest = make_run(tmp_path, "a", 2)
-    assert find_run(None, tmp_path) == newest
+def test_without_a_name_it_is_the_run_that_was_started_or_resumed_last(tmp_path: Path) -> None:
+    make_run(tmp_path, "z", 100)
+    resumed = make_run(tmp_path, "a", 50)
+    (resumed / "environment.json").write_text("{}")  # it is of now
+    make_run(tmp_path, "m", 150)
+    assert find_run(None, tmp_path) == resumed
+
+
+def test_private_folders_files_and_folders_without_config_are_no_runs(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a", 100)
+    make_run(tmp_path, "a.private", 900)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    assert find_run(None, str(tmp_path)) == run
 
 
 def test_a_folder_without_a_config_is_named_as_such(tmp_path: Path) -> None:
@@ -49,6 +60,6 @@ NEXT_NINE = ", ".join(f"films-{number}" for number in range(9, 0, -1))
 
 
 def test_without_any_run_the_way_to_one_is_said(tmp_path: Path) -> None:
-    for name in (None, "films"):
+    for name, runs in itertools.product((None, "films"), (tmp_path, tmp_path / "absent")):
         with pytest.raises(ConfigError, match=r"no run .*; run `pfm train` first"):
-            find_run(name, tmp_path)
+            find_run(name, runs)

@@ -1,4 +1,4 @@
-"""Results, their tables, the newest run, the environment."""
+"""Results, their tables, the environment."""
 
 import dataclasses
 import json
@@ -10,13 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
+from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.evaluation.tables import results_table, terminal_table
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs import environment as environment_module
 from pfm_llm.runs.environment import _git_state, environment
-from pfm_llm.runs.folders import newest_run
 from tests.support.golden import assert_golden
 
 
@@ -229,40 +228,6 @@ def test_no_rows_make_a_sentence_not_a_crash(table) -> None:
 
 def test_the_demo_s_table_fits_a_terminal_of_100_columns() -> None:
     assert max(map(len, terminal_table(ROWS).splitlines())) <= 100
-
-
-# --- newest run -------------------------------------------------------------------------------
-
-
-def make_run(folder: Path, config_time: int, environment_time: int | None = None) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("name: x\n")
-    os.utime(folder / "config.yaml", (config_time, config_time))
-    if environment_time is not None:
-        (folder / "environment.json").write_text("{}")
-        os.utime(folder / "environment.json", (environment_time, environment_time))
-    return folder
-
-
-def test_newest_run_is_by_start_or_resumption_not_by_name(tmp_path) -> None:
-    make_run(tmp_path / "z", 100, 110)
-    resumed = make_run(tmp_path / "a", 50, 200)
-    make_run(tmp_path / "m", 150)
-    assert newest_run(tmp_path) == resumed
-
-
-def test_newest_run_passes_over_private_folders_files_and_folders_without_config(tmp_path) -> None:
-    run = make_run(tmp_path / "a", 100)
-    make_run(tmp_path / "a.private", 900)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("")
-    assert newest_run(str(tmp_path)) == run
-
-
-@pytest.mark.parametrize("name", [".", "absent"])
-def test_no_run_names_the_script_that_makes_one(tmp_path, name) -> None:
-    with pytest.raises(ConfigError, match=r"run `pfm train` first"):
-        newest_run(tmp_path / name)
 
 
 # --- environment ------------------------------------------------------------------------------
