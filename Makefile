@@ -55,10 +55,10 @@ suite: install ## compare methods on MovieLens-100K, small budget; goes on where
 	$(LAUNCH) scripts/benchmark.py --suite configs/suites/ml100k.yaml --budget small
 
 claims: install ## look up every figure that README and docs state, in the committed results
-	$(BIN)/python scripts/update_claims.py
+	$(BIN)/python -m scripts.update_claims
 
 table: claims ## rebuild the tables of README and docs, and the reports, from the committed results
-	$(BIN)/python scripts/update_readme.py
+	$(BIN)/python -m scripts.update_readme
 
 docs: install $(DOCS_STAMP) ## build the documentation into site/; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pfm_llm.suite.claims import Claim
+from scripts.update_claims import Claim
 
 _GENERATED = re.compile(
     r"<!-- (?:table|suite|claims|first): .*?<!-- end of (?:table|first) -->", re.DOTALL

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pfm_llm.suite.claims import Claim, read_claims
+from scripts.update_claims import Claim, read_claims
 from tests.support.prose import claimed_ids, figures, wrong_figures
 
 ROOT = Path(__file__).parents[2]

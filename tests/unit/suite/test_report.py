@@ -12,10 +12,10 @@ import pytest
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.runs import plots
-from pfm_llm.suite.readme import with_fresh_tables
 from pfm_llm.suite.report.page import write_report
 from pfm_llm.suite.report.reading import read_suite, suite_folders
 from pfm_llm.suite.report.tables import markdown_table
+from scripts.update_readme import with_fresh_tables
 from tests.support.golden import assert_golden
 from tests.support.suite_double import COSTS, World, popularity, row
 

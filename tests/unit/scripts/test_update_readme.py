@@ -7,8 +7,8 @@ import pytest
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.evaluation.results import ResultRow, write_results
-from pfm_llm.suite.claims import Claim, claims_text
-from pfm_llm.suite.readme import with_fresh_tables
+from scripts.update_claims import Claim, claims_text
+from scripts.update_readme import with_fresh_tables
 
 ROOT = Path(__file__).parents[3]
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pfm_llm.base.errors import CorruptFileError, DataError
-from pfm_llm.suite.claims import Claim, build_claims, claims_text, holds, read_claims
+from scripts.update_claims import Claim, build_claims, claims_text, holds, read_claims
 
 ROOT = Path(__file__).parents[3]
 
@@ -146,7 +146,7 @@ def test_a_file_that_holds_no_claims_is_an_error(tmp_path: Path) -> None:
 def test_claims_are_checked_without_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "update_claims.py"), "--check"],
+        [sys.executable, "-m", "scripts.update_claims", "--check"],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
