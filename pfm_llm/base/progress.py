@@ -14,8 +14,7 @@ _LOG_AT_LEAST_EVERY_S = 60.0
 _LOG_AT_MOST_EVERY_S = 5.0
 # rate_noinv: always things per second, never seconds per thing.
 _BAR_FORMAT = (
-    "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, "
-    "{rate_noinv_fmt}{postfix}]"
+    "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_noinv_fmt}{postfix}]"
 )
 
 
@@ -61,6 +60,7 @@ class Progress:
         self._clock = clock
         self._bar: tqdm | None = None
         self._figures: dict[str, str] = {}
+        self._seconds_left: float | None = None
         self._started = self._logged = clock()
         self._logged_count = initial
 
@@ -84,19 +84,23 @@ class Progress:
         elif self._enabled and self._logged_count != self.count:
             self._log()
 
-    def update(self, n: int = 1, **figures: float | str) -> None:
+    def update(self, n: int = 1, seconds_left: float | None = None, **figures: float | str) -> None:
         """Count ``n`` more things as done.
 
         Args:
             n: The number of things.
+            seconds_left: Forecast for the other things; None: as long each as those so far.
             figures: Shown beside the count until given anew, such as ``loss=6.1``.
         """
         self.count += n
+        self._seconds_left = seconds_left
         if not self._enabled:
             return
         self._figures |= {name: _format(value) for name, value in figures.items()}
         if self._bar is not None:
-            self._bar.set_postfix_str(self._figures_text(), refresh=False)
+            self._bar.set_postfix_str(
+                ", ".join(filter(None, [self._time_left(), *self._figures_list()])), False
+            )
             self._bar.update(n)
         elif self._is_log_due():
             self._log()
@@ -111,16 +115,23 @@ class Progress:
     def _log(self) -> None:
         now = self._clock()
         self._logged, self._logged_count = now, self.count
-        rate = (self.count - self._initial) / max(now - self._started, 1e-9)
-        left = max(self.total - self.count, 0)
-        parts = [f"{rate:.3g} {self._unit}/s"]
-        if left and rate > 0:
-            parts.append(f"{tqdm.format_interval(left / rate)} left")
-        parts += [self._figures_text()] if self._figures else []
-        _LOG.info("%s: %d/%d, %s", self._description, self.count, self.total, ", ".join(parts))
+        parts = [f"{self._rate():.3g} {self._unit}/s", self._time_left(), *self._figures_list()]
+        text = ", ".join(filter(None, parts))
+        _LOG.info("%s: %d/%d, %s", self._description, self.count, self.total, text)
 
-    def _figures_text(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self._figures.items())
+    def _rate(self) -> float:
+        return (self.count - self._initial) / max(self._clock() - self._started, 1e-9)
+
+    def _time_left(self) -> str:
+        """Such as ``03:12 left``; empty at the end, and before anything is known."""
+        left, rate = max(self.total - self.count, 0), self._rate()
+        seconds = self._seconds_left
+        if seconds is None and rate > 0:
+            seconds = left / rate
+        return f"{tqdm.format_interval(seconds)} left" if left and seconds is not None else ""
+
+    def _figures_list(self) -> list[str]:
+        return [f"{name}={value}" for name, value in self._figures.items()]
 
 
 def _format(value: float | str) -> str:

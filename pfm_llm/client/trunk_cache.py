@@ -11,6 +11,7 @@ recomputed because the budget is used up, or are computed again after a resume.
 
 import hashlib
 import logging
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ class TrunkCache:
     Attributes:
         hits: How often states were read from the cache.
         misses: How often states were computed.
+        seconds: Time that this process has spent on computing them.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class TrunkCache:
         self._bytes_left: int | None = None
         self.hits = 0
         self.misses = 0
+        self.seconds = 0.0
 
     def states(self, windows: Sequence[Window], client_id: str) -> list[torch.Tensor]:
         """Trunk states of one client's windows.
@@ -110,7 +113,9 @@ class TrunkCache:
         states = self._read(path, sum(lengths))
         if states is None:
             self.misses += 1
+            started = time.perf_counter()
             states = torch.cat(trunk_states(self._trunk, windows))
+            self.seconds += time.perf_counter() - started
             self._write(path, states)
         else:
             self.hits += 1

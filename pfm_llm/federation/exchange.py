@@ -10,6 +10,7 @@ from typing import Protocol
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
+from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.federation.aggregation_error import Factors, aggregation_error, factors_of
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.server.aggregation import Aggregator
@@ -69,6 +70,7 @@ class LocalExchange:
         store: PrivateStore,
         processes: Processes,
         measure_error: bool = False,
+        cache: TrunkCache | None = None,
     ) -> None:
         """Connect the two sides.
 
@@ -79,13 +81,15 @@ class LocalExchange:
             processes: The processes that share the cohort.
             measure_error: Whether to measure `aggregation_error`, which keeps the LoRA factors of
                 a whole cohort in memory.
+            cache: The cache of the clients' trunk states, whose work is put on record.
         """
         self._server = server
         self._trainer = trainer
         self._store = store
         self._processes = processes
         self._measure_error = measure_error
-        self._error: float | None = None
+        self._cache = cache
+        self._diagnostics: dict[str, float] = {}
 
     def train(self, cohort: Sequence[str], shared: SharedState) -> Aggregator:
         """See `Exchange.train`.
@@ -93,6 +97,7 @@ class LocalExchange:
         Raises:
             PfmError: A client could not be trained or stored, on every process.
         """
+        before = self._cache.seconds if self._cache else 0.0
         with self._processes.together():
             pieces = [
                 (index, self._train_chunk(chunk, shared))
@@ -103,13 +108,16 @@ class LocalExchange:
         for received, factors in self._processes.gather(pieces):
             total.merge(received)
             clients += factors
-        self._error = aggregation_error(clients)
+        error = aggregation_error(clients)
+        self._diagnostics = {} if error is None else {"aggregation_error": error}
+        if self._cache:
+            self._diagnostics["trunk_seconds"] = self._cache.seconds - before
         return total
 
     @property
     def diagnostics(self) -> Mapping[str, float]:
-        """The aggregation error of the last round, if it is measured."""
-        return {} if self._error is None else {"aggregation_error": self._error}
+        """The aggregation error of the last round and the seconds of the trunk, if measured."""
+        return self._diagnostics
 
     def prune(self, oldest_commit: int) -> None:
         """See `Exchange.prune`."""

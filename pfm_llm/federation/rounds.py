@@ -14,6 +14,7 @@ from pfm_llm.base.progress import Progress
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settle import known
 from pfm_llm.federation.exchange import Exchange
+from pfm_llm.federation.forecast import Forecast
 from pfm_llm.server.aggregation import Aggregator
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment, check_resumable
 from pfm_llm.server.server import RoundSummary, Server
@@ -79,6 +80,8 @@ def run_rounds(
         unit="rounds",
         initial=first_round - 1,
     )
+    num_clients, cohort_size = server.num_clients, known(config.federation.cohort_size)
+    forecast = Forecast(first_round, last_round, num_clients, cohort_size)
     with progress:
         for round_number in range(first_round, last_round + 1):
             started = time.perf_counter()
@@ -89,7 +92,8 @@ def run_rounds(
             record = _record(federation, summary, time.perf_counter() - started)
             if every and round_number % every == 0 and round_number < last_round:
                 record["validation"] = validate()
-            _report(federation, record, progress)
+            left = forecast.add(record["seconds"], record.get("trunk_seconds", 0.0))
+            _report(federation, record, progress, left)
             if round_number % commit_every == 0 or round_number == last_round:
                 commit(federation, round_number)
                 on_commit(round_number)
@@ -149,11 +153,13 @@ def _record(federation: Federation, summary: RoundSummary, seconds: float) -> di
     return {**record, "stages": summary.stages} if summary.stages else record
 
 
-def _report(federation: Federation, record: Mapping[str, Any], progress: Progress) -> None:
+def _report(
+    federation: Federation, record: Mapping[str, Any], progress: Progress, seconds_left: float
+) -> None:
     figures = {"loss": record["loss"], "clients/s": record["clients_per_second"]}
     for mode, values in record.get("validation", {}).items():
         figures[f"{mode} ndcg@10"] = values["ndcg@10"]
-    progress.update(1, **figures)
+    progress.update(1, seconds_left=seconds_left, **figures)
     with federation.processes.together():
         if federation.processes.is_main:
             federation.metrics_log.append(record)

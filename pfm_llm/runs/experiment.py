@@ -130,7 +130,9 @@ def make_federation(run: Run) -> Federation:
     return Federation(
         config=config,
         server=server,
-        exchange=LocalExchange(server, clients.trainer, clients.store, processes, measure_error),
+        exchange=LocalExchange(
+            server, clients.trainer, clients.store, processes, measure_error, clients.cache
+        ),
         checkpoints=run.checkpoints,
         environment=environment,
         metrics_log=MetricsLog(run.folders.public / METRICS_FILE),

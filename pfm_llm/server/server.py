@@ -113,6 +113,11 @@ class Server:
         """The current round: one more than the round of the shared state."""
         return self._shared.round_number + 1
 
+    @property
+    def num_clients(self) -> int:
+        """Number of all clients."""
+        return len(self._client_ids)
+
     def select_cohort(self, round_number: int) -> tuple[str, ...]:
         """The clients of a round, a function of (seed, round) alone.
 
