@@ -17,6 +17,10 @@ from pfm_llm.data.splits import TrainData
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.text.encoding import HistoryEncoder, Window
 
+MOST_WINDOWS = 64
+"""Windows of a user in one step, where the config sets no number of them. It bounds the memory of a
+step: a user with a longer history trains on this many windows in turn."""
+
 
 class ClientHistories:
     """The training windows of the simulated clients, and the trunk states of these windows.
@@ -123,14 +127,14 @@ class LocalWork:
         shared_steps, private_steps: Number of steps on the shared and on the private tensors.
         schedule: The order of the steps.
         purpose: Name of the random draws.
-        windows_per_step: Windows of a client in one step, in turn; None: all.
+        windows_per_step: The most windows of a client in one step; more are read in turn.
     """
 
     shared_steps: int
     private_steps: int
     schedule: Schedule
     purpose: str
-    windows_per_step: int | None
+    windows_per_step: int
 
     def plan(self) -> list[tuple[bool, bool]]:
         """For each step, whether it changes the shared and the private tensors."""
@@ -170,7 +174,7 @@ class BatchSource:
     def batch(self, step: int) -> ChunkBatch:
         """The batch of a step, counted from 0."""
         size = self._size
-        if size is None or all(len(windows) <= size for windows in self._windows):
+        if all(len(windows) <= size for windows in self._windows):
             self._whole = self._whole or collate(self._windows, self._states)
             return self._whole
         picks = [_turn(order, step, size) for order in self._orders]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from pfm_llm.client.histories import BatchSource, ClientHistories, LocalWork
+from pfm_llm.client.histories import MOST_WINDOWS, BatchSource, ClientHistories, LocalWork
 from pfm_llm.client.local_steps import StackedOptimizer
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.choices import Schedule
@@ -74,6 +74,7 @@ class LocalTrainer:
         self._contract = contract
         self._private = model.objective.private
         self._local = config.federation.local
+        self._most_windows = MOST_WINDOWS * config.data.users_per_client
 
     @functools.cached_property
     def _stages(self) -> Stages:
@@ -84,7 +85,7 @@ class LocalTrainer:
 
     def chunks(self, cohort: Sequence[str]) -> list[tuple[str, ...]]:
         """The chunks of a cohort; equal on every process."""
-        limit = self._local.windows_per_step
+        limit = self.round_work().windows_per_step
         size = functools.partial(self._histories.num_tokens, limit=limit)
         return plan_chunks(cohort, size, self._config.runtime.tokens_per_chunk)
 
@@ -125,7 +126,7 @@ class LocalTrainer:
             private_steps=local.private_local_steps if private_in_round else 0,
             schedule=local.schedule,
             purpose="round",
-            windows_per_step=local.windows_per_step,
+            windows_per_step=local.windows_per_step or self._most_windows,
         )
 
     def personalise(self, chunk: Sequence[str], shared: SharedState) -> dict[str, torch.Tensor]:
@@ -150,7 +151,7 @@ class LocalTrainer:
             private_steps=steps,
             schedule=Schedule.ALTERNATE,
             purpose="personalise",
-            windows_per_step=self._local.personalise_windows,
+            windows_per_step=self._local.personalise_windows or self._most_windows,
         )
         fitted = {name: value[able] for name, value in private.items()}
         stacked = {**self._stack_shared(shared, len(able)), **fitted}
@@ -200,7 +201,8 @@ class LocalTrainer:
         """Padded tokens of one client in one step of `personalise`."""
         if not (self._private.takes_steps or self._private.reads_text):
             return 0
-        return self._histories.num_tokens(client_id, self._local.personalise_windows)
+        limit = self._local.personalise_windows or self._most_windows
+        return self._histories.num_tokens(client_id, limit)
 
     def personalise_steps(self, chunk: Sequence[str]) -> int:
         """Number of private gradient steps of `personalise`, over all clients of the chunk."""

@@ -91,7 +91,8 @@ class LocalConfig(Settings):
     private_local_steps: Count = 1
     personalise_steps: Count = Field(4, description="private steps before an evaluation")
     windows_per_step: PositiveCount | None = Field(
-        None, description="windows that a step reads, taken in turn; None: all"
+        None,
+        description="windows that a step reads, in turn; None: all, of a user at most 64",
     )
     personalise_windows: PositiveCount | None = Field(
         1, description="windows_per_step of the steps before an evaluation"

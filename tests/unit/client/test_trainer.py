@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.client import histories as histories_module
+from pfm_llm.client import trainer as trainer_module
 from pfm_llm.client.histories import LocalWork
 from pfm_llm.client.local_steps import StackedOptimizer
 from pfm_llm.client.trainer import plan_chunks
@@ -324,6 +325,28 @@ def test_windows_per_step_go_round_all_windows(
     seen.clear()
     _train(run, [[client_id]], round_number=2)
     assert seen != first_order  # another round, another order
+
+
+def test_a_step_reads_a_bounded_number_of_windows_of_a_long_history(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A history of any length takes bounded memory; a shorter one is read whole, as ever."""
+    monkeypatch.setattr(trainer_module, "MOST_WINDOWS", 3)
+    run = tiny_run(window__items=2)
+    number = {c: len(run.clients.histories.windows(c)) for c in run.clients.histories.trainable}
+    chunk = [next(c for c, n in number.items() if n == wanted) for wanted in (2, 3, 5)]
+    seen: list[list[int]] = []
+
+    def spy(windows: Sequence[Sequence[Window]], states: Any) -> ChunkBatch:
+        seen.append([len(own) for own in windows])
+        return collate(windows, states)
+
+    monkeypatch.setattr(histories_module, "collate", spy)
+    _train(run, [chunk])
+    assert seen
+    assert all(counts == [2, 3, 3] for counts in seen)
+    longest = max(len(window.tokens) for window in run.clients.histories.windows(chunk[2]))
+    assert run.clients.trainer.personalise_tokens(chunk[2]) <= 3 * longest
 
 
 def test_personalise_fits_a_copy_and_leaves_store_and_shared_state(
