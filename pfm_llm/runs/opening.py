@@ -147,7 +147,11 @@ def corpus_to_resume(config: ExperimentConfig, folders: RunFolders) -> Corpus:
     Raises:
         CheckpointError: Data, items or prompt are not those of the start.
     """
-    if not (folders.public / TRAINED_ON_FILE).exists():  # killed before its first round
+    started = load_config(folders.public / CONFIG_FILE)
+    # A run that was killed before its first round stands on nothing yet. Changed settings are
+    # named one by one once the data are known.
+    same_settings = (started.data, started.prompt) == (config.data, config.prompt)
+    if not same_settings or not (folders.public / TRAINED_ON_FILE).exists():
         return load_corpus(config)
     opening = _Opening(folders, config)
     if changes := opening.changes():

@@ -52,6 +52,7 @@ def test_every_promised_file_is_there_and_no_other(finished: Path) -> None:
         "server/commit.json",
         "server/round_000002.safetensors",
         "server/round_000004.safetensors",
+        "trained_on.json",
         "shared_adapter/README.md",
         "shared_adapter/adapter_config.json",
         "shared_adapter/adapter_model.safetensors",

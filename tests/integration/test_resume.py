@@ -208,7 +208,7 @@ def test_resume_on_other_interactions_is_refused(tiny: Tiny, committed_run: Path
     try:
         # The same catalogue, so that the contract is equal: another user's first event.
         write_interactions(source, {**random_histories(), "u0": list(range(12))})
-        with pytest.raises(CheckpointError, match="data_hash was"):
+        with pytest.raises(CheckpointError, match="the interactions have changed"):
             run_experiment(config, resume=True)
     finally:
         source.write_text(kept)
