@@ -170,7 +170,7 @@ def results_of(run: Path) -> dict[str, Any]:
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     """A run's ``metrics.jsonl``, without what a clock says."""
-    clock = {"seconds", "clients_per_second"}
+    clock = {"seconds", "clients_per_second", "trunk_seconds"}
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
