@@ -45,13 +45,20 @@ _FEDAVG_STEPS = 4
 
 
 class ColumnsConfig(Settings):
-    """Column names in a CSV, TSV, Parquet or `datasets` source."""
+    """Column names in the tables of a source.
+
+    A role at its default is also recognised by other usual names, such as ``userId`` or ``asin``.
+    A name that is given wins.
+    """
 
     user: str = "user_id"
     item: str = "item_id"
     timestamp: str | None = Field("timestamp", description="None: the rows are in order")
-    rating: str | None = Field(None, description="None: no ratings")
+    rating: str | None = Field(None, description="None: recognised, if there are ratings")
     title: str = Field("title", description="the item's text, in the items file or in each row")
+    items_item: str | None = Field(
+        None, description="the item's id in the items file; None: as item, or recognised"
+    )
 
 
 class DataConfig(Settings):
@@ -59,8 +66,9 @@ class DataConfig(Settings):
 
     source: str = Field(
         "movielens-100k",
-        description="movielens-100k or completejourney (embedded), a MovieLens folder, a "
-        "CSV/TSV/Parquet file, a `datasets` id, or a save_to_disk folder",
+        description="movielens-100k or completejourney (embedded); a CSV, TSV, JSON or Parquet "
+        "file; a folder of Parquet parts, MovieLens, RecBole, MIND or save_to_disk; a `datasets` "
+        "id. A path is looked for beside the config first",
     )
     items: str | None = Field(None, description="file of item texts, if not in source")
     columns: ColumnsConfig = ColumnsConfig()
@@ -71,6 +79,7 @@ class DataConfig(Settings):
     like_threshold: float = Field(4.0, description="ratings from this value up count as likes")
     min_interactions: PositiveCount = Field(3, description="users with fewer are dropped")
     max_users: PositiveCount | None = Field(None, description="keep a random sample of this size")
+    met_items_only: bool = Field(False, description="drop items that nobody of the users met")
     max_bad_rows: Fraction = Field(0.01, description="an error above this share of bad rows")
     users_per_client: PositiveCount = Field(1, description="1: a client is a user; else a silo")
 

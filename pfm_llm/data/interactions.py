@@ -72,8 +72,8 @@ class Interactions:
         user_ids: External ids, distinct; the position is the internal id.
         offsets: int64 [num_users + 1]: user ``u`` owns positions ``offsets[u]:offsets[u + 1]``.
         items: int32 [num_interactions], internal item ids.
-        timestamps: int64 [num_interactions], seconds or any other order, not descending within
-            a user; None where only the order is known.
+        timestamps: int64 [num_interactions], or float64 if some are no whole numbers; seconds or
+            any other order, not descending within a user; None where only the order is known.
         ratings: float32 [num_interactions]; None where there are none.
         user_fields: Fields such as age, each one string per user, ``""`` where unknown.
 
@@ -92,7 +92,7 @@ class Interactions:
     def __post_init__(self) -> None:
         _freeze(self, "offsets", np.int64)
         _freeze(self, "items", np.int32)
-        _freeze(self, "timestamps", np.int64)
+        _freeze(self, "timestamps", _time_type(self.timestamps))
         _freeze(self, "ratings", np.float32)
         _check_ids("interactions", self.user_ids, self.user_fields)
         _check_arrays(self)
@@ -113,16 +113,16 @@ class Interactions:
         """Interactions of all users."""
         return len(self.items)
 
-    def user(self, user_id: str) -> int:
-        """The internal id of a user.
+    def user(self, user_id: str | int) -> int:
+        """The internal id of a user; a number is the same as its digits.
 
         Raises:
             DataError: There is no such user; the message names some.
         """
-        if user_id not in self.user_ids:
+        if str(user_id) not in self.user_ids:
             first = ", ".join(self.user_ids[:3])
             raise DataError(f"no user {user_id!r} in the data; users are {first}, …")
-        return self.user_ids.index(user_id)
+        return self.user_ids.index(str(user_id))
 
     def history(self, user: int) -> np.ndarray:
         """The items of internal user ``user``, oldest first: a view, int32 [length]."""
@@ -203,11 +203,12 @@ def build_interactions(
     """Sort rows into histories and apply ``repeats``, ``min_interactions``, ``max_users``.
 
     Internal user ids follow the first appearance of each kept user in the file. The catalogue
-    stays as it is: an item without interactions can still be recommended.
+    stays as it is, since an item without interactions can still be recommended, unless
+    ``met_items_only`` leaves such items out.
 
     Args:
         raw: The usable rows.
-        config: ``repeats``, ``min_interactions`` and ``max_users`` are read.
+        config: ``repeats``, ``min_interactions``, ``max_users`` and ``met_items_only`` are read.
         seed: The experiment's seed; matters only with ``max_users``.
 
     Returns:
@@ -229,12 +230,14 @@ def build_interactions(
     if not len(rows):
         raise DataError(_nothing_left(num_rows, dropped, raw.examples))
     interactions = _gather(raw, rows)
+    if config.met_items_only:
+        interactions = _met_items_only(interactions)
     num_ties = int(rows.duplicated(["user", "time"]).sum()) if "time" in rows else 0
     report = LoadReport(
         num_rows=num_rows,
         num_interactions=len(rows),
         num_users=interactions.num_users,
-        num_items=len(raw.catalogue),
+        num_items=len(interactions.catalogue),
         dropped=dropped,
         examples=raw.examples,
         notes=(*raw.notes, *_notes(interactions, num_ties)),
@@ -280,15 +283,12 @@ def _gather(raw: RawInteractions, rows: Any) -> Interactions:
     """The interactions of sorted rows, whose index holds their positions in the file."""
     lengths = rows.groupby("user").size()
     user_ids = tuple(raw.users[row] for row in rows.index[~rows.duplicated("user")])
-    timestamps = rows["time"].to_numpy() if "time" in rows else None
-    if timestamps is not None and timestamps.dtype.kind == "f":
-        timestamps = np.floor(timestamps)  # after the sort, which needs the full resolution
     return Interactions(
         catalogue=raw.catalogue,
         user_ids=user_ids,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         items=rows["item"].to_numpy(),
-        timestamps=timestamps,
+        timestamps=rows["time"].to_numpy() if "time" in rows else None,
         ratings=rows["rating"].to_numpy() if "rating" in rows else None,
         user_fields={
             name: tuple(values.get(user, "") for user in user_ids)
@@ -297,19 +297,33 @@ def _gather(raw: RawInteractions, rows: Any) -> Interactions:
     )
 
 
+def _met_items_only(interactions: Interactions) -> Interactions:
+    met, items = np.unique(interactions.items, return_inverse=True)
+    if len(met) < _MIN_ITEMS:
+        raise DataError("data.met_items_only: true leaves fewer than 2 items; set it to false")
+    catalogue = interactions.catalogue
+    fields = {name: tuple(texts[i] for i in met) for name, texts in catalogue.fields.items()}
+    ids = tuple(catalogue.item_ids[item] for item in met)
+    return dataclasses.replace(interactions, catalogue=Catalogue(ids, fields), items=items)
+
+
 def _notes(interactions: Interactions, num_ties: int) -> list[str]:
     notes = []
     if interactions.timestamps is None:
         notes.append("no timestamps: file order is taken as order in time")
     if num_ties:
         notes.append(
-            f"{num_ties:,} rows share their time with the same user's row before: file order"
+            f"{num_ties:,} rows share their time with the same user's row before: file order; "
+            "data.keep_ties: true never cuts a history between them"
         )
     if (note := _identical_text(interactions.catalogue)) is not None:
         notes.append(note)
     num_unseen = len(interactions.catalogue) - len(np.unique(interactions.items))
     if num_unseen:
-        notes.append(f"{num_unseen:,} items of the catalogue have no interactions")
+        note = f"{num_unseen:,} items of the catalogue have no interactions"
+        if num_unseen > len(interactions.catalogue) / 2:
+            note += "; data.met_items_only: true leaves them out"
+        notes.append(note)
     return notes
 
 
@@ -360,6 +374,12 @@ def _check_arrays(interactions: Interactions) -> None:
         array = getattr(interactions, name)
         if array is not None and array.shape != items.shape:
             raise DataError(f"interactions: {name} of shape {array.shape}, not {items.shape}")
+
+
+def _time_type(times: np.ndarray | None) -> type:
+    """int64 if no digit is lost by it, else float64."""
+    is_whole = times is None or np.asarray(times).dtype.kind != "f" or not np.any(np.mod(times, 1))
+    return np.int64 if is_whole else np.float64
 
 
 def _freeze(interactions: Interactions, name: str, dtype: type) -> None:

@@ -133,7 +133,7 @@ class HistoryEncoder:
         texts = [prompt.render_item(self._fields[item], rating) for item, rating in keys]
         pieces = self._tokenise(texts, [item for item, _ in keys]) if keys else []
         self._pieces = dict(zip(keys, pieces, strict=True))
-        # The header is the author's own text, so it may hold control tokens; texts of items may not.
+        # The header is its author's text and may hold control tokens; texts of items may not.
         (header,) = tokenizer([prompt.header], add_special_tokens=False)["input_ids"]
         self._header = np.asarray(header, np.int32)
         longest = len(self._header) + config.items * config.max_item_tokens

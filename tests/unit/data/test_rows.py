@@ -7,8 +7,8 @@ import pytest
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.schema import ColumnsConfig
-from pfm_llm.data.rows import NO_TEXT, NOT_A_RATING, NOT_A_TIME, SourceTables, validate
-from pfm_llm.data.tables import BadRow, Table
+from pfm_llm.data.rows import NO_TEXT, NOT_A_RATING, NOT_A_TIME, validate
+from pfm_llm.data.tables import BadRow, SourceTables, Table
 
 COLUMNS = ColumnsConfig(rating="rating")
 ANY = 0.999
@@ -226,10 +226,10 @@ def test_user_fields_are_by_user_and_empty_ids_are_left_out() -> None:
     ("changes", "message"),
     [
         ({"user": "who"}, r"rows\.csv has no column 'who' \(data\.columns\.user\)"),
-        ({"item": "what"}, r"items\.csv has no column 'what' \(data\.columns\.item\)"),
+        ({"item": "what"}, r"rows\.csv has no column 'what' \(data\.columns\.item\)"),
         ({"title": "name"}, r"items\.csv has no column 'name' \(data\.columns\.title\)"),
         ({"timestamp": "time"}, r"data\.columns\.timestamp: timestamp \(the nearest\), or to null"),
-        ({"rating": "stars"}, r"set data\.columns\.rating to one of them, or to null"),
+        ({"rating": "stars"}, r"data\.columns\.rating: rating \(the nearest\), or to null"),
     ],
 )
 def test_a_missing_column_names_its_config_key(changes: dict[str, str], message: str) -> None:
