@@ -58,7 +58,7 @@ class DataCheck:
             lines.append(f"items: {self.config.items}")
         lines += [f"{name}: {', '.join(told)}" for name, told in self.read_as.items() if told]
         roles = (f"{role} = {self._told(role)}" for role in self.columns)
-        lines.append(f"columns: {', '.join(roles)} (data.columns names others)")
+        lines.append(f"columns: {', '.join(roles)}; data.columns names others")
         if self.unused:
             lines.append(f"columns that are not read: {', '.join(self.unused)}")
         lines += [

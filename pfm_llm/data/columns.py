@@ -12,6 +12,7 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.base.terminal import harmless
 from pfm_llm.config.schema import ColumnsConfig
 from pfm_llm.data.tables import SourceTables, Table
+from pfm_llm.data.times import parse_times
 
 _ITEM_NAMES = (
     *("item_id", "item", "iid", "movie_id", "film_id", "parent_asin", "asin", "product_id"),
@@ -44,11 +45,11 @@ USUAL = {
 """Role to the names by which its column is recognised, the first of them that is there."""
 
 _NEAR = 0.6
+_SAMPLE = 50  # rows
 _OPTIONAL = ("timestamp", "rating")
 _HINTS = {
-    "timestamp": ", or to null when the rows are in order",
-    "rating": ", or to null when there are none",
-    "title": ", or name a file of item texts in data.items",
+    "timestamp": "; set it to null if the rows are in order",
+    "title": "; or name a file of item texts in data.items",
 }
 
 
@@ -116,6 +117,8 @@ def resolve(tables: SourceTables, asked: ColumnsConfig) -> Roles:
     for role in sorted(USUAL, key=lambda role: not _is_named(role, asked)):
         found[role] = _find(role, tables, asked, found)
     required = [role for role in USUAL if found[role] is None and not _may_lack(role, asked)]
+    if tables.items is None and "items_item" in required:
+        required.remove("items_item")
     if required:
         raise DataError(_refusal(required, found, tables, asked))
     settings: dict[str, Any] = {**found, "is_rating_named": asked.rating is not None}
@@ -184,25 +187,23 @@ def _recognised(role: str, header: Sequence[str], taken: Collection[str]) -> str
 
 def _refusal(
     required: Sequence[str],
-    found: dict[str, str | None],
+    found: Mapping[str, str | None],
     tables: SourceTables,
     asked: ColumnsConfig,
 ) -> str:
     """All that is missing, what there is, and a block for the config."""
+    proposed = _proposed(required, found, tables, asked)
     lines = ["some columns are missing:"]
-    proposed = dict(found)
     for role in required:
         table = _table(role, tables)
-        header, name = table.header, getattr(asked, role) or found["item"] or asked.item
-        free = [c for c in header if c not in _taken(role, tables, proposed)]
-        proposed[role] = _recognised(role, free, ()) or _nearest(name, free)
-        key = f"data.columns.{role}"
-        if proposed[role] is None:
-            remedy = f"set {key} to one of: {', '.join(free)}" if free else "no column is left"
+        name = getattr(asked, role) or asked.item
+        free = [c for c in table.header if c not in _taken(role, tables, proposed)]
+        if proposed.get(role) is not None:
+            remedy = f"set it to {proposed[role]}, if that is it"
         else:
-            remedy = f"set {key}: {proposed[role]} (the nearest)"
-        hint = _HINTS.get(role if tables.items is None or role != "title" else "", "")
-        lines.append(f"{table.name} has no column {name!r} ({key}); {remedy}{hint}")
+            remedy = f"set it to one of: {', '.join(free)}" if free else "no column is left for it"
+        hint = "" if role == "title" and tables.items is not None else _HINTS.get(role, "")
+        lines.append(f"{table.name} has no column {name!r} (data.columns.{role}): {remedy}{hint}")
     lines += [
         f"the columns of {table.name}: {', '.join(table.header)}"
         for table in (tables.interactions, tables.items)
@@ -210,12 +211,61 @@ def _refusal(
     ]
     if not any(is_usual(name) for name in tables.interactions.header):
         lines.append("if the first line of the file is no header, add one that names the columns")
-    ready = {role: name for role, name in proposed.items() if name is not None}
-    if ready.get("items_item") == ready.get("item") or tables.items is None:
-        ready.pop("items_item", None)
+    block = as_block({"data": {"columns": proposed}})
     told = "\n  ".join(map(harmless, lines))
-    block = as_block({"data": {"columns": ready}})
-    return f"{told}\nThe block for the config, with what was found:\n{block}"
+    return f"{told}\nA block for the config; check it before use:\n{block}"
+
+
+def _proposed(
+    required: Sequence[str],
+    found: Mapping[str, str | None],
+    tables: SourceTables,
+    asked: ColumnsConfig,
+) -> dict[str, str | None]:
+    """The columns that were found, and for each other role one that has no role, if one suits.
+
+    A like name counts first, then the content, then the order of columns.
+    """
+    roles = dict(found)
+
+    def free(role: str) -> list[str]:
+        return [c for c in _table(role, tables).header if c not in _taken(role, tables, roles)]
+
+    for role in required:
+        name = getattr(asked, role) or asked.item
+        roles[role] = _recognised(role, free(role), ()) or _nearest(name, free(role))
+    for role, suits in (
+        ("timestamp", _holds_dates), ("user", _any), ("item", _any), ("items_item", _any),
+        ("timestamp", _holds_times), ("title", _holds_texts),
+    ):  # fmt: skip
+        if role in required and roles[role] is None and (role != "title" or tables.items):
+            values = _table(role, tables).columns
+            roles[role] = next((c for c in free(role) if suits(values[c][:_SAMPLE])), None)
+    if tables.items is None or roles["items_item"] == roles["item"]:
+        roles.pop("items_item", None)
+    rows_are_in_order = roles["timestamp"] is None and not free("timestamp")
+    return {
+        role: name
+        for role, name in roles.items()
+        if name is not None or (role == "timestamp" and rows_are_in_order)
+    }
+
+
+def _any(_: Sequence[str]) -> bool:
+    return True
+
+
+def _holds_times(values: Sequence[str]) -> bool:
+    return None not in parse_times(values).values
+
+
+def _holds_dates(values: Sequence[str]) -> bool:
+    times = parse_times(values)
+    return None not in times.values and times.per_second is not None
+
+
+def _holds_texts(values: Sequence[str]) -> bool:
+    return not any(value is not None for value in parse_times(values).values)
 
 
 def as_block(tree: Mapping[str, object]) -> str:

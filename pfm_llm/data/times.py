@@ -22,6 +22,7 @@ _CALENDAR = {"decimal years": (1900, 2101), "days": (15_000, 80_000)}
 """Small numbers that stand for times too: years, and days as a spreadsheet counts them."""
 
 _FRACTION = re.compile(r"(:\d\d)[.,](\d+)")
+_SLASHES = re.compile(r"^(\d{4})/(\d\d?)/(\d\d?)")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NANO = 10**9
 _FORMATS = ("%a %b %d %H:%M:%S %z %Y", "%a, %d %b %Y %H:%M:%S %z", "%m/%d/%Y %I:%M:%S %p")
@@ -140,7 +141,7 @@ def _nanoseconds(text: str) -> int | None:
 
 
 def _date(text: str) -> datetime | None:
-    iso = re.sub(r"^(\d{4})/(\d\d?)/(\d\d?)", r"\1-\2-\3", text).removesuffix(" UTC")
+    iso = _SLASHES.sub(lambda m: f"{m[1]}-{m[2]:>02}-{m[3]:>02}", text).removesuffix(" UTC")
     moment = None
     try:
         moment = datetime.fromisoformat(iso)

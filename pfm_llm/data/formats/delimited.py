@@ -4,7 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pfm_llm.base.errors import DataError
@@ -13,7 +13,7 @@ from pfm_llm.data.formats.content import decode, read_content
 from pfm_llm.data.tables import BadRow, Table, check_header
 from pfm_llm.data.times import DATES, NUMBERS, parse_times
 
-_SEPARATORS = {"::": "::", "\t": "tab", ",": ",", ";": ";", "|": "|"}
+_SEPARATORS = {"::": "'::'", "\t": "tab", ",": "','", ";": "';'", "|": "'|'"}
 _SUFFIXES = {".csv": ",", ".tsv": "\t"}
 _RFC_4180 = (",", ";")
 """With these, quotation marks are always those of RFC 4180; elsewhere the lines must show it."""
@@ -75,12 +75,7 @@ def read_unknown(path: Path, text: str, encoding: str, names: Collection[str]) -
     suffix = next((s for s in reversed(path.suffixes) if s.lower() != ".gz"), "").lower()
     layout = _sniffed(lines, _SUFFIXES.get(suffix), names)
     header = None if _has_header(lines, layout, names) else _named_by_content(lines, layout)
-    table = _parse(path, text, encoding, Layout(layout.separator, header, *_quoting(layout)))
-    return table
-
-
-def _quoting(layout: Layout) -> tuple[bool, bool]:
-    return layout.quoted, layout.escaped
+    return _parse(path, text, encoding, replace(layout, header=header))
 
 
 def _parse(path: Path, text: str, encoding: str, layout: Layout) -> Table:
@@ -152,14 +147,15 @@ def _records(path: Path, text: str, layout: Layout) -> Iterator[tuple[int, list[
 
 def _sniffed(lines: Sequence[str], preferred: str | None, names: Collection[str]) -> Layout:
     """The layout under which most lines have as many fields as the first one."""
-    found: list[tuple[tuple[bool, bool, bool, int], Layout]] = []
+    found: list[tuple[tuple[bool, bool, bool, bool, int], Layout]] = []
     for separator in _SEPARATORS:
         layout = _with_quotes(lines, separator)
         rows = [_fields(line, layout) for line in lines]
         width = len(rows[0])
         share = sum(len(row) == width for row in rows) / len(rows)
         known = any(_is_name(cell, names) for cell in untyped(rows[0]))
-        key = (known, share >= _STEADY, known and separator == preferred, width)
+        is_long = len(separator) > 1  # stands by chance in no line
+        key = (known, share >= _STEADY, known and separator == preferred, is_long, width)
         if width > 1:
             found.append((key, layout))
     default = _with_quotes(lines, preferred or ",")

@@ -15,8 +15,8 @@ from pfm_llm.data.formats import groceries
 from pfm_llm.data.formats.groceries import COLUMNS, MIN_PRODUCTS, plain_words, read_groceries
 from pfm_llm.data.formats.grocery_words import WORDS
 from pfm_llm.data.rows import validate
-from pfm_llm.data.tables import SourceTables
 from pfm_llm.data.sources import load_interactions
+from pfm_llm.data.tables import SourceTables
 
 MILK, LEAN, HAM, CHIPS = 10, 20, 30, 40
 """First product number of each item; a type has `MIN_PRODUCTS` products unless said otherwise."""
