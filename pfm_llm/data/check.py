@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pfm_llm.base.errors import ConfigError, DataError
-from pfm_llm.config.schema import ColumnsConfig, DataConfig
+from pfm_llm.config.data import ColumnsConfig, DataConfig
 from pfm_llm.data.columns import as_block, resolve
 from pfm_llm.data.interactions import TITLE, Interactions, RawInteractions, build_interactions
 from pfm_llm.data.report import LoadReport
@@ -21,6 +21,7 @@ from pfm_llm.data.times import DATES, parse_times
 _OPTIONAL = ("timestamp", "rating")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUM_EXAMPLES = 3
+_MIN_TRAINED = 2
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,13 @@ def check_data(config: DataConfig) -> DataCheck:
     interactions, report = build_interactions(raw, config, seed=0)
     split = None
     try:
-        split = split_interactions(interactions, config).describe()
+        parts = split_interactions(interactions, config)
+        split = parts.describe()
+        if np.diff(parts.train.interactions.offsets).max() < _MIN_TRAINED:
+            problems.append(
+                "no user has two events to train on; give longer histories, or hold out less "
+                "(data.split, data.held_out)"
+            )
     except DataError as error:
         problems.append(str(error))
     found = resolve(tables, columns)

@@ -10,7 +10,7 @@ import yaml
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.terminal import harmless
-from pfm_llm.config.schema import ColumnsConfig
+from pfm_llm.config.data import ColumnsConfig
 from pfm_llm.data.tables import SourceTables, Table
 from pfm_llm.data.times import parse_times
 

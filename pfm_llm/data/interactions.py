@@ -18,7 +18,7 @@ import pandas as pd
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.config.choices import Repeats
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.history import History
 from pfm_llm.data.report import LoadReport
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import ColumnsConfig
+from pfm_llm.config.data import ColumnsConfig
 from pfm_llm.data.columns import Roles, resolve, resolve_items
 from pfm_llm.data.interactions import TITLE, Catalogue, RawInteractions
 from pfm_llm.data.tables import BadRow, SourceTables, Table

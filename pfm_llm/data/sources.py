@@ -14,7 +14,7 @@ import datasets
 from pfm_llm.base import assets
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.base.files import make_private_dir, sha256_of
-from pfm_llm.config.schema import ColumnsConfig, DataConfig
+from pfm_llm.config.data import EMBEDDED_SOURCES, ColumnsConfig, DataConfig
 from pfm_llm.data.arrow import FORMAT_VERSION, to_arrow
 from pfm_llm.data.arrow import from_arrow as read_cached
 from pfm_llm.data.columns import names_in
@@ -27,10 +27,7 @@ from pfm_llm.data.report import LoadReport
 from pfm_llm.data.rows import read_catalogue, validate
 from pfm_llm.data.tables import SourceTables, Table
 
-EMBEDDED = "movielens-100k"
-GROCERIES = "completejourney"
-EMBEDDED_SOURCES = (EMBEDDED, GROCERIES)
-"""The sources that pfm_llm fetches by itself."""
+_EMBEDDED, _GROCERIES = EMBEDDED_SOURCES
 
 FORMATS: tuple[Format, ...] = (movielens.FORMAT, recbole.FORMAT, mind.FORMAT)
 """Sources of several files, tried in this order."""
@@ -121,12 +118,12 @@ def load_catalogue(source: str, columns: ColumnsConfig | None = None) -> Catalog
 
 def _find(config: DataConfig) -> _Source:
     path = Path(config.source).expanduser()
-    if config.source == GROCERIES:
+    if config.source == _GROCERIES:
         _check_no_items(config)
         path = assets.completejourney()
         files = tuple(path / name for name in assets.GROCERY_FILES)
         return _Source(files, groceries.COLUMNS, lambda: groceries.read_groceries(path))
-    if config.source == EMBEDDED:
+    if config.source == _EMBEDDED:
         path = assets.movielens_100k()
     for kind in FORMATS:
         if files := kind.find(path):

@@ -40,7 +40,7 @@ import numpy as np
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.choices import SplitKind
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.history import History, Query
 from pfm_llm.data.interactions import Interactions
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfm_llm.config.schema import ColumnsConfig
+from pfm_llm.config.data import ColumnsConfig
 from pfm_llm.data.tables import SourceTables
 
 

@@ -32,7 +32,7 @@ import pyarrow as pa
 from pfm_llm.base.assets import GROCERY_FILES
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.config.schema import ColumnsConfig
+from pfm_llm.config.data import ColumnsConfig
 from pfm_llm.data.formats.arrow_table import from_arrow
 from pfm_llm.data.formats.grocery_words import WORDS
 from pfm_llm.data.tables import SourceTables, Table

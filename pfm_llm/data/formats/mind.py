@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import ColumnsConfig
+from pfm_llm.config.data import ColumnsConfig
 from pfm_llm.data.formats.delimited import Layout, read_delimited
 from pfm_llm.data.formats.format import Format
 from pfm_llm.data.tables import BadRow, SourceTables, Table

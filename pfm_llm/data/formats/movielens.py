@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import ColumnsConfig
+from pfm_llm.config.data import ColumnsConfig
 from pfm_llm.data.formats.delimited import CSV, TSV, Layout, read_delimited
 from pfm_llm.data.formats.format import Format
 from pfm_llm.data.tables import SourceTables, Table

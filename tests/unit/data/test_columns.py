@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import ColumnsConfig, DataConfig
+from pfm_llm.config.data import ColumnsConfig, DataConfig
 from pfm_llm.data.columns import USUAL, resolve
 from pfm_llm.data.rows import validate
 from pfm_llm.data.tables import SourceTables, Table

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.choices import Repeats
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.interactions import (
     NOT_SAMPLED,
     REPEAT,
@@ -329,3 +329,11 @@ def test_the_catalogue_hash_sees_where_a_text_ends_but_not_the_order_of_fields()
     swapped = Catalogue(ids, {"year": ("ab", "c"), "title": ("x", "y")})
     assert one.content_hash() == turned.content_hash()
     assert len({one.content_hash(), other.content_hash(), swapped.content_hash()}) == 3
+
+
+def test_a_user_may_be_given_as_a_number() -> None:
+    rows = RawInteractions(LETTERS, ["7", "8"], np.array([0, 1]))
+    interactions, _ = build_interactions(rows, KEEP_ALL, seed=0)
+    assert interactions.user(8) == interactions.user("8") == 1
+    with pytest.raises(DataError, match="no user 9 in the data; users are 7, 8"):
+        interactions.user(9)

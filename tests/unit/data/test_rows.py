@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import ColumnsConfig
+from pfm_llm.config.data import ColumnsConfig
 from pfm_llm.data.rows import NO_TEXT, NOT_A_RATING, NOT_A_TIME, validate
 from pfm_llm.data.tables import BadRow, SourceTables, Table
 

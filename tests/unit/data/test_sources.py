@@ -8,7 +8,8 @@ import datasets
 import pytest
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import ColumnsConfig, DataConfig, ExperimentConfig, load_config
+from pfm_llm.config.data import ColumnsConfig, DataConfig
+from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.data import sources
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.report import LoadReport

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pfm_llm.config.schema import ColumnsConfig, DataConfig
+from pfm_llm.config.data import ColumnsConfig, DataConfig
 from pfm_llm.data.arrow import from_arrow, to_arrow
 from pfm_llm.data.interactions import Interactions, build_interactions
 from pfm_llm.data.report import LoadReport

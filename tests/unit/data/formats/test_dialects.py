@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.frames import data_section
 from pfm_llm.data.interactions import build_interactions
 from pfm_llm.data.rows import validate

@@ -9,7 +9,7 @@ import pytest
 
 from pfm_llm.base.assets import GROCERY_FILES
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data import sources
 from pfm_llm.data.formats import groceries
 from pfm_llm.data.formats.groceries import COLUMNS, MIN_PRODUCTS, plain_words, read_groceries

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.formats.mind import COLUMNS, mind_files, read_mind
 from pfm_llm.data.interactions import build_interactions
 from pfm_llm.data.rows import validate

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.sources import load_interactions
 
@@ -24,7 +24,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def add_items(folder: Path) -> None:
     (folder / "steam.item").write_text(
-        "product_id:token\tapp_name:token_seq\tgenres:token_seq\n1\tHalf-Life\tAction FPS\n2\tIco\t\n"
+        "product_id:token\tapp_name:token_seq\tgenres:token_seq\n"
+        "1\tHalf-Life\tAction FPS\n2\tIco\t\n"
     )
 
 
