@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pfm_llm.base.errors import ConfigError, DataError
+from pfm_llm.base.terminal import harmless
 from pfm_llm.config.data import ColumnsConfig, DataConfig
 from pfm_llm.data.columns import as_block, resolve
 from pfm_llm.data.interactions import TITLE, Interactions, RawInteractions, build_interactions
@@ -57,11 +58,13 @@ class DataCheck:
         lines = [f"source: {self.config.source}"]
         if self.config.items is not None:
             lines.append(f"items: {self.config.items}")
-        lines += [f"{name}: {', '.join(told)}" for name, told in self.read_as.items() if told]
+        lines += [
+            harmless(f"{name}: {', '.join(told)}") for name, told in self.read_as.items() if told
+        ]
         roles = (f"{role} = {self._told(role)}" for role in self.columns)
-        lines.append(f"columns: {', '.join(roles)}; data.columns names others")
+        lines.append(harmless(f"columns: {', '.join(roles)}; data.columns names others"))
         if self.unused:
-            lines.append(f"columns that are not read: {', '.join(self.unused)}")
+            lines.append(harmless(f"columns that are not read: {', '.join(self.unused)}"))
         lines += [
             f"texts of an item: {', '.join(self.interactions.catalogue.fields)}",
             self.report.describe(),

@@ -347,7 +347,10 @@ def _identical_text(catalogue: Catalogue) -> str | None:
 
 
 def _nothing_left(num_rows: int, dropped: Mapping[str, int], examples: tuple[str, ...]) -> str:
-    lines = [f"no interactions left of {num_rows:,} rows; check data.source and data.columns"]
+    lower = ", or lower data.min_interactions" if TOO_FEW in dropped else ""
+    lines = [
+        f"no interactions left of {num_rows:,} rows; check data.source and data.columns{lower}"
+    ]
     lines += [f"  {count:,} dropped: {reason}" for reason, count in dropped.items()]
     return "\n".join([*lines, *(f"  {example}" for example in examples)])
 

@@ -12,7 +12,7 @@ from pfm_llm.config.data import ColumnsConfig
 from pfm_llm.data.columns import Roles, resolve, resolve_items
 from pfm_llm.data.interactions import TITLE, Catalogue, RawInteractions
 from pfm_llm.data.tables import BadRow, SourceTables, Table
-from pfm_llm.data.times import Number, Times, number, parse_times
+from pfm_llm.data.times import Number, Times, parse_numbers, parse_times
 
 _MAX_EXAMPLES = 5
 
@@ -142,7 +142,7 @@ def _ratings(table: Table, roles: Roles) -> tuple[list[Number | None] | None, li
     """
     if roles.rating is None:
         return None, []
-    ratings = [number(text) for text in table.columns[roles.rating]]
+    ratings = parse_numbers(table.columns[roles.rating])
     if roles.is_rating_named or None not in ratings:
         return ratings, []
     line = table.positions[ratings.index(None)]

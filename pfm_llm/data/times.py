@@ -22,6 +22,8 @@ _CALENDAR = {"decimal years": (1900, 2101), "days": (15_000, 80_000)}
 """Small numbers that stand for times too: years, and days as a spreadsheet counts them."""
 
 _FRACTION = re.compile(r"(:\d\d)[.,](\d+)")
+_COMMA = re.compile(r"[+-]?\d+,(\d+)")
+_THOUSAND = 3  # digits
 _SLASHES = re.compile(r"^(\d{4})/(\d\d?)/(\d\d?)")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NANO = 10**9
@@ -57,7 +59,7 @@ def parse_times(texts: Sequence[str]) -> Times:
     Args:
         texts: Numbers, or dates such as ISO 8601 (without a zone: UTC).
     """
-    numbers = [number(text) for text in texts]
+    numbers = parse_numbers(texts)
     dates = {
         row: moment
         for row, (text, value) in enumerate(zip(texts, numbers, strict=True))
@@ -97,8 +99,19 @@ def unit_of(value: Number) -> str:
     return NUMBERS
 
 
-def number(text: str) -> Number | None:
-    """A finite number, an int if it is whole; None for another text."""
+def parse_numbers(texts: Sequence[str]) -> list[Number | None]:
+    """Finite numbers, ints where they are whole; None for another text.
+
+    Commas are decimal ones if no text has a point, and if they cannot all stand before thousands.
+    """
+    commas = [match[1] for text in texts if (match := _COMMA.fullmatch(text))]
+    is_decimal = not any("." in text for text in texts)
+    if is_decimal and any(len(digits) != _THOUSAND for digits in commas):
+        texts = [text.replace(",", ".") if _COMMA.fullmatch(text) else text for text in texts]
+    return [_number(text) for text in texts]
+
+
+def _number(text: str) -> Number | None:
     try:
         value: Number = int(text)
     except ValueError:

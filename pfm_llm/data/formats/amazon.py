@@ -7,13 +7,13 @@ from pfm_llm.data.tables import LazyColumns, Table
 _SIGNS = {"title", "parent_asin", "user_id"}
 """Columns of a review of 2023; the metadata of items has no user."""
 
-_RENAMED = "review_title"
+_RENAMED = "summary"
 
 
 def without_review_titles(table: Table) -> Table:
-    """The table, in which the title of a review is called ``review_title``.
+    """The table, in which the title of a review is called ``summary``, as until 2018.
 
-    Other tables, and reviews of 2014 and 2018 (whose title is ``summary``), are returned unchanged.
+    Other tables are returned unchanged.
     """
     if not set(table.header) >= _SIGNS:
         return table

@@ -86,7 +86,8 @@ def _parse(path: Path, text: str, encoding: str, layout: Layout) -> Table:
         if not isinstance(first, list):
             raise DataError(f"{path} is empty; its first line must name the columns")
         header = untyped([name.strip() for name in first])
-    check_header(str(path), header)
+    names = tuple(filter(None, header))  # an index that pandas wrote has no name
+    check_header(str(path), names)
     rows: list[list[str]] = []
     positions: list[int] = []
     bad: list[BadRow] = []
@@ -99,7 +100,7 @@ def _parse(path: Path, text: str, encoding: str, layout: Layout) -> Table:
         else:
             rows.append(fields)
             positions.append(line)
-    columns = {name: [row[at].strip() for row in rows] for at, name in enumerate(header)}
+    columns = {n: [row[at].strip() for row in rows] for at, n in enumerate(header) if n}
     inferred = (
         f"separator {_SEPARATORS.get(layout.separator, layout.separator)}",
         "fields in quotation marks are unquoted" if layout.quoted else "no quotation marks",
@@ -107,7 +108,7 @@ def _parse(path: Path, text: str, encoding: str, layout: Layout) -> Table:
         f"encoding {encoding}",
     )
     notes = () if encoding.startswith("UTF") else (f"{path}: not UTF-8, read as {encoding}",)
-    return Table(str(path), header, columns, positions, "line", tuple(bad), inferred, notes)
+    return Table(str(path), names, columns, positions, "line", tuple(bad), inferred, notes)
 
 
 def untyped(header: Sequence[str]) -> tuple[str, ...]:
