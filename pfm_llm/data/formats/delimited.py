@@ -75,7 +75,11 @@ def read_unknown(path: Path, text: str, encoding: str, names: Collection[str]) -
     suffix = next((s for s in reversed(path.suffixes) if s.lower() != ".gz"), "").lower()
     layout = _sniffed(lines, _SUFFIXES.get(suffix), names)
     header = None if _has_header(lines, layout, names) else _named_by_content(lines, layout)
-    return _parse(path, text, encoding, replace(layout, header=header))
+    table = _parse(path, text, encoding, replace(layout, header=header))
+    if header is None:
+        return table
+    guess = f"{path}: no header; its columns are taken as {', '.join(header)}"
+    return replace(table, notes=(*table.notes, guess))
 
 
 def _parse(path: Path, text: str, encoding: str, layout: Layout) -> Table:
