@@ -44,6 +44,7 @@ USUAL = {
 }
 """Role to the names by which its column is recognised, the first of them that is there."""
 
+_TYPED = re.compile(r"(.+):(?:token|token_seq|float|float_seq)")
 _NEAR = 0.6
 _SAMPLE = 50  # rows
 _OPTIONAL = ("timestamp", "rating")
@@ -60,6 +61,12 @@ def fold(name: str) -> str:
 
 _FOLDED = {role: [fold(name) for name in names] for role, names in USUAL.items()}
 _ALL_FOLDED = {name for names in _FOLDED.values() for name in names}
+
+
+def untyped(name: str) -> str:
+    """A name without its type in the files of RecBole: ``user_id`` for ``user_id:token``."""
+    typed = _TYPED.fullmatch(name)
+    return typed[1] if typed else name
 
 
 def is_usual(name: str) -> bool:
@@ -163,7 +170,7 @@ def _find(
     if role == "items_item" and tables.items is None:
         return found["item"]
     if name is not None and (name in header or _is_named(role, asked)):
-        return name if name in header else None
+        return next((text for text in (name, untyped(name)) if text in header), None)
     same = found.get("item") if role == "items_item" else None
     if same is not None and (same in header or asked.item in header):
         return same if same in header else asked.item

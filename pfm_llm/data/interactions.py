@@ -55,6 +55,11 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.item_ids)
 
+    def take(self, items: Sequence[int] | np.ndarray) -> "Catalogue":
+        """Some items by their internal ids, distinct, in that order."""
+        fields = {name: tuple(texts[i] for i in items) for name, texts in self.fields.items()}
+        return Catalogue(tuple(self.item_ids[i] for i in items), fields)
+
     def content_hash(self) -> str:
         """SHA-256, in hex, over ids and fields; the order of the fields does not matter."""
         return _text_hash("catalogue", self.item_ids, self.fields).hexdigest()
@@ -147,14 +152,9 @@ class Interactions:
         Args:
             order: Internal ids of all items, in their new order.
         """
-        catalogue = self.catalogue
-        fields = {name: [texts[i] for i in order] for name, texts in catalogue.fields.items()}
         return dataclasses.replace(
             self,
-            catalogue=Catalogue(
-                tuple(catalogue.item_ids[i] for i in order),
-                {name: tuple(texts) for name, texts in fields.items()},
-            ),
+            catalogue=self.catalogue.take(order),
             items=np.argsort(order).astype(np.int32)[self.items],
         )
 
@@ -301,10 +301,9 @@ def _met_items_only(interactions: Interactions) -> Interactions:
     met, items = np.unique(interactions.items, return_inverse=True)
     if len(met) < _MIN_ITEMS:
         raise DataError("data.met_items_only: true leaves fewer than 2 items; set it to false")
-    catalogue = interactions.catalogue
-    fields = {name: tuple(texts[i] for i in met) for name, texts in catalogue.fields.items()}
-    ids = tuple(catalogue.item_ids[item] for item in met)
-    return dataclasses.replace(interactions, catalogue=Catalogue(ids, fields), items=items)
+    return dataclasses.replace(
+        interactions, catalogue=interactions.catalogue.take(met), items=items
+    )
 
 
 def _notes(interactions: Interactions, num_ties: int) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.data.columns import is_usual
+from pfm_llm.data.columns import is_usual, untyped
 from pfm_llm.data.formats.content import decode, read_content
 from pfm_llm.data.tables import BadRow, Table, check_header
 from pfm_llm.data.times import DATES, NUMBERS, parse_times
@@ -22,7 +22,6 @@ _SAMPLE = 200  # lines
 _STEADY = 0.9
 _MOST_RATINGS = 21
 _HIGHEST_RATING = 100
-_TYPED = re.compile(r"(.+):(?:token|token_seq|float|float_seq)")
 _ASIN = re.compile(r"(?:B0|\d\d)[0-9A-Z]{8}")
 
 
@@ -89,7 +88,7 @@ def _parse(path: Path, text: str, encoding: str, layout: Layout) -> Table:
         _, first = next(records, (0, None))
         if not isinstance(first, list):
             raise DataError(f"{path} is empty; its first line must name the columns")
-        header = untyped([name.strip() for name in first])
+        header = _untyped([name.strip() for name in first])
     names = tuple(filter(None, header))  # an index that pandas wrote has no name
     check_header(str(path), names)
     rows: list[list[str]] = []
@@ -115,10 +114,10 @@ def _parse(path: Path, text: str, encoding: str, layout: Layout) -> Table:
     return Table(str(path), names, columns, positions, "line", tuple(bad), inferred, notes)
 
 
-def untyped(header: Sequence[str]) -> tuple[str, ...]:
-    """The names of a header, without the types of RecBole (``user_id:token``) if all have one."""
-    typed = [_TYPED.fullmatch(name) for name in header]
-    return tuple(m[1] if all(typed) and m else name for m, name in zip(typed, header, strict=True))
+def _untyped(header: Sequence[str]) -> tuple[str, ...]:
+    """The names of a header, without the types of RecBole if all have one."""
+    plain = tuple(map(untyped, header))
+    return plain if all(a != b for a, b in zip(plain, header, strict=True)) else tuple(header)
 
 
 def _records(path: Path, text: str, layout: Layout) -> Iterator[tuple[int, list[str] | str]]:
@@ -158,7 +157,7 @@ def _sniffed(lines: Sequence[str], preferred: str | None, names: Collection[str]
         rows = [_fields(line, layout) for line in lines]
         width = len(rows[0])
         share = sum(len(row) == width for row in rows) / len(rows)
-        known = any(_is_name(cell, names) for cell in untyped(rows[0]))
+        known = any(_is_name(cell, names) for cell in _untyped(rows[0]))
         is_long = len(separator) > 1  # stands by chance in no line
         key = (known, share >= _STEADY, known and separator == preferred, is_long, width)
         if width > 1:
@@ -188,24 +187,34 @@ def _with_quotes(lines: Sequence[str], separator: str) -> Layout:
 def _shows_quoting(lines: Sequence[str], separator: str) -> bool:
     """Whether quotation marks enclose fields, so that they are no part of a text.
 
-    They do if a whole column has them, if those inside a field are doubled, or if a line has the
-    right number of fields with quoting alone.
+    They do if they stand in a whole column, if those inside a field are doubled, or if fewer rows
+    are torn by it.
     """
+    if not any('"' in line for line in lines):
+        return False
     rows = [line.split(separator) for line in lines]
-    width = len(rows[0])
-    for line, row in zip(lines, rows, strict=True):
-        if any(_is_enclosed(field) and '""' in field[1:-1] for field in row):
-            return True
-        if len(row) > width and len(next(csv.reader([line], delimiter=separator))) == width:
-            return True
-    whole = [row for row in rows if len(row) == width]
+    whole = [row for row in rows if len(row) == len(rows[0])]
     columns = [[field for field in column if field] for column in zip(*whole, strict=True)]
-    return any(
-        all(map(_is_enclosed, values))
-        for column in columns
-        for values in (column, column[1:])
-        if values
-    ) or all(map(_is_enclosed, rows[0]))
+    stretches = [fields for column in columns for fields in (column, column[1:]) if fields]
+    num_torn = _num_torn(lines, separator, len(rows[0]))
+    if any(all(map(_is_enclosed, fields)) for fields in stretches):
+        return num_torn < len(lines)
+    doubled = any(_is_enclosed(field) and '""' in field[1:-1] for row in whole for field in row)
+    return num_torn < len(rows) - len(whole) + doubled
+
+
+def _num_torn(lines: Sequence[str], separator: str, width: int) -> int:
+    """How many rows have another number of fields if quotation marks enclose fields."""
+    escaped = any('\\"' in line for line in lines)
+    layout = Layout(separator, quoted=True, escaped=escaped)
+    count = last = 0
+    try:
+        for line, fields in _records(Path(), "\n".join(lines), layout):
+            last = line
+            count += isinstance(fields, str) or len(fields) != width
+    except DataError:  # a field goes on to the end of the sample, as the last one may
+        return count if last >= _STEADY * len(lines) else len(lines)
+    return count
 
 
 def _is_enclosed(field: str) -> bool:
@@ -218,7 +227,7 @@ def _is_enclosed(field: str) -> bool:
 def _has_header(lines: Sequence[str], layout: Layout, names: Collection[str]) -> bool:
     """Whether the first line names the columns: by a usual name, or as text above numbers."""
     first, *rest = (_fields(line, layout) for line in lines)
-    if any(_is_name(cell, names) for cell in untyped(first)):
+    if any(_is_name(cell, names) for cell in _untyped(first)):
         return True
     columns = zip(*(row for row in rest if len(row) == len(first)), strict=True)
     for cell, values in zip(first, columns, strict=False):
