@@ -104,6 +104,8 @@ def _catalogue(table: Table, roles: Roles, max_bad_rows: float) -> tuple[Catalog
     kept = list(first.values())
     fields = {name: tuple(values[index] for index in kept) for name, values in texts.items()}
     notes = [*table.notes, *_table_notes(table, bad, len(good) - len(kept))]
+    if others := [name for name in table.passed_over if name not in reserved]:
+        notes.append(f"{table.name}: columns that are no text: {', '.join(others)}")
     return Catalogue(tuple(first), fields), notes
 
 

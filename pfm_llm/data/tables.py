@@ -74,6 +74,11 @@ class Table:
     notes: tuple[str, ...] = ()
 
     @property
+    def passed_over(self) -> list[str]:
+        """Columns of the header that an iteration leaves out, since they are no text."""
+        return [name for name in self.header if name not in set(self.columns)]
+
+    @property
     def num_rows(self) -> int:
         """All rows, good and bad."""
         return len(self.positions) + len(self.bad)

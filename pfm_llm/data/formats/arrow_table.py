@@ -80,7 +80,6 @@ def from_schema(name: str, schema: pa.Schema, num_rows: int, load: Callable[[str
             )
         return _as_text(load(asked))
 
-    others = [name for name in header if name not in readable]
     return Table(
         name=name,
         header=header,
@@ -88,7 +87,6 @@ def from_schema(name: str, schema: pa.Schema, num_rows: int, load: Callable[[str
         positions=range(1, num_rows + 1),
         unit="row",
         inferred=("columns and types as the file names them",),
-        notes=(f"{name}: columns that are no text: {', '.join(others)}",) if others else (),
     )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +69,8 @@ def read_unknown(path: Path, text: str, encoding: str, names: Collection[str]) -
     Raises:
         DataError: The file is empty or damaged, or two columns have one name.
     """
-    lines = [line.rstrip("\r") for line in text.split("\n", 5 * _SAMPLE) if line.strip()][:_SAMPLE]
+    filled = (line.rstrip("\n") for line in io.StringIO(text, newline=None) if line.strip())
+    lines = list(itertools.islice(filled, _SAMPLE))
     if not lines:
         raise DataError(f"{path} is empty; its first line must name the columns")
     suffix = next((s for s in reversed(path.suffixes) if s.lower() != ".gz"), "").lower()
@@ -123,7 +125,7 @@ def _untyped(header: Sequence[str]) -> tuple[str, ...]:
 def _records(path: Path, text: str, layout: Layout) -> Iterator[tuple[int, list[str] | str]]:
     """The line at which each row begins, with its fields, or with the fault of its quotes."""
     if not layout.quoted:
-        for line, content in enumerate(text.split("\n"), start=1):
+        for line, content in enumerate(text.split("\n" if "\n" in text else "\r"), start=1):
             if content.strip():
                 yield line, content.rstrip("\r").split(layout.separator)
         return
@@ -170,7 +172,10 @@ def _fields(line: str, layout: Layout) -> list[str]:
     if not layout.quoted:
         return [field.strip() for field in line.split(layout.separator)]
     escape = "\\" if layout.escaped else None
-    row = next(csv.reader([line], delimiter=layout.separator, escapechar=escape), [])
+    try:
+        row = next(csv.reader([line], delimiter=layout.separator, escapechar=escape), [])
+    except csv.Error:  # a field that is longer than csv allows
+        row = line.split(layout.separator)
     return [field.strip() for field in row]
 
 

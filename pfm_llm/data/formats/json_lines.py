@@ -52,7 +52,6 @@ def read_json_lines(path: Path, text: str, encoding: str) -> Table:
             )
         return [_as_text(row.get(name)) for row in rows]
 
-    passed = [name for name in header if name in nested]
     return Table(
         name=str(path),
         header=header,
@@ -60,7 +59,6 @@ def read_json_lines(path: Path, text: str, encoding: str) -> Table:
         positions=positions,
         bad=tuple(bad),
         inferred=("a JSON object for each row", f"encoding {encoding}"),
-        notes=(f"{path}: columns that are no text: {', '.join(passed)}",) if passed else (),
     )
 
 

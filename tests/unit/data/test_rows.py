@@ -8,7 +8,7 @@ import pytest
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.data import ColumnsConfig
 from pfm_llm.data.rows import NO_TEXT, NOT_A_RATING, NOT_A_TIME, validate
-from pfm_llm.data.tables import BadRow, SourceTables, Table
+from pfm_llm.data.tables import BadRow, LazyColumns, SourceTables, Table
 
 COLUMNS = ColumnsConfig(rating="rating")
 ANY = 0.999
@@ -250,3 +250,13 @@ def test_tables_without_rows_pass() -> None:
     empty = table("rows.csv", user_id=[], item_id=[], timestamp=[], rating=[])
     raw = validate(SourceTables(empty, ITEMS), COLUMNS, max_bad_rows=0)
     assert len(raw.users) == len(raw.items) == 0
+
+
+def test_texts_that_are_no_text_are_named_once_unless_they_have_a_role() -> None:
+    columns = LazyColumns(
+        ["title"], lambda name: ["Ash", "Birch"] if name == "title" else ["a", "b"]
+    )
+    items = Table("items", ("item_id", "title", "images"), columns, range(1, 3), unit="row")
+    raw = validate(SourceTables(rows(), items), COLUMNS, max_bad_rows=0)
+    assert raw.catalogue.fields == {"title": ("Ash", "Birch")}
+    assert raw.notes == ("items: columns that are no text: images",)

@@ -182,7 +182,7 @@ def test_columns_without_a_form_as_text_are_passed_over_until_they_are_asked_for
     table = from_arrow("here", pa.table(values))
     assert list(table.columns) == ["title"]
     assert table.header == tuple(values)
-    assert table.notes == ("here: columns that are no text: nested, images, map, bytes, key",)
+    assert table.passed_over == ["nested", "images", "map", "bytes", "key"]
     assert (table.column("bytes"), table.column("key")) == (["u1"], ["00ff"])
     with pytest.raises(DataError, match="here: column 'nested' of type struct"):
         table.column("nested")
@@ -206,7 +206,7 @@ def test_json_objects_become_rows(array: bool, tmp_path: Path) -> None:
         "asin": ["1", "2"], "title": ["a", ""], "cats": ["x, y", ""], "n": ["5.0", ""],
         "ok": ["", "true"],
     }  # fmt: skip
-    assert table.notes == (f"{tmp_path}/t.jsonl.gz: columns that are no text: details",)
+    assert table.passed_over == ["details"]
     with pytest.raises(DataError, match="'details' holds nested values"):
         table.column("details")
 
@@ -258,6 +258,22 @@ def test_a_header_alone_is_a_table_without_rows(tmp_path: Path) -> None:
         table = read_delimited(write(tmp_path / "t", text), layout)
         assert table.columns == {"a": [], "b": []}
         assert table.num_rows == 0
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_in_three_ways(separator: str, end: str, tmp_path: Path) -> None:
+    rows = (["item_id", "title"], ["a", "Ash"], ["b", "Birch"])
+    text = "".join(separator.join(row) + end for row in rows)
+    table = read_table(write(tmp_path / "t.txt", text))
+    assert table.columns == {"item_id": ["a", "b"], "title": ["Ash", "Birch"]}
+
+
+def test_a_very_long_field_costs_its_row_alone(tmp_path: Path) -> None:
+    text = f"item_id,title\na,{'x' * 200_000}\nb,Birch\n"
+    table = read_table(write(tmp_path / "t.csv", text))
+    assert table.columns["item_id"] == ["b"]
+    assert [bad.position for bad in table.bad] == [2]
 
 
 def test_columns_without_a_name_are_left_out(tmp_path: Path) -> None:
