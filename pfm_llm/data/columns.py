@@ -39,6 +39,8 @@ USUAL = {
         *("title", "name", "movie_title", "item_title", "product_title", "book_title", "item_name"),
         *("product_name", "movie_name", "news_title", "film_title", "track_name", "song_title"),
         *("headline", "original_title", "game_title", "app_name", "game_name", "artist_name"),
+        *("venue_name", "business_name", "recipe_name", "show_name", "video_title"),
+        *("course_title", "course_name", "job_title", "article_title", "album_name", "song_name"),
     ),
     "items_item": (*_ITEM_NAMES, "id"),
 }
