@@ -11,6 +11,7 @@ from pfm_llm.base.errors import ArtefactError, ConfigError, DataError
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trunk_cache import TrunkStates, trunk_states
+from pfm_llm.config.data import EMBEDDED_SOURCES
 from pfm_llm.config.schema import (
     BackboneConfig,
     ExperimentConfig,
@@ -308,6 +309,7 @@ class Recommender:
         return self.owner.history
 
     def _items(self, item_ids: Sequence[str]) -> np.ndarray:
+        item_ids = [str(item) for item in item_ids]  # ids that are numbers come from Python as ints
         unknown = [item for item in item_ids if item not in self._index]
         if unknown:
             there = ", ".join(self.catalogue.item_ids[:3])
@@ -353,7 +355,7 @@ def _owner(run: Run, shared: SharedState, user: str) -> Owner:
 
 def _load_catalogue(artefact: Artefact, source: str | None) -> Catalogue:
     trained_on = artefact.manifest.data_source
-    if source is None and trained_on not in sources.EMBEDDED_SOURCES:
+    if source is None and trained_on not in EMBEDDED_SOURCES:
         raise DataError(
             f"{artefact.origin} was trained on {trained_on!r}, whose items are not in its folder; "
             "pass catalogue: a CSV, TSV or Parquet file with item_id and title"

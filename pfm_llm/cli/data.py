@@ -13,8 +13,8 @@ def check(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="CSV, TSV or Parquet file, MovieLens folder, save_to_disk folder, `datasets` id, "
-            "movielens-100k or completejourney.",
+            help="CSV, TSV, JSON or Parquet file; folder of Parquet parts, MovieLens, RecBole, "
+            "MIND or save_to_disk; `datasets` id; movielens-100k or completejourney.",
             show_default=False,
         ),
     ],
@@ -26,12 +26,13 @@ def check(
         list[str] | None,
         typer.Option(
             metavar="ROLE=NAME",
-            help="Column of user, item, timestamp, rating or title; timestamp and rating may be "
-            "null; may be repeated.",
+            help="Column of user, item, timestamp, rating, title or items_item (the id in FILE), "
+            "where its name is not recognised; timestamp=null: the rows are in order; may be "
+            "repeated.",
         ),
     ] = None,
 ) -> None:
-    """Report which rows training would read and which rows it would drop.
+    """Report what a source is read as, and which rows training would read or drop.
 
     The last lines are the block `data:` of a config. The exit code is 1 if training on the data
     would fail.

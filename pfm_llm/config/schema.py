@@ -16,13 +16,13 @@ from pfm_llm.config.choices import (
     LearningRateSchedule,
     LocalOptimizer,
     Regime,
-    Repeats,
     Schedule,
     ServerOptimizer,
     SplitKind,
     Task,
     Weighting,
 )
+from pfm_llm.config.data import DataConfig, beside
 from pfm_llm.config.methods import SPECS, Method, with_method
 from pfm_llm.config.model import (
     AdaptersConfig,
@@ -42,37 +42,6 @@ from pfm_llm.config.text import apply_override, validated
 
 _FEDAVG_STEPS = 4
 """Minimum local steps of fedavg: with fewer, the local models hardly differ."""
-
-
-class ColumnsConfig(Settings):
-    """Column names in a CSV, TSV, Parquet or `datasets` source."""
-
-    user: str = "user_id"
-    item: str = "item_id"
-    timestamp: str | None = Field("timestamp", description="None: the rows are in order")
-    rating: str | None = Field(None, description="None: no ratings")
-    title: str = Field("title", description="the item's text, in the items file or in each row")
-
-
-class DataConfig(Settings):
-    """The source of the interactions, and how they are split."""
-
-    source: str = Field(
-        "movielens-100k",
-        description="movielens-100k or completejourney (embedded), a MovieLens folder, a "
-        "CSV/TSV/Parquet file, a `datasets` id, or a save_to_disk folder",
-    )
-    items: str | None = Field(None, description="file of item texts, if not in source")
-    columns: ColumnsConfig = ColumnsConfig()
-    repeats: Repeats = Repeats.FIRST_ONLY
-    split: SplitKind = SplitKind.LEAVE_LAST_OUT
-    held_out: Fraction = Field(0.2, description="held-out share of the other two splits")
-    keep_ties: bool = Field(False, description="never split events of a user with equal timestamps")
-    like_threshold: float = Field(4.0, description="ratings from this value up count as likes")
-    min_interactions: PositiveCount = Field(3, description="users with fewer are dropped")
-    max_users: PositiveCount | None = Field(None, description="keep a random sample of this size")
-    max_bad_rows: Fraction = Field(0.01, description="an error above this share of bad rows")
-    users_per_client: PositiveCount = Field(1, description="1: a client is a user; else a silo")
 
 
 class BackboneConfig(Settings):
@@ -330,6 +299,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Exper
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file, without defaults; ``data: PATH`` is expanded.
 
+    A path of data that is there beside the file is that one, and else one from the working folder.
+
     Raises:
         ConfigError: The file cannot be read, or holds something else.
     """
@@ -341,7 +312,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
-    return _with_source(tree)
+    tree = _with_source(tree)
+    if isinstance(data := tree.get("data"), dict):
+        tree["data"] = {key: beside(Path(path).parent, key, data[key]) for key in data}
+    return tree
 
 
 def _with_source(tree: dict[str, Any]) -> dict[str, Any]:

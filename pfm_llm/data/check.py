@@ -2,23 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from pfm_llm.base.errors import ConfigError, DataError
-from pfm_llm.config.schema import ColumnsConfig, DataConfig
+from pfm_llm.base.terminal import harmless
+from pfm_llm.config.data import ColumnsConfig, DataConfig
+from pfm_llm.data.columns import as_block, resolve
 from pfm_llm.data.interactions import TITLE, Interactions, RawInteractions, build_interactions
 from pfm_llm.data.report import LoadReport
-from pfm_llm.data.rows import SourceTables, validate
+from pfm_llm.data.rows import validate
 from pfm_llm.data.sources import read_source
 from pfm_llm.data.splits import split_interactions
+from pfm_llm.data.tables import SourceTables
+from pfm_llm.data.times import DATES, parse_times
 
 _OPTIONAL = ("timestamp", "rating")
-_UNIX_SECONDS = (100_000_000, 4_102_444_800)  # 1973 to 2100; smaller numbers are an order
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUM_EXAMPLES = 3
+_MIN_TRAINED = 2
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,11 @@ class DataCheck:
         unused: Columns of the interactions that have no role.
         interactions: The interactions that training would use.
         report: The rows that were read and dropped.
+        read_as: Table to what its reader inferred: separator, header, encoding.
+        times: The first and the last time, and their unit, in words.
         split: A description of the split; None if splitting fails.
         problems: The reasons for which training would fail; empty if it would not.
+        has_config_columns: Whether ``data.columns`` names the columns, and not the format.
     """
 
     config: DataConfig
@@ -40,22 +47,28 @@ class DataCheck:
     unused: tuple[str, ...]
     interactions: Interactions
     report: LoadReport
+    read_as: Mapping[str, tuple[str, ...]]
+    times: str
     split: str | None
     problems: tuple[str, ...]
+    has_config_columns: bool = True
 
     def describe(self) -> str:
         """All of it as lines of text; the last ones are a block for a config."""
         lines = [f"source: {self.config.source}"]
         if self.config.items is not None:
             lines.append(f"items: {self.config.items}")
-        roles = (f"{role} = {name or 'none'}" for role, name in self.columns.items())
-        lines.append(f"columns: {', '.join(roles)}")
+        lines += [
+            harmless(f"{name}: {', '.join(told)}") for name, told in self.read_as.items() if told
+        ]
+        roles = (f"{role} = {self._told(role)}" for role in self.columns)
+        lines.append(harmless(f"columns: {', '.join(roles)}; data.columns names others"))
         if self.unused:
-            lines.append(f"columns that are not read: {', '.join(self.unused)}")
+            lines.append(harmless(f"columns that are not read: {', '.join(self.unused)}"))
         lines += [
             f"texts of an item: {', '.join(self.interactions.catalogue.fields)}",
             self.report.describe(),
-            f"time: {_times_text(self.interactions.timestamps)}",
+            f"time: {self.times}",
             f"events of a user: {_lengths_text(self.interactions)}",
             f"titles: {_titles_text(self.interactions.catalogue.fields[TITLE])}",
             f"ratings: {_ratings_text(self.interactions, self.config.like_threshold)}",
@@ -65,20 +78,23 @@ class DataCheck:
         lines += [f"problem: {problem}" for problem in self.problems]
         return "\n".join([*lines, "", "The block for a config:", "", self.block()])
 
+    def _told(self, role: str) -> str:
+        """The column of a role, and whether it was recognised by its name."""
+        name, asked = self.columns[role], getattr(self.config.columns, role, None)
+        return f"{name} (recognised)" if name is not None and name != asked else name or "none"
+
     def block(self) -> str:
         """The block ``data:`` of a config that reads this source, as YAML."""
         data: dict[str, object] = {"source": self.config.source}
         if self.config.items is not None:
             data["items"] = self.config.items
-        asked = self.config.columns.model_dump()
-        if self.columns == asked:  # other sources bring columns of their own
+        if self.has_config_columns:
             data["columns"] = {
-                role: name for role, name in asked.items() if name is not None or role != "rating"
+                role: name
+                for role, name in self.columns.items()
+                if name is not None or role == "timestamp"
             }
-        text: str = yaml.safe_dump(
-            {"data": data}, sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000
-        )
-        return text.rstrip()
+        return as_block({"data": data})
 
 
 def data_config(source: str, items: str | None = None, columns: Sequence[str] = ()) -> DataConfig:
@@ -124,14 +140,27 @@ def check_data(config: DataConfig) -> DataCheck:
     interactions, report = build_interactions(raw, config, seed=0)
     split = None
     try:
-        split = split_interactions(interactions, config).describe()
+        parts = split_interactions(interactions, config)
+        split = parts.describe()
+        if np.diff(parts.train.interactions.offsets).max() < _MIN_TRAINED:
+            problems.append(
+                "no user has two events to train on; give longer histories, or hold out less "
+                "(data.split, data.held_out)"
+            )
     except DataError as error:
         problems.append(str(error))
-    roles: dict[str, str | None] = columns.model_dump()
+    found = resolve(tables, columns)
+    roles: dict[str, str | None] = found.as_config().model_dump()
+    if roles["items_item"] is None:
+        del roles["items_item"]
+    rows, times = tables.interactions, found.timestamp
     return DataCheck(
         config=config,
         columns=roles,
-        unused=tuple(c for c in tables.interactions.header if c not in roles.values()),
+        unused=tuple(c for c in rows.header if c not in roles.values()),
+        read_as={t.name: t.inferred for t in (rows, tables.items, tables.users) if t is not None},
+        times=_times_text(interactions.timestamps, rows.columns[times] if times else ()),
+        has_config_columns=columns == config.columns,
         interactions=interactions,
         report=report,
         split=split,
@@ -153,14 +182,16 @@ def _usable_rows(
         return raw
 
 
-def _times_text(times: np.ndarray | None) -> str:
+def _times_text(times: np.ndarray | None, column: Sequence[str]) -> str:
     if times is None:
         return "none; the rows are taken in the order of the file"
-    first, last = int(times.min()), int(times.max())
-    if _UNIX_SECONDS[0] <= first and last < _UNIX_SECONDS[1]:
-        days = (datetime.fromtimestamp(time, UTC).date().isoformat() for time in (first, last))
-        return " to ".join(days)
-    return f"{first} to {last}, taken as an order: these are not seconds since 1970"
+    parsed = parse_times(column)
+    first, last = times.min().item(), times.max().item()
+    if parsed.per_second is None:
+        return f"{first} to {last}, taken as an order: these are not seconds since 1970"
+    days = (_EPOCH + timedelta(seconds=time / parsed.per_second) for time in (first, last))
+    unit = parsed.unit if parsed.unit == DATES else f"{parsed.unit} since 1970"
+    return f"{' to '.join(day.date().isoformat() for day in days)}, from {unit}"
 
 
 def _lengths_text(interactions: Interactions) -> str:

@@ -16,6 +16,7 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.config.schema import parse_config
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.sources import load_interactions
+from pfm_llm.data.tables import check_header
 
 _IN_SECTION = ("source", "items")
 
@@ -25,9 +26,10 @@ def load_dataset(source: Any, *, items: Any = None, **columns: str | None) -> In
 
     Args:
         source: A pandas DataFrame, a `datasets.Dataset`, or what ``data.source`` takes: a CSV,
-            TSV or Parquet file, a folder, the id of a data set, ``movielens-100k``.
+            TSV, JSON or Parquet file, a folder, the id of a data set, ``movielens-100k``.
         items: The texts of the items, in any of these forms; None: ``source`` has them.
-        columns: Role to its column, such as ``user="reader"``; see `ColumnsConfig`.
+        columns: Role to its column, such as ``user="reader"``; see `ColumnsConfig`. Usual names
+            are recognised.
 
     Raises:
         ConfigError: A name in ``columns`` is no role.
@@ -84,7 +86,7 @@ def _place(data: Any) -> str | None:
 
 def _as_arrow(data: Any) -> pa.Table:
     if isinstance(data, pd.DataFrame):
-        return pa.Table.from_pandas(data, preserve_index=False)
+        return _of_frame(data)
     if isinstance(data, datasets.Dataset):
         return data.with_format("arrow")[:]
     if isinstance(data, datasets.DatasetDict):
@@ -92,3 +94,20 @@ def _as_arrow(data: Any) -> pa.Table:
     raise DataError(
         f"data of type {type(data).__name__}: give a path, a pandas DataFrame or a datasets.Dataset"
     )
+
+
+def _of_frame(frame: Any) -> pa.Table:
+    """A frame as Arrow; named levels of its index are columns, mixed types become text."""
+    levels = [name for name in frame.index.names if name is not None]
+    if levels and not set(levels) & set(frame.columns):
+        frame = frame.reset_index(levels)
+    frame = frame.rename(columns=str)
+    check_header("the DataFrame", tuple(frame.columns))
+    columns = {}
+    for name in frame.columns:
+        try:
+            columns[name] = pa.Array.from_pandas(frame[name])
+        except pa.ArrowException:
+            texts = frame[name].map(str).where(frame[name].notna(), None)
+            columns[name] = pa.array(texts, type=pa.string())
+    return pa.table(columns)

@@ -18,7 +18,7 @@ import pandas as pd
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.config.choices import Repeats
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.history import History
 from pfm_llm.data.report import LoadReport
 
@@ -55,6 +55,11 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.item_ids)
 
+    def take(self, items: Sequence[int] | np.ndarray) -> "Catalogue":
+        """Some items by their internal ids, distinct, in that order."""
+        fields = {name: tuple(texts[i] for i in items) for name, texts in self.fields.items()}
+        return Catalogue(tuple(self.item_ids[i] for i in items), fields)
+
     def content_hash(self) -> str:
         """SHA-256, in hex, over ids and fields; the order of the fields does not matter."""
         return _text_hash("catalogue", self.item_ids, self.fields).hexdigest()
@@ -72,8 +77,8 @@ class Interactions:
         user_ids: External ids, distinct; the position is the internal id.
         offsets: int64 [num_users + 1]: user ``u`` owns positions ``offsets[u]:offsets[u + 1]``.
         items: int32 [num_interactions], internal item ids.
-        timestamps: int64 [num_interactions], seconds or any other order, not descending within
-            a user; None where only the order is known.
+        timestamps: int64 [num_interactions], or float64 if some are no whole numbers; seconds or
+            any other order, not descending within a user; None where only the order is known.
         ratings: float32 [num_interactions]; None where there are none.
         user_fields: Fields such as age, each one string per user, ``""`` where unknown.
 
@@ -92,7 +97,7 @@ class Interactions:
     def __post_init__(self) -> None:
         _freeze(self, "offsets", np.int64)
         _freeze(self, "items", np.int32)
-        _freeze(self, "timestamps", np.int64)
+        _freeze(self, "timestamps", _time_type(self.timestamps))
         _freeze(self, "ratings", np.float32)
         _check_ids("interactions", self.user_ids, self.user_fields)
         _check_arrays(self)
@@ -113,16 +118,16 @@ class Interactions:
         """Interactions of all users."""
         return len(self.items)
 
-    def user(self, user_id: str) -> int:
-        """The internal id of a user.
+    def user(self, user_id: str | int) -> int:
+        """The internal id of a user; a number is the same as its digits.
 
         Raises:
             DataError: There is no such user; the message names some.
         """
-        if user_id not in self.user_ids:
+        if str(user_id) not in self.user_ids:
             first = ", ".join(self.user_ids[:3])
             raise DataError(f"no user {user_id!r} in the data; users are {first}, …")
-        return self.user_ids.index(user_id)
+        return self.user_ids.index(str(user_id))
 
     def history(self, user: int) -> np.ndarray:
         """The items of internal user ``user``, oldest first: a view, int32 [length]."""
@@ -147,14 +152,9 @@ class Interactions:
         Args:
             order: Internal ids of all items, in their new order.
         """
-        catalogue = self.catalogue
-        fields = {name: [texts[i] for i in order] for name, texts in catalogue.fields.items()}
         return dataclasses.replace(
             self,
-            catalogue=Catalogue(
-                tuple(catalogue.item_ids[i] for i in order),
-                {name: tuple(texts) for name, texts in fields.items()},
-            ),
+            catalogue=self.catalogue.take(order),
             items=np.argsort(order).astype(np.int32)[self.items],
         )
 
@@ -203,11 +203,12 @@ def build_interactions(
     """Sort rows into histories and apply ``repeats``, ``min_interactions``, ``max_users``.
 
     Internal user ids follow the first appearance of each kept user in the file. The catalogue
-    stays as it is: an item without interactions can still be recommended.
+    stays as it is, since an item without interactions can still be recommended, unless
+    ``met_items_only`` leaves such items out.
 
     Args:
         raw: The usable rows.
-        config: ``repeats``, ``min_interactions`` and ``max_users`` are read.
+        config: ``repeats``, ``min_interactions``, ``max_users`` and ``met_items_only`` are read.
         seed: The experiment's seed; matters only with ``max_users``.
 
     Returns:
@@ -229,12 +230,14 @@ def build_interactions(
     if not len(rows):
         raise DataError(_nothing_left(num_rows, dropped, raw.examples))
     interactions = _gather(raw, rows)
+    if config.met_items_only:
+        interactions = _met_items_only(interactions)
     num_ties = int(rows.duplicated(["user", "time"]).sum()) if "time" in rows else 0
     report = LoadReport(
         num_rows=num_rows,
         num_interactions=len(rows),
         num_users=interactions.num_users,
-        num_items=len(raw.catalogue),
+        num_items=len(interactions.catalogue),
         dropped=dropped,
         examples=raw.examples,
         notes=(*raw.notes, *_notes(interactions, num_ties)),
@@ -280,20 +283,26 @@ def _gather(raw: RawInteractions, rows: Any) -> Interactions:
     """The interactions of sorted rows, whose index holds their positions in the file."""
     lengths = rows.groupby("user").size()
     user_ids = tuple(raw.users[row] for row in rows.index[~rows.duplicated("user")])
-    timestamps = rows["time"].to_numpy() if "time" in rows else None
-    if timestamps is not None and timestamps.dtype.kind == "f":
-        timestamps = np.floor(timestamps)  # after the sort, which needs the full resolution
     return Interactions(
         catalogue=raw.catalogue,
         user_ids=user_ids,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         items=rows["item"].to_numpy(),
-        timestamps=timestamps,
+        timestamps=rows["time"].to_numpy() if "time" in rows else None,
         ratings=rows["rating"].to_numpy() if "rating" in rows else None,
         user_fields={
             name: tuple(values.get(user, "") for user in user_ids)
             for name, values in raw.user_fields.items()
         },
+    )
+
+
+def _met_items_only(interactions: Interactions) -> Interactions:
+    met, items = np.unique(interactions.items, return_inverse=True)
+    if len(met) < _MIN_ITEMS:
+        raise DataError("data.met_items_only: true leaves fewer than 2 items; set it to false")
+    return dataclasses.replace(
+        interactions, catalogue=interactions.catalogue.take(met), items=items
     )
 
 
@@ -303,13 +312,17 @@ def _notes(interactions: Interactions, num_ties: int) -> list[str]:
         notes.append("no timestamps: file order is taken as order in time")
     if num_ties:
         notes.append(
-            f"{num_ties:,} rows share their time with the same user's row before: file order"
+            f"{num_ties:,} rows share their time with the same user's row before: file order; "
+            "data.keep_ties: true never cuts a history between them"
         )
     if (note := _identical_text(interactions.catalogue)) is not None:
         notes.append(note)
     num_unseen = len(interactions.catalogue) - len(np.unique(interactions.items))
     if num_unseen:
-        notes.append(f"{num_unseen:,} items of the catalogue have no interactions")
+        note = f"{num_unseen:,} items of the catalogue have no interactions"
+        if num_unseen > len(interactions.catalogue) / 2:
+            note += "; data.met_items_only: true leaves them out"
+        notes.append(note)
     return notes
 
 
@@ -333,7 +346,10 @@ def _identical_text(catalogue: Catalogue) -> str | None:
 
 
 def _nothing_left(num_rows: int, dropped: Mapping[str, int], examples: tuple[str, ...]) -> str:
-    lines = [f"no interactions left of {num_rows:,} rows; check data.source and data.columns"]
+    lower = ", or lower data.min_interactions" if TOO_FEW in dropped else ""
+    lines = [
+        f"no interactions left of {num_rows:,} rows; check data.source and data.columns{lower}"
+    ]
     lines += [f"  {count:,} dropped: {reason}" for reason, count in dropped.items()]
     return "\n".join([*lines, *(f"  {example}" for example in examples)])
 
@@ -360,6 +376,12 @@ def _check_arrays(interactions: Interactions) -> None:
         array = getattr(interactions, name)
         if array is not None and array.shape != items.shape:
             raise DataError(f"interactions: {name} of shape {array.shape}, not {items.shape}")
+
+
+def _time_type(times: np.ndarray | None) -> type:
+    """int64 if no digit is lost by it, else float64."""
+    is_whole = times is None or np.asarray(times).dtype.kind != "f" or not np.any(np.mod(times, 1))
+    return np.int64 if is_whole else np.float64
 
 
 def _freeze(interactions: Interactions, name: str, dtype: type) -> None:

@@ -1,47 +1,27 @@
 """The usable rows of tables of text. A bad row is counted and shown with its position."""
 
 import html
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Sequence
 
 import numpy as np
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import ColumnsConfig
+from pfm_llm.config.data import ColumnsConfig
+from pfm_llm.data.columns import Roles, resolve, resolve_items
 from pfm_llm.data.interactions import TITLE, Catalogue, RawInteractions
-from pfm_llm.data.tables import BadRow, Table
+from pfm_llm.data.tables import BadRow, SourceTables, Table
+from pfm_llm.data.times import Number, Times, parse_numbers, parse_times
 
 _MAX_EXAMPLES = 5
-_MAX_INTEGER = 2**63
 
 NO_TEXT = "item without text"
 NOT_A_TIME = "timestamp is neither a number nor an ISO 8601 date"
+OTHER_UNIT = "timestamp in another unit than most; write all of them in one unit"
 NOT_A_RATING = "rating is not a number"
 
-Number = int | float
-
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
-
-
-@dataclass(frozen=True)
-class SourceTables:
-    """The tables of one source.
-
-    Attributes:
-        interactions: One row per interaction, in order.
-        items: Item id, title and further text columns; None: titles are in ``interactions``.
-        users: User id and further columns; None: users have no fields.
-        notes: For the report.
-    """
-
-    interactions: Table
-    items: Table | None = None
-    users: Table | None = None
-    notes: tuple[str, ...] = ()
 
 
 def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) -> RawInteractions:
@@ -49,35 +29,32 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
 
     Args:
         tables: The tables of the source.
-        columns: The column of each role.
+        columns: The column of each role; see `columns.resolve`.
         max_bad_rows: Highest share of bad rows, of each table.
 
     Raises:
         DataError: A column is missing, or a table has more bad rows than allowed; the message
             names file, line and reason of the first ones.
     """
-    rows, notes = tables.interactions, list(tables.notes)
+    roles = resolve(tables, columns)
+    rows = tables.interactions
     if tables.items is not None:
-        catalogue, item_notes = read_catalogue(tables.items, columns, max_bad_rows)
+        catalogue, notes = _catalogue(tables.items, roles, max_bad_rows)
     else:
-        catalogue, item_notes = _catalogue_of_rows(rows, columns)
-    notes += item_notes
-    user_fields: dict[str, dict[str, str]] = {}
-    if tables.users is not None:
-        user_fields, user_notes = _user_fields(tables.users, columns, max_bad_rows)
-        notes += user_notes
-    users = rows.column(columns.user, "data.columns.user")
+        catalogue, notes = _catalogue_of_rows(rows, roles)
+    user_fields, user_notes = _user_fields(tables.users, roles, max_bad_rows)
+    users, items = rows.columns[roles.user], rows.columns[roles.item]
     code_of = {item: code for code, item in enumerate(catalogue.item_ids)}
-    codes = [code_of.get(item) for item in rows.column(columns.item, "data.columns.item")]
-    times = _parse(rows, columns.timestamp, "timestamp", "the rows are in order", _time)
-    ratings = _parse(rows, columns.rating, "rating", "there are none", _number)
+    codes = [code_of.get(item) for item in items]
+    times = None if roles.timestamp is None else parse_times(rows.columns[roles.timestamp])
+    ratings, rating_notes = _ratings(rows, roles)
     bad = _first_faults(
         *rows.bad,
         *_without_value(rows, users, "empty user id"),
-        *_without_value(rows, rows.columns[columns.item], "empty item id"),
-        *_without_value(rows, times, NOT_A_TIME, columns.timestamp),
-        *_without_value(rows, ratings, NOT_A_RATING, columns.rating),
-        *_without_value(rows, codes, NO_TEXT, columns.item),
+        *_without_value(rows, items, "empty item id"),
+        *_times_faults(rows, roles, times),
+        *_without_value(rows, ratings, NOT_A_RATING, roles.rating),
+        *_without_value(rows, codes, NO_TEXT, roles.item),
     )
     _check_share(rows, bad, max_bad_rows)
     faulty = {fault.position for fault in bad}
@@ -86,12 +63,12 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
         catalogue=catalogue,
         users=[users[index] for index in kept],
         items=np.array([codes[index] for index in kept], dtype=np.int64),
-        timestamps=_select(times, kept),
+        timestamps=_select(None if times is None else times.values, kept),
         ratings=_select(ratings, kept),
         user_fields=user_fields,
         num_bad=_count(bad),
         examples=_examples(rows, bad),
-        notes=tuple(notes),
+        notes=(*tables.notes, *rows.notes, *notes, *user_notes, *rating_notes),
     )
 
 
@@ -103,9 +80,13 @@ def read_catalogue(
     Raises:
         DataError: A column is missing, or more rows than allowed have no id or no text.
     """
-    ids = table.column(columns.item, "data.columns.item")
-    texts = {TITLE: _one_line(table.column(columns.title, "data.columns.title"))}
-    reserved = {columns.item, columns.title, TITLE}
+    return _catalogue(table, resolve_items(table, columns), max_bad_rows)
+
+
+def _catalogue(table: Table, roles: Roles, max_bad_rows: float) -> tuple[Catalogue, list[str]]:
+    ids = table.columns[roles.items_item]
+    texts = {TITLE: _one_line(table.columns[roles.title])}
+    reserved = {roles.items_item, roles.title, TITLE}
     texts |= {
         name: _one_line(values) for name, values in table.columns.items() if name not in reserved
     }
@@ -122,14 +103,15 @@ def read_catalogue(
         first.setdefault(ids[index], index)
     kept = list(first.values())
     fields = {name: tuple(values[index] for index in kept) for name, values in texts.items()}
-    return Catalogue(tuple(first), fields), _table_notes(table, bad, len(good) - len(kept))
+    notes = [*table.notes, *_table_notes(table, bad, len(good) - len(kept))]
+    if others := [name for name in table.passed_over if name not in reserved]:
+        notes.append(f"{table.name}: columns that are no text: {', '.join(others)}")
+    return Catalogue(tuple(first), fields), notes
 
 
-def _catalogue_of_rows(table: Table, columns: ColumnsConfig) -> tuple[Catalogue, list[str]]:
+def _catalogue_of_rows(table: Table, roles: Roles) -> tuple[Catalogue, list[str]]:
     """The first title that the rows give each item."""
-    ids = table.column(columns.item, "data.columns.item")
-    hint = "or name a file of item texts in data.items"
-    titles = _one_line(table.column(columns.title, "data.columns.title", hint))
+    ids, titles = table.columns[roles.item], _one_line(table.columns[roles.title])
     first: dict[str, str] = {}
     num_other = 0
     for item, title in zip(ids, titles, strict=True):
@@ -140,31 +122,49 @@ def _catalogue_of_rows(table: Table, columns: ColumnsConfig) -> tuple[Catalogue,
 
 
 def _user_fields(
-    table: Table, columns: ColumnsConfig, max_bad_rows: float
+    table: Table | None, roles: Roles, max_bad_rows: float
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    ids = table.column(columns.user, "data.columns.user")
+    if table is None:
+        return {}, []
+    ids = table.column(roles.user)
     bad = [*table.bad, *_without_value(table, ids, "empty user id")]
     _check_share(table, bad, max_bad_rows)
     fields = {
-        name: dict(zip(ids, values, strict=True))
-        for name, values in table.columns.items()
-        if name != columns.user
+        name: dict(zip(ids, table.columns[name], strict=True))
+        for name in table.columns
+        if name != roles.user
     }
-    return fields, _table_notes(table, bad, num_repeated=0)
+    return fields, [*table.notes, *_table_notes(table, bad, num_repeated=0)]
 
 
-def _parse(
-    table: Table,
-    column: str | None,
-    role: str,
-    no_column: str,
-    parse: Callable[[str], Number | None],
-) -> list[Number | None] | None:
-    """The numbers of a column, None for a text that is no number; None without a column."""
-    if column is None:
-        return None
-    texts = table.column(column, f"data.columns.{role}", f"or to null when {no_column}")
-    return [parse(text) for text in texts]
+def _ratings(table: Table, roles: Roles) -> tuple[list[Number | None] | None, list[str]]:
+    """The ratings, None for a text that is no number; None without a column, and notes.
+
+    A column that the config does not name, and that has other texts than numbers, holds no ratings.
+    """
+    if roles.rating is None:
+        return None, []
+    ratings = parse_numbers(table.columns[roles.rating])
+    if roles.is_rating_named or None not in ratings:
+        return ratings, []
+    line = table.positions[ratings.index(None)]
+    return None, [
+        f"{table.name}: column {roles.rating!r} is not read as ratings, since it is no number in "
+        f"{table.unit} {line}; data.columns.rating: {roles.rating} counts such rows as bad"
+    ]
+
+
+def _times_faults(table: Table, roles: Roles, times: Times | None) -> list[BadRow]:
+    if times is None or roles.timestamp is None:
+        return []
+    texts = table.columns[roles.timestamp]
+    return [
+        *_without_value(table, times.values, NOT_A_TIME, roles.timestamp),
+        *(
+            BadRow(table.positions[row], OTHER_UNIT, f"{texts[row]!r} among {times.unit}")
+            for row in times.odd
+        ),
+    ]
 
 
 def _first_faults(*found: BadRow) -> list[BadRow]:
@@ -238,30 +238,3 @@ def _select(values: list[Number | None] | None, kept: list[int]) -> np.ndarray |
     chosen = [values[index] for index in kept]
     whole = all(isinstance(value, int) for value in chosen)
     return np.array(chosen, dtype=np.int64 if whole else np.float64)
-
-
-def _time(text: str) -> Number | None:
-    """A number, or the Unix time of an ISO 8601 date (without a zone: UTC)."""
-    number = _number(text)
-    if number is not None:
-        return number
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-
-
-def _number(text: str) -> Number | None:
-    try:
-        number: Number = int(text)
-    except ValueError:
-        try:
-            number = float(text)
-        except ValueError:
-            return None
-        if not math.isfinite(number):
-            return None
-        if number.is_integer():
-            number = int(number)
-    return number if abs(number) < _MAX_INTEGER else None

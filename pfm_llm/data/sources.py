@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,23 @@ import datasets
 from pfm_llm.base import assets
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.base.files import make_private_dir, sha256_of
-from pfm_llm.config.schema import ColumnsConfig, DataConfig
-from pfm_llm.data import groceries, movielens
-from pfm_llm.data.arrow import FORMAT_VERSION, from_arrow, to_arrow
+from pfm_llm.config.data import EMBEDDED_SOURCES, ColumnsConfig, DataConfig
+from pfm_llm.data.arrow import FORMAT_VERSION, to_arrow
+from pfm_llm.data.arrow import from_arrow as read_cached
+from pfm_llm.data.columns import names_in
+from pfm_llm.data.formats import groceries, mind, movielens, recbole
+from pfm_llm.data.formats.arrow_table import from_schema
+from pfm_llm.data.formats.files import SUFFIXES, files_of, read_table
+from pfm_llm.data.formats.format import Format
 from pfm_llm.data.interactions import Catalogue, Interactions, build_interactions
 from pfm_llm.data.report import LoadReport
-from pfm_llm.data.rows import SourceTables, read_catalogue, validate
-from pfm_llm.data.tables import TABLE_SUFFIXES, Table, from_arrow_table, read_table
+from pfm_llm.data.rows import read_catalogue, validate
+from pfm_llm.data.tables import SourceTables, Table
 
-EMBEDDED = "movielens-100k"
-GROCERIES = "completejourney"
-EMBEDDED_SOURCES = (EMBEDDED, GROCERIES)
-"""The sources that pfm_llm fetches by itself."""
+_EMBEDDED, _GROCERIES = EMBEDDED_SOURCES
+
+FORMATS: tuple[Format, ...] = (movielens.FORMAT, recbole.FORMAT, mind.FORMAT)
+"""Sources of several files, tried in this order."""
 
 _LOG = logging.getLogger(__name__)
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
@@ -68,7 +73,7 @@ def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, Load
     folder = assets.cache_dir() / "interactions" / _cache_key(source, config, seed)
     if folder.exists():
         try:
-            return from_arrow(folder)
+            return read_cached(folder)
         except CorruptFileError as error:
             _LOG.warning("the cached interactions are damaged and are built again: %s", error)
     raw = validate(source.read(), source.columns, config.max_bad_rows)
@@ -93,43 +98,56 @@ def read_source(config: DataConfig) -> tuple[SourceTables, ColumnsConfig]:
 
 
 def load_catalogue(source: str, columns: ColumnsConfig | None = None) -> Catalogue:
-    """Load items alone: those of a data source, or of a CSV, TSV or Parquet file of items.
+    """Load items alone: those of a data source, or of a file of items.
 
     Args:
         source: ``movielens-100k``, ``completejourney``, a MovieLens folder, or a file with a
             column of ids, one of titles and any further text.
-        columns: Names of the first two; ``item_id`` and ``title`` when None.
+        columns: Names of the first two; recognised when None.
 
     Raises:
         DataError: The source is missing, or an item has no text.
     """
     path = Path(source).expanduser()
-    if path.suffix.lower() in TABLE_SUFFIXES:
-        bad_rows_allowed = DataConfig().max_bad_rows
-        return read_catalogue(read_table(path), columns or ColumnsConfig(), bad_rows_allowed)[0]
+    if path.is_file() or path.suffix.lower() in SUFFIXES:
+        columns = columns or ColumnsConfig()
+        table = read_table(path, names_in(columns))
+        return read_catalogue(table, columns, DataConfig().max_bad_rows)[0]
     return load_interactions(DataConfig(source=source), seed=0)[0].catalogue
 
 
 def _find(config: DataConfig) -> _Source:
     path = Path(config.source).expanduser()
-    if config.source == GROCERIES:
+    if config.source == _GROCERIES:
         _check_no_items(config)
         path = assets.completejourney()
         files = tuple(path / name for name in assets.GROCERY_FILES)
         return _Source(files, groceries.COLUMNS, lambda: groceries.read_groceries(path))
-    if config.source == EMBEDDED:
+    if config.source == _EMBEDDED:
         path = assets.movielens_100k()
-    if path.is_dir() and (files := movielens.movielens_files(path)):
-        _check_no_items(config)
-        return _Source(files, movielens.COLUMNS, lambda: movielens.read_movielens(path))
+    for kind in FORMATS:
+        if files := kind.find(path):
+            return _of_format(kind, path, files, config)
     _check_source(config.source, path)
-    places = [config.source] if config.items is None else [config.source, config.items]
-    located = [_locate(place) for place in places]
-    return _Source(
-        files=tuple(file for files, _ in located for file in files),
-        columns=config.columns,
-        read=lambda: _read_tables(config.columns, [read for _, read in located]),
-    )
+    files, read = _locate(config.source, names_in(config.columns))
+    return _with_items(config, files, lambda: SourceTables(read()))
+
+
+def _of_format(kind: Format, path: Path, files: tuple[Path, ...], config: DataConfig) -> _Source:
+    if kind.columns is not None:
+        _check_no_items(config)
+        return _Source(files, kind.columns, lambda: kind.read(path))
+    return _with_items(config, files, lambda: kind.read(path))
+
+
+def _with_items(
+    config: DataConfig, files: tuple[Path, ...], read: Callable[[], SourceTables]
+) -> _Source:
+    """A source with the items of ``data.items``, if the config names them."""
+    if config.items is None:
+        return _Source(files, config.columns, read)
+    more, read_items = _locate(config.items, names_in(config.columns))
+    return _Source((*files, *more), config.columns, lambda: replace(read(), items=read_items()))
 
 
 def _check_no_items(config: DataConfig) -> None:
@@ -140,50 +158,37 @@ def _check_no_items(config: DataConfig) -> None:
         )
 
 
-_Reader = Callable[[Collection[str] | None], tuple[Table, tuple[str, ...]]]
-"""Reads the wanted columns (None: all) of one table; returns the table and notes on it."""
-
-
-def _read_tables(columns: ColumnsConfig, readers: list[_Reader]) -> SourceTables:
-    wanted = {columns.user, columns.item, columns.timestamp, columns.rating}
-    if len(readers) == 1:
-        wanted.add(columns.title)
-    rows, notes = readers[0]({name for name in wanted if name is not None})
-    if len(readers) == 1:
-        return SourceTables(rows, notes=notes)
-    items, more_notes = readers[1](None)
-    return SourceTables(rows, items, notes=(*notes, *more_notes))
-
-
-def _locate(place: str) -> tuple[tuple[Path, ...], _Reader]:
+def _locate(place: str, names: Collection[str]) -> tuple[tuple[Path, ...], Callable[[], Table]]:
     """The files of one table, and how to read it."""
     path = Path(place).expanduser()
-    if path.is_file():
-        return (path,), lambda wanted: (read_table(path, wanted), ())
+    if files := files_of(path):
+        return files, lambda: read_table(path, names)
     if path.is_dir():
         dataset = _load_saved(path)
         # `datasets` puts its own later results beside the data, as cache-*.
-        files = sorted(
+        found = sorted(
             file
             for file in path.rglob("*")
             if file.is_file() and not file.name.startswith("cache-")
         )
     else:
-        if path.suffix.lower() in TABLE_SUFFIXES or path.is_absolute():
+        if path.suffix.lower() in SUFFIXES or path.is_absolute():
             raise DataError(f"{path} does not exist; check data.source and data.items")
         dataset = _load_from_hub(place)
-        files = [Path(file["filename"]) for file in _one_split(dataset, place)[0].cache_files]
-    return tuple(files), lambda wanted: _dataset_table(dataset, place, wanted)
+        found = [Path(file["filename"]) for file in _one_split(dataset, place)[0].cache_files]
+    return tuple(found), lambda: _dataset_table(dataset, place)
 
 
 def _check_source(source: str, path: Path) -> None:
     """Refuse a folder of another kind, and a misspelt name before it is looked up on the Hub."""
-    if path.is_dir() and not any((path / name).is_file() for name in _SAVED_DATASET):
+    is_saved = any((path / name).is_file() for name in _SAVED_DATASET)
+    if path.is_dir() and not is_saved and not files_of(path):
         found = sorted(file.name for file in path.iterdir())[:8]
         raise DataError(
-            f"{path} is neither a MovieLens folder (ratings.csv + movies.csv, ratings.dat + "
-            "movies.dat, u.data + u.item) nor one that datasets.save_to_disk wrote; it holds: "
-            f"{', '.join(found) or 'nothing'}. For a CSV, TSV or Parquet file, name the file"
+            f"{path} is no folder of {', '.join(kind.name for kind in FORMATS)} or Parquet parts, "
+            "nor one that datasets.save_to_disk wrote; it holds: "
+            f"{', '.join(found) or 'nothing'}. Name one of its files in data.source, and the file "
+            "of item texts, if there is one, in data.items"
         )
     nearest = difflib.get_close_matches(source.lower(), EMBEDDED_SOURCES, n=1, cutoff=0.8)
     if nearest and not path.exists():
@@ -226,21 +231,23 @@ def _one_split(dataset: Any, name: str) -> tuple[Any, tuple[str, ...]]:
     return dataset[split], (note,) if others else ()
 
 
-def _dataset_table(
-    dataset: Any, name: str, wanted: Collection[str] | None
-) -> tuple[Table, tuple[str, ...]]:
+def _dataset_table(dataset: Any, name: str) -> Table:
     rows, notes = _one_split(dataset, name)
-    header = tuple(rows.column_names)
-    names = [column for column in header if wanted is None or column in wanted]
-    content = rows.select_columns(names).with_format("arrow")[:]
-    return from_arrow_table(name, content, header), notes
+    table = from_schema(
+        name,
+        rows.features.arrow_schema,
+        len(rows),
+        lambda column: rows.select_columns([column]).with_format("arrow")[:].column(0),
+    )
+    return replace(table, notes=(*notes, *table.notes))
 
 
 def _cache_key(source: _Source, config: DataConfig, seed: int) -> str:
     """A hash of everything that decides the result, the names in messages included."""
     settings = config.model_dump(
         mode="json",
-        include={"source", "items", "repeats", "min_interactions", "max_users", "max_bad_rows"},
+        include={"source", "items", "repeats", "min_interactions", "max_users", "met_items_only"}
+        | {"max_bad_rows"},
     )
     parts = {
         "format_version": FORMAT_VERSION,

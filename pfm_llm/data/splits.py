@@ -40,7 +40,7 @@ import numpy as np
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.choices import SplitKind
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.history import History, Query
 from pfm_llm.data.interactions import Interactions
 
@@ -252,11 +252,11 @@ def _global_temporal(interactions: Interactions, share: float) -> _Cuts:
     ordered = np.sort(times)
     num_test = max(1, math.floor(len(times) * share / 2 + 0.5))
     num_held_out = max(num_test + 1, math.floor(len(times) * share + 0.5))
-    first, second = int(ordered[-num_held_out]), int(ordered[-num_test])
+    first, second = ordered[-num_held_out].item(), ordered[-num_test].item()
     if not ordered[0] < first < second:
         raise DataError(
             "data.split: global_temporal: too many interactions share a timestamp to cut them "
-            f"into three (cuts at {first} and {second}, earliest {int(ordered[0])}); change "
+            f"into three (cuts at {first} and {second}, earliest {ordered[0]}); change "
             "data.held_out, or use data.split: leave_last_out or last_fraction"
         )
     starts = interactions.offsets[:-1]

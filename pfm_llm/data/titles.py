@@ -47,7 +47,8 @@ def find_items(text: str, catalogue: Catalogue) -> list[str]:
         # The longest stretch first: "The Good, the Bad and the Ugly" is one title.
         for end in range(len(names), start, -1):
             name = ", ".join(names[start:end])
-            item = name if name in ids else index.exactly(name)
+            bare = ",".join(names[start:end])  # an id may hold a comma too
+            item = next((text for text in (name, bare) if text in ids), None) or index.exactly(name)
             if item is not None:
                 break
         else:

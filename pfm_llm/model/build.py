@@ -30,6 +30,7 @@ from pfm_llm.protocol.parameters import ParameterTable, Sizes
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.text.encoding import HistoryEncoder
 from pfm_llm.text.prompts import Prompt, load_prompt
+from pfm_llm.text.token_table import FORMAT_VERSION
 
 _log = logging.getLogger(__name__)
 _ITEM_BATCH_TOKENS = 4096
@@ -150,6 +151,7 @@ def item_states(
         prompt.content_hash(),
         str(encoder.config.max_item_tokens),
         catalogue_hash,
+        str(FORMAT_VERSION),
     )
     key = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
     path = assets.cache_dir() / "items" / f"{key}.safetensors"

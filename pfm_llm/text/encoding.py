@@ -19,7 +19,7 @@ from pfm_llm.config.model import WindowConfig
 from pfm_llm.data.history import NO_LABEL, History
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.text.prompts import Prompt
-from pfm_llm.text.token_table import tokenise
+from pfm_llm.text.token_table import encode_letters, tokenise
 
 NO_TARGET = -1
 
@@ -133,7 +133,9 @@ class HistoryEncoder:
         texts = [prompt.render_item(self._fields[item], rating) for item, rating in keys]
         pieces = self._tokenise(texts, [item for item, _ in keys]) if keys else []
         self._pieces = dict(zip(keys, pieces, strict=True))
-        self._header = self._encode(prompt.header)
+        # The header is its author's text and may hold control tokens; texts of items may not.
+        (header,) = tokenizer([prompt.header], add_special_tokens=False)["input_ids"]
+        self._header = np.asarray(header, np.int32)
         longest = len(self._header) + config.items * config.max_item_tokens
         if longest > max_tokens:
             raise DataError(
@@ -208,7 +210,8 @@ class HistoryEncoder:
         key = (item, rating if self._prompt.uses_rating else None)
         if key not in self._pieces:
             text = self._prompt.render_item(self._fields[item], key[1])
-            self._pieces[key] = self._cut(self._encode(text), item)
+            (tokens,) = encode_letters([text], self._tokenizer)
+            self._pieces[key] = self._cut(np.asarray(tokens, np.int32), item)
         return self._pieces[key]
 
     def _tokenise(self, texts: Sequence[str], items: Sequence[int]) -> list[np.ndarray]:
@@ -223,7 +226,3 @@ class HistoryEncoder:
             # Keep the end token of the piece, so that an item always ends alike.
             return np.append(piece[: self.config.max_item_tokens - 1], piece[-1])
         return piece
-
-    def _encode(self, text: str) -> np.ndarray:
-        (tokens,) = self._tokenizer([text], add_special_tokens=False)["input_ids"]
-        return np.asarray(tokens, np.int32)

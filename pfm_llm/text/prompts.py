@@ -20,7 +20,8 @@ In ``item`` and ``catalogue_item``:
 - A literal bracket or brace is doubled: ``[[``, ``]]``, ``{{``, ``}}``.
 
 Items are tokenised one by one and their tokens are concatenated, so the last token of an item is
-always the end of its text. The user's state is read there.
+always the end of its text. The user's state is read there. A control token of the model, such as
+``<|im_start|>``, works in the header alone: in the text of an item it is letters.
 """
 
 import dataclasses

@@ -2,13 +2,17 @@
 
 The table holds public texts only: the items of a catalogue as a prompt renders them. A history is
 put together from the tokens in the table and is never stored here.
+
+A text is data. Where it spells a control token of the model, such as ``<|im_start|>``, it becomes
+letters and not that token.
 """
 
 import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,9 @@ import numpy as np
 import pyarrow as pa
 
 from pfm_llm.data.arrow import no_progress_bars
+
+FORMAT_VERSION = 2
+"""Raise it when a text gets other tokens than before."""
 
 _log = logging.getLogger(__name__)
 _COLUMN = "tokens"
@@ -39,7 +46,7 @@ def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> list[np.ndar
     path = folder / f"{key}.arrow"
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {_COLUMN: tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}
+        return {_COLUMN: encode_letters(batch["text"], tokenizer)}
 
     def mapped(cache_file: str | None) -> list[np.ndarray]:
         dataset = datasets.Dataset.from_dict({"text": list(texts)}).map(
@@ -70,6 +77,48 @@ def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> list[np.ndar
             return mapped(None)
 
 
+def encode_letters(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each text, none of them a control token of the tokenizer.
+
+    A text in which the tokenizer finds no control token keeps the tokens that it gets by itself.
+
+    Args:
+        texts: Any number of texts.
+        tokenizer: A Hugging Face tokenizer, slow or fast.
+    """
+    rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    control = _control_tokens(tokenizer)
+    return [
+        row if control.keys().isdisjoint(row) else _spelt(text, tokenizer, control)
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _control_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id to text of the tokens that stand outside the vocabulary of words; blanks are none."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {key: token.content for key, token in added.items() if token.content.strip()}
+
+
+def _spelt(text: str, tokenizer: Any, control: dict[int, str]) -> list[int]:
+    """The tokens of a text in which the tokenizer would find control tokens."""
+
+    def tokens(parts: Collection[str]) -> list[int]:
+        settings = {"add_special_tokens": False, "split_special_tokens": True}
+        return [token for part in tokenizer(list(parts), **settings)["input_ids"] for token in part]
+
+    # A letter that the vocabulary lacks is an unknown token, and no control token.
+    forbidden = control.keys() - {getattr(tokenizer, "unk_token_id", None)}
+    whole = tokens([text])
+    if forbidden.isdisjoint(whole):
+        return whole
+    # Tokens that are added but not special are found even so, unless their text is in two parts.
+    names = [name for name in control.values() if len(name) > 1]
+    rests = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names)
+    cut = tokens(re.split(rests, text))
+    return cut if forbidden.isdisjoint(cut) else tokens(text)
+
+
 def _rows(chunk: Any) -> list[np.ndarray]:
     values = chunk.values.to_numpy(zero_copy_only=True)
     offsets = chunk.offsets.to_numpy()
@@ -79,6 +128,6 @@ def _rows(chunk: Any) -> list[np.ndarray]:
 def _key(texts: Sequence[str], tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     identity = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    digest = hashlib.sha256(identity.encode())
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {identity}".encode())
     digest.update(json.dumps(list(texts)).encode())
     return digest.hexdigest()[:32]

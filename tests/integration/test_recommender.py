@@ -337,3 +337,10 @@ def test_tampered_manifest_fails(run: Path, tiny: Tiny, tmp_path: Path) -> None:
     files.write_bytes(path, manifest.model_copy(update={"num_items": 29}).to_bytes())
     with pytest.raises(CorruptFileError, match="does not hold 29 keys"):
         from_folder(tmp_path / "copy", tiny)
+
+
+def test_ids_that_are_numbers_may_be_given_as_numbers() -> None:
+    model = object.__new__(Recommender)
+    model._index = {"50": 0, "7": 1}
+    mixed: list[str] = [7, "50", np.int64(7)]  # type: ignore[list-item]
+    assert model._items(mixed).tolist() == [1, 0, 1]

@@ -13,7 +13,8 @@ import torch
 
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config import private_kinds
-from pfm_llm.config.schema import ColumnsConfig, ExperimentConfig
+from pfm_llm.config.data import ColumnsConfig
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.rows import validate
 from pfm_llm.evaluation import metrics, results
 from pfm_llm.protocol.types import Tensors

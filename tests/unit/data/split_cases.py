@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.choices import SplitKind
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.splits import HeldOut, Split, split_interactions
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pfm_llm.base.errors import ConfigError, DataError
-from pfm_llm.config.schema import ColumnsConfig, DataConfig
+from pfm_llm.config.data import ColumnsConfig, DataConfig
 from pfm_llm.data.check import check_data, data_config
 
 HEADER = "who,film,at,stars,title,city"
@@ -41,10 +41,11 @@ def test_columns_counts_lengths_and_times(tmp_path: Path) -> None:
         "user": "who",
         "item": "film",
         "timestamp": "at",
-        "rating": None,
+        "rating": "stars",
         "title": "title",
     }
-    assert checked.unused == ("stars", "city")
+    assert "rating = stars (recognised)" in checked.describe()
+    assert checked.unused == ("city",)
     assert "\ntexts of an item: title\n" in checked.describe()
     assert checked.report.num_rows == 15
     assert (checked.report.num_users, checked.report.num_items) == (2, 10)
@@ -119,6 +120,29 @@ def test_nobody_to_ask_is_a_problem(tmp_path: Path) -> None:
     assert checked.split is None
 
 
+def test_nobody_to_train_on_is_a_problem(tmp_path: Path) -> None:
+    """Of three events two are held out, and one is no transition."""
+    source = write(tmp_path / "own.csv", *film_rows("a", [1] * 3), *film_rows("b", [2] * 3))
+    (problem,) = check_data(config(source)).problems
+    assert problem.startswith("no user has two events to train on; give longer histories")
+
+
+def test_what_was_inferred_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    rows = [f"u;{n};{1_500_000_000_000 + n};Film {n}" for n in range(5)]
+    path.write_text("\n".join(["userId;movieId;ts;name", *rows]), encoding="utf-16")
+    text = check_data(data_config(str(path))).describe()
+    assert "separator ';'" in text
+    assert "header in line 1, encoding UTF-16" in text
+    assert "user = userId (recognised), item = movieId (recognised)" in text
+    assert "rating = none" in text
+    assert "time: 2017-07-14 to 2017-07-14, from milliseconds since 1970" in text
+    block = yaml.safe_load(text.partition("The block for a config:")[2])
+    assert block["data"]["columns"] == {
+        "user": "userId", "item": "movieId", "timestamp": "ts", "title": "name",
+    }  # fmt: skip
+
+
 def test_the_block_reads_back_to_what_was_checked(tmp_path: Path) -> None:
     items = tmp_path / "it: ems.csv"
     items.write_text("film,title,maker\n" + "".join(f"{n},Film {n},M\n" for n in range(5)))
@@ -127,7 +151,9 @@ def test_the_block_reads_back_to_what_was_checked(tmp_path: Path) -> None:
     checked = check_data(asked)
     assert "\ntexts of an item: title, maker\n" in checked.describe()
     assert checked.describe().endswith(checked.block())
-    assert DataConfig.model_validate(yaml.safe_load(checked.block())["data"]) == asked
+    columns = asked.columns.model_copy(update={"rating": "stars"})  # recognised
+    told = DataConfig.model_validate(yaml.safe_load(checked.block())["data"])
+    assert told == asked.model_copy(update={"columns": columns})
 
 
 def test_a_source_with_columns_of_its_own_has_a_block_without_them(tmp_path: Path) -> None:

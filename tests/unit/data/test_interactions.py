@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.choices import Repeats
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.interactions import (
     NOT_SAMPLED,
     REPEAT,
@@ -105,12 +105,12 @@ def test_a_sample_larger_than_the_users_keeps_them_all() -> None:
     assert report.dropped == {}
 
 
-def test_fractions_of_a_second_order_rows_that_are_held_in_whole_seconds() -> None:
+def test_fractions_of_a_time_are_kept() -> None:
     rows = raw("uu", [0, 1], timestamps=np.array([-0.25, -0.75]))
     interactions, _ = build_interactions(rows, KEEP_ALL, seed=0)
     assert histories(interactions) == {"u": [1, 0]}
     assert interactions.timestamps is not None
-    assert interactions.timestamps.tolist() == [-1, -1]  # floor
+    assert interactions.timestamps.tolist() == [-0.75, -0.25]
 
 
 def test_large_integer_times_lose_no_digit() -> None:
@@ -206,7 +206,22 @@ def test_items_with_equal_text_in_every_field_are_reported() -> None:
 def test_items_without_interactions_stay_and_are_counted() -> None:
     interactions, report = build_interactions(raw("u", [1]), KEEP_ALL, seed=0)
     assert len(interactions.catalogue) == report.num_items == 5
-    assert "4 items of the catalogue have no interactions" in report.notes
+    assert (
+        "4 items of the catalogue have no interactions; data.met_items_only: true leaves them out"
+        in report.notes
+    )
+
+
+def test_items_that_nobody_met_can_be_left_out() -> None:
+    asked = KEEP_ALL.model_copy(update={"met_items_only": True})
+    interactions, report = build_interactions(raw("uuv", [3, 1, 3]), asked, seed=0)
+    assert report.num_items == 2
+    assert interactions.catalogue.item_ids == tuple(
+        raw("u", [0]).catalogue.item_ids[i] for i in (1, 3)
+    )
+    assert histories(interactions) == {"u": [1, 0], "v": [1]}
+    with pytest.raises(DataError, match="fewer than 2 items"):
+        build_interactions(raw("u", [1]), asked, seed=0)
 
 
 def test_one_item_is_no_catalogue() -> None:
@@ -314,3 +329,11 @@ def test_the_catalogue_hash_sees_where_a_text_ends_but_not_the_order_of_fields()
     swapped = Catalogue(ids, {"year": ("ab", "c"), "title": ("x", "y")})
     assert one.content_hash() == turned.content_hash()
     assert len({one.content_hash(), other.content_hash(), swapped.content_hash()}) == 3
+
+
+def test_a_user_may_be_given_as_a_number() -> None:
+    rows = RawInteractions(LETTERS, ["7", "8"], np.array([0, 1]))
+    interactions, _ = build_interactions(rows, KEEP_ALL, seed=0)
+    assert interactions.user(8) == interactions.user("8") == 1
+    with pytest.raises(DataError, match="no user 9 in the data; users are 7, 8"):
+        interactions.user(9)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import ColumnsConfig
-from pfm_llm.data.rows import NO_TEXT, NOT_A_RATING, NOT_A_TIME, SourceTables, validate
-from pfm_llm.data.tables import BadRow, Table
+from pfm_llm.config.data import ColumnsConfig
+from pfm_llm.data.rows import NO_TEXT, NOT_A_RATING, NOT_A_TIME, validate
+from pfm_llm.data.tables import BadRow, LazyColumns, SourceTables, Table
 
 COLUMNS = ColumnsConfig(rating="rating")
 ANY = 0.999
@@ -226,10 +226,13 @@ def test_user_fields_are_by_user_and_empty_ids_are_left_out() -> None:
     ("changes", "message"),
     [
         ({"user": "who"}, r"rows\.csv has no column 'who' \(data\.columns\.user\)"),
-        ({"item": "what"}, r"items\.csv has no column 'what' \(data\.columns\.item\)"),
+        ({"item": "what"}, r"rows\.csv has no column 'what' \(data\.columns\.item\)"),
         ({"title": "name"}, r"items\.csv has no column 'name' \(data\.columns\.title\)"),
-        ({"timestamp": "time"}, r"data\.columns\.timestamp: timestamp \(the nearest\), or to null"),
-        ({"rating": "stars"}, r"set data\.columns\.rating to one of them, or to null"),
+        (
+            {"timestamp": "time"},
+            r"data\.columns\.timestamp\): set it to timestamp, if that is it; set it to null",
+        ),
+        ({"rating": "stars"}, r"data\.columns\.rating\): set it to rating, if that is it"),
     ],
 )
 def test_a_missing_column_names_its_config_key(changes: dict[str, str], message: str) -> None:
@@ -247,3 +250,13 @@ def test_tables_without_rows_pass() -> None:
     empty = table("rows.csv", user_id=[], item_id=[], timestamp=[], rating=[])
     raw = validate(SourceTables(empty, ITEMS), COLUMNS, max_bad_rows=0)
     assert len(raw.users) == len(raw.items) == 0
+
+
+def test_texts_that_are_no_text_are_named_once_unless_they_have_a_role() -> None:
+    columns = LazyColumns(
+        ["title"], lambda name: ["Ash", "Birch"] if name == "title" else ["a", "b"]
+    )
+    items = Table("items", ("item_id", "title", "images"), columns, range(1, 3), unit="row")
+    raw = validate(SourceTables(rows(), items), COLUMNS, max_bad_rows=0)
+    assert raw.catalogue.fields == {"title": ("Ash", "Birch")}
+    assert raw.notes == ("items: columns that are no text: images",)

@@ -8,7 +8,8 @@ import datasets
 import pytest
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import ColumnsConfig, DataConfig, ExperimentConfig, load_config
+from pfm_llm.config.data import ColumnsConfig, DataConfig
+from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.data import sources
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.report import LoadReport
@@ -284,10 +285,10 @@ def test_a_load_that_fails_leaves_nothing_in_the_cache(rows: Path, cache: Path) 
         ("ratings.tsv", "ratings.tsv does not exist"),
         ("movielens-100", "did you mean movielens-100k?"),
         ("MovieLens100K", "did you mean movielens-100k?"),
-        ("{tmp}/other", "neither a MovieLens folder .* it holds: a.txt"),
+        ("{tmp}/other", "no folder of MovieLens, RecBole, MIND or .* it holds: a.txt"),
         ("{tmp}/empty", "it holds: nothing"),
         ("{tmp}/broken", "cannot be read as a folder that datasets.save_to_disk wrote"),
-        ("{tmp}/other/a.txt", "unknown kind of file '.txt'"),
+        ("{tmp}/other/a.txt", "a.txt is empty; its first line must name the columns"),
     ],
 )
 def test_a_source_that_is_none_is_named_with_a_remedy(

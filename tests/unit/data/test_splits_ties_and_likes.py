@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.choices import SplitKind
-from pfm_llm.config.schema import DataConfig
+from pfm_llm.config.data import DataConfig
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import HeldOut, split_interactions
 from tests.unit.data.split_cases import (

@@ -132,3 +132,9 @@ def test_a_year_is_that_of_the_title_or_of_a_field_of_its_own() -> None:
 def test_an_id_that_reads_like_an_article_stays_an_id() -> None:
     catalogue = Catalogue(("a", "b", "la"), {"title": ("Up", "Her", "Them")})
     assert find_items("b, a, la", catalogue) == ["b", "a", "la"]
+
+
+def test_an_id_may_hold_commas() -> None:
+    catalogue = Catalogue(("k,l", "c, d", "e"), {"title": ("One", "Two", "Three")})
+    assert find_items("k,l", catalogue) == ["k,l"]
+    assert find_items('e, k,l, "c, d", Two', catalogue) == ["e", "k,l", "c, d", "c, d"]

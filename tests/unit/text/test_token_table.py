@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AddedToken, PreTrainedTokenizerFast
 
-from pfm_llm.text.token_table import tokenise
+from pfm_llm.text.token_table import encode_letters, tokenise
 
 
 class Lengths:
@@ -64,3 +66,45 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
     blocked.write_text("in the way")
     assert tokenise(["ab"], Lengths(), blocked / "tokens")[0].tolist() == [97, 98]
     assert "not kept" in caplog.text
+
+
+def with_control_tokens() -> Any:
+    """Bytes, and tokens of four kinds: special, added, of blanks, and found in any letter case."""
+    alphabet = {letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    fast = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    fast.normalizer = normalizers.Lowercase()
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|end|>")
+    tokenizer.add_tokens(["<think>", "   "])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=True)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<|end|>", "a<|end|><|end|> b", "<think>", "so <think>hm<|end|>", "<TOOL>", "a <Tool> b"],
+)
+def test_a_text_never_becomes_a_control_token(text: str) -> None:
+    tokenizer = with_control_tokens()
+    (plain,) = tokenizer([text], add_special_tokens=False)["input_ids"]
+    (tokens,) = encode_letters([text], tokenizer)
+    control = set(tokenizer.convert_tokens_to_ids(["<|end|>", "<think>", "<tool>"]))
+    assert control & set(plain)
+    assert not control & set(tokens)
+    assert tokenizer.decode(tokens) == text.lower()
+
+
+def test_other_texts_keep_their_tokens_and_blanks_are_no_control_token() -> None:
+    tokenizer = with_control_tokens()
+    texts = ["", "plain", "<|end|", "< think >", "three   blanks"]
+    plain = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("   ") in plain[-1]
+    assert encode_letters(texts, tokenizer) == plain
+
+
+def test_an_unknown_letter_is_no_control_token() -> None:
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    assert encode_letters(["a b"], tokenizer) == [[1, 0]]

@@ -32,10 +32,10 @@ import pyarrow as pa
 from pfm_llm.base.assets import GROCERY_FILES
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.config.schema import ColumnsConfig
-from pfm_llm.data.grocery_words import WORDS
-from pfm_llm.data.rows import SourceTables
-from pfm_llm.data.tables import Table, from_arrow_table
+from pfm_llm.config.data import ColumnsConfig
+from pfm_llm.data.formats.arrow_table import from_arrow
+from pfm_llm.data.formats.grocery_words import WORDS
+from pfm_llm.data.tables import SourceTables, Table
 
 COLUMNS = ColumnsConfig(
     user="household_id", item="item_id", timestamp="timestamp", rating=None, title="title"
@@ -188,6 +188,6 @@ def _item_table(named: Any) -> Table:
 def _household_table(folder: Path) -> Table:
     frame = _read(folder / _HOUSEHOLDS)
     content = pa.Table.from_pandas(frame, preserve_index=False)
-    table = from_arrow_table(_HOUSEHOLDS, content, content.column_names)
+    table = from_arrow(_HOUSEHOLDS, content)
     table.column("household_id")  # each household has one: a file without them is damaged
     return table

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.data.movielens import (
+from pfm_llm.data.formats.movielens import (
     COLUMNS,
     article_first,
     movielens_files,
@@ -138,8 +138,8 @@ def test_a_missing_companion_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
-    write(latest(tmp_path), ratings_csv="userId,movie,rating,timestamp\n1,2,4.5,900\n")
-    with pytest.raises(DataError, match=r"ratings\.csv has no column 'movieId'"):
+    write(latest(tmp_path), ratings_csv="userId,movieId,rating,time\n1,2,4.5,900\n")
+    with pytest.raises(DataError, match=r"ratings\.csv has no column 'timestamp'"):
         read_movielens(tmp_path)
 
 

@@ -9,12 +9,14 @@ import pytest
 
 from pfm_llm.base.assets import GROCERY_FILES
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import DataConfig
-from pfm_llm.data import groceries, sources
-from pfm_llm.data.groceries import COLUMNS, MIN_PRODUCTS, plain_words, read_groceries
-from pfm_llm.data.grocery_words import WORDS
-from pfm_llm.data.rows import SourceTables, validate
+from pfm_llm.config.data import DataConfig
+from pfm_llm.data import sources
+from pfm_llm.data.formats import groceries
+from pfm_llm.data.formats.groceries import COLUMNS, MIN_PRODUCTS, plain_words, read_groceries
+from pfm_llm.data.formats.grocery_words import WORDS
+from pfm_llm.data.rows import validate
 from pfm_llm.data.sources import load_interactions
+from pfm_llm.data.tables import SourceTables
 
 MILK, LEAN, HAM, CHIPS = 10, 20, 30, 40
 """First product number of each item; a type has `MIN_PRODUCTS` products unless said otherwise."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.schema import ColumnsConfig
-from pfm_llm.data.rows import SourceTables
-from pfm_llm.data.tables import CSV, TSV, Layout, Table, read_delimited
+from pfm_llm.config.data import ColumnsConfig
+from pfm_llm.data.formats.delimited import CSV, TSV, Layout, read_delimited
+from pfm_llm.data.formats.format import Format
+from pfm_llm.data.tables import SourceTables, Table
 
 COLUMNS = ColumnsConfig(
     user="user_id", item="item_id", timestamp="timestamp", rating="rating", title="title"
@@ -17,6 +18,8 @@ COLUMNS = ColumnsConfig(
 
 _RATINGS = ("user_id", "item_id", "rating", "timestamp")
 _USER_FIELDS = ("user_id", "age", "gender", "occupation")
+
+_HEADER_BYTES = 1000
 
 _YEAR = re.compile(r"\s*\((\d{4})(?:\s*[-\N{EN DASH}]\s*(?:\d{4})?)?\)\s*(?:\(V\))?\s*$")
 _ARTICLE = re.compile(
@@ -47,11 +50,12 @@ _ML1M_OCCUPATIONS = {
 
 @dataclass(frozen=True)
 class _Edition:
-    """An edition of MovieLens; its first file tells it from the others."""
+    """An edition of MovieLens; its first file, and how that begins, tell it from the others."""
 
     files: tuple[str, ...]
     read: Callable[[Path], SourceTables]
     optional: tuple[str, ...] = ()
+    names: tuple[bytes, ...] = ()
 
 
 def movielens_files(folder: Path) -> tuple[Path, ...]:
@@ -76,10 +80,10 @@ def movielens_files(folder: Path) -> tuple[Path, ...]:
 def read_movielens(folder: Path) -> SourceTables:
     """Read a MovieLens folder of any edition; its files tell the edition.
 
-    The editions are ml-latest-small and its larger siblings (``ratings.csv``, ``movies.csv``),
-    ml-1m (``ratings.dat``, ``movies.dat``, ``users.dat``), ml-100k (``u.data``, ``u.item``,
-    ``u.user``) and its RecBole form (``ml-100k.inter``, ``.item``, ``.user``). Zip codes are not
-    read.
+    The editions are ml-latest-small and its larger siblings up to ml-32m (``ratings.csv``,
+    ``movies.csv``), ml-1m and ml-10m (``ratings.dat``, ``movies.dat``, and for ml-1m
+    ``users.dat``), ml-100k (``u.data``, ``u.item``, ``u.user``) and its RecBole form
+    (``ml-100k.inter``, ``.item``, ``.user``). Zip codes are not read.
 
     Returns:
         Tables with the columns of `COLUMNS`; items also have ``year`` (four digits or ``""``)
@@ -116,7 +120,16 @@ def split_year(title: str) -> tuple[str, str]:
 
 
 def _edition(folder: Path) -> _Edition | None:
-    return next((e for e in _EDITIONS if (folder / e.files[0]).is_file()), None)
+    return next((e for e in _EDITIONS if _is_of(folder / e.files[0], e.names)), None)
+
+
+def _is_of(path: Path, names: tuple[bytes, ...]) -> bool:
+    """Whether a file is there and names these columns; other sources have a ratings.csv too."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        header = file.readline(_HEADER_BYTES)
+    return all(name in header for name in names)
 
 
 def _read_latest(folder: Path) -> SourceTables:
@@ -130,7 +143,7 @@ def _read_latest(folder: Path) -> SourceTables:
 
 def _read_1m(folder: Path) -> SourceTables:
     def read(name: str, *header: str) -> Table:
-        return read_delimited(folder / name, Layout("::", header, latin1=True))
+        return read_delimited(folder / name, Layout("::", header))
 
     users = None
     if (folder / "users.dat").is_file():
@@ -150,7 +163,7 @@ def _read_1m(folder: Path) -> SourceTables:
 def _read_100k(folder: Path) -> SourceTables:
     flags = [f"genre {index}" for index in range(len(_ML100K_GENRES))]
     header = ("item_id", "title", "release_date", "video_date", "url", *flags)
-    movies = read_delimited(folder / "u.item", Layout("|", header, latin1=True))
+    movies = read_delimited(folder / "u.item", Layout("|", header))
     flagged = zip(*(movies.columns[flag] for flag in flags), strict=True)
     genres = [
         "|".join(name for name, flag in zip(_ML100K_GENRES, row, strict=True) if flag == "1")
@@ -160,7 +173,7 @@ def _read_100k(folder: Path) -> SourceTables:
     users = None
     if (folder / "u.user").is_file():
         header = (*_USER_FIELDS, "zip_code")
-        users = read_delimited(folder / "u.user", Layout("|", header, latin1=True), _USER_FIELDS)
+        users = _pick(read_delimited(folder / "u.user", Layout("|", header)), *_USER_FIELDS)
     return SourceTables(
         read_delimited(folder / "u.data", Layout("\t", _RATINGS)),
         _spoken(movies),
@@ -170,10 +183,7 @@ def _read_100k(folder: Path) -> SourceTables:
 
 def _read_recbole(folder: Path) -> SourceTables:
     def read(suffix: str, *names: str, **renamed: str) -> Table:
-        table = read_delimited(folder / f"ml-100k.{suffix}", TSV)
-        untyped = {name: name.partition(":")[0] for name in table.header}
-        columns = {untyped[name]: values for name, values in table.columns.items()}
-        return _pick(replace(table, header=tuple(columns), columns=columns), *names, **renamed)
+        return _pick(read_delimited(folder / f"ml-100k.{suffix}", TSV), *names, **renamed)
 
     items = read("item", "item_id", title="movie_title", year="release_year", genres="class")
     titles, years = items.columns["title"], items.columns["year"]
@@ -201,7 +211,7 @@ def _spoken(movies: Table) -> Table:
         "year": [year for _, year in split],
         "genres": [_genres(text, "|") for text in movies.columns["genres"]],
     }
-    return replace(movies, columns=columns)
+    return replace(movies, header=tuple(columns), columns=columns)
 
 
 def _genres(text: str, separator: str) -> str:
@@ -213,12 +223,15 @@ def _genres(text: str, separator: str) -> str:
 def _pick(table: Table, *names: str, **renamed: str) -> Table:
     """The columns ``names``, and those of ``renamed`` under their new names; each must be there."""
     olds = {name: name for name in names} | renamed
-    return replace(table, columns={new: table.column(old) for new, old in olds.items()})
+    columns = {new: table.column(old) for new, old in olds.items()}
+    return replace(table, header=tuple(columns), columns=columns)
 
 
 _EDITIONS = (
     _Edition(("ml-100k.inter", "ml-100k.item"), _read_recbole, ("ml-100k.user",)),
-    _Edition(("ratings.csv", "movies.csv"), _read_latest),
+    _Edition(("ratings.csv", "movies.csv"), _read_latest, names=(b"movieId",)),
     _Edition(("ratings.dat", "movies.dat"), _read_1m, ("users.dat",)),
     _Edition(("u.data", "u.item"), _read_100k, ("u.user",)),
 )
+
+FORMAT = Format("MovieLens", movielens_files, read_movielens, COLUMNS)

@@ -1,0 +1,44 @@
+"""One table from one file, or from a folder of Parquet parts; the content tells the format."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from pfm_llm.data.formats.amazon import without_review_titles
+from pfm_llm.data.formats.arrow_table import SUFFIX, parts_of, read_parquet
+from pfm_llm.data.formats.content import PARQUET, decode, read_content
+from pfm_llm.data.formats.delimited import read_unknown
+from pfm_llm.data.formats.json_lines import is_json, read_json_lines
+from pfm_llm.data.tables import Table
+
+SUFFIXES = (".csv", ".tsv", SUFFIX, ".jsonl", ".ndjson", ".json", ".gz", ".dat", ".inter", ".item")
+"""Suffixes of tables: such a name is a path, and no id of a data set."""
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files of a table; empty if ``path`` is neither a file nor a folder of Parquet parts."""
+    return (path,) if path.is_file() else parts_of(path)
+
+
+def read_table(path: Path, names: Collection[str] = ()) -> Table:
+    """Read a table of text.
+
+    A CSV, TSV or other file of separated fields (``,``, ``;``, tab, ``|`` or ``::``) may have any
+    of the usual encodings and may lack a header. JSON has an object on each line. All may be
+    gzipped. Parquet may be a file or a folder of parts.
+
+    Args:
+        path: The file or folder.
+        names: Column names that the config gives: a line that holds one is a header.
+
+    Raises:
+        DataError: The file is missing, empty, of another kind or cannot be decoded.
+    """
+    if path.is_dir() and (parts := parts_of(path)):
+        return read_parquet(path, parts)
+    content = read_content(path)
+    if content.startswith(PARQUET) or path.suffix.lower() == SUFFIX:
+        return read_parquet(path, [path])
+    text, encoding = decode(path, content)
+    if is_json(text):
+        return without_review_titles(read_json_lines(path, text, encoding))
+    return without_review_titles(read_unknown(path, text, encoding, names))
