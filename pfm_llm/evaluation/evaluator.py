@@ -20,7 +20,7 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer, plan_chunks
 from pfm_llm.data.history import History
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import metrics
+from pfm_llm.evaluation import metrics, scoring
 from pfm_llm.evaluation.ranking import Ranks, concatenate, rank_scores
 from pfm_llm.evaluation.scorer import Scorer, UserVectors
 from pfm_llm.model.cohort import Parts
@@ -135,13 +135,22 @@ class Evaluator:
         self._store = store
 
     def chunks(self, task: EvaluationTask, tokens_per_chunk: int) -> list[tuple[str, ...]]:
-        """The clients to evaluate, grouped; equal on every process."""
+        """The clients to evaluate, grouped; equal on every process.
+
+        Args:
+            task: The queries.
+            tokens_per_chunk: Bound on the padded tokens of a group. Where the catalogue is large, a
+                group is smaller, so that its scores of one mode stay below 256 MB; a single client
+                may exceed both.
+        """
+        at_once = scoring.queries_at_once(self._model.num_items, tokens_per_chunk)
         clients = {self._histories.client_of(int(user)) for user in task.held_out.users}
 
         def num_tokens(client_id: str) -> int:
             shown = self._shown(client_id, task)
             lengths = [len(self._scorer.window(history).tokens) for history in shown]
-            return max(self._trainer.personalise_tokens(client_id), len(lengths) * max(lengths))
+            room = len(lengths) * max(max(lengths), tokens_per_chunk // at_once)
+            return max(self._trainer.personalise_tokens(client_id), room)
 
         return plan_chunks(clients, num_tokens, tokens_per_chunk)
 

@@ -13,6 +13,8 @@ from pfm_llm.evaluation import metrics, scoring
 from pfm_llm.evaluation.baselines.selection import FittedBaseline
 from pfm_llm.evaluation.results import AUC, FULL, HEADLINE_K, RANK_LABELS, SAMPLED, ResultRow
 
+_QUERIES_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -57,14 +59,15 @@ def rank_baseline(baseline: FittedBaseline, held_out: HeldOut, negatives: np.nda
     def score(queries: Sequence[int]) -> np.ndarray:
         return baseline.score([held_out.histories[q] for q in queries])
 
-    return rank_all(score, held_out, negatives)
+    batch = scoring.queries_at_once(baseline.num_items, _QUERIES_AT_ONCE)
+    return rank_all(score, held_out, negatives, batch)
 
 
 def rank_all(
     score: Callable[[Sequence[int]], np.ndarray],
     held_out: HeldOut,
     negatives: np.ndarray,
-    batch: int = 1024,
+    batch: int = _QUERIES_AT_ONCE,
 ) -> Ranks:
     """Rank all targets of a split.
 

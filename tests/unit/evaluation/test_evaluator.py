@@ -15,7 +15,7 @@ from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.history import NO_LABEL, History
 from pfm_llm.data.splits import HeldOut, TrainData
-from pfm_llm.evaluation import evaluator, ranking
+from pfm_llm.evaluation import evaluator, ranking, scoring
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.evaluation.ranking import Ranks
@@ -182,6 +182,14 @@ def test_clients_of_other_users_are_passed_over(tiny_run: TinyRun) -> None:
     everybody = _measure(run, _task(run, [Mode.SHARED_ONLY])).ranks[Mode.SHARED_ONLY]
     kept = np.isin(everybody.users, held_out.users)
     assert np.array_equal(measured.ranks[Mode.SHARED_ONLY].full, everybody.full[kept])
+
+
+def test_a_large_catalogue_makes_chunks_smaller(tiny_run: TinyRun, monkeypatch) -> None:
+    """Room for 150 scores is room for the queries of 5 clients with 30 items; 24 clients: 5."""
+    run = tiny_run(**SETTINGS)
+    task = _task(run)
+    monkeypatch.setattr(scoring, "_SCORES_AT_ONCE", 150)
+    assert len(run.evaluator.chunks(task, 10**6)) == 5
 
 
 def test_clients_without_training_windows_fill_a_chunk_too(tiny_run: TinyRun) -> None:
