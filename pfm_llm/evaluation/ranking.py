@@ -84,11 +84,11 @@ def rank_all(
     return concatenate(parts)
 
 
-def headline(ranks: Ranks) -> dict[str, float]:
-    """NDCG@10 and hit rate@10 over the full catalogue, for the log of a run."""
+def headline(ranks: Ranks, k: int = HEADLINE_K) -> dict[str, float]:
+    """NDCG and hit rate at ``k`` over the full catalogue, for the log of a run."""
     figures: dict[str, float] = {}
     for name in ("ndcg", "hit_rate"):
-        metric = metrics.RankMetric(name, HEADLINE_K)
+        metric = metrics.RankMetric(name, k)
         figures |= metric.compute(ranks=ranks.full, groups=ranks.users) or {}
     return figures
 
@@ -110,7 +110,7 @@ def result_rows(
         (f"{SAMPLED}{config.num_negatives}", ranks.sampled),
     ):
         for name in RANK_LABELS:
-            for k in config.ks:
+            for k in dict.fromkeys(config.ks):
                 own, _ = metrics.per_user(metrics.RANK_METRICS[name](values, k), ranks.users)
                 figure = _figure(own, config, seed)
                 rows.append(describe(candidates=candidates, metric=name, k=k, **figure))

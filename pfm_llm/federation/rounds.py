@@ -152,7 +152,7 @@ def _record(federation: Federation, summary: RoundSummary, seconds: float) -> di
 def _report(federation: Federation, record: Mapping[str, Any], progress: Progress) -> None:
     figures = {"loss": record["loss"], "clients/s": record["clients_per_second"]}
     for mode, values in record.get("validation", {}).items():
-        figures[f"{mode} ndcg@10"] = values["ndcg@10"]
+        figures |= {f"{mode} {k}": v for k, v in values.items() if k.startswith("ndcg")}
     progress.update(1, **figures)
     with federation.processes.together():
         if federation.processes.is_main:

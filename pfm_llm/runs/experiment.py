@@ -15,6 +15,7 @@ from pfm_llm.config.choices import Aggregation, ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig, dump_config, training_hash
 from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.baselines.selection import parse_names
+from pfm_llm.evaluation.results import headline_k
 from pfm_llm.federation.exchange import LocalExchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.protocol.types import Mode
@@ -141,7 +142,8 @@ def make_federation(run: Run) -> Federation:
 def _validate(run: Run, trained: Trained) -> Mapping[str, Any]:
     task = validation_task(run, trained, [Mode.SHARED_ONLY, Mode.SHARED_PRIVATE])
     found = measure(run, task).ranks
-    return {mode.value: ranking.headline(ranks) for mode, ranks in found.items()}
+    k = headline_k(run.config.evaluation.ks)
+    return {mode.value: ranking.headline(ranks, k) for mode, ranks in found.items()}
 
 
 def _run_folders(config: ExperimentConfig, resume: bool, processes: Processes) -> RunFolders:

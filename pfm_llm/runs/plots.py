@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pfm_llm.base.files import write_bytes
+from pfm_llm.evaluation.results import HEADLINE_K
 from pfm_llm.protocol.types import Mode
 
 Record = Mapping[str, Any]
@@ -110,12 +111,13 @@ def plot_loss(records: Iterable[Record], path: Path) -> bool:
     return True
 
 
-def plot_modes_by_round(records: Iterable[Record], path: Path) -> bool:
-    """Draw NDCG@10 on validation of each mode, over the rounds that were validated.
+def plot_modes_by_round(records: Iterable[Record], path: Path, k: int = HEADLINE_K) -> bool:
+    """Draw NDCG on validation of each mode, over the rounds that were validated.
 
     Args:
         records: Rounds as `metrics_log` reads them; those without ``validation`` are skipped.
         path: The PNG to write.
+        k: Cut-off of the validations.
 
     Returns:
         Whether there was anything to draw.
@@ -124,10 +126,12 @@ def plot_modes_by_round(records: Iterable[Record], path: Path) -> bool:
         StorageError: The file cannot be written.
     """
     validated = [record for record in records if record.get("validation")]
-    series = {mode: _points(validated, mode) for mode in _MODE_STYLES}
+    series = {mode: _points(validated, mode, k) for mode in _MODE_STYLES}
     if not any(series.values()):
         return False
-    figure, axes = _new_axes("Validation NDCG@10 of each mode", "Round", "NDCG@10, full catalogue")
+    figure, axes = _new_axes(
+        f"Validation NDCG@{k} of each mode", "Round", f"NDCG@{k}, full catalogue"
+    )
     for mode, (color, marker, label) in _MODE_STYLES.items():
         if series[mode]:
             rounds, values = zip(*series[mode], strict=True)
@@ -139,13 +143,14 @@ def plot_modes_by_round(records: Iterable[Record], path: Path) -> bool:
     return True
 
 
-def plot_user_gain(gains: np.ndarray, path: Path) -> bool:
+def plot_user_gain(gains: np.ndarray, path: Path, k: int = HEADLINE_K) -> bool:
     """Draw each user's gain from the private part, users ordered by it.
 
     Args:
-        gains: float [users]: NDCG@10 of shared + private minus that of shared only. Values that
+        gains: float [users]: NDCG of shared + private minus that of shared only. Values that
             are not finite are left out.
         path: The PNG to write.
+        k: Cut-off of the NDCG.
 
     Returns:
         Whether there was anything to draw.
@@ -162,7 +167,7 @@ def plot_user_gain(gains: np.ndarray, path: Path) -> bool:
     figure, axes = _new_axes(
         f"Gain from the private adapter: mean {finite.mean():+.4f} over {finite.size} users",
         "Users, from largest loss to largest gain (%)",
-        "NDCG@10: shared + private minus shared only",
+        f"NDCG@{k}: shared + private minus shared only",
     )
     edges = np.linspace(0, 100, finite.size + 1)
     for values, color, label in (
@@ -315,8 +320,8 @@ def _draw_points(
     )
 
 
-def _points(records: Iterable[Record], mode: Mode) -> list[tuple[int, float]]:
-    found = ((r["round"], r["validation"].get(mode, {}).get("ndcg@10")) for r in records)
+def _points(records: Iterable[Record], mode: Mode, k: int) -> list[tuple[int, float]]:
+    found = ((r["round"], r["validation"].get(mode, {}).get(f"ndcg@{k}")) for r in records)
     return [(number, value) for number, value in found if _is_number(value)]
 
 

@@ -14,7 +14,7 @@ from pfm_llm.evaluation import comparison, tables
 from pfm_llm.evaluation.baselines.likes import FittedLikes
 from pfm_llm.evaluation.baselines.selection import FittedBaseline
 from pfm_llm.evaluation.evaluator import Measured
-from pfm_llm.evaluation.results import ResultRow, write_results
+from pfm_llm.evaluation.results import ResultRow, headline_k, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish.export import PLOTS_FOLDER, export_shared_adapter
 from pfm_llm.runs import lists, plots, summary
@@ -23,7 +23,6 @@ from pfm_llm.runs.folders import (
     METRICS_FILE,
     RESULTS_FILE,
     TABLE_FILE,
-    RunFolders,
 )
 from pfm_llm.runs.measuring import (
     evaluation_task,
@@ -56,7 +55,7 @@ def evaluate_and_report(
         against: Result files of trained baselines, compared like the run's own baselines.
     """
     config = run.config
-    started = time.perf_counter()
+    started, k = time.perf_counter(), headline_k(config.evaluation.ks)
     splits = [getattr(run.data.split, name.value) for name in config.evaluation.splits]
     tasks = [evaluation_task(run, trained, held_out, keep=True) for held_out in splits]
     others = [comparison.read_references(against, config, one.name) for one in splits]
@@ -72,13 +71,13 @@ def evaluate_and_report(
             split, fitted = task.held_out.name, rank_baselines(baselines, task)
             rows += rows_of(run, task, found, fitted, likes)
             gains += comparison.gain_rows(config, split, found.ranks, found.aucs)
-            references = comparison.ranked_references(fitted) + other
+            references = comparison.ranked_references(fitted, k) + other
             comparisons += comparison.rows_over(config, split, found.ranks, references)
         costs = _costs(run, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
         extra = _extra(run, trained, _settings_of(baselines, likes)) | {"costs": costs}
         _write_report(run, rows, {GAINS: gains, COMPARISONS: comparisons}, extra)
-        _draw(run.folders, measured[-1])
+        _draw(run, measured[-1])
         exported, folder = exported_of(run, trained), run.folders.shared_adapter
         export_shared_adapter(exported, folder, trained.shared, rows)
         if config.adapters.private.enabled:
@@ -144,7 +143,7 @@ def _write_report(
     write_results(run.folders.public / RESULTS_FILE, rows, {**as_trees, **extra})
     evaluated = run.config.evaluation
     texts = [
-        tables.results_table(rows, split.value, confidence=evaluated.confidence)
+        tables.results_table(rows, split.value, evaluated.confidence, evaluated.ks)
         for split in evaluated.splits
     ]
     paired = [row for found in differences.values() for row in found]
@@ -152,10 +151,12 @@ def _write_report(
     files.write_text(run.folders.public / TABLE_FILE, "\n".join(texts))
 
 
-def _draw(folders: RunFolders, measured: Measured) -> None:
-    plots_folder = folders.public / PLOTS_FOLDER
-    records = MetricsLog(folders.public / METRICS_FILE).read()
+def _draw(run: Run, measured: Measured) -> None:
+    plots_folder = run.folders.public / PLOTS_FOLDER
+    records = MetricsLog(run.folders.public / METRICS_FILE).read()
+    k = headline_k(run.config.evaluation.ks)
     plots.plot_loss(records, plots_folder / "loss.png")
-    plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png")
+    plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png", k)
     if Mode.SHARED_PRIVATE in measured.ranks:
-        plots.plot_user_gain(gain_of(measured, "ndcg"), plots_folder / "user_gain.png")
+        gains = gain_of(measured, "ndcg", k)
+        plots.plot_user_gain(gains, plots_folder / "user_gain.png", k)

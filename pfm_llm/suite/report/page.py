@@ -15,10 +15,10 @@ from pfm_llm.suite.plan import SelectConfig
 from pfm_llm.suite.report import pictures
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
 from pfm_llm.suite.report.tables import (
-    COLUMNS,
     Cell,
     Column,
     caption,
+    columns_of,
     figure_cell,
     mean_figures,
     summary_cells,
@@ -114,7 +114,7 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
 
 def _modes_table(results: Sequence[SuiteResult]) -> Table:
     """The quality of every mode of every run."""
-    columns = [column for column in COLUMNS if column.metric in _RANKING]
+    columns = [column for column in columns_of(results) if column.metric in _RANKING]
     rows = []
     for run, own in by_run(results).items():
         for mode in _MODES:

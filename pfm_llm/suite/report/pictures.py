@@ -10,7 +10,7 @@ import numpy as np
 from pfm_llm.base import files
 from pfm_llm.runs import plots
 from pfm_llm.suite.report.reading import SuiteResult, by_run
-from pfm_llm.suite.report.tables import NDCG, Column, mean_figures, summary_lines
+from pfm_llm.suite.report.tables import Column, columns_of, mean_figures, summary_lines
 
 _CURVE = re.compile(
     r"(?P<name>memory|cold_start)(_(?P<quality>[a-z_]+?))?_(?P<x>\d+)(_(?P<part>shared|own))?"
@@ -47,11 +47,12 @@ def draw(results: Sequence[SuiteResult], folder: Path) -> list[Path]:
 
 
 def _draw_bytes(results: Sequence[SuiteResult], folder: Path) -> bool:
-    lines = [line for line in summary_lines(results) if NDCG in line.figures]
+    ndcg, *_ = columns_of(results)
+    lines = [line for line in summary_lines(results) if ndcg in line.figures]
     methods: dict[str, plots.Point] = {}
     baselines: dict[str, float] = {}
     for line in lines:
-        sent, figure = line.mean_cost("bytes_up", "bytes_down"), line.figures[NDCG]
+        sent, figure = line.mean_cost("bytes_up", "bytes_down"), line.figures[ndcg]
         label = f"{line.label}, {line.regime}" if line.regime else line.label
         if sent is None:
             baselines[label] = figure.value
@@ -61,7 +62,7 @@ def _draw_bytes(results: Sequence[SuiteResult], folder: Path) -> bool:
     return plots.plot_quality_by_bytes(
         methods,
         folder / "quality_by_bytes.png",
-        y_label="NDCG@10 on test",
+        y_label=f"{ndcg.heading} on test",
         references={name: baselines[name] for name in best},
     )
 

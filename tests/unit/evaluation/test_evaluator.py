@@ -310,6 +310,17 @@ def test_the_headline_is_ndcg_and_hit_rate_over_the_full_catalogue() -> None:
     assert ranking.headline(ranks) == {
         "ndcg@10": pytest.approx(0.5), "hit_rate@10": pytest.approx(2 / 3),
     }  # fmt: skip
+    assert ranking.headline(ranks, 2) == {
+        "ndcg@2": pytest.approx(1 / 3), "hit_rate@2": pytest.approx(1 / 3),
+    }  # fmt: skip
+
+
+def test_a_cut_off_that_is_given_twice_is_measured_once() -> None:
+    ranks = Ranks(np.array([0]), np.array([1]), np.array([1]))
+    what = {"method": "pfm", "mode": "none", "task": "", "protocol": "", "budget": ""}
+    describe = partial(ResultRow, **what, split="test", seed=0)
+    rows = ranking.result_rows(ranks, describe, EvaluationConfig(ks=(5, 5), bootstrap=2), seed=0)
+    assert [row.k for row in rows] == [5] * 6
 
 
 def test_a_taste_vector_reads_what_the_query_shows_and_no_target(

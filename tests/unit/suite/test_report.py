@@ -96,6 +96,20 @@ def test_without_a_private_adapter_the_shared_mode_is_shown(folder: Path) -> Non
     assert own[2].startswith("**0.5000")
 
 
+def test_a_suite_without_10_among_its_cut_offs_is_shown_at_the_first_one(folder: Path) -> None:
+    config = {
+        "adapters": {"private": {"enabled": True}},
+        "evaluation": {"confidence": 0.5, "ks": [5, 20]},
+    }
+    rows = [on_test(k=k, value=k / 100) for k in (5, 20)]
+    rows.append(on_test(metric="gain_ndcg", k=5, value=0.01))
+    write(folder, "pfm", rows, config=config)
+    header, _, own = table_rows(markdown_table(folder))
+    assert header[2:4] == ["NDCG@5 [50 %]", "Gain, NDCG@5 [50 %]"]
+    assert own[2].startswith("**0.0500")
+    assert "NDCG@5" in write_report(folder).read_text()
+
+
 def test_several_seeds_are_one_line_of_means(folder: Path) -> None:
     """(0.10 + 0.14) / 2 = 0.12; ends (0.09 + 0.13) / 2 and (0.11 + 0.15) / 2; costs likewise."""
     write(folder, "pfm", [on_test(value=0.10)], 0)
