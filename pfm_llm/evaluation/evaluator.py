@@ -71,6 +71,7 @@ class EvaluationTask:
         liked: Per query whether each target was liked; None: likes are not measured.
         window_items: How many of a query's newest items the language model reads; None: as many as
             a window holds.
+        depth: Length of the ranked lists to keep; 0: none.
     """
 
     held_out: HeldOut
@@ -80,6 +81,7 @@ class EvaluationTask:
     keep: bool = False
     liked: tuple[np.ndarray, ...] | None = None
     window_items: int | None = None
+    depth: int = 0
 
     @property
     def uses_private(self) -> bool:
@@ -176,7 +178,9 @@ class Evaluator:
         ranks, aucs, likes, choices = {}, {}, {}, {}
         for mode, parts in task.parts.items():
             scores = scored.scores[mode]
-            ranks[mode] = rank_scores(scores, task.held_out, scored.order, task.negatives)
+            ranks[mode] = rank_scores(
+                scores, task.held_out, scored.order, task.negatives, task.depth
+            )
             if task.liked is not None and parts is not None:
                 choices[mode] = metrics.per_user_choice_log_likelihood(
                     scores, asked.histories, asked.targets

@@ -142,6 +142,44 @@ def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, num_rows, size))
 
 
+def lists_around(
+    scores: Scores,
+    histories: Sequence[ItemArray],
+    targets: Sequence[ItemArray],
+    ranks: Ranks,
+    depth: int,
+) -> npt.NDArray[np.int32]:
+    """The list of each target: the other candidates, the best first, and the target at its rank.
+
+    A tie counts against each target of a query, so each target has a list of its own.
+
+    Args:
+        scores: See `full_ranks`.
+        histories: See `full_ranks`.
+        targets: See `full_ranks`.
+        ranks: From `full_ranks`.
+        depth: Length of a list, at least 1.
+
+    Returns:
+        int32 [total targets, depth], item ids; -1 where the candidates do not fill a list.
+
+    Raises:
+        DataError: An item id is outside the catalogue.
+    """
+    lists = np.full((len(ranks), depth), -1, np.int32)
+    rows = iter(range(len(ranks)))
+    matrix = _as_matrix(scores, len(targets))
+    for row, seen, wanted in zip(matrix, histories, targets, strict=True):
+        # As in the ranks, a score that is not a number stands above the target.
+        best, _ = top_items(np.where(np.isnan(row), np.inf, row), seen, depth + 1)
+        for target, place in zip(wanted, rows, strict=False):
+            own = best[best != target]
+            if ranks[place] <= depth:
+                own = np.insert(own, ranks[place] - 1, target)
+            lists[place, : len(own[:depth])] = own[:depth]
+    return lists
+
+
 def _unseen(row: npt.NDArray[np.floating], seen: ItemArray) -> npt.NDArray[np.bool_]:
     check_ids(seen, len(row), "history")
     unseen = np.ones(len(row), np.bool_)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.base import files
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.config.choices import Aggregation, ServerOptimizer
@@ -95,12 +96,14 @@ def run_experiment(
     return folders.public
 
 
-def evaluate_run(folder: Path, against: Sequence[Path] = ()) -> Path:
+def evaluate_run(folder: Path, against: Sequence[Path] = (), ranked: Path | None = None) -> Path:
     """Evaluate a finished or interrupted run anew from its last commit, and rewrite its report.
 
     Args:
         folder: The run's folder.
         against: Result files of trained baselines, for paired differences over users.
+        ranked: A folder for the ranked list of each user, see `write_ranked`; None: none is
+            written.
 
     Returns:
         The run's folder.
@@ -108,9 +111,15 @@ def evaluate_run(folder: Path, against: Sequence[Path] = ()) -> Path:
     Raises:
         ConfigError: There is no such run.
         CheckpointError: The run has no committed round.
+        ConfigError: ``ranked`` is in the run's public folder.
         DataError: A file of ``against`` belongs to other data, or has no figures per user.
     """
-    evaluate_and_report(*open_run(folder), None, against)
+    if ranked and ranked.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"{ranked} is in the run's public folder, and a ranked list is somebody's; give "
+            "another folder, or none for the run's private one"
+        )
+    evaluate_and_report(*open_run(folder), None, against, ranked)
     return folder
 
 

@@ -141,7 +141,9 @@ def fit_run_likes(run: Run) -> list[FittedLikes]:
 def rank_baselines(baselines: Sequence[FittedBaseline], task: EvaluationTask) -> dict[str, Ranks]:
     """Name of each baseline to its ranks of the task's targets."""
     return {
-        baseline.name.value: ranking.rank_baseline(baseline, task.held_out, task.negatives)
+        baseline.name.value: ranking.rank_baseline(
+            baseline, task.held_out, task.negatives, task.depth
+        )
         for baseline in baselines
     }
 

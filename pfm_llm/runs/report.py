@@ -10,10 +10,13 @@ from typing import Any
 
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
+from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import comparison, tables
 from pfm_llm.evaluation.baselines.likes import FittedLikes
 from pfm_llm.evaluation.baselines.selection import FittedBaseline
-from pfm_llm.evaluation.evaluator import Measured
+from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
+from pfm_llm.evaluation.ranked import write_ranked
+from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow, headline_k, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish.export import PLOTS_FOLDER, export_shared_adapter
@@ -45,6 +48,7 @@ def evaluate_and_report(
     trained: Trained,
     training_seconds: float | None,
     against: Sequence[Path] = (),
+    ranked: Path | None = None,
 ) -> None:
     """Evaluate every mode and baseline, and write all files of the run.
 
@@ -53,11 +57,12 @@ def evaluate_and_report(
         trained: The result of training.
         training_seconds: Training time of the last start; None: nothing was trained.
         against: Result files of trained baselines, compared like the run's own baselines.
+        ranked: A folder for the ranked lists of the users; None: they are not written.
     """
     config = run.config
     started, k = time.perf_counter(), headline_k(config.evaluation.ks)
     splits = [getattr(run.data.split, name.value) for name in config.evaluation.splits]
-    tasks = [evaluation_task(run, trained, held_out, keep=True) for held_out in splits]
+    tasks = [_task(run, trained, held_out, ranked) for held_out in splits]
     others = [comparison.read_references(against, config, one.name) for one in splits]
     measured = [measure(run, task) for task in tasks]
     with run.processes.together():
@@ -73,6 +78,8 @@ def evaluate_and_report(
             gains += comparison.gain_rows(config, split, found.ranks, found.aucs)
             references = comparison.ranked_references(fitted, k) + other
             comparisons += comparison.rows_over(config, split, found.ranks, references)
+            if ranked:
+                _write_ranked(run, ranked, task.held_out, {**fitted, **found.ranks})
         costs = _costs(run, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
         extra = _extra(run, trained, _settings_of(baselines, likes)) | {"costs": costs}
@@ -82,6 +89,18 @@ def evaluate_and_report(
         export_shared_adapter(exported, folder, trained.shared, rows)
         if config.adapters.private.enabled:
             lists.write_lists(run, trained)
+
+
+def _task(run: Run, trained: Trained, held_out: HeldOut, ranked: Path | None) -> EvaluationTask:
+    """Every mode on a split; its lists hold what the longest cut-off reads."""
+    task = evaluation_task(run, trained, held_out, keep=True)
+    return dataclasses.replace(task, depth=max(run.config.evaluation.ks)) if ranked else task
+
+
+def _write_ranked(run: Run, folder: Path, held_out: HeldOut, ranks: Mapping[Any, Ranks]) -> None:
+    data, of_split = run.data.interactions, folder / held_out.name
+    named = {str(name): own for name, own in ranks.items()}
+    write_ranked(of_split, held_out, named, data.user_ids, data.catalogue.item_ids)
 
 
 def _costs(run: Run, evaluated: Measured, training_seconds: float | None) -> dict[str, Any]:
