@@ -263,7 +263,7 @@ class RankMetric(evaluate.Metric):
     """
 
     def __init__(self, name: str, k: int) -> None:
-        _check_k(k)
+        check_k(k)
         self.metric, self.k = name, k
         # A given seed keeps evaluate from reading numpy's global random state.
         super().__init__(keep_in_memory=True, seed=0)
@@ -283,13 +283,18 @@ class RankMetric(evaluate.Metric):
 
 
 def _in_list(ranks: IntArray, k: int) -> npt.NDArray[np.bool_]:
-    _check_k(k)
+    check_k(k)
     ranks = np.asarray(ranks)
     if ranks.size and ranks.min() < 1:
         raise DataError(f"rank {ranks.min()}: ranks begin at 1")
     return ranks <= k
 
 
-def _check_k(k: int) -> None:
+def check_k(k: int) -> None:
+    """Check the length of a list.
+
+    Raises:
+        ConfigError: It is below 1.
+    """
     if k < 1:
         raise ConfigError(f"evaluation.ks holds {k}; set every list length to at least 1")
