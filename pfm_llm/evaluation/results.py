@@ -74,6 +74,13 @@ class ResultRow:
                 "users is not finite; evaluate at least one user"
             )
 
+    @property
+    def label(self) -> str:
+        """A dotted name of the number, without protocol, budget, regime and seed."""
+        metric = self.metric + (f"@{self.k}" if self.k else "")
+        conditions = (self.split, self.task, self.candidates, self.method, self.mode)
+        return ".".join([*conditions, metric])
+
 
 def headline_k(ks: Sequence[int]) -> int:
     """The cut-off of a run's validations, differences and plots.

@@ -11,12 +11,13 @@ from typing import Any
 from pfm_llm.base import files
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.base.metrics_log import MetricsLog
-from pfm_llm.base.processes import Processes, start_processes
+from pfm_llm.base.processes import Processes, log_to_trackers, start_processes
 from pfm_llm.config.choices import Aggregation, ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig, dump_config, training_hash
+from pfm_llm.config.settings import leaves
 from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.baselines.selection import parse_names
-from pfm_llm.evaluation.results import headline_k
+from pfm_llm.evaluation.results import ResultRow, headline_k, read_results
 from pfm_llm.federation.exchange import LocalExchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.protocol.types import Mode
@@ -28,6 +29,7 @@ from pfm_llm.runs.folders import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,
+    RESULTS_FILE,
     RunFolders,
 )
 from pfm_llm.runs.measuring import measure, validation_task
@@ -36,6 +38,7 @@ from pfm_llm.runs.private_weight import choose_weight
 from pfm_llm.runs.publication import push_finished, push_when_due
 from pfm_llm.runs.report import evaluate_and_report
 from pfm_llm.runs.run import Run, Trained, assemble, load_corpus, settled
+from pfm_llm.runs.summary import COMPARISONS, GAINS
 from pfm_llm.server.checkpoint import RunEnvironment
 
 _log = logging.getLogger(__name__)
@@ -78,7 +81,7 @@ def run_experiment(
         parse_names(config.evaluation.baselines)
         _write_environment(run)
     first_round = resume_from(federation, from_round) if resume else 1
-    processes.accelerator.init_trackers(folders.public.name)
+    processes.accelerator.init_trackers(folders.public.name, _tracked_settings(config))
     server = federation.server
     started = time.perf_counter()
     run_rounds(
@@ -91,6 +94,7 @@ def run_experiment(
     if first_round > 1:
         _log.info("resumed at round %d: training time below is of this part alone", first_round)
     evaluate_and_report(run, choose_weight(run, server.shared), seconds)
+    _track_results(run, server.shared.round_number)
     push_finished(run)
     processes.accelerator.end_training()
     return folders.public
@@ -153,6 +157,25 @@ def _validate(run: Run, trained: Trained) -> Mapping[str, Any]:
     found = measure(run, task).ranks
     k = headline_k(run.config.evaluation.ks)
     return {mode.value: ranking.headline(ranks, k) for mode, ranks in found.items()}
+
+
+def _tracked_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """Dotted key to value of each setting; a list is text, since trackers take plain values."""
+    found = leaves(config.model_dump(mode="json"))
+    plain = (bool, int, float, str, type(None))
+    return {key: value if isinstance(value, plain) else str(value) for key, value in found.items()}
+
+
+def _track_results(run: Run, round_number: int) -> None:
+    """Send every figure of ``results.json`` to the trackers."""
+    with run.processes.together():
+        if not run.processes.is_main:
+            return
+        rows, extra = read_results(run.folders.public / RESULTS_FILE)
+        rows += [ResultRow(**row) for key in (GAINS, COMPARISONS) for row in extra[key]]
+        figures = {row.label: row.value for row in rows}
+        values = {"results": figures, "costs": extra["costs"]}
+        log_to_trackers(run.processes, values, round_number)
 
 
 def _run_folders(config: ExperimentConfig, resume: bool, processes: Processes) -> RunFolders:

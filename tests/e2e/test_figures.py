@@ -5,10 +5,13 @@ from pathlib import Path
 import ir_measures
 import numpy as np
 import pytest
+import yaml
 from ir_measures import RR, Success, nDCG
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.cli.ending import print_ending
+from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from tests.support.leaks import files_below
 from tests.support.scripts import run_script
@@ -89,3 +92,37 @@ def test_lists_go_to_the_folder_that_is_asked_for_but_never_to_the_public_one(
     assert found.code == 0
     assert f"for you alone: {tmp_path}" in found.out
     assert (tmp_path / "validation" / "shared_private.parquet").is_file()
+
+
+def test_trackers_get_the_config_the_validations_and_the_results(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    run = run_experiment(
+        tiny.config(
+            tmp_path,
+            federation__num_rounds=2,
+            evaluation__every=1,
+            evaluation__baselines=["popularity"],
+            runtime__trackers=["tensorboard"],
+        )
+    )
+    events = EventAccumulator(str(run)).Reload()
+    scalars = {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
+    assert set(scalars["loss"]) == {1, 2}
+    first, _ = metrics_of(run)
+    for mode, figures in first["validation"].items():
+        name = f"validation.{mode}.ndcg_at_10"
+        assert scalars[name] == {1: pytest.approx(figures["ndcg@10"])}
+    results = results_of(run)
+    for row in [*results["rows"], *results["gains"], *results["comparisons"]]:
+        label = ResultRow(**row).label.replace("@", "_at_")
+        assert scalars[f"results.{label}"] == {2: pytest.approx(row["value"], abs=1e-6)}
+    assert scalars["costs.rounds"] == {2: 2}
+    (settings,) = run.glob("*/hparams.yml")
+    kept = yaml.safe_load(settings.read_text())
+    assert kept["federation.num_rounds"] == 2
+    assert kept["evaluation.ks"] == "[5, 10]"
+    assert kept["data.columns.rating"] is None
