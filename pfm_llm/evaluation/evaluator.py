@@ -39,7 +39,8 @@ class Measured:
         aucs: Per mode the AUC of likes of each of ``users``, float64 [Q], NaN without both
             classes; empty without the task ``like``.
         like_fits: Per mode the mean log-likelihood of each user's labels, beside ``aucs``.
-        choice_fits: Per mode the mean log-likelihood of each user's targets, beside ``aucs``.
+        choice_fits: Per mode the mean log-likelihood of each user's targets, beside ``users``;
+            empty where neither losses nor likes are measured.
         num_personalised: The number of users whose private adapter is not zero.
         private_steps: The number of private gradient steps of this evaluation, over all clients.
     """
@@ -57,6 +58,15 @@ class Measured:
         """The number of evaluated users."""
         return len(self.users)
 
+    def losses(self, mode: Mode) -> dict[str, float]:
+        """The loss of each task on the held-out items in one mode, in nats, a mean over users.
+
+        It is ``next_item_loss``, ln(candidates) for a guess, and with the task ``like`` also
+        ``like_loss``, ln 2 for a guess; only what was measured.
+        """
+        fits = {"next_item_loss": self.choice_fits, "like_loss": self.like_fits}
+        return {name: -float(own[mode].mean()) for name, own in fits.items() if mode in own}
+
 
 @dataclass(frozen=True)
 class EvaluationTask:
@@ -72,6 +82,7 @@ class EvaluationTask:
         window_items: How many of a query's newest items the language model reads; None: as many as
             a window holds.
         depth: Length of the ranked lists to keep; 0: none.
+        losses: Whether ``choice_fits`` are measured where likes are not.
     """
 
     held_out: HeldOut
@@ -82,6 +93,7 @@ class EvaluationTask:
     liked: tuple[np.ndarray, ...] | None = None
     window_items: int | None = None
     depth: int = 0
+    losses: bool = False
 
     @property
     def uses_private(self) -> bool:
@@ -181,10 +193,13 @@ class Evaluator:
             ranks[mode] = rank_scores(
                 scores, task.held_out, scored.order, task.negatives, task.depth
             )
-            if task.liked is not None and parts is not None:
+            if parts is None:
+                continue
+            if task.losses or task.liked is not None:
                 choices[mode] = metrics.per_user_choice_log_likelihood(
                     scores, asked.histories, asked.targets
                 )
+            if task.liked is not None:
                 aucs[mode], likes[mode] = self._likes(task, scored, parts)
         personalised = private is None and bool(scored.private)
         return Measured(

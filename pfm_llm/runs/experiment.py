@@ -1,10 +1,10 @@
 """A whole run: config -> objects -> rounds -> evaluation -> report."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +154,12 @@ def make_federation(run: Run) -> Federation:
 
 def _validate(run: Run, trained: Trained) -> Mapping[str, Any]:
     task = validation_task(run, trained, [Mode.SHARED_ONLY, Mode.SHARED_PRIVATE])
-    found = measure(run, task).ranks
+    found = measure(run, dataclasses.replace(task, losses=True))
     k = headline_k(run.config.evaluation.ks)
-    return {mode.value: ranking.headline(ranks, k) for mode, ranks in found.items()}
+    return {
+        mode.value: ranking.headline(ranks, k) | found.losses(mode)
+        for mode, ranks in found.ranks.items()
+    }
 
 
 def _tracked_settings(config: ExperimentConfig) -> dict[str, Any]:
@@ -208,7 +211,7 @@ def _write_environment(run: Run) -> None:
         num_processes=processes.count,
         device=processes.device.type,
     )
-    data = asdict(run.data.report)
+    data = dataclasses.asdict(run.data.report)
     del data["examples"]  # rows of the user's data do not belong in a folder that may be public
     here |= {"data": data, "split": run.data.split.describe()}
     here["num_clients"] = len(run.clients.histories.trainable)

@@ -10,6 +10,8 @@ from typing import Any
 
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
+from pfm_llm.config.choices import Task
+from pfm_llm.config.settle import known
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import comparison, tables
 from pfm_llm.evaluation.baselines.likes import FittedLikes
@@ -27,6 +29,7 @@ from pfm_llm.runs.folders import (
     RESULTS_FILE,
     TABLE_FILE,
 )
+from pfm_llm.runs.loss_plot import LossScale, plot_loss
 from pfm_llm.runs.measuring import (
     evaluation_task,
     fit_run_baselines,
@@ -170,11 +173,23 @@ def _write_report(
     files.write_text(run.folders.public / TABLE_FILE, "\n".join(texts))
 
 
+def _loss_scale(run: Run) -> LossScale:
+    config, clients = run.config, len(run.clients.histories.trainable)
+    private = run.model.model.objective.private
+    adds_scores = config.adapters.private.enabled and not private.acts_on_states
+    return LossScale(
+        num_items=run.model.model.num_items,
+        num_terms=1 + adds_scores,
+        has_likes=Task.LIKE in config.tasks,
+        rounds_per_pass=clients / known(config.federation.cohort_size),
+    )
+
+
 def _draw(run: Run, measured: Measured) -> None:
     plots_folder = run.folders.public / PLOTS_FOLDER
     records = MetricsLog(run.folders.public / METRICS_FILE).read()
     k = headline_k(run.config.evaluation.ks)
-    plots.plot_loss(records, plots_folder / "loss.png")
+    plot_loss(records, plots_folder / "loss.png", _loss_scale(run))
     plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png", k)
     if Mode.SHARED_PRIVATE in measured.ranks:
         gains = gain_of(measured, "ndcg", k)

@@ -48,7 +48,7 @@ def test_tables_and_sentences_show_what_the_config_measures(
         assert "@10" not in text
         assert "95 %" not in text
     first, *_ = metrics_of(validated)
-    assert set(first["validation"]["shared_only"]) == {"ndcg@5", "hit_rate@5"}
+    assert set(first["validation"]["shared_only"]) == {"ndcg@5", "hit_rate@5", "next_item_loss"}
     differences = [*results_of(validated)["gains"], *results_of(validated)["comparisons"]]
     assert {row["k"] for row in differences if "ndcg" in row["metric"]} == {5}
     assert (validated / "plots" / "ndcg_by_round.png").is_file()

@@ -11,6 +11,7 @@ from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
 
 _NEXT_ITEM, _LIKE = "next_item", "like"
 _POPULARITY, _POOLED = "popularity", "central"
+_LEAKING = "_leaking"
 _BYTES_PER_MB = 1e6
 _QUALITIES = (*RANK_LABELS, AUC)
 
@@ -107,6 +108,11 @@ class Line:
     results: tuple[SuiteResult, ...] = ()
 
     @property
+    def leaks(self) -> bool:
+        """Whether training sees what is held out; such a method is shown as a warning only."""
+        return self.method.endswith(_LEAKING)
+
+    @property
     def label(self) -> str:
         """The method, followed by the run's name if that is not implied."""
         says_it = self.run in ("", self.method, f"{self.method}-{self.regime}")
@@ -167,9 +173,12 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
     header += ["MB a client and round, up / down", "Client steps, shared + private"]
     tops = {
         column: max(
-            column.form.format(line.figures[column].value)
-            for line in lines
-            if column in line.figures
+            (
+                column.form.format(line.figures[column].value)
+                for line in lines
+                if column in line.figures and not line.leaks
+            ),
+            default=None,
         )
         for column in columns
     }
