@@ -15,7 +15,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pfm_llm.base import files
 from pfm_llm.data.splits import HeldOut
@@ -25,6 +26,8 @@ from pfm_llm.evaluation.ranking import Ranks
 QRELS = "qrels"
 """Name of the files with the targets: ``qrels.txt`` and ``qrels.parquet``."""
 
+# ranx wants whole numbers for relevance and fractions for scores.
+_RELEVANCE, _SCORE = pa.int64(), pa.float64()
 _Line = tuple[str, str, int]
 
 
@@ -38,7 +41,8 @@ def write_ranked(
     """Write the targets, and the list that each method or mode gives for each target.
 
     ``qrels.txt`` and ``<name>.txt`` are TREC files. ``qrels.parquet`` and ``<name>.parquet`` have
-    the columns ``q_id``, ``doc_id`` and ``score``, as ranx reads them.
+    the columns ``q_id``, ``doc_id`` and ``score``, as ranx reads them: a score is int64 in the
+    first and float64 in the second.
 
     Args:
         folder: Created, and readable by its owner alone, since a list is somebody's.
@@ -55,12 +59,13 @@ def write_ranked(
     targets = np.concatenate([np.zeros(0, np.int64), *held_out.targets]).tolist()
     relevant = [(query, items[item], 1) for query, item in zip(queries, targets, strict=True)]
     files.make_private_dir(folder)
-    _write(folder / QRELS, relevant, (f"{query} 0 {item} 1" for query, item, _ in relevant))
+    lines = (f"{query} 0 {item} 1" for query, item, _ in relevant)
+    _write(folder / QRELS, relevant, lines, _RELEVANCE)
     for name, own in ranks.items():
         assert own.lists is not None
         listed = list(_listed(queries, own.lists, items))
         lines = (f"{q} Q0 {i} {rank} {score} {name}" for (q, i, score), rank in listed)
-        _write(folder / name, [line for line, _ in listed], lines)
+        _write(folder / name, [line for line, _ in listed], lines, _SCORE)
 
 
 def _queries(held_out: HeldOut, user_ids: Sequence[str]) -> Iterator[str]:
@@ -80,11 +85,13 @@ def _listed(
             yield (query, items[item], len(shown) + 1 - rank), rank
 
 
-def _write(path: Path, table: Sequence[_Line], lines: Iterable[str]) -> None:
+def _write(path: Path, table: Sequence[_Line], lines: Iterable[str], kind: pa.DataType) -> None:
     files.write_text(path.with_name(f"{path.name}.txt"), "".join(f"{line}\n" for line in lines))
     buffer = io.BytesIO()
-    frame = pd.DataFrame(table, columns=["q_id", "doc_id", "score"])
-    frame.astype({"q_id": str, "doc_id": str, "score": np.int64}).to_parquet(buffer, index=False)
+    schema = pa.schema({"q_id": pa.string(), "doc_id": pa.string(), "score": kind})
+    columns = zip(*table, strict=True) if table else ((), (), ())
+    arrays = [pa.array(own, one.type) for own, one in zip(columns, schema, strict=True)]
+    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), buffer)
     files.write_bytes(path.with_name(f"{path.name}.parquet"), buffer.getvalue())
 
 

@@ -83,9 +83,10 @@ def test_the_tables_are_those_that_ranx_reads_and_no_two_users_share_a_name(tmp_
     for table in (run, qrels):
         assert list(table.columns) == ["q_id", "doc_id", "score"]
         assert pd.api.types.is_string_dtype(table.q_id)
-        assert table.score.dtype == np.int64
         assert not table.duplicated(["q_id", "doc_id"]).any()
         assert table.q_id.nunique() == 2 * len(USERS)
+    # ranx refuses other types.
+    assert (run.score.dtype, qrels.score.dtype) == (np.float64, np.int64)
     assert qrels.q_id.tolist()[:4] == ["a", "a#2", "b%20c", "b%20c#2"]
     assert (run.groupby("q_id").score.max() == max(KS)).all()
     # Within a query the scores have no ties, so that no tool breaks one.
