@@ -11,22 +11,24 @@ import datasets
 import evaluate
 import numpy as np
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.evaluation.metrics import RANK_METRICS, check_k, mean_over_users
 
 FOLDER = Path(__file__).parent / "loadable"
 
 
 class ListMetric(evaluate.Metric):
-    """A metric of ranked lists with one relevant item each.
+    """A metric of ranked lists.
 
     ``compute(predictions=..., references=..., k=10, groups=None)`` takes the lists, the best item
-    first, and the relevant item of each. Items are all integers or all strings. Lists of one user
-    have an equal entry in ``groups``, and count once, by their mean; without ``groups`` each list
-    is a user's only one. The result's key is ``<name>@<k>``, its value in [0, 1].
+    first, and the relevant item of each, or a list of its relevant items, which count by the mean
+    over them. Items are all integers or all strings. Lists of one user have an equal entry in
+    ``groups``, and count once, by their mean; without ``groups`` each list is a user's only one.
+    The result's key is ``<name>@<k>``, its value in [0, 1].
 
     Raises:
         ConfigError: ``k`` is below 1.
-        DataError: There are no lists, or ``groups`` has another length.
+        DataError: There is no relevant item, or ``groups`` has another length.
     """
 
     metric: str
@@ -35,18 +37,17 @@ class ListMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         lists = [
             datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value(kind)),
-                    "references": datasets.Value(kind),
-                }
+                {"predictions": datasets.Sequence(datasets.Value(kind)), "references": relevant}
             )
-            for kind in ("int64", "string")
+            # Text comes first: as integers, "07" and "7" would be one item.
+            for kind in ("string", "int64")
+            for relevant in (datasets.Value(kind), datasets.Sequence(datasets.Value(kind)))
         ]
         return evaluate.MetricInfo(
-            description=f"{self.metric} of ranked lists with one relevant item each.",
+            description=f"{self.metric} of ranked lists.",
             citation="",
             inputs_description="predictions: lists of items, the best first; references: the "
-            "relevant item of each; k: the cut-off; groups: the user of each list.",
+            "relevant item or items of each; k: the cut-off; groups: the user of each list.",
             features=lists,
         )
 
@@ -58,14 +59,17 @@ class ListMetric(evaluate.Metric):
         groups: Sequence[object] | None = None,
     ) -> dict[str, float]:
         check_k(k)
-        ranks = [
-            _rank(list(own), item, k) for own, item in zip(predictions, references, strict=True)
-        ]
-        values = RANK_METRICS[self.metric](np.asarray(ranks, np.int64), k)
-        users = range(len(ranks)) if groups is None else groups
+        users = list(range(len(predictions)) if groups is None else groups)
+        if len(users) != len(predictions):
+            raise DataError(f"{len(predictions)} lists for {len(users)} groups: give one each")
         number = {user: n for n, user in enumerate(dict.fromkeys(users))}
-        numbers = np.array([number[user] for user in users], np.int64)
-        return {f"{self.metric}@{k}": mean_over_users(values, numbers)}
+        found = [
+            (_rank(list(own), item, k), number[user])
+            for own, relevant, user in zip(predictions, references, users, strict=True)
+            for item in (relevant if isinstance(relevant, list) else [relevant])
+        ]
+        ranks, numbers = np.array(found, np.int64).reshape(-1, 2).T
+        return {f"{self.metric}@{k}": mean_over_users(RANK_METRICS[self.metric](ranks, k), numbers)}
 
 
 def _rank(items: list[object], relevant: object, k: int) -> int:

@@ -60,9 +60,21 @@ def test_lists_of_one_user_count_once_and_may_come_in_batches(load: Any) -> None
     assert found["mrr@3"] == pytest.approx((1 / 2 + 1 / 3) / 2)
 
 
+def test_several_relevant_items_count_by_their_mean_and_text_is_not_read_as_numbers(
+    load: Any,
+) -> None:
+    """Ranks 1 and 3 of the first list, none of the second."""
+    found = load("mrr").compute(predictions=[[4, 7, 1], [3, 9, 2]], references=[[4, 1], [5]])
+    assert found == {"mrr@10": pytest.approx((1 + 1 / 3) / 2 / 2)}
+    found = load("hit_rate").compute(predictions=[["07", "1"], ["7"]], references=["7", "7"])
+    assert found == {"hit_rate@10": 0.5}
+
+
 def test_what_cannot_be_computed_is_an_error_of_ours(load: Any) -> None:
     metric = load("ndcg")
     with pytest.raises(ConfigError, match="holds 0"):
         metric.compute(predictions=LISTS, references=RELEVANT, k=0)
     with pytest.raises(DataError, match="give one each"):
         metric.compute(predictions=LISTS, references=RELEVANT, groups=[1])
+    with pytest.raises(DataError, match="nothing to average"):
+        metric.compute(predictions=[[1]], references=[[]])
