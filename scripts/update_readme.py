@@ -89,7 +89,8 @@ def _table(path: Path) -> str:
     if "ratios" in content:
         return _race_table(content)
     rows, extra = read_results(path)
-    return f"{results_table(rows).strip()}\n\n{_costs(extra)}"
+    table = results_table(rows, confidence=extra["config"]["evaluation"]["confidence"])
+    return f"{table.strip()}\n\n{_costs(extra)}"
 
 
 def _lists(path: Path) -> str:

@@ -20,7 +20,7 @@ from pfm_llm.data.splits import HeldOut, Split
 from pfm_llm.evaluation import metrics, ranking
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import HEADLINE_K, ResultRow, write_results
+from pfm_llm.evaluation.results import ResultRow, headline_k, write_results
 from pfm_llm.evaluation.tables import terminal_table
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.environment import environment
@@ -97,9 +97,9 @@ def measure(
     """Rows of validation and test, and what each user got.
 
     Returns:
-        The rows; and per split the lists ``users`` (internal ids, ascending), ``ndcg@10`` and
-        ``log_rank`` (natural logarithm), over the full catalogue, a user's targets averaged: what
-        a paired comparison needs.
+        The rows; and per split the lists ``users`` (internal ids, ascending), ``ndcg@<k>`` at the
+        headline cut-off and ``log_rank`` (natural logarithm), over the full catalogue, a user's
+        targets averaged: what a paired comparison needs.
     """
     rows: list[ResultRow] = []
     per_user = {}
@@ -116,11 +116,12 @@ def measure(
             seed=config.seed,
         )
         rows += ranking.result_rows(ranks, describe, config.evaluation, config.seed)
-        gains, users = metrics.per_user(metrics.ndcg(ranks.full, HEADLINE_K), ranks.users)
+        k = headline_k(config.evaluation.ks)
+        gains, users = metrics.per_user(metrics.ndcg(ranks.full, k), ranks.users)
         log_ranks, _ = metrics.per_user(np.log(ranks.full), ranks.users)
         per_user[held_out.name] = {
             "users": users.tolist(),
-            SELECTED_BY: gains.tolist(),
+            f"ndcg@{k}": gains.tolist(),
             "log_rank": log_ranks.tolist(),
         }
     return rows, per_user

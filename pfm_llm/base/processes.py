@@ -173,7 +173,25 @@ def usable_cores() -> int:
 
 
 def log_to_trackers(processes: Processes, values: Mapping[str, Any], step: int) -> None:
-    """Send a round's numbers to the trackers, if there are any."""
-    processes.accelerator.log(
-        {k: v for k, v in values.items() if isinstance(v, int | float)}, step=step
-    )
+    """Send the numbers of a tree to the trackers, if there are any.
+
+    Args:
+        processes: The processes of the run.
+        values: Numbers, and mappings of them. Anything else is left out.
+        step: The round that the numbers belong to.
+
+    A number of a mapping has a dotted name, such as ``validation.shared_only.ndcg_at_10``: some
+    trackers refuse an ``@``.
+    """
+    processes.accelerator.log(_numbers(values), step=step)
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, int | float]:
+    found: dict[str, int | float] = {}
+    for key, value in values.items():
+        name = prefix + key.replace("@", "_at_")
+        if isinstance(value, Mapping):
+            found |= _numbers(value, f"{name}.")
+        elif isinstance(value, int | float):
+            found[name] = value
+    return found

@@ -19,7 +19,14 @@ from pfm_llm.evaluation.personality.estimates import (
 )
 from pfm_llm.evaluation.personality.gain import auc_gain, rank_gain
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import FULL, HEADLINE_K, ResultRow, judged_mode, read_results
+from pfm_llm.evaluation.results import (
+    FULL,
+    HEADLINE_K,
+    ResultRow,
+    headline_k,
+    judged_mode,
+    read_results,
+)
 from pfm_llm.protocol.types import Mode
 
 _NDCG = "ndcg"
@@ -37,7 +44,8 @@ class Reference:
     Attributes:
         name: The method.
         users: Internal ids, ascending, int64 [U].
-        ndcg: NDCG@10 of each, a user's targets averaged, over the full catalogue, float64 [U].
+        ndcg: NDCG of each at the run's headline cut-off, a user's targets averaged, over the full
+            catalogue, float64 [U].
     """
 
     name: str
@@ -45,10 +53,10 @@ class Reference:
     ndcg: np.ndarray
 
 
-def ranked_references(ranks: Mapping[str, Ranks]) -> list[Reference]:
-    """References from the ranks of each method."""
+def ranked_references(ranks: Mapping[str, Ranks], k: int = HEADLINE_K) -> list[Reference]:
+    """References from the ranks of each method, with NDCG at ``k``."""
     return [
-        Reference(name, np.unique(own.users), user_quality(_NDCG, own.full, own.users))
+        Reference(name, np.unique(own.users), user_quality(_NDCG, own.full, own.users, k))
         for name, own in ranks.items()
     ]
 
@@ -87,15 +95,21 @@ def _read_reference(path: Path, config: ExperimentConfig, split: str) -> Referen
             f"{path} was measured on other data, users or another split than this run; measure the "
             "baseline again with the config of this run"
         )
+    name = f"{_NDCG}@{headline_k(config.evaluation.ks)}"
+    if name not in per_user:
+        raise DataError(
+            f"{path} has no {name} of single users on {split}; measure the baseline again with the "
+            "config of this run"
+        )
     try:
         users = np.asarray(per_user["users"], np.int64)
-        ndcg = np.asarray(per_user["ndcg@10"], np.float64)
+        ndcg = np.asarray(per_user[name], np.float64)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(
             f"{path}: cannot read per_user of {split} ({error}){_AGAIN}"
         ) from error
     if users.shape != ndcg.shape or users.ndim != 1:
-        raise CorruptFileError(f"{path}: users and ndcg@10 of {split} differ in length{_AGAIN}")
+        raise CorruptFileError(f"{path}: users and {name} of {split} differ in length{_AGAIN}")
     return Reference(rows[0].method, users, ndcg)
 
 
@@ -119,7 +133,7 @@ def rows_over(
     ranks: Mapping[Mode, Ranks],
     references: Sequence[Reference],
 ) -> list[ResultRow]:
-    """Rows ``ndcg_over_<name>``: NDCG@10 of a run minus each reference's.
+    """Rows ``ndcg_over_<name>``: NDCG of a run at its headline cut-off minus each reference's.
 
     Args:
         config: The run's config.
@@ -131,7 +145,7 @@ def rows_over(
         DataError: A reference is of other users.
     """
     mode = _mode_of(config)
-    [own] = ranked_references({mode.value: ranks[mode]})
+    [own] = ranked_references({mode.value: ranks[mode]}, headline_k(config.evaluation.ks))
     figures = {}
     for reference in references:
         if not np.array_equal(reference.users, own.users):
@@ -150,6 +164,7 @@ def gains(
     aucs: Mapping[Mode, np.ndarray],
     bootstrap: Bootstrap,
     over: Mode = Mode.SHARED_ONLY,
+    k: int = HEADLINE_K,
 ) -> dict[Task, dict[str, Estimate]]:
     """The gain of shared and private part together over one of them, in every measured task.
 
@@ -158,13 +173,14 @@ def gains(
         aucs: Per mode each user's AUC of likes, float64 [U]; empty without the task ``like``.
         bootstrap: The settings of the intervals.
         over: The mode to compare with.
+        k: Cut-off of the NDCG.
 
     Returns:
         Per task the figures of `personality.rank_gain` and `personality.auc_gain`.
     """
     name = "" if over is Mode.SHARED_ONLY else "private"
     own, reference = ranks[Mode.SHARED_PRIVATE], ranks[over]
-    found = {Task.NEXT_ITEM: rank_gain(own.full, reference.full, own.users, bootstrap, name)}
+    found = {Task.NEXT_ITEM: rank_gain(own.full, reference.full, own.users, bootstrap, name, k)}
     if aucs:
         found[Task.LIKE] = auc_gain(aucs[Mode.SHARED_PRIVATE], aucs[over], bootstrap, name)
     return found
@@ -186,7 +202,8 @@ def gain_rows(
     """
     if not config.adapters.private.enabled:
         return []
-    found = gains(ranks, aucs, bootstrap_of(config))
+    k = headline_k(config.evaluation.ks)
+    found = gains(ranks, aucs, bootstrap_of(config), k=k)
     return [
         row
         for task, figures in found.items()
@@ -222,8 +239,9 @@ def estimate_rows(
         seed=config.seed,
         regime=config.regime or "",
     )
+    k = headline_k(config.evaluation.ks)
     return [
-        describe(metric=name, k=HEADLINE_K if _NDCG in name else 0, **asdict(figure))
+        describe(metric=name, k=k if _NDCG in name else 0, **asdict(figure))
         for name, figure in figures.items()
         if np.isfinite(figure.value)
     ]

@@ -20,7 +20,7 @@ from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer, plan_chunks
 from pfm_llm.data.history import History
 from pfm_llm.data.splits import HeldOut
-from pfm_llm.evaluation import metrics
+from pfm_llm.evaluation import metrics, scoring
 from pfm_llm.evaluation.ranking import Ranks, concatenate, rank_scores
 from pfm_llm.evaluation.scorer import Scorer, UserVectors
 from pfm_llm.model.cohort import Parts
@@ -39,7 +39,8 @@ class Measured:
         aucs: Per mode the AUC of likes of each of ``users``, float64 [Q], NaN without both
             classes; empty without the task ``like``.
         like_fits: Per mode the mean log-likelihood of each user's labels, beside ``aucs``.
-        choice_fits: Per mode the mean log-likelihood of each user's targets, beside ``aucs``.
+        choice_fits: Per mode the mean log-likelihood of each user's targets, beside ``users``;
+            empty where neither losses nor likes are measured.
         num_personalised: The number of users whose private adapter is not zero.
         private_steps: The number of private gradient steps of this evaluation, over all clients.
     """
@@ -57,6 +58,15 @@ class Measured:
         """The number of evaluated users."""
         return len(self.users)
 
+    def losses(self, mode: Mode) -> dict[str, float]:
+        """The loss of each task on the held-out items in one mode, in nats, a mean over users.
+
+        It is ``next_item_loss``, ln(candidates) for a guess, and with the task ``like`` also
+        ``like_loss``, ln 2 for a guess; only what was measured.
+        """
+        fits = {"next_item_loss": self.choice_fits, "like_loss": self.like_fits}
+        return {name: -float(own[mode].mean()) for name, own in fits.items() if mode in own}
+
 
 @dataclass(frozen=True)
 class EvaluationTask:
@@ -71,6 +81,8 @@ class EvaluationTask:
         liked: Per query whether each target was liked; None: likes are not measured.
         window_items: How many of a query's newest items the language model reads; None: as many as
             a window holds.
+        depth: Length of the ranked lists to keep; 0: none.
+        losses: Whether ``choice_fits`` are measured where likes are not.
     """
 
     held_out: HeldOut
@@ -80,6 +92,8 @@ class EvaluationTask:
     keep: bool = False
     liked: tuple[np.ndarray, ...] | None = None
     window_items: int | None = None
+    depth: int = 0
+    losses: bool = False
 
     @property
     def uses_private(self) -> bool:
@@ -135,13 +149,22 @@ class Evaluator:
         self._store = store
 
     def chunks(self, task: EvaluationTask, tokens_per_chunk: int) -> list[tuple[str, ...]]:
-        """The clients to evaluate, grouped; equal on every process."""
+        """The clients to evaluate, grouped; equal on every process.
+
+        Args:
+            task: The queries.
+            tokens_per_chunk: Bound on the padded tokens of a group. Where the catalogue is large, a
+                group is smaller, so that its scores of one mode stay below 256 MB; a single client
+                may exceed both.
+        """
+        at_once = scoring.queries_at_once(self._model.num_items, tokens_per_chunk)
         clients = {self._histories.client_of(int(user)) for user in task.held_out.users}
 
         def num_tokens(client_id: str) -> int:
             shown = self._shown(client_id, task)
             lengths = [len(self._scorer.window(history).tokens) for history in shown]
-            return max(self._trainer.personalise_tokens(client_id), len(lengths) * max(lengths))
+            room = len(lengths) * max(max(lengths), tokens_per_chunk // at_once)
+            return max(self._trainer.personalise_tokens(client_id), room)
 
         return plan_chunks(clients, num_tokens, tokens_per_chunk)
 
@@ -167,11 +190,16 @@ class Evaluator:
         ranks, aucs, likes, choices = {}, {}, {}, {}
         for mode, parts in task.parts.items():
             scores = scored.scores[mode]
-            ranks[mode] = rank_scores(scores, task.held_out, scored.order, task.negatives)
-            if task.liked is not None and parts is not None:
+            ranks[mode] = rank_scores(
+                scores, task.held_out, scored.order, task.negatives, task.depth
+            )
+            if parts is None:
+                continue
+            if task.losses or task.liked is not None:
                 choices[mode] = metrics.per_user_choice_log_likelihood(
                     scores, asked.histories, asked.targets
                 )
+            if task.liked is not None:
                 aucs[mode], likes[mode] = self._likes(task, scored, parts)
         personalised = private is None and bool(scored.private)
         return Measured(

@@ -13,6 +13,8 @@ from pfm_llm.evaluation import metrics, scoring
 from pfm_llm.evaluation.baselines.selection import FittedBaseline
 from pfm_llm.evaluation.results import AUC, FULL, HEADLINE_K, RANK_LABELS, SAMPLED, ResultRow
 
+_QUERIES_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -22,15 +24,22 @@ class Ranks:
         users: int64 [T], the user of each target.
         full: int64 [T], rank among the full catalogue without seen items.
         sampled: int64 [T], rank among the target and its sampled negatives.
+        lists: int32 [T, depth], the first items of each target's list, see `scoring.lists_around`;
+            None where nobody asked for them.
     """
 
     users: np.ndarray
     full: np.ndarray
     sampled: np.ndarray
+    lists: np.ndarray | None = None
 
 
 def rank_scores(
-    scores: np.ndarray, held_out: HeldOut, queries: Sequence[int], negatives: np.ndarray
+    scores: np.ndarray,
+    held_out: HeldOut,
+    queries: Sequence[int],
+    negatives: np.ndarray,
+    depth: int = 0,
 ) -> Ranks:
     """Rank the targets of some queries.
 
@@ -39,32 +48,39 @@ def rank_scores(
         held_out: Where the queries are from.
         queries: int [Q], their indices in it.
         negatives: int [all targets of ``held_out``, num_negatives].
+        depth: Length of the lists to keep; 0: none.
     """
     asked = held_out.take(queries)
     histories, targets = asked.histories, asked.targets
     starts = np.cumsum([0, *map(len, held_out.targets)])
     rows = np.concatenate([np.arange(starts[q], starts[q + 1]) for q in queries])
+    full = scoring.full_ranks(scores, histories, targets)
     return Ranks(
         users=np.repeat(asked.users, [len(own) for own in targets]),
-        full=scoring.full_ranks(scores, histories, targets),
+        full=full,
         sampled=scoring.sampled_ranks(scores, targets, negatives[rows]),
+        lists=scoring.lists_around(scores, histories, targets, full, depth) if depth else None,
     )
 
 
-def rank_baseline(baseline: FittedBaseline, held_out: HeldOut, negatives: np.ndarray) -> Ranks:
+def rank_baseline(
+    baseline: FittedBaseline, held_out: HeldOut, negatives: np.ndarray, depth: int = 0
+) -> Ranks:
     """Rank all targets of a split with a baseline; see `rank_all`."""
 
     def score(queries: Sequence[int]) -> np.ndarray:
         return baseline.score([held_out.histories[q] for q in queries])
 
-    return rank_all(score, held_out, negatives)
+    batch = scoring.queries_at_once(baseline.num_items, _QUERIES_AT_ONCE)
+    return rank_all(score, held_out, negatives, batch, depth)
 
 
 def rank_all(
     score: Callable[[Sequence[int]], np.ndarray],
     held_out: HeldOut,
     negatives: np.ndarray,
-    batch: int = 1024,
+    batch: int = _QUERIES_AT_ONCE,
+    depth: int = 0,
 ) -> Ranks:
     """Rank all targets of a split.
 
@@ -73,19 +89,20 @@ def rank_all(
         held_out: The queries.
         negatives: See `rank_scores`.
         batch: How many queries are scored at once.
+        depth: See `rank_scores`.
     """
     parts = []
     for start in range(0, len(held_out.users), batch):
         queries = range(start, min(start + batch, len(held_out.users)))
-        parts.append(rank_scores(score(queries), held_out, queries, negatives))
+        parts.append(rank_scores(score(queries), held_out, queries, negatives, depth))
     return concatenate(parts)
 
 
-def headline(ranks: Ranks) -> dict[str, float]:
-    """NDCG@10 and hit rate@10 over the full catalogue, for the log of a run."""
+def headline(ranks: Ranks, k: int = HEADLINE_K) -> dict[str, float]:
+    """NDCG and hit rate at ``k`` over the full catalogue, for the log of a run."""
     figures: dict[str, float] = {}
     for name in ("ndcg", "hit_rate"):
-        metric = metrics.RankMetric(name, HEADLINE_K)
+        metric = metrics.RankMetric(name, k)
         figures |= metric.compute(ranks=ranks.full, groups=ranks.users) or {}
     return figures
 
@@ -107,7 +124,7 @@ def result_rows(
         (f"{SAMPLED}{config.num_negatives}", ranks.sampled),
     ):
         for name in RANK_LABELS:
-            for k in config.ks:
+            for k in dict.fromkeys(config.ks):
                 own, _ = metrics.per_user(metrics.RANK_METRICS[name](values, k), ranks.users)
                 figure = _figure(own, config, seed)
                 rows.append(describe(candidates=candidates, metric=name, k=k, **figure))
@@ -154,4 +171,5 @@ def concatenate(parts: Sequence[Ranks]) -> Ranks:
         np.concatenate([getattr(part, name) for part in parts])[order]
         for name in ("full", "sampled")
     )
-    return Ranks(users[order], full, sampled)
+    lists = [part.lists for part in parts if part.lists is not None]
+    return Ranks(users[order], full, sampled, np.concatenate(lists)[order] if lists else None)

@@ -15,7 +15,7 @@ FULL, SAMPLED = "full", "sampled"
 """The candidates of a ranking: the whole catalogue, or a target and sampled negatives."""
 
 HEADLINE_K = 10
-"""The cut-off of the figures that tables, plots and comparisons show."""
+"""The cut-off of the figures that are shown first, where a run measures it; see `headline_k`."""
 
 RANK_LABELS = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}
 """Metrics of ranked lists, as they are shown."""
@@ -73,6 +73,25 @@ class ResultRow:
                 f"{what}: {self.value} [{self.ci_low}, {self.ci_high}] over {self.num_users} "
                 "users is not finite; evaluate at least one user"
             )
+
+    @property
+    def label(self) -> str:
+        """A dotted name of the number, without protocol, budget, regime and seed."""
+        metric = self.metric + (f"@{self.k}" if self.k else "")
+        conditions = (self.split, self.task, self.candidates, self.method, self.mode)
+        return ".".join([*conditions, metric])
+
+
+def headline_k(ks: Sequence[int]) -> int:
+    """The cut-off of a run's validations, differences and plots.
+
+    Args:
+        ks: The cut-offs that are measured, as in ``evaluation.ks``.
+
+    Returns:
+        `HEADLINE_K` where it is one of them, or where there are none; otherwise the first.
+    """
+    return HEADLINE_K if HEADLINE_K in ks or not ks else ks[0]
 
 
 def judged_mode(has_private: bool) -> Mode:

@@ -4,7 +4,7 @@ Rank 1 is best. Ties and scores that are not a number count against the target. 
 all items the same score, or NaN, therefore ranks every target last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,11 @@ from pfm_llm.base.errors import DataError
 Scores = npt.NDArray[np.floating] | torch.Tensor
 ItemArray = npt.NDArray[np.integer]
 Ranks = npt.NDArray[np.int64]
+
+_COMPARED_AT_ONCE = 1 << 24
+"""Bound on the number of comparisons that are in memory at once."""
+
+_SCORES_AT_ONCE = 1 << 26
 
 
 def full_ranks(
@@ -52,8 +57,11 @@ def full_ranks(
                 f"query {query}: target item {masked[0]} is in its own history, which is masked; "
                 "leave such repeats out of the targets"
             )
-        # "Not below" also catches NaN on either side; the target itself supplies the 1.
-        ranks.append(np.count_nonzero(~(row[unseen] < row[wanted][:, None]), axis=1))
+        candidates = row[unseen]
+        for some in _blocks(len(wanted), len(candidates)):
+            # "Not below" also catches NaN on either side; the target itself supplies the 1.
+            below = candidates < row[wanted[some]][:, None]
+            ranks.append(np.count_nonzero(~below, axis=1))
     return np.concatenate(ranks)
 
 
@@ -85,8 +93,12 @@ def sampled_ranks(scores: Scores, targets: Sequence[ItemArray], negatives: ItemA
     if (negatives == flat[:, None]).any():
         raise DataError("a target is among its own negatives: sample them without the targets")
     queries = np.repeat(np.arange(len(matrix)), [len(wanted) for wanted in targets])[:, None]
-    below = matrix[queries, negatives] < matrix[queries, flat[:, None]]
-    return 1 + np.count_nonzero(~below & (negatives >= 0), axis=1)
+    ranks = np.ones(len(flat), np.int64)
+    for some in _blocks(*negatives.shape):
+        rows, others = queries[some], negatives[some]
+        below = matrix[rows, others] < matrix[rows, flat[some, None]]
+        ranks[some] += np.count_nonzero(~below & (others >= 0), axis=1)
+    return ranks
 
 
 def top_items(
@@ -112,6 +124,60 @@ def top_items(
     order = np.argsort(-row[candidates], kind="stable")[:n]
     best = candidates[order]
     return best, row[best]
+
+
+def queries_at_once(num_items: int, most: int) -> int:
+    """How many queries are scored together, so that their scores stay below 256 MB in float32.
+
+    Args:
+        num_items: Size of the catalogue.
+        most: An upper bound, which holds for catalogues of up to 2^26 / ``most`` items.
+    """
+    return max(1, min(most, _SCORES_AT_ONCE // max(1, num_items)))
+
+
+def _blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Blocks of rows of a matrix, each with at most `_COMPARED_AT_ONCE` entries or one row."""
+    size = max(1, _COMPARED_AT_ONCE // max(1, num_columns))
+    return (slice(start, start + size) for start in range(0, num_rows, size))
+
+
+def lists_around(
+    scores: Scores,
+    histories: Sequence[ItemArray],
+    targets: Sequence[ItemArray],
+    ranks: Ranks,
+    depth: int,
+) -> npt.NDArray[np.int32]:
+    """The list of each target: the other candidates, the best first, and the target at its rank.
+
+    A tie counts against each target of a query, so each target has a list of its own.
+
+    Args:
+        scores: See `full_ranks`.
+        histories: See `full_ranks`.
+        targets: See `full_ranks`.
+        ranks: From `full_ranks`.
+        depth: Length of a list, at least 1.
+
+    Returns:
+        int32 [total targets, depth], item ids; -1 where the candidates do not fill a list.
+
+    Raises:
+        DataError: An item id is outside the catalogue.
+    """
+    lists = np.full((len(ranks), depth), -1, np.int32)
+    rows = iter(range(len(ranks)))
+    matrix = _as_matrix(scores, len(targets))
+    for row, seen, wanted in zip(matrix, histories, targets, strict=True):
+        # As in the ranks, a score that is not a number stands above the target.
+        best, _ = top_items(np.where(np.isnan(row), np.inf, row), seen, depth + 1)
+        for target, place in zip(wanted, rows, strict=False):
+            own = best[best != target]
+            if ranks[place] <= depth:
+                own = np.insert(own, ranks[place] - 1, target)
+            lists[place, : len(own[:depth])] = own[:depth]
+    return lists
 
 
 def _unseen(row: npt.NDArray[np.floating], seen: ItemArray) -> npt.NDArray[np.bool_]:

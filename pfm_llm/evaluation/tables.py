@@ -1,7 +1,7 @@
 """Result rows as tables, in Markdown and in plain text."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pfm_llm.base.errors import DataError
@@ -17,51 +17,55 @@ from pfm_llm.evaluation.results import (
 from pfm_llm.protocol.types import Mode
 
 _TEXT_COLUMNS = ("Method", "Mode", "Budget")
+_VALIDATION, _TEST = "validation", "test"
 
 
 def results_table(
     rows: Sequence[ResultRow],
-    split: str = "test",
+    split: str | None = None,
     confidence: float = 0.95,
+    ks: Sequence[int] | None = None,
 ) -> str:
     """The results as Markdown: baselines first, then the modes; the best of a column in bold.
 
-    Each group of rows with equal task, protocol and seed has its own table. Where budgets differ,
-    a column shows them.
+    Each group of rows with equal task, protocol and seed has its own table, and where rankings are
+    cut off at several lengths, one for each. Where budgets differ, a column shows them.
 
     Args:
         rows: Results of any split.
-        split: The split to show.
+        split: The split to show; None: test, or validation where nothing was measured on test.
         confidence: Coverage of the intervals in the rows, for their label.
+        ks: The cut-offs to show; None: 10, or all where nothing was measured at 10.
 
     Raises:
         DataError: Two rows fill the same cell.
     """
     blocks = []
-    for group in _groups(rows, split):
-        header, body = _grid(group, _columns(group, confidence), "**{}**")
+    for group, columns in _tables(rows, split, confidence, ks):
+        header, body = _grid(group, columns, "**{}**")
         rule = ["---" if column in _TEXT_COLUMNS else "---:" for column in header]
         table = "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
         how = _how(group, "whole catalogue ranked unless negatives are named")
         blocks.append(f"{_caption(group)}; {how}. Best in bold.\n\n{table}\n")
-    return "\n".join(blocks) or f"No results on the {split} split.\n"
+    return "\n".join(blocks) or _nothing(split)
 
 
 def terminal_table(
     rows: Sequence[ResultRow],
-    split: str = "test",
+    split: str | None = None,
     confidence: float = 0.95,
+    ks: Sequence[int] | None = None,
 ) -> str:
     """`results_table` as aligned plain text; the best of a column is marked with ``*``."""
     blocks = []
-    for group in _groups(rows, split):
-        header, body = _grid(group, _columns(group, confidence), "*{}")
+    for group, columns in _tables(rows, split, confidence, ks):
+        header, body = _grid(group, columns, "*{}")
         short = [
             h.replace("Hit rate", "Hit").replace(", ", " /").replace(" neg.", "") for h in header
         ]
         how = _how(group, "whole catalogue ranked; /n: among n sampled negatives")
         blocks.append(f"{_caption(group)}\n{how}; *: best\n\n{_align(short, body)}\n")
-    return "\n".join(blocks) or f"No results on the {split} split.\n"
+    return "\n".join(blocks) or _nothing(split)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,31 @@ class _Column:
         return (row.candidates, row.metric, row.k) == (self.candidates, self.metric, self.k)
 
 
+def _tables(
+    rows: Sequence[ResultRow], split: str | None, confidence: float, ks: Sequence[int] | None
+) -> Iterator[tuple[list[ResultRow], list[_Column]]]:
+    """The rows and the columns of each table."""
+    for group in _groups(rows, split or _shown_split(rows)):
+        measured = list(dict.fromkeys(row.k for row in group if row.metric in RANK_LABELS))
+        if ks is None:
+            shown = [HEADLINE_K] if HEADLINE_K in measured else measured
+        else:
+            shown = [k for k in dict.fromkeys(ks) if k in measured]
+        for k in shown or [0]:
+            columns = _columns(group, confidence, k)
+            if columns:
+                yield group, columns
+
+
+def _shown_split(rows: Sequence[ResultRow]) -> str:
+    splits = {row.split for row in rows}
+    return _VALIDATION if _VALIDATION in splits and _TEST not in splits else _TEST
+
+
+def _nothing(split: str | None) -> str:
+    return f"No results on the {split or _TEST} split.\n"
+
+
 def _groups(rows: Sequence[ResultRow], split: str) -> list[list[ResultRow]]:
     """Rows of one split, in groups of equal task, protocol and seed, in order of appearance."""
     groups: dict[tuple[str, str, int], list[ResultRow]] = {}
@@ -87,20 +116,20 @@ def _groups(rows: Sequence[ResultRow], split: str) -> list[list[ResultRow]]:
     return list(groups.values())
 
 
-def _columns(rows: Sequence[ResultRow], confidence: float) -> list[_Column]:
+def _columns(rows: Sequence[ResultRow], confidence: float, k: int) -> list[_Column]:
     """The columns that at least one row fills: the full catalogue first, then samples."""
     candidates = sorted({row.candidates for row in rows}, key=lambda name: (name != FULL, name))
     interval = f" [{confidence * 100:g} %]"
     columns = [_Column(FULL, AUC, 0, AUC_LABEL + interval, True)]
     for name in candidates:
         for metric, label in RANK_LABELS.items():
-            heading = f"{label}@{HEADLINE_K}"
+            heading = f"{label}@{k}"
             with_interval = name == FULL and metric == "ndcg"
             if with_interval:
                 heading += interval
             elif name != FULL:
                 heading += f", {name.removeprefix(SAMPLED)} neg."
-            columns.append(_Column(name, metric, HEADLINE_K, heading, with_interval))
+            columns.append(_Column(name, metric, k, heading, with_interval))
     return [column for column in columns if any(map(column.shows, rows))]
 
 

@@ -158,7 +158,7 @@ def _report(
 ) -> None:
     figures = {"loss": record["loss"], "clients/s": record["clients_per_second"]}
     for mode, values in record.get("validation", {}).items():
-        figures[f"{mode} ndcg@10"] = values["ndcg@10"]
+        figures |= {f"{mode} {k}": v for k, v in values.items() if k.startswith("ndcg")}
     progress.update(1, seconds_left=seconds_left, **figures)
     with federation.processes.together():
         if federation.processes.is_main:

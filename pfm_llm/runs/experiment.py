@@ -1,20 +1,23 @@
 """A whole run: config -> objects -> rounds -> evaluation -> report."""
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pfm_llm.base import files
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.base.metrics_log import MetricsLog
-from pfm_llm.base.processes import Processes, start_processes
+from pfm_llm.base.processes import Processes, log_to_trackers, start_processes
 from pfm_llm.config.choices import Aggregation, ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig, dump_config, training_hash
+from pfm_llm.config.settings import leaves
 from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.baselines.selection import parse_names
+from pfm_llm.evaluation.results import ResultRow, headline_k, read_results
 from pfm_llm.federation.exchange import LocalExchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.protocol.types import Mode
@@ -26,6 +29,7 @@ from pfm_llm.runs.folders import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,
+    RESULTS_FILE,
     RunFolders,
 )
 from pfm_llm.runs.measuring import measure, validation_task
@@ -34,6 +38,7 @@ from pfm_llm.runs.private_weight import choose_weight
 from pfm_llm.runs.publication import push_finished, push_when_due
 from pfm_llm.runs.report import evaluate_and_report
 from pfm_llm.runs.run import Run, Trained, assemble, load_corpus, settled
+from pfm_llm.runs.summary import COMPARISONS, GAINS
 from pfm_llm.server.checkpoint import RunEnvironment
 
 _log = logging.getLogger(__name__)
@@ -76,7 +81,7 @@ def run_experiment(
         parse_names(config.evaluation.baselines)
         _write_environment(run)
     first_round = resume_from(federation, from_round) if resume else 1
-    processes.accelerator.init_trackers(folders.public.name)
+    processes.accelerator.init_trackers(folders.public.name, _tracked_settings(config))
     server = federation.server
     started = time.perf_counter()
     run_rounds(
@@ -89,17 +94,20 @@ def run_experiment(
     if first_round > 1:
         _log.info("resumed at round %d: training time below is of this part alone", first_round)
     evaluate_and_report(run, choose_weight(run, server.shared), seconds)
+    _track_results(run, server.shared.round_number)
     push_finished(run)
     processes.accelerator.end_training()
     return folders.public
 
 
-def evaluate_run(folder: Path, against: Sequence[Path] = ()) -> Path:
+def evaluate_run(folder: Path, against: Sequence[Path] = (), ranked: Path | None = None) -> Path:
     """Evaluate a finished or interrupted run anew from its last commit, and rewrite its report.
 
     Args:
         folder: The run's folder.
         against: Result files of trained baselines, for paired differences over users.
+        ranked: A folder for the ranked list of each user, see `write_ranked`; None: none is
+            written.
 
     Returns:
         The run's folder.
@@ -107,9 +115,15 @@ def evaluate_run(folder: Path, against: Sequence[Path] = ()) -> Path:
     Raises:
         ConfigError: There is no such run.
         CheckpointError: The run has no committed round.
+        ConfigError: ``ranked`` is in the run's public folder.
         DataError: A file of ``against`` belongs to other data, or has no figures per user.
     """
-    evaluate_and_report(*open_run(folder), None, against)
+    if ranked and ranked.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"{ranked} is in the run's public folder, and a ranked list is somebody's; give "
+            "another folder, or none for the run's private one"
+        )
+    evaluate_and_report(*open_run(folder), None, against, ranked)
     return folder
 
 
@@ -142,8 +156,31 @@ def make_federation(run: Run) -> Federation:
 
 def _validate(run: Run, trained: Trained) -> Mapping[str, Any]:
     task = validation_task(run, trained, [Mode.SHARED_ONLY, Mode.SHARED_PRIVATE])
-    found = measure(run, task).ranks
-    return {mode.value: ranking.headline(ranks) for mode, ranks in found.items()}
+    found = measure(run, dataclasses.replace(task, losses=True))
+    k = headline_k(run.config.evaluation.ks)
+    return {
+        mode.value: ranking.headline(ranks, k) | found.losses(mode)
+        for mode, ranks in found.ranks.items()
+    }
+
+
+def _tracked_settings(config: ExperimentConfig) -> dict[str, Any]:
+    """Dotted key to value of each setting; a list is text, since trackers take plain values."""
+    found = leaves(config.model_dump(mode="json"))
+    plain = (bool, int, float, str, type(None))
+    return {key: value if isinstance(value, plain) else str(value) for key, value in found.items()}
+
+
+def _track_results(run: Run, round_number: int) -> None:
+    """Send every figure of ``results.json`` to the trackers."""
+    with run.processes.together():
+        if not run.processes.is_main:
+            return
+        rows, extra = read_results(run.folders.public / RESULTS_FILE)
+        rows += [ResultRow(**row) for key in (GAINS, COMPARISONS) for row in extra[key]]
+        figures = {row.label: row.value for row in rows}
+        values = {"results": figures, "costs": extra["costs"]}
+        log_to_trackers(run.processes, values, round_number)
 
 
 def _run_folders(config: ExperimentConfig, resume: bool, processes: Processes) -> RunFolders:
@@ -176,7 +213,7 @@ def _write_environment(run: Run) -> None:
         num_processes=processes.count,
         device=processes.device.type,
     )
-    data = asdict(run.data.report)
+    data = dataclasses.asdict(run.data.report)
     del data["examples"]  # rows of the user's data do not belong in a folder that may be public
     here |= {"data": data, "split": run.data.split.describe()}
     here["num_clients"] = len(run.clients.histories.trainable)

@@ -53,6 +53,11 @@ class RunFolders:
         """The exported shared adapter."""
         return self.public / "shared_adapter"
 
+    @property
+    def ranked(self) -> Path:
+        """The ranked lists of an evaluation, which are its users'."""
+        return self.private / "ranked"
+
     @classmethod
     def of(cls, public: Path) -> "RunFolders":
         """The folders of the run at ``public``."""

@@ -19,7 +19,7 @@ from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.evaluation.personality.estimates import user_quality
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.results import HEADLINE_K, ResultRow
 from pfm_llm.evaluation.scorer import UserVectors
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.run import Run, Trained
@@ -102,16 +102,18 @@ def measure(
     return evaluator.combine(processes.gather(found))
 
 
-def quality_of(measured: Measured, mode: Mode, name: str = "log_rank") -> np.ndarray:
+def quality_of(
+    measured: Measured, mode: Mode, name: str = "log_rank", k: int = HEADLINE_K
+) -> np.ndarray:
     """A quality of `personality.user_quality` per user, float64 [U], users ascending."""
     ranks = measured.ranks[mode]
-    return user_quality(name, ranks.full, ranks.users)
+    return user_quality(name, ranks.full, ranks.users, k)
 
 
-def gain_of(measured: Measured, name: str = "log_rank") -> np.ndarray:
+def gain_of(measured: Measured, name: str = "log_rank", k: int = HEADLINE_K) -> np.ndarray:
     """The gain of each user from the private part in a quality, float64 [U]; see `quality_of`."""
     own, shared = (
-        quality_of(measured, mode, name) for mode in (Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)
+        quality_of(measured, mode, name, k) for mode in (Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)
     )
     return np.subtract(own, shared)
 
@@ -139,7 +141,9 @@ def fit_run_likes(run: Run) -> list[FittedLikes]:
 def rank_baselines(baselines: Sequence[FittedBaseline], task: EvaluationTask) -> dict[str, Ranks]:
     """Name of each baseline to its ranks of the task's targets."""
     return {
-        baseline.name.value: ranking.rank_baseline(baseline, task.held_out, task.negatives)
+        baseline.name.value: ranking.rank_baseline(
+            baseline, task.held_out, task.negatives, task.depth
+        )
         for baseline in baselines
     }
 

@@ -1,9 +1,9 @@
-"""The plots of a run and of a suite: loss, quality by round and by bytes, gains, curves.
+"""The plots of a run and of a suite: quality by round and by bytes, gains, curves.
 
 The plots use matplotlib's objects instead of ``pyplot``, so that they need no global state and no
 display. Every function returns whether there was data to draw; without data it
 writes no file. The colours are those of Okabe and Ito, which colour-blind readers can tell apart,
-and every series has its own marker.
+and every series has its own marker, which is told apart in grey too.
 """
 
 import io
@@ -14,32 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pfm_llm.base.files import write_bytes
+from pfm_llm.evaluation.results import HEADLINE_K
 from pfm_llm.protocol.types import Mode
 
 Record = Mapping[str, Any]
 
-_BLUE, _ORANGE, _PURPLE, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
-_MODE_STYLES = {
-    Mode.ZERO_SHOT: (_GREY, "s", "zero shot"),
-    Mode.SHARED_ONLY: (_BLUE, "o", "shared only"),
+BLUE, _ORANGE, _PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
+MODE_STYLES = {
+    Mode.ZERO_SHOT: (GREY, "s", "zero shot"),
+    Mode.SHARED_ONLY: (BLUE, "o", "shared only"),
     Mode.PRIVATE_ONLY: (_PURPLE, "^", "private only"),
     Mode.SHARED_PRIVATE: (_ORANGE, "D", "shared + private"),
 }
-_SERIES_STYLES = (
-    (_BLUE, "o"), (_ORANGE, "D"), ("#009E73", "s"), (_PURPLE, "^"),
-    ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"), (_GREY, "*"),
-)  # fmt: skip
+_COLORS = (BLUE, _ORANGE, "#009E73", _PURPLE, "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "p", ">", "d")
+"""Filled for the first dozen of series, hollow for the next, and then with their number."""
 _REFERENCE_LINES = ("--", ":", "-.")
 _SIZE_INCHES = (7.2, 4.2)
 _DPI = 150
-_SMOOTH_FROM = 20
-"""A run with more rounds also gets a moving mean of its loss."""
+_LEGEND_LINE = 0.25
+"""Height of a line of a legend in inches."""
 _LOG_BYTES_FROM = 20
 """The axis is logarithmic if one method sends this many times as much as another."""
 _BYTES_PER_GB = 1e9
@@ -79,43 +78,13 @@ class Curve:
     shared: Sequence[Point] = ()
 
 
-def plot_loss(records: Iterable[Record], path: Path) -> bool:
-    """Draw the training loss of each round.
-
-    Args:
-        records: Rounds as `metrics_log` reads them; a ``loss`` that is missing or ``None`` is
-            skipped.
-        path: The PNG to write.
-
-    Returns:
-        Whether there was anything to draw.
-
-    Raises:
-        StorageError: The file cannot be written.
-    """
-    losses = pd.Series({r["round"]: r["loss"] for r in records if _is_number(r.get("loss"))})
-    if losses.empty:
-        return False
-    figure, axes = _new_axes("Training loss", "Round", "Loss of the cohort (nats per prediction)")
-    width = len(losses) // 10
-    if len(losses) < _SMOOTH_FROM:
-        axes.plot(losses, color=_BLUE, marker="o", markersize=4)
-    else:
-        axes.plot(losses, color=_BLUE, alpha=0.35, linewidth=1, label="each round")
-        smooth, label = losses.rolling(width).mean().dropna(), f"mean of the last {width} rounds"
-        axes.plot(smooth, color=_BLUE, linewidth=2, label=label)
-        axes.legend(frameon=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _save(figure, path)
-    return True
-
-
-def plot_modes_by_round(records: Iterable[Record], path: Path) -> bool:
-    """Draw NDCG@10 on validation of each mode, over the rounds that were validated.
+def plot_modes_by_round(records: Iterable[Record], path: Path, k: int = HEADLINE_K) -> bool:
+    """Draw NDCG on validation of each mode, over the rounds that were validated.
 
     Args:
         records: Rounds as `metrics_log` reads them; those without ``validation`` are skipped.
         path: The PNG to write.
+        k: Cut-off of the validations.
 
     Returns:
         Whether there was anything to draw.
@@ -124,28 +93,27 @@ def plot_modes_by_round(records: Iterable[Record], path: Path) -> bool:
         StorageError: The file cannot be written.
     """
     validated = [record for record in records if record.get("validation")]
-    series = {mode: _points(validated, mode) for mode in _MODE_STYLES}
+    series = {mode: points_of(validated, mode, f"ndcg@{k}") for mode in MODE_STYLES}
     if not any(series.values()):
         return False
-    figure, axes = _new_axes("Validation NDCG@10 of each mode", "Round", "NDCG@10, full catalogue")
-    for mode, (color, marker, label) in _MODE_STYLES.items():
-        if series[mode]:
-            rounds, values = zip(*series[mode], strict=True)
-            axes.plot(rounds, values, color=color, marker=marker, markersize=5, label=label)
+    figure, axes = _new_axes(
+        f"Validation NDCG@{k} of each mode", "Round", f"NDCG@{k}, full catalogue"
+    )
+    draw_modes(axes, series)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
-def plot_user_gain(gains: np.ndarray, path: Path) -> bool:
+def plot_user_gain(gains: np.ndarray, path: Path, k: int = HEADLINE_K) -> bool:
     """Draw each user's gain from the private part, users ordered by it.
 
     Args:
-        gains: float [users]: NDCG@10 of shared + private minus that of shared only. Values that
+        gains: float [users]: NDCG of shared + private minus that of shared only. Values that
             are not finite are left out.
         path: The PNG to write.
+        k: Cut-off of the NDCG.
 
     Returns:
         Whether there was anything to draw.
@@ -162,19 +130,19 @@ def plot_user_gain(gains: np.ndarray, path: Path) -> bool:
     figure, axes = _new_axes(
         f"Gain from the private adapter: mean {finite.mean():+.4f} over {finite.size} users",
         "Users, from largest loss to largest gain (%)",
-        "NDCG@10: shared + private minus shared only",
+        f"NDCG@{k}: shared + private minus shared only",
     )
     edges = np.linspace(0, 100, finite.size + 1)
     for values, color, label in (
         (np.minimum(finite, 0), _ORANGE, f"worse: {worse * share:.0f} % of users"),
-        (np.maximum(finite, 0), _BLUE, f"better: {better * share:.0f} % of users"),
+        (np.maximum(finite, 0), BLUE, f"better: {better * share:.0f} % of users"),
     ):
         axes.stairs(values, edges, fill=True, color=color, label=label)
     unchanged = (finite.size - better - worse) * share
     axes.axhline(0, color="black", linewidth=1, label=f"unchanged: {unchanged:.0f} % of users")
     axes.set_xlim(0, 100)
     axes.legend(frameon=False, loc="upper left")
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -198,6 +166,7 @@ def plot_quality_by_bytes(
     if not methods:
         return False
     figure, axes = _new_axes("Quality against communication", "Sent in all (GB)", y_label)
+    figure.set_figheight(max(figure.get_figheight(), _LEGEND_LINE * len({**methods, **references})))
     for index, (label, point) in enumerate(methods.items()):
         gigabytes = Point(point.x / _BYTES_PER_GB, point.value, point.low, point.high)
         _draw_points(axes, [gigabytes], index, label, line="none")
@@ -208,9 +177,10 @@ def plot_quality_by_bytes(
     if min(sent) > 0 and max(sent) / min(sent) > _LOG_BYTES_FROM:
         axes.set_xscale("log")
     else:
-        axes.set_xlim(left=0 if max(sent) > 0 else None)
+        # Beyond the axis, so that the marker of a method that sends nothing is whole.
+        axes.set_xlim(left=-0.03 * max(sent) / _BYTES_PER_GB if max(sent) > 0 else None)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -239,7 +209,7 @@ def plot_gain_histogram(gains: np.ndarray, path: Path, *, title: str, x_label: s
     edges = np.linspace(-reach, reach, 2 * min(20, max(4, math.isqrt(finite.size))) + 1)
     for values, color, label in (
         (finite[finite < 0], _ORANGE, "worse"),
-        (finite[finite > 0], _BLUE, "better"),
+        (finite[finite > 0], BLUE, "better"),
     ):
         share = 100 * values.size / finite.size
         axes.hist(
@@ -248,7 +218,7 @@ def plot_gain_histogram(gains: np.ndarray, path: Path, *, title: str, x_label: s
     mean = float(finite.mean())
     axes.axvline(mean, color="black", linewidth=1, linestyle="--", label=f"mean {mean:+.4f}")
     axes.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -274,12 +244,12 @@ def plot_curves(
     if not curves:
         return False
     has_quality = any(curve.own or curve.shared for curve in curves)
-    figure = _new_figure(1.6 if has_quality else 1.0)
+    figure = new_figure(1.6 if has_quality else 1.0)
     *first, last = figure.subplots(1, 1 + has_quality, squeeze=False)[0]
-    _style(last, title, x_label, f"Gain in {quality}, with interval")
+    style(last, title, x_label, f"Gain in {quality}, with interval")
     last.axhline(0, color="black", linewidth=1)
     for axes in first:
-        _style(axes, "With (—) and without (- -) private adapters", x_label, quality)
+        style(axes, "With (—) and without (- -) private adapters", x_label, quality)
     for index, curve in enumerate(curves):
         _draw_points(last, curve.gain, index, curve.label)
         for axes in first:
@@ -288,8 +258,17 @@ def plot_curves(
     for axes in (*first, last):
         axes.set_xticks(sorted({point.x for curve in curves for point in curve.gain}))
     last.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
+    save(figure, path)
     return True
+
+
+def draw_modes(axes: Axes, series: Mapping[Mode, Sequence[tuple[int, float]]]) -> None:
+    """Draw a line for each mode that has points (round, value)."""
+    for mode, (color, marker, label) in MODE_STYLES.items():
+        if series[mode]:
+            rounds, values = zip(*series[mode], strict=True)
+            axes.plot(rounds, values, color=color, marker=marker, markersize=5, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_points(
@@ -298,7 +277,7 @@ def _draw_points(
     """Draw a series in the style of its index; an empty series is left out."""
     if not points:
         return
-    color, marker = _SERIES_STYLES[index % len(_SERIES_STYLES)]
+    style = _style_of(index)
     # Rounding may leave a mean a hair outside its interval, which matplotlib refuses.
     below = [max(point.value - point.low, 0.0) for point in points]
     above = [max(point.high - point.value, 0.0) for point in points]
@@ -306,37 +285,50 @@ def _draw_points(
         [point.x for point in points],
         [point.value for point in points],
         yerr=[below, above],
-        color=color,
-        marker=marker,
-        markersize=6,
+        **style,
         linestyle=line,
-        capsize=3,
+        elinewidth=1,
+        capsize=2,
         label=label,
     )
 
 
-def _points(records: Iterable[Record], mode: Mode) -> list[tuple[int, float]]:
-    found = ((r["round"], r["validation"].get(mode, {}).get("ndcg@10")) for r in records)
-    return [(number, value) for number, value in found if _is_number(value)]
+def _style_of(index: int) -> dict[str, Any]:
+    """Colour and marker of a series; no two series have the same pair."""
+    cycle, place = divmod(index, len(_MARKERS))
+    # A third dozen and later ones show a number, which says more than another shape.
+    marker = _MARKERS[place] if cycle < 2 else f"${index + 1}$"
+    color = _COLORS[index % len(_COLORS)]
+    fill = "white" if cycle == 1 else color
+    return {"color": color, "marker": marker, "markersize": 7, "markerfacecolor": fill}
 
 
-def _is_number(value: Any) -> bool:
+def points_of(records: Iterable[Record], mode: Mode, figure: str) -> list[tuple[int, float]]:
+    """Round and value of a figure of one mode, in the records of validated rounds."""
+    found = ((r["round"], r["validation"].get(mode, {}).get(figure)) for r in records)
+    return [(number, value) for number, value in found if is_number(value)]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _new_axes(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = _new_figure()
+    figure = new_figure()
     axes = figure.add_subplot()
-    _style(axes, title, x_label, y_label)
+    style(axes, title, x_label, y_label)
     return figure, axes
 
 
-def _new_figure(widths: float = 1.0) -> Figure:
+def new_figure(widths: float = 1.0) -> Figure:
+    """A figure without axes; ``widths`` is a factor of the usual width."""
     width, height = _SIZE_INCHES
     return Figure(figsize=(width * widths, height), dpi=_DPI, layout="constrained")
 
 
-def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+def style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Give axes their texts and the style of all plots."""
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -345,7 +337,12 @@ def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_bytes(path, buffer.getvalue())

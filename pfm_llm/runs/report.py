@@ -10,11 +10,16 @@ from typing import Any
 
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
+from pfm_llm.config.choices import Task
+from pfm_llm.config.settle import known
+from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import comparison, tables
 from pfm_llm.evaluation.baselines.likes import FittedLikes
 from pfm_llm.evaluation.baselines.selection import FittedBaseline
-from pfm_llm.evaluation.evaluator import Measured
-from pfm_llm.evaluation.results import ResultRow, write_results
+from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
+from pfm_llm.evaluation.ranked import write_ranked
+from pfm_llm.evaluation.ranking import Ranks
+from pfm_llm.evaluation.results import ResultRow, headline_k, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish.export import PLOTS_FOLDER, export_shared_adapter
 from pfm_llm.runs import lists, plots, summary
@@ -23,8 +28,8 @@ from pfm_llm.runs.folders import (
     METRICS_FILE,
     RESULTS_FILE,
     TABLE_FILE,
-    RunFolders,
 )
+from pfm_llm.runs.loss_plot import LossScale, plot_loss
 from pfm_llm.runs.measuring import (
     evaluation_task,
     fit_run_baselines,
@@ -46,6 +51,7 @@ def evaluate_and_report(
     trained: Trained,
     training_seconds: float | None,
     against: Sequence[Path] = (),
+    ranked: Path | None = None,
 ) -> None:
     """Evaluate every mode and baseline, and write all files of the run.
 
@@ -54,11 +60,12 @@ def evaluate_and_report(
         trained: The result of training.
         training_seconds: Training time of the last start; None: nothing was trained.
         against: Result files of trained baselines, compared like the run's own baselines.
+        ranked: A folder for the ranked lists of the users; None: they are not written.
     """
     config = run.config
-    started = time.perf_counter()
+    started, k = time.perf_counter(), headline_k(config.evaluation.ks)
     splits = [getattr(run.data.split, name.value) for name in config.evaluation.splits]
-    tasks = [evaluation_task(run, trained, held_out, keep=True) for held_out in splits]
+    tasks = [_task(run, trained, held_out, ranked) for held_out in splits]
     others = [comparison.read_references(against, config, one.name) for one in splits]
     measured = [measure(run, task) for task in tasks]
     with run.processes.together():
@@ -72,17 +79,31 @@ def evaluate_and_report(
             split, fitted = task.held_out.name, rank_baselines(baselines, task)
             rows += rows_of(run, task, found, fitted, likes)
             gains += comparison.gain_rows(config, split, found.ranks, found.aucs)
-            references = comparison.ranked_references(fitted) + other
+            references = comparison.ranked_references(fitted, k) + other
             comparisons += comparison.rows_over(config, split, found.ranks, references)
+            if ranked:
+                _write_ranked(run, ranked, task.held_out, {**fitted, **found.ranks})
         costs = _costs(run, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
         extra = _extra(run, trained, _settings_of(baselines, likes)) | {"costs": costs}
         _write_report(run, rows, {GAINS: gains, COMPARISONS: comparisons}, extra)
-        _draw(run.folders, measured[-1])
+        _draw(run, measured[-1])
         exported, folder = exported_of(run, trained), run.folders.shared_adapter
         export_shared_adapter(exported, folder, trained.shared, rows)
         if config.adapters.private.enabled:
             lists.write_lists(run, trained)
+
+
+def _task(run: Run, trained: Trained, held_out: HeldOut, ranked: Path | None) -> EvaluationTask:
+    """Every mode on a split; its lists hold what the longest cut-off reads."""
+    task = evaluation_task(run, trained, held_out, keep=True)
+    return dataclasses.replace(task, depth=max(run.config.evaluation.ks)) if ranked else task
+
+
+def _write_ranked(run: Run, folder: Path, held_out: HeldOut, ranks: Mapping[Any, Ranks]) -> None:
+    data, of_split = run.data.interactions, folder / held_out.name
+    named = {str(name): own for name, own in ranks.items()}
+    write_ranked(of_split, held_out, named, data.user_ids, data.catalogue.item_ids)
 
 
 def _costs(run: Run, evaluated: Measured, training_seconds: float | None) -> dict[str, Any]:
@@ -144,7 +165,7 @@ def _write_report(
     write_results(run.folders.public / RESULTS_FILE, rows, {**as_trees, **extra})
     evaluated = run.config.evaluation
     texts = [
-        tables.results_table(rows, split.value, confidence=evaluated.confidence)
+        tables.results_table(rows, split.value, evaluated.confidence, evaluated.ks)
         for split in evaluated.splits
     ]
     paired = [row for found in differences.values() for row in found]
@@ -152,10 +173,24 @@ def _write_report(
     files.write_text(run.folders.public / TABLE_FILE, "\n".join(texts))
 
 
-def _draw(folders: RunFolders, measured: Measured) -> None:
-    plots_folder = folders.public / PLOTS_FOLDER
-    records = MetricsLog(folders.public / METRICS_FILE).read()
-    plots.plot_loss(records, plots_folder / "loss.png")
-    plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png")
+def _loss_scale(run: Run) -> LossScale:
+    config, clients = run.config, len(run.clients.histories.trainable)
+    private = run.model.model.objective.private
+    adds_scores = config.adapters.private.enabled and not private.acts_on_states
+    return LossScale(
+        num_items=run.model.model.num_items,
+        num_terms=1 + adds_scores,
+        has_likes=Task.LIKE in config.tasks,
+        rounds_per_pass=clients / known(config.federation.cohort_size),
+    )
+
+
+def _draw(run: Run, measured: Measured) -> None:
+    plots_folder = run.folders.public / PLOTS_FOLDER
+    records = MetricsLog(run.folders.public / METRICS_FILE).read()
+    k = headline_k(run.config.evaluation.ks)
+    plot_loss(records, plots_folder / "loss.png", _loss_scale(run))
+    plots.plot_modes_by_round(records, plots_folder / "ndcg_by_round.png", k)
     if Mode.SHARED_PRIVATE in measured.ranks:
-        plots.plot_user_gain(gain_of(measured, "ndcg"), plots_folder / "user_gain.png")
+        gains = gain_of(measured, "ndcg", k)
+        plots.plot_user_gain(gains, plots_folder / "user_gain.png", k)

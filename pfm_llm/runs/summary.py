@@ -18,7 +18,7 @@ PRIVATE_WEIGHT = "private_weight"
 
 _UNITS = {
     "gain_log_rank": "log-rank (a held-out item stands at {percent:.0f} % of its former rank)",
-    "gain_ndcg": "NDCG@10",
+    "gain_ndcg": "NDCG@{k}",
     "gain_auc": "AUC in telling liked from disliked items",
 }
 _JUDGED = {
@@ -77,8 +77,10 @@ def differences_table(rows: Sequence[ResultRow], confidence: float) -> str:
     """
     if not rows:
         return ""
+    ks = sorted({row.k for row in rows if row.k})
+    of_ndcg = f"; NDCG is {', '.join(f'NDCG@{k}' for k in ks)}" if ks else ""
     lines = [
-        "Differences, paired over users; positive is better for this run",
+        f"Differences, paired over users; positive is better for this run{of_ndcg}",
         "",
         f"| Split | Difference | Value [{confidence * 100:g} %] | Users |",
         "| --- | --- | ---: | ---: |",
@@ -88,7 +90,7 @@ def differences_table(rows: Sequence[ResultRow], confidence: float) -> str:
 
 
 def _gain(row: ResultRow) -> str:
-    unit = _UNITS[row.metric].format(percent=100 * math.exp(-row.value))
+    unit = _UNITS[row.metric].format(percent=100 * math.exp(-row.value), k=row.k)
     verdict = _verdict(
         row,
         better="users are served better with it",
@@ -106,7 +108,7 @@ def _comparison(row: ResultRow) -> str:
         unclear="does not differ clearly from",
     )
     name, judged = row.metric.removeprefix(OVER), _JUDGED[Mode(row.mode)]
-    return f"On {row.split}, {judged} {verdict} {name}: {_value(row)} NDCG@10."
+    return f"On {row.split}, {judged} {verdict} {name}: {_value(row)} NDCG@{row.k}."
 
 
 def _verdict(row: ResultRow, better: str, worse: str, unclear: str) -> str:

@@ -16,6 +16,7 @@ from pfm_llm.model.private import PrivatePart
 from pfm_llm.model.private.lora import IndependentLora
 from pfm_llm.model.private.taste import UserEmbedding
 from pfm_llm.protocol.types import PrivateState
+from pfm_llm.runs import experiment
 from pfm_llm.server.server import Server
 from tests.support.leaks import Hunt, files_below
 
@@ -69,7 +70,8 @@ class Watch(logging.Handler):
 
         before(Processes, "gather", lambda _, pieces: self._pass("gather", pieces))
         before(Server, "receive", lambda _, total, update: self._pass("update", update))
-        before(rounds, "log_to_trackers", lambda _, values, step: self._pass("tracker", values))
+        for module in (rounds, experiment):
+            before(module, "log_to_trackers", lambda _, values, step: self._pass("tracker", values))
         before(PrivateStore, "save", lambda _, state: self._learn(state))
         before(PrivateStore, "save_personalised", lambda _, state: self._learn(state))
         self._learn_initial(patch)

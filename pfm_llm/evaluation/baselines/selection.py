@@ -18,7 +18,7 @@ from pfm_llm.evaluation.baselines.markov import MarkovRecency
 from pfm_llm.evaluation.baselines.popularity import Popularity
 from pfm_llm.evaluation.metrics import mean_over_users, ndcg
 from pfm_llm.evaluation.results import HEADLINE_K
-from pfm_llm.evaluation.scoring import full_ranks
+from pfm_llm.evaluation.scoring import full_ranks, queries_at_once
 
 EASE_WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Weights of EASE that ``ease_markov`` tries."""
@@ -44,11 +44,13 @@ class FittedBaseline:
         name: Its key in ``evaluation.baselines`` and ``results.json``.
         hyperparameters: The values that were chosen on validation.
         validation_ndcg: NDCG@10 on validation over the full catalogue.
+        num_items: Size of the catalogue.
     """
 
     name: BaselineName
     hyperparameters: Mapping[str, float]
     validation_ndcg: float
+    num_items: int
     _model: Scorer = field(repr=False)
 
     def score(self, histories: Histories) -> ScoreMatrix:
@@ -113,19 +115,38 @@ class _Selection:
     def _best_setting(self, name: BaselineName) -> FittedBaseline:
         def fit(setting: Baseline) -> FittedBaseline:
             model = setting.fit(self._train_histories, self._num_items)
-            [value] = _validation_ndcg(lambda histories: [model.score(histories)], self._validation)
-            return FittedBaseline(name, model.hyperparameters, value, model)
+            [value] = self._validation_ndcg(lambda histories: [model.score(histories)])
+            return FittedBaseline(name, model.hyperparameters, value, self._num_items, model)
 
         # With generators, only the best model so far and the newest one are in memory.
         return max((fit(setting) for setting in _grid(name)), key=lambda made: made.validation_ndcg)
 
     def _best_mixture(self) -> FittedBaseline:
         ease, markov = self.best(BaselineName.EASE), self.best(BaselineName.MARKOV_RECENCY)
-        values = _validation_ndcg(
-            lambda histories: mixtures(ease, markov, EASE_WEIGHTS, histories), self._validation
+        values = self._validation_ndcg(
+            lambda histories: mixtures(ease, markov, EASE_WEIGHTS, histories)
         )
         model = EaseMarkov(ease, markov, EASE_WEIGHTS[int(np.argmax(values))])
-        return FittedBaseline(BaselineName.EASE_MARKOV, model.hyperparameters, max(values), model)
+        return FittedBaseline(
+            BaselineName.EASE_MARKOV, model.hyperparameters, max(values), self._num_items, model
+        )
+
+    def _validation_ndcg(self, score: Callable[[Histories], Iterable[ScoreMatrix]]) -> list[float]:
+        """NDCG@10 of each score matrix that ``score`` yields, in order."""
+        histories, targets = self._validation.histories, self._validation.targets
+        batch = queries_at_once(self._num_items, _QUERIES_AT_ONCE)
+        values: list[list[np.ndarray]] = []
+        for start in range(0, max(len(targets), 1), batch):
+            part = slice(start, start + batch)
+            ranks = (
+                full_ranks(scores, histories[part], targets[part])
+                for scores in score(histories[part])
+            )
+            values.append([ndcg(each, HEADLINE_K) for each in ranks])
+        queries = np.repeat(np.arange(len(targets)), [len(wanted) for wanted in targets])
+        return [
+            mean_over_users(np.concatenate(each), queries) for each in zip(*values, strict=True)
+        ]
 
 
 def _grid(name: BaselineName) -> Iterator[Baseline]:
@@ -142,19 +163,3 @@ def _grid(name: BaselineName) -> Iterator[Baseline]:
             yield from starmap(ItemKnn, product((5, 10, 20, 50, 100, 200), (0.0, 10.0, 100.0)))
         case BaselineName.EASE_MARKOV:
             raise AssertionError("a mixture has no grid of its own to fit")
-
-
-def _validation_ndcg(
-    score: Callable[[Histories], Iterable[ScoreMatrix]], validation: HeldOut
-) -> list[float]:
-    """NDCG@10 of each score matrix that ``score`` yields, in order."""
-    histories, targets = validation.histories, validation.targets
-    values: list[list[np.ndarray]] = []
-    for start in range(0, max(len(targets), 1), _QUERIES_AT_ONCE):
-        part = slice(start, start + _QUERIES_AT_ONCE)
-        ranks = (
-            full_ranks(scores, histories[part], targets[part]) for scores in score(histories[part])
-        )
-        values.append([ndcg(each, HEADLINE_K) for each in ranks])
-    queries = np.repeat(np.arange(len(targets)), [len(wanted) for wanted in targets])
-    return [mean_over_users(np.concatenate(each), queries) for each in zip(*values, strict=True)]

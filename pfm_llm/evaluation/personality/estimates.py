@@ -118,25 +118,26 @@ def _negative_log(ranks: IntArray) -> FloatArray:
     return negative
 
 
-RANK_QUALITIES: Mapping[str, Callable[[IntArray], FloatArray]] = {
-    "log_rank": _negative_log,
-    "ndcg": lambda ranks: ndcg(ranks, HEADLINE_K),
+RANK_QUALITIES: Mapping[str, Callable[[IntArray, int], FloatArray]] = {
+    "log_rank": lambda ranks, _: _negative_log(ranks),
+    "ndcg": ndcg,
 }
-"""Name of a quality to its formula for one target, ranks [T] to float64 [T].
+"""Name of a quality to its formula for one target, ranks [T] and a cut-off to float64 [T].
 
 ``log_rank`` is -ln(rank), in [-ln(items), 0]. A step from rank 20 to 10 counts as much as one from
 200 to 100, so it depends on every target and not only on the first places. ``ndcg`` is
-`metrics.ndcg` at 10, in [0, 1].
+`metrics.ndcg`, in [0, 1].
 """
 
 
-def user_quality(quality: str, ranks: IntArray, users: IntArray) -> FloatArray:
+def user_quality(quality: str, ranks: IntArray, users: IntArray, k: int = HEADLINE_K) -> FloatArray:
     """A quality per user: the mean over the user's targets.
 
     Args:
         quality: A key of `RANK_QUALITIES`.
         ranks: int64 [T], of the targets, from 1.
         users: int64 [T], the user of each target.
+        k: Cut-off of ``ndcg``.
 
     Returns:
         float64 [U], by ascending user; more is better.
@@ -147,7 +148,7 @@ def user_quality(quality: str, ranks: IntArray, users: IntArray) -> FloatArray:
     """
     if quality not in RANK_QUALITIES:
         raise ConfigError(f"unknown quality {quality!r}; valid: {', '.join(RANK_QUALITIES)}")
-    return per_user(RANK_QUALITIES[quality](ranks), users)[0]
+    return per_user(RANK_QUALITIES[quality](ranks, k), users)[0]
 
 
 def align(values: FloatArray, users: IntArray, wanted: IntArray) -> FloatArray:

@@ -8,6 +8,7 @@ from pfm_llm.evaluation.personality.estimates import (
     paired_difference,
     user_quality,
 )
+from pfm_llm.evaluation.results import HEADLINE_K
 
 
 def rank_gain(
@@ -16,13 +17,14 @@ def rank_gain(
     users: IntArray,
     bootstrap: Bootstrap,
     over: str = "",
+    k: int = HEADLINE_K,
 ) -> dict[str, Estimate]:
     """Gain in ranks over a reference.
 
     Definition, with R(u) the targets of user u and means over users::
 
         gain_log_rank = mean_u mean_{t in R(u)} [ln rank_reference(t) - ln rank_own(t)]
-        gain_ndcg     = mean_u mean_{t in R(u)} [NDCG@10_own(t) - NDCG@10_reference(t)]
+        gain_ndcg     = mean_u mean_{t in R(u)} [NDCG@k_own(t) - NDCG@k_reference(t)]
 
     Range: [-ln I, ln I] with I items, and [-1, 1]. A log-rank gain of 0.1 means that the target
     stands at 1 / exp(0.1) = 90 % of its former rank. Positive: the private adapter helps.
@@ -34,6 +36,7 @@ def rank_gain(
         bootstrap: The settings of the intervals.
         over: The reference, such as ``"private"``: the names then end in ``_over_private``. Empty
             for the shared part alone.
+        k: Cut-off of the NDCG.
 
     Returns:
         ``gain_log_rank`` and ``gain_ndcg``.
@@ -44,7 +47,9 @@ def rank_gain(
     """
     return {
         _name(quality, over): paired_difference(
-            user_quality(quality, own, users), user_quality(quality, reference, users), bootstrap
+            user_quality(quality, own, users, k),
+            user_quality(quality, reference, users, k),
+            bootstrap,
         )
         for quality in RANK_QUALITIES
     }

@@ -20,7 +20,7 @@ from pfm_llm.evaluation.personality.harm import GroupHarm, group_harm, harm_figu
 from pfm_llm.evaluation.personality.integrity import integrity
 from pfm_llm.evaluation.personality.new_items import new_item_figures
 from pfm_llm.evaluation.personality.swap import identification, swap_loss
-from pfm_llm.evaluation.results import ResultRow, read_results, write_results
+from pfm_llm.evaluation.results import ResultRow, headline_k, read_results, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.runs.measuring import (
@@ -82,6 +82,7 @@ class _Study:
     def __init__(self, run: Run, trained: Trained, budget: str) -> None:
         self._run, self._trained, self._budget = run, trained, budget
         self._bootstrap = comparison.bootstrap_of(run.config)
+        self._k = headline_k(run.config.evaluation.ks)
         self._task = evaluation_task(run, trained, run.data.split.test, _MODES, keep=True)
         self._test = measure(run, self._task)
         self._served = Served(run, self._task)
@@ -89,7 +90,7 @@ class _Study:
     def test_rows(self) -> list[ResultRow]:
         """Every mode and baseline on test."""
         baselines = rank_baselines(fit_run_baselines(self._run), self._task)
-        references = comparison.ranked_references(baselines)
+        references = comparison.ranked_references(baselines, self._k)
         name = self._task.held_out.name
         rows = [
             *rows_of(self._run, self._task, self._test, baselines, fit_run_likes(self._run)),
@@ -102,7 +103,9 @@ class _Study:
 
         Users without an AUC have no gain in AUC.
         """
-        gains = {f"gain_{name}": gain_of(self._test, name) for name in ("log_rank", "ndcg")}
+        gains = {
+            f"gain_{name}": gain_of(self._test, name, self._k) for name in ("log_rank", "ndcg")
+        }
         if self._test.aucs:
             own, shared = (self._test.aucs[mode] for mode in reversed(_SERVED))
             gains["gain_auc"] = own - shared
@@ -111,7 +114,7 @@ class _Study:
     def personality_rows(self) -> list[ResultRow]:
         """Every measure as rows; positive is better for the user."""
         over_shared, over_private = (
-            comparison.gains(self._test.ranks, self._test.aucs, self._bootstrap, over)
+            comparison.gains(self._test.ranks, self._test.aucs, self._bootstrap, over, self._k)
             for over in (Mode.SHARED_ONLY, Mode.PRIVATE_ONLY)
         )
         next_item = named_estimates(

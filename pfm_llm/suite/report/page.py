@@ -2,8 +2,7 @@
 
 import base64
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,14 @@ from pfm_llm.config.settings import leaves
 from pfm_llm.evaluation.results import AUC, RANK_LABELS
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.plan import SelectConfig
-from pfm_llm.suite.report import pictures
+from pfm_llm.suite.report import measures, pictures
+from pfm_llm.suite.report.pictures import Picture
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
 from pfm_llm.suite.report.tables import (
-    COLUMNS,
     Cell,
     Column,
     caption,
+    columns_of,
     figure_cell,
     mean_figures,
     summary_cells,
@@ -29,8 +29,12 @@ PLOTS_FOLDER = "plots"
 
 _TEMPLATE = "report.html.j2"
 _RANKING = {*RANK_LABELS, AUC}
-_DIFFERENCE = re.compile(r"(gain|swap|harm|ndcg_over)_.*|(memory|cold_start)_.*\d")
-_MODES = (Mode.ZERO_SHOT, Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
+_MODES = {
+    Mode.ZERO_SHOT: "nothing trained",
+    Mode.SHARED_ONLY: "shared part alone",
+    Mode.PRIVATE_ONLY: "private part, no shared LoRA",
+    Mode.SHARED_PRIVATE: "shared and private part",
+}
 _COSTS = {
     "rounds": ("Rounds", 1.0),
     "shared_client_steps": ("Client steps, shared", 1.0),
@@ -53,6 +57,7 @@ class Table:
         header: The headings of the columns.
         rows: The cells.
         num_names: Number of columns, from the left, that hold text.
+        meanings: Plain name of each measure, and a sentence on it.
     """
 
     title: str
@@ -60,6 +65,7 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     num_names: int = 1
+    meanings: Sequence[tuple[str, str]] = ()
 
 
 def write_report(folder: Path) -> Path:
@@ -82,17 +88,17 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT_FILE
 
 
-def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
+def render(results: Sequence[SuiteResult], drawn: Sequence[Picture]) -> str:
     """The page's HTML.
 
     Args:
         results: All results of a suite with one budget.
-        drawn: PNG files to show.
+        drawn: The plots to show.
     """
     header, body = summary_cells(results)
     tables = [
         _modes_table(results),
-        _personality_table(results),
+        *_measure_tables(results),
         _grid_table(results),
         _costs_table(results),
         _environment_table(results),
@@ -105,8 +111,7 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
         summary=Table("Methods", caption(results), header, body, num_names=2),
         failures=[(f"{r.run}, seed {r.seed}", r.failed) for r in results if r.failed is not None],
         pictures=[
-            (path.stem.replace("_", " "), base64.b64encode(path.read_bytes()).decode())
-            for path in drawn
+            (picture, base64.b64encode(picture.path.read_bytes()).decode()) for picture in drawn
         ],
         tables=[table for table in tables if table.rows],
     )
@@ -114,14 +119,14 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Path]) -> str:
 
 def _modes_table(results: Sequence[SuiteResult]) -> Table:
     """The quality of every mode of every run."""
-    columns = [column for column in COLUMNS if column.metric in _RANKING]
+    columns = [column for column in columns_of(results) if column.metric in _RANKING]
     rows = []
     for run, own in by_run(results).items():
-        for mode in _MODES:
+        for mode, named in _MODES.items():
             figures = [mean_figures(own, mode, column) for column in columns]
             if any(figures):
                 cells = [figure_cell(f, c) for f, c in zip(figures, columns, strict=True)]
-                rows.append([Cell(run), Cell(mode.replace("_", " ")), *cells])
+                rows.append([Cell(run), Cell(named), *cells])
     return Table(
         "Modes",
         "What the shared part reaches alone, the private part alone, and both together; test.",
@@ -131,31 +136,51 @@ def _modes_table(results: Sequence[SuiteResult]) -> Table:
     )
 
 
-def _personality_table(results: Sequence[SuiteResult]) -> Table:
-    """Every other figure, with a column for each run that has one."""
-    keys = {
-        (row.metric, row.task): None
-        for result in results
-        for row in result.own_rows
-        if row.metric not in _RANKING
-    }
-    names = {metric for metric, _ in keys}
-    runs = {
-        run: own
-        for run, own in by_run(results).items()
-        if any(row.metric in names for result in own for row in result.own_rows)
-    }
-    rows = []
-    for metric, task in keys:
-        column = Column("", metric, (task,), is_difference=bool(_DIFFERENCE.fullmatch(metric)))
-        cells = [figure_cell(mean_figures(own, None, column), column) for own in runs.values()]
-        rows.append([Cell(metric), Cell(task.replace("_", " ")), *cells])
+def _measure_tables(results: Sequence[SuiteResult]) -> list[Table]:
+    """A table for each group of measures, with a column for each run that has one of them."""
+    tasks: dict[str, dict[str, None]] = {}
+    for result in results:
+        for row in result.own_rows:
+            if row.metric not in _RANKING:
+                tasks.setdefault(row.metric, {})[row.task] = None
     note = (
-        "Positive is better. Differences in bold where the interval excludes 0. Means over users "
-        "with bootstrap intervals; with several seeds, means of both."
+        "Means over users with bootstrap intervals; with several seeds, means of both. Differences "
+        "are in bold where the interval excludes 0, and a positive one is better for the user."
     )
-    note = " ".join([note, *_harmed(results)])
-    return Table("Personality", note, ["Measure", "Task", *runs], rows, num_names=2)
+    tables = []
+    for heading, metrics in measures.by_group(tasks).items():
+        named = {metric: measures.shown(metric) for metric in metrics}
+        runs = {
+            run: own
+            for run, own in by_run(results).items()
+            if any(row.metric in metrics for result in own for row in result.own_rows)
+        }
+        rows = [
+            _measure_row(named[metric], metric, task, runs.values())
+            for metric in metrics
+            for task in tasks[metric]
+        ]
+        meanings = {one.measure.meaning: one.name for one in reversed(named.values())}
+        harmed = _harmed(results) if any(m.startswith("harm_") for m in metrics) else []
+        tables.append(
+            Table(
+                heading,
+                " ".join([note, *harmed]),
+                ["Measure", "Task", *runs],
+                rows,
+                num_names=2,
+                meanings=[(name, text) for text, name in reversed(meanings.items()) if text],
+            )
+        )
+    return tables
+
+
+def _measure_row(
+    shown: measures.Shown, metric: str, task: str, runs: Iterable[Sequence[SuiteResult]]
+) -> list[Cell]:
+    column = Column("", metric, (task,), is_difference=shown.measure.is_difference)
+    cells = [figure_cell(mean_figures(own, None, column), column) for own in runs]
+    return [Cell(shown.name), Cell(task.replace("_", " ")), *cells]
 
 
 def _harmed(results: Sequence[SuiteResult]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from pfm_llm.base import files
 from pfm_llm.runs import plots
 from pfm_llm.suite.report.reading import SuiteResult, by_run
-from pfm_llm.suite.report.tables import NDCG, Column, mean_figures, summary_lines
+from pfm_llm.suite.report.tables import Column, columns_of, mean_figures, summary_lines
 
 _CURVE = re.compile(
     r"(?P<name>memory|cold_start)(_(?P<quality>[a-z_]+?))?_(?P<x>\d+)(_(?P<part>shared|own))?"
@@ -19,12 +20,31 @@ _CURVE_TEXTS = {
     "memory": ("Memory: fewer items in the prompt", "Items that the prompt shows"),
     "cold_start": ("Cold start: fewer interactions known", "Interactions given"),
 }
+_CURVE_CAPTIONS = {
+    "memory": "What a private part adds when the prompt shows fewer items",
+    "cold_start": "What a private part adds when few interactions of a user are known",
+}
 _QUALITY_TEXTS = {"": "-log rank", "log_rank": "-log rank", "ndcg": "NDCG@10", "auc": "AUC"}
 _GAIN = "gain_log_rank"
 _MAX_REFERENCES = 3
 
 
-def draw(results: Sequence[SuiteResult], folder: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Picture:
+    """A plot of the page.
+
+    Attributes:
+        path: The PNG.
+        caption: Sentences on it.
+        alt: What it shows, for a reader who does not see it.
+    """
+
+    path: Path
+    caption: str
+    alt: str
+
+
+def draw(results: Sequence[SuiteResult], folder: Path) -> list[Picture]:
     """Draw every plot that has figures, and delete older plots that have none.
 
     Args:
@@ -32,41 +52,50 @@ def draw(results: Sequence[SuiteResult], folder: Path) -> list[Path]:
         folder: The folder of the PNG files.
 
     Returns:
-        The files, in the order to show them.
+        The plots, in the order to show them.
 
     Raises:
         StorageError: A file cannot be written or deleted.
     """
-    drawn = [folder / "quality_by_bytes.png"] if _draw_bytes(results, folder) else []
-    drawn += _draw_histograms(results, folder)
+    drawn = [*_draw_bytes(results, folder), *_draw_histograms(results, folder)]
     drawn += _draw_curves(results, folder)
     with files.storage_errors(folder):
-        for path in set(folder.glob("*.png")) - set(drawn):
+        for path in set(folder.glob("*.png")) - {picture.path for picture in drawn}:
             path.unlink()
     return drawn
 
 
-def _draw_bytes(results: Sequence[SuiteResult], folder: Path) -> bool:
-    lines = [line for line in summary_lines(results) if NDCG in line.figures]
+def _draw_bytes(results: Sequence[SuiteResult], folder: Path) -> list[Picture]:
+    ndcg, *_ = columns_of(results)
     methods: dict[str, plots.Point] = {}
     baselines: dict[str, float] = {}
-    for line in lines:
-        sent, figure = line.mean_cost("bytes_up", "bytes_down"), line.figures[NDCG]
+    for line in summary_lines(results):
+        if ndcg not in line.figures or line.leaks:
+            continue
+        sent, figure = line.mean_cost("bytes_up", "bytes_down"), line.figures[ndcg]
         label = f"{line.label}, {line.regime}" if line.regime else line.label
         if sent is None:
             baselines[label] = figure.value
         else:
             methods[label] = plots.Point(sent, figure.value, figure.low, figure.high)
     best = sorted(baselines, key=lambda name: -baselines[name])[:_MAX_REFERENCES]
-    return plots.plot_quality_by_bytes(
-        methods,
-        folder / "quality_by_bytes.png",
-        y_label="NDCG@10 on test",
-        references={name: baselines[name] for name in best},
+    path = folder / "quality_by_bytes.png"
+    references = {name: baselines[name] for name in best}
+    is_drawn = plots.plot_quality_by_bytes(
+        methods, path, y_label=f"{ndcg.heading} on test", references=references
     )
+    points = [f"{name} {p.value:.4f} at {p.x / 1e9:.3g} GB" for name, p in methods.items()]
+    lines = [f"{name} {value:.4f}" for name, value in references.items()]
+    caption = (
+        f"{ndcg.heading} on test against all that clients and server send each other in training. "
+        "Bars are intervals over users. Lines are the best methods that train on pooled data and "
+        "send nothing."
+    )
+    alt = f"{ndcg.heading} of each method: {'; '.join(points)}. Lines: {'; '.join(lines)}."
+    return [Picture(path, caption, alt)] if is_drawn else []
 
 
-def _draw_histograms(results: Sequence[SuiteResult], folder: Path) -> list[Path]:
+def _draw_histograms(results: Sequence[SuiteResult], folder: Path) -> list[Picture]:
     drawn = []
     for run, own in by_run(results).items():
         gains = _per_user(own[0].extra, _GAIN)
@@ -74,7 +103,16 @@ def _draw_histograms(results: Sequence[SuiteResult], folder: Path) -> list[Path]
         title = f"{run}, seed {own[0].seed}: what each user gains"
         label = "Gain in log rank: shared + private over shared only"
         if plots.plot_gain_histogram(gains, path, title=title, x_label=label):
-            drawn.append(path)
+            known = gains[np.isfinite(gains)]
+            caption = (
+                f"What each user of {run}, seed {own[0].seed}, gains from the private part, in "
+                "log-rank. Right of 0, the held-out items stand nearer to the top with it."
+            )
+            alt = (
+                f"Histogram of the gains of {len(known)} users: {(known > 0).mean():.0%} gain, "
+                f"{(known < 0).mean():.0%} lose, the mean is {known.mean():+.4f}."
+            )
+            drawn.append(Picture(path, caption, alt))
     return drawn
 
 
@@ -85,7 +123,7 @@ def _per_user(extra: Mapping[str, Any], metric: str) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
-def _draw_curves(results: Sequence[SuiteResult], folder: Path) -> list[Path]:
+def _draw_curves(results: Sequence[SuiteResult], folder: Path) -> list[Picture]:
     metrics: dict[tuple[str, str, str], dict[str, dict[int, str]]] = {}
     for result in results:
         for row in result.own_rows:
@@ -104,8 +142,20 @@ def _draw_curves(results: Sequence[SuiteResult], folder: Path) -> list[Path]:
         path = folder / f"{'_'.join(filter(None, (name, quality, task)))}.png"
         what = f"{_QUALITY_TEXTS.get(quality, quality)} ({task.replace('_', ' ')})"
         if plots.plot_curves(curves, path, title=title, x_label=x_label, quality=what):
-            drawn.append(path)
+            caption = (
+                f"{_CURVE_CAPTIONS[name]}: the quality with and without private parts, where it "
+                "was measured, and the gain. Bars are intervals over users."
+            )
+            drawn.append(Picture(path, caption, f"Gain in {what}. {_gains(curves)}"))
     return drawn
+
+
+def _gains(curves: Sequence[plots.Curve]) -> str:
+    return " ".join(
+        f"{curve.label}: {', '.join(f'{p.value:+.3f} at {p.x:g}' for p in curve.gain)}."
+        for curve in curves
+        if curve.gain
+    )
 
 
 def _points(own: Sequence[SuiteResult], task: str, metrics: Mapping[int, str]) -> list[plots.Point]:

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfm_llm.evaluation.results import AUC, AUC_LABEL, HEADLINE_K, RANK_LABELS, ResultRow
+from pfm_llm.evaluation.results import AUC, AUC_LABEL, RANK_LABELS, ResultRow, headline_k
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
 
 _NEXT_ITEM, _LIKE = "next_item", "like"
 _POPULARITY, _POOLED = "popularity", "central"
+_LEAKING = "_leaking"
 _BYTES_PER_MB = 1e6
 _QUALITIES = (*RANK_LABELS, AUC)
 
@@ -53,16 +54,22 @@ class Column:
     is_difference: bool = False
 
 
-NDCG = Column("NDCG@10", "ndcg", (_NEXT_ITEM,), HEADLINE_K)
-COLUMNS = (
-    NDCG,
-    Column("Hit rate@10", "hit_rate", (_NEXT_ITEM,), HEADLINE_K, has_interval=False),
-    Column(AUC_LABEL, AUC, (_LIKE,)),
-    Column("Gain, log rank", "gain_log_rank", form="{:+.3f}", is_difference=True),
-    Column("Gain, NDCG@10", "gain_ndcg", form="{:+.4f}", is_difference=True),
-    Column("Gain, like AUC", "gain_auc", form="{:+.4f}", is_difference=True),
-    Column("Identification", "identification", form="{:.2f}"),
-)
+def columns_of(results: Sequence[SuiteResult]) -> tuple[Column, ...]:
+    """The columns of the main table; the first is NDCG at the suite's headline cut-off.
+
+    Args:
+        results: Of a suite with one budget.
+    """
+    k = headline_k(results[0].extra["config"]["evaluation"].get("ks", ()))
+    return (
+        Column(f"NDCG@{k}", "ndcg", (_NEXT_ITEM,), k),
+        Column(f"Hit rate@{k}", "hit_rate", (_NEXT_ITEM,), k, has_interval=False),
+        Column(AUC_LABEL, AUC, (_LIKE,)),
+        Column("Gain, log rank", "gain_log_rank", form="{:+.3f}", is_difference=True),
+        Column(f"Gain, NDCG@{k}", "gain_ndcg", form="{:+.4f}", is_difference=True),
+        Column("Gain, like AUC", "gain_auc", form="{:+.4f}", is_difference=True),
+        Column("Identification", "identification", form="{:.2f}"),
+    )
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,11 @@ class Line:
     results: tuple[SuiteResult, ...] = ()
 
     @property
+    def leaks(self) -> bool:
+        """Whether training sees what is held out; such a method is shown as a warning only."""
+        return self.method.endswith(_LEAKING)
+
+    @property
     def label(self) -> str:
         """The method, followed by the run's name if that is not implied."""
         says_it = self.run in ("", self.method, f"{self.method}-{self.regime}")
@@ -125,13 +137,14 @@ def summary_lines(results: Sequence[SuiteResult]) -> list[Line]:
     Args:
         results: Of a suite with one budget.
     """
-    lines = _baseline_lines(results)
+    columns = columns_of(results)
+    lines = _baseline_lines(results, columns)
     for run, own in by_run(results).items():
         rows = [row for result in own for row in result.own_rows]
         described = next((row for row in rows if row.mode == own[0].mode), None)
         if described is None:
             continue  # a script's run; its methods are among the baselines
-        figures = {column: mean_figures(own, own[0].mode, column) for column in COLUMNS}
+        figures = {column: mean_figures(own, own[0].mode, column) for column in columns}
         lines.append(
             Line(
                 method=described.method,
@@ -153,16 +166,19 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
         results: Of a suite with one budget.
     """
     lines = summary_lines(results)
-    columns = [c for c in COLUMNS if any(c in line.figures for line in lines)]
+    columns = [c for c in columns_of(results) if any(c in line.figures for line in lines)]
     interval = f" [{results[0].extra['config']['evaluation']['confidence'] * 100:g} %]"
     header = ["Method", "Regime"]
     header += [column.heading + (interval if column.has_interval else "") for column in columns]
     header += ["MB a client and round, up / down", "Client steps, shared + private"]
     tops = {
         column: max(
-            column.form.format(line.figures[column].value)
-            for line in lines
-            if column in line.figures
+            (
+                column.form.format(line.figures[column].value)
+                for line in lines
+                if column in line.figures and not line.leaks
+            ),
+            default=None,
         )
         for column in columns
     }
@@ -200,7 +216,7 @@ def markdown_table(folder: Path) -> str:
 def caption(results: Sequence[SuiteResult]) -> str:
     """The caption of the main table."""
     rows = [row for result in results for row in result.test_rows]
-    users = sorted({row.num_users for row in rows if row.metric == NDCG.metric})
+    users = sorted({row.num_users for row in rows if row.metric == "ndcg"})
     seeds = sorted({result.seed for result in results})
     extra = results[0].extra
     parts = [
@@ -243,7 +259,7 @@ def figure_cell(figure: Figure | None, column: Column, top: str | None = None) -
     return Cell(text, is_sure if column.is_difference else value == top)
 
 
-def _baseline_lines(results: Sequence[SuiteResult]) -> list[Line]:
+def _baseline_lines(results: Sequence[SuiteResult], columns: Sequence[Column]) -> list[Line]:
     """A line for each baseline; each seed counts once, from the first run that measured it."""
     found: dict[str, dict[int, list[ResultRow]]] = {}
     weak: set[str] = set()
@@ -258,7 +274,7 @@ def _baseline_lines(results: Sequence[SuiteResult]) -> list[Line]:
             found.setdefault(method, {}).setdefault(result.seed, rows)
     lines = []
     for method, seeds in found.items():
-        figures = {c: _mean(_found(rows, c, None) for rows in seeds.values()) for c in COLUMNS}
+        figures = {c: _mean(_found(rows, c, None) for rows in seeds.values()) for c in columns}
         kept = {column: figure for column, figure in figures.items() if figure}
         lines.append(Line(method, "", "", kept, len(seeds), method in weak))
     return lines

@@ -151,11 +151,13 @@ def test_cores_are_counted_where_there_is_no_affinity(monkeypatch: pytest.Monkey
     assert usable_cores() == 1
 
 
-def test_trackers_receive_numbers_alone() -> None:
+def test_trackers_receive_numbers_alone_those_of_mappings_by_dotted_names() -> None:
     accelerator = FakeAccelerator()
+    validation = {"shared_only": {"ndcg@10": 0.25, "note": "x", "none": None}}
     log_to_trackers(
         Processes(accelerator, 1),  # type: ignore[arg-type]
-        {"loss": 1.5, "round": 3, "validation": {"a": 1}, "name": "x"},
+        {"loss": 1.5, "round": 3, "validation": validation, "name": "x"},
         step=3,
     )
-    assert accelerator.logged == [({"loss": 1.5, "round": 3}, 3)]
+    figures = {"loss": 1.5, "round": 3, "validation.shared_only.ndcg_at_10": 0.25}
+    assert accelerator.logged == [(figures, 3)]

@@ -85,7 +85,15 @@ def test_a_value_after_another_option_is_no_override(pfm: Run, stopped: Stopped)
 
 def test_against_takes_several_files(pfm: Run, stopped: Stopped, a_run: Path) -> None:
     given = stopped(pfm("evaluate", "--run", a_run, "--against", "x.json", "y.json"))
-    assert given == (a_run, [Path("x.json"), Path("y.json")], {})
+    assert given == (a_run, [Path("x.json"), Path("y.json")], None, {})
+
+
+def test_ranked_lists_go_to_the_private_folder_or_to_the_one_that_is_named(
+    pfm: Run, stopped: Stopped, a_run: Path
+) -> None:
+    private = a_run.with_name(f"{a_run.name}.private") / "ranked"
+    assert stopped(pfm("evaluate", "--run", a_run, "--ranked"))[2] == private
+    assert stopped(pfm("evaluate", "--run", a_run, "--ranked-to", "out"))[2] == Path("out")
 
 
 @pytest.mark.parametrize(

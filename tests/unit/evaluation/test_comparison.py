@@ -53,6 +53,19 @@ def test_the_difference_is_paired_over_users_and_of_the_mode_that_is_judged(tmp_
     assert shared.value == pytest.approx((1.0 + 0.5 + 0.0) / 3)
 
 
+def test_differences_are_at_the_cut_off_that_the_config_measures(tmp_path: Path) -> None:
+    """With ks 2 and 20 it is NDCG@2: ranks 1 and 3 give 1 and 0, and not 1 / log2(4)."""
+    config = parse_config({"name": "paired", "evaluation": {"ks": [2, 20]}})
+    ranks = {Mode.SHARED_ONLY: _ranks(3, 3, 3, 3), Mode.SHARED_PRIVATE: _ranks(1, 3, 3, 3)}
+    popular = comparison.ranked_references({"popularity": _ranks(1, 3, 3, 3)}, 2)
+    (row,) = comparison.rows_over(config, "test", ranks, popular)
+    assert (row.metric, row.k, row.value) == ("ndcg_over_popularity", 2, 0.0)
+    _, gain = comparison.gain_rows(config, "test", ranks, {})
+    assert (gain.metric, gain.k, gain.value) == ("gain_ndcg", 2, pytest.approx(1 / 3))
+    with pytest.raises(DataError, match="has no ndcg@2 of single users on test"):
+        comparison.read_references([_file(tmp_path)], config, "test")
+
+
 def test_the_gain_is_what_the_private_part_adds_to_the_shared_one() -> None:
     """Ranks 2 and 1 become 1 and 2: the log-rank gains ln 2 and loses ln 2 / 2 of two targets."""
     ranks = {

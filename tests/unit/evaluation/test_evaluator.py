@@ -15,7 +15,7 @@ from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.history import NO_LABEL, History
 from pfm_llm.data.splits import HeldOut, TrainData
-from pfm_llm.evaluation import evaluator, ranking
+from pfm_llm.evaluation import evaluator, ranking, scoring
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.evaluation.ranking import Ranks
@@ -184,6 +184,14 @@ def test_clients_of_other_users_are_passed_over(tiny_run: TinyRun) -> None:
     assert np.array_equal(measured.ranks[Mode.SHARED_ONLY].full, everybody.full[kept])
 
 
+def test_a_large_catalogue_makes_chunks_smaller(tiny_run: TinyRun, monkeypatch) -> None:
+    """Room for 150 scores is room for the queries of 5 clients with 30 items; 24 clients: 5."""
+    run = tiny_run(**SETTINGS)
+    task = _task(run)
+    monkeypatch.setattr(scoring, "_SCORES_AT_ONCE", 150)
+    assert len(run.evaluator.chunks(task, 10**6)) == 5
+
+
 def test_clients_without_training_windows_fill_a_chunk_too(tiny_run: TinyRun) -> None:
     """With one item of training history nothing is trained, but the query takes its place."""
     run = tiny_run(data__split="last_fraction", data__held_out=0.99)
@@ -302,6 +310,17 @@ def test_the_headline_is_ndcg_and_hit_rate_over_the_full_catalogue() -> None:
     assert ranking.headline(ranks) == {
         "ndcg@10": pytest.approx(0.5), "hit_rate@10": pytest.approx(2 / 3),
     }  # fmt: skip
+    assert ranking.headline(ranks, 2) == {
+        "ndcg@2": pytest.approx(1 / 3), "hit_rate@2": pytest.approx(1 / 3),
+    }  # fmt: skip
+
+
+def test_a_cut_off_that_is_given_twice_is_measured_once() -> None:
+    ranks = Ranks(np.array([0]), np.array([1]), np.array([1]))
+    what = {"method": "pfm", "mode": "none", "task": "", "protocol": "", "budget": ""}
+    describe = partial(ResultRow, **what, split="test", seed=0)
+    rows = ranking.result_rows(ranks, describe, EvaluationConfig(ks=(5, 5), bootstrap=2), seed=0)
+    assert [row.k for row in rows] == [5] * 6
 
 
 def test_a_taste_vector_reads_what_the_query_shows_and_no_target(

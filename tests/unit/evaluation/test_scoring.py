@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.evaluation.scoring import full_ranks, sampled_ranks, top_items
+from pfm_llm.evaluation import scoring
+from pfm_llm.evaluation.scoring import full_ranks, queries_at_once, sampled_ranks, top_items
 
 
 def ids(*items):
@@ -117,6 +118,28 @@ def test_many_targets_are_ranked_in_their_own_rows():
     expected = np.where(np.arange(num_queries) % 3 == 0, 1, 3)
     assert np.array_equal(sampled_ranks(scores, targets, negatives), expected)
     assert np.array_equal(full_ranks(scores, [ids()] * num_queries, targets), expected)
+
+
+def test_targets_are_compared_in_bounded_blocks_with_the_same_ranks(monkeypatch):
+    """Blocks of two targets, of one, and of all of them."""
+    random = np.random.default_rng(1)
+    scores = random.integers(0, 5, (3, 12)).astype(np.float32)
+    targets = [ids(0, 1, 2, 3, 4), ids(5), ids()]
+    negatives = random.integers(6, 12, (6, 4))
+    whole = full_ranks(scores, [ids(11)] * 3, targets), sampled_ranks(scores, targets, negatives)
+    for limit in (24, 1):
+        monkeypatch.setattr(scoring, "_COMPARED_AT_ONCE", limit)
+        assert np.array_equal(full_ranks(scores, [ids(11)] * 3, targets), whole[0])
+        assert np.array_equal(sampled_ranks(scores, targets, negatives), whole[1])
+    monkeypatch.setattr(scoring, "_COMPARED_AT_ONCE", 24)
+    assert [len(range(6)[some]) for some in scoring._blocks(6, 12)] == [2, 2, 2]
+    assert [len(range(6)[some]) for some in scoring._blocks(6, 100)] == [1] * 6
+
+
+def test_fewer_queries_are_scored_at_once_on_a_large_catalogue():
+    """2^26 scores: 1,024 queries of up to 65,536 items, 64 of 2^20, and never none."""
+    cases = {0: 1024, 1682: 1024, 65_536: 1024, 65_537: 1023, 1 << 20: 64, 1 << 30: 1}
+    assert {size: queries_at_once(size, 1024) for size in cases} == cases
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -9,17 +9,19 @@ from matplotlib.figure import Figure
 
 from pfm_llm.base.errors import StorageError
 from pfm_llm.runs import plots
+from pfm_llm.runs.loss_plot import LossScale, plot_loss
 from pfm_llm.runs.plots import (
     Curve,
     Point,
     plot_curves,
     plot_gain_histogram,
-    plot_loss,
     plot_modes_by_round,
     plot_quality_by_bytes,
     plot_user_gain,
 )
 
+SCALE = LossScale(num_items=100, num_terms=2, has_likes=False, rounds_per_pass=10.0)
+COHORT = "the round's cohort: next item + next item with the private part"
 GAIN = (Point(4, 0.2, 0.1, 0.3), Point(32, 0.1, 0.0, 0.2))
 HISTOGRAM = {"title": "Gains", "x_label": "Gain"}
 CURVES = {"title": "Memory", "x_label": "Items", "quality": "NDCG@10"}
@@ -52,13 +54,13 @@ def validated(rounds: int) -> list[dict]:
 def figures(monkeypatch) -> list[Figure]:
     """The figures that were saved, for a look at what they hold."""
     seen: list[Figure] = []
-    save = plots._save
+    save = plots.save
 
     def spy(figure: Figure, path: Path) -> None:
         seen.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", spy)
+    monkeypatch.setattr(plots, "save", spy)
     return seen
 
 
@@ -70,7 +72,7 @@ def drawn_lines(figure: Figure) -> dict[str, tuple[list[float], list[float]]]:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda path: plot_loss(losses(7.0, 6.5), path),
+        lambda path: plot_loss(losses(7.0, 6.5), path, SCALE),
         lambda path: plot_modes_by_round(validated(2), path),
         lambda path: plot_user_gain(np.array([0.1, -0.1, 0.0]), path),
         lambda path: by_bytes(path, 1e9),
@@ -93,9 +95,9 @@ def test_a_plot_is_a_png_with_a_picture_title_and_labelled_axes(tmp_path, figure
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda path: plot_loss([], path),
-        lambda path: plot_loss([{"round": 1}, {"round": 2, "loss": None}], path),
-        lambda path: plot_loss(losses(float("nan")), path),
+        lambda path: plot_loss([], path, SCALE),
+        lambda path: plot_loss([{"round": 1}, {"round": 2, "loss": None}], path, SCALE),
+        lambda path: plot_loss(losses(float("nan")), path, SCALE),
         lambda path: plot_modes_by_round([], path),
         lambda path: plot_modes_by_round(losses(1.0), path),
         lambda path: plot_modes_by_round([{"round": 1, "validation": {}}], path),
@@ -115,27 +117,64 @@ def test_nothing_to_draw_writes_nothing(tmp_path, draw) -> None:
 
 
 def test_a_single_point_is_visible_by_its_marker(tmp_path, figures) -> None:
-    plot_loss(losses(7.0), tmp_path / "loss.png")
+    plot_loss(losses(7.0), tmp_path / "loss.png", SCALE)
     plot_modes_by_round(validated(1), tmp_path / "modes.png")
     lines = [line for figure in figures for line in figure.axes[0].get_lines()]
+    lines = [line for line in lines if not line.get_label().startswith("a uniform guess")]
     assert len(lines) == 1 + len(MODES)
     assert all(line.get_marker() not in (None, "None", "") for line in lines)
 
 
 def test_loss_skips_rounds_without_one(tmp_path, figures) -> None:
-    plot_loss(losses(7.0, None, float("nan"), 6.0), tmp_path / "loss.png")
-    ((rounds, values),) = drawn_lines(figures[0]).values()
+    plot_loss(losses(7.0, None, float("nan"), 6.0), tmp_path / "loss.png", SCALE)
+    rounds, values = drawn_lines(figures[0])[COHORT]
     assert (rounds, values) == ([1, 4], [7.0, 6.0])
 
 
 def test_a_long_loss_has_a_moving_mean_of_past_rounds(tmp_path, figures) -> None:
-    plot_loss(losses(*map(float, range(1, 31))), tmp_path / "loss.png")
+    plot_loss(losses(*map(float, range(1, 31))), tmp_path / "loss.png", SCALE)
     lines = drawn_lines(figures[0])
     rounds, values = lines["mean of the last 3 rounds"]
     assert rounds == list(range(3, 31))
     # The mean of losses n-2, n-1, n is n-1.
     assert values == pytest.approx([n - 1 for n in range(3, 31)])
-    assert lines["each round"][1] == list(range(1, 31))
+    assert lines[COHORT][1] == list(range(1, 31))
+
+
+def test_the_loss_stands_beside_a_guess_and_the_passes_over_the_clients(tmp_path, figures) -> None:
+    """Two losses of 100 items: a guess costs 2 ln 100 = 9.21. Passes end at 10 and 20."""
+    plot_loss(losses(*[8.0] * 25), tmp_path / "loss.png", SCALE)
+    lines = drawn_lines(figures[0])
+    guess = "a uniform guess: 2 × ln 100 = 9.21"
+    assert lines[guess][1] == pytest.approx([2 * np.log(100)] * 2)
+    passes = [x for label, (x, _) in lines.items() if "met once more" in label]
+    assert passes == [[10, 10]]
+    vertical = [line for line in figures[0].axes[0].get_lines() if line.get_xdata()[0] == 20]
+    assert len(vertical) == 1
+    assert COHORT in lines
+    assert figures[0].axes[0].get_title(loc="left") == "Training loss, a sum"
+
+
+def test_each_task_has_its_loss_on_validation_beside_its_own_guess(tmp_path, figures) -> None:
+    figure = {"next_item_loss": 3.0, "like_loss": 0.6, "ndcg@10": 0.1}
+    records = [{"round": 2, "loss": 7.0, "validation": {"shared_only": figure}}]
+    plot_loss(records, tmp_path / "loss.png", SCALE)
+    _, next_item, like = figures[0].axes
+    found = [
+        {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+        for axes in (next_item, like)
+    ]
+    assert found[0]["shared only"] == [3.0]
+    assert found[0]["a uniform guess: ln 100 = 4.61"] == pytest.approx([np.log(100)] * 2)
+    assert found[1]["shared only"] == [0.6]
+    assert found[1]["a uniform guess: ln 2 = 0.69"] == pytest.approx([np.log(2)] * 2)
+
+
+def test_no_two_series_of_forty_look_alike_even_in_grey(tmp_path, figures) -> None:
+    by_bytes(tmp_path / "a.png", *[1e9] * 40)
+    lines = [container.lines[0] for container in figures[0].axes[0].containers]
+    looks = {(line.get_marker(), line.get_markerfacecolor() == "white") for line in lines}
+    assert len(looks) == 40
 
 
 def test_modes_are_drawn_at_the_rounds_where_they_were_validated(tmp_path, figures) -> None:
@@ -231,7 +270,7 @@ def test_a_mean_a_hair_outside_its_interval_is_drawn(tmp_path) -> None:
 def test_a_plot_that_cannot_be_written_is_a_storage_error(tmp_path) -> None:
     (tmp_path / "plots").write_text("a file where the folder should be")
     with pytest.raises(StorageError, match=r"a\.png"):
-        plot_loss(losses(1.0), tmp_path / "plots" / "a.png")
+        plot_loss(losses(1.0), tmp_path / "plots" / "a.png", SCALE)
 
 
 def test_no_global_plotting_state_is_used() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import CorruptFileError, DataError
-from pfm_llm.evaluation.results import ResultRow, read_results, write_results
+from pfm_llm.evaluation.results import ResultRow, headline_k, read_results, write_results
 from pfm_llm.evaluation.tables import results_table, terminal_table
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs import environment as environment_module
@@ -223,7 +223,46 @@ def test_two_results_for_one_cell_are_an_error(table) -> None:
 @pytest.mark.parametrize("table", [results_table, terminal_table])
 def test_no_rows_make_a_sentence_not_a_crash(table) -> None:
     assert table([]) == "No results on the test split.\n"
-    assert table([row(split="validation")]) == "No results on the test split.\n"
+    assert table([row(split="validation")], "test") == "No results on the test split.\n"
+
+
+@pytest.mark.parametrize("table", [results_table, terminal_table])
+def test_what_was_measured_on_validation_alone_is_shown(table) -> None:
+    assert table([row(value=0.3, split="validation")]).startswith("Validation split")
+    both = table([row(value=0.3, split="validation"), row(value=0.2)])
+    assert both.startswith("Test split")
+    assert "0.3000" not in both
+
+
+@pytest.mark.parametrize("table", [results_table, terminal_table])
+def test_every_cut_off_has_a_table_where_nothing_was_measured_at_10(table) -> None:
+    rows = [row(value=k / 100, k=k, metric=m) for k in (5, 20) for m in ("ndcg", "hit_rate", "mrr")]
+    at_5, at_20 = (block for block in table(rows).split("Test split") if block)
+    assert "NDCG@5 [95 %]" in at_5
+    assert at_5.count("0.0500") >= 3
+    assert "NDCG@20 [95 %]" in at_20
+    assert at_20.count("0.2000") >= 3
+    assert "@20" not in at_5
+
+
+def test_the_asked_cut_offs_are_shown_in_their_order_and_unmeasured_ones_left_out() -> None:
+    rows = [row(value=k / 100, k=k) for k in (5, 10, 20)]
+    rows += [row(metric="auc", task="like", k=0)]
+    headers = [
+        line for line in results_table(rows, ks=(20, 5, 20, 7)).splitlines() if "Mode" in line
+    ]
+    assert [header.split("|")[3].strip() for header in headers] == [
+        "NDCG@20 [95 %]",
+        "NDCG@5 [95 %]",
+        "Like AUC [95 %]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ks", "k"), [((5, 10, 20), 10), ((5, 20), 5), ((20, 5), 20), ((1,), 1), ((), 10)]
+)
+def test_the_headline_is_at_10_or_at_the_first_cut_off(ks, k) -> None:
+    assert headline_k(ks) == k
 
 
 def test_the_demo_s_table_fits_a_terminal_of_100_columns() -> None:

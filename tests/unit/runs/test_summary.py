@@ -42,6 +42,13 @@ def test_the_interval_decides_what_is_said(value: float, gain: str, against: str
     assert "90 % intervals" in last
 
 
+def test_the_cut_off_is_that_of_the_figures() -> None:
+    gain = difference("gain_ndcg", 0.2, 0.1, k=5)
+    first, _ = summary.findings(results(gains=[gain]))
+    assert " NDCG@5: " in first
+    assert "NDCG is NDCG@5\n" in summary.differences_table([gain], 0.95)
+
+
 def test_a_gain_in_log_rank_says_where_an_item_stands() -> None:
     """exp(-0.1) is 0.905."""
     (line, _) = summary.findings(results(gains=[difference("gain_log_rank", 0.1, 0.05)]))

@@ -107,9 +107,12 @@ def test_costs_stand_below_a_table_of_results(tmp_path: Path) -> None:
         value=0.5, ci_low=0.4, ci_high=0.6, num_users=2, seed=0,
     )  # fmt: skip
     here = {"threads": 2, "cpu": "a CPU", "dtype": "bfloat16"}
-    write_results(tmp_path / "r.json", [row], {"costs": costs, "environment": here})
+    config = {"evaluation": {"confidence": 0.9}}
+    extra = {"config": config, "costs": costs, "environment": here}
+    write_results(tmp_path / "r.json", [row], extra)
     fresh = with_fresh_tables("<!-- table: r.json -->\n<!-- end of table -->", tmp_path)
     assert "0.5000" in fresh
+    assert "NDCG@10 [90 %]" in fresh
     assert "4.0 MB a client and round each way (0.10 GB up, 0.10 GB down in all)" in fresh
     assert "24 client steps on the shared state and 12 on private ones" in fresh
     assert "50% of the users" in fresh

@@ -12,6 +12,7 @@ import pytest
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.runs import plots
+from pfm_llm.suite.report import measures
 from pfm_llm.suite.report.page import write_report
 from pfm_llm.suite.report.reading import read_suite, suite_folders
 from pfm_llm.suite.report.tables import markdown_table
@@ -94,6 +95,20 @@ def test_without_a_private_adapter_the_shared_mode_is_shown(folder: Path) -> Non
     header, _, _, own = table_rows(markdown_table(folder))
     assert header[2] == "NDCG@10 [90 %]"
     assert own[2].startswith("**0.5000")
+
+
+def test_a_suite_without_10_among_its_cut_offs_is_shown_at_the_first_one(folder: Path) -> None:
+    config = {
+        "adapters": {"private": {"enabled": True}},
+        "evaluation": {"confidence": 0.5, "ks": [5, 20]},
+    }
+    rows = [on_test(k=k, value=k / 100) for k in (5, 20)]
+    rows.append(on_test(metric="gain_ndcg", k=5, value=0.01))
+    write(folder, "pfm", rows, config=config)
+    header, _, own = table_rows(markdown_table(folder))
+    assert header[2:4] == ["NDCG@5 [50 %]", "Gain, NDCG@5 [50 %]"]
+    assert own[2].startswith("**0.0500")
+    assert "NDCG@5" in write_report(folder).read_text()
 
 
 def test_several_seeds_are_one_line_of_means(folder: Path) -> None:
@@ -190,13 +205,30 @@ class Page(html.parser.HTMLParser):
         self.tables: dict[str, list[list[str]]] = {}
         self.bold: set[str] = set()
         self.links: list[str] = []
+        self.jumps: list[str] = []
+        self.ids: list[str] = []
+        self.alts: list[str] = []
+        self.regions: list[tuple[str | None, ...]] = []
+        self.captions: list[str] = []
+        self._strong = ""
         self.open: list[str] = []
         self._heading = ""
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+        links = [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+        self.links += [link for link in links if not link.startswith("#")]
+        self.jumps += [link[1:] for link in links if link.startswith("#")]
+        own = dict(attrs)
+        self.ids += [own["id"] or ""] if "id" in own else []
+        self.alts += [own["alt"] or ""] if tag == "img" else []
+        if tag == "th":
+            assert own["scope"] in ("col", "row")
+        if own.get("class") == "wide":
+            self.regions.append((own["role"], own["tabindex"], own["aria-labelledby"]))
+        if tag == "strong":
+            self._strong = ""
         if tag not in ("meta", "img"):
             self.open.append(tag)
         if tag == "tr":
@@ -206,6 +238,8 @@ class Page(html.parser.HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        if tag == "strong":
+            self.bold.add(self._strong)
 
     def handle_data(self, data: str) -> None:
         if "h2" in self.open:
@@ -213,7 +247,9 @@ class Page(html.parser.HTMLParser):
         if {"td", "th"} & set(self.open):
             self.tables[self._heading][-1][-1] += data
         if "strong" in self.open:
-            self.bold.add(data)
+            self._strong += data
+        if "figcaption" in self.open:
+            self.captions.append(data)
 
 
 CURVES = [
@@ -251,18 +287,26 @@ def test_the_page_s_tables(folder: Path) -> None:
     write(folder, "other", [on_test(value=0.1)], position=1)
     page = Page(write_report(folder).read_text())
     assert list(page.tables) == [
-        "Methods", "Modes", "Personality", "Grids", "Costs", "Environment",
+        "Methods", "Modes", "Gain from the private part", "Is a private part personal?",
+        "Fewer items in the prompt", "Few interactions known", "Grids", "Costs", "Environment",
     ]  # fmt: skip
     modes = [cells[:3] for cells in page.tables["Modes"]]
     assert modes[1:] == [
-        ["pfm", "shared only", "0.5000 [0.4900, 0.5100]"],
-        ["pfm", "shared private", "0.1200 [0.1100, 0.1300]"],
-        ["other", "shared private", "0.1000 [0.0900, 0.1100]"],
+        ["pfm", "shared part alone", "0.5000 [0.4900, 0.5100]"],
+        ["pfm", "shared and private part", "0.1200 [0.1100, 0.1300]"],
+        ["other", "shared and private part", "0.1000 [0.0900, 0.1100]"],
     ]
-    personality = {cells[0]: cells[1:] for cells in page.tables["Personality"]}
-    assert personality["Measure"] == ["Task", "pfm"]
-    assert personality["gain_log_rank"] == ["next item", "0.0500 [0.0200, 0.0800]"]
-    assert personality["identification"] == ["next item", "0.4000 [0.3500, 0.4500]"]
+    gain = {cells[0]: cells[1:] for cells in page.tables["Gain from the private part"]}
+    assert gain["Measure"] == ["Task", "pfm"]
+    assert gain["Gain in log-rank"] == ["next item", "0.0500 [0.0200, 0.0800]"]
+    own = {cells[0]: cells[1:] for cells in page.tables["Is a private part personal?"]}
+    assert own["Users told by their own part"] == ["next item", "0.4000 [0.3500, 0.4500]"]
+    memory = [cells[0] for cells in page.tables["Fewer items in the prompt"]]
+    assert memory[1:4] == [
+        "4 items: gain in log-rank",
+        "4 items: log-rank, shared part alone",
+        "4 items: log-rank, with the private part",
+    ]
     assert {"0.3000 [0.2900, 0.3100]", "0.0500 [0.0200, 0.0800]"} <= page.bold
     assert "0.4000 [0.3500, 0.4500]" not in page.bold
     grids = [cells[3:5] for cells in page.tables["Grids"][1:4]]
@@ -273,6 +317,63 @@ def test_the_page_s_tables(folder: Path) -> None:
     assert environment[1] == ["runs", "pfm-s0, other-s0"]
     assert ["cpu", "a <CPU> & more"] in environment
     assert ["versions.torch", "2.13"] in environment
+
+
+def test_the_page_is_read_by_keyboard_and_by_ear(folder: Path) -> None:
+    """Every table scrolls by keys and has a name, every header a scope, every plot its words."""
+    write(folder, "pfm", [*OWN, *CURVES], per_user={"gain_log_rank": [0.1, -0.2, None]})
+    text = write_report(folder).read_text()
+    page = Page(text)
+    assert text.count("<table>") == text.count("<caption") == len(page.regions) == len(page.tables)
+    assert {region[:2] for region in page.regions} == {("region", "0")}
+    assert [region[2] for region in page.regions] == [i for i in page.ids if i != "plots"]
+    assert set(page.jumps) == set(page.ids)
+    assert len(page.captions) == len(page.alts) == 4
+    assert all(caption.endswith(".") and "_" not in caption for caption in page.captions)
+    assert (
+        page.alts[0] == "NDCG@10 of each method: pfm 0.1200 at 0.06 GB. Lines: popularity 0.0600."
+    )
+    assert "50% gain, 50% lose, the mean is -0.0500" in page.alts[1]
+    assert "position: sticky" in text
+    assert "overflow-x: auto" in text
+
+
+def test_a_method_that_leaks_is_no_reference_and_never_the_best(folder: Path, monkeypatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(
+        plots,
+        "plot_quality_by_bytes",
+        lambda data, path, references, **texts: drawn.update(references=references),
+    )
+    leaking = on_test(method="pfedrec_published_leaking", mode="none", value=0.9)
+    write(folder, "pfm", [on_test(value=0.1), leaking, popularity(split="test")])
+    write_report(folder)
+    assert list(drawn["references"]) == ["popularity"]
+    cells = {line[0]: line[2] for line in table_rows(markdown_table(folder))[2:]}
+    assert cells["pfedrec_published_leaking"].startswith("0.9000")
+    assert cells["pfm"].startswith("**0.1000")
+
+
+def test_every_measure_of_the_committed_results_has_a_plain_name_and_a_meaning() -> None:
+    root = Path(__file__).parents[3] / "results"
+    metrics = {
+        row.metric
+        for found in suite_folders(root)
+        for result in read_suite(found)
+        for row in result.own_rows
+        if row.metric not in ("ndcg", "hit_rate", "mrr", "auc")
+    }
+    assert len(metrics) > 100
+    for metric in metrics:
+        one = measures.shown(metric)
+        assert "_" not in one.name
+        assert one.measure.meaning.endswith(".")
+    assert measures.shown("memory_ndcg_8_own").name == "8 items: NDCG, with the private part"
+    assert measures.shown("a_new_one").name == "a_new_one"
+    assert list(measures.by_group(["a_new_one", "not_harmed", "gain_ndcg"])) == [
+        "Gain from the private part",
+        "Other measures",
+    ]
 
 
 def test_pooled_training_sends_nothing_that_could_be_compared(folder: Path, monkeypatch) -> None:
