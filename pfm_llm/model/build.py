@@ -160,7 +160,7 @@ def item_states(
         return tensors["states"].clone()
     except FileNotFoundError:
         pass
-    except (CorruptFileError, KeyError) as error:
+    except (StorageError, KeyError) as error:
         _log.warning("item states: %s; computing them again", error)
     states = backbone.last_token_states(encoder.catalogue_pieces(), _ITEM_BATCH_TOKENS)
     try:
