@@ -23,7 +23,8 @@ from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
-from pfm_llm.publish.artefact import MANIFEST_FILE, Manifest, read_artefact
+from pfm_llm.publish.artefact import MANIFEST_FILE, read_artefact
+from pfm_llm.publish.manifest import Manifest
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders

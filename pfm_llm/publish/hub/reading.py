@@ -28,11 +28,11 @@ from pfm_llm.publish.artefact import (
     PLOT_FILES,
     SIGNATURE_FILE,
     Artefact,
-    Manifest,
     is_listed,
     read_artefact,
 )
 from pfm_llm.publish.hub.calls import check_repo_id, hub_api, hub_errors, is_cut, retried
+from pfm_llm.publish.manifest import Manifest
 
 MANAGED_FILES = (*LISTED_FILES, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE)
 """Patterns of the files that are pushed and pulled; other files of a repository are ignored."""
