@@ -184,7 +184,7 @@ def test_names_of_files_are_portable_and_differ_by_more_than_case(made: Artefact
 
 @pytest.mark.parametrize(
     "keys",
-    [[], ["a"] * 6, [["a"]] * 6, {"a": 1}, [*"abcde", "f\n"], [*"abcdefg"], [*"abcde", None]],
+    [["a"], ["a"] * 6, [["a"]] * 6, {"a": 1}, [*"abcde", "f\n"], [*"abcdefg"], [*"abcde", None]],
 )
 def test_item_keys_are_as_many_different_texts_as_items(keys: object, made: Artefact) -> None:
     change_json(made.folder, ITEM_KEYS_FILE, lambda _: keys)
