@@ -30,7 +30,9 @@ from pfm_llm.publish.artefact import (
     Artefact,
     is_listed,
     read_artefact,
+    size_limit,
 )
+from pfm_llm.publish.foreign import ForeignFolder
 from pfm_llm.publish.hub.calls import check_repo_id, hub_api, hub_errors, is_cut, retried
 from pfm_llm.publish.manifest import Manifest
 
@@ -100,7 +102,8 @@ def read_file(repo: str, revision: str, name: str) -> bytes | None:
         Its content; None when there is no such file there.
 
     Raises:
-        CorruptFileError: It is damaged; it is deleted from the client's cache.
+        CorruptFileError: It is damaged, and deleted from the client's cache; or larger than such a
+            file is.
         HubError: The Hub refused, or cannot be reached.
     """
     check_repo_id(repo)
@@ -110,7 +113,8 @@ def read_file(repo: str, revision: str, name: str) -> bytes | None:
         except RemoteEntryNotFoundError:
             return None
     _check_downloads([Path(got)], f"{repo}@{revision[:12]}")
-    return Path(got).read_bytes()
+    folder = ForeignFolder(Path(got).parent, f"{repo}@{revision[:12]}")
+    return folder.read(Path(got).name, size_limit(name))
 
 
 def head_manifest(repo: str, revision: str | None = None) -> tuple[Manifest, str, str] | None:
