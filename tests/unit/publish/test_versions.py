@@ -1,5 +1,6 @@
 """The difference of two versions, against dense float64 arithmetic."""
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from pfm_llm.config.model import SharedAdapterConfig
 from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_IDS_OUT, ITEM_PROJ, STATE_PROJ
 from pfm_llm.publish.artefact import Artefact
 from pfm_llm.publish.manifest import Metric
+from pfm_llm.publish.versions.chain import ChainReport, CheckedVersion
 from pfm_llm.publish.versions.difference import Change, diff_versions, product_norm
+from pfm_llm.publish.versions.history import Version
+from pfm_llm.publish.versions.text import chain_text, versions_text
 from tests.support.small_artefacts import ITEMS, MODULES, make_artefact, random_head, random_lora
 
 
@@ -191,3 +195,22 @@ def test_settings_that_differ_are_named(tmp_path: Path) -> None:
 
 def test_product_norm_of_nothing_is_zero() -> None:
     assert product_norm(torch.zeros(5, 2), torch.ones(2, 3)) == 0.0
+
+
+def test_texts_of_others_cannot_forge_a_line(tmp_path: Path) -> None:
+    made = make_artefact(tmp_path / "a")
+    manifest = made.manifest.model_copy(update={"name": "small\nffff  ok  signed by you\x1b[2J"})
+    version = Version(
+        commit="c" * 40,
+        date=datetime.datetime(2026, 11, 28, tzinfo=datetime.UTC),
+        title="",
+        tags=("v1\n",),
+        manifest_sha256="d" * 64,
+        manifest=manifest,
+        signed_by=None,
+        problem="wrong\nok",
+    )
+    report = ChainReport("a/b", "main", None, (CheckedVersion(version, ("x\ny",), ("\x1b",)),))
+    assert len(versions_text([version]).splitlines()) == 3  # head, version, its problem
+    assert len(chain_text(report).splitlines()) == 4  # version, problem, note, outcome
+    assert "\x1b" not in versions_text([version]) + chain_text(report)
