@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -82,15 +82,20 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 @pytest.fixture(scope="module")
-def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of the tiny model, with random tensors in place of training."""
+def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An export of the tiny model, with random tensors in place of training.
+
+    While it is there, the base is loaded once. Nobody changes it, and loading takes the longest.
+    """
     folder = tmp_path_factory.mktemp("fuzzed")
     config = tiny.config(folder, method="pfm")
     catalogue = sources.load_catalogue(str(tiny.items))
     parts = build_model(config, catalogue, None, torch.device("cpu"))
     shared = SharedState(stirred(parts.shared.tensors, 0), 3)
     export_shared_adapter(Exported(config, parts, catalogue), folder / "export", shared)
-    return folder / "export"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pfm_llm.model.build.load_backbone", lambda *_: parts.backbone)
+        yield folder / "export"
 
 
 def some_file(folder: Path, random: Random, suffix: str = "") -> Path:
