@@ -28,6 +28,7 @@ from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
 from pfm_llm.config.shipped import find_config
 from pfm_llm.data.frames import data_section
 from pfm_llm.evaluation.results import read_results
+from pfm_llm.model.lora import settings_from_peft
 from pfm_llm.publish.alignment import Alignment
 from pfm_llm.publish.publishing import publish
 from pfm_llm.recommender import Recommendation, Recommender
@@ -47,7 +48,8 @@ class FederatedRecommender:
         name: Names the run; None: as the config says.
         data: What `fit` takes.
         settings: Further settings on top of the config, sections as mappings:
-            ``federation={"passes": 2}, seed=1``.
+            ``federation={"passes": 2}, seed=1``. ``adapters={"shared": ...}`` may be a
+            `peft.LoraConfig`; `settings_from_peft` says what of it is taken.
 
     Raises:
         ConfigError: A key or value is wrong, or no such config is shipped.
@@ -63,7 +65,8 @@ class FederatedRecommender:
         **settings: Any,
     ) -> None:
         tree = _merged({"name": "recommender"}, _tree(config))
-        tree = _merged(tree, settings if name is None else {**settings, "name": name})
+        tree = _merged(tree, _without_peft(settings))
+        tree = tree if name is None else {**tree, "name": name}
         self._config = parse_config(tree if data is None else _with_data(tree, data))
         self._tree = tree
         self._run: Path | None = None
@@ -160,6 +163,15 @@ def _tree(config: str | Path | ExperimentConfig | None) -> dict[str, Any]:
     if isinstance(config, ExperimentConfig):
         return config.model_dump(mode="json")
     return read_yaml(find_config(config))
+
+
+def _without_peft(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings in which a `peft.LoraConfig` is replaced by what it stands for."""
+    adapters: Any = settings.get("adapters")
+    shared: Any = adapters.get("shared") if isinstance(adapters, Mapping) else None
+    if not hasattr(shared, "peft_type"):
+        return settings
+    return {**settings, "adapters": _merged(adapters, settings_from_peft(shared))}
 
 
 def _with_data(tree: Mapping[str, Any], data: Any) -> dict[str, Any]:

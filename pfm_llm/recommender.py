@@ -11,14 +11,7 @@ from pfm_llm.base.errors import ArtefactError, ConfigError, DataError
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trunk_cache import TrunkStates, trunk_states
-from pfm_llm.config.data import EMBEDDED_SOURCES
-from pfm_llm.config.schema import (
-    BackboneConfig,
-    ExperimentConfig,
-    FederationConfig,
-    InitFromConfig,
-)
-from pfm_llm.data import sources
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import Client
@@ -28,10 +21,11 @@ from pfm_llm.evaluation.evaluator import parts_of
 from pfm_llm.evaluation.results import judged_mode
 from pfm_llm.evaluation.scorer import Scorer
 from pfm_llm.model.build import ModelParts, build_model
-from pfm_llm.protocol.types import PrivateState, SharedState
+from pfm_llm.model.cohort import Parts
+from pfm_llm.protocol.types import PrivateState, SharedState, Tensors
 from pfm_llm.publish import hub
 from pfm_llm.publish.alignment import Alignment, start_from
-from pfm_llm.publish.artefact import Artefact, prompt_file
+from pfm_llm.publish.serving import load_catalogue, serving_config
 from pfm_llm.runs.folders import CONFIG_FILE
 from pfm_llm.runs.opening import open_to_serve
 from pfm_llm.runs.run import Run, Trained, make_trainer
@@ -146,8 +140,8 @@ class Recommender:
             return cls.of_run(run, trained, user, alignment)
         artefact = hub.pull(str(source), revision)
         if not isinstance(catalogue, Catalogue):
-            catalogue = _load_catalogue(artefact, catalogue)
-        config = _config_of(artefact, backbone, allow_base_mismatch)
+            catalogue = load_catalogue(artefact, catalogue)
+        config = serving_config(artefact, backbone, allow_base_mismatch)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ratings = np.empty(0) if artefact.prompt().uses_rating else None
         start, alignment = start_from(artefact, catalogue)
@@ -192,7 +186,8 @@ class Recommender:
         """The best items that are not in a history.
 
         Args:
-            history: External item ids, oldest first, at least one; None: the user's own history.
+            history: External item ids, oldest first; None: the user's own history. After an empty
+                one, items rank by their learned biases, and by a private part if one is given.
             k: How many.
             ratings: One per item of the history, where the prompt shows them.
             private: A private part, from `personalise` or `load_private`; None: that of the user
@@ -201,7 +196,9 @@ class Recommender:
                 chosen, in training.
 
         Raises:
-            DataError: An item is not in the catalogue, the history is empty, or there is none.
+            DataError: An item is not in the catalogue, there is no history, or it is empty and the
+                model has nothing to rank by.
+            ArtefactError: The scores are not finite numbers.
         """
         shown = self._history(history, ratings)
         scores = self._scores(shown, private, private_weight)
@@ -333,7 +330,30 @@ class Recommender:
         stacked = self._scorer.stack(self._trained.shared, own, 1)
         mode = judged_mode(private is not None)
         modes = parts_of([mode], self._trained.private_weight if weight is None else weight)
-        return self._scorer.score({_ME: [shown]}, stacked, modes, candidates)[mode][0]
+        if len(shown):
+            scores = self._scorer.score({_ME: [shown]}, stacked, modes, candidates)[mode][0]
+        else:
+            scores = self._unread_scores(stacked, modes[mode], candidates)
+        if not np.isfinite(scores).all():
+            raise ArtefactError(
+                "the model scores items with numbers that are not finite: its tensors are too "
+                "large; train it again, or take another adapter"
+            )
+        return scores
+
+    def _unread_scores(
+        self, stacked: Tensors, parts: Parts | None, candidates: np.ndarray | None
+    ) -> np.ndarray:
+        """Scores of a user of whom no item is known: a user vector of zeros."""
+        model = self.parts.model
+        vector = torch.zeros(1, model.item_texts.shape[1], device=model.item_texts.device)
+        scores = model.score_vectors([vector], stacked, parts or Parts())[0].cpu().numpy()
+        if not scores.any():
+            raise DataError(
+                "an empty history, and the model has no item biases to rank by; give an item, or "
+                "train with head.item_bias"
+            )
+        return scores if candidates is None else scores[candidates]
 
     def _with_steps(self, steps: int | None) -> ExperimentConfig:
         if steps is None:
@@ -351,42 +371,3 @@ def _owner(run: Run, shared: SharedState, user: str) -> Owner:
     client_id = clients.histories.client_of(number)
     private = clients.store.serving(client_id, shared.round_number)
     return Owner(interactions.history_of(number), private)
-
-
-def _load_catalogue(artefact: Artefact, source: str | None) -> Catalogue:
-    trained_on = artefact.manifest.data_source
-    if source is None and trained_on not in EMBEDDED_SOURCES:
-        raise DataError(
-            f"{artefact.origin} was trained on {trained_on!r}, whose items are not in its folder; "
-            "pass catalogue: a CSV, TSV or Parquet file with item_id and title"
-        )
-    return sources.load_catalogue(source or trained_on)
-
-
-def _config_of(
-    artefact: Artefact, backbone: str | None, allow_base_mismatch: bool
-) -> ExperimentConfig:
-    """The settings under which the adapter's tensors have their meaning.
-
-    They were checked when the adapter was trained. What a manifest does not hold stands at its
-    default, and is read by no recommender.
-    """
-    manifest = artefact.manifest
-    name = backbone or manifest.base.embedded or manifest.base.name
-    if name == manifest.base.name and "/" not in name and not Path(name).exists():
-        raise ArtefactError(
-            f"{artefact.origin} was trained on a local model called {name!r}; pass backbone: the "
-            "folder or Hub id of that model"
-        )
-    revision = None if backbone else manifest.base.revision
-    return ExperimentConfig.model_construct(
-        name=manifest.name,
-        prompt=str(artefact.folder / prompt_file(manifest.prompt)),
-        tasks=manifest.tasks,
-        window=manifest.window,
-        adapters=manifest.adapters,
-        head=manifest.head,
-        backbone=BackboneConfig(name=name, revision=revision, dtype=manifest.base.dtype),
-        federation=FederationConfig(cohort_size=1),  # one client: the user
-        init_from=InitFromConfig(adapter=artefact.origin, allow_base_mismatch=allow_base_mismatch),
-    )

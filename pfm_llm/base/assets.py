@@ -347,10 +347,11 @@ def _dequantise(members: Path, ready: Path) -> None:
     (gguf,) = members.iterdir()
     # The bars that transformers and gguf draw here cannot all be switched off by an option.
     with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(members, gguf_file=gguf.name)
+        options = {"gguf_file": gguf.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(members, **options)
         tokenizer.save_pretrained(ready)
         model = AutoModelForCausalLM.from_pretrained(
-            members, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
+            members, **options, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(ready)
 

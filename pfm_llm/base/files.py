@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from pfm_llm.base.errors import CorruptFileError, DiskSpaceError, StorageError
 
@@ -20,6 +21,8 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _PRIVATE_DIR_MODE = 0o700
 _TEMPORARY = ".tmp"
 _METADATA_KEY = "pfm_llm"
+_MAX_DEPTH = 64
+_LENGTH_BYTES = 8
 
 
 @contextlib.contextmanager
@@ -79,16 +82,82 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_bytes(path: Path) -> bytes:
+    """A file's content.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        NotADirectoryError: A folder of its path is a file.
+        StorageError: It is a folder, or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def read_json(path: Path) -> Any:
-    """Parse a JSON file.
+    """Read a JSON file; see `read_bytes` and `parse_json`.
 
     Raises:
         CorruptFileError: The file is not valid JSON.
     """
+    content = read_bytes(path)
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path} is not valid JSON ({error}); delete it") from error
+        return parse_json(content)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{path} {error}; delete it") from error
+
+
+def parse_json(content: bytes) -> Any:
+    """Parse UTF-8 JSON that nobody needs to trust.
+
+    Raises:
+        CorruptFileError: It is not valid JSON, has a key twice, a number that is not finite or is
+            too long, or is nested more than 64 deep. The message has no subject.
+    """
+    try:
+        tree = json.loads(
+            content.decode(),
+            object_pairs_hook=_unique,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+        _check_depth(tree)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"is not valid JSON ({error})") from error
+    return tree
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return tree
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+def _check_depth(tree: Any) -> None:
+    level = [tree]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    if level:
+        raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
 
 
 def sha256_of(path: Path) -> str:
@@ -121,27 +190,59 @@ def write_tensors(
 def read_tensors(
     path: Path, expected_sha256: str | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a safetensors file.
+    """Read a safetensors file into memory; see `read_bytes`.
 
     Args:
         path: The file.
         expected_sha256: When given, the content must have this hash.
 
     Returns:
-        The tensors (memory-mapped where the platform allows) and the header's metadata.
+        The tensors and the header's metadata.
 
     Raises:
         CorruptFileError: The file is truncated, not safetensors, or has another hash.
     """
-    if expected_sha256 is not None and sha256_of(path) != expected_sha256:
+    content = read_bytes(path)
+    if expected_sha256 is not None and hashlib.sha256(content).hexdigest() != expected_sha256:
         raise CorruptFileError(f"{path} does not match its recorded checksum")
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-            return tensors, header
-    except (SafetensorError, ValueError) as error:
+        metadata = tensors_header(content).get("__metadata__", {})
+        return parse_tensors(content), json.loads(metadata.get(_METADATA_KEY, "{}"))
+    except (CorruptFileError, ValueError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def parse_tensors(content: bytes) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, from its bytes.
+
+    `safetensors.safe_open` runs Python code inside its own, and reports Ctrl-C there as a damaged
+    file. From bytes it runs none, so an interrupt passes.
+
+    Raises:
+        CorruptFileError: The content is truncated or not safetensors. The message has no subject.
+    """
+    try:
+        return load(content)
+    except (SafetensorError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        raise CorruptFileError(str(error) or repr(error)) from error
+
+
+def tensors_header(start: bytes) -> dict[str, Any]:
+    """The header of a safetensors file.
+
+    Args:
+        start: The file's bytes, at least up to the end of its header.
+
+    Raises:
+        CorruptFileError: The header is cut, or is no JSON object. The message has no subject.
+    """
+    end = _LENGTH_BYTES + int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if len(start) < end:
+        raise CorruptFileError("its header is cut")
+    header = parse_json(start[_LENGTH_BYTES:end])
+    if not isinstance(header, dict):
+        raise CorruptFileError("its header is no JSON object")
+    return header
 
 
 def make_private_dir(path: Path) -> Path:

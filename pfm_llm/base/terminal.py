@@ -12,6 +12,16 @@ def harmless(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
+def printable(text: str) -> str:
+    """The text with its line ends and tabs, without other control characters and invisible ones.
+
+    For messages of several lines. A single foreign value belongs into `harmless` first.
+    """
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
 def fitted(text: str, width: int) -> str:
     """The text in exactly ``width`` columns: filled with spaces, or cut with an ellipsis."""
     if columns(text) > width:

@@ -53,17 +53,19 @@ def push(
 
 
 def _show_plan(request: "PublishRequest") -> None:
+    from pfm_llm.base.terminal import harmless
     from pfm_llm.publish.publishing import plan
 
     planned = plan(request)
     width = max(len(file.name) for file in planned)
     for file in planned:
-        print(f"{file.name:{width}}  {file.size:>11,}  {file.sha256}")
+        print(f"{harmless(file.name):{width}}  {file.size:>11,}  {file.sha256}")
     print(f"{f'{len(planned)} files':{width}}  {sum(file.size for file in planned):>11,}  bytes")
     tag = f", tag {request.tag}" if request.tag else ""
     kind = "private" if request.private else "public"
+    exported = harmless(str(request.exported))
     print(
-        f"\nfrom {request.exported} to {request.repo}, branch {request.revision}{tag}; {kind} if "
+        f"\nfrom {exported} to {request.repo}, branch {request.revision}{tag}; {kind} if "
         "the repository is new.\nNothing was sent. A push also enters the version before it, if "
         "there is one, in the manifest."
     )

@@ -152,4 +152,4 @@ def _print(items: "list[Recommendation]", as_json: bool) -> None:
         print(json.dumps({"items": [asdict(item) for item in items]}, ensure_ascii=False))
         return
     for place, item in enumerate(items, 1):
-        print(f"{place:3d}  {item.score:8.3f}  {harmless(item.title)}  [{item.item_id}]")
+        print(f"{place:3d}  {item.score:8.3f}  {harmless(item.title)}  [{harmless(item.item_id)}]")

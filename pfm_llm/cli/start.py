@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pfm_llm.base.errors import PfmError
+from pfm_llm.base.terminal import printable
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 plus the number of the signal."""
@@ -27,7 +28,7 @@ def run_safely(command: Callable[[], None], when_interrupted: str = "interrupted
     try:
         command()
     except PfmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
@@ -44,11 +45,21 @@ def prepare() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries; ours log lines there
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable("%(message)s"))
     # Not the root logger: at INFO, httpx writes each request with its signed URL.
     logging.getLogger("pfm_llm").setLevel(logging.INFO)
     # transformers warns about its own code, which a user cannot change.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+
+
+class _Printable(logging.Formatter):
+    """Log lines without control characters: a message may name a file or title of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return printable(super().format(record))
 
 
 def is_main_process() -> bool:

@@ -99,13 +99,15 @@ def pull(
     ] = None,
 ) -> None:
     """Fetch a version and check its files."""
+    from pfm_llm.base.terminal import harmless
     from pfm_llm.publish import hub
     from pfm_llm.publish.versions.restore import copy_artefact
 
     artefact = hub.pull(repo, revision)
     if to is not None:
         artefact = copy_artefact(artefact, to)
-    print(f"{artefact.origin}: {artefact.manifest.name}, round {artefact.manifest.round}")
+    name = harmless(artefact.manifest.name)
+    print(f"{harmless(artefact.origin)}: {name}, round {artefact.manifest.round}")
     print(f"manifest {artefact.manifest_sha256}, all files as it lists them")
     print(artefact.folder)
 

@@ -9,6 +9,7 @@ depends on them only. The states are therefore the same bits whether they come f
 recomputed because the budget is used up, or are computed again after a resume.
 """
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from pfm_llm.base import files
-from pfm_llm.base.errors import CorruptFileError, DiskSpaceError
+from pfm_llm.base.errors import CorruptFileError, DiskSpaceError, StorageError
 from pfm_llm.model.backbone import pad_tokens
 from pfm_llm.text.encoding import Window, windows_hash
 
@@ -133,9 +134,10 @@ class TrunkCache:
                 raise CorruptFileError(f"{path} is damaged")
         except FileNotFoundError:
             return None
-        except (CorruptFileError, OSError) as error:
+        except (StorageError, OSError) as error:
             _log.warning("trunk cache: %s; computing it again", error)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # such as a folder in place of the file
+                path.unlink()
             self._bytes_left = None  # the next write counts the files again
             return None
         return states

@@ -1,5 +1,6 @@
 """Settings of the model: windows, adapters, head. A published adapter carries them."""
 
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -9,8 +10,12 @@ from pfm_llm.config.private_kinds import PRIVATE_KINDS
 
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
+_LARGEST = 2**31 - 1
+Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+PositiveCount = Annotated[int, Field(ge=1, le=_LARGEST)]
+_LARGEST_RANK = 4096
+Rank = Annotated[int, Field(ge=1, le=_LARGEST_RANK)]
+Rank0 = Annotated[int, Field(ge=0, le=_LARGEST_RANK)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -33,17 +38,38 @@ class WindowConfig(Settings):
 class LoraAdapterConfig(Settings):
     """One LoRA adapter."""
 
-    rank: PositiveCount = 8
+    rank: Rank = 8
     alpha: PositiveCount = 16
     dropout: Fraction = 0.0
+
+    @property
+    def scale(self) -> float:
+        """The factor of the product B A: alpha / rank."""
+        return self.alpha / self.rank
+
+
+class SharedAdapterConfig(LoraAdapterConfig):
+    """The adapter that the server aggregates."""
+
+    # Not dumped while it is off: hashes of settings that were made before it stay as they are.
+    use_rslora: bool = Field(
+        False,
+        description="scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)",
+        exclude_if=lambda value: not value,
+    )
+
+    @property
+    def scale(self) -> float:
+        """The factor of the product B A: alpha / rank or, rank-stabilised, alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class TasteConfig(Settings):
     """The user embedding, kind ``taste``; see model/private/taste.py."""
 
-    rank: PositiveCount = Field(16, description="size of a fitted embedding, next item")
-    like_rank: PositiveCount = Field(8, description="size of each fitted embedding, likes")
-    read_rank: Count = Field(128, description="size of one computed from the history; 0: fit one")
+    rank: Rank = Field(16, description="size of a fitted embedding, next item")
+    like_rank: Rank = Field(8, description="size of each fitted embedding, likes")
+    read_rank: Rank0 = Field(128, description="size of one computed from the history; 0: fit one")
     dropout: Fraction | None = Field(
         None, description="dropout on embeddings computed from the history; None: as in head"
     )
@@ -53,13 +79,13 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     """The adapter that never leaves its client."""
 
     enabled: bool = True
-    rank: PositiveCount = 4
+    rank: Rank = 4
     alpha: PositiveCount = 8
     kind: str = Field("taste", description="one of config/private_kinds.py")
     options: dict[str, Any] = Field({}, description="settings of a kind that reads its own")
     on_layers: bool = Field(True, description="false: on the head alone (not of kind taste)")
     taste: TasteConfig = TasteConfig()
-    head_rank: Count = Field(4, description="rank of the private head term; 0: none")
+    head_rank: Rank0 = Field(4, description="rank of the private head term; 0: none")
     weight: float = Field(1.0, ge=0, le=1.5, description="factor of the private part in serving")
 
     @field_validator("kind")
@@ -75,7 +101,7 @@ class AdaptersConfig(Settings):
 
     num_layers: PositiveCount = Field(2, description="adapted layers, counted from the top")
     targets: tuple[str, ...] | str = Field("all-linear", description="module names, or all-linear")
-    shared: LoraAdapterConfig = LoraAdapterConfig()
+    shared: SharedAdapterConfig = SharedAdapterConfig()
     private: PrivateAdapterConfig = PrivateAdapterConfig()
 
 

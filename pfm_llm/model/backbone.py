@@ -6,24 +6,28 @@ the tensors of one Hugging Face model, so masks, rotary embeddings and attention
 library's. This is the only module that calls ``from_pretrained`` on a model.
 """
 
+import contextlib
 import copy
 import hashlib
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pfm_llm.base import assets
-from pfm_llm.base.errors import BackboneError
+from pfm_llm.base.errors import BackboneError, PfmError
 from pfm_llm.config.choices import Dtype
 from pfm_llm.config.schema import BackboneConfig
 
 EMBEDDED = {"smollm2-135m": assets.smollm2_135m}
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
+_MAX_LAYERS = 1000
 _SELF_CHECK_TOKENS = 8
 _SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
@@ -182,36 +186,93 @@ def pad_tokens(pieces: list[list[int]]) -> torch.Tensor:
     return nn.utils.rnn.pad_sequence([torch.tensor(piece) for piece in pieces], batch_first=True)
 
 
-def load_backbone(config: BackboneConfig, device: torch.device | None = None) -> Backbone:
-    """Load the embedded model, a Hub id or a local folder.
+def load_backbone(
+    config: BackboneConfig,
+    device: torch.device | None = None,
+    check_weights: Callable[[str], None] | None = None,
+) -> Backbone:
+    """Load the embedded model, a Hub id or a local folder. No code of its folder is run.
 
     Args:
         config: Name, revision and dtype.
         device: The device to load it on; None: the CPU.
+        check_weights: Called with the hash of a local folder's weights before they are loaded,
+            where its files show what `hash_weights` will be. It raises if they are not wanted.
 
     Raises:
-        BackboneError: Not found, not reachable, or not a causal language model.
+        BackboneError: Not found, not reachable, not a causal language model, without safetensors
+            weights, with missing weights, or it needs code of its own.
         AssetError: The embedded model cannot be fetched.
     """
     embedded = EMBEDDED.get(config.name)
     source: str | Path = embedded() if embedded else config.name
+    options: Any = {"revision": config.revision, "trust_remote_code": False}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, revision=config.revision, dtype="auto"
+        settings = AutoConfig.from_pretrained(source, **options)
+        _check_stored(config.name, Path(source), settings, check_weights)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, **options, dtype="auto", use_safetensors=True, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except PfmError:
+        raise
+    except Exception as error:  # transformers, tokenizers and the Hub have many of their own
         raise BackboneError(
-            f"cannot load backbone {config.name!r}: {first_line} "
-            f"(embedded: {', '.join(EMBEDDED)}; or a Hub id, or a local folder saved with "
-            "save_pretrained)"
+            f"cannot load backbone {config.name!r}: {_reason(error)} (embedded: "
+            f"{', '.join(EMBEDDED)}; or a Hub id, or a local folder saved with save_pretrained)"
         ) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise BackboneError(
+            f"backbone {config.name!r} lacks the weights {sorted(report['missing_keys'])[0]}; they "
+            "would be random: save the whole model with save_pretrained"
+        )
     weights_hash = hash_weights(model)
     device = device or torch.device("cpu")
     dtype = resolve_dtype(config.dtype, device)
     model = model.to(device=device, dtype=dtype)
     return Backbone(model, tokenizer, config.name, weights_hash)
+
+
+def _reason(error: Exception) -> str:
+    """One line on an error of a library."""
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return "it needs Python code of its own folder, which is never run; choose another model"
+    return text.splitlines()[0] if text else repr(error)
+
+
+def _check_stored(
+    name: str, folder: Path, settings: Any, check_weights: Callable[[str], None] | None
+) -> None:
+    """Compare what a local folder stores with its settings, before anything is allocated.
+
+    The model is made without numbers, so that settings which ask for more than the files hold are
+    refused. The hash of the files is that of the loaded model if they have its names, shapes and
+    dtype. Otherwise it is known after loading only.
+    """
+    layers = settings.get_text_config().num_hidden_layers
+    if not 0 < layers <= _MAX_LAYERS:
+        raise BackboneError(f"{name} has {layers} layers; choose a model of up to {_MAX_LAYERS}")
+    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not paths:
+        return
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    shapes = {key: list(value.shape) for key, value in model.named_parameters()}
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+        stored = {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118
+        num_stored = sum(math.prod(piece.get_shape()) for piece in stored.values())
+        if sum(map(math.prod, shapes.values())) > 2 * num_stored:
+            raise BackboneError(f"the settings of {name} ask for more weights than it holds")
+        is_alike = {key: piece.get_shape() for key, piece in stored.items()} == shapes
+        if check_weights is None or not is_alike:
+            return
+        dtypes = {str(piece[:0].dtype) for piece in stored.values()}
+        declared = str(settings.dtype or next(iter(dtypes)))
+        if {dtype.removeprefix("torch.") for dtype in dtypes} == {declared.removeprefix("torch.")}:
+            check_weights(_hash((key, stored[key][:]) for key in sorted(stored)))
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
@@ -228,8 +289,12 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 def hash_weights(model: nn.Module) -> str:
     """SHA-256 over names, shapes and values of all parameters, in hex."""
+    return _hash(sorted(model.named_parameters()))
+
+
+def _hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
+    for name, tensor in tensors:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ items follow their items by key.
 import hashlib
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -92,9 +93,7 @@ def build_model(
         ArtefactError: The adapter belongs to another base, or its shapes differ from the config.
     """
     prompt = _load_prompt(config.prompt, ratings)
-    backbone = load_backbone(config.backbone, device)
-    if start is not None:
-        start.check_base(backbone, bool(config.init_from and config.init_from.allow_base_mismatch))
+    backbone = _load_backbone(config, device, start)
     values = () if ratings is None else tuple(np.unique(ratings).tolist())
     encoder = HistoryEncoder(
         prompt, catalogue, backbone.tokenizer, config.window, backbone.max_tokens, values
@@ -103,9 +102,9 @@ def build_model(
     trunk, top = backbone.split(config.adapters.num_layers)
     sizes = Sizes(backbone.hidden_size, adapter.modules, len(catalogue))
     private, table = make_private_part(config, sizes), parameter_table(config, sizes)
+    shared = start.shared(table, prompt) if start else table.initial_state()
     states = item_states(backbone, encoder, prompt, catalogue.content_hash())
     normaliser = start.normaliser if start else fit_normaliser(states)
-    shared = start.shared(table, prompt) if start else table.initial_state()
     texts = normaliser(states)[:, : config.head.dim].contiguous()
     objective = Objective(texts, config.tasks, private, config.federation.local.unseen_only)
     return ModelParts(
@@ -124,6 +123,17 @@ def build_model(
             catalogue_hash=catalogue.content_hash(),
         ),
     )
+
+
+def _load_backbone(config: ExperimentConfig, device: torch.device, start: Start | None) -> Backbone:
+    """The backbone; that of another base than the start's is refused, if possible unloaded."""
+    if start is None:
+        return load_backbone(config.backbone, device)
+    allow = bool(config.init_from and config.init_from.allow_base_mismatch)
+    check = None if allow else partial(start.check_weights, config.backbone.name)
+    backbone = load_backbone(config.backbone, device, check)
+    start.check_base(backbone, allow)
+    return backbone
 
 
 def _load_prompt(name: str, ratings: np.ndarray | None) -> Prompt:
@@ -162,7 +172,7 @@ def item_states(
         return tensors["states"].clone()
     except FileNotFoundError:
         pass
-    except (CorruptFileError, KeyError) as error:
+    except (StorageError, KeyError) as error:
         _log.warning("item states: %s; computing them again", error)
     states = backbone.last_token_states(encoder.catalogue_pieces(), _ITEM_BATCH_TOKENS)
     try:

@@ -94,7 +94,7 @@ class CohortModel:
     Args:
         top: The top view of the backbone; its adapted linear layers are replaced.
         modules: Path in the full model to path in ``top`` of each adapted layer.
-        scale: alpha / rank of the shared adapter.
+        scale: The factor of the shared adapter's product B A.
         normaliser: The catalogue's whitening.
         objective: The loss, over the whitened texts of the catalogue.
     """

@@ -11,21 +11,39 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from pfm_llm.base import files
-from pfm_llm.base.errors import BackboneError, CorruptFileError
-from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig
+from pfm_llm.base.errors import BackboneError, ConfigError, CorruptFileError
+from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig, SharedAdapterConfig
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.protocol.types import Group, Tensors, lora_name, of_group
 
 SHARED = "shared"
 PRIVATE = "private"
 ALL_LINEAR = "all-linear"
+EXPORTED_SETTINGS = (
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "lora_dropout",
+    "bias",
+    "fan_in_fan_out",
+    "target_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
+"""What ``adapter_config.json`` holds. PEFT refuses a setting that it does not know, so a file with
+every default of a new PEFT cannot be read by an older one. PEFT 0.13 knows all of these."""
+_Value = TypeVar("_Value")
 _PEFT_PREFIX = "base_model.model."
 _PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -62,9 +80,8 @@ class DualAdapter:
         return paths
 
     def scale(self) -> float:
-        """The factor alpha / rank of the shared adapter."""
-        shared = self._config.shared
-        return shared.alpha / shared.rank
+        """The factor of the shared adapter's product B A; see `SharedAdapterConfig.scale`."""
+        return self._config.shared.scale
 
     def peft_model(self) -> Any:
         """A fresh `peft.PeftModel` with both adapters, on modules of its own.
@@ -102,10 +119,11 @@ class DualAdapter:
             peft_model.save_pretrained(
                 str(scratch), selected_adapters=[SHARED], save_embedding_layers=False
             )
-            # PEFT keeps the targets as a set. Sorted, equal adapters give equal files.
             path = scratch / SHARED / "adapter_config.json"
             tree = files.read_json(path)
-            files.write_json(path, {**tree, "target_modules": sorted(tree["target_modules"])})
+            # PEFT keeps the targets as a set. Sorted, equal adapters give equal files.
+            tree["target_modules"] = sorted(tree["target_modules"])
+            files.write_json(path, {key: tree[key] for key in EXPORTED_SETTINGS})
             for file in sorted((scratch / SHARED).iterdir()):
                 file.replace(folder / file.name)
 
@@ -123,6 +141,7 @@ class DualAdapter:
             task_type="CAUSAL_LM",
             r=adapter.rank,
             lora_alpha=adapter.alpha,
+            use_rslora=isinstance(adapter, SharedAdapterConfig) and adapter.use_rslora,
             lora_dropout=adapter.dropout,
             target_modules=self._target_names(),
             layers_to_transform=self._layers,
@@ -173,22 +192,56 @@ class DualAdapter:
         )
 
 
-def tensors_from_peft(state: Tensors) -> dict[str, torch.Tensor]:
-    """The tensors of a PEFT folder under our names; the inverse of `DualAdapter.export_shared`.
+def settings_from_peft(config: LoraConfig) -> dict[str, Any]:
+    """The settings ``adapters`` that a `peft.LoraConfig` stands for.
 
-    Args:
-        state: Content of ``adapter_model.safetensors``.
+    Taken are ``r``, ``lora_alpha``, ``lora_dropout``, ``use_rslora`` and, if given,
+    ``target_modules``. ``adapters.num_layers`` says which layers are adapted.
 
     Raises:
-        CorruptFileError: A tensor is not a factor of a LoRA.
+        ConfigError: Another setting than these has not its default.
     """
-    tensors = {}
+    plain = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=config.target_modules,
+        task_type=config.task_type if config.task_type == "CAUSAL_LM" else None,
+        inference_mode=config.inference_mode,
+    ).to_dict()
+    given = config.to_dict()
+    if other := sorted(key for key, value in given.items() if value != plain.get(key)):
+        raise ConfigError(
+            f"adapters.shared: the LoraConfig sets {', '.join(other)}, which cannot be trained "
+            "here; of a LoraConfig r, lora_alpha, lora_dropout, use_rslora and target_modules are "
+            "taken, and adapters.num_layers says which layers are adapted"
+        )
+    shared = {"rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+    targets = config.target_modules
+    named = targets if targets is None or isinstance(targets, str) else sorted(targets)
+    return {
+        "shared": {**shared, "use_rslora": config.use_rslora},
+        **({} if named is None else {"targets": named}),
+    }
+
+
+def names_from_peft(state: Mapping[str, _Value]) -> dict[str, _Value]:
+    """The content of a PEFT file under our names; the inverse of `DualAdapter.export_shared`.
+
+    Args:
+        state: Tensors, or what is known of them, by their names in ``adapter_model.safetensors``.
+
+    Raises:
+        CorruptFileError: A name is not that of a factor of a LoRA.
+    """
+    renamed = {}
     for key, value in state.items():
         match = _PEFT_KEY.fullmatch(key)
         if match is None:
             raise CorruptFileError(f"{key} is no factor of a LoRA: not a folder of ours")
-        tensors[lora_name(match["module"], match["factor"])] = value
-    return tensors
+        renamed[lora_name(match["module"], match["factor"])] = value
+    return renamed
 
 
 def _clone_structure(model: Any) -> Any:

@@ -54,14 +54,28 @@ class Start:
         Raises:
             ArtefactError: The adapter was trained on another base.
         """
+        found = {"the weights": backbone.weights_hash, "the tokens": backbone.tokenizer_hash}
+        self._compare(backbone.name, found, allow_mismatch)
+
+    def check_weights(self, name: str, weights_hash: str) -> None:
+        """Compare a base model's weights with those of the adapter, before they are loaded.
+
+        Args:
+            name: Name of the base model.
+            weights_hash: See `backbone.hash_weights`.
+
+        Raises:
+            ArtefactError: The adapter was trained on others.
+        """
+        self._compare(name, {"the weights": weights_hash}, False)
+
+    def _compare(self, name: str, found: Mapping[str, str], allow_mismatch: bool) -> None:
+        known = {"the weights": self.weights_hash, "the tokens": self.tokenizer_hash}
         differing = [
-            f"{what} of {self.base_name} have SHA-256 {theirs[:16]}…, those of {backbone.name} "
+            f"{what} of {self.base_name} have SHA-256 {known[what][:16]}…, those of {name} "
             f"{own[:16]}…"
-            for what, theirs, own in (
-                ("the weights", self.weights_hash, backbone.weights_hash),
-                ("the tokens", self.tokenizer_hash, backbone.tokenizer_hash),
-            )
-            if theirs != own
+            for what, own in found.items()
+            if known[what] != own
         ]
         if not differing:
             return

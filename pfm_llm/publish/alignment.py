@@ -93,8 +93,13 @@ def aligned_tensors(
 
 
 def start_from(artefact: Artefact, catalogue: Catalogue) -> tuple[Start, Alignment]:
-    """The start of a model over a catalogue from an adapter, and the alignment of both."""
-    manifest = artefact.manifest
+    """The start of a model over a catalogue from an adapter, and the alignment of both.
+
+    Raises:
+        ArtefactError: The adapter's files are not those of its manifest's settings.
+        CorruptFileError: A file is damaged.
+    """
+    manifest, (tensors, normaliser) = artefact.manifest, artefact.contents()
     alignment = align_items(artefact.item_keys(), item_keys(catalogue, artefact.prompt()))
     start = Start(
         origin=artefact.origin,
@@ -103,8 +108,8 @@ def start_from(artefact: Artefact, catalogue: Catalogue) -> tuple[Start, Alignme
         tokenizer_hash=manifest.base.tokenizer_sha256,
         prompt=manifest.prompt,
         prompt_hash=manifest.prompt_sha256,
-        normaliser=artefact.normaliser(),
-        tensors=aligned_tensors(artefact.shared_tensors(), alignment, artefact.table()),
+        normaliser=normaliser,
+        tensors=aligned_tensors(tensors, alignment, artefact.table()),
         settings=manifest.model_dump(mode="json", include={"adapters", "head"}),
     )
     return start, alignment

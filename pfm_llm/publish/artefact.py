@@ -24,28 +24,27 @@ file                                  holds
 
 import fnmatch
 import hashlib
-import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pfm_llm.base import files
-from pfm_llm.base.errors import ArtefactError, CorruptFileError
-from pfm_llm.config.choices import Dtype, Task
-from pfm_llm.config.model import AdaptersConfig, HeadConfig, WindowConfig
+from pfm_llm.base.errors import ArtefactError, ConfigError, ContractError, CorruptFileError
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model.head import Normaliser
-from pfm_llm.model.lora import tensors_from_peft
+from pfm_llm.model.lora import names_from_peft
 from pfm_llm.model.parameters import parameter_table
+from pfm_llm.protocol.contract import TensorSpec
 from pfm_llm.protocol.parameters import ParameterTable, Sizes
-from pfm_llm.protocol.types import Tensors, lora_name
-from pfm_llm.text.prompts import Prompt, load_prompt
+from pfm_llm.protocol.types import Group, Tensors, lora_name, of_group
+from pfm_llm.publish.foreign import MAX_TENSOR_BYTES, ForeignFolder
+from pfm_llm.publish.manifest import MAX_MANIFEST_BYTES, Manifest
+from pfm_llm.text.prompts import MAX_PROMPT_BYTES, Prompt, load_prompt
 
-FORMAT = 4
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 HEAD_FILE = "recommender_head.safetensors"
@@ -58,151 +57,30 @@ MANIFEST_FILE = "pfm_manifest.json"
 SIGNATURE_FILE = "pfm_manifest.sig"
 CARD_FILE = "README.md"
 
+_MEBI = 1 << 20
+SIZE_LIMITS = {
+    ADAPTER_CONFIG_FILE: _MEBI,
+    ADAPTER_FILE: MAX_TENSOR_BYTES,
+    HEAD_FILE: MAX_TENSOR_BYTES,
+    ITEM_KEYS_FILE: 512 * _MEBI,
+    BASIS_FILE: MAX_TENSOR_BYTES,
+    PROMPT_FILES: MAX_PROMPT_BYTES,
+    TRAINING_CONFIG_FILE: _MEBI,
+    PLOT_FILES: 32 * _MEBI,
+    MANIFEST_FILE: MAX_MANIFEST_BYTES,
+    SIGNATURE_FILE: _MEBI,
+    CARD_FILE: 4 * _MEBI,
+}
+"""Pattern of each file of a published folder, and its largest size in bytes."""
+
 REQUIRED_FILES = (ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, ITEM_KEYS_FILE)
 LISTED_FILES = (*REQUIRED_FILES, BASIS_FILE, PROMPT_FILES, TRAINING_CONFIG_FILE, PLOT_FILES)
 """Patterns of the files that a manifest may list. A published folder holds only these, the
 manifest, its signature and the card."""
 
 _MEAN, _BASIS = "normaliser.mean", "normaliser.basis"
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Base(_Part):
-    """The frozen model that an adapter was trained on.
-
-    Attributes:
-        name: Hub id, or the last part of a local folder's name.
-        embedded: Its embedded name, when the weights came with a package registry.
-        revision: The Hub revision that was asked for.
-        dtype: The compute type that was asked for; ``auto`` depends on the machine.
-        weights_sha256: See `backbone.hash_weights`.
-        tokenizer_sha256: Over the vocabulary.
-    """
-
-    name: str
-    embedded: str | None
-    revision: str | None
-    dtype: Dtype
-    weights_sha256: str
-    tokenizer_sha256: str
-
-
-class Parent(_Part):
-    """A predecessor of an adapter.
-
-    Attributes:
-        relation: ``previous``: the version before it in the same repository; ``trained_from``:
-            the adapter that its training started from; ``restored``: the version that a rollback
-            brought back.
-        manifest_sha256: Of the parent's manifest.
-        repo: Hub id or folder name.
-        revision: The commit, where it is known.
-    """
-
-    relation: Literal["previous", "trained_from", "restored"]
-    manifest_sha256: str
-    repo: str
-    revision: str | None = None
-
-
-class Metric(_Part):
-    """One figure of the evaluation, on test, over the full catalogue.
-
-    Attributes:
-        mode: Value of `types.Mode`.
-        metric: Such as ``ndcg@10``.
-        value: Mean over users.
-        ci_low, ci_high: Bootstrap interval over users.
-    """
-
-    mode: str
-    metric: str
-    value: float
-    ci_low: float
-    ci_high: float
-
-
-class Manifest(_Part):
-    """``pfm_manifest.json``.
-
-    Attributes:
-        format: `FORMAT`.
-        pfm_llm: Version of this library.
-        name: Of the run.
-        round: The last round of the adapter's training.
-        base: The frozen model.
-        adapters: Rank, alpha, targets and layers of both adapters, so that a user can
-            personalise it.
-        modules: Paths of the adapted modules.
-        head, tasks: Settings of the recommender head, and its tasks.
-        window: Settings of the windows.
-        prompt: Key of the prompt.
-        prompt_sha256: Hash of the prompt's content.
-        data_source: Name of the data, or the last part of its path.
-        catalogue_sha256: Hash of ids and texts.
-        num_items: Size of the catalogue.
-        contract_sha256: Hash of the federation's update contract.
-        parents: The predecessors; empty for a first version.
-        metrics: Figures of the evaluation; empty before the first evaluation.
-        files: Name to SHA-256 of every listed file.
-    """
-
-    format: Literal[4]
-    pfm_llm: str
-    name: str
-    round: int
-    base: Base
-    adapters: AdaptersConfig
-    modules: tuple[str, ...]
-    head: HeadConfig
-    tasks: tuple[Task, ...] = (Task.NEXT_ITEM,)
-    window: WindowConfig
-    prompt: str
-    prompt_sha256: str
-    data_source: str
-    catalogue_sha256: str
-    num_items: int
-    contract_sha256: str
-    parents: tuple[Parent, ...] = ()
-    metrics: tuple[Metric, ...] = ()
-    files: dict[str, str]
-
-    def to_bytes(self) -> bytes:
-        """The bytes of the file, which are hashed, signed and published."""
-        tree = self.model_dump(mode="json")
-        return (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
-
-    @classmethod
-    def from_bytes(cls, content: bytes, origin: str) -> "Manifest":
-        """Parse a manifest.
-
-        Args:
-            content: The file's bytes.
-            origin: The source of the file, for messages.
-
-        Raises:
-            CorruptFileError: The content is no manifest of this format.
-        """
-        try:
-            tree = json.loads(content)
-        except ValueError as error:
-            raise CorruptFileError(f"{origin} is not valid JSON ({error})") from error
-        found = tree.get("format") if isinstance(tree, dict) else None
-        if found != FORMAT:
-            raise CorruptFileError(
-                f"{origin} has format {found!r}, this version of pfm_llm reads {FORMAT}: "
-                "use the version of pfm_llm that wrote it, or export the run again"
-            )
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            where = ".".join(map(str, error.errors()[0]["loc"]))
-            raise CorruptFileError(
-                f"{origin} is damaged at {where}: {error.errors()[0]['msg']}"
-            ) from error
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+_MAX_KEY = 200
 
 
 @dataclass(frozen=True)
@@ -221,59 +99,141 @@ class Artefact:
     manifest_sha256: str
     origin: str
 
+    @property
+    def files(self) -> ForeignFolder:
+        """The folder as a source of bounded reads."""
+        return ForeignFolder(self.folder, self.origin)
+
     def table(self) -> ParameterTable:
         """The shared tensors that follow from the manifest; their learning rates have no meaning.
 
         The manifest lacks the widths of the base model, so they are taken from the files.
+
+        Raises:
+            ArtefactError: No model has such settings.
+            CorruptFileError: A header is damaged.
         """
-        lora, manifest = self.lora(), self.manifest
+        return self._table(self._specs())
+
+    def contents(self) -> tuple[dict[str, torch.Tensor], Normaliser]:
+        """LoRA, basis and head, float32, under the names of `types`; and the head's whitening.
+
+        Each file holds exactly the tensors that follow from the manifest, and all are finite. The
+        whitening is never refitted.
+
+        Raises:
+            ArtefactError: A file holds other tensors or shapes, or a number that is not finite.
+            CorruptFileError: A file is damaged.
+        """
+        found = self._specs()
+        specs = self._table(found).specs
+        width = _width(found[HEAD_FILE], _MEAN, 0)
+        whitening = {_MEAN: TensorSpec((width,)), _BASIS: TensorSpec((width, width))}
+        groups: dict[str, Mapping[str, TensorSpec]] = {
+            ADAPTER_FILE: of_group(specs, Group.LORA),
+            HEAD_FILE: {**of_group(specs, Group.HEAD), **whitening},
+            BASIS_FILE: of_group(specs, Group.BASIS),
+        }
+        if bool(groups[BASIS_FILE]) != (BASIS_FILE in found):
+            problem = "missing" if groups[BASIS_FILE] else "of no use here"
+            raise ArtefactError(f"{self.origin}: {BASIS_FILE} is {problem}; export it again")
+        for name, wanted in groups.items():
+            self.files.check(name, found.get(name, {}), wanted)
+        tensors = names_from_peft(self.files.tensors(ADAPTER_FILE))
+        for name in found.keys() - {ADAPTER_FILE}:
+            tensors |= self.files.tensors(name)
+        return tensors, Normaliser(tensors.pop(_MEAN), tensors.pop(_BASIS))
+
+    def shared_tensors(self) -> dict[str, torch.Tensor]:
+        """The first of `contents`."""
+        return self.contents()[0]
+
+    def item_keys(self) -> tuple[str, ...]:
+        """A key per item of the catalogue that it was trained on; see `alignment.item_keys`.
+
+        Raises:
+            CorruptFileError: The file does not hold as many keys, each a short text and no two the
+                same.
+        """
+        keys = self.files.json(ITEM_KEYS_FILE, SIZE_LIMITS[ITEM_KEYS_FILE])
+        count = self.manifest.num_items
+        short = isinstance(keys, list) and all(
+            isinstance(key, str) and len(key) <= _MAX_KEY and key.isprintable() for key in keys
+        )
+        if not short or len(set(keys)) != count or len(keys) != count:
+            raise CorruptFileError(f"{self.origin}: {ITEM_KEYS_FILE} does not hold {count} keys")
+        return tuple(keys)
+
+    def prompt(self) -> Prompt:
+        """The prompt that it was trained with.
+
+        Raises:
+            ArtefactError: The file holds another one.
+            CorruptFileError: The file is no prompt.
+        """
+        name = prompt_file(self.manifest.prompt)
+        self.files.read(name, MAX_PROMPT_BYTES)
+        try:
+            prompt = load_prompt(str(self.folder / name))
+        except ConfigError as error:
+            raise CorruptFileError(f"{self.origin}: {error}; pull or export it again") from error
+        if prompt.content_hash() != self.manifest.prompt_sha256:
+            raise ArtefactError(
+                f"{self.origin}: prompt {self.manifest.prompt} is not the one that was trained "
+                "with; pull or export it again"
+            )
+        return prompt
+
+    def training_settings(self) -> dict[str, Any]:
+        """The settings of the training; empty where the folder does not have them.
+
+        Raises:
+            CorruptFileError: The file is no YAML of settings.
+        """
+        if TRAINING_CONFIG_FILE not in self.manifest.files:
+            return {}
+        tree = self.files.yaml(TRAINING_CONFIG_FILE)
+        if not isinstance(tree, dict):
+            raise CorruptFileError(f"{self.origin}: {TRAINING_CONFIG_FILE} holds no settings")
+        return tree
+
+    def _specs(self) -> dict[str, dict[str, TensorSpec]]:
+        """The tensors that the header of each tensor file states, under the names of `types`."""
+        names = [HEAD_FILE, *({BASIS_FILE} & self.manifest.files.keys())]
+        lora = names_from_peft(self.files.specs(ADAPTER_FILE))
+        return {ADAPTER_FILE: lora, **{name: self.files.specs(name) for name in names}}
+
+    def _table(self, found: Mapping[str, Mapping[str, TensorSpec]]) -> ParameterTable:
+        manifest, lora = self.manifest, found[ADAPTER_FILE]
         modules = {
-            module: (_width(lora, module, "A"), _width(lora, module, "B"))
+            module: (
+                _width(lora, lora_name(module, "A"), 1),
+                _width(lora, lora_name(module, "B"), 0),
+            )
             for module in manifest.modules
         }
-        sizes = Sizes(self.normaliser().mean.numel(), modules, manifest.num_items)
+        hidden = _width(found[HEAD_FILE], _MEAN, 0)
+        if not hidden:
+            raise ArtefactError(f"{self.origin}: {HEAD_FILE} lacks {_MEAN}; export it again")
+        sizes = Sizes(hidden, modules, manifest.num_items)
         config = ExperimentConfig.model_construct(
             name=manifest.name,
             adapters=manifest.adapters,
             head=manifest.head,
             tasks=manifest.tasks,
         )
-        return parameter_table(config, sizes)
-
-    def lora(self) -> dict[str, torch.Tensor]:
-        """The shared LoRA, as it was stored, under the names of `types`."""
-        return tensors_from_peft(files.read_tensors(self.folder / ADAPTER_FILE)[0])
-
-    def shared_tensors(self) -> dict[str, torch.Tensor]:
-        """LoRA, basis and head, float32, under the names of `types`."""
-        tensors = self.lora()
-        if BASIS_FILE in self.manifest.files:
-            tensors |= files.read_tensors(self.folder / BASIS_FILE)[0]
-        head, _ = read_head(self.folder)
-        return {name: value.float() for name, value in {**tensors, **head}.items()}
-
-    def normaliser(self) -> Normaliser:
-        """The whitening that the head was trained with; never refitted."""
-        return read_head(self.folder)[1]
-
-    def item_keys(self) -> tuple[str, ...]:
-        """A key per item of the catalogue that it was trained on; see `alignment.item_keys`."""
-        keys = files.read_json(self.folder / ITEM_KEYS_FILE)
-        if not isinstance(keys, list) or len(keys) != self.manifest.num_items:
-            raise CorruptFileError(
-                f"{self.folder / ITEM_KEYS_FILE} does not hold {self.manifest.num_items} keys"
-            )
-        return tuple(map(str, keys))
-
-    def prompt(self) -> Prompt:
-        """The prompt that it was trained with."""
-        return load_prompt(str(self.folder / prompt_file(self.manifest.prompt)))
+        try:
+            return parameter_table(config, sizes)
+        except (ConfigError, ContractError) as error:
+            raise ArtefactError(
+                f"{self.origin}: no model has the settings of its manifest: {error}"
+            ) from error
 
 
-def _width(lora: Tensors, module: str, factor: str) -> int:
-    """The dimension of a factor that is not the rank; 0 where there is no such factor."""
-    found = lora.get(lora_name(module, factor))
-    return found.shape["BA".index(factor)] if found is not None and found.dim() == 2 else 0
+def _width(specs: Mapping[str, TensorSpec], name: str, dimension: int) -> int:
+    """A dimension of a tensor; 0 where there is no such tensor or dimension."""
+    shape = specs[name].shape if name in specs else ()
+    return shape[dimension] if len(shape) > dimension else 0
 
 
 def read_artefact(folder: Path, origin: str | None = None) -> Artefact:
@@ -288,19 +248,16 @@ def read_artefact(folder: Path, origin: str | None = None) -> Artefact:
         CorruptFileError: A file is missing or does not match the manifest.
     """
     origin = origin or str(folder)
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
+    source = ForeignFolder(folder, origin)
+    if not source.has(MANIFEST_FILE):
         raise ArtefactError(
             f"{origin} has no {MANIFEST_FILE}: it is not a shared adapter that pfm_llm exported"
         )
-    content = path.read_bytes()
+    content = source.read(MANIFEST_FILE, SIZE_LIMITS[MANIFEST_FILE])
     manifest = Manifest.from_bytes(content, f"{origin}: {MANIFEST_FILE}")
     check_listing(manifest, origin)
     for name, expected in manifest.files.items():
-        file = folder / name
-        if not file.is_file():
-            raise CorruptFileError(f"{origin}: {name} is missing; pull or export it again")
-        if files.sha256_of(file) != expected:
+        if source.sha256(name, size_limit(name)) != expected:
             raise CorruptFileError(
                 f"{origin}: {name} is not the file that the manifest lists (its SHA-256 differs); "
                 "pull or export it again"
@@ -318,13 +275,20 @@ def check_listing(manifest: Manifest, origin: str) -> None:
         if name not in manifest.files:
             raise ArtefactError(f"{origin}: the manifest does not list {name}")
     for name in manifest.files:
-        if not is_listed(name):
+        if not is_listed(name) or not _NAME.fullmatch(name):
             raise ArtefactError(f"{origin}: {name} has no place in a shared adapter's folder")
+    if len({name.lower() for name in manifest.files}) < len(manifest.files):
+        raise ArtefactError(f"{origin}: the manifest lists two files whose names differ in case")
 
 
 def prompt_file(key: str) -> str:
     """The path in a folder of the prompt with this key."""
     return f"prompts/{key}.toml"
+
+
+def size_limit(name: str) -> int:
+    """The largest size, in bytes, of a file that a published folder may hold."""
+    return next(limit for pattern, limit in SIZE_LIMITS.items() if is_listed(name, [pattern]))
 
 
 def is_listed(name: str, patterns: Sequence[str] = LISTED_FILES) -> bool:
@@ -339,17 +303,3 @@ def write_head(folder: Path, head: Tensors, normaliser: Normaliser) -> None:
     """Write the recommender head and the whitening that it was trained with."""
     tensors = {**head, _MEAN: normaliser.mean, _BASIS: normaliser.basis}
     files.write_tensors(folder / HEAD_FILE, tensors)
-
-
-def read_head(folder: Path) -> tuple[dict[str, torch.Tensor], Normaliser]:
-    """The recommender head of a folder, and the whitening that it was trained with.
-
-    Raises:
-        CorruptFileError: The file is damaged or lacks the normaliser.
-    """
-    tensors, _ = files.read_tensors(folder / HEAD_FILE)
-    try:
-        normaliser = Normaliser(tensors.pop(_MEAN), tensors.pop(_BASIS))
-    except KeyError as error:
-        raise CorruptFileError(f"{folder / HEAD_FILE} lacks {error}; export it again") from error
-    return tensors, normaliser

@@ -14,6 +14,7 @@ import yaml
 
 from pfm_llm import __version__
 from pfm_llm.base import templates
+from pfm_llm.base.terminal import harmless
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.evaluation.results import AUC, AUC_LABEL, FULL, RANK_LABELS, SAMPLED, ResultRow
 from pfm_llm.evaluation.tables import results_table
@@ -168,8 +169,8 @@ def _index_entry(score: ResultRow, confidence: float) -> dict[str, Any]:
 
 
 def shown_name(name: str) -> str:
-    """A Hub id or an embedded name unchanged, or the last part of a path."""
-    return Path(name).name if _is_path(name) else name
+    """A Hub id or an embedded name, or the last part of a path; on one line."""
+    return harmless(Path(name).name if _is_path(name) else name)
 
 
 def _is_path(name: str) -> bool:

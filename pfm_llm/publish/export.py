@@ -12,6 +12,7 @@ from typing import Any
 
 from pfm_llm import __version__
 from pfm_llm.base import files
+from pfm_llm.base.terminal import harmless
 from pfm_llm.config.schema import ExperimentConfig, dump_config
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.evaluation.results import FULL, ResultRow
@@ -23,19 +24,15 @@ from pfm_llm.publish.artefact import (
     ADAPTER_FILE,
     BASIS_FILE,
     CARD_FILE,
-    FORMAT,
     HEAD_FILE,
     ITEM_KEYS_FILE,
     MANIFEST_FILE,
     TRAINING_CONFIG_FILE,
-    Base,
-    Manifest,
-    Metric,
-    Parent,
     prompt_file,
     write_head,
 )
 from pfm_llm.publish.card import model_card, shown_name
+from pfm_llm.publish.manifest import FORMAT, Base, Manifest, Metric, Parent
 
 PLOTS_FOLDER = "plots"
 
@@ -126,10 +123,10 @@ def _manifest(
     return Manifest(
         format=FORMAT,
         pfm_llm=__version__,
-        name=config.name,
+        name=harmless(config.name),
         round=round_number,
         base=Base(
-            name=backbone.portable_name,
+            name=harmless(backbone.portable_name),
             embedded=backbone.name if backbone.is_embedded else None,
             revision=config.backbone.revision,
             dtype=config.backbone.dtype,

@@ -9,15 +9,9 @@ from pathlib import Path
 
 from pfm_llm.base import files
 from pfm_llm.publish import hub, signing
-from pfm_llm.publish.artefact import (
-    CARD_FILE,
-    MANIFEST_FILE,
-    SIGNATURE_FILE,
-    Artefact,
-    Manifest,
-    Parent,
-)
+from pfm_llm.publish.artefact import CARD_FILE, MANIFEST_FILE, SIGNATURE_FILE, Artefact
 from pfm_llm.publish.card import addressed_card
+from pfm_llm.publish.manifest import Manifest, Parent
 from pfm_llm.publish.staging import stage
 
 

@@ -7,36 +7,30 @@ and the names of a shared one, so only a comparison of the numbers can find it.
 
 import os
 import re
-import stat
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from safetensors import safe_open
-
 from pfm_llm.base import files
-from pfm_llm.base.errors import ArtefactError, PrivateLeakError, StorageError
+from pfm_llm.base.errors import ArtefactError, PrivateLeakError
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.protocol.contract import TensorSpec
-from pfm_llm.protocol.types import Group, PrivateState, Tensors, of_group
+from pfm_llm.protocol.types import PrivateState
 from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    BASIS_FILE,
     CARD_FILE,
-    HEAD_FILE,
     ITEM_KEYS_FILE,
     MANIFEST_FILE,
     SIGNATURE_FILE,
     TRAINING_CONFIG_FILE,
     Artefact,
-    Manifest,
     check_listing,
     read_artefact,
+    size_limit,
 )
+from pfm_llm.publish.foreign import ForeignFolder, texts
 from pfm_llm.publish.leak_search import find_private
+from pfm_llm.publish.manifest import Manifest
 
 _AGAIN = "export the run again (`pfm evaluate`)"
 _NOTHING_SENT = "nothing was sent"
@@ -50,7 +44,7 @@ _PLAIN_LORA: dict[str, Any] = {
     "bias": "none",
     **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters")),
     **dict.fromkeys(("rank_pattern", "alpha_pattern", "layer_replication")),
-    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "auto_mapping")),
+    **dict.fromkeys(("use_dora", "lora_bias", "auto_mapping")),
 }
 
 
@@ -89,7 +83,7 @@ def stage(exported: Path, into: Path, private_root: Path | None) -> Artefact:
         _search(into, private_root, exported)
     _check_texts(staged)
     _check_adapter_config(staged)
-    _check_tensors(staged)
+    staged.contents()
     return staged
 
 
@@ -97,12 +91,13 @@ def _copy(exported: Path, into: Path) -> None:
     """Copy exactly the listed files, the manifest and the card."""
     if exported.is_symlink() or not exported.is_dir():
         raise ArtefactError(f"there is no exported adapter at {exported}; {_AGAIN}")
-    if not (exported / MANIFEST_FILE).exists():
+    source = ForeignFolder(exported, str(exported))
+    if not source.has(MANIFEST_FILE):
         raise ArtefactError(
             f"{exported} has no {MANIFEST_FILE}: it is not a shared adapter that pfm_llm "
             f"exported; {_AGAIN}"
         )
-    content = _content(exported / MANIFEST_FILE)
+    content = source.read(MANIFEST_FILE, size_limit(MANIFEST_FILE))
     manifest = Manifest.from_bytes(content, f"{exported}: {MANIFEST_FILE}")
     check_listing(manifest, str(exported))
     allowed = {*manifest.files, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE}
@@ -118,20 +113,7 @@ def _copy(exported: Path, into: Path) -> None:
                 )
     files.write_bytes(into / MANIFEST_FILE, content)
     for name in (*manifest.files, CARD_FILE):
-        files.write_bytes(into / name, _content(exported / name))
-
-
-def _content(path: Path) -> bytes:
-    """A file's bytes, if it is a plain file."""
-    try:
-        # Without O_NONBLOCK, a pipe at this path would block.
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}; {_AGAIN}") from error
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ArtefactError(f"{path} is not a plain file; {_NOTHING_SENT}: {_AGAIN}")
-        return file.read()
+        files.write_bytes(into / name, source.read(name, size_limit(name)))
 
 
 def _refusal(staged: Artefact, file: str, problem: str) -> ArtefactError:
@@ -140,45 +122,33 @@ def _refusal(staged: Artefact, file: str, problem: str) -> ArtefactError:
 
 def _check_texts(staged: Artefact) -> None:
     """Check that no text names a path of this machine; check keys, prompt and plots."""
-    manifest, folder = staged.manifest, staged.folder
-    trees: dict[str, Any] = {MANIFEST_FILE: manifest.model_dump(mode="json")}
-    for name in (ADAPTER_CONFIG_FILE, TRAINING_CONFIG_FILE, CARD_FILE):
-        if (folder / name).is_file():
-            try:
-                text = (folder / name).read_text()
-                trees[name] = None if name == CARD_FILE else yaml.safe_load(text)  # so is JSON
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise _refusal(staged, name, f"cannot be read ({error})") from error
+    manifest, folder = staged.manifest, staged.files
+    try:
+        card = folder.read(CARD_FILE, size_limit(CARD_FILE)).decode()
+    except UnicodeDecodeError as error:
+        raise _refusal(staged, CARD_FILE, f"cannot be read ({error})") from error
+    trees = {
+        MANIFEST_FILE: manifest.model_dump(mode="json"),
+        ADAPTER_CONFIG_FILE: folder.json(ADAPTER_CONFIG_FILE),
+        TRAINING_CONFIG_FILE: staged.training_settings(),
+        CARD_FILE: card,
+    }
     for name, tree in trees.items():
-        for key, text in _texts(tree):
+        for key, text in texts(tree):
             if _PATH.match(text):
                 raise _refusal(staged, name, f"names a path of this machine at {key}: {text}")
     if not all(map(_KEY.fullmatch, staged.item_keys())):
         raise _refusal(staged, ITEM_KEYS_FILE, "holds something else than keys")
-    if staged.prompt().content_hash() != manifest.prompt_sha256:
-        raise _refusal(staged, f"prompt {manifest.prompt}", "is not the one that was trained with")
+    staged.prompt()
     for name in manifest.files:
-        if name.endswith(".png") and not (folder / name).read_bytes().startswith(_PNG):
+        if name.endswith(".png") and not folder.read(name, size_limit(name)).startswith(_PNG):
             raise _refusal(staged, name, "is no PNG image")
-
-
-def _texts(tree: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a tree, including keys, with the dotted key of its place."""
-    if isinstance(tree, str):
-        yield key, tree
-    elif isinstance(tree, Mapping):
-        for name, child in tree.items():
-            yield key, str(name)
-            yield from _texts(child, f"{key}.{name}".lstrip("."))
-    elif isinstance(tree, list):
-        for child in tree:
-            yield from _texts(child, key)
 
 
 def _check_adapter_config(staged: Artefact) -> None:
     """Check for a plain LoRA with the manifest's rank and modules, and a portable base name."""
     manifest, shared = staged.manifest, staged.manifest.adapters.shared
-    tree = files.read_json(staged.folder / ADAPTER_CONFIG_FILE)
+    tree = staged.files.json(ADAPTER_CONFIG_FILE)
     if not isinstance(tree, dict):
         raise _refusal(staged, ADAPTER_CONFIG_FILE, "holds no settings")
     wanted = {
@@ -186,6 +156,7 @@ def _check_adapter_config(staged: Artefact) -> None:
         "base_model_name_or_path": manifest.base.name,
         "r": shared.rank,
         "lora_alpha": shared.alpha,
+        "use_rslora": shared.use_rslora or None,
     }
     for key, value in wanted.items():
         if (tree.get(key) or None) != value:
@@ -207,39 +178,6 @@ def _check_adapter_config(staged: Artefact) -> None:
         raise _refusal(
             staged, ADAPTER_CONFIG_FILE, "adapts other modules or layers than the manifest says"
         )
-
-
-def _check_tensors(staged: Artefact) -> None:
-    """Check that each file holds exactly its tensors, with their shapes and in float32."""
-    folder, specs = staged.folder, staged.table().specs
-    _check_specs(staged, ADAPTER_FILE, staged.lora(), of_group(specs, Group.LORA))
-
-    head, width = files.read_tensors(folder / HEAD_FILE)[0], staged.normaliser().mean.numel()
-    whitening = {
-        "normaliser.mean": TensorSpec((width,)),
-        "normaliser.basis": TensorSpec((width, width)),
-    }
-    _check_specs(staged, HEAD_FILE, head, of_group(specs, Group.HEAD) | whitening)
-
-    bases = of_group(specs, Group.BASIS)
-    if bool(bases) != (BASIS_FILE in staged.manifest.files):
-        raise _refusal(staged, BASIS_FILE, f"is {'missing' if bases else 'of no use here'}")
-    if bases:
-        _check_specs(staged, BASIS_FILE, files.read_tensors(folder / BASIS_FILE)[0], bases)
-
-
-def _check_specs(
-    staged: Artefact, file: str, found: Tensors, wanted: Mapping[str, TensorSpec]
-) -> None:
-    with safe_open(staged.folder / file, framework="pt") as opened:
-        if (opened.metadata() or {"format": "pt"}) != {"format": "pt"}:
-            raise _refusal(staged, file, "holds more than tensors in its header")
-    for name in sorted(found.keys() | wanted.keys()):
-        if name not in wanted or name not in found:
-            verb = "lacks" if name in wanted else "holds"
-            raise _refusal(staged, file, f"{verb} {name}, other than the manifest says")
-        if (spec := TensorSpec.of(found[name])) != wanted[name]:
-            raise _refusal(staged, file, f"holds {name} as {spec}, expected {wanted[name]}")
 
 
 def _search(folder: Path, private_root: Path, origin: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 from pfm_llm.base.errors import HubError
 from pfm_llm.config.schema import load_config
 from pfm_llm.protocol.types import SharedState
-from pfm_llm.publish.artefact import Parent
 from pfm_llm.publish.card import shown_name
 from pfm_llm.publish.export import Exported, export_shared_adapter
+from pfm_llm.publish.manifest import Parent
 from pfm_llm.publish.publishing import PublishRequest, publish
 from pfm_llm.runs.folders import CONFIG_FILE, RunFolders, find_run
 from pfm_llm.runs.run import Run, Trained

@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from pfm_llm.base.errors import CheckpointError, CorruptFileError
+from pfm_llm.base.errors import CheckpointError, CorruptFileError, StorageError
 from pfm_llm.base.files import read_json, read_tensors, storage_errors, write_json, write_tensors
 from pfm_llm.protocol.types import Tensors
 
@@ -220,7 +220,7 @@ class CheckpointStore:
         path = self._directory / _file_of(round_number)
         try:
             tensors, header = read_tensors(path, commits[round_number])
-        except (CorruptFileError, OSError) as error:
+        except (StorageError, OSError) as error:
             older = [number for number in commits if number < round_number]
             remedy = (
                 f"round {older[-1]} is kept, go back to it with --resume --from-round {older[-1]}"

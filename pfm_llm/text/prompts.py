@@ -44,6 +44,8 @@ from pfm_llm.config.text import validated
 from pfm_llm.data.interactions import Catalogue
 
 RATING = "rating"
+MAX_PROMPT_BYTES = 1 << 16
+"""Size limit of a prompt file: a prompt is read by people."""
 
 _TOKEN = re.compile(r"\[\[|\]\]|\{\{|\}\}|\{(?P<field>\w+)\}|[\[\]{}]|[^\[\]{}]+")
 
@@ -172,11 +174,15 @@ def _prompt_dir() -> Path:
 
 def _read_prompt(path: Path) -> Prompt:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as opened:
+            content = opened.read(MAX_PROMPT_BYTES + 1)
+        if len(content) > MAX_PROMPT_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_PROMPT_BYTES:,} bytes; no prompt is")
+        text = content.decode()
         tree = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, or brackets without end
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     file = validated(tree, _PromptFile, str(path))
     values = file.model_dump(exclude={"description", "fields"})

@@ -22,7 +22,7 @@ from pfm_llm.config.schema import load_config, training_hash
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.head import context_vectors, score_items, user_vectors
-from pfm_llm.publish.artefact import read_head
+from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.runs import summary
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.runs.opening import open_run
@@ -226,7 +226,7 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
     ours = opened.model.model.scores(batch, stacked, Parts(shared_lora=True, private_weight=0.0))
 
     plain = plain_peft(run, tiny)
-    head, normaliser = read_head(run / "shared_adapter")
+    head, normaliser = read_artefact(run / "shared_adapter").contents()
     with torch.no_grad():
         tokens = torch.from_numpy(window.tokens).long()[None]
         hidden = plain(input_ids=tokens, output_hidden_states=True).hidden_states[-1][:, -1]

@@ -14,7 +14,7 @@ from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.schema import dump_config, load_config
 from pfm_llm.model.private import make_private_part
 from pfm_llm.protocol.parameters import Sizes
-from pfm_llm.publish.artefact import read_head
+from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from tests.support.leaks import files_below
@@ -166,7 +166,7 @@ def test_repeats_are_kept_when_allowed(tiny: Tiny, tmp_path: Path) -> None:
 )
 def test_item_ids(item_ids: str, parameters: set[str], tiny: Tiny, tmp_path: Path) -> None:
     run = run_experiment(tiny.config(tmp_path, **SMALL, head__item_ids=item_ids))
-    head, _ = read_head(run / "shared_adapter")
+    head, _ = read_artefact(run / "shared_adapter").contents()
     always = {
         "head.state_proj",
         "head.item_proj",

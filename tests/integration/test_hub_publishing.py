@@ -30,10 +30,9 @@ from pfm_llm.publish.artefact import (
     CARD_FILE,
     MANIFEST_FILE,
     SIGNATURE_FILE,
-    Manifest,
-    Parent,
     read_artefact,
 )
+from pfm_llm.publish.manifest import Manifest, Parent
 from pfm_llm.publish.publishing import PublishRequest, plan, publish
 from pfm_llm.publish.staging import stage
 from pfm_llm.runs.experiment import run_experiment

@@ -9,12 +9,8 @@ from huggingface_hub import constants
 
 from pfm_llm.base.errors import HubError
 from pfm_llm.publish import signing
-from pfm_llm.publish.artefact import (
-    ITEM_KEYS_FILE,
-    SIGNATURE_FILE,
-    Artefact,
-    Parent,
-)
+from pfm_llm.publish.artefact import ITEM_KEYS_FILE, SIGNATURE_FILE, Artefact
+from pfm_llm.publish.manifest import Parent
 from pfm_llm.publish.versions.chain import verify_chain
 from pfm_llm.publish.versions.history import list_versions
 from pfm_llm.publish.versions.restore import rollback

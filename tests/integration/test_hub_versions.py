@@ -17,8 +17,8 @@ from pfm_llm.publish.artefact import (
     MANIFEST_FILE,
     SIGNATURE_FILE,
     Artefact,
-    Parent,
 )
+from pfm_llm.publish.manifest import Parent
 from pfm_llm.publish.versions.chain import verify_chain
 from pfm_llm.publish.versions.history import find_commit, list_versions
 from pfm_llm.publish.versions.restore import rollback

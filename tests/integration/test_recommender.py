@@ -23,7 +23,8 @@ from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
-from pfm_llm.publish.artefact import MANIFEST_FILE, Manifest, read_artefact
+from pfm_llm.publish.artefact import MANIFEST_FILE, read_artefact
+from pfm_llm.publish.manifest import Manifest
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
@@ -174,12 +175,44 @@ def test_a_run_takes_a_user_and_an_adapter_a_history(run: Path, model: Recommend
 def test_unknown_items_and_short_histories_are_refused(model: Recommender, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no item 'zzz' in the catalogue of 30 items"):
         model.recommend(["i1", "zzz"])
-    with pytest.raises(DataError, match="empty history"):
-        model.recommend([])
     with pytest.raises(DataError, match="no next item"):
         model.personalise(["i1"], tmp_path / "me")
     with pytest.raises(DataError, match="empty history"):
         model.personalise([], tmp_path / "me")
+
+
+def test_an_empty_history_recommends_by_the_biases_of_the_items(model: Recommender) -> None:
+    biases = model.parts.shared.tensors["head.item_bias"]
+    listed = model.recommend([], k=5)
+    assert [item.item_id for item in listed] == [
+        f"i{n}" for n in biases.argsort(descending=True)[:5]
+    ]
+    np.testing.assert_allclose(model.score([], ["i7", "i2"]), biases[[7, 2]], atol=1e-6)
+
+
+def test_an_empty_history_needs_biases(tiny: Tiny, tmp_path: Path) -> None:
+    run = run_experiment(tiny.config(tmp_path, head__item_bias=False))
+    with pytest.raises(DataError, match=r"empty history.*train with head\.item_bias"):
+        Recommender.from_pretrained(run).recommend([])
+
+
+def test_scores_that_are_not_finite_are_an_error(run: Path, tiny: Tiny, tmp_path: Path) -> None:
+    other = from_folder(run / "shared_adapter", tiny)
+    other.parts.shared.tensors["head.state_proj"].fill_(1e38)
+    with pytest.raises(ArtefactError, match="not finite"):
+        other.recommend(HISTORY)
+
+
+def test_a_manifest_cannot_have_a_path_opened(run: Path, tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "hostile"
+    shutil.copytree(run / "shared_adapter", folder)
+    path = folder / MANIFEST_FILE
+    manifest = Manifest.from_bytes(path.read_bytes(), "it")
+    for changes in ({"name": str(tiny.model)}, {"name": ".."}, {"embedded": str(tiny.model)}):
+        base = manifest.base.model_copy(update=changes)
+        path.write_bytes(manifest.model_copy(update={"base": base}).to_bytes())
+        with pytest.raises(ArtefactError, match="neither embedded nor a Hub id; pass backbone"):
+            Recommender.from_pretrained(folder, catalogue=str(tiny.items))
 
 
 def test_a_taste_is_read_off_a_single_item(tiny: Tiny, tmp_path: Path) -> None:
@@ -335,7 +368,7 @@ def test_tampered_manifest_fails(run: Path, tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "copy" / MANIFEST_FILE
     manifest = Manifest.from_bytes(path.read_bytes(), "it")
     files.write_bytes(path, manifest.model_copy(update={"num_items": 29}).to_bytes())
-    with pytest.raises(CorruptFileError, match="does not hold 29 keys"):
+    with pytest.raises(ArtefactError, match=r"float32\[30\], expected float32\[29\]"):
         from_folder(tmp_path / "copy", tiny)
 
 

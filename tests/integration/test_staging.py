@@ -264,7 +264,7 @@ def extra(name: str) -> Callable[[dict[str, Any]], Any]:
         pytest.param(adapter_config(layers_to_transform=None), "other modules", id="all layers"),
         pytest.param(adapter_config(revision="/data/x"), "path of this machine at revi", id="path"),
         pytest.param(text_file(ADAPTER_CONFIG_FILE, b"[]"), "holds no settings", id="no tree"),
-        pytest.param(text_file(ADAPTER_CONFIG_FILE, b"{x: ["), "cannot be read", id="no JSON"),
+        pytest.param(text_file(ADAPTER_CONFIG_FILE, b"{x: ["), "is not valid JSON", id="no JSON"),
         pytest.param(
             training_config(data={"source": "/home/me/x.csv"}), r"at data\.source: /home", id="data"
         ),

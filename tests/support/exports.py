@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from pfm_llm.base import files
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.protocol.types import PrivateState
-from pfm_llm.publish.artefact import ADAPTER_FILE, MANIFEST_FILE, Manifest
+from pfm_llm.publish.artefact import ADAPTER_FILE, MANIFEST_FILE
+from pfm_llm.publish.manifest import Manifest
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
 from tests.support.peft_reference import load_private

@@ -8,28 +8,31 @@ from typing import Any
 import torch
 
 from pfm_llm.base import files
-from pfm_llm.config.model import AdaptersConfig, HeadConfig, LoraAdapterConfig, WindowConfig
-from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_PROJ, STATE_PROJ, Normaliser
+from pfm_llm.config.choices import ItemIds
+from pfm_llm.config.model import (
+    AdaptersConfig,
+    HeadConfig,
+    PrivateAdapterConfig,
+    SharedAdapterConfig,
+    WindowConfig,
+)
+from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_IDS_OUT, ITEM_PROJ, STATE_PROJ, Normaliser
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     CARD_FILE,
-    FORMAT,
     HEAD_FILE,
     ITEM_KEYS_FILE,
     MANIFEST_FILE,
     SIGNATURE_FILE,
     TRAINING_CONFIG_FILE,
     Artefact,
-    Base,
-    Manifest,
-    Metric,
-    Parent,
     prompt_file,
     read_artefact,
     write_head,
 )
+from pfm_llm.publish.manifest import FORMAT, Base, Manifest, Metric, Parent
 from pfm_llm.publish.signing import SigningKey, sign
 from pfm_llm.text.prompts import load_prompt
 
@@ -57,6 +60,7 @@ def random_head(seed: int, num_items: int = len(ITEMS)) -> dict[str, torch.Tenso
         ITEM_PROJ: (DIM, DIM),
         ITEM_BIAS: (num_items,),
         ITEM_IDS: (num_items, ID_DIM),
+        ITEM_IDS_OUT: (DIM, ID_DIM),
     }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
@@ -101,8 +105,20 @@ def make_artefact(
     names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, ITEM_KEYS_FILE, TRAINING_CONFIG_FILE]
     hashes = {name: files.sha256_of(folder / name) for name in (*names, prompt_file(PROMPT))}
     fields = small_manifest(seed, rank, tuple(lora), len(items), hashes)
+    fields = fields.model_copy(update={"head": settings_of(head)})
     write_manifest(folder, fields.model_copy(update=manifest), key)
     return read_artefact(folder)
+
+
+def settings_of(head: Tensors) -> HeadConfig:
+    """The settings of a head with these parameters."""
+    return HeadConfig(
+        dim=len(head[STATE_PROJ]),
+        item_bias=ITEM_BIAS in head,
+        item_ids=ItemIds.OUTPUT if ITEM_IDS in head else ItemIds.NONE,
+        id_dim=ID_DIM,
+        item_context=False,
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest, key: SigningKey | None = None) -> None:
@@ -135,7 +151,8 @@ def small_manifest(
     metric = Metric(
         mode="shared_only", metric="ndcg@10", value=value, ci_low=value - 0.01, ci_high=value + 0.01
     )
-    shared = LoraAdapterConfig(rank=rank, alpha=4)
+    shared = SharedAdapterConfig(rank=rank, alpha=4)
+    private = PrivateAdapterConfig(enabled=False)
     return Manifest(
         format=FORMAT,
         pfm_llm="0.0.0",
@@ -149,7 +166,7 @@ def small_manifest(
             weights_sha256="b" * 64,
             tokenizer_sha256="c" * 64,
         ),
-        adapters=AdaptersConfig(shared=shared),
+        adapters=AdaptersConfig(shared=shared, private=private),
         modules=tuple(sorted({name[5:-2] for name in names})),
         head=HeadConfig(dim=DIM, id_dim=ID_DIM),
         window=WindowConfig(),

@@ -7,7 +7,8 @@ import pytest
 
 from pfm_llm.publish import hub as the_hub
 from pfm_llm.publish import signing
-from pfm_llm.publish.artefact import Artefact, Parent
+from pfm_llm.publish.artefact import Artefact
+from pfm_llm.publish.manifest import Parent
 from tests.support.hub_double import OWNER, WRITE_TOKEN, HubDouble
 from tests.support.pushes import api, without_the_hubs
 from tests.support.small_artefacts import follows, make_artefact

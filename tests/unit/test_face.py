@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from peft import LoraConfig
 
 import pfm_llm.data.frames
 import pfm_llm.federated
@@ -121,3 +122,11 @@ def test_other_data_are_refused(frame: pd.DataFrame) -> None:
         load_dataset(datasets.DatasetDict(a=rows, b=rows))
     with pytest.raises(ConfigError, match=r"did you mean data\.columns\.user"):
         load_dataset(frame, usr="user_id")
+
+
+def test_the_shared_adapter_may_be_given_as_a_lora_config() -> None:
+    adapters = {"shared": LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"]), "num_layers": 3}
+    given = FederatedRecommender(adapters=adapters).config.adapters
+    assert (given.shared.rank, given.targets, given.num_layers) == (4, ("q_proj",), 3)
+    with pytest.raises(ConfigError, match="the LoraConfig sets use_dora"):
+        FederatedRecommender(adapters={"shared": LoraConfig(use_dora=True)})

@@ -41,7 +41,7 @@ class IndependentLora(PrivatePart):
 
     def factors(self, module: str, stacked: Tensors, weight: float) -> Factors | None:
         """See `PrivatePart.factors`."""
-        scale = self.settings.alpha / self.settings.rank
+        scale = self.settings.scale
         return self._factors(module, stacked, scale * weight)
 
     def head_factors(self, stacked: Tensors, weight: float) -> Factors | None:

@@ -28,11 +28,13 @@ from pfm_llm.publish.artefact import (
     PLOT_FILES,
     SIGNATURE_FILE,
     Artefact,
-    Manifest,
     is_listed,
     read_artefact,
+    size_limit,
 )
+from pfm_llm.publish.foreign import ForeignFolder
 from pfm_llm.publish.hub.calls import check_repo_id, hub_api, hub_errors, is_cut, retried
+from pfm_llm.publish.manifest import Manifest
 
 MANAGED_FILES = (*LISTED_FILES, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE)
 """Patterns of the files that are pushed and pulled; other files of a repository are ignored."""
@@ -100,7 +102,8 @@ def read_file(repo: str, revision: str, name: str) -> bytes | None:
         Its content; None when there is no such file there.
 
     Raises:
-        CorruptFileError: It is damaged; it is deleted from the client's cache.
+        CorruptFileError: It is damaged, and deleted from the client's cache; or larger than such a
+            file is.
         HubError: The Hub refused, or cannot be reached.
     """
     check_repo_id(repo)
@@ -110,7 +113,8 @@ def read_file(repo: str, revision: str, name: str) -> bytes | None:
         except RemoteEntryNotFoundError:
             return None
     _check_downloads([Path(got)], f"{repo}@{revision[:12]}")
-    return Path(got).read_bytes()
+    folder = ForeignFolder(Path(got).parent, f"{repo}@{revision[:12]}")
+    return folder.read(Path(got).name, size_limit(name))
 
 
 def head_manifest(repo: str, revision: str | None = None) -> tuple[Manifest, str, str] | None:

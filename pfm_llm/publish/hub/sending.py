@@ -12,7 +12,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, HubError
-from pfm_llm.publish.artefact import MANIFEST_FILE, Manifest, is_listed, read_artefact
+from pfm_llm.publish.artefact import MANIFEST_FILE, is_listed, read_artefact
 from pfm_llm.publish.hub.calls import (
     PUSHING,
     WAITS,
@@ -25,6 +25,7 @@ from pfm_llm.publish.hub.calls import (
     status_of,
 )
 from pfm_llm.publish.hub.reading import MANAGED_FILES, check_complete, read_file
+from pfm_llm.publish.manifest import Manifest
 
 _Operations = list[CommitOperationAdd | CommitOperationDelete]
 _OID = re.compile("[0-9a-f]{40}")

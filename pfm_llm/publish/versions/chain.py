@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from pfm_llm.base.errors import ArtefactError, HubError, StorageError
 from pfm_llm.publish import hub, signing
-from pfm_llm.publish.artefact import MANIFEST_FILE, Parent
+from pfm_llm.publish.artefact import MANIFEST_FILE
+from pfm_llm.publish.manifest import Parent
 from pfm_llm.publish.versions.history import Version, list_versions
 
 _OID = re.compile("[0-9a-f]{40}")

@@ -1,7 +1,8 @@
 """The difference between two versions of a shared adapter.
 
-An adapted module computes with W + (alpha / r) B A, so the effective change of its weights is the
-difference of two such products. They are never formed: with A and B padded with zeros to one rank,
+An adapted module computes with W + s B A, with s the scale of the LoRA. So the effective change of
+its weights is the difference of two such products. They are never formed: with A and B padded with
+zeros to one rank,
 
     s' B' A' - s B A = [s' B', s' B' - s B] [A' - A; A] = P Q,
 
@@ -19,12 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pfm_llm.base.errors import ConfigError, CorruptFileError
-from pfm_llm.config.schema import read_yaml
 from pfm_llm.config.settings import leaves
 from pfm_llm.protocol.types import Group, Tensors, in_group, lora_modules, lora_name
 from pfm_llm.publish.alignment import align_items
-from pfm_llm.publish.artefact import TRAINING_CONFIG_FILE, Artefact, Metric
+from pfm_llm.publish.artefact import Artefact
+from pfm_llm.publish.manifest import Metric
 
 _LAYER = re.compile(r".*?\.\d+(?=\.|$)")
 _NOT_SETTINGS = {"files", "parents", "metrics", "modules"}
@@ -118,6 +118,7 @@ def diff_versions(older: Artefact, newer: Artefact) -> VersionDiff:
         newer: The newer version.
 
     Raises:
+        ArtefactError: The files of one of them are not those of its manifest's settings.
         CorruptFileError: A file of one of them is damaged.
     """
     before, after = older.shared_tensors(), newer.shared_tensors()
@@ -172,7 +173,7 @@ def _factors(
         return None
     lora = artefact.manifest.adapters.shared
     b, a = tensors[lora_name(module, "B")], tensors[lora_name(module, "A")]
-    return b.double() * (lora.alpha / lora.rank), a.double()
+    return b.double() * lora.scale, a.double()
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
@@ -234,15 +235,9 @@ def _settings(artefact: Artefact) -> dict[str, object]:
     """Dotted key to value, from the manifest and, if there is one, the training config."""
     manifest = artefact.manifest.model_dump(mode="json", exclude=_NOT_SETTINGS)
     settings = leaves(manifest)
-    path = artefact.folder / TRAINING_CONFIG_FILE
-    if path.is_file():
-        try:
-            tree = read_yaml(path)
-        except ConfigError as error:
-            raise CorruptFileError(f"{error}; pull or export it again") from error
-        own = {key: value for key, value in tree.items() if key not in _IN_BOTH}
-        settings |= leaves(own, "training")
-    return settings
+    tree = artefact.training_settings()
+    own = {key: value for key, value in tree.items() if key not in _IN_BOTH}
+    return settings | leaves(own, "training") if own else settings
 
 
 def _setting_changes(

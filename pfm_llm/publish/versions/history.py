@@ -8,7 +8,8 @@ from datetime import datetime
 from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish import hub, signing
-from pfm_llm.publish.artefact import MANIFEST_FILE, SIGNATURE_FILE, Manifest, Metric, Parent
+from pfm_llm.publish.artefact import MANIFEST_FILE, SIGNATURE_FILE
+from pfm_llm.publish.manifest import Manifest, Metric, Parent
 
 _HEADLINE = (Mode.SHARED_ONLY.value, "ndcg@10")
 _PREFIX = re.compile("[0-9a-f]{4,40}")

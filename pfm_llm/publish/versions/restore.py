@@ -12,10 +12,10 @@ from pfm_llm.publish.artefact import (
     MANIFEST_FILE,
     SIGNATURE_FILE,
     Artefact,
-    Manifest,
-    Parent,
     read_artefact,
+    size_limit,
 )
+from pfm_llm.publish.manifest import Manifest, Parent
 from pfm_llm.publish.versions.history import find_commit
 
 _log = logging.getLogger(__name__)
@@ -30,15 +30,15 @@ def copy_artefact(artefact: Artefact, folder: Path) -> Artefact:
 
     Raises:
         ArtefactError: The folder is not empty.
+        CorruptFileError: A file is a link out of its folder, or no plain file.
         StorageError: It cannot be written.
     """
     with files.storage_errors(folder):
         if folder.is_dir() and any(folder.iterdir()):
             raise ArtefactError(f"{folder} is not empty: name another folder, or empty it")
     for name in (*artefact.manifest.files, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE):
-        source = artefact.folder / name
-        if source.is_file():
-            files.write_bytes(folder / name, source.read_bytes())
+        if artefact.files.has(name):
+            files.write_bytes(folder / name, artefact.files.read(name, size_limit(name)))
     return read_artefact(folder, artefact.origin)
 
 
@@ -90,12 +90,11 @@ def rollback(
 
 def _check_signature(artefact: Artefact) -> bool:
     """Whether it is signed; a wrong signature is an error."""
-    path = artefact.folder / SIGNATURE_FILE
-    if not path.is_file():
+    if not artefact.files.has(SIGNATURE_FILE):
         return False
-    content = (artefact.folder / MANIFEST_FILE).read_bytes()
+    content = artefact.files.read(MANIFEST_FILE, size_limit(MANIFEST_FILE))
     try:
-        signing.verify(content, path.read_bytes(), None)
+        signing.verify(content, artefact.files.read(SIGNATURE_FILE), None)
     except ArtefactError as error:
         raise ArtefactError(f"{artefact.origin}: {error}") from error
     return True

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pfm_llm.publish.artefact import Metric
+from pfm_llm.base.terminal import harmless
+from pfm_llm.publish.manifest import Metric
 from pfm_llm.publish.versions.chain import ChainReport
 from pfm_llm.publish.versions.difference import Change, MetricChange, VersionDiff
 from pfm_llm.publish.versions.history import Version
@@ -32,7 +33,7 @@ def versions_text(versions: Sequence[Version]) -> str:
         for version in versions
     ]
     head = ["commit", "date", "tags", "round", "run", "NDCG@10", "manifest", "parents", "signed by"]
-    wrong = [f"{v.commit[:_SHORT]}: {v.problem}" for v in versions if v.problem]
+    wrong = [harmless(f"{v.commit[:_SHORT]}: {v.problem}") for v in versions if v.problem]
     return "\n".join([_table(head, rows), *wrong])
 
 
@@ -97,11 +98,12 @@ def chain_text(report: ChainReport) -> str:
         version = checked.version
         state = "WRONG" if checked.problems else "ok"
         signed = f"signed by {version.signed_by}" if version.signed_by else "not signed"
+        name = harmless(str(version.name))
         lines.append(
-            f"{version.commit[:_SHORT]}  {state:5}  round {version.round}  {version.name}  {signed}"
+            f"{version.commit[:_SHORT]}  {state:5}  round {version.round}  {name}  {signed}"
         )
-        lines += [f"    wrong: {problem}" for problem in checked.problems]
-        lines += [f"    note: {note}" for note in checked.notes]
+        lines += [f"    wrong: {harmless(problem)}" for problem in checked.problems]
+        lines += [f"    note: {harmless(note)}" for note in checked.notes]
     count = len(report.versions)
     outcome = (
         f"{report.repo} at {report.revision}: {count} version(s), the chain is whole"
@@ -159,6 +161,7 @@ def _number(value: float | None) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rows = [[harmless(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

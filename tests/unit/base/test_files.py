@@ -1,9 +1,11 @@
 """Files are whole or absent, checksums are kept, and disk errors say what to do."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import signal
 import stat
 import threading
 from pathlib import Path
@@ -186,3 +188,80 @@ def test_equal_tensors_and_metadata_give_equal_bytes(tmp_path: Path) -> None:
     digests = {files.write_tensors(tmp_path / f"{i}", tensors, metadata) for i in range(8)}
     assert len(digests) == 1
     assert files.read_tensors(tmp_path / "0")[1] == metadata
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        (b'{"a": NaN}', "NaN is not a finite number"),
+        (b"[-Infinity]", "-Infinity is not a finite number"),
+        (b"[1e999]", "1e999 is not a finite number"),
+        (b"[" * 65 + b"]" * 65, "nested more than 64 deep"),
+        (b'{"a":' * 100_000, "is not valid JSON"),
+        (b"[" + b"9" * 5000 + b"]", "is not valid JSON"),
+        (b'"\xff"', "is not valid JSON"),
+        (b"", "is not valid JSON"),
+    ],
+)
+def test_json_that_means_nothing_or_asks_for_much_is_refused(content: bytes, problem: str) -> None:
+    with pytest.raises(CorruptFileError, match=problem):
+        files.parse_json(content)
+    assert files.parse_json(b"[" * 64 + b"]" * 64) is not None
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    for read in (files.read_json, files.read_tensors):
+        with pytest.raises(StorageError, match=f"cannot read {tmp_path}: Is a directory"):
+            read(tmp_path)
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "none")
+
+
+def test_an_interrupt_while_tensors_are_read_is_no_damage(tmp_path: Path) -> None:
+    """`safetensors.safe_open` turned Ctrl-C into an error that says the file is damaged."""
+    path = tmp_path / "whole.safetensors"
+    files.write_tensors(path, {str(number): torch.zeros(3) for number in range(50)})
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for step in range(60):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 1e-3 + step * 1e-5)
+                for _ in range(20):
+                    files.read_tensors(path)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def header_of(tree: object, data: bytes = b"") -> bytes:
+    text = json.dumps(tree).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        header_of([]),
+        header_of({"a": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 4]}}),
+        header_of({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"1234"),
+        header_of({"a": {"dtype": "F31", "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+        header_of({"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}, b"1234"),
+        header_of({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"12345"),
+        header_of({"__metadata__": []}),
+        header_of({"__metadata__": {"pfm_llm": "{"}}),
+        header_of({"a": 1}),
+    ],
+)
+def test_headers_that_do_not_fit_their_data_are_damage(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError, match=r"x\.safetensors is not a whole safetensors file"):
+        files.read_tensors(path)

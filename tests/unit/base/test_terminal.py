@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm_llm.base.terminal import columns, fitted, harmless
+from pfm_llm.base.terminal import columns, fitted, harmless, printable
 
 
 def test_a_harmless_text_is_one_line_without_control_characters() -> None:
@@ -33,3 +33,7 @@ def test_any_text_becomes_harmless(text: str) -> None:
 def test_a_fitted_text_fills_its_columns(text: str, shown: str) -> None:
     assert fitted(text, 6) == shown
     assert columns(shown) == 6
+
+
+def test_a_printable_message_keeps_its_lines_alone() -> None:
+    assert printable("a\n\tb\x1b[2J\u202e\r\x00") == "a\n\tb�[2J���"

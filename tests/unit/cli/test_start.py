@@ -79,3 +79,22 @@ def test_the_folder_of_a_script_cannot_hide_a_library(
     before = list(sys.path)
     prepare()
     assert sys.path == before[1:]
+
+
+def test_what_is_said_about_files_of_others_has_no_control_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        run_safely(lambda: fail(DataError("no item '\x1b[2J\u202e'; give\n  another")))
+    assert capsys.readouterr().err == "error: no item '�[2J�'; give\n  another\n"
+    program = (
+        "import logging\n"
+        "from pfm_llm.cli.start import prepare\n"
+        "prepare()\n"
+        "logging.getLogger('pfm_llm.x').warning('title %s', 'a\\x1b[2J')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stderr == "title a�[2J\n"

@@ -254,3 +254,16 @@ def test_kill_during_a_save_leaves_whole_versions(store: PrivateStore, function:
     store.discard_newer(1)
     assert len(_files(store, "u1")) == 1
     assert _value(store.load("u1")) == 1.0
+
+
+def test_an_interrupt_while_a_state_is_read_is_no_damage(
+    store: PrivateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save(_state("u1", 7))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pfm_llm.base.files.load", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.load("u1")

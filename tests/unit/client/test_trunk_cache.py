@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -234,3 +235,18 @@ def test_the_tokens_of_a_batch_are_bounded(
     together = _cache(tmp_path, max_bytes=0).states(WINDOWS, "u")
     for own, expected in zip(states, together, strict=True):
         torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_interrupt_while_an_entry_is_read_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = _cache(tmp_path)
+    cache.states(WINDOWS, "u")
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "load", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.states(WINDOWS, "u")
+    assert len(_entries(tmp_path)) == 1

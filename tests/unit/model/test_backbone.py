@@ -1,13 +1,16 @@
 """The backbone: its two views compose to the whole, and bad models end in a clear error."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pfm_llm.base.errors import BackboneError
+from pfm_llm.base.errors import ArtefactError, BackboneError
 from pfm_llm.config.choices import Dtype
 from pfm_llm.config.schema import BackboneConfig
 from pfm_llm.model.backbone import (
@@ -181,3 +184,79 @@ def test_dtype_auto_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         assert resolve_dtype(Dtype.AUTO, cpu) is expected
         assert resolve_dtype(Dtype.FLOAT16, cpu) is torch.float16
+
+
+@pytest.fixture
+def base(tiny: Tiny, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to be changed."""
+    return Path(shutil.copytree(tiny.model, tmp_path / "base"))
+
+
+def with_settings(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_base_is_never_run_and_nobody_is_asked(
+    file: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: object) -> NoReturn:
+        raise AssertionError("asked on the terminal")
+
+    monkeypatch.setattr("builtins.input", ask)
+    (base / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n")
+    names = {"AutoConfig": "code.X", "AutoModelForCausalLM": "code.X"}
+    tokenizer = {"AutoTokenizer": ["code.X", "code.X"]}
+    path = base / file
+    tree = json.loads(path.read_text())
+    is_config = file == "config.json"
+    tree["auto_map"] = names if is_config else tokenizer
+    tree |= {"model_type": "nobody-knows"} if is_config else {"tokenizer_class": "NobodyKnows"}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(BackboneError, match="Python code of its own folder, which is never run"):
+        load_backbone(BackboneConfig(name=str(base)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_as_base_is_refused(base: Path) -> None:
+    torch.save({"x": torch.ones(1)}, base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match=r"cannot load backbone.*safetensors"):
+        load_backbone(BackboneConfig(name=str(base)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"num_hidden_layers": 10**9}, "has 1000000000 layers"),
+        ({"hidden_size": 1 << 16, "head_dim": 8}, "ask for more weights than it holds"),
+        ({"num_hidden_layers": 4}, "lacks the weights"),
+        ({"num_attention_heads": 0}, "cannot load backbone"),
+        ({"vocab_size": "x"}, "cannot load backbone"),
+    ],
+)
+def test_settings_that_do_not_fit_the_weights_are_refused(
+    changes: dict[str, object], problem: str, base: Path
+) -> None:
+    with_settings(base, **changes)
+    with pytest.raises(BackboneError, match=problem):
+        load_backbone(BackboneConfig(name=str(base)))
+
+
+def test_weights_are_known_before_they_are_loaded(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BackboneConfig(name=str(base), dtype=Dtype.FLOAT32)
+    seen: list[str] = []
+    assert load_backbone(config, check_weights=seen.append).weights_hash == seen[0]
+
+    def refuse(_: str) -> NoReturn:
+        raise ArtefactError("not wanted")
+
+    def load(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(ArtefactError, match="not wanted"):
+        load_backbone(config, check_weights=refuse)

@@ -10,14 +10,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pfm_llm.base.errors import BackboneError
+from pfm_llm.base.errors import BackboneError, ConfigError
 from pfm_llm.config.choices import Dtype
 from pfm_llm.config.model import AdaptersConfig, HeadConfig
 from pfm_llm.config.schema import BackboneConfig
 from pfm_llm.model.backbone import Backbone, load_backbone
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
-from pfm_llm.model.lora import DualAdapter
+from pfm_llm.model.lora import EXPORTED_SETTINGS, DualAdapter, settings_from_peft
 from pfm_llm.protocol.types import Group, of_group
 from tests.support.peft_reference import load_private
 from tests.support.tables import Drawn
@@ -280,3 +280,72 @@ def test_both_adapters_are_active_and_share_the_backbones_weights() -> None:
     base = [p for n, p in peft.named_parameters() if "lora_" not in n]
     assert {p.data_ptr() for p in base} == storage
     assert isinstance(backbone.model.config, LlamaConfig)
+
+
+def test_an_exported_config_holds_what_older_peft_knows_and_nothing_else(
+    tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    """PEFT refuses a setting that it does not know. These are fields of LoraConfig in 0.13."""
+    adapter = DualAdapter(tiny_backbone, AdaptersConfig(num_layers=2))
+    adapter.export_shared(shared_tensors(adapter, AdaptersConfig()), tmp_path / "out", "org/base")
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert tuple(settings) == EXPORTED_SETTINGS
+    assert {key for key, value in settings.items() if value is None} == {"modules_to_save"}
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_a_rank_stabilised_adapter_is_plain_peft_with_its_scale(
+    rank: int, tiny: Tiny, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    tree = {"num_layers": 2, "shared": {"rank": rank, "alpha": 6, "use_rslora": True}}
+    config = AdaptersConfig.model_validate(tree)
+    adapter = DualAdapter(tiny_backbone, config)
+    assert adapter.scale() == 6 / rank**0.5
+    shared = stirred(of_group(shared_tensors(adapter, config), Group.LORA), 1)
+    adapter.export_shared(shared, tmp_path / "out", "org/base")
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny.model), tmp_path / "out"
+    ).eval()
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        found = plain.get_base_model().model(input_ids=tokens).last_hidden_state
+        expected = _our_states(tiny_backbone, adapter, config, shared, tokens)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_settings_without_rank_stabilisation_are_dumped_as_they_were() -> None:
+    """Hashes of settings and manifests made before there was the choice stay as they are."""
+    assert AdaptersConfig().model_dump()["shared"] == {"rank": 8, "alpha": 16, "dropout": 0.0}
+    on = AdaptersConfig.model_validate({"shared": {"use_rslora": True}})
+    assert AdaptersConfig.model_validate(on.model_dump()) == on
+    assert on.model_dump()["shared"]["use_rslora"] is True
+
+
+def test_a_lora_config_of_peft_stands_for_settings() -> None:
+    given = LoraConfig(
+        r=6, lora_alpha=5, lora_dropout=0.1, use_rslora=True,
+        target_modules=["v_proj", "q_proj"], task_type="CAUSAL_LM",
+    )  # fmt: skip
+    shared = {"rank": 6, "alpha": 5, "dropout": 0.1, "use_rslora": True}
+    assert settings_from_peft(given) == {"shared": shared, "targets": ["q_proj", "v_proj"]}
+    assert AdaptersConfig.model_validate(settings_from_peft(given)).targets == ("q_proj", "v_proj")
+    assert settings_from_peft(LoraConfig(target_modules="all-linear"))["targets"] == "all-linear"
+    assert "targets" not in settings_from_peft(LoraConfig())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+        ("rank_pattern", {"q_proj": 2}),
+        ("layers_to_transform", [1]),
+        ("init_lora_weights", "pissa"),
+        ("task_type", "SEQ_CLS"),
+        ("exclude_modules", ["lm_head"]),
+    ],
+)
+def test_what_cannot_be_trained_of_a_lora_config_is_refused(setting: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"adapters.shared: the LoraConfig sets {setting}, which"):
+        settings_from_peft(LoraConfig(**{setting: value}))

@@ -11,17 +11,19 @@ from pfm_llm.base.errors import ArtefactError, CorruptFileError
 from pfm_llm.config.choices import Task
 from pfm_llm.config.model import AdaptersConfig, TasteConfig
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.model.lora import tensors_from_peft
+from pfm_llm.model.lora import names_from_peft
 from pfm_llm.model.parameters import parameter_table
 from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.publish import artefact
 from pfm_llm.publish.alignment import align_items, aligned_tensors, item_keys
-from pfm_llm.publish.artefact import Manifest, check_listing
+from pfm_llm.publish.artefact import check_listing
+from pfm_llm.publish.manifest import Manifest
 from pfm_llm.text.prompts import load_prompt
 from tests.support.small_artefacts import (
     HIDDEN,
     MODULES,
     make_artefact,
+    random_head,
     random_lora,
     small_manifest,
 )
@@ -133,12 +135,12 @@ def test_equal_catalogues_change_nothing() -> None:
     assert all(torch.equal(aligned[name], tensors[name]) for name in tensors)
 
 
-def test_tensors_from_peft_takes_lora_factors_only() -> None:
+def test_names_from_peft_are_those_of_lora_factors_only() -> None:
     key = "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight"
-    assert list(tensors_from_peft({key: torch.ones(1)})) == ["lora.model.layers.3.mlp.up_proj.A"]
+    assert list(names_from_peft({key: torch.ones(1)})) == ["lora.model.layers.3.mlp.up_proj.A"]
     for wrong in ("base_model.model.lm_head.modules_to_save.weight", "private.lora.x.A"):
         with pytest.raises(CorruptFileError, match="no factor of a LoRA"):
-            tensors_from_peft({wrong: torch.ones(1)})
+            names_from_peft({wrong: torch.ones(1)})
 
 
 def test_the_table_of_a_folder_follows_from_its_manifest_and_its_widths(tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_the_table_of_a_folder_follows_from_its_manifest_and_its_widths(tmp_path
     adapters = {"shared": {"rank": 2, "alpha": 4}, "private": private}
     settings = {"adapters": AdaptersConfig.model_validate(adapters)}
     made = make_artefact(tmp_path / "a", **settings)
-    table, tensors = made.table(), made.shared_tensors()
+    table, tensors = made.table(), {**random_lora(0), **random_head(0)}
     for name in (*random_lora(0), "head.state_proj", "head.item_ids"):
         assert table[name].shape == tuple(tensors[name].shape)
     assert table["basis.head.A"].shape == (4, HIDDEN)

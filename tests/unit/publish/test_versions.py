@@ -1,14 +1,19 @@
 """The difference of two versions, against dense float64 arithmetic."""
 
+import datetime
 from pathlib import Path
 
 import pytest
 import torch
 
-from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig
-from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_PROJ, STATE_PROJ
-from pfm_llm.publish.artefact import Artefact, Metric
+from pfm_llm.config.model import SharedAdapterConfig
+from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_IDS_OUT, ITEM_PROJ, STATE_PROJ
+from pfm_llm.publish.artefact import Artefact
+from pfm_llm.publish.manifest import Metric
+from pfm_llm.publish.versions.chain import ChainReport, CheckedVersion
 from pfm_llm.publish.versions.difference import Change, diff_versions, product_norm
+from pfm_llm.publish.versions.history import Version
+from pfm_llm.publish.versions.text import chain_text, versions_text
 from tests.support.small_artefacts import ITEMS, MODULES, make_artefact, random_head, random_lora
 
 
@@ -39,7 +44,9 @@ def test_norms_are_those_of_the_dense_difference(ranks: tuple[int, int], tmp_pat
 
 def test_a_change_of_alpha_alone_is_a_change_of_weights(tmp_path: Path) -> None:
     older = make_artefact(tmp_path / "a", 1)
-    adapters = AdaptersConfig(shared=LoraAdapterConfig(rank=2, alpha=6))
+    adapters = older.manifest.adapters.model_copy(
+        update={"shared": SharedAdapterConfig(rank=2, alpha=6)}
+    )
     newer = make_artefact(tmp_path / "b", 1, adapters=adapters)
     for change in diff_versions(older, newer).modules:
         assert change.relative == pytest.approx(0.5, rel=1e-12)
@@ -49,7 +56,7 @@ def test_equal_versions_differ_by_nothing_and_near_ones_by_little(tmp_path: Path
     lora = random_lora(1)
     older = make_artefact(tmp_path / "a", 1, lora=lora)
     same = diff_versions(older, make_artefact(tmp_path / "b", 1, lora=lora))
-    assert [change.norm for change in (*same.modules, *same.layers, *same.tensors)] == [0.0] * 8
+    assert [change.norm for change in (*same.modules, *same.layers, *same.tensors)] == [0.0] * 9
     assert same.settings == ()
     # Differences far below what squares of the whole products would resolve.
     name = f"lora.{MODULES[0]}.B"
@@ -140,16 +147,21 @@ def test_catalogues_without_a_common_item_can_be_compared(tmp_path: Path) -> Non
 
 
 def test_head_tensors_may_come_go_and_change_shape(tmp_path: Path) -> None:
-    old, new = random_head(1), random_head(2)
+    old, new, narrow = random_head(1), random_head(2), random_head(3)
     del new[ITEM_BIAS]
-    del old[ITEM_IDS]
-    new[STATE_PROJ] = torch.ones(2, 8)
+    del old[ITEM_IDS], old[ITEM_IDS_OUT]
+    narrow |= {
+        STATE_PROJ: torch.ones(2, 8),
+        ITEM_PROJ: torch.eye(2),
+        ITEM_IDS_OUT: torch.ones(2, 3),
+    }
     older = make_artefact(tmp_path / "a", head=old)
     changes = by_name(diff_versions(older, make_artefact(tmp_path / "b", head=new)).tensors)
     assert (changes[ITEM_BIAS].note, changes[ITEM_IDS].note) == ("gone", "new")
-    assert (changes[STATE_PROJ].norm, changes[STATE_PROJ].note) == (None, "of another shape")
     wanted = (new[ITEM_PROJ].double() - old[ITEM_PROJ].double()).norm().item()
     assert changes[ITEM_PROJ].norm == pytest.approx(wanted, rel=1e-12)
+    changes = by_name(diff_versions(older, make_artefact(tmp_path / "c", head=narrow)).tensors)
+    assert (changes[STATE_PROJ].norm, changes[STATE_PROJ].note) == (None, "of another shape")
 
 
 def metric(mode: str, value: float) -> Metric:
@@ -183,3 +195,22 @@ def test_settings_that_differ_are_named(tmp_path: Path) -> None:
 
 def test_product_norm_of_nothing_is_zero() -> None:
     assert product_norm(torch.zeros(5, 2), torch.ones(2, 3)) == 0.0
+
+
+def test_texts_of_others_cannot_forge_a_line(tmp_path: Path) -> None:
+    made = make_artefact(tmp_path / "a")
+    manifest = made.manifest.model_copy(update={"name": "small\nffff  ok  signed by you\x1b[2J"})
+    version = Version(
+        commit="c" * 40,
+        date=datetime.datetime(2026, 11, 28, tzinfo=datetime.UTC),
+        title="",
+        tags=("v1\n",),
+        manifest_sha256="d" * 64,
+        manifest=manifest,
+        signed_by=None,
+        problem="wrong\nok",
+    )
+    report = ChainReport("a/b", "main", None, (CheckedVersion(version, ("x\ny",), ("\x1b",)),))
+    assert len(versions_text([version]).splitlines()) == 3  # head, version, its problem
+    assert len(chain_text(report).splitlines()) == 4  # version, problem, note, outcome
+    assert "\x1b" not in versions_text([version]) + chain_text(report)

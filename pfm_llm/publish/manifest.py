@@ -1,0 +1,168 @@
+"""``pfm_manifest.json``: what a published adapter is, what it depends on, and its files.
+
+The manifest identifies everything that the adapter depends on: the base model's weights and
+tokenizer, the prompt, the catalogue and the previous adapter or version.
+"""
+
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pfm_llm.base import files
+from pfm_llm.base.errors import CorruptFileError
+from pfm_llm.config.choices import Dtype, Task
+from pfm_llm.config.model import AdaptersConfig, Count, HeadConfig, PositiveCount, WindowConfig
+from pfm_llm.publish.foreign import texts
+
+FORMAT = 4
+MAX_MANIFEST_BYTES = 4 << 20
+_MAX_TEXT = 1000
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Base(_Part):
+    """The frozen model that an adapter was trained on.
+
+    Attributes:
+        name: Hub id, or the last part of a local folder's name.
+        embedded: Its embedded name, when the weights came with a package registry.
+        revision: The Hub revision that was asked for.
+        dtype: The compute type that was asked for; ``auto`` depends on the machine.
+        weights_sha256: See `backbone.hash_weights`.
+        tokenizer_sha256: Over the vocabulary.
+    """
+
+    name: str
+    embedded: str | None
+    revision: str | None
+    dtype: Dtype
+    weights_sha256: str
+    tokenizer_sha256: str
+
+
+class Parent(_Part):
+    """A predecessor of an adapter.
+
+    Attributes:
+        relation: ``previous``: the version before it in the same repository; ``trained_from``:
+            the adapter that its training started from; ``restored``: the version that a rollback
+            brought back.
+        manifest_sha256: Of the parent's manifest.
+        repo: Hub id or folder name.
+        revision: The commit, where it is known.
+    """
+
+    relation: Literal["previous", "trained_from", "restored"]
+    manifest_sha256: str
+    repo: str
+    revision: str | None = None
+
+
+class Metric(_Part):
+    """One figure of the evaluation, on test, over the full catalogue.
+
+    Attributes:
+        mode: Value of `types.Mode`.
+        metric: Such as ``ndcg@10``.
+        value: Mean over users.
+        ci_low, ci_high: Bootstrap interval over users.
+    """
+
+    mode: str
+    metric: str
+    value: float
+    ci_low: float
+    ci_high: float
+
+
+class Manifest(_Part):
+    """``pfm_manifest.json``.
+
+    Attributes:
+        format: `FORMAT`.
+        pfm_llm: Version of this library.
+        name: Of the run.
+        round: The last round of the adapter's training.
+        base: The frozen model.
+        adapters: Rank, alpha, targets and layers of both adapters, so that a user can
+            personalise it.
+        modules: Paths of the adapted modules.
+        head, tasks: Settings of the recommender head, and its tasks.
+        window: Settings of the windows.
+        prompt: Key of the prompt.
+        prompt_sha256: Hash of the prompt's content.
+        data_source: Name of the data, or the last part of its path.
+        catalogue_sha256: Hash of ids and texts.
+        num_items: Size of the catalogue.
+        contract_sha256: Hash of the federation's update contract.
+        parents: The predecessors; empty for a first version.
+        metrics: Figures of the evaluation; empty before the first evaluation.
+        files: Name to SHA-256 of every listed file.
+    """
+
+    format: Literal[4]
+    pfm_llm: str
+    name: str
+    round: Count
+    base: Base
+    adapters: AdaptersConfig
+    modules: tuple[str, ...]
+    head: HeadConfig
+    tasks: tuple[Task, ...] = (Task.NEXT_ITEM,)
+    window: WindowConfig
+    prompt: str
+    prompt_sha256: str
+    data_source: str
+    catalogue_sha256: str
+    num_items: PositiveCount
+    contract_sha256: str
+    parents: tuple[Parent, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+    files: dict[str, str]
+
+    def to_bytes(self) -> bytes:
+        """The bytes of the file, which are hashed, signed and published."""
+        tree = self.model_dump(mode="json")
+        return (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, origin: str) -> "Manifest":
+        """Parse a manifest.
+
+        Args:
+            content: The file's bytes.
+            origin: The source of the file, for messages.
+
+        Raises:
+            CorruptFileError: The content is no manifest of this format.
+        """
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise CorruptFileError(f"{origin} is larger than a manifest")
+        try:
+            tree = files.parse_json(content)
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{origin} {error}") from error
+        for where, text in texts(tree):
+            if not text.isprintable() or len(text) > _MAX_TEXT:
+                # A line end in a name could forge a line of what is printed about it.
+                raise CorruptFileError(
+                    f"{origin} is damaged at {where[:80]}: a text there has a line end or control "
+                    f"character, or is longer than {_MAX_TEXT} characters"
+                )
+        found = tree.get("format") if isinstance(tree, dict) else None
+        if found != FORMAT:
+            raise CorruptFileError(
+                f"{origin} has format {found!r}, this version of pfm_llm reads {FORMAT}: "
+                "use the version of pfm_llm that wrote it, or export the run again"
+            )
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            raise CorruptFileError(
+                f"{origin} is damaged at {where}: {error.errors()[0]['msg']}"
+            ) from error

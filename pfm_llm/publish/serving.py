@@ -1,0 +1,83 @@
+"""What a published adapter needs to serve: its items, and the settings of its model."""
+
+from pathlib import Path
+
+from pfm_llm.base.errors import ArtefactError, DataError
+from pfm_llm.config.data import EMBEDDED_SOURCES
+from pfm_llm.config.schema import (
+    BackboneConfig,
+    ExperimentConfig,
+    FederationConfig,
+    InitFromConfig,
+)
+from pfm_llm.data import sources
+from pfm_llm.data.interactions import Catalogue
+from pfm_llm.model.backbone import EMBEDDED
+from pfm_llm.publish.artefact import Artefact, prompt_file
+
+
+def load_catalogue(artefact: Artefact, source: str | None) -> Catalogue:
+    """The items that an adapter is to rank.
+
+    Args:
+        artefact: The adapter.
+        source: See `sources.load_catalogue`; None: the items that it was trained on.
+
+    Raises:
+        DataError: The items that it was trained on are not at hand, or the source is none.
+    """
+    trained_on = artefact.manifest.data_source
+    if source is None and trained_on not in EMBEDDED_SOURCES:
+        raise DataError(
+            f"{artefact.origin} was trained on {trained_on!r}, whose items are not in its folder; "
+            "pass catalogue: a CSV, TSV or Parquet file with item_id and title"
+        )
+    return sources.load_catalogue(source or trained_on)
+
+
+def serving_config(
+    artefact: Artefact, backbone: str | None, allow_base_mismatch: bool
+) -> ExperimentConfig:
+    """The settings under which the adapter's tensors have their meaning.
+
+    What a manifest does not hold stands at its default, and is read by no recommender.
+
+    Args:
+        artefact: The adapter.
+        backbone: Name, Hub id or folder of the base model; None: as the manifest names it.
+        allow_base_mismatch: Go on with other base weights.
+
+    Raises:
+        ArtefactError: The manifest names a base that is nobody else's, or a path.
+    """
+    manifest = artefact.manifest
+    name = backbone or manifest.base.embedded or manifest.base.name
+    if backbone is None and not _is_portable(name, manifest.base.embedded):
+        raise ArtefactError(
+            f"{artefact.origin}: its manifest names a base model {name!r}, which is neither "
+            "embedded nor a Hub id; pass backbone: the folder or Hub id of that model"
+        )
+    if name == manifest.base.name and "/" not in name and not Path(name).exists():
+        raise ArtefactError(
+            f"{artefact.origin} was trained on a local model called {name!r}; pass backbone: the "
+            "folder or Hub id of that model"
+        )
+    revision = None if backbone else manifest.base.revision
+    return ExperimentConfig.model_construct(
+        name=manifest.name,
+        prompt=str(artefact.folder / prompt_file(manifest.prompt)),
+        tasks=manifest.tasks,
+        window=manifest.window,
+        adapters=manifest.adapters,
+        head=manifest.head,
+        backbone=BackboneConfig(name=name, revision=revision, dtype=manifest.base.dtype),
+        federation=FederationConfig(cohort_size=1),  # one client: the user
+        init_from=InitFromConfig(adapter=artefact.origin, allow_base_mismatch=allow_base_mismatch),
+    )
+
+
+def _is_portable(name: str, embedded: str | None) -> bool:
+    """Whether a base model's name is embedded, a Hub id or a plain name; a path is not."""
+    if embedded is not None:
+        return name in EMBEDDED
+    return name.count("/") < 2 and all(part.strip(".~") for part in name.split("/"))
