@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 Validate = Callable[[], Mapping[str, Any]]
 """Evaluates the server's shared state on validation; returns figures for the log."""
 
+_MAX_EMPTY_ROUNDS = 20
+"""A run stops after so many rounds in a row without any usable update, or when it had no other."""
+
 OnCommit = Callable[[int], None]
 """Receives each round after its commit."""
 
@@ -65,9 +68,9 @@ def run_rounds(
         on_commit: Called after every commit, on every process.
 
     Raises:
-        TrainingError: In a round, a client gave neither an update nor a refusal, no update was
-            usable, or the step was not finite. That round does not count; all committed rounds
-            stay.
+        TrainingError: In a round, a client gave neither an update nor a refusal, or the step was
+            not finite; or no update was usable for many rounds. The round does not count; all
+            committed rounds stay.
     """
     config, server = federation.config, federation.server
     last_round, every = known(config.federation.num_rounds), known(config.evaluation.every)
@@ -79,12 +82,16 @@ def run_rounds(
         unit="rounds",
         initial=first_round - 1,
     )
+    num_empty = 0
     with progress:
         for round_number in range(first_round, last_round + 1):
             started = time.perf_counter()
             cohort = server.select_cohort(round_number)
             updates = federation.exchange.train(cohort, server.shared)
             _check_complete(updates, cohort, round_number)
+            num_empty = 0 if updates.tally.num_updates else num_empty + 1
+            if num_empty >= min(_MAX_EMPTY_ROUNDS, last_round):
+                raise _nothing_usable(updates, num_empty, round_number)
             summary = server.aggregate(updates)
             record = _record(federation, summary, time.perf_counter() - started)
             if every and round_number % every == 0 and round_number < last_round:
@@ -111,7 +118,7 @@ def commit(federation: Federation, round_number: int) -> None:
 
 
 def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: int) -> None:
-    """Raise `TrainingError` if a client gave no answer, or if no update is usable."""
+    """Raise `TrainingError` if a client gave neither an update nor a refusal."""
     tally = updates.tally
     silent = sorted(set(cohort).difference(tally.client_ids))
     if len(silent) > len(tally.refusals):
@@ -121,12 +128,15 @@ def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: in
             f"(clients without an update: {', '.join(map(repr, silent[:3]))}). The round does not "
             "count; continue from the last commit with --resume"
         )
-    if not tally.num_updates:
-        raise TrainingError(
-            f"round {round_number}: none of {len(tally.refusals)} updates was usable "
-            f"({tally.refusals[0]}); lower the learning rates under federation.local and "
-            "federation.server, then continue from the last commit with --resume"
-        )
+
+
+def _nothing_usable(updates: Aggregator, num_rounds: int, round_number: int) -> TrainingError:
+    tally = updates.tally
+    return TrainingError(
+        f"round {round_number}: none of {len(tally.refusals)} updates was usable, and none in "
+        f"{num_rounds} rounds up to it ({tally.refusals[0]}); lower the learning rates under "
+        "federation.local and federation.server, then continue from the last commit with --resume"
+    )
 
 
 def _record(federation: Federation, summary: RoundSummary, seconds: float) -> dict[str, Any]:
@@ -138,6 +148,7 @@ def _record(federation: Federation, summary: RoundSummary, seconds: float) -> di
         "num_clients": num_clients,
         "num_examples": summary.num_examples,
         "refused": len(summary.refusals),
+        "clipped": summary.num_clipped,
         "seconds": seconds,
         "clients_per_second": num_clients / seconds,
         "bytes_up": size * num_clients,
@@ -146,11 +157,14 @@ def _record(federation: Federation, summary: RoundSummary, seconds: float) -> di
         "aggregated_norm": summary.update_norm,
         **federation.exchange.diagnostics,
     }
-    return {**record, "stages": summary.stages} if summary.stages else record
+    by_name = {"refused_by_reason": summary.refused_by_reason, "stages": summary.stages}
+    return record | {name: figures for name, figures in by_name.items() if figures}
 
 
 def _report(federation: Federation, record: Mapping[str, Any], progress: Progress) -> None:
-    figures = {"loss": record["loss"], "clients/s": record["clients_per_second"]}
+    figures = {"clients/s": record["clients_per_second"]}
+    if record["loss"] is not None:  # of a round without any usable update
+        figures = {"loss": record["loss"], **figures}
     for mode, values in record.get("validation", {}).items():
         figures[f"{mode} ndcg@10"] = values["ndcg@10"]
     progress.update(1, **figures)
