@@ -24,7 +24,7 @@ Validate = Callable[[], Mapping[str, Any]]
 """Evaluates the server's shared state on validation; returns figures for the log."""
 
 _MAX_EMPTY_ROUNDS = 20
-"""A run stops after so many rounds in a row without any usable update, or when it had no other."""
+"""A run stops after so many rounds in a row without any usable update."""
 
 OnCommit = Callable[[int], None]
 """Receives each round after its commit."""
@@ -69,8 +69,8 @@ def run_rounds(
 
     Raises:
         TrainingError: In a round, a client gave neither an update nor a refusal, or the step was
-            not finite; or no update was usable for many rounds. The round does not count; all
-            committed rounds stay.
+            not finite; or no update was usable in many rounds in a row, or in most rounds of the
+            run. The round does not count; all committed rounds stay.
     """
     config, server = federation.config, federation.server
     last_round, every = known(config.federation.num_rounds), known(config.evaluation.every)
@@ -82,16 +82,15 @@ def run_rounds(
         unit="rounds",
         initial=first_round - 1,
     )
-    num_empty = 0
+    usable: list[bool] = []
     with progress:
         for round_number in range(first_round, last_round + 1):
             started = time.perf_counter()
             cohort = server.select_cohort(round_number)
             updates = federation.exchange.train(cohort, server.shared)
             _check_complete(updates, cohort, round_number)
-            num_empty = 0 if updates.tally.num_updates else num_empty + 1
-            if num_empty >= min(_MAX_EMPTY_ROUNDS, last_round):
-                raise _nothing_usable(updates, num_empty, round_number)
+            usable.append(bool(updates.tally.num_updates))
+            _check_usable(usable, updates, is_last=round_number == last_round)
             summary = server.aggregate(updates)
             record = _record(federation, summary, time.perf_counter() - started)
             if every and round_number % every == 0 and round_number < last_round:
@@ -130,13 +129,24 @@ def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: in
         )
 
 
-def _nothing_usable(updates: Aggregator, num_rounds: int, round_number: int) -> TrainingError:
-    tally = updates.tally
-    return TrainingError(
-        f"round {round_number}: none of {len(tally.refusals)} updates was usable, and none in "
-        f"{num_rounds} rounds up to it ({tally.refusals[0]}); lower the learning rates under "
-        "federation.local and federation.server, then continue from the last commit with --resume"
-    )
+def _check_usable(usable: Sequence[bool], updates: Aggregator, is_last: bool) -> None:
+    """Raise `TrainingError` if training would go on, or end, with next to nothing to learn from.
+
+    Args:
+        usable: Whether each round of this start had a usable update.
+        updates: The updates of the newest round.
+        is_last: Whether that is the last round of the run.
+    """
+    newest = usable[-_MAX_EMPTY_ROUNDS:]
+    stuck = len(newest) == _MAX_EMPTY_ROUNDS and not any(newest)
+    if stuck or (is_last and 2 * sum(usable) < len(usable)):
+        refusals = updates.tally.refusals
+        example = f" ({refusals[0]})" if refusals else ""
+        raise TrainingError(
+            f"{len(usable) - sum(usable)} of {len(usable)} rounds had no usable update{example}; "
+            "if training diverged, lower the learning rates under federation.local and "
+            "federation.server; then continue from the last commit with --resume"
+        )
 
 
 def _record(federation: Federation, summary: RoundSummary, seconds: float) -> dict[str, Any]:

@@ -168,18 +168,19 @@ def test_a_round_without_a_usable_update_changes_nothing_and_the_run_goes_on(
     assert all(torch.equal(committed.tensors[name], expected[name]) for name in expected)
 
 
-def test_a_run_that_only_has_such_rounds_ends_with_the_remedy(tmp_path: Path) -> None:
+def test_a_run_that_mostly_has_such_rounds_ends_with_the_remedy(tmp_path: Path) -> None:
     federation, exchange = federation_of(tmp_path)
-    exchange.answer = ruined(range(1, 5))
-    message = r"round 4: none of 4 updates was usable, and none in 4 rounds .*loss is nan.*lower"
+    exchange.answer = ruined(range(2, 5))
+    message = r"3 of 4 rounds had no usable update \(client .*loss is nan.*lower the learning rates"
     with pytest.raises(TrainingError, match=message):
         run_rounds(federation, 1, lambda: {})
+    assert federation.checkpoints.rounds() == (2,)
 
 
 def test_a_run_ends_after_twenty_such_rounds(tmp_path: Path) -> None:
     federation, exchange = federation_of(tmp_path, num_rounds=60)
     exchange.answer = ruined(range(5, 61))
-    with pytest.raises(TrainingError, match=r"round 24: .*none in 20 rounds"):
+    with pytest.raises(TrainingError, match=r"20 of 24 rounds had no usable update"):
         run_rounds(federation, 1, lambda: {})
     assert federation.checkpoints.rounds() == (20, 22)
 
