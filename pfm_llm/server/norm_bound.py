@@ -24,18 +24,18 @@ _CLIPPED_FROM = 50.0
 _MOST_EXAMPLES = 10_000.0
 """Likewise of ``num_examples``, which is honest for a silo of thousands of users among users."""
 
-_LEAST_SHARE = 1e-3
-"""The medians of a tensor count as at least this share of the median norm of a whole update."""
+_LEAST_NORM, _LEAST_ENTRY = 1e-3, 2e-2
+"""The medians of a tensor count as at least these shares of the median norm of whole updates."""
 
 _WINDOW, _FEWEST = 64, 8
 """The median is of so many of the newest sizes. With fewer than the latter there is none yet."""
 
-_FIRST_GRADIENT = 300.0
+_FIRST_NORM, _FIRST_ENTRY = 300.0, 100.0
 _FIRST_ADAM_STEP = 10.0
-"""While there is no median: the largest norm of a gradient, and entry of a step of AdamW at rate 1.
+"""Bounds while there is no median: of a gradient, and of an entry in a step of AdamW at rate 1.
 
-Honest first gradients had norms up to 18. A step of AdamW from fresh moments moves an entry by its
-rate, or little more.
+Honest first gradients had norms up to 18 and entries up to 5. A step of AdamW from fresh moments
+moves an entry by its rate, or little more.
 """
 
 
@@ -45,7 +45,7 @@ class NormBound:
     The *sizes* of an update are its Euclidean norm over all tensors, and for each tensor its norm
     and the magnitude of its largest entry, so that neither a small tensor nor a single coordinate
     hides behind the rest. With s a size and m the median of that size over the newest accepted
-    updates, at least 1/1000 of the median norm of whole updates:
+    updates, at least 1/1000 (a norm) or 1/50 (an entry) of the median norm of whole updates:
 
     - some s > 100 m: the update is refused.
     - else some s > 50 m: Δ ← Δ · min over sizes of 50 m / s.
@@ -54,13 +54,14 @@ class NormBound:
     The margin is wide. In the tiny runs of all methods and in default runs on MovieLens-100K,
     honest norms of whole updates stayed below 3 m, and any size below 20 m. Those came from tensors
     that get a gradient only once another one has moved from zero, such as the factors A of a LoRA.
-    Their first gradients are as good as zero, hence the least m. A size of exactly 0 says nothing
-    of the scale, and is not counted.
+    Their first gradients are as good as zero, hence the least m. An entry has a larger one: that of
+    an item's bias is up to 1 for a client with a single example, and the less the more examples a
+    client has. A size of exactly 0 says nothing of the scale, and is not counted.
 
     As long as a size was met fewer than 8 times, stated bounds refuse instead. With rate · steps of
-    local training, a norm or entry may be 300 times that with SGD (or ``max_grad_norm`` times it,
-    where that is less). With AdamW an entry may be 10 times that, and a norm 10 √n times for n
-    numbers.
+    local training, a norm may be 300 times that with SGD and an entry 100 times (or both
+    ``max_grad_norm`` times it, where that is less). With AdamW an entry may be 10 times that, and a
+    norm 10 √n times it for n numbers.
 
     ``num_examples`` is bounded likewise, at 10,000 times its median, since it may be a weight.
 
@@ -150,8 +151,10 @@ class NormBound:
         """The sizes beyond which an update is refused, and is scaled down."""
         met = self._newest > 0
         medians = self._newest.where(met, math.nan).nanmedian(dim=1).values
-        least = _LEAST_SHARE * medians[:1].nan_to_num()
-        medians[:-1] = medians[:-1].maximum(least)
+        norms, entries = medians[1:-1].chunk(2)  # views
+        whole = medians[0].nan_to_num()
+        norms.clamp_(min=float(_LEAST_NORM * whole))
+        entries.clamp_(min=float(_LEAST_ENTRY * whole))
         known = met.sum(dim=1) >= _FEWEST
         refused, clipped = _REFUSED_FROM * medians, _CLIPPED_FROM * medians
         refused[-1] = _MOST_EXAMPLES * medians[-1]
@@ -172,5 +175,6 @@ def _first_bounds(counts: list[int], local: LocalConfig) -> list[float]:
     reach = local.shared_lr * local.shared_local_steps
     if local.shared_optimizer is LocalOptimizer.ADAMW:
         return [_FIRST_ADAM_STEP * reach * math.sqrt(max(count, 1)) for count in counts]
-    gradient = min(_FIRST_GRADIENT, 1.01 * (local.max_grad_norm or math.inf))
-    return [gradient * reach for _ in counts]
+    longest = 1.01 * (local.max_grad_norm or math.inf)
+    bounds = (_FIRST_ENTRY if count == 1 else _FIRST_NORM for count in counts)
+    return [min(bound, longest) * reach for bound in bounds]

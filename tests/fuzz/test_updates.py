@@ -163,8 +163,11 @@ def changed_tensor(draw: st.DrawFn, kind: str, tensor: torch.Tensor) -> Any:
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether it can be changed further."""
-    return type(tensor) is torch.Tensor and tensor.is_cpu and tensor.dtype is torch.float32
+    """Whether it can be changed further; reading a tensor without memory ends the process."""
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+        return False
+    has_memory = tensor.untyped_storage().nbytes() > 0 or tensor.numel() == 0
+    return tensor.is_cpu and tensor.dtype is torch.float32 and has_memory
 
 
 @st.composite
