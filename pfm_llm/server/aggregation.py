@@ -29,7 +29,7 @@ class Tally:
         weighted_loss: The sum of their losses (nats), each times its weight.
         num_examples: The sum of their examples.
         noted: Name of a stage to the number that it noted for each update, in order.
-        sizes: Client to the sizes of its update; see `NormBound`.
+        sizes: The sizes of each added update; see `NormBound`.
         clipped: How many of the added updates `NormBound` scaled down.
     """
 
@@ -40,7 +40,7 @@ class Tally:
     weighted_loss: float = 0.0
     num_examples: int = 0
     noted: dict[str, list[float]] = field(default_factory=dict)
-    sizes: dict[str, torch.Tensor] = field(default_factory=dict)
+    sizes: list[torch.Tensor] = field(default_factory=list)
     clipped: int = 0
 
     @property
@@ -68,7 +68,7 @@ class Tally:
         self.num_examples += other.num_examples
         for name, figures in other.noted.items():
             self.noted.setdefault(name, []).extend(figures)
-        self.sizes |= other.sizes
+        self.sizes += other.sizes
         self.clipped += other.clipped
 
 

@@ -7,7 +7,7 @@ met makes the bound fit to any model and data (arXiv 1905.03871 adapts a bound t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -133,9 +133,19 @@ class NormBound:
         }
         return scaled, self._sizes(scaled, num_examples)
 
-    def learn(self, accepted: Mapping[str, torch.Tensor]) -> None:
-        """Take in the sizes of a round's accepted updates, by client; their order has no effect."""
-        for _, sizes in sorted(accepted.items()):
+    def learn(self, accepted: Sequence[torch.Tensor]) -> None:
+        """Take in the sizes of a round's accepted updates.
+
+        They are kept sorted, each size on its own. So the order of updates has no effect, and
+        nobody who sees the server's folder can tell which sizes are of one client.
+
+        Args:
+            accepted: What `bounded` returned for each update, float64 [sizes].
+        """
+        ordered = torch.stack(list(accepted)).sort(dim=0).values
+        if len(ordered) > _WINDOW:  # an even choice: the last ones are the largest
+            ordered = ordered[torch.linspace(0, len(ordered) - 1, _WINDOW).round().long()]
+        for sizes in ordered:
             met = sizes > 0
             self._newest[met] = self._newest[met].roll(-1, dims=1)
             self._newest[met, -1] = sizes[met]

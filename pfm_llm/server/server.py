@@ -163,7 +163,7 @@ class Server:
             updates.refuse(str(error), error.reason)
             return False
         updates.tally.note(noted)
-        updates.tally.sizes[client] = sizes
+        updates.tally.sizes.append(sizes)
         updates.tally.clipped += bounded is not delta
         return True
 

@@ -192,6 +192,25 @@ def test_neither_the_order_of_updates_nor_the_chunks_change_the_bounds(
     assert equal(one, other, "norm_bound/")
 
 
+def test_sizes_of_one_client_cannot_be_told_from_those_of_others() -> None:
+    """Each size is sorted on its own: the number of examples tells nothing of the norms."""
+    server, updates = server_of(), server_of().new_aggregator()
+    for number, client_id in enumerate(CLIENTS):
+        update = honest(server, client_id, scale=2.0**-number)
+        assert server.receive(updates, dataclasses.replace(update, num_examples=number + 1))
+    server.aggregate(updates)
+    kept = server.state_tensors()["norm_bound/sizes"][:, -len(CLIENTS) :]
+    assert torch.equal(kept, kept.sort(dim=1).values)
+    assert kept[-1].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]  # of the longest update the 1
+
+
+def test_a_large_cohort_is_represented_by_all_of_its_range() -> None:
+    bound = NormBound(server_of().contract.tensors, LocalConfig())
+    bound.learn([torch.full((6,), size).double() for size in range(1, 1001)])
+    middle = bound.state.median(dim=1).values
+    assert bool(((middle > 450) & (middle < 550)).all())
+
+
 def test_a_resumed_server_has_the_same_bounds() -> None:
     whole = server_of()
     play(whole, 5, scaled(70.0))
