@@ -82,15 +82,15 @@ def run_rounds(
         unit="rounds",
         initial=first_round - 1,
     )
-    usable: list[bool] = []
+    num_empty = 0
     with progress:
         for round_number in range(first_round, last_round + 1):
             started = time.perf_counter()
             cohort = server.select_cohort(round_number)
             updates = federation.exchange.train(cohort, server.shared)
             _check_complete(updates, cohort, round_number)
-            usable.append(bool(updates.tally.num_updates))
-            _check_usable(usable, updates, is_last=round_number == last_round)
+            num_empty = 0 if updates.tally.num_updates else num_empty + 1
+            _check_usable(server, updates, num_empty, last_round)
             summary = server.aggregate(updates)
             record = _record(federation, summary, time.perf_counter() - started)
             if every and round_number % every == 0 and round_number < last_round:
@@ -129,23 +129,25 @@ def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: in
         )
 
 
-def _check_usable(usable: Sequence[bool], updates: Aggregator, is_last: bool) -> None:
+def _check_usable(server: Server, updates: Aggregator, num_empty: int, last_round: int) -> None:
     """Raise `TrainingError` if training would go on, or end, with next to nothing to learn from.
 
     Args:
-        usable: Whether each round of this start had a usable update.
-        updates: The updates of the newest round.
-        is_last: Whether that is the last round of the run.
+        server: Before its step of the round.
+        updates: The updates of the round.
+        num_empty: How many rounds in a row, up to this one, had no usable update.
+        last_round: The last round of the run.
     """
-    newest = usable[-_MAX_EMPTY_ROUNDS:]
-    stuck = len(newest) == _MAX_EMPTY_ROUNDS and not any(newest)
-    if stuck or (is_last and 2 * sum(usable) < len(usable)):
+    round_number = server.round_under_way
+    without = round_number - server.num_steps - bool(updates.tally.num_updates)
+    mostly = round_number == last_round and 2 * without > last_round
+    if num_empty >= _MAX_EMPTY_ROUNDS or mostly:
         refusals = updates.tally.refusals
         example = f" ({refusals[0]})" if refusals else ""
         raise TrainingError(
-            f"{len(usable) - sum(usable)} of {len(usable)} rounds had no usable update{example}; "
-            "if training diverged, lower the learning rates under federation.local and "
-            "federation.server; then continue from the last commit with --resume"
+            f"{without} of {round_number} rounds had no usable update{example}; if training "
+            "diverged, lower the learning rates under federation.local and federation.server; "
+            "then continue from the last commit with --resume"
         )
 
 

@@ -120,6 +120,11 @@ class Server:
         """The current round: one more than the round of the shared state."""
         return self._shared.round_number + 1
 
+    @property
+    def num_steps(self) -> int:
+        """The number of rounds that had a usable update."""
+        return self._optimizer.step
+
     def select_cohort(self, round_number: int) -> tuple[str, ...]:
         """The clients of a round, a function of (seed, round) alone.
 
