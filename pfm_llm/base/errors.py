@@ -40,7 +40,15 @@ class BackboneError(PfmError):
 
 
 class ContractError(PfmError):
-    """A client update that breaks the update contract and is refused."""
+    """A client update that breaks the update contract and is refused.
+
+    Attributes:
+        reason: The kind of fault in one word, for the public record of a round. It names no client.
+    """
+
+    def __init__(self, message: str, reason: str = "contract") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class TrainingError(PfmError):

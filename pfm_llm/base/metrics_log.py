@@ -2,23 +2,32 @@
 
 The log may become public. A record therefore takes only numbers, strings and mappings of them;
 arrays and tensors are refused.
+
+The costs of a run are sums over its log. Line n is therefore round n, and each line begins with the
+CRC-32 of its rest: ``{"crc32": "0a1b2c3d", "round": 1, …}``. The lines of version 0.2 have none.
 """
 
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pfm_llm.base.errors import CorruptFileError, DataError
+from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.base.files import storage_errors, write_text
+
+_CHECKSUM = "crc32"
+_BEFORE, _AFTER = b'{"crc32": "', b'", '
+_WITHOUT = b'{"round": '
+"""The beginning of a line, around its checksum, and that of a line without one."""
 
 
 class MetricsLog:
-    """One JSON object per line, each with the ``round`` that it belongs to.
+    """One JSON object per line; line n has the figures of round n.
 
     A process may be killed at any byte, so a half-written last line is ignored.
 
@@ -38,10 +47,12 @@ class MetricsLog:
 
         Raises:
             DataError: There is no ``round``, or a value is a sequence, array or tensor.
+            CorruptFileError: A line before a half-written last one is damaged.
             StorageError: The line cannot be written.
         """
         line = _to_line(record)
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+        content = self._content()
+        if content and not content.endswith(b"\n"):
             self._rewrite(self.read())
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,34 +66,71 @@ class MetricsLog:
 
         Args:
             round_number: The last round to keep; 0 keeps none of the rounds from 1 on.
-        """
-        if self.path.exists():
-            self._rewrite(record for record in self.read() if record["round"] <= round_number)
-
-    def read(self) -> list[dict[str, Any]]:
-        """All whole records, oldest first; empty when there is no file.
 
         Raises:
-            CorruptFileError: A line other than a half-written last one is not a record.
+            CorruptFileError: A line is damaged, or a round to keep is missing.
+            StorageError: The file cannot be read or written.
         """
-        if not self.path.exists():
-            return []
-        *lines, tail = self.path.read_bytes().split(b"\n")
+        if self._content() or round_number:
+            self._rewrite(self.read(round_number))
+
+    def read(self, last_round: int | None = None) -> list[dict[str, Any]]:
+        """The records of rounds 1, 2, …; empty when there is no file.
+
+        Args:
+            last_round: The last round to read; None: all whole records.
+
+        Raises:
+            CorruptFileError: A line other than a half-written last one is damaged or belongs to
+                another round, or a round up to ``last_round`` is missing.
+            StorageError: The file cannot be read.
+        """
+        *lines, tail = self._content().split(b"\n")
         records = [self._parse(line, number) for number, line in enumerate(lines, start=1)]
         # A prefix of a JSON object never parses, so a last line that parses is complete.
+        if _record_of(tail) is not None:
+            records.append(self._parse(tail, len(lines) + 1))
+        if last_round is not None and len(records) < last_round:
+            raise CorruptFileError(
+                f"{self.path} ends after round {len(records)} and lacks the rounds up to "
+                f"{last_round}; restore it from a backup, or start the run again"
+            )
+        return records[:last_round]
+
+    def total(self, name: str, records: Iterable[Mapping[str, Any]]) -> Any:
+        """The sum of a figure over some records of this log.
+
+        Raises:
+            CorruptFileError: A record lacks the figure, or holds something else than a number.
+        """
         try:
-            return [*records, self._parse(tail, len(lines) + 1)]
-        except CorruptFileError:
-            return records
+            return sum(record[name] for record in records)
+        except (KeyError, TypeError) as error:
+            raise CorruptFileError(
+                f"{self.path}: a record holds no number {name!r}; restore the file from a backup, "
+                "or start the run again"
+            ) from error
+
+    def _content(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise StorageError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("round"), int):
+        record = _record_of(line)
+        if record is None:
             raise CorruptFileError(
-                f"{self.path}, line {number}: not a JSON object with a round; delete the line"
+                f"{self.path}, line {number}: damaged, not the record of a round; restore the file "
+                "from a backup, or start the run again"
+            )
+        if record["round"] != number:
+            raise CorruptFileError(
+                f"{self.path}, line {number}: holds round {record['round']}, must be round "
+                f"{number}; lines are missing, repeated or in another order: restore the file from "
+                "a backup, or start the run again"
             )
         return record
 
@@ -91,9 +139,29 @@ class MetricsLog:
 
 
 def _to_line(record: Mapping[str, Any]) -> str:
-    if not isinstance(record.get("round"), int):
+    if type(record.get("round")) is not int:
         raise DataError(f"metrics record without an integer 'round': keys {sorted(record)}")
-    return json.dumps(_plain(record, "record"), allow_nan=False) + "\n"
+    plain = _plain({name: value for name, value in record.items() if name != _CHECKSUM}, "record")
+    rest = json.dumps(plain, allow_nan=False)[1:].encode()
+    return f"{_BEFORE.decode()}{zlib.crc32(rest):08x}{_AFTER.decode()}{rest.decode()}\n"
+
+
+def _record_of(line: bytes) -> dict[str, Any] | None:
+    """The record in a line, without its checksum; None for a line that is damaged."""
+    rest = line.removeprefix(_BEFORE)
+    if rest != line:
+        given, rest = rest[:8], rest[8:].removeprefix(_AFTER)
+        if given != f"{zlib.crc32(rest):08x}".encode():
+            return None
+        line = b"{" + rest
+    elif not line.startswith(_WITHOUT):
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(record, dict) and type(record.get("round")) is int
+    return record if sound else None
 
 
 def _plain(value: Any, name: str) -> Any:

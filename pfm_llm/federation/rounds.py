@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 Validate = Callable[[], Mapping[str, Any]]
 """Evaluates the server's shared state on validation; returns figures for the log."""
 
+_MAX_EMPTY_ROUNDS = 20
+"""A run stops after so many rounds in a row without any usable update."""
+
 OnCommit = Callable[[int], None]
 """Receives each round after its commit."""
 
@@ -66,9 +69,9 @@ def run_rounds(
         on_commit: Called after every commit, on every process.
 
     Raises:
-        TrainingError: In a round, a client gave neither an update nor a refusal, no update was
-            usable, or the step was not finite. That round does not count; all committed rounds
-            stay.
+        TrainingError: In a round, a client gave neither an update nor a refusal, or the step was
+            not finite; or no update was usable in many rounds in a row, or in most rounds of the
+            run. The round does not count; all committed rounds stay.
     """
     config, server = federation.config, federation.server
     last_round, every = known(config.federation.num_rounds), known(config.evaluation.every)
@@ -82,12 +85,15 @@ def run_rounds(
     )
     num_clients, cohort_size = server.num_clients, known(config.federation.cohort_size)
     forecast = Forecast(first_round, last_round, num_clients, cohort_size)
+    num_empty = 0
     with progress:
         for round_number in range(first_round, last_round + 1):
             started = time.perf_counter()
             cohort = server.select_cohort(round_number)
             updates = federation.exchange.train(cohort, server.shared)
             _check_complete(updates, cohort, round_number)
+            num_empty = 0 if updates.tally.num_updates else num_empty + 1
+            _check_usable(server, updates, num_empty, last_round)
             summary = server.aggregate(updates)
             record = _record(federation, summary, time.perf_counter() - started)
             if every and round_number % every == 0 and round_number < last_round:
@@ -115,7 +121,7 @@ def commit(federation: Federation, round_number: int) -> None:
 
 
 def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: int) -> None:
-    """Raise `TrainingError` if a client gave no answer, or if no update is usable."""
+    """Raise `TrainingError` if a client gave neither an update nor a refusal."""
     tally = updates.tally
     silent = sorted(set(cohort).difference(tally.client_ids))
     if len(silent) > len(tally.refusals):
@@ -125,11 +131,27 @@ def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: in
             f"(clients without an update: {', '.join(map(repr, silent[:3]))}). The round does not "
             "count; continue from the last commit with --resume"
         )
-    if not tally.num_updates:
+
+
+def _check_usable(server: Server, updates: Aggregator, num_empty: int, last_round: int) -> None:
+    """Raise `TrainingError` if training would go on, or end, with next to nothing to learn from.
+
+    Args:
+        server: Before its step of the round.
+        updates: The updates of the round.
+        num_empty: How many rounds in a row, up to this one, had no usable update.
+        last_round: The last round of the run.
+    """
+    round_number = server.round_under_way
+    without = round_number - server.num_steps - bool(updates.tally.num_updates)
+    mostly = round_number == last_round and 2 * without > last_round
+    if num_empty >= _MAX_EMPTY_ROUNDS or mostly:
+        refusals = updates.tally.refusals
+        example = f" ({refusals[0]})" if refusals else ""
         raise TrainingError(
-            f"round {round_number}: none of {len(tally.refusals)} updates was usable "
-            f"({tally.refusals[0]}); lower the learning rates under federation.local and "
-            "federation.server, then continue from the last commit with --resume"
+            f"{without} of {round_number} rounds had no usable update{example}; if training "
+            "diverged, lower the learning rates under federation.local and federation.server; "
+            "then continue from the last commit with --resume"
         )
 
 
@@ -142,6 +164,7 @@ def _record(federation: Federation, summary: RoundSummary, seconds: float) -> di
         "num_clients": num_clients,
         "num_examples": summary.num_examples,
         "refused": len(summary.refusals),
+        "clipped": summary.num_clipped,
         "seconds": seconds,
         "clients_per_second": num_clients / seconds,
         "bytes_up": size * num_clients,
@@ -150,13 +173,16 @@ def _record(federation: Federation, summary: RoundSummary, seconds: float) -> di
         "aggregated_norm": summary.update_norm,
         **federation.exchange.diagnostics,
     }
-    return {**record, "stages": summary.stages} if summary.stages else record
+    by_name = {"refused_by_reason": summary.refused_by_reason, "stages": summary.stages}
+    return record | {name: figures for name, figures in by_name.items() if figures}
 
 
 def _report(
     federation: Federation, record: Mapping[str, Any], progress: Progress, seconds_left: float
 ) -> None:
-    figures = {"loss": record["loss"], "clients/s": record["clients_per_second"]}
+    figures = {"clients/s": record["clients_per_second"]}
+    if record["loss"] is not None:  # of a round without any usable update
+        figures = {"loss": record["loss"], **figures}
     for mode, values in record.get("validation", {}).items():
         figures |= {f"{mode} {k}": v for k, v in values.items() if k.startswith("ndcg")}
     progress.update(1, seconds_left=seconds_left, **figures)

@@ -15,11 +15,20 @@ from typing import Any, Self
 import torch
 
 from pfm_llm.base.errors import ContractError
-from pfm_llm.protocol.types import PRIVATE_PREFIX, ClientUpdate, Group, Tensors, in_group
+from pfm_llm.protocol.types import (
+    PRIVATE_PREFIX,
+    ClientUpdate,
+    Group,
+    Refusal,
+    Tensors,
+    in_group,
+)
 
 _SHARED_GROUPS = (Group.LORA, Group.HEAD, Group.BASIS)
 MAX_EXAMPLES = 2**31 - 1
 """An update that claims more is refused: its weight would outweigh all other clients."""
+MAX_LOSS = 1e6
+"""An update with a larger loss (nats) is refused: it would hide the loss of all other clients."""
 
 _SHOWN_NAMES = 3
 _SHOWN_LENGTH = 80
@@ -125,7 +134,14 @@ class UpdateContract:
                 differ from the contract, or a tensor or number is invalid. The message names the
                 client, the tensor or number, and the reason.
         """
+        if type(update) is not ClientUpdate:
+            raise ContractError(
+                f"a {type(update).__name__} arrived in place of an update", Refusal.MALFORMED
+            )
         client = update.client_id
+        _check_field(client, "client_id", client, str)
+        _check_field(client, "round_number", update.round_number, int)
+        _check_field(client, "contract_hash", update.contract_hash, str)
         if update.contract_hash != self.hash():
             raise ContractError(
                 f"client {_show(client)}: built under contract {_show(update.contract_hash)}, not "
@@ -133,24 +149,29 @@ class UpdateContract:
             )
         if update.round_number != round_number:
             raise ContractError(
-                f"client {_show(client)}: trained in round {update.round_number}, "
-                f"but round {round_number} is under way"
+                f"client {_show(client)}: trained in round {_show(update.round_number)}, "
+                f"but round {round_number} is under way",
+                Refusal.ROUND,
             )
         _check_numbers(client, update.num_examples, update.loss)
         self._check_names(client, update.delta)
         for name, spec in self.tensors.items():
             tensor = update.delta[name]
             _check_spec(client, name, tensor, spec)
+            _check_plain(client, name, tensor)
             if not bool(torch.isfinite(tensor).all()):
                 raise ContractError(
                     f"client {_show(client)}: {name} holds values that are not finite; "
-                    "its training diverged (lower federation.local.shared_lr)"
+                    "its training diverged (lower federation.local.shared_lr)",
+                    Refusal.NOT_FINITE,
                 )
 
-    def _check_names(self, client_id: str, delta: Tensors) -> None:
+    def _check_names(self, client_id: str, delta: Any) -> None:
         if not isinstance(delta, Mapping):
-            raise ContractError(f"client {_show(client_id)}: the update holds no named tensors")
-        private = [name for name in delta if str(name).startswith(PRIVATE_PREFIX)]
+            raise ContractError(
+                f"client {_show(client_id)}: the update holds no named tensors", Refusal.MALFORMED
+            )
+        private = [n for n in delta if isinstance(n, str) and n.startswith(PRIVATE_PREFIX)]
         if private:
             raise ContractError(
                 f"client {_show(client_id)}: private tensors never leave their client, "
@@ -184,25 +205,57 @@ def check_shared_name(name: str, where: str) -> None:
 
 
 def _check_spec(client_id: str, name: str, tensor: Any, spec: TensorSpec) -> None:
-    dense = isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-    # A nested tensor may have this layout but no shape; a tensor on `meta` has no values.
+    # A subclass may answer anything; other layouts have no shape, or no values that can be read.
+    dense = type(tensor) is torch.Tensor and tensor.layout is torch.strided
     if not dense or tensor.is_nested or tensor.is_meta:
-        raise ContractError(f"client {_show(client_id)}: {name} is not a dense tensor with values")
+        raise _malformed(client_id, f"{name} is not a dense tensor with values")
     found = TensorSpec.of(tensor)
     if found != spec:
-        raise ContractError(f"client {_show(client_id)}: {name} is {found}, must be {spec}")
+        raise _malformed(client_id, f"{name} is {found}, must be {spec}")
+
+
+def _check_plain(client_id: str, name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that `UpdateContract.build` cannot have made, though its shape is right."""
+    problem = None
+    if tensor.device.type != "cpu":
+        problem = f"is on {tensor.device.type}"
+    elif tensor.requires_grad:
+        problem = "carries a graph of gradients"
+    elif not tensor.is_contiguous() or tensor.is_neg():
+        problem = "is a view with another layout of memory"
+    elif tensor.untyped_storage().nbytes() < _end_of(tensor):
+        problem = "is larger than its memory"
+    if problem is not None:
+        raise _malformed(client_id, f"{name} {problem}; send a plain contiguous tensor on the CPU")
+
+
+def _end_of(tensor: torch.Tensor) -> int:
+    """The byte of its storage at which a contiguous tensor ends."""
+    return int(tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+
+
+def _check_field(client_id: Any, name: str, value: Any, kind: type) -> None:
+    if type(value) is not kind:
+        raise _malformed(client_id, f"{name} is {_show(value)}, must be of type {kind.__name__}")
 
 
 def _check_numbers(client_id: str, num_examples: Any, loss: Any) -> None:
     if type(num_examples) is not int or not 0 < num_examples <= MAX_EXAMPLES:
-        raise ContractError(
-            f"client {_show(client_id)}: num_examples is {_show(num_examples)}, must be an "
-            f"integer from 1 to {MAX_EXAMPLES}"
+        raise _malformed(
+            client_id,
+            f"num_examples is {_show(num_examples)}, must be an integer from 1 to {MAX_EXAMPLES}",
         )
     if type(loss) is not float or not math.isfinite(loss):
-        raise ContractError(
-            f"client {_show(client_id)}: loss is {_show(loss)}, must be a finite float"
-        )
+        problem = f"loss is {_show(loss)}, must be a finite float"
+        kind = Refusal.NOT_FINITE if type(loss) is float else Refusal.MALFORMED
+        raise ContractError(f"client {_show(client_id)}: {problem}", kind)
+    if abs(loss) > MAX_LOSS:
+        problem = f"loss is {loss:g}, must be within ±{MAX_LOSS:g}"
+        raise ContractError(f"client {_show(client_id)}: {problem}", Refusal.TOO_LARGE)
+
+
+def _malformed(client_id: Any, problem: str) -> ContractError:
+    return ContractError(f"client {_show(client_id)}: {problem}", Refusal.MALFORMED)
 
 
 def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -211,12 +264,15 @@ def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)  # from an untrusted client: escaped, and cut to keep the log short
+    try:  # from an untrusted client: escaped, and cut to keep the log short
+        text = repr(value)
+    except Exception:  # such as an integer of too many digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN_LENGTH else text[:_SHOWN_LENGTH] + "…"
 
 
 def _show_names(names: Iterable[Any]) -> str:
-    ordered = sorted(names, key=str)
-    shown = ", ".join(_show(name) for name in ordered[:_SHOWN_NAMES])
+    ordered = sorted(map(_show, names))
+    shown = ", ".join(ordered[:_SHOWN_NAMES])
     more = len(ordered) - _SHOWN_NAMES
     return f"{shown} and {more} more" if more > 0 else shown

@@ -104,6 +104,29 @@ class PrivateState:
     tensors: Tensors
 
 
+class Refusal(StrEnum):
+    """Why a client gave no update to a round; the keys of ``refused_by_reason`` in the record."""
+
+    MALFORMED = "malformed"
+    """A field or a tensor is of another type or shape than in the contract."""
+    CONTRACT = "contract"
+    """It was made under another contract, or names other tensors."""
+    ROUND = "round"
+    """It belongs to another round."""
+    COHORT = "cohort"
+    """The client was not asked in this round."""
+    TWICE = "twice"
+    """The client has sent an update of this round already."""
+    NOT_FINITE = "not_finite"
+    """A number is not finite."""
+    TOO_LARGE = "too_large"
+    """It is far larger than the updates before it; see `server.norm_bound`."""
+    STAGE = "stage"
+    """A stage of ``federation.stages`` refused it."""
+    NO_ANSWER = "no_answer"
+    """Nothing arrived."""
+
+
 @dataclass(frozen=True)
 class ClientUpdate:
     """The message of one client: its change of the shared state, and two numbers.

@@ -83,7 +83,7 @@ def evaluate_and_report(
             comparisons += comparison.rows_over(config, split, found.ranks, references)
             if ranked:
                 _write_ranked(run, ranked, task.held_out, {**fitted, **found.ranks})
-        costs = _costs(run, measured[0], training_seconds)
+        costs = _costs(run, trained, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
         extra = _extra(run, trained, _settings_of(baselines, likes)) | {"costs": costs}
         _write_report(run, rows, {GAINS: gains, COMPARISONS: comparisons}, extra)
@@ -106,20 +106,24 @@ def _write_ranked(run: Run, folder: Path, held_out: HeldOut, ranks: Mapping[Any,
     write_ranked(of_split, held_out, named, data.user_ids, data.catalogue.item_ids)
 
 
-def _costs(run: Run, evaluated: Measured, training_seconds: float | None) -> dict[str, Any]:
-    records = MetricsLog(run.folders.public / METRICS_FILE).read()
-    clients = sum(record["num_clients"] for record in records)
+def _costs(
+    run: Run, trained: Trained, evaluated: Measured, training_seconds: float | None
+) -> dict[str, Any]:
+    log = MetricsLog(run.folders.public / METRICS_FILE)
+    records = log.read(trained.shared.round_number)
+    clients = log.total("num_clients", records)
     local = run.config.federation.local
     return {
         "rounds": len(records),
         "client_rounds": clients,
         "shared_client_steps": clients * local.shared_local_steps,
         "private_client_steps": clients * run.clients.trainer.round_work().private_steps,
-        "bytes_up": sum(record["bytes_up"] for record in records),
-        "bytes_down": sum(record["bytes_down"] for record in records),
-        "refused_updates": sum(record["refused"] for record in records),
+        "bytes_up": log.total("bytes_up", records),
+        "bytes_down": log.total("bytes_down", records),
+        "refused_updates": log.total("refused", records),
+        "refused_by_reason": summary.refused_by_reason(records),
         "stages_in_last_round": records[-1].get("stages", {}) if records else {},
-        "round_seconds": sum(record["seconds"] for record in records),
+        "round_seconds": log.total("seconds", records),
         "training_seconds_of_last_start": training_seconds,
         "personalise_client_steps": evaluated.private_steps,
         "share_of_users_with_private_adapter": evaluated.num_personalised / evaluated.num_users,

@@ -1,7 +1,8 @@
 """The findings of a run in sentences: the gain of its private part, and comparisons."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,28 @@ def findings(results: Mapping[str, Any]) -> list[str]:
             f"These are mean differences over the same users, with {level * 100:g} % intervals; a "
             "positive one is better for the user."
         )
-    return lines
+    return lines + _refused(results.get("costs", {}))
+
+
+def refused_by_reason(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many updates were refused for each reason, over the records of rounds."""
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(record.get("refused_by_reason", {}))
+    return dict(total)
+
+
+def _refused(costs: Mapping[str, Any]) -> list[str]:
+    """A line about refused updates, if there were any."""
+    if not costs.get("refused_updates"):
+        return []
+    reasons = costs.get("refused_by_reason", {})
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(reasons.items()))
+    told = f" ({counts})" if counts else ""
+    return [
+        f"Of {costs['client_rounds']} updates of clients, {costs['refused_updates']} were refused"
+        f"{told} and had no effect."
+    ]
 
 
 def differences_table(rows: Sequence[ResultRow], confidence: float) -> str:

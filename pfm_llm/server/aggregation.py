@@ -5,6 +5,7 @@ This module handles no data of clients and no private states.
 
 import abc
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -13,7 +14,7 @@ import torch
 
 from pfm_llm.base.errors import ContractError, TrainingError
 from pfm_llm.config.choices import Aggregation, Weighting
-from pfm_llm.protocol.types import ClientUpdate, Tensors
+from pfm_llm.protocol.types import ClientUpdate, Refusal, Tensors
 
 
 @dataclass
@@ -22,19 +23,25 @@ class Tally:
 
     Attributes:
         client_ids: The clients whose updates were added, in order.
-        refusals: The reason for each refused update.
+        refusals: What was wrong with each refused update; the texts name clients.
+        reasons: How many were refused for each `Refusal`.
         total_weight: The sum of the weights of the added updates.
         weighted_loss: The sum of their losses (nats), each times its weight.
         num_examples: The sum of their examples.
         noted: Name of a stage to the number that it noted for each update, in order.
+        sizes: The sizes of each added update; see `NormBound`.
+        clipped: How many of the added updates `NormBound` scaled down.
     """
 
     client_ids: list[str] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
     total_weight: float = 0.0
     weighted_loss: float = 0.0
     num_examples: int = 0
     noted: dict[str, list[float]] = field(default_factory=dict)
+    sizes: list[torch.Tensor] = field(default_factory=list)
+    clipped: int = 0
 
     @property
     def num_updates(self) -> int:
@@ -55,11 +62,14 @@ class Tally:
         """Add the counts of another tally."""
         self.client_ids += other.client_ids
         self.refusals += other.refusals
+        self.reasons += other.reasons
         self.total_weight += other.total_weight
         self.weighted_loss += other.weighted_loss
         self.num_examples += other.num_examples
         for name, figures in other.noted.items():
             self.noted.setdefault(name, []).extend(figures)
+        self.sizes += other.sizes
+        self.clipped += other.clipped
 
 
 def update_weight(weighting: Weighting, num_examples: int) -> float:
@@ -115,12 +125,23 @@ class Aggregator(abc.ABC):
             )
         self._check_joinable([update.client_id], update.delta)
         self._take(update.delta, weight)
-        own = Tally([update.client_id], [], weight, weight * update.loss, update.num_examples)
+        own = Tally(
+            client_ids=[update.client_id],
+            total_weight=weight,
+            weighted_loss=weight * update.loss,
+            num_examples=update.num_examples,
+        )
         self.tally.merge(own)
 
-    def refuse(self, reason: str) -> None:
-        """Count an update that was refused; ``reason`` names the client."""
-        self.tally.refusals.append(reason)
+    def refuse(self, problem: str, reason: str = Refusal.NO_ANSWER) -> None:
+        """Count a client that gave no usable update.
+
+        Args:
+            problem: What was wrong; names the client, and is shown to the operator alone.
+            reason: Its kind, for the public record of the round.
+        """
+        self.tally.refusals.append(problem)
+        self.tally.reasons[str(reason)] += 1
 
     def merge(self, other: Self) -> None:
         """Add the updates of another aggregator, from other clients of the same round.
@@ -148,7 +169,9 @@ class Aggregator(abc.ABC):
     def _check_joinable(self, client_ids: list[str], tensors: Tensors) -> None:
         twice = set(client_ids).intersection(self.tally.client_ids)
         if twice:
-            raise ContractError(f"client {min(twice)!r} would be counted twice in this round")
+            raise ContractError(
+                f"client {min(twice)!r:.80} would be counted twice in this round", Refusal.TWICE
+            )
         if self._held:
             check_same_tensors(tensors, self._held[0], client_ids[0])
 

@@ -204,12 +204,12 @@ class CheckpointStore:
     def _commits(self) -> dict[int, str]:
         """The kept rounds, oldest first, and the SHA-256 of the file of each."""
         path = self._directory / _COMMIT_FILE
-        if not path.exists():
-            return {}
         remedy = "restore it from a backup, or delete the run's folders and start again"
         try:
             entries = [(int(e["round"]), str(e["sha256"])) for e in read_json(path)["commits"]]
-        except (CorruptFileError, KeyError, TypeError, ValueError) as error:
+        except FileNotFoundError:
+            return {}
+        except (CorruptFileError, OSError, LookupError, TypeError, ValueError) as error:
             raise CorruptFileError(f"{path} is damaged ({error!r}); {remedy}") from error
         rounds = [round_number for round_number, _ in entries]
         if not rounds or rounds != sorted(set(rounds)):
@@ -220,6 +220,8 @@ class CheckpointStore:
         path = self._directory / _file_of(round_number)
         try:
             tensors, header = read_tensors(path, commits[round_number])
+            if header.get("round", str(round_number)) != str(round_number):
+                raise CorruptFileError(f"it holds round {header['round']}")
         except (StorageError, OSError) as error:
             older = [number for number in commits if number < round_number]
             remedy = (

@@ -14,8 +14,9 @@ from pfm_llm.config.settle import known
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
 from pfm_llm.protocol.parameters import ParameterTable
 from pfm_llm.protocol.stages import Stages
-from pfm_llm.protocol.types import ClientUpdate, SharedState, Tensors
+from pfm_llm.protocol.types import ClientUpdate, Refusal, SharedState, Tensors
 from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, update_weight
+from pfm_llm.server.norm_bound import NormBound
 from pfm_llm.server.participation import select_cohort
 from pfm_llm.server.step import OptimizerState, ServerStep
 
@@ -23,6 +24,7 @@ _LOG = logging.getLogger(__name__)
 _PREFIXES = ("shared/", "first/", "second/")
 """Of the shared tensors and of the optimizer's two moments, in a checkpoint."""
 _STEP = "optimizer/step"
+_SIZES = "norm_bound/sizes"
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,12 @@ class RoundSummary:
     Attributes:
         round_number: The round, from 1.
         num_updates: Number of accepted updates.
-        refusals: The reason for each refused update.
+        refusals: What was wrong with each refused update; the texts name clients.
+        refused_by_reason: How many were refused for each `Refusal`.
+        num_clipped: Number of accepted updates that were scaled down; see `NormBound`.
         num_examples: Training examples of the accepted updates.
-        loss: Their weighted mean loss (nats) before local training.
-        update_norm: Euclidean norm of the aggregated update.
+        loss: Their weighted mean loss (nats) before local training; None without any.
+        update_norm: Euclidean norm of the aggregated update; 0 without any.
         lr_factor: The factor of the learning-rate schedule in this round.
         stages: Name of each update stage to the figures of its ``summary``.
     """
@@ -43,6 +47,8 @@ class RoundSummary:
     round_number: int
     num_updates: int
     refusals: tuple[str, ...]
+    refused_by_reason: Mapping[str, int]
+    num_clipped: int
     num_examples: int
     loss: float | None
     update_norm: float
@@ -101,6 +107,7 @@ class Server:
         self._optimizer = self._step.initial_state(self._trained())
         stages = [stage.choice for stage in config.stages]
         self._stages = Stages(stages, seed, known(config.cohort_size))
+        self._bound = NormBound(contract.tensors, config.local)
         self._cohort: tuple[int, tuple[str, ...]] = (0, ())
 
     @property
@@ -117,6 +124,11 @@ class Server:
     def num_clients(self) -> int:
         """Number of all clients."""
         return len(self._client_ids)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of rounds that had a usable update."""
+        return self._optimizer.step
 
     def select_cohort(self, round_number: int) -> tuple[str, ...]:
         """The clients of a round, a function of (seed, round) alone.
@@ -135,11 +147,11 @@ class Server:
         return AGGREGATORS[self._config.server.aggregator]()
 
     def receive(self, updates: Aggregator, update: ClientUpdate) -> bool:
-        """Check one update. Add it to the others, or refuse and count it.
+        """Check one update and bound its norm. Add it to the others, or refuse and count it.
 
         Args:
             updates: The updates of a chunk or a round so far.
-            update: The update that arrived.
+            update: The update that arrived, which may be malformed in any way.
 
         Returns:
             Whether it was accepted.
@@ -147,17 +159,22 @@ class Server:
         round_number = self.round_under_way
         try:
             self.contract.check(update, round_number)
-            if update.client_id not in self.select_cohort(round_number):
+            client = update.client_id
+            if client not in self.select_cohort(round_number):
                 raise ContractError(
-                    f"client {update.client_id!r:.80} is not in the cohort of round {round_number}"
+                    f"client {client!r:.80} is not in the cohort of round {round_number}",
+                    Refusal.COHORT,
                 )
-            delta, noted = self._stages.on_server(update.delta, update.client_id, round_number)
-            updates.add(dataclasses.replace(update, delta=delta), self.weight_of(update))
+            delta, noted = self._stages.on_server(update.delta, client, round_number)
+            bounded, sizes = self._bound.bounded(client, delta, update.num_examples)
+            updates.add(dataclasses.replace(update, delta=bounded), self.weight_of(update))
         except ContractError as error:
             _LOG.warning("round %d: refused an update: %s", round_number, error)
-            updates.refuse(str(error))
+            updates.refuse(str(error), error.reason)
             return False
         updates.tally.note(noted)
+        updates.tally.sizes.append(sizes)
+        updates.tally.clipped += bounded is not delta
         return True
 
     def weight_of(self, update: ClientUpdate) -> float:
@@ -167,22 +184,32 @@ class Server:
     def aggregate(self, updates: Aggregator) -> RoundSummary:
         """Step from the round's updates to the next shared state.
 
+        Without any accepted update the round counts, and shared tensors, moments and the norm bound
+        stay as they were.
+
         Args:
             updates: The updates of the whole cohort.
 
         Raises:
             ContractError: The updates hold other tensors than the shared state.
-            TrainingError: No update was accepted, or the step led to values that are not finite.
-                After either error the shared state and the round are unchanged.
+            TrainingError: The step led to values that are not finite. After either error the
+                shared state and the round are unchanged.
         """
         round_number, tally = self.round_under_way, updates.tally
-        aggregate = self._stages.on_aggregate(updates.result(), round_number)
-        stepped, self._optimizer = self._step.step(self._trained(), aggregate, self._optimizer)
-        self._shared = SharedState({**self._shared.tensors, **stepped.tensors}, round_number)
+        tensors = self._shared.tensors
+        aggregate: Tensors = {}
+        if tally.num_updates:
+            aggregate = self._stages.on_aggregate(updates.result(), round_number)
+            stepped, self._optimizer = self._step.step(self._trained(), aggregate, self._optimizer)
+            self._bound.learn(tally.sizes)
+            tensors = {**tensors, **stepped.tensors}
+        self._shared = SharedState(tensors, round_number)
         return RoundSummary(
             round_number=round_number,
             num_updates=tally.num_updates,
             refusals=tuple(tally.refusals),
+            refused_by_reason=dict(sorted(tally.reasons.items())),
+            num_clipped=tally.clipped,
             num_examples=tally.num_examples,
             loss=tally.loss,
             update_norm=math.hypot(
@@ -206,21 +233,22 @@ class Server:
             for prefix, group in zip(_PREFIXES, groups, strict=True)
             for name, tensor in group.items()
         }
-        return {**tensors, _STEP: torch.tensor(optimizer.step)}
+        return {**tensors, _STEP: torch.tensor(optimizer.step), _SIZES: self._bound.state}
 
     def load_state_tensors(self, tensors: Tensors, round_number: int) -> None:
         """Continue from the tensors of `state_tensors`.
 
         Args:
-            tensors: The state.
+            tensors: The state. One of version 0.2 has no sizes of updates; then none are known yet.
             round_number: The round after which it was taken.
 
         Raises:
             CheckpointError: The tensors belong to another model or optimizer. The server's state
                 is unchanged.
         """
-        difference = _difference(_specs(tensors), _specs(self.state_tensors()))
-        if difference:
+        present = self.state_tensors()
+        tensors = {_SIZES: torch.zeros_like(present[_SIZES]), **tensors}
+        if difference := _difference(_specs(tensors), _specs(present)):
             raise CheckpointError(
                 f"the checkpoint is of another model or server optimizer: {difference}; "
                 "resume with the config that it was written under"
@@ -231,6 +259,7 @@ class Server:
         )
         self._shared = SharedState(shared, round_number)
         self._optimizer = OptimizerState(int(tensors[_STEP]), first, second)
+        self._bound.state = tensors[_SIZES]
 
 
 def _specs(tensors: Tensors) -> dict[str, TensorSpec]:

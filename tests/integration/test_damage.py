@@ -74,7 +74,13 @@ def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> Non
         ("server/commit.json", None, CheckpointError, r"no committed round; run .*--resume"),
         ("config.yaml", None, ConfigError, r"is no run: it has no config\.yaml"),
         ("config.yaml", "name: [", ConfigError, r"config\.yaml: not valid YAML"),
-        ("metrics.jsonl", "{}\n{}\n", CorruptFileError, r"metrics\.jsonl, line 1.*delete the line"),
+        (
+            "metrics.jsonl",
+            "{}\n{}\n",
+            CorruptFileError,
+            r"metrics\.jsonl, line 1.*restore the file",
+        ),
+        ("metrics.jsonl", None, CorruptFileError, r"metrics\.jsonl .*lacks the rounds up to 4"),
         ("environment.json", "{", CorruptFileError, r"environment\.json is not valid JSON"),
     ],
 )

@@ -169,8 +169,8 @@ def results_of(run: Path) -> dict[str, Any]:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """A run's ``metrics.jsonl``, without what a clock says."""
-    clock = {"seconds", "clients_per_second", "trunk_seconds"}
+    """A run's ``metrics.jsonl``, without what a clock says and the checksums over it."""
+    clock = {"seconds", "clients_per_second", "trunk_seconds", "crc32"}
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 

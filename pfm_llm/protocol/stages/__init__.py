@@ -6,9 +6,10 @@ A new stage is a file beside this one, its settings in `config.stages`, and a li
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from pfm_llm.base.errors import ContractError
 from pfm_llm.protocol.stages.clip import Clip
 from pfm_llm.protocol.stages.stage import StageContext, UpdateStage
-from pfm_llm.protocol.types import Tensors
+from pfm_llm.protocol.types import Refusal, Tensors
 
 STAGES: Mapping[str, Callable[..., UpdateStage]] = {"clip": Clip}
 """Name in ``federation.stages`` to the function that makes the stage from its settings."""
@@ -53,7 +54,10 @@ class Stages:
         """
         context, noted = self._context(round_number, client_id), {}
         for name, stage in reversed(self._stages.items()):
-            delta, figure = stage.on_server(delta, context)
+            try:
+                delta, figure = stage.on_server(delta, context)
+            except ContractError as error:
+                raise ContractError(str(error), Refusal.STAGE) from error
             if figure is not None:
                 noted[name] = figure
         return delta, noted

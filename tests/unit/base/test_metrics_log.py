@@ -28,9 +28,13 @@ def fill(log: MetricsLog) -> None:
         log.append(record)
 
 
+def without_checksum(line: str) -> dict:
+    return {name: value for name, value in json.loads(line).items() if name != "crc32"}
+
+
 def test_no_file_is_an_empty_log(log) -> None:
     assert log.read() == []
-    log.truncate_after(5)
+    log.truncate_after(0)
     assert not log.path.exists()
 
 
@@ -38,11 +42,11 @@ def test_each_record_is_one_json_line_at_once_on_disk(log) -> None:
     for count, record in enumerate(RECORDS, start=1):
         log.append(record)
         lines = log.path.read_text().splitlines()
-        assert [json.loads(line) for line in lines] == RECORDS[:count]
+        assert [without_checksum(line) for line in lines] == RECORDS[:count]
     assert log.path.read_bytes().endswith(b"\n")
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, 0), (1, 1), (2, 2), (3, 3), (9, 3)])
+@pytest.mark.parametrize(("keep", "left"), [(0, 0), (1, 1), (2, 2), (3, 3)])
 def test_truncation_keeps_the_rounds_up_to_the_given_one(log, keep, left) -> None:
     fill(log)
     log.truncate_after(keep)
@@ -63,9 +67,9 @@ def test_killed_at_any_byte_the_log_keeps_whole_records_and_goes_on(
     whole = sum(1 for end in _line_ends(content) if end <= cut)
     assert log.read() == RECORDS[:whole]
     if resumed:
-        log.truncate_after(3)
-    log.append({"round": 4})
-    assert log.read() == [*RECORDS[:whole], {"round": 4}]
+        log.truncate_after(whole)
+    log.append({"round": whole + 1})
+    assert log.read() == [*RECORDS[:whole], {"round": whole + 1}]
     assert log.path.read_bytes().count(b"\n") == whole + 1
 
 
@@ -81,6 +85,59 @@ def test_a_bad_line_that_is_not_a_half_written_last_one_is_named(log, bad) -> No
     log.path.write_bytes(lines[0] + bad + lines[2])
     with pytest.raises(CorruptFileError, match=r"metrics\.jsonl, line 2"):
         log.read()
+
+
+def test_every_flipped_bit_is_found(log) -> None:
+    fill(log)
+    content = log.path.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            log.path.write_bytes(damaged)
+            if place >= content.rindex(b"{") and place != len(content):
+                # The last line may look half-written; then its round is missing.
+                with pytest.raises(CorruptFileError, match=r"metrics\.jsonl"):
+                    log.read(3)
+            else:
+                with pytest.raises(CorruptFileError, match=r"metrics\.jsonl, line"):
+                    log.read()
+
+
+@pytest.mark.parametrize("cut", range(4))
+def test_a_log_that_lacks_a_committed_round_is_named(log, cut) -> None:
+    fill(log)
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(b"".join(lines[:cut]))
+    assert log.read(cut) == RECORDS[:cut]
+    for action in (log.read, log.truncate_after):
+        with pytest.raises(CorruptFileError, match=rf"ends after round {cut} .*up to 4; restore"):
+            action(4)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 1, 2), (1, 2), (0, 2), (1, 0, 2)])
+def test_lines_that_are_missing_repeated_or_moved_are_named(log, order) -> None:
+    fill(log)
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(b"".join(lines[place] for place in order))
+    with pytest.raises(CorruptFileError, match=r"line \d: holds round \d, must be round \d"):
+        log.read()
+
+
+def test_a_log_of_version_0_2_is_read_and_gets_checksums(log) -> None:
+    log.path.parent.mkdir()
+    log.path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    assert log.read() == RECORDS
+    log.truncate_after(3)
+    assert log.path.read_bytes().count(b"crc32") == 3
+    assert log.read() == RECORDS
+
+
+def test_a_folder_in_its_place_is_a_storage_error(log) -> None:
+    log.path.mkdir(parents=True)
+    for action in (log.read, lambda: log.append({"round": 1}), lambda: log.truncate_after(0)):
+        with pytest.raises(StorageError, match=r"cannot read .*metrics\.jsonl: Is a directory"):
+            action()
 
 
 def test_numbers_that_are_not_finite_become_null_and_numpy_scalars_plain(log) -> None:
@@ -117,7 +174,9 @@ def test_arrays_and_sequences_never_enter_the_log(log, value) -> None:
     assert not log.path.exists()
 
 
-@pytest.mark.parametrize("record", [{}, {"loss": 1.0}, {"round": "1"}, {"round": None}])
+@pytest.mark.parametrize(
+    "record", [{}, {"loss": 1.0}, {"round": "1"}, {"round": None}, {"round": True}]
+)
 def test_a_record_without_a_round_is_refused(log, record) -> None:
     with pytest.raises(DataError, match="'round'"):
         log.append(record)

@@ -109,6 +109,7 @@ def test_a_silent_client_that_the_exchange_reports_costs_its_update_alone(tmp_pa
     run_rounds(federation, 1, lambda: {})
     [record] = federation.metrics_log.read()
     assert (record["num_clients"], record["refused"]) == (8, 3)
+    assert record["refused_by_reason"] == {"no_answer": 3}
 
 
 def test_a_round_of_which_a_part_is_missing_does_not_count(tmp_path: Path) -> None:
@@ -135,14 +136,53 @@ def test_a_round_of_which_a_part_is_missing_does_not_count(tmp_path: Path) -> No
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_round_without_a_usable_update_does_not_count(tmp_path: Path) -> None:
+def ruined(rounds: range) -> Answer:
+    """Makes every update of some rounds useless."""
+    return lambda update: (
+        dataclasses.replace(update, loss=math.nan) if update.round_number in rounds else update
+    )
+
+
+def test_a_round_without_a_usable_update_changes_nothing_and_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
     federation, exchange = federation_of(tmp_path)
-    exchange.answer = lambda update: dataclasses.replace(update, loss=math.nan)
-    with pytest.raises(TrainingError, match=r"round 1: none of 4 updates was usable .*loss is nan"):
+    exchange.answer = ruined(range(2, 4))
+    run_rounds(federation, 1, lambda: {})
+    records = federation.metrics_log.read()
+    assert [record["refused"] for record in records] == [0, 4, 4, 0]
+    assert [record.get("refused_by_reason") for record in records] == [
+        None,
+        {"not_finite": 4},
+        {"not_finite": 4},
+        None,
+    ]
+    assert records[1]["loss"] is None
+    assert records[1]["aggregated_norm"] == 0
+    assert federation.checkpoints.rounds() == (2, 4)
+    first = federation_of(tmp_path / "first", num_rounds=1)[0]
+    run_rounds(first, 1, lambda: {})
+    committed = federation.checkpoints.load(2)
+    assert committed is not None
+    expected = first.server.state_tensors()
+    assert all(torch.equal(committed.tensors[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_mostly_has_such_rounds_ends_with_the_remedy(tmp_path: Path) -> None:
+    federation, exchange = federation_of(tmp_path)
+    exchange.answer = ruined(range(2, 5))
+    message = r"3 of 4 rounds had no usable update \(client .*loss is nan.*lower the learning rates"
+    with pytest.raises(TrainingError, match=message):
         run_rounds(federation, 1, lambda: {})
-    assert federation.server.shared.round_number == 0
-    assert federation.checkpoints.rounds() == ()
-    assert federation.metrics_log.read() == []
+    assert federation.checkpoints.rounds() == (2,)
+
+
+def test_a_run_ends_after_twenty_such_rounds(tmp_path: Path) -> None:
+    federation, exchange = federation_of(tmp_path, num_rounds=60)
+    exchange.answer = ruined(range(5, 61))
+    with pytest.raises(TrainingError, match=r"20 of 24 rounds had no usable update"):
+        run_rounds(federation, 1, lambda: {})
+    assert federation.checkpoints.rounds() == (20, 22)
 
 
 def test_what_the_stages_did_stands_in_the_record(tmp_path: Path) -> None:

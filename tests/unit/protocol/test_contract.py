@@ -5,6 +5,7 @@ import io
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,7 +174,7 @@ def test_wrong_round_is_refused(round_number: int) -> None:
         _contract().check(_update(), round_number)
 
 
-@pytest.mark.parametrize("contract_hash", ["", "0" * 64, None])
+@pytest.mark.parametrize("contract_hash", ["", "0" * 64])
 def test_wrong_contract_is_refused(contract_hash: Any) -> None:
     with pytest.raises(ContractError, match="backbone, prompt, catalogue or adapter shapes differ"):
         _contract().check(_update(contract_hash=contract_hash), 5)
@@ -186,3 +187,83 @@ def test_messages_of_hostile_updates_stay_short_and_on_one_line() -> None:
     assert len(str(raised.value)) < 600
     assert "\n" not in str(raised.value)
     assert "and 97 more" in str(raised.value)
+
+
+def _kind_of(value: Any) -> str:
+    """An id of a test; some of the values cannot be written."""
+    return value if isinstance(value, str) and value.isidentifier() else type(value).__name__
+
+
+_FIELDS = {
+    "client_id": [None, 1, b"u1", ["u1"], torch.ones(2), math.nan],
+    "round_number": [True, 5.0, "5", None, np.int64(5), torch.tensor([5, 5]), 10**5000],
+    "contract_hash": [None, b"", torch.ones(2), 10**5000],
+    "num_examples": [np.int64(3), torch.tensor(3), 10**5000, -(10**5000), math.nan, [3]],
+    "loss": [True, np.float64(1), torch.tensor(1.0), 1j, 1e7, -1e300, [0.5]],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field, values in _FIELDS.items() for value in values],
+    ids=_kind_of,
+)
+def test_fields_of_another_type_or_beyond_all_sense_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ContractError) as raised:
+        _contract().check(_update(**{field: value}), 1 if value is True else 5)
+    assert raised.value.reason in ("malformed", "not_finite", "too_large", "round")
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("value", [None, {}, "update", b"", [], object(), ClientUpdate])
+def test_anything_in_place_of_an_update_is_refused(value: Any) -> None:
+    with pytest.raises(ContractError, match="arrived in place of an update"):
+        _contract().check(value, 5)
+
+
+def _without_memory() -> torch.Tensor:
+    tensor = torch.ones(4)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+class _Subclass(torch.Tensor):
+    """A tensor of another type, whose answers are its own."""
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.ones(4, requires_grad=True), "carries a graph"),
+        (lambda: torch.ones(4, requires_grad=True) * 2, "carries a graph"),
+        (lambda: torch.ones(8)[::2], "is a view with another layout of memory"),
+        (lambda: torch.ones(()).expand(4), "is a view with another layout of memory"),
+        (lambda: torch.ones(7).as_strided((4,), (0,)), "is a view with another layout of memory"),
+        (lambda: torch._neg_view(torch.ones(4)), "is a view with another layout of memory"),
+        (_without_memory, "is larger than its memory"),
+        (lambda: torch.nn.Parameter(torch.ones(4)), "is not a dense tensor"),
+        (lambda: torch.ones(4).as_subclass(_Subclass), "is not a dense tensor"),
+        (lambda: torch.ones(4, dtype=torch.complex64), "is complex64"),
+        (lambda: torch.ones(4, dtype=torch.float8_e4m3fn), "is float8_e4m3fn"),
+        (lambda: torch.tensor(1.0), r"is float32\[\]"),
+        (lambda: np.ones(4, dtype=np.float32), "is not a dense tensor"),
+    ],
+)
+def test_tensors_that_build_cannot_have_made_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ContractError, match=rf"'u1': head\.item_bias {message}") as raised:
+        _contract().check(_update(delta=_tensors() | {"head.item_bias": make()}), 5)
+    assert raised.value.reason == "malformed"
+
+
+def test_a_part_of_a_larger_message_is_a_plain_tensor() -> None:
+    """As a transport reads them: tensors that share the memory of one message."""
+    bias = torch.ones(20)[8:12]
+    _contract().check(_update(delta=_tensors() | {"head.item_bias": bias}), 5)
+
+
+@pytest.mark.parametrize("name", [10**5000, None, ("head",), "\ud800", "x" * 10**5], ids=type)
+def test_odd_names_are_refused_and_shown_short(name: Any) -> None:
+    with pytest.raises(ContractError, match="not in the contract") as raised:
+        _contract().check(_update(delta=_tensors() | {name: torch.zeros(1)}), 5)
+    assert len(str(raised.value)) < 300
+    assert raised.value.reason == "contract"

@@ -78,3 +78,18 @@ def test_the_table_has_a_line_for_each_difference() -> None:
     assert "| Split | Difference | Value [95 %] | Users |" in table
     assert "| test | gain_ndcg | +0.2000 [+0.1000, +0.3000] | 20 |" in table
     assert "| test | ndcg_over_ease | -0.2000 [-0.3000, -0.1000] | 20 |" in table
+
+
+def test_refused_updates_are_told_with_their_reasons() -> None:
+    records = [
+        {"round": 1, "refused": 3, "refused_by_reason": {"too_large": 2, "malformed": 1}},
+        {"round": 2, "refused": 0},
+        {"round": 3, "refused": 1, "refused_by_reason": {"too_large": 1}},
+    ]
+    counts = summary.refused_by_reason(records)
+    assert counts == {"too_large": 3, "malformed": 1}
+    costs = {"client_rounds": 24, "refused_updates": 4, "refused_by_reason": counts}
+    [line] = summary.findings({**results(None), "costs": costs})
+    assert line == (
+        "Of 24 updates of clients, 4 were refused (malformed 1, too_large 3) and had no effect."
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pfm_llm.base.errors import CheckpointError, CorruptFileError, DiskSpaceError
+from pfm_llm.base.errors import CheckpointError, CorruptFileError, DiskSpaceError, StorageError
 from pfm_llm.server.checkpoint import Checkpoint, CheckpointStore, RunEnvironment, check_resumable
 
 _ENVIRONMENT = RunEnvironment(
@@ -166,6 +166,43 @@ def test_a_damaged_commit_file_is_never_guessed_at(
         with pytest.raises(CorruptFileError, match=r"commit\.json is damaged.*delete the run"):
             call()
     assert (tmp_path / "server" / "round_000010.safetensors").exists()
+
+
+def test_rounds_that_were_swapped_are_found(store: CheckpointStore, tmp_path: Path) -> None:
+    _save(store, 10, 20)
+    folder = tmp_path / "server"
+    first, second = (folder / f"round_0000{number}.safetensors" for number in (10, 20))
+    commit = json.loads((folder / "commit.json").read_text())
+    # Files and checksums together, as when whole files were copied over each other.
+    held, one, two = first.read_bytes(), *commit["commits"]
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(CorruptFileError, match="does not match its recorded checksum"):
+        store.load(10)
+    second.write_bytes(held)
+    one["sha256"], two["sha256"] = two["sha256"], one["sha256"]
+    (folder / "commit.json").write_text(json.dumps(commit))
+    with pytest.raises(CorruptFileError, match=r"of round 20, .*\(it holds round 10\)"):
+        store.load()
+
+
+@pytest.mark.parametrize("name", ["commit.json", "round_000020.safetensors"])
+def test_a_folder_in_place_of_a_file_is_named(
+    store: CheckpointStore, tmp_path: Path, name: str
+) -> None:
+    _save(store, 10, 20)
+    path = tmp_path / "server" / name
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CorruptFileError, match=name):
+        store.load()
+
+
+def test_a_file_in_place_of_the_folder_is_named(store: CheckpointStore, tmp_path: Path) -> None:
+    (tmp_path / "server").write_text("")
+    with pytest.raises(CorruptFileError, match="server"):
+        store.load()
+    with pytest.raises(StorageError, match="server"):
+        _save(store, 10)
 
 
 def test_checkpoint_of_another_version_is_named(store: CheckpointStore, tmp_path: Path) -> None:

@@ -115,16 +115,23 @@ def test_a_client_outside_the_cohort_is_refused() -> None:
     assert not server.receive(total, _update(server, outside, 1.0, 3))
 
 
-def test_nothing_accepted_leaves_state_and_round_as_they_are() -> None:
-    server, total = _server(optimizer=ServerOptimizer.FEDADAM), WeightedMean()
-    server.receive(total, _update(server, "a", math.nan))
-    before = _snapshot(server)
-    with pytest.raises(TrainingError, match="no update was accepted"):
-        server.aggregate(total)
-    assert len(total.tally.refusals) == 1
-    assert server.round_under_way == 1
+@pytest.mark.parametrize("aggregator", list(Aggregation))
+@pytest.mark.parametrize("optimizer", list(ServerOptimizer))
+def test_a_round_without_a_usable_update_changes_nothing_but_its_number(
+    optimizer: ServerOptimizer, aggregator: Aggregation
+) -> None:
+    server = _server(optimizer=optimizer, aggregator=aggregator)
+    _play(server, range(1, 3))
+    before, total = _snapshot(server), server.new_aggregator()
+    assert not server.receive(total, _update(server, "a", math.nan, 3))
+    assert not server.receive(total, _update(server, "b", 1e25, 3))
+    summary = server.aggregate(total)
+    assert (summary.num_updates, summary.loss, summary.update_norm) == (0, None, 0.0)
+    assert summary.refused_by_reason == {"not_finite": 1, "too_large": 1}
+    assert server.round_under_way == 4
     after = server.state_tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    _play(server, range(4, 6))
 
 
 def test_a_step_that_is_not_finite_leaves_the_state() -> None:
@@ -133,7 +140,7 @@ def test_a_step_that_is_not_finite_leaves_the_state() -> None:
     server.aggregate(total)
     before = _snapshot(server)
     huge = WeightedMean()
-    server.receive(huge, _update(server, "b", 1e30, 2))
+    huge.add(_update(server, "b", 1e30, 2), 1.0)  # `receive` would refuse it
     with pytest.raises(TrainingError, match="not finite"):
         server.aggregate(huge)
     after = server.state_tensors()
@@ -221,7 +228,7 @@ def test_the_config_names_the_aggregator() -> None:
     assert type(_server().new_aggregator()) is WeightedMean
     server = _server(aggregator=Aggregation.MEDIAN)
     total = server.new_aggregator()
-    for client_id, value in zip(_CLIENTS, (1.0, 2.0, 4.0, 1e25), strict=True):
+    for client_id, value in zip(_CLIENTS, (1.0, 2.0, 4.0, 80.0), strict=True):
         assert server.receive(total, _update(server, client_id, value))
     server.aggregate(total)
     assert server.shared.tensors["head.item_bias"].tolist() == [3.0] * 4  # (2 + 4) / 2
@@ -263,15 +270,14 @@ def _poisoned(server: Server, client_id: str, value: float, round_number: int) -
     return dataclasses.replace(update, delta={**update.delta, "head.item_bias": bias})
 
 
-@pytest.mark.parametrize("value", [1e3, 1e25, 3e38])
-def test_one_huge_value_ends_no_run_and_spoils_no_moment_where_updates_are_clipped(
-    value: float,
-) -> None:
-    server = _clipping(norm=0.5)
+@pytest.mark.parametrize("value", [10.0, 1e3, 1e25, 3e38])
+def test_one_huge_value_spoils_no_moment_where_updates_are_clipped(value: float) -> None:
+    server = _clipping(norm=0.4)
     for round_number in (1, 2, 3):
         total = server.new_aggregator()
         for client_id in _CLIENTS[:3]:
             assert server.receive(total, _update(server, client_id, 0.01, round_number))
+        # The stage has bounded it before its norm is judged.
         assert server.receive(total, _poisoned(server, "d", value, round_number))
         summary = server.aggregate(total)
         # Only the update that its client did not clip stands beyond the bound.
@@ -279,21 +285,11 @@ def test_one_huge_value_ends_no_run_and_spoils_no_moment_where_updates_are_clipp
         assert clip["clipped"] == 1
         assert clip["largest_norm"] == pytest.approx(value, rel=1e-3)
         assert clip["median_norm"] == pytest.approx(0.01 * math.sqrt(10))
-        assert summary.update_norm <= 0.5
+        assert summary.update_norm <= 0.4
     moments = {n: t for n, t in server.state_tensors().items() if n.startswith("second/")}
-    # (1 - .99^3) of the square of the mean: at most .5 of one client, .01 of each of three.
-    mean = (0.5 + 3 * 0.01) / 4
+    # (1 - .99^3) of the square of the mean: at most .4 of one client, .01 of each of three.
+    mean = (0.4 + 3 * 0.01) / 4
     assert max(float(t.max()) for t in moments.values()) <= (1 - 0.99**3) * mean**2 * 1.0001
-    # Without the stage the first such round ends the run, or the moment remembers it.
-    bare = _server(optimizer=ServerOptimizer.FEDADAM)
-    total = bare.new_aggregator()
-    bare.receive(total, _poisoned(bare, "d", value, 1))
-    if value > 1e19:
-        with pytest.raises(TrainingError, match="not finite"):
-            bare.aggregate(total)
-    else:
-        bare.aggregate(total)
-        assert bare.state_tensors()["second/head.item_bias"].max() > 1e3
 
 
 def test_updates_within_the_bound_are_aggregated_as_without_the_stage() -> None:
