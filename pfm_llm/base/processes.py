@@ -75,6 +75,19 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
+    def main_holds(self, context: contextlib.AbstractContextManager[T]) -> Iterator[T]:
+        """A block during which the main process holds a context; every process gets its value.
+
+        Raises:
+            PfmError: The main process cannot enter the context. Every process raises this.
+        """
+        with contextlib.ExitStack() as stack:
+            with self.together():
+                held = [(0, stack.enter_context(context))] if self.is_main else []
+            (value,) = self.gather(held)
+            yield value
+
+    @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """A block that every process enters, and that fails on all when it fails on one.
 

@@ -11,8 +11,10 @@ in ``trained_on.json``, and every later opening compares:
   then serves the exported adapter, whose rows follow their items by key.
 """
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -110,6 +112,20 @@ def open_run(folder: Path) -> tuple[Run, Trained]:
         raise opening.refusal(changes)
     run = opening.assembled(opening.folders.initial_adapter)
     return run, choose_weight(run, run.committed())
+
+
+@contextlib.contextmanager
+def run_in_work(folder: Path) -> Iterator[tuple[Run, Trained]]:
+    """`open_run` for measuring: the run is locked during the block.
+
+    Raises:
+        BusyError: Another process trains or measures the run.
+        ConfigError, CheckpointError: See `open_run`.
+    """
+    folders = RunFolders.of(find_run(folder, folder.parent))
+    processes = start_processes(load_config(folders.public / CONFIG_FILE).runtime.threads)
+    with processes.main_holds(folders.in_work()):
+        yield open_run(folder)
 
 
 def open_to_serve(folder: Path) -> tuple[Run, Trained, Alignment]:

@@ -17,6 +17,7 @@ from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.publish.artefact import read_head
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
+from pfm_llm.runs.folders import RunFolders
 from tests.support.leaks import files_below
 from tests.support.tiny import Tiny, metrics_of, results_of, tensor_files
 
@@ -228,7 +229,7 @@ def test_same_seed_same_bits_other_seed_other_cohort(tiny: Tiny, tmp_path: Path)
         run_experiment(tiny.config(tmp_path / name, **SMALL, seed=seed))
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
-    states = [(run / "server" / "round_000002.safetensors").read_bytes() for run in runs]
+    states = [(RunFolders.of(run).server / "round_000002.safetensors").read_bytes() for run in runs]
     assert states[0] == states[1] != states[2]
     rows = [results_of(run)["rows"] for run in runs]
     assert rows[0] == rows[1] != rows[2]

@@ -20,6 +20,7 @@ from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.protocol.types import ClientUpdate, SharedState
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.folders import RunFolders
 from pfm_llm.server.checkpoint import CheckpointStore
 from tests.support.scripts import run_script
 from tests.support.tiny import (
@@ -240,7 +241,7 @@ def test_nan_loss_of_all_stops_with_the_last_commit_intact(
         with pytest.raises(TrainingError, match=r"round 3: none of 4 updates.*lower the learning"):
             run_experiment(config)
     run = tmp_path / "tiny"
-    assert CheckpointStore(run / "server").rounds() == (2,)
+    assert CheckpointStore(RunFolders.of(run).server).rounds() == (2,)
     assert [record["round"] for record in metrics_of(run)] == [1, 2]
     assert leftovers(run, run.with_name("tiny.private")) == []
     # The remedy that the message gives.

@@ -19,6 +19,7 @@ from pfm_llm.base.errors import (
 )
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
+from pfm_llm.runs.folders import RunFolders
 from pfm_llm.server.checkpoint import CheckpointStore
 from tests.support.tiny import (
     Tiny,
@@ -54,12 +55,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+COMMITS = "../tiny.private/server/commit.json"
 DAMAGE = [pytest.param(flip, id="a bit flipped"), pytest.param(cut, id="cut off")]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> None:
-    damage(copied / "server" / "round_000004.safetensors")
+    damage(copied.with_name("tiny.private") / "server" / "round_000004.safetensors")
     results = (copied / "results.json").read_bytes()
     for use in (evaluate_run, Recommender.from_pretrained):
         with pytest.raises(CorruptFileError, match=r"checkpoint of round 4.*round 2 is kept"):
@@ -70,8 +72,18 @@ def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "error", "match"),
     [
-        ("server/commit.json", "{", CorruptFileError, r"commit\.json is damaged.*start again"),
-        ("server/commit.json", None, CheckpointError, r"no committed round; run .*--resume"),
+        (
+            COMMITS,
+            "{",
+            CorruptFileError,
+            r"commit\.json is damaged.*start again",
+        ),
+        (
+            COMMITS,
+            None,
+            CheckpointError,
+            r"no committed round; run .*--resume",
+        ),
         ("config.yaml", None, ConfigError, r"is no run: it has no config\.yaml"),
         ("config.yaml", "name: [", ConfigError, r"config\.yaml: not valid YAML"),
         ("metrics.jsonl", "{}\n{}\n", CorruptFileError, r"metrics\.jsonl, line 1.*delete the line"),
@@ -196,7 +208,7 @@ def test_disk_full_in_a_run_loses_nothing_that_was_committed(
     with pytest.raises(DiskSpaceError, match=rf"{part}.*free some disk space and run again"):
         run_experiment(config)
     run = tmp_path / "tiny"
-    assert (CheckpointStore(run / "server").rounds() or (0,))[-1] == committed
+    assert (CheckpointStore(RunFolders.of(run).server).rounds() or (0,))[-1] == committed
     assert leftovers(run, run.with_name("tiny.private")) == []
     free()
     run_experiment(config, resume=True)

@@ -16,6 +16,7 @@ from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.folders import RunFolders
 from pfm_llm.server.checkpoint import CheckpointStore
 from tests.support.tiny import Tiny, leftovers, metrics_of, results_of, tensor_files
 
@@ -59,7 +60,7 @@ def assert_equal_ends(run: Path, uninterrupted: Path) -> None:
 
 def assert_all_whole(run: Path) -> None:
     """Whatever is on disk under its real name reads back without a complaint."""
-    CheckpointStore(run / "server").load()
+    CheckpointStore(RunFolders.of(run).server).load()
     MetricsLog(run / "metrics.jsonl").read()
     store = PrivateStore(run.with_name(f"{run.name}.private"))
     for client_id in store.client_ids():
@@ -152,7 +153,7 @@ def test_killed_at_a_known_point(
     assert was_killed(config, False, arm)
     run = tmp_path / "tiny"
     assert_all_whole(run)
-    assert (CheckpointStore(run / "server").rounds() or (0,))[-1] == committed
+    assert (CheckpointStore(RunFolders.of(run).server).rounds() or (0,))[-1] == committed
     run_experiment(config, resume=True)
     assert_equal_ends(run, uninterrupted)
 
@@ -208,7 +209,7 @@ def test_the_script_killed_twice_and_resumed(
 
     moments: list[tuple[list[str], Callable[[], bool]]] = [
         ([], lambda: lines() >= 3),
-        (["--resume"], lambda: (run / "server" / "round_000004.safetensors").exists()),
+        (["--resume"], lambda: (RunFolders.of(run).server / "round_000004.safetensors").exists()),
     ]
     for arguments, moment in moments:
         with start(*arguments) as process:
