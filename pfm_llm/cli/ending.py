@@ -21,6 +21,7 @@ def print_ending(run: Path) -> None:
         for one in read_lists(kept):
             print(f"\n{one.text()}")
     rows, results = read_results(run / RESULTS_FILE)
-    print(f"\n{terminal_table(rows)}\n")
+    confidence = results["config"]["evaluation"]["confidence"]
+    print(f"\n{terminal_table(rows, confidence=confidence)}\n")
     print("\n".join(of_run(run, results)))
     print(f"\nrun folder: {run}")

@@ -21,7 +21,7 @@ _TEXT_COLUMNS = ("Method", "Mode", "Budget")
 
 def results_table(
     rows: Sequence[ResultRow],
-    split: str = "test",
+    split: str | None = None,
     confidence: float = 0.95,
 ) -> str:
     """The results as Markdown: baselines first, then the modes; the best of a column in bold.
@@ -31,13 +31,13 @@ def results_table(
 
     Args:
         rows: Results of any split.
-        split: The split to show.
+        split: The split to show; None: test, or validation where that is all there is.
         confidence: Coverage of the intervals in the rows, for their label.
 
     Raises:
         DataError: Two rows fill the same cell.
     """
-    blocks = []
+    blocks, split = [], split or _shown_split(rows)
     for group in _groups(rows, split):
         header, body = _grid(group, _columns(group, confidence), "**{}**")
         rule = ["---" if column in _TEXT_COLUMNS else "---:" for column in header]
@@ -49,11 +49,11 @@ def results_table(
 
 def terminal_table(
     rows: Sequence[ResultRow],
-    split: str = "test",
+    split: str | None = None,
     confidence: float = 0.95,
 ) -> str:
     """`results_table` as aligned plain text; the best of a column is marked with ``*``."""
-    blocks = []
+    blocks, split = [], split or _shown_split(rows)
     for group in _groups(rows, split):
         header, body = _grid(group, _columns(group, confidence), "*{}")
         short = [
@@ -78,6 +78,11 @@ class _Column:
         return (row.candidates, row.metric, row.k) == (self.candidates, self.metric, self.k)
 
 
+def _shown_split(rows: Sequence[ResultRow]) -> str:
+    splits = {row.split for row in rows}
+    return "validation" if splits == {"validation"} else "test"
+
+
 def _groups(rows: Sequence[ResultRow], split: str) -> list[list[ResultRow]]:
     """Rows of one split, in groups of equal task, protocol and seed, in order of appearance."""
     groups: dict[tuple[str, str, int], list[ResultRow]] = {}
@@ -88,19 +93,24 @@ def _groups(rows: Sequence[ResultRow], split: str) -> list[list[ResultRow]]:
 
 
 def _columns(rows: Sequence[ResultRow], confidence: float) -> list[_Column]:
-    """The columns that at least one row fills: the full catalogue first, then samples."""
+    """The columns that at least one row fills: the full catalogue first, then samples.
+
+    Of several k, the one nearest to `HEADLINE_K` is shown.
+    """
+    ks = {row.k for row in rows if row.metric in RANK_LABELS}
+    k = min(ks, key=lambda k: (abs(k - HEADLINE_K), k), default=HEADLINE_K)
     candidates = sorted({row.candidates for row in rows}, key=lambda name: (name != FULL, name))
     interval = f" [{confidence * 100:g} %]"
     columns = [_Column(FULL, AUC, 0, AUC_LABEL + interval, True)]
     for name in candidates:
         for metric, label in RANK_LABELS.items():
-            heading = f"{label}@{HEADLINE_K}"
+            heading = f"{label}@{k}"
             with_interval = name == FULL and metric == "ndcg"
             if with_interval:
                 heading += interval
             elif name != FULL:
                 heading += f", {name.removeprefix(SAMPLED)} neg."
-            columns.append(_Column(name, metric, HEADLINE_K, heading, with_interval))
+            columns.append(_Column(name, metric, k, heading, with_interval))
     return [column for column in columns if any(map(column.shows, rows))]
 
 

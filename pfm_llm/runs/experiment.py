@@ -13,13 +13,13 @@ from pfm_llm.base.processes import Processes, start_processes
 from pfm_llm.config.choices import Aggregation, ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig, dump_config, training_hash
 from pfm_llm.evaluation import ranking
-from pfm_llm.evaluation.baselines.selection import parse_names
 from pfm_llm.federation.exchange import LocalExchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish import hub
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.publish.versions.restore import copy_artefact
+from pfm_llm.runs.checks import check_disk, check_plan, warn_of_easy_figures
 from pfm_llm.runs.environment import environment
 from pfm_llm.runs.folders import (
     CONFIG_FILE,
@@ -127,12 +127,15 @@ def _started(
     if processes.is_main:
         _log.info("data: %s\n%s", data.report.describe(), data.split.describe())
     config = settled(config, data)
+    check_plan(config, data)
+    if processes.is_main:
+        warn_of_easy_figures(config, data)
     if not resume:
         _write_settings(config, folders, processes)
         _fetch_initial_adapter(config, folders, processes)
     artefact = read_artefact(folders.initial_adapter) if config.init_from else None
     run = assemble(config, data, folders, processes, artefact)
-    parse_names(config.evaluation.baselines)
+    check_disk(run)
     _write_environment(run)
     return run
 

@@ -57,7 +57,7 @@ def evaluate_and_report(
     """
     config = run.config
     started = time.perf_counter()
-    splits = [getattr(run.data.split, name.value) for name in config.evaluation.splits]
+    splits = [run.data.split.named(name) for name in config.evaluation.splits]
     tasks = [evaluation_task(run, trained, held_out, keep=True) for held_out in splits]
     others = [comparison.read_references(against, config, one.name) for one in splits]
     measured = [measure(run, task) for task in tasks]

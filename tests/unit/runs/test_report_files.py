@@ -223,7 +223,25 @@ def test_two_results_for_one_cell_are_an_error(table) -> None:
 @pytest.mark.parametrize("table", [results_table, terminal_table])
 def test_no_rows_make_a_sentence_not_a_crash(table) -> None:
     assert table([]) == "No results on the test split.\n"
-    assert table([row(split="validation")]) == "No results on the test split.\n"
+    assert table([row()], "validation") == "No results on the validation split.\n"
+
+
+@pytest.mark.parametrize("table", [results_table, terminal_table])
+def test_validation_is_shown_where_nothing_else_was_measured(table) -> None:
+    alone, both = [row(split="validation", value=0.5)], [row(split="validation", value=0.5), row()]
+    assert "0.5000" in table(alone)
+    assert "0.5000" not in table(both)
+
+
+@pytest.mark.parametrize(
+    ("ks", "shown"), [((5, 20), 5), ((1,), 1), ((20, 50), 20), ((8, 12), 8), ((5, 10, 20), 10)]
+)
+@pytest.mark.parametrize("table", [results_table, terminal_table])
+def test_the_k_nearest_to_10_is_shown(table, ks: tuple[int, ...], shown: int) -> None:
+    rows = [row(metric=metric, k=k) for k in ks for metric in ("ndcg", "hit_rate", "mrr")]
+    text = table([*rows, row(metric="gain_ndcg", k=10)])
+    assert [k for k in ks if f"NDCG@{k} " in text] == [shown]
+    assert f"@{shown}" in text.split("MRR")[1]
 
 
 def test_the_demo_s_table_fits_a_terminal_of_100_columns() -> None:
