@@ -11,7 +11,7 @@ LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lint format bench suite claims table docs clean
+.PHONY: help install demo test kills check lint format bench suite claims table docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ demo: install ## run the quickstart: a federated recommender in a few minutes on
 
 test: install ## run every test, on two cores
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2
+
+kills: install ## kill a tiny run 100 times, and compare what its resumed ends hold
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.kills
 
 check: lint ## lint, check types and run the unit tests
 	$(BIN)/python -m pytest tests/unit

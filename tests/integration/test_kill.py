@@ -18,6 +18,7 @@ from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.server.checkpoint import CheckpointStore
+from tests.support.kills import World
 from tests.support.tiny import Tiny, leftovers, metrics_of, results_of, tensor_files
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +176,16 @@ def test_killed_again_and_again(
     assert kills >= 2
     run_experiment(config, resume=True)
     assert_equal_ends(run, uninterrupted)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_random_moments_from_the_first_asset_to_the_export(
+    seed: int, tmp_path: Path
+) -> None:
+    """A few of the kills of `make kills`."""
+    kills, differing = World(tmp_path, seed).chain(3)
+    assert kills >= 1
+    assert differing == []
 
 
 def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
