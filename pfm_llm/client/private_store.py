@@ -219,11 +219,8 @@ class PrivateStore:
                 f"the private state of client {client_id!r} after round {version}, {path}, is "
                 f"damaged ({error}); delete the file to go on from an older version, or from none"
             ) from error
-        except OSError as error:
-            raise StorageError(
-                f"cannot read the private state of client {client_id!r}, {path}: "
-                f"{error.strerror or error}"
-            ) from error
+        except (StorageError, OSError) as error:
+            raise StorageError(f"the private state of client {client_id!r}: {error}") from error
         return PrivateState(client_id, version, tensors)
 
 

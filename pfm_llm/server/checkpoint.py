@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from pfm_llm.base.errors import CheckpointError, CorruptFileError
+from pfm_llm.base.errors import CheckpointError, CorruptFileError, StorageError
 from pfm_llm.base.files import (
     make_private_dir,
     read_json,
@@ -217,7 +217,7 @@ class CheckpointStore:
         remedy = "restore it from a backup, or delete the run's folders and start again"
         try:
             entries = [(int(e["round"]), str(e["sha256"])) for e in read_json(path)["commits"]]
-        except (CorruptFileError, KeyError, TypeError, ValueError) as error:
+        except (StorageError, KeyError, TypeError, ValueError) as error:
             raise CorruptFileError(f"{path} is damaged ({error!r}); {remedy}") from error
         rounds = [round_number for round_number, _ in entries]
         if not rounds or rounds != sorted(set(rounds)):
@@ -228,7 +228,7 @@ class CheckpointStore:
         path = self._directory / _file_of(round_number)
         try:
             tensors, header = read_tensors(path, commits[round_number])
-        except (CorruptFileError, OSError) as error:
+        except (StorageError, OSError) as error:
             older = [number for number in commits if number < round_number]
             remedy = (
                 f"round {older[-1]} is kept, go back to it with --resume --from-round {older[-1]}"

@@ -142,6 +142,7 @@ def named(start: str) -> Callable[[str], bool]:
             at_rename(named("round_000004"), after=True), 2, id="between checkpoint and commit"
         ),
         pytest.param(at_rename(named("commit.json"), 2, after=True), 4, id="right after a commit"),
+        pytest.param(at_rename(named("commit.json"), 3, after=True), 6, id="in the last commit"),
         pytest.param(at_rename(named("personalised."), 5), 6, id="within the last evaluation"),
         pytest.param(at_rename(named("results.json")), 6, id="before the results"),
         pytest.param(at_rename(named("recommender_head")), 6, id="within the export"),

@@ -82,7 +82,7 @@ class World:
         if kills == most_kills:
             self._in_child(None)
         end = self._end()
-        return kills, [name for name in end if end[name] != self._whole[name]]
+        return kills, [name for name in end if end[name] != self._whole.get(name)]
 
     def _moment(self) -> tuple[Arm | None, float | None]:
         if self._draw.random() < 0.5:
@@ -120,7 +120,8 @@ class World:
         """All that must be equal, by what it is."""
         run = self._place / "runs" / "tiny"
         return {
-            "tensors": tensor_files(run),
+            **tensor_files(run),
+            "tensor files": sorted(tensor_files(run)),
             "metrics": metrics_of(run),
             "rows": results_of(run)["rows"],
             "runs": sorted(path.name for path in run.parent.iterdir()),
