@@ -63,6 +63,46 @@ def test_other_launches_pass_the_first_check(environment: dict[str, str]) -> Non
     check_launch(environment)
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_a_model_in_shards_is_refused(name: str) -> None:
+    with pytest.raises(LaunchError, match=rf"set to {name}, .*home folder.*--config_file without"):
+        check_launch({f"ACCELERATE_USE_{name}": "true"})
+    check_launch({f"ACCELERATE_USE_{name}": "false"})
+
+
+def test_mixed_precision_is_said_once_to_be_ignored(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {}
+
+    def accelerator(**settings: Any) -> FakeAccelerator:
+        given.update(settings)
+        return FakeAccelerator()
+
+    monkeypatch.setattr(processes_module, "Accelerator", accelerator)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    processes_module._say_ignored.cache_clear()
+    for _ in range(2):
+        start_processes(threads=1)
+    assert given["mixed_precision"] == "no"
+    assert caplog.messages == [
+        "accelerate's mixed_precision: fp16 is ignored; backbone.dtype of the config decides"
+    ]
+
+
+def test_what_accelerate_refuses_is_a_launch_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ValueError("no such backend")
+
+    monkeypatch.setattr(processes_module, "Accelerator", refuse)
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(LaunchError, match=r"cannot start \(no such backend\); .*pfm train"):
+        start_processes(threads=1)
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
