@@ -27,7 +27,7 @@ from pfm_llm.data.interactions import Interactions
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.alignment import Alignment, align_items, item_keys
 from pfm_llm.publish.artefact import read_artefact
-from pfm_llm.runs.folders import CONFIG_FILE, RunFolders, find_run
+from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, RunFolders, find_run
 from pfm_llm.runs.private_weight import choose_weight
 from pfm_llm.runs.run import Corpus, Run, Trained, assemble, committed, load_corpus, settled
 from pfm_llm.text.prompts import Prompt, load_prompt
@@ -198,6 +198,12 @@ class _Opening:
         """A run with a committed round."""
         folders = RunFolders.of(find_run(folder, folder.parent))
         checkpoint = committed(folders)
+        environment = folders.public / ENVIRONMENT_FILE
+        if not environment.is_file():
+            raise CheckpointError(
+                f"{environment} is missing, so nobody can tell where the run was trained; restore "
+                "it, or train the run again"
+            )
         opening = cls(folders, load_config(folders.public / CONFIG_FILE))
         if checkpoint.environment.contract_hash != opening.before.contract_hash:
             raise CheckpointError(

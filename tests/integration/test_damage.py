@@ -88,6 +88,7 @@ def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> Non
         ("config.yaml", "name: [", ConfigError, r"config\.yaml: not valid YAML"),
         ("metrics.jsonl", "{}\n{}\n", CorruptFileError, r"metrics\.jsonl, line 1.*delete the line"),
         ("environment.json", "{", CorruptFileError, r"environment\.json is not valid JSON"),
+        ("environment.json", None, CheckpointError, r"environment\.json is missing.*restore"),
     ],
 )
 def test_corrupt_or_missing_file_of_a_run(
@@ -95,6 +96,30 @@ def test_corrupt_or_missing_file_of_a_run(
 ) -> None:
     (copied / name).unlink() if content is None else (copied / name).write_text(content)
     with pytest.raises(error, match=match):
+        evaluate_run(copied)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.yaml", "environment.json", "trained_on.json", "results.json", "results.md"),
+        *(COMMITS, "../tiny.private/server/round_000004.safetensors"),
+        "../tiny.private/run.lock",
+        "../tiny.private/lists.json",
+    ],
+)
+def test_a_folder_in_place_of_a_file_of_a_run(name: str, copied: Path) -> None:
+    (copied / name).unlink()
+    (copied / name).mkdir()
+    with pytest.raises(PfmError, match=Path(name).name):
+        evaluate_run(copied)
+
+
+def test_a_folder_in_place_of_a_private_state(copied: Path) -> None:
+    path = sorted(copied.with_name("tiny.private").glob("clients/*/private.r*"))[0]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StorageError, match=rf"client '{path.parent.name}'.*it is a folder"):
         evaluate_run(copied)
 
 
