@@ -1,6 +1,8 @@
 """Processes: misleading launches are refused, and work is shared and gathered in order."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -133,6 +135,24 @@ def test_threads_are_as_told_or_a_share_of_the_cores(
     monkeypatch.setattr(processes_module, "Accelerator", lambda **_: FakeAccelerator())
     started = start_processes(threads)
     assert started.threads == torch.get_num_threads() == expected
+
+
+def test_the_main_process_holds_a_context_for_all(one_process: Processes) -> None:
+    entered = []
+
+    @contextlib.contextmanager
+    def context(fails: bool) -> Iterator[str]:
+        if fails:
+            raise StorageError("no space")
+        entered.append("in")
+        yield "value"
+        entered.append("out")
+
+    with one_process.main_holds(context(False)) as value:
+        assert (value, entered) == ("value", ["in"])
+    assert entered == ["in", "out"]
+    with pytest.raises(StorageError), one_process.main_holds(context(True)):
+        pytest.fail("the context was not entered")
 
 
 def test_a_single_process_starts_for_real(one_process: Processes) -> None:

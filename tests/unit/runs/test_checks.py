@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pfm_llm.base.errors import DataError, DiskSpaceError, HubError, PfmError
+from pfm_llm.base.errors import ConfigError, DataError, DiskSpaceError, HubError, PfmError
 from pfm_llm.runs import checks
 from pfm_llm.runs.checks import check_plan, warn_of_easy_figures
 from pfm_llm.runs.experiment import run_experiment
@@ -123,6 +123,9 @@ def test_a_push_that_cannot_succeed(
     [
         ({"push_to_hub": {"repo": "films"}}, HubError),
         (LIKES, DataError),
+        ({"prompt": "next_item_genres.v1"}, DataError),
+        ({"federation__cohort_size": 25}, ConfigError),
+        ({"evaluation__baselines": ["poplarity"]}, ConfigError),
         ({"evaluation__splits": ["validation"], "data__min_interactions": 100}, DataError),
     ],
 )
