@@ -13,7 +13,7 @@ LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test fuzz check lint format bench suite claims table docs clean
+.PHONY: help install demo test fuzz kills check lint format bench suite claims table docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: install ## run every test, on two cores
 
 fuzz: install ## try 100,000 hostile inputs of each kind; minutes. Results go to results/faults
 	PFM_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/fuzz
+
+kills: install ## kill a tiny run 100 times, and compare what its resumed ends hold
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.kills
 
 check: lint ## lint, check types and run the unit tests
 	$(BIN)/python -m pytest tests/unit

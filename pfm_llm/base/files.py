@@ -6,9 +6,12 @@ import hashlib
 import json
 import math
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,6 +40,39 @@ def storage_errors(path: Path) -> Iterator[None]:
                 "(everything that was committed before is intact)"
             ) from error
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` about ``path``, other than its absence, into a `StorageError`."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        reason = "it is a folder" if path.is_dir() else error.strerror or error
+        raise StorageError(f"cannot read {path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C until the block ends.
+
+    safetensors calls back into Python, where an interruption may be lost or become an error about
+    the file.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            handler(*caught[0])
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -90,12 +126,8 @@ def read_bytes(path: Path) -> bytes:
         NotADirectoryError: A folder of its path is a file.
         StorageError: It is a folder, or cannot be read.
     """
-    try:
+    with _read_errors(path):
         return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -103,6 +135,8 @@ def read_json(path: Path) -> Any:
 
     Raises:
         CorruptFileError: The file is not valid JSON.
+        StorageError: The file cannot be read, for example because it is a folder.
+        FileNotFoundError: There is no file.
     """
     content = read_bytes(path)
     try:
@@ -161,8 +195,13 @@ def _check_depth(tree: Any) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    with path.open("rb") as file:
+    """SHA-256 of a file's content, in hex.
+
+    Raises:
+        StorageError: The file cannot be read, for example because it is a folder.
+        FileNotFoundError: There is no file.
+    """
+    with _read_errors(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -182,7 +221,8 @@ def write_tensors(
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)} if metadata else None
-    content = save(ready, header)
+    with _uninterrupted():
+        content = save(ready, header)
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
 
@@ -201,6 +241,8 @@ def read_tensors(
 
     Raises:
         CorruptFileError: The file is truncated, not safetensors, or has another hash.
+        StorageError: The file cannot be read, for example because it is a folder.
+        FileNotFoundError: There is no file.
     """
     content = read_bytes(path)
     if expected_sha256 is not None and hashlib.sha256(content).hexdigest() != expected_sha256:

@@ -5,6 +5,8 @@ of two, or two unconnected processes that each train every client. Both raise a 
 """
 
 import contextlib
+import functools
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -23,6 +25,11 @@ _HOW = (
     "--num_machines 1 --mixed_precision no --dynamo_backend no scripts/fed_train.py … "
     "(or with torchrun --nproc_per_node 2)"
 )
+
+_PLAINLY = "start one process with pfm train"
+_SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+_TRUE = {"true", "True", "1"}
+_log = logging.getLogger(__name__)
 
 
 class Processes:
@@ -75,6 +82,19 @@ class Processes:
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
+    def main_holds(self, context: contextlib.AbstractContextManager[T]) -> Iterator[T]:
+        """A block during which the main process holds a context; every process gets its value.
+
+        Raises:
+            PfmError: The main process cannot enter the context. Every process raises this.
+        """
+        with contextlib.ExitStack() as stack:
+            with self.together():
+                held = [(0, stack.enter_context(context))] if self.is_main else []
+            (value,) = self.gather(held)
+            yield value
+
+    @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """A block that every process enters, and that fails on all when it fails on one.
 
@@ -111,9 +131,10 @@ def start_processes(
     """
     check_launch(os.environ)
     check_trackers(trackers)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), log_with=list(trackers) or None, project_dir=logging_dir
-    )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    accelerator = _accelerator(trackers, logging_dir)
+    if precision != "no" and accelerator.is_main_process:
+        _say_ignored(precision)
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:
         raise LaunchError(
@@ -124,6 +145,32 @@ def start_processes(
     chosen = threads or max(1, usable_cores() // max(1, local))
     torch.set_num_threads(chosen)
     return Processes(accelerator, chosen)
+
+
+def _accelerator(trackers: Sequence[str], logging_dir: str | None) -> Accelerator:
+    """The accelerator of this process.
+
+    Raises:
+        LaunchError: accelerate refuses its settings, or the processes cannot meet.
+    """
+    try:
+        return Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",
+            log_with=list(trackers) or None,
+            project_dir=logging_dir,
+        )
+    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise LaunchError(f"accelerate cannot start ({error}); {_PLAINLY}, or {_HOW}") from error
+
+
+@functools.cache
+def _say_ignored(precision: str) -> None:
+    """Warn, once a process, of a setting of accelerate that has no effect here."""
+    _log.warning(
+        "accelerate's mixed_precision: %s is ignored; backbone.dtype of the config decides",
+        precision,
+    )
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -150,8 +197,15 @@ def check_launch(environment: Mapping[str, str]) -> None:
     Raises:
         LaunchError: MASTER_ADDR is set without WORLD_SIZE, as ``accelerate launch --cpu
             --num_processes 2`` leaves them; or WORLD_SIZE asks for several processes and there
-            is no MASTER_ADDR at which they could meet.
+            is no MASTER_ADDR at which they could meet; or accelerate is to shard the model.
     """
+    on = [name for name in _SHARDING if environment.get(f"ACCELERATE_USE_{name}") in _TRUE]
+    if on:
+        raise LaunchError(
+            f"accelerate is set to {', '.join(on)}, by a flag or by the default config in the home "
+            f"folder, but here each process holds the whole model; {_PLAINLY}, or give accelerate "
+            "launch a --config_file without this"
+        )
     if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         raise LaunchError(
             "MASTER_ADDR is set but WORLD_SIZE is not: several processes were asked for and only "

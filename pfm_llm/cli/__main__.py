@@ -1,4 +1,4 @@
-"""``python -m pfm_llm.cli`` and ``accelerate launch -m pfm_llm.cli``: the command ``pfm``."""
+"""``python -m pfm_llm.cli`` and ``accelerate launch -q -m pfm_llm.cli``: the command ``pfm``."""
 
 from pfm_llm.cli.main import main
 

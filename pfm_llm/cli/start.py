@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,12 @@ from pfm_llm.base.terminal import printable
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 plus the number of the signal."""
+
+
+_WITH_HANDLERS = {"huggingface_hub", "datasets"}
+"""Libraries that print their warnings themselves, and would be heard twice."""
+_RETRIES = "huggingface_hub.utils._http"
+_QUERY = re.compile(r"(https?://[^\s?'\"]*)\?[^\s'\"]*")
 
 
 def run_safely(command: Callable[[], None], when_interrupted: str = "interrupted") -> None:
@@ -45,9 +52,12 @@ def prepare() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries; ours log lines there
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_Printable("%(message)s"))
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(lambda record: record.name.partition(".")[0] not in _WITH_HANDLERS)
+    handler.addFilter(_hide_signatures)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger(_RETRIES).addFilter(_hide_signatures)
     # Not the root logger: at INFO, httpx writes each request with its signed URL.
     logging.getLogger("pfm_llm").setLevel(logging.INFO)
     # transformers warns about its own code, which a user cannot change.
@@ -60,6 +70,12 @@ class _Printable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""
         return printable(super().format(record))
+
+
+def _hide_signatures(record: logging.LogRecord) -> bool:
+    """Cut the query off each address in a record: it may hold a signature that grants access."""
+    record.msg, record.args = _QUERY.sub(r"\1", record.getMessage()), ()
+    return True
 
 
 def is_main_process() -> bool:

@@ -1,4 +1,4 @@
-"""``pfm train``, which is also ``accelerate launch scripts/fed_train.py``."""
+"""``pfm train``, which is also ``accelerate launch -q scripts/fed_train.py``."""
 
 from typing import Annotated
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from pfm_llm.base import files
-from pfm_llm.base.errors import CorruptFileError, DiskSpaceError, StorageError
+from pfm_llm.base.errors import CorruptFileError, StorageError
 from pfm_llm.model.backbone import pad_tokens
 from pfm_llm.text.encoding import Window, windows_hash
 
@@ -134,11 +134,14 @@ class TrunkCache:
                 raise CorruptFileError(f"{path} is damaged")
         except FileNotFoundError:
             return None
-        except (StorageError, OSError) as error:
+        except CorruptFileError as error:
             _log.warning("trunk cache: %s; computing it again", error)
-            with contextlib.suppress(OSError):  # such as a folder in place of the file
-                path.unlink()
-            self._bytes_left = None  # the next write counts the files again
+            with contextlib.suppress(OSError):  # of a folder that cannot be written
+                path.unlink(missing_ok=True)
+                self._bytes_left = None  # the next write counts the files again
+            return None
+        except (StorageError, OSError) as error:  # no reason to delete the file
+            _log.warning("trunk cache: %s; computing it again", error)
             return None
         return states
 
@@ -153,8 +156,8 @@ class TrunkCache:
             for folder in (self._root, path.parent.parent, path.parent):
                 files.make_private_dir(folder)
             files.write_tensors(path, {"states": states}, {_CHECKSUM: _checksum(states)})
-        except DiskSpaceError as error:
-            # The run goes on without the cache when the disk is full.
+        except StorageError as error:
+            # The run goes on without the cache when it is full or cannot be written.
             _log.warning("trunk cache: %s; going on without it", error)
             self._bytes_left = 0
             return

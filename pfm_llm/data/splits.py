@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 
 from pfm_llm.base.errors import ConfigError, DataError
-from pfm_llm.config.choices import SplitKind
+from pfm_llm.config.choices import HeldOutSplit, SplitKind
 from pfm_llm.config.data import DataConfig
 from pfm_llm.data.history import History, Query
 from pfm_llm.data.interactions import Interactions
@@ -148,6 +148,10 @@ class Split:
     validation: HeldOut
     test: HeldOut
     rule: str
+
+    def named(self, name: HeldOutSplit) -> HeldOut:
+        """The queries of a split."""
+        return self.test if name is HeldOutSplit.TEST else self.validation
 
     def describe(self) -> str:
         """The rule and the counts of each part, in a few lines for a log or a report."""

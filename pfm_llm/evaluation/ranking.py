@@ -1,6 +1,6 @@
 """From scores to ranks of held-out items, and from ranks to rows of results."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,10 @@ from pfm_llm.evaluation.baselines.selection import FittedBaseline
 from pfm_llm.evaluation.results import AUC, FULL, HEADLINE_K, RANK_LABELS, SAMPLED, ResultRow
 
 _QUERIES_AT_ONCE = 1024
+_ONE_CLASS = (
+    "no user has both a liked and a disliked held-out item: there is no AUC; raise data.held_out, "
+    "or set data.like_threshold to a rating that divides them"
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,19 @@ def result_rows(
     return rows
 
 
+def check_classes(liked: Iterable[np.ndarray]) -> None:
+    """Check that some user has both classes of the task ``like``, so that there is an AUC.
+
+    Args:
+        liked: Per user bool [targets].
+
+    Raises:
+        DataError: No user has both classes.
+    """
+    if not any(own.any() and not own.all() for own in liked):
+        raise DataError(_ONE_CLASS)
+
+
 def auc_row(
     aucs: np.ndarray, describe: Callable[..., ResultRow], config: EvaluationConfig, seed: int
 ) -> ResultRow:
@@ -147,10 +164,7 @@ def auc_row(
     """
     own = aucs[~np.isnan(aucs)]
     if not len(own):
-        raise DataError(
-            "no user has both a liked and a disliked held-out item: there is no AUC; raise "
-            "data.held_out, or set data.like_threshold to a rating that divides them"
-        )
+        raise DataError(_ONE_CLASS)
     return describe(candidates=FULL, metric=AUC, k=0, **_figure(own, config, seed))
 
 

@@ -215,8 +215,10 @@ def resume_from(federation: Federation, from_round: int | None = None) -> int:
         committed = checkpoint.round_number
     with federation.processes.together():
         if federation.processes.is_main:
-            if from_round is not None:
-                federation.checkpoints.rollback(from_round)
+            if checkpoint is not None:
+                # Also without --from-round: a kill right after the last commit leaves old rounds.
+                federation.checkpoints.rollback(committed)
+                federation.exchange.prune(min(federation.checkpoints.rounds()))
             discarded = federation.exchange.discard_newer(committed)
             federation.metrics_log.truncate_after(committed)
             remove_temporary(federation.metrics_log.path.parent)

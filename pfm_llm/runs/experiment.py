@@ -1,6 +1,5 @@
 """A whole run: config -> objects -> rounds -> evaluation -> report."""
 
-import contextlib
 import dataclasses
 import logging
 import time
@@ -16,7 +15,6 @@ from pfm_llm.config.choices import Aggregation, ServerOptimizer
 from pfm_llm.config.schema import ExperimentConfig, dump_config, training_hash
 from pfm_llm.config.settings import leaves
 from pfm_llm.evaluation import ranking
-from pfm_llm.evaluation.baselines.selection import parse_names
 from pfm_llm.evaluation.results import ResultRow, headline_k, read_results
 from pfm_llm.federation.exchange import LocalExchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
@@ -24,6 +22,7 @@ from pfm_llm.protocol.types import Mode
 from pfm_llm.publish import hub
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.publish.versions.restore import copy_artefact
+from pfm_llm.runs.checks import check_disk, check_plan, warn_of_easy_figures
 from pfm_llm.runs.environment import environment
 from pfm_llm.runs.folders import (
     CONFIG_FILE,
@@ -33,7 +32,7 @@ from pfm_llm.runs.folders import (
     RunFolders,
 )
 from pfm_llm.runs.measuring import measure, validation_task
-from pfm_llm.runs.opening import TrainedOn, corpus_to_resume, open_run
+from pfm_llm.runs.opening import TrainedOn, corpus_to_resume, run_in_work
 from pfm_llm.runs.private_weight import choose_weight
 from pfm_llm.runs.publication import push_finished, push_when_due
 from pfm_llm.runs.report import evaluate_and_report
@@ -62,41 +61,12 @@ def run_experiment(
         PfmError: Any error with a clear message; committed rounds are intact.
     """
     processes = start_processes(config.runtime.threads, config.runtime.trackers, config.output.dir)
-    folders = _run_folders(config, resume, processes)
-    # Bad input fails before the first round, and then leaves no folder.
-    with contextlib.nullcontext() if resume else folders.discarded_on_failure():
-        data = corpus_to_resume(config, folders) if resume else load_corpus(config)
-        if processes.is_main:
-            _log.info("data: %s\n%s", data.report.describe(), data.split.describe())
-        config = settled(config, data)
-        if resume:
-            folders.check_settings(config)
-        else:
-            _write_settings(config, folders, processes)
-            _fetch_initial_adapter(config, folders, processes)
-        artefact = read_artefact(folders.initial_adapter) if config.init_from else None
-        run = assemble(config, data, folders, processes, artefact)
-        federation = make_federation(run)
-        federation.server.select_cohort(1)
-        parse_names(config.evaluation.baselines)
-        _write_environment(run)
-    first_round = resume_from(federation, from_round) if resume else 1
-    processes.accelerator.init_trackers(folders.public.name, _tracked_settings(config))
-    server = federation.server
-    started = time.perf_counter()
-    run_rounds(
-        federation,
-        first_round,
-        validate=lambda: _validate(run, run.as_set(server.shared)),
-        on_commit=lambda _: push_when_due(run, server.shared),
-    )
-    seconds = time.perf_counter() - started
-    if first_round > 1:
-        _log.info("resumed at round %d: training time below is of this part alone", first_round)
-    evaluate_and_report(run, choose_weight(run, server.shared), seconds)
-    _track_results(run, server.shared.round_number)
-    push_finished(run)
-    processes.accelerator.end_training()
+    claim = RunFolders.to_resume(config) if resume else RunFolders.claimed(config)
+    with processes.main_holds(claim) as folders:
+        if folders.public.name != config.name and processes.is_main:
+            _log.info("a run %s exists; this one goes to %s", config.name, folders.public)
+        run = _started(config, resume, folders, processes)
+        _train_and_report(run, resume, from_round)
     return folders.public
 
 
@@ -115,6 +85,7 @@ def evaluate_run(folder: Path, against: Sequence[Path] = (), ranked: Path | None
     Raises:
         ConfigError: There is no such run.
         CheckpointError: The run has no committed round.
+        BusyError: Another process trains or measures the run.
         ConfigError: ``ranked`` is in the run's public folder.
         DataError: A file of ``against`` belongs to other data, or has no figures per user.
     """
@@ -123,7 +94,8 @@ def evaluate_run(folder: Path, against: Sequence[Path] = (), ranked: Path | None
             f"{ranked} is in the run's public folder, and a ranked list is somebody's; give "
             "another folder, or none for the run's private one"
         )
-    evaluate_and_report(*open_run(folder), None, against, ranked)
+    with run_in_work(folder) as (run, trained):
+        evaluate_and_report(run, trained, None, against, ranked)
     return folder
 
 
@@ -183,22 +155,54 @@ def _track_results(run: Run, round_number: int) -> None:
         log_to_trackers(run.processes, values, round_number)
 
 
-def _run_folders(config: ExperimentConfig, resume: bool, processes: Processes) -> RunFolders:
-    """The folders of a new run, or of the run to resume; equal on every process."""
+def _started(
+    config: ExperimentConfig, resume: bool, folders: RunFolders, processes: Processes
+) -> Run:
+    """The objects of a run; whatever can be wrong with its input is found here."""
     if resume:
-        return RunFolders.to_resume(config)
-    folders = RunFolders.new(config)
-    processes.wait()
-    if folders.public.name != config.name and processes.is_main:
-        _log.info("a run %s exists; this one goes to %s", config.name, folders.public)
-    return folders
+        folders.check_settings(config)
+    data = corpus_to_resume(config, folders) if resume else load_corpus(config)
+    if processes.is_main:
+        _log.info("data: %s\n%s", data.report.describe(), data.split.describe())
+    config = settled(config, data)
+    check_plan(config, data)
+    if processes.is_main:
+        warn_of_easy_figures(config, data)
+    if not resume:
+        _write_settings(config, folders, processes)
+        _fetch_initial_adapter(config, folders, processes)
+    artefact = read_artefact(folders.initial_adapter) if config.init_from else None
+    run = assemble(config, data, folders, processes, artefact)
+    check_disk(run)
+    _write_environment(run)
+    return run
+
+
+def _train_and_report(run: Run, resume: bool, from_round: int | None) -> None:
+    federation, processes = make_federation(run), run.processes
+    first_round = resume_from(federation, from_round) if resume else 1
+    processes.accelerator.init_trackers(run.folders.public.name, _tracked_settings(run.config))
+    server = federation.server
+    started = time.perf_counter()
+    run_rounds(
+        federation,
+        first_round,
+        validate=lambda: _validate(run, run.as_set(server.shared)),
+        on_commit=lambda _: push_when_due(run, server.shared),
+    )
+    seconds = time.perf_counter() - started
+    if first_round > 1:
+        _log.info("resumed at round %d: training time below is of this part alone", first_round)
+    evaluate_and_report(run, choose_weight(run, server.shared), seconds)
+    _track_results(run, server.shared.round_number)
+    push_finished(run)
+    processes.accelerator.end_training()
 
 
 def _write_settings(config: ExperimentConfig, folders: RunFolders, processes: Processes) -> None:
     if processes.is_main:
         settled = config.model_copy(update={"name": folders.public.name})
         files.write_text(folders.public / CONFIG_FILE, dump_config(settled))
-        files.make_private_dir(folders.private)
     processes.wait()
 
 
@@ -217,8 +221,8 @@ def _write_environment(run: Run) -> None:
     del data["examples"]  # rows of the user's data do not belong in a folder that may be public
     here |= {"data": data, "split": run.data.split.describe()}
     here["num_clients"] = len(run.clients.histories.trainable)
-    files.write_json(run.folders.public / ENVIRONMENT_FILE, here)
     TrainedOn.of(run).write(run.folders)
+    files.write_json(run.folders.public / ENVIRONMENT_FILE, here)  # now the run has begun
     _log.info("%d threads x %d processes, %s", processes.threads, processes.count, here["dtype"])
 
 

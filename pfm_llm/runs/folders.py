@@ -1,20 +1,27 @@
 """The folders of a run, and the search for a run by name.
 
 ``runs/<name>/`` holds ``config.yaml``, ``environment.json``, ``metrics.jsonl`` (see
-`metrics_log`), ``results.json``, ``results.md``, ``plots/*.png`` (see `plots`), the server's
-checkpoints and the exported adapter. Private data is separate, in ``runs/<name>.private/``.
+`metrics_log`), ``results.json``, ``results.md``, ``plots/*.png`` (see `plots`) and the exported
+adapter. It may be shown to anybody. ``runs/<name>.private/`` holds the private data of the clients,
+and the server's checkpoints: the optimiser's moments tell which items the last cohorts met.
+
+A process that works on a run holds the lock ``runs/<name>.private/run.lock``.
 """
 
 import contextlib
 import difflib
+import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfm_llm.base.errors import CheckpointError, ConfigError
+from pfm_llm.base.errors import BusyError, CheckpointError, ConfigError
+from pfm_llm.base.files import make_private_dir
+from pfm_llm.base.locks import locked
 from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.config.settings import changed_settings
+from pfm_llm.config.settle import settle_like
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -22,6 +29,7 @@ METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
 
+_LOCK, _SERVER = "run.lock", "server"
 _MOST_NAMED = 10
 _TRAIN_FIRST = "run `pfm train` first"
 
@@ -46,7 +54,7 @@ class RunFolders:
     @property
     def server(self) -> Path:
         """The server's checkpoints."""
-        return self.public / "server"
+        return self.private / _SERVER
 
     @property
     def shared_adapter(self) -> Path:
@@ -64,57 +72,115 @@ class RunFolders:
         return cls(public, public.with_name(f"{public.name}.private"))
 
     @classmethod
-    def new(cls, config: ExperimentConfig) -> "RunFolders":
-        """Folders that do not exist yet: for ``<name>``, or for the next free ``<name>-<n>``."""
+    @contextlib.contextmanager
+    def claimed(cls, config: ExperimentConfig) -> Iterator["RunFolders"]:
+        """The folders of a new run, locked during the block; no other start can get them.
+
+        They are those of ``<name>``, or of the next ``<name>-<n>`` that is free. If the block fails
+        before the run has begun, that is before it has an `ENVIRONMENT_FILE`, they are deleted,
+        with the folders above them that were made for them.
+
+        Raises:
+            StorageError: The folders cannot be made.
+        """
         base = Path(config.output.dir) / config.name
-        folders, number = cls.of(base), 2
-        while _is_taken(folders.public) or folders.private.exists():
-            folders = cls.of(base.with_name(f"{config.name}-{number}"))
-            number += 1
-        return folders
+        missing = [folder for folder in base.parents if not folder.exists()]
+        with contextlib.ExitStack() as stack:
+            for number in itertools.count(1):
+                folders = cls.of(base if number == 1 else base.with_name(f"{base.name}-{number}"))
+                if not folders._are_taken():
+                    with contextlib.suppress(BusyError):
+                        stack.enter_context(folders.in_work())
+                        if not folders._are_taken():
+                            break
+                        stack.close()  # another run has begun and ended since
+            try:
+                yield folders
+            except BaseException:
+                if not (folders.public / ENVIRONMENT_FILE).exists():
+                    folders._discard(missing)
+                raise
 
     @classmethod
-    def to_resume(cls, config: ExperimentConfig) -> "RunFolders":
-        """The folders of the run ``<name>``.
+    @contextlib.contextmanager
+    def to_resume(cls, config: ExperimentConfig) -> Iterator["RunFolders"]:
+        """The folders of the run ``<name>``, locked during the block.
 
         Raises:
             ConfigError: There is no such run.
+            BusyError: Another process trains or measures it.
         """
         folders = cls.of(Path(config.output.dir) / config.name)
         if not (folders.public / CONFIG_FILE).is_file():
             raise ConfigError(f"no run at {folders.public} to resume; start it without --resume")
-        return folders
+        with folders.in_work():
+            yield folders
 
     def check_settings(self, config: ExperimentConfig) -> None:
         """Check that the run was started with the given settings.
 
         Args:
-            config: A settled config.
+            config: A config. Settings without a value, which follow from the data, may differ.
 
         Raises:
             CheckpointError: A setting that training depends on differs.
         """
-        changed = changed_settings(load_config(self.public / CONFIG_FILE), config)
+        saved = load_config(self.public / CONFIG_FILE)
+        changed = changed_settings(saved, settle_like(config, saved))
         if changed:
             raise CheckpointError(
                 f"{self.public} cannot be resumed with other settings: {'; '.join(changed)}. "
                 "Restore them, or start a new run without --resume"
             )
 
+    def check_layout(self) -> None:
+        """Refuse a run of version 0.2, which kept the server's checkpoints in the public folder.
+
+        Raises:
+            CheckpointError: It is such a run; the message says how to mend it.
+        """
+        former = self.public / _SERVER
+        if former.exists() and not self.server.exists():
+            raise CheckpointError(
+                f"{former} belongs into the run's private folder, since the checkpoints tell which "
+                f"items the last clients met; move it: mv {former} {self.server}"
+            )
+
     @contextlib.contextmanager
-    def discarded_on_failure(self) -> Iterator[None]:
-        """Delete both folders if the block fails, for a run that has not begun."""
-        try:
+    def in_work(self) -> Iterator[None]:
+        """Lock the run during the block, which trains or measures it.
+
+        Raises:
+            BusyError: Another process trains or measures it.
+            StorageError: The lock cannot be made.
+            CheckpointError: See `check_layout`.
+        """
+        self.check_layout()
+        make_private_dir(self.private)
+        busy = (
+            f"another process is working on {self.public}; wait for its end, or stop it, and then "
+            "run this again"
+        )
+        with locked(self.private / _LOCK, busy):
             yield
-        except BaseException:
-            shutil.rmtree(self.public, ignore_errors=True)
-            shutil.rmtree(self.private, ignore_errors=True)
-            raise
+
+    def _are_taken(self) -> bool:
+        """Whether they have more in them than a start leaves that is killed at its first write."""
+        return _holds_files(self.public) or _holds_files(self.private)
+
+    def _discard(self, parents: Sequence[Path]) -> None:
+        """Delete both folders, and those of the given folders above them that are empty then."""
+        shutil.rmtree(self.public, ignore_errors=True)
+        shutil.rmtree(self.private, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in parents:
+                folder.rmdir()
 
 
-def _is_taken(folder: Path) -> bool:
-    """Whether a folder has more in it than a start leaves that is killed at its first write."""
-    return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
+def _holds_files(folder: Path) -> bool:
+    if not folder.is_dir():
+        return folder.exists()
+    return any(path.name != _LOCK and not path.name.startswith(".") for path in folder.iterdir())
 
 
 def find_run(name_or_path: str | Path | None, runs_dir: str | Path = "runs") -> Path:

@@ -11,8 +11,10 @@ in ``trained_on.json``, and every later opening compares:
   then serves the exported adapter, whose rows follow their items by key.
 """
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -25,7 +27,7 @@ from pfm_llm.data.interactions import Interactions
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.alignment import Alignment, align_items, item_keys
 from pfm_llm.publish.artefact import read_artefact
-from pfm_llm.runs.folders import CONFIG_FILE, RunFolders, find_run
+from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, RunFolders, find_run
 from pfm_llm.runs.private_weight import choose_weight
 from pfm_llm.runs.run import Corpus, Run, Trained, assemble, committed, load_corpus, settled
 from pfm_llm.text.prompts import Prompt, load_prompt
@@ -112,6 +114,20 @@ def open_run(folder: Path) -> tuple[Run, Trained]:
     return run, choose_weight(run, run.committed())
 
 
+@contextlib.contextmanager
+def run_in_work(folder: Path) -> Iterator[tuple[Run, Trained]]:
+    """`open_run` for measuring: the run is locked during the block.
+
+    Raises:
+        BusyError: Another process trains or measures the run.
+        ConfigError, CheckpointError: See `open_run`.
+    """
+    folders = RunFolders.of(find_run(folder, folder.parent))
+    processes = start_processes(load_config(folders.public / CONFIG_FILE).runtime.threads)
+    with processes.main_holds(folders.in_work()):
+        yield open_run(folder)
+
+
 def open_to_serve(folder: Path) -> tuple[Run, Trained, Alignment]:
     """Open a run to recommend from it, with the histories and the items of today.
 
@@ -186,6 +202,12 @@ class _Opening:
         """A run with a committed round."""
         folders = RunFolders.of(find_run(folder, folder.parent))
         checkpoint = committed(folders)
+        environment = folders.public / ENVIRONMENT_FILE
+        if not environment.is_file():
+            raise CheckpointError(
+                f"{environment} is missing, so nobody can tell where the run was trained; restore "
+                "it, or train the run again"
+            )
         opening = cls(folders, load_config(folders.public / CONFIG_FILE))
         if checkpoint.environment.contract_hash != opening.before.contract_hash:
             raise CheckpointError(

@@ -64,7 +64,7 @@ def evaluate_and_report(
     """
     config = run.config
     started, k = time.perf_counter(), headline_k(config.evaluation.ks)
-    splits = [getattr(run.data.split, name.value) for name in config.evaluation.splits]
+    splits = [run.data.split.named(name) for name in config.evaluation.splits]
     tasks = [_task(run, trained, held_out, ranked) for held_out in splits]
     others = [comparison.read_references(against, config, one.name) for one in splits]
     measured = [measure(run, task) for task in tasks]

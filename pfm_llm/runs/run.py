@@ -147,6 +147,7 @@ class Run:
 
 def committed(folders: RunFolders, round_number: int | None = None) -> Checkpoint:
     """A committed round of a run; see `Run.committed`."""
+    folders.check_layout()
     checkpoint = CheckpointStore(folders.server).load(round_number)
     if checkpoint is None:
         raise CheckpointError(

@@ -15,11 +15,18 @@ from typing import Self
 import torch
 
 from pfm_llm.base.errors import CheckpointError, CorruptFileError, StorageError
-from pfm_llm.base.files import read_json, read_tensors, storage_errors, write_json, write_tensors
+from pfm_llm.base.files import (
+    make_private_dir,
+    read_json,
+    read_tensors,
+    storage_errors,
+    write_json,
+    write_tensors,
+)
 from pfm_llm.protocol.types import Tensors
 
 _COMMIT_FILE = "commit.json"
-_NUM_KEPT = 2
+NUM_KEPT = 2
 """The number of committed rounds that are kept."""
 
 
@@ -113,7 +120,7 @@ class CheckpointStore:
     """The checkpoints of one run, in one folder."""
 
     def __init__(self, directory: Path) -> None:
-        """Open a folder, such as ``runs/<name>/server``; the first `save` makes it."""
+        """Open a folder, such as ``runs/<name>.private/server``; the first `save` makes it."""
         self._directory = directory
 
     def rounds(self) -> tuple[int, ...]:
@@ -148,9 +155,10 @@ class CheckpointStore:
             "round": str(round_number),
             "environment": json.dumps(dataclasses.asdict(environment)),
         }
+        make_private_dir(self._directory)
         path = self._directory / _file_of(round_number)
         commits[round_number] = write_tensors(path, tensors, header)
-        self._publish(dict(list(commits.items())[-_NUM_KEPT:]))
+        self._publish(dict(list(commits.items())[-NUM_KEPT:]))
 
     def load(self, round_number: int | None = None) -> Checkpoint | None:
         """Read the commit point, or an older round that is kept.
@@ -209,7 +217,7 @@ class CheckpointStore:
             entries = [(int(e["round"]), str(e["sha256"])) for e in read_json(path)["commits"]]
         except FileNotFoundError:
             return {}
-        except (CorruptFileError, OSError, LookupError, TypeError, ValueError) as error:
+        except (StorageError, OSError, LookupError, TypeError, ValueError) as error:
             raise CorruptFileError(f"{path} is damaged ({error!r}); {remedy}") from error
         rounds = [round_number for round_number, _ in entries]
         if not rounds or rounds != sorted(set(rounds)):

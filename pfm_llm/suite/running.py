@@ -7,18 +7,18 @@ experiment continues from its last commit.
 """
 
 import contextlib
-import fcntl
 import gc
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import CheckpointError, ConfigError, LaunchError, PfmError, TrainingError
+from pfm_llm.base.locks import locked
 from pfm_llm.config.schema import ExperimentConfig, dump_config, read_yaml
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, RESULTS_FILE
@@ -108,7 +108,8 @@ class _Runner:
         """Complete a run; returns the error message if it failed."""
         path = self._plan.result(run, self._results)
         try:
-            with _alone(run):
+            busy = f"{run.label} is being run by another process"
+            with locked(run.folder / f"{run.label}.lock", busy):
                 try:
                     self._run(run)
                 except PfmError as error:
@@ -239,22 +240,3 @@ def _discard(point: Point) -> None:
     for folder in (point.folder, point.folder.with_name(f"{point.folder.name}.private")):
         with files.storage_errors(folder), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def _alone(run: SuiteRun) -> Iterator[None]:
-    """Lock a run against other processes; the system releases the lock of a killed process.
-
-    Raises:
-        LaunchError: Another process holds the lock.
-    """
-    path = run.folder / f"{run.label}.lock"
-    with files.storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LaunchError(f"{run.label} is being run by another process") from error
-        yield

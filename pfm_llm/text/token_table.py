@@ -18,8 +18,9 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 
+from pfm_llm.base import files
+from pfm_llm.base.errors import StorageError
 from pfm_llm.data.arrow import no_progress_bars
 
 FORMAT_VERSION = 2
@@ -38,6 +39,8 @@ def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> list[np.ndar
         tokenizer: A Hugging Face tokenizer.
         folder: The folder of the tables, each named by a key of texts and tokenizer. A table that
             cannot be written there stays in memory, with a warning.
+
+    A table that does not match its checksum is built again.
 
     Returns:
         For each text its tokens, int32 [number of tokens]: a read-only view of the mapped file.
@@ -59,21 +62,18 @@ def tokenise(texts: Sequence[str], tokenizer: Any, folder: Path) -> list[np.ndar
             new_fingerprint=key,
         )
         rows = [row for chunk in dataset.data.column(_COLUMN).chunks for row in _rows(chunk)]
-        if len(rows) != len(texts):
-            raise pa.ArrowInvalid(f"{len(rows)} of {len(texts)} texts")
         return rows
 
     with no_progress_bars():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                return mapped(str(path))
-            except pa.ArrowException as error:
-                _log.warning("%s is damaged (%s); tokenising again", path.name, error)
+            if not _is_whole(path):
+                folder.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
-                return mapped(str(path))
-        except OSError as error:
-            _log.warning("tokens are not kept: %s", error.strerror or error)
+                mapped(str(path))
+                files.write_text(_checksum_file(path), files.sha256_of(path))
+            return mapped(str(path))
+        except (OSError, StorageError) as error:
+            _log.warning("tokens are not kept: %s", error)
             return mapped(None)
 
 
@@ -117,6 +117,23 @@ def _spelt(text: str, tokenizer: Any, control: dict[int, str]) -> list[int]:
     rests = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names)
     cut = tokens(re.split(rests, text))
     return cut if forbidden.isdisjoint(cut) else tokens(text)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a table is there and has its checksum."""
+    try:
+        whole = files.sha256_of(path) == _checksum_file(path).read_text()
+    except FileNotFoundError:  # not finished, or of an earlier version without checksums
+        return False
+    except (OSError, UnicodeDecodeError, StorageError):
+        whole = False
+    if not whole:
+        _log.warning("%s is damaged; tokenising again", path.name)
+    return whole
+
+
+def _checksum_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
 
 
 def _rows(chunk: Any) -> list[np.ndarray]:

@@ -49,9 +49,6 @@ def test_every_promised_file_is_there_and_no_other(finished: Path) -> None:
         "plots/loss.png",
         "plots/ndcg_by_round.png",
         "plots/user_gain.png",
-        "server/commit.json",
-        "server/round_000002.safetensors",
-        "server/round_000004.safetensors",
         "trained_on.json",
         "shared_adapter/README.md",
         "shared_adapter/adapter_config.json",
@@ -64,6 +61,13 @@ def test_every_promised_file_is_there_and_no_other(finished: Path) -> None:
         "shared_adapter/prompts/next_item.v1.toml",
         "shared_adapter/recommender_head.safetensors",
         "shared_adapter/training_config.yaml",
+    }
+    private = finished.with_name("tiny.private")
+    assert {path.name for path in private.iterdir()} == {
+        *("clients", "lists.json", "run.lock", "server")
+    }
+    assert set(files_below(private / "server")) == {
+        *("commit.json", "round_000002.safetensors", "round_000004.safetensors")
     }
     assert leftovers(finished) == []
     assert sorted(path.name for path in finished.parent.iterdir()) == ["tiny", "tiny.private"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.cli.ending import print_ending
 from pfm_llm.config.choices import Schedule, ServerOptimizer
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.schema import dump_config, load_config
@@ -17,6 +18,7 @@ from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
+from pfm_llm.runs.folders import RunFolders
 from tests.support.leaks import files_below
 from tests.support.tiny import Tiny, metrics_of, results_of, tensor_files
 
@@ -228,7 +230,24 @@ def test_same_seed_same_bits_other_seed_other_cohort(tiny: Tiny, tmp_path: Path)
         run_experiment(tiny.config(tmp_path / name, **SMALL, seed=seed))
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
-    states = [(run / "server" / "round_000002.safetensors").read_bytes() for run in runs]
+    states = [(RunFolders.of(run).server / "round_000002.safetensors").read_bytes() for run in runs]
     assert states[0] == states[1] != states[2]
     rows = [results_of(run)["rows"] for run in runs]
     assert rows[0] == rows[1] != rows[2]
+
+
+def test_unusual_evaluation_settings_are_shown_as_they_are(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "evaluation__ks": [5, 20],
+        "evaluation__confidence": 0.5,
+        "evaluation__splits": ["validation"],
+    }
+    run = run_experiment(tiny.config(tmp_path, **SMALL, **settings))
+    print_ending(run)
+    texts = capsys.readouterr().out, (run / "results.md").read_text()
+    for text in (*texts, (run / "shared_adapter" / "README.md").read_text()):
+        assert "NDCG@5 [50 %]" in text
+        assert "Validation split" in text
+        assert "No results" not in text

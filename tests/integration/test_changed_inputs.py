@@ -16,6 +16,7 @@ from pfm_llm.base.files import sha256_of
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
+from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.opening import TRAINED_ON_FILE, open_run, open_to_serve
 from pfm_llm.runs.study.run import study_run
 from tests.support.tiny import Tiny, make_tiny
@@ -190,8 +191,9 @@ def test_a_folder_put_together_from_two_runs_is_refused(changed: Changed, tmp_pa
     other = run_experiment(
         changed.world.config(tmp_path, federation__num_rounds=2, adapters__shared__rank=3)
     )
-    shutil.rmtree(changed.run / "server")
-    shutil.copytree(other / "server", changed.run / "server")
+    theirs, ours = RunFolders.of(other).server, RunFolders.of(changed.run).server
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
     with pytest.raises(CheckpointError, match="are of two runs"):
         open_run(changed.run)
 

@@ -19,6 +19,7 @@ from pfm_llm.base.errors import (
 )
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
+from pfm_llm.runs.folders import RunFolders
 from pfm_llm.server.checkpoint import CheckpointStore
 from tests.support.tiny import (
     Tiny,
@@ -54,12 +55,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+COMMITS = "../tiny.private/server/commit.json"
 DAMAGE = [pytest.param(flip, id="a bit flipped"), pytest.param(cut, id="cut off")]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> None:
-    damage(copied / "server" / "round_000004.safetensors")
+    damage(copied.with_name("tiny.private") / "server" / "round_000004.safetensors")
     results = (copied / "results.json").read_bytes()
     for use in (evaluate_run, Recommender.from_pretrained):
         with pytest.raises(CorruptFileError, match=r"checkpoint of round 4.*round 2 is kept"):
@@ -70,8 +72,18 @@ def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "error", "match"),
     [
-        ("server/commit.json", "{", CorruptFileError, r"commit\.json is damaged.*start again"),
-        ("server/commit.json", None, CheckpointError, r"no committed round; run .*--resume"),
+        (
+            COMMITS,
+            "{",
+            CorruptFileError,
+            r"commit\.json is damaged.*start again",
+        ),
+        (
+            COMMITS,
+            None,
+            CheckpointError,
+            r"no committed round; run .*--resume",
+        ),
         ("config.yaml", None, ConfigError, r"is no run: it has no config\.yaml"),
         ("config.yaml", "name: [", ConfigError, r"config\.yaml: not valid YAML"),
         (
@@ -82,6 +94,7 @@ def test_corrupt_checkpoint(damage: Callable[[Path], None], copied: Path) -> Non
         ),
         ("metrics.jsonl", None, CorruptFileError, r"metrics\.jsonl .*lacks the rounds up to 4"),
         ("environment.json", "{", CorruptFileError, r"environment\.json is not valid JSON"),
+        ("environment.json", None, CheckpointError, r"environment\.json is missing.*restore"),
     ],
 )
 def test_corrupt_or_missing_file_of_a_run(
@@ -89,6 +102,30 @@ def test_corrupt_or_missing_file_of_a_run(
 ) -> None:
     (copied / name).unlink() if content is None else (copied / name).write_text(content)
     with pytest.raises(error, match=match):
+        evaluate_run(copied)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.yaml", "environment.json", "trained_on.json", "results.json", "results.md"),
+        *(COMMITS, "../tiny.private/server/round_000004.safetensors"),
+        "../tiny.private/run.lock",
+        "../tiny.private/lists.json",
+    ],
+)
+def test_a_folder_in_place_of_a_file_of_a_run(name: str, copied: Path) -> None:
+    (copied / name).unlink()
+    (copied / name).mkdir()
+    with pytest.raises(PfmError, match=Path(name).name):
+        evaluate_run(copied)
+
+
+def test_a_folder_in_place_of_a_private_state(copied: Path) -> None:
+    path = sorted(copied.with_name("tiny.private").glob("clients/*/private.r*"))[0]
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StorageError, match=rf"client '{path.parent.name}'.*it is a folder"):
         evaluate_run(copied)
 
 
@@ -202,7 +239,7 @@ def test_disk_full_in_a_run_loses_nothing_that_was_committed(
     with pytest.raises(DiskSpaceError, match=rf"{part}.*free some disk space and run again"):
         run_experiment(config)
     run = tmp_path / "tiny"
-    assert (CheckpointStore(run / "server").rounds() or (0,))[-1] == committed
+    assert (CheckpointStore(RunFolders.of(run).server).rounds() or (0,))[-1] == committed
     assert leftovers(run, run.with_name("tiny.private")) == []
     free()
     run_experiment(config, resume=True)

@@ -16,7 +16,9 @@ from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.folders import RunFolders
 from pfm_llm.server.checkpoint import CheckpointStore
+from tests.support.kills import World
 from tests.support.tiny import Tiny, leftovers, metrics_of, results_of, tensor_files
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +61,7 @@ def assert_equal_ends(run: Path, uninterrupted: Path) -> None:
 
 def assert_all_whole(run: Path) -> None:
     """Whatever is on disk under its real name reads back without a complaint."""
-    CheckpointStore(run / "server").load()
+    CheckpointStore(RunFolders.of(run).server).load()
     MetricsLog(run / "metrics.jsonl").read()
     store = PrivateStore(run.with_name(f"{run.name}.private"))
     for client_id in store.client_ids():
@@ -140,6 +142,7 @@ def named(start: str) -> Callable[[str], bool]:
             at_rename(named("round_000004"), after=True), 2, id="between checkpoint and commit"
         ),
         pytest.param(at_rename(named("commit.json"), 2, after=True), 4, id="right after a commit"),
+        pytest.param(at_rename(named("commit.json"), 3, after=True), 6, id="in the last commit"),
         pytest.param(at_rename(named("personalised."), 5), 6, id="within the last evaluation"),
         pytest.param(at_rename(named("results.json")), 6, id="before the results"),
         pytest.param(at_rename(named("recommender_head")), 6, id="within the export"),
@@ -152,7 +155,7 @@ def test_killed_at_a_known_point(
     assert was_killed(config, False, arm)
     run = tmp_path / "tiny"
     assert_all_whole(run)
-    assert (CheckpointStore(run / "server").rounds() or (0,))[-1] == committed
+    assert (CheckpointStore(RunFolders.of(run).server).rounds() or (0,))[-1] == committed
     run_experiment(config, resume=True)
     assert_equal_ends(run, uninterrupted)
 
@@ -174,6 +177,16 @@ def test_killed_again_and_again(
     assert kills >= 2
     run_experiment(config, resume=True)
     assert_equal_ends(run, uninterrupted)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_random_moments_from_the_first_asset_to_the_export(
+    seed: int, tmp_path: Path
+) -> None:
+    """A few of the kills of `make kills`."""
+    kills, differing = World(tmp_path, seed).chain(3)
+    assert kills >= 1
+    assert differing == []
 
 
 def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -208,7 +221,7 @@ def test_the_script_killed_twice_and_resumed(
 
     moments: list[tuple[list[str], Callable[[], bool]]] = [
         ([], lambda: lines() >= 3),
-        (["--resume"], lambda: (run / "server" / "round_000004.safetensors").exists()),
+        (["--resume"], lambda: (RunFolders.of(run).server / "round_000004.safetensors").exists()),
     ]
     for arguments, moment in moments:
         with start(*arguments) as process:

@@ -173,6 +173,43 @@ def test_accelerate_on_cpu_that_starts_one_process_is_refused(tiny: Tiny, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.slow
+def test_an_error_of_ours_is_one_line_under_the_launcher(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config_file(tmp_path / "config.yaml", tmp_path / "runs", prompt="next_itm.v1")
+    done = run([*accelerate("-q", "--num_processes=1"), "--config", config])
+    assert done.returncode != 0
+    assert "error: " in done.stderr
+    assert "'next_itm.v1'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
+            "error: accelerate is set to FSDP",
+        ),
+        ({"distributed_type": "NO", "mixed_precision": "bf16"}, "mixed_precision: bf16 is ignored"),
+    ],
+)
+def test_settings_in_the_home_folder_are_refused_or_said_to_be_ignored(
+    settings: dict[str, Any], said: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    home = tmp_path / "home" / "accelerate" / "default_config.yaml"
+    files.write_json(home, {"num_processes": 1, "num_machines": 1, **settings})  # YAML too
+    config = tiny.config_file(tmp_path / "c.yaml", tmp_path / "runs", prompt="next_itm.v1")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", TRAIN]
+    done = run([*launch, "--config", config], HF_HOME=str(tmp_path / "home"))
+    assert done.stderr.count(said) == 1
+    # Several processes are started by torchrun, which adds a report of its own below the error.
+    assert (
+        "Traceback" not in done.stderr.partition("torch.distributed.elastic")[0].partition(said)[0]
+    )
+
+
 def test_processes_that_cannot_meet_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny.config_file(tmp_path / "config.yaml", tmp_path)
     done = run([sys.executable, TRAIN, "--config", config], WORLD_SIZE="2", RANK="0")

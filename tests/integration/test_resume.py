@@ -13,6 +13,7 @@ from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.runs import experiment
 from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.folders import RunFolders
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment
 from tests.support.tiny import (
     Tiny,
@@ -80,7 +81,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 ) -> None:
     config = tiny.config(tmp_path, **SETTINGS)
     run = stopped_run(config, stopped_after, stop_after)
-    assert (CheckpointStore(run / "server").rounds() or (0,))[-1] == committed
+    assert (CheckpointStore(RunFolders.of(run).server).rounds() or (0,))[-1] == committed
     assert run_experiment(config, resume=True) == run
 
     whole = tensor_files(uninterrupted)
@@ -101,7 +102,7 @@ def test_resume_from_an_older_kept_round_ends_bit_identical(
 ) -> None:
     config = tiny.config(tmp_path, **SETTINGS)
     run = run_experiment(config)
-    (run / "server" / f"round_{ROUNDS:06d}.safetensors").write_bytes(b"damaged")
+    (RunFolders.of(run).server / f"round_{ROUNDS:06d}.safetensors").write_bytes(b"damaged")
     with pytest.raises(CorruptFileError, match=r"round 6, .*damaged.*--resume --from-round 4"):
         run_experiment(config, resume=True)
     with pytest.raises(CheckpointError, match="round 3 is not kept; kept rounds: 4, 6"):

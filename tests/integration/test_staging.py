@@ -30,6 +30,7 @@ from pfm_llm.publish.artefact import (
     TRAINING_CONFIG_FILE,
 )
 from pfm_llm.publish.staging import stage
+from pfm_llm.runs.folders import RunFolders
 from tests.support.exports import (
     a_private_state,
     change_json,
@@ -334,7 +335,7 @@ def test_more_than_tensors_in_a_header_is_refused(
 
 def test_a_folder_that_is_no_export_is_refused(run: Path, private: Path, tmp_path: Path) -> None:
     client = next((private / "clients").iterdir())
-    for folder in (client, run / "server", run, tmp_path / "absent"):
+    for folder in (client, RunFolders.of(run).server, run, tmp_path / "absent"):
         with pytest.raises(ArtefactError):
             stage(folder, tmp_path / "staged", private)
     with pytest.raises(PrivateLeakError):

@@ -17,6 +17,7 @@ from pfm_llm.model.private.lora import IndependentLora
 from pfm_llm.model.private.taste import UserEmbedding
 from pfm_llm.protocol.types import PrivateState
 from pfm_llm.runs import experiment
+from pfm_llm.runs.folders import RunFolders
 from pfm_llm.server.server import Server
 from tests.support.leaks import Hunt, files_below
 
@@ -49,11 +50,13 @@ class Watch(logging.Handler):
         self._log_lines.append(self.format(record))
 
     def search(self) -> None:
-        """Search what has passed since the last search, and everything in the public folder."""
+        """Search what has passed since the last search, the public folder and the server's."""
         things = {f"{name} {number}": raw for number, (name, raw) in enumerate(self._passed)}
         things["log"] = "\n".join(self._log_lines).encode()
         self._passed.clear()
         things |= files_below(self._public)
+        server = RunFolders.of(self._public).server
+        things |= {f"server/{name}": content for name, content in files_below(server).items()}
         self.searched |= {name.rsplit(" ", 1)[0] for name in things}
         for name, labels in self.hunt.search(things).items():
             self.found.setdefault(name.rsplit(" ", 1)[0], set()).update(labels)

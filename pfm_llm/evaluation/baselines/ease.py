@@ -17,6 +17,20 @@ MAX_DENSE = 20_000
 _Scores = Callable[[sparse.csr_array], npt.NDArray[np.floating]]
 
 
+def check_size(num_users: int, num_items: int) -> None:
+    """Check that the dense matrix of EASE is not too large.
+
+    Raises:
+        DataError: There are more than `MAX_DENSE` items and users.
+    """
+    if min(num_items, num_users) > MAX_DENSE:
+        raise DataError(
+            f"EASE needs a dense matrix over all pairs of {num_items} items or of {num_users} "
+            f"users, more than the {MAX_DENSE} it is made for; leave ease out of "
+            "evaluation.baselines"
+        )
+
+
 class Ease:
     """EASE (Steck 2019, arXiv 1905.03375): a linear item-item model in closed form.
 
@@ -52,12 +66,7 @@ class Ease:
         Raises:
             DataError: See `Baseline.fit`; there are more than `MAX_DENSE` items and users.
         """
-        if min(num_items, len(histories)) > MAX_DENSE:
-            raise DataError(
-                f"EASE needs a dense matrix over all pairs of {num_items} items or of "
-                f"{len(histories)} users, more than the {MAX_DENSE} it is made for; leave ease out "
-                "of evaluation.baselines"
-            )
+        check_size(len(histories), num_items)
         seen = seen_matrix(histories, num_items)
         by = _by_users if len(histories) < num_items else _by_items
         self._num_items, self._scores = num_items, by(seen, self._l2)

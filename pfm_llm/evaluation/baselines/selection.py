@@ -11,7 +11,7 @@ import numpy as np
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation.baselines.common import Baseline, Histories, ScoreMatrix, Scorer
-from pfm_llm.evaluation.baselines.ease import Ease
+from pfm_llm.evaluation.baselines.ease import Ease, check_size
 from pfm_llm.evaluation.baselines.ease_markov import EaseMarkov, mixtures
 from pfm_llm.evaluation.baselines.item_knn import ItemKnn
 from pfm_llm.evaluation.baselines.markov import MarkovRecency
@@ -94,6 +94,16 @@ def parse_names(names: Sequence[str]) -> list[BaselineName]:
             hint = f"did you mean {nearest[0]}?" if nearest else f"valid: {', '.join(valid)}"
             raise ConfigError(f"evaluation.baselines: unknown baseline {name!r}; {hint}")
     return [BaselineName(name) for name in names]
+
+
+def check_baselines(names: Sequence[str], num_users: int, num_items: int) -> None:
+    """Check what `fit_baselines` would find, without fitting anything.
+
+    Raises:
+        ConfigError, DataError: See `fit_baselines`.
+    """
+    if {BaselineName.EASE, BaselineName.EASE_MARKOV} & set(parse_names(names)):
+        check_size(num_users, num_items)
 
 
 class _Selection:

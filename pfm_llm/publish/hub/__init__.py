@@ -2,7 +2,7 @@
 
 from huggingface_hub import GitCommitInfo
 
-from pfm_llm.publish.hub.calls import check_repo_id
+from pfm_llm.publish.hub.calls import check_login, check_repo_id
 from pfm_llm.publish.hub.reading import (
     head_manifest,
     list_commits,
@@ -16,6 +16,7 @@ from pfm_llm.publish.hub.sending import Pushed, push_folder
 __all__ = [
     "GitCommitInfo",
     "Pushed",
+    "check_login",
     "check_repo_id",
     "head_manifest",
     "list_commits",

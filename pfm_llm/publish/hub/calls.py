@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -61,6 +61,19 @@ def check_repo_id(repo: str) -> None:
             f"{repo!r} is no repository of the Hub: write user/name, with letters, digits, "
             "-, _ and . between them"
         )
+
+
+def check_login(repo: str) -> None:
+    """Check what a push needs and can be known without the network.
+
+    Raises:
+        HubError: The repository's name is wrong, nobody is logged in, or the client is offline.
+    """
+    check_repo_id(repo)
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"cannot {PUSHING} {repo}: HF_HUB_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise HubError(f"cannot {PUSHING} {repo}: nobody is logged in; {_LOG_IN}")
 
 
 def status_of(error: BaseException | None) -> int | None:

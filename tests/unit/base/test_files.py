@@ -8,6 +8,8 @@ import os
 import signal
 import stat
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -210,14 +212,6 @@ def test_json_that_means_nothing_or_asks_for_much_is_refused(content: bytes, pro
     assert files.parse_json(b"[" * 64 + b"]" * 64) is not None
 
 
-def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
-    for read in (files.read_json, files.read_tensors):
-        with pytest.raises(StorageError, match=f"cannot read {tmp_path}: Is a directory"):
-            read(tmp_path)
-        with pytest.raises(FileNotFoundError):
-            read(tmp_path / "none")
-
-
 def test_an_interrupt_while_tensors_are_read_is_no_damage(tmp_path: Path) -> None:
     """`safetensors.safe_open` turned Ctrl-C into an error that says the file is damaged."""
     path = tmp_path / "whole.safetensors"
@@ -265,3 +259,52 @@ def test_headers_that_do_not_fit_their_data_are_damage(content: bytes, tmp_path:
     path.write_bytes(content)
     with pytest.raises(CorruptFileError, match=r"x\.safetensors is not a whole safetensors file"):
         files.read_tensors(path)
+
+
+# --- Ctrl-C, and folders where files should be ------------------------------------------------
+
+
+@pytest.mark.parametrize("delay_ms", range(1, 30, 3))
+def test_ctrl_c_while_tensors_are_read_is_ctrl_c(tmp_path: Path, delay_ms: int) -> None:
+    """Without care, safetensors makes of it an error about the file, or nothing at all."""
+    path = tmp_path / "many.safetensors"
+    files.write_tensors(path, {f"t{n}": torch.ones(8, 8) for n in range(3000)})
+    main = threading.get_ident()
+    timer = threading.Timer(delay_ms / 1000, signal.pthread_kill, (main, signal.SIGINT))
+    read = 0
+
+    def read_for_ever() -> None:
+        nonlocal read
+        while True:
+            files.read_tensors(path)
+            read += 1
+
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        read_for_ever()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(files.read_tensors(path)[0]) == 3000
+
+
+def test_a_damaged_file_is_found_in_a_thread_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"damaged")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(CorruptFileError):
+        pool.submit(files.read_tensors, path).result()
+
+
+@pytest.mark.parametrize("read", [files.read_json, files.read_tensors, files.sha256_of])
+def test_a_folder_in_place_of_a_file_is_a_typed_error(
+    read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    with pytest.raises(StorageError, match=f"cannot read {tmp_path}: it is a folder"):
+        read(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "absent")
+
+
+def test_a_folder_in_place_of_a_file_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(StorageError, match="Is a directory"):
+        files.write_bytes(tmp_path / "a", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,6 +1,8 @@
 """Processes: misleading launches are refused, and work is shared and gathered in order."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,6 +65,46 @@ def test_other_launches_pass_the_first_check(environment: dict[str, str]) -> Non
     check_launch(environment)
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_a_model_in_shards_is_refused(name: str) -> None:
+    with pytest.raises(LaunchError, match=rf"set to {name}, .*home folder.*--config_file without"):
+        check_launch({f"ACCELERATE_USE_{name}": "true"})
+    check_launch({f"ACCELERATE_USE_{name}": "false"})
+
+
+def test_mixed_precision_is_said_once_to_be_ignored(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {}
+
+    def accelerator(**settings: Any) -> FakeAccelerator:
+        given.update(settings)
+        return FakeAccelerator()
+
+    monkeypatch.setattr(processes_module, "Accelerator", accelerator)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    processes_module._say_ignored.cache_clear()
+    for _ in range(2):
+        start_processes(threads=1)
+    assert given["mixed_precision"] == "no"
+    assert caplog.messages == [
+        "accelerate's mixed_precision: fp16 is ignored; backbone.dtype of the config decides"
+    ]
+
+
+def test_what_accelerate_refuses_is_a_launch_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ValueError("no such backend")
+
+    monkeypatch.setattr(processes_module, "Accelerator", refuse)
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(LaunchError, match=r"cannot start \(no such backend\); .*pfm train"):
+        start_processes(threads=1)
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -93,6 +135,24 @@ def test_threads_are_as_told_or_a_share_of_the_cores(
     monkeypatch.setattr(processes_module, "Accelerator", lambda **_: FakeAccelerator())
     started = start_processes(threads)
     assert started.threads == torch.get_num_threads() == expected
+
+
+def test_the_main_process_holds_a_context_for_all(one_process: Processes) -> None:
+    entered = []
+
+    @contextlib.contextmanager
+    def context(fails: bool) -> Iterator[str]:
+        if fails:
+            raise StorageError("no space")
+        entered.append("in")
+        yield "value"
+        entered.append("out")
+
+    with one_process.main_holds(context(False)) as value:
+        assert (value, entered) == ("value", ["in"])
+    assert entered == ["in", "out"]
+    with pytest.raises(StorageError), one_process.main_holds(context(True)):
+        pytest.fail("the context was not entered")
 
 
 def test_a_single_process_starts_for_real(one_process: Processes) -> None:

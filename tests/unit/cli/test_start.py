@@ -54,6 +54,13 @@ def test_only_our_logger_speaks_at_info_and_threads_are_set_before_torch(tmp_pat
         "logging.getLogger('pfm_llm.runs').info('ours')\n"
         "logging.getLogger('httpx').info('GET https://signed')\n"
         "logging.getLogger('httpx').warning('theirs')\n"
+        "for name in ('httpx2', 'httpcore', 'huggingface_hub', 'datasets', 'filelock'):\n"
+        "    logging.getLogger(name).info('GET https://signed')\n"
+        "import datasets\n"
+        "http = logging.getLogger('huggingface_hub.utils._http')\n"
+        "http.warning(\"'%s' thrown while requesting GET %s\", 'Time', 'https://a/b?X-Amz-Sig=1')\n"
+        "logging.getLogger('urllib3').warning('Retrying https://a/b?c=d&e in 1 s')\n"
+        "logging.getLogger('datasets.load').warning('old')\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("OMP_WAIT_POLICY", None)
@@ -66,7 +73,12 @@ def test_only_our_logger_speaks_at_info_and_threads_are_set_before_torch(tmp_pat
         timeout=300,
         check=True,
     )
-    assert result.stderr == "ours\ntheirs\n"
+    assert result.stderr.splitlines() == [
+        *("ours", "theirs"),
+        "'Time' thrown while requesting GET https://a/b",
+        "Retrying https://a/b in 1 s",
+        "old",
+    ]
 
 
 def test_the_folder_of_a_script_cannot_hide_a_library(

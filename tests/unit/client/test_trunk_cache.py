@@ -5,7 +5,6 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -237,16 +236,51 @@ def test_the_tokens_of_a_batch_are_bounded(
         torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_an_interrupt_while_an_entry_is_read_keeps_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _files_below_a_file(root: Path) -> Path:
+    (root / "file").touch()
+    return root / "file" / "clients"
+
+
+def _folders_that_are_files(root: Path) -> Path:
+    (root / "u").touch()
+    return root
+
+
+@pytest.mark.parametrize("blocked", [_files_below_a_file, _folders_that_are_files])
+def test_a_folder_that_cannot_be_written_costs_time_and_not_the_run(
+    blocked: Callable[[Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = _cache(tmp_path)
-    cache.states(WINDOWS, "u")
+    cache = _cache(blocked(tmp_path))
+    expected = trunk_states(make_backbone("llama", torch.float32).split(NUM_TOP)[0], WINDOWS)
+    for _ in range(3):
+        assert _equal(cache.states(WINDOWS, "u"), expected)
+    assert caplog.text.count("going on without it") == 1
 
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "load", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        cache.states(WINDOWS, "u")
-    assert len(_entries(tmp_path)) == 1
+def test_a_folder_in_place_of_an_entry_costs_time_and_not_the_run(tmp_path: Path) -> None:
+    expected = _cache(tmp_path).states(WINDOWS, "u")
+    (entry,) = _entries(tmp_path)
+    entry.unlink()
+    entry.mkdir()
+    assert _equal(_cache(tmp_path).states(WINDOWS, "u"), expected)
+
+
+def test_only_damage_deletes_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _cache(tmp_path).states(WINDOWS, "u")
+    (entry,) = _entries(tmp_path)
+
+    def failing(error: BaseException) -> Callable[..., None]:
+        def read(*_: object) -> None:
+            raise error
+
+        return read
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_tensors", failing(AssertionError("written")))
+        patch.setattr(files, "read_tensors", failing(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            _cache(tmp_path).states(WINDOWS, "u")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "read_tensors", failing(OSError(errno.EMFILE, "too many open files")))
+        assert _equal(_cache(tmp_path, max_bytes=0).states(WINDOWS, "u"), expected)
+    assert _entries(tmp_path) == [entry]

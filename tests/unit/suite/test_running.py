@@ -1,6 +1,5 @@
 """A suite trains what is missing, chooses on validation, and loses nothing when it is stopped."""
 
-import fcntl
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import yaml
 
 from pfm_llm.base.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
+from pfm_llm.base.locks import locked
 from pfm_llm.config.schema import load_config, parse_config
 from pfm_llm.config.settle import settle
 from pfm_llm.evaluation import results
@@ -471,8 +471,7 @@ def test_a_defect_is_not_taken_for_a_failed_run(world: World) -> None:
 
 def test_a_run_that_another_process_has_is_left_to_it(world: World) -> None:
     world.runs.mkdir(parents=True)
-    with (world.runs / "a-s0.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(world.runs / "a-s0.lock", "busy"):
         failures = world.run()
     assert failures == {"a-s0": "a-s0 is being run by another process"}
     assert world.started == [("b-s0", False)]

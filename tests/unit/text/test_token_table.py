@@ -59,6 +59,39 @@ def test_a_damaged_table_is_made_again(
     assert "damaged" in caplog.text
 
 
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    tokenise(["ab", "c"], Lengths(), tmp_path)
+    (path,) = tmp_path.glob("*.arrow")
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        again = Lengths()
+        assert [row.tolist() for row in tokenise(["ab", "c"], again, tmp_path)] == [[97, 98], [99]]
+        assert again.calls == 1
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".sha256"])
+def test_a_folder_in_place_of_a_file_costs_no_run(tmp_path: Path, suffix: str) -> None:
+    tokenise(["ab", "c"], Lengths(), tmp_path)
+    (path,) = tmp_path.glob(f"*{suffix}")
+    path.unlink()
+    path.mkdir()
+    assert tokenise(["ab", "c"], Lengths(), tmp_path)[1].tolist() == [99]
+
+
+def test_a_table_without_a_checksum_is_made_again(tmp_path: Path) -> None:
+    tokenise(["ab", "c"], Lengths(), tmp_path)
+    (path,) = tmp_path.glob("*.sha256")
+    path.unlink()
+    again = Lengths()
+    tokenise(["ab", "c"], again, tmp_path)
+    assert again.calls == 1
+    assert path.exists()
+
+
 def test_a_folder_that_cannot_be_written_costs_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
