@@ -66,8 +66,8 @@ def _uninterrupted() -> Iterator[None]:
         yield
         return
     caught: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
     try:
+        signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
@@ -257,14 +257,14 @@ def read_tensors(
 def parse_tensors(content: bytes) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, from its bytes.
 
-    `safetensors.safe_open` runs Python code inside its own, and reports Ctrl-C there as a damaged
-    file. From bytes it runs none, so an interrupt passes.
+    Ctrl-C waits until they are read; see `_uninterrupted`.
 
     Raises:
         CorruptFileError: The content is truncated or not safetensors. The message has no subject.
     """
     try:
-        return load(content)
+        with _uninterrupted():
+            return load(content)
     except (SafetensorError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         raise CorruptFileError(str(error) or repr(error)) from error
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pfm_llm.base import assets
 from pfm_llm.config.data import DataConfig
-from pfm_llm.data import groceries
+from pfm_llm.data.formats import groceries
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import split_interactions
 

@@ -238,7 +238,7 @@ def test_nan_loss_of_all_in_a_round_changes_nothing_but_its_number(
     run = run_experiment(tiny.config(tmp_path, federation__num_rounds=4))
     assert [record["refused"] for record in metrics_of(run)] == [0, 0, 4, 4]
     assert results_of(run)["costs"]["refused_by_reason"] == {"not_finite": 8}
-    store = CheckpointStore(run / "server")
+    store = CheckpointStore(RunFolders.of(run).server)
     second, last = store.load(2), store.load(4)
     assert second is not None
     assert last is not None

@@ -88,7 +88,7 @@ def trained(config: ExperimentConfig) -> tuple[Run, dict[str, torch.Tensor], dic
     run = wired(config)
     federation = make_federation(run)
     run_rounds(federation, 1, lambda _: {})
-    private = files_below(run.folders.private)
+    private = files_below(run.folders.private / "clients")
     return run, federation.server.state_tensors(), private
 
 

@@ -1,6 +1,5 @@
 """Files are whole or absent, checksums are kept, and disk errors say what to do."""
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -8,6 +7,7 @@ import os
 import signal
 import stat
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -212,27 +212,6 @@ def test_json_that_means_nothing_or_asks_for_much_is_refused(content: bytes, pro
     assert files.parse_json(b"[" * 64 + b"]" * 64) is not None
 
 
-def test_an_interrupt_while_tensors_are_read_is_no_damage(tmp_path: Path) -> None:
-    """`safetensors.safe_open` turned Ctrl-C into an error that says the file is damaged."""
-    path = tmp_path / "whole.safetensors"
-    files.write_tensors(path, {str(number): torch.zeros(3) for number in range(50)})
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        for step in range(60):
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.setitimer(signal.ITIMER_REAL, 1e-3 + step * 1e-5)
-                for _ in range(20):
-                    files.read_tensors(path)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def header_of(tree: object, data: bytes = b"") -> bytes:
     text = json.dumps(tree).encode()
     return len(text).to_bytes(8, "little") + text + data
@@ -270,18 +249,20 @@ def test_ctrl_c_while_tensors_are_read_is_ctrl_c(tmp_path: Path, delay_ms: int) 
     path = tmp_path / "many.safetensors"
     files.write_tensors(path, {f"t{n}": torch.ones(8, 8) for n in range(3000)})
     main = threading.get_ident()
-    timer = threading.Timer(delay_ms / 1000, signal.pthread_kill, (main, signal.SIGINT))
-    read = 0
 
-    def read_for_ever() -> None:
-        nonlocal read
-        while True:
-            files.read_tensors(path)
-            read += 1
+    def is_interrupted() -> bool:
+        timer = threading.Timer(delay_ms / 1000, signal.pthread_kill, (main, signal.SIGINT))
+        timer.start()
+        end = time.monotonic() + 1
+        try:
+            while time.monotonic() < end:
+                files.read_tensors(path)
+        except KeyboardInterrupt:
+            return True
+        return False
 
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        read_for_ever()
+    # Python itself drops an interrupt that arrives while the garbage collector runs a callback.
+    assert any(is_interrupted() for _ in range(10))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(files.read_tensors(path)[0]) == 3000
 
