@@ -37,18 +37,14 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.base.files import read_json, write_text
 from pfm_llm.cli.start import run_safely
-from pfm_llm.evaluation.results import read_results
-from pfm_llm.evaluation.tables import results_table
-from pfm_llm.runs.lists import UserLists, read_lists
-from pfm_llm.suite.report.page import write_report
-from pfm_llm.suite.report.reading import suite_folders
-from pfm_llm.suite.report.tables import markdown_table
-from scripts.update_claims import Claim, read_claims
+
+if TYPE_CHECKING:
+    from pfm_llm.runs.lists import UserLists
+    from scripts.update_claims import Claim
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,6 +65,8 @@ def with_fresh_tables(text: str, root: Path) -> str:
     Raises:
         DataError: A named file or claim does not exist, or a named folder holds no results.
     """
+    from pfm_llm.suite.report.tables import markdown_table
+    from scripts.update_claims import read_claims
 
     def rebuilt(match: re.Match[str]) -> str:
         kind, what = match["kind"], match["what"]
@@ -83,6 +81,10 @@ def with_fresh_tables(text: str, root: Path) -> str:
 
 
 def _table(path: Path) -> str:
+    from pfm_llm.base.files import read_json
+    from pfm_llm.evaluation.results import read_results
+    from pfm_llm.evaluation.tables import results_table
+
     if not path.is_file():
         raise DataError(f"a table is to be made of {path}, which is not there")
     content = read_json(path)
@@ -102,13 +104,15 @@ def _first(path: Path) -> str:
     return found[len(found) // 2].markdown()
 
 
-def _lists_of(path: Path) -> list[UserLists]:
+def _lists_of(path: Path) -> "list[UserLists]":
+    from pfm_llm.runs.lists import read_lists
+
     if not path.is_file():
         raise DataError(f"lists are to be shown of {path}, which is not there")
     return read_lists(path)
 
 
-def _claims_table(what: str, claims: Mapping[str, Claim]) -> str:
+def _claims_table(what: str, claims: "Mapping[str, Claim]") -> str:
     """A row for each name, a column for each prefix; intervals in the first column alone."""
     prefixes, names = (part.split() for part in what.split(":"))
     missing = [f"{p}.{n}" for p in prefixes for n in names if f"{p}.{n}" not in claims]
@@ -169,6 +173,10 @@ def _race_table(content: Mapping[str, Any]) -> str:
 
 
 def update(arguments: argparse.Namespace) -> None:
+    from pfm_llm.base.files import write_text
+    from pfm_llm.suite.report.page import write_report
+    from pfm_llm.suite.report.reading import suite_folders
+
     for path in (_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))):
         text = path.read_text()
         fresh = with_fresh_tables(text, _ROOT)

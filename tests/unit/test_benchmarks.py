@@ -21,8 +21,8 @@ from pfm_llm.config.choices import Task
 from pfm_llm.config.model import (
     AdaptersConfig,
     HeadConfig,
-    LoraAdapterConfig,
     PrivateAdapterConfig,
+    SharedAdapterConfig,
 )
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.history import History
@@ -43,7 +43,7 @@ HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2
 HEAD = HeadConfig(dim=8, id_dim=4)
 ADAPTERS = AdaptersConfig(
     num_layers=ADAPTED,
-    shared=LoraAdapterConfig(rank=3, alpha=6),
+    shared=SharedAdapterConfig(rank=3, alpha=6),
     private=PrivateAdapterConfig(kind="independent", rank=2, alpha=5, head_rank=2),
 )
 

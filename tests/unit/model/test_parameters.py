@@ -135,7 +135,7 @@ contract = table.contract(backbone_hash="b", prompt_hash="p", catalogue_hash="c"
 server = Server(table, contract, ["a", "b"], config.federation, config.seed)
 before, total = server.shared, WeightedMean()
 for client_id in server.select_cohort(1):
-    delta = {name: torch.ones(one.shape) for name, one in table.items()}
+    delta = {name: torch.full(one.shape, 1e-3) for name, one in table.items()}
     assert server.receive(total, contract.build(client_id, 1, 3, 0.5, delta))
 assert server.aggregate(total).num_updates == 2
 for name, tensor in server.shared.tensors.items():
