@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import hypothesis
 import pytest
 
 # Before torch is imported: tiny models gain nothing from a second thread, and spinning ones lose.
@@ -23,6 +24,10 @@ from tests.support.tiny import Tiny, make_tiny
 
 _CACHE = "PFM_LLM_CACHE"
 _OUTER_CACHE = os.environ.get(_CACHE)
+
+# Machines are shared: a slow moment is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
