@@ -8,8 +8,7 @@ def harmless(text: str) -> str:
 
     An escape sequence in a title could clear the screen, and a line end could forge a line.
     """
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    return printable(" ".join(text.split()))
 
 
 def printable(text: str) -> str:
