@@ -17,7 +17,7 @@ from pfm_llm.base.files import write_json
 from pfm_llm.runs.environment import environment
 
 NUM_INPUTS = int(os.environ.get("PFM_FUZZ", "0"))
-"""Inputs to try in a long run; 0: a short run."""
+"""Updates to try in a long run, and ten times the folders; 0: a short run."""
 SEED = int(os.environ.get("PFM_FUZZ_SEED", "0"))
 
 _RESULTS = Path(__file__).parents[2] / "results" / "faults"
@@ -30,15 +30,15 @@ _HERE = (
 )
 
 
-def hostile(short: int, inputs_per_example: int = 1) -> Callable[[Any], Any]:
+def hostile(short: int, long: int) -> Callable[[Any], Any]:
     """A decorator for a function under `hypothesis.given`: how many examples, from which seed.
 
     Args:
         short: Examples of a short run, which should take a few seconds.
-        inputs_per_example: Inputs that one example tries, of which `NUM_INPUTS` are wanted.
+        long: Examples of a long run, a share of `NUM_INPUTS`.
     """
     settings = hypothesis.settings(
-        max_examples=-(-NUM_INPUTS // inputs_per_example) or short,
+        max_examples=long or short,
         deadline=None,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),

@@ -1,14 +1,14 @@
 """Published folders that were changed on purpose: a typed error, or finite recommendations.
 
-``PFM_FUZZ`` is the number of examples; without it, a few seconds' worth.
+A folder takes as long as some hundred updates: a long run tries one for every ten of ``PFM_FUZZ``.
 """
 
-import contextlib
 import functools
 import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -37,11 +37,10 @@ from pfm_llm.publish.export import Exported, export_shared_adapter
 from pfm_llm.publish.staging import stage
 from pfm_llm.publish.versions.difference import diff_versions
 from pfm_llm.recommender import Recommender
+from tests.fuzz import NUM_INPUTS, hostile, report
 from tests.support.tiny import Tiny
 from tests.support.tiny_models import stirred
 
-EXAMPLES = int(os.environ.get("PFM_FUZZ", "12"))
-SEED = 20261128
 HOSTILE: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**400, 0.5, -1e308, 1e308, 5e-324),
     *(
@@ -72,6 +71,7 @@ HOSTILE: tuple[Any, ...] = (
     functools.reduce(lambda tree, _: {"a": tree}, range(200), 0),
 )
 LITERALS = (b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"[" * 5000, b'{"a":0,"a":1}', b"\xff")
+CANNOT_CHANGE = (ValueError, TypeError, LookupError, OSError, RecursionError, MemoryError)
 NUMBERS = (math.nan, math.inf, -math.inf, 3e38, 1e20, -1e20, 1e-45, 0.0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8)
 SIZES = (0, 1, 7, 8, 9, 1 << 20, 1 << 28, 1 << 45)
@@ -267,32 +267,40 @@ def uses(folder: Path, original: Path, tiny: Tiny) -> list[Callable[[], object]]
     ]
 
 
-@seed(SEED)
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    phases=(Phase.generate,),
-    suppress_health_check=list(HealthCheck),
-)
-@given(random=st.randoms(use_true_random=False), count=st.integers(1, 3), sealed=st.integers(0, 9))
-def test_a_changed_folder_is_refused_or_recommends(
-    random: Random, count: int, sealed: int, exported: Path, tiny: Tiny
-) -> None:
-    folder = exported.with_name("changed")
-    for path in (folder, folder.with_name("staged")):
-        shutil.rmtree(path, ignore_errors=True)
-    shutil.copytree(exported, folder)
-    for _ in range(count):
-        try:
-            random.choice(MUTATIONS)(folder, random)
-        except (ValueError, TypeError, KeyError, IndexError, OSError, RecursionError, MemoryError):
-            pass  # what an earlier change left cannot be changed in this way
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
+def test_a_changed_folder_is_refused_or_recommends(exported: Path, tiny: Tiny) -> None:
+    counts = Counter({"inputs": 0, "refused": 0, "untyped_errors": 0})
+
+    @hostile(short=12, long=NUM_INPUTS // 10)
+    @given(
+        random=st.randoms(use_true_random=False), count=st.integers(1, 3), sealed=st.integers(0, 9)
+    )
+    def check(random: Random, count: int, sealed: int) -> None:
+        folder = exported.with_name("changed")
+        for path in (folder, folder.with_name("staged")):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(exported, folder)
+        for _ in range(count):
+            try:
+                random.choice(MUTATIONS)(folder, random)
+            except CANNOT_CHANGE:
+                pass  # what an earlier change left cannot be changed in this way
+            except Exception as error:
+                if type(error).__name__ != "SafetensorError":
+                    raise
+        if sealed:
+            seal(folder)
+        refused = 0
+        for use in uses(folder, exported, tiny):
+            try:
+                use()
+            except PfmError:
+                refused = 1
+            except BaseException:
+                counts["untyped_errors"] += 1
                 raise
-    if sealed:
-        seal(folder)
-    for use in uses(folder, exported, tiny):
-        with contextlib.suppress(PfmError):
-            use()
+        counts.update(inputs=1, refused=refused)
+
+    try:
+        check()
+    finally:
+        report("folders", counts)

@@ -19,7 +19,7 @@ from pfm_llm.config.schema import FederationConfig, ServerConfig
 from pfm_llm.config.stages import ClipConfig, StageConfig
 from pfm_llm.protocol.types import ClientUpdate
 from pfm_llm.server.server import Server
-from tests.fuzz import hostile, report
+from tests.fuzz import NUM_INPUTS, hostile, report
 from tests.support.tables import table_of
 
 CLIENTS = tuple("abcdefgh")
@@ -244,7 +244,7 @@ def test_no_update_raises_and_a_refused_one_leaves_no_trace(
             assert equal(server.state_tensors(), before)
         return updates, accepted
 
-    @hostile(short=100, inputs_per_example=len(CLIENTS))
+    @hostile(short=100, long=-(-NUM_INPUTS // len(CLIENTS)))
     @given(
         place=st.integers(0, len(CONFIGS) - 1),
         before=st.sampled_from(ROUNDS_BEFORE),
