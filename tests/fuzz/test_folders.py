@@ -98,8 +98,19 @@ def exported(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         yield folder / "export"
 
 
+def is_small(path: Path) -> bool:
+    """Whether a file is a plain one of a size to read; a change must not reach through a link."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size <= SIZES[-2]
+
+
+def checked(path: Path) -> Path:
+    if not is_small(path):
+        raise ValueError(f"an earlier change took {path.name}")
+    return path
+
+
 def some_file(folder: Path, random: Random, suffix: str = "") -> Path:
-    return random.choice(sorted(p for p in folder.rglob(f"*{suffix}") if p.is_file()))
+    return random.choice(sorted(filter(is_small, folder.rglob(f"*{suffix}"))))
 
 
 def flip(folder: Path, random: Random) -> None:
@@ -135,13 +146,19 @@ def another_kind(folder: Path, random: Random) -> None:
     elif kind == 1:
         os.mkfifo(path)
     elif kind < 5:
-        targets = ("/dev/zero", "/etc/hostname", path.name, str(some_file(folder, random)), "none")
+        targets = (
+            "/dev/zero",
+            "/etc/os-release",
+            path.name,
+            str(some_file(folder, random)),
+            "none",
+        )
         path.symlink_to(random.choice(targets))
 
 
 def change_tree(folder: Path, random: Random) -> None:
     names = (MANIFEST_FILE, MANIFEST_FILE, MANIFEST_FILE, ADAPTER_CONFIG_FILE, ITEM_KEYS_FILE)
-    path = folder / random.choice(names)
+    path = checked(folder / random.choice(names))
     tree = json.loads(path.read_bytes())
     replace_some(tree, random)
     content = json.dumps(tree).encode()
@@ -206,8 +223,8 @@ def change_tensor(folder: Path, random: Random) -> None:
 
 
 def change_text(folder: Path, random: Random) -> None:
-    path = random.choice(
-        [folder / TRAINING_CONFIG_FILE, folder / CARD_FILE, *folder.glob("prom*/*")]
+    path = checked(
+        random.choice([folder / TRAINING_CONFIG_FILE, folder / CARD_FILE, *folder.glob("prom*/*")])
     )
     text = path.read_text()
     lines = text.splitlines()
@@ -237,11 +254,11 @@ MUTATIONS: tuple[Callable[[Path, Random], None], ...] = (
 def seal(folder: Path) -> None:
     """Make the hashes of the manifest fit the files, where both can be read."""
     try:
+        if not is_small(folder / MANIFEST_FILE):
+            return
         tree = json.loads((folder / MANIFEST_FILE).read_bytes())
-        for name in tree["files"]:
-            path = folder / name
-            if path.is_file() and path.stat().st_size < 1 << 30 and not path.is_symlink():
-                tree["files"][name] = files.sha256_of(path)
+        for name in filter(lambda name: is_small(folder / name), tree["files"]):
+            tree["files"][name] = files.sha256_of(folder / name)
         content = json.dumps(tree).encode()
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
         return
