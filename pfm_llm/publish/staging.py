@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, PrivateLeakError
@@ -32,6 +32,7 @@ from pfm_llm.publish.foreign import ForeignFolder, texts
 from pfm_llm.publish.leak_search import find_private
 from pfm_llm.publish.manifest import Manifest
 
+_T = TypeVar("_T")
 _AGAIN = "export the run again (`pfm evaluate`)"
 _NOTHING_SENT = "nothing was sent"
 _PATH = re.compile(r"/|~|\\\\|[A-Za-z]:[\\/]|file:")
@@ -169,15 +170,21 @@ def _check_adapter_config(staged: Artefact) -> None:
         raise _refusal(
             staged, ADAPTER_CONFIG_FILE, f"names a base on this machine, {base}, not a Hub id"
         )
-    targets, layers = tree.get("target_modules"), tree.get("layers_to_transform")
-    targets = set(targets) if isinstance(targets, list) else {targets}
-    used = {t for t in targets for m in manifest.modules if f".{m}".endswith(f".{t}")}
-    adapted = {m for m in manifest.modules for t in targets if f".{m}".endswith(f".{t}")}
+    targets = _distinct(str, tree.get("target_modules"))
+    layers = _distinct(int, tree.get("layers_to_transform"))
+    pairs = [(t, m) for t in targets or () for m in manifest.modules if f".{m}".endswith(f".{t}")]
     found = {int(match[1]) for m in manifest.modules if (match := _LAYER.search(m))}
-    if used != targets or adapted != {*manifest.modules} or found != set(layers or ()):
+    stated = targets, {*manifest.modules}, layers
+    if stated != ({t for t, _ in pairs}, {m for _, m in pairs}, found):
         raise _refusal(
             staged, ADAPTER_CONFIG_FILE, "adapts other modules or layers than the manifest says"
         )
+
+
+def _distinct(kind: type[_T], value: Any) -> set[_T] | None:
+    """The values of a list, or the one value; None where one of them is of another type."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return set(values) if all(type(one) is kind for one in values) else None
 
 
 def _search(folder: Path, private_root: Path, origin: Path) -> None:
