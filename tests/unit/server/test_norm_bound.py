@@ -287,3 +287,14 @@ def test_one_client_of_eight_that_lies_for_sixty_rounds_moves_an_item_little() -
     # At most 50 times a largest entry of about .03, an eighth of it, in 60 rounds.
     assert max(moved.values()) < 60 * 50 * 0.04 / 8
     assert math.isfinite(sum(moved.values()))
+
+
+def test_a_tensor_that_wakes_up_is_honest() -> None:
+    """A tensor behind one that starts at zero: its gradient grows a thousandfold in few rounds."""
+    server = server_of()
+    for strength in (1e-5, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0):
+        updates = server.new_aggregator()
+        for client_id in CLIENTS:
+            update = scaled(strength, LORA)(honest(server, client_id))
+            assert server.receive(updates, update)
+        assert server.aggregate(updates).num_clipped == 0
