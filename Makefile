@@ -7,6 +7,8 @@ FUZZ ?= 100000
 BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST_STAMP := .venv-lowest/.installed
+# The tests of a file run in one process, which makes what they share once; the long files come first.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 DOCS_STAMP := .venv/.docs
 # Said explicitly, accelerate needs no config file and warns about no defaults.
 # -q: an error of ours is one line; without it accelerate adds its own traceback.
@@ -38,10 +40,10 @@ demo: install ## run the quickstart: a federated recommender in a few minutes on
 	$(LAUNCH) scripts/fed_train.py
 
 test: install ## run every test, on two cores
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 $(BY_FILE)
 
 lowest: $(LOWEST_STAMP) ## run the unit tests with the lowest versions that are admitted
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-lowest/bin/python -m pytest -n 2 tests/unit
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-lowest/bin/python -m pytest -n 2 $(BY_FILE) tests/unit
 
 $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest

@@ -16,11 +16,11 @@ from typing import Annotated, Any
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.config.cut_offs import RANK_LABELS, headline_k
 from pfm_llm.config.methods import SPECS, Method
 from pfm_llm.config.model import Settings
 from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
 from pfm_llm.config.text import set_setting, validated
-from pfm_llm.evaluation.results import RANK_LABELS, headline_k
 
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
-from pfm_llm.evaluation.results import headline_k
+from pfm_llm.config.cut_offs import headline_k
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish import hub, signing
 from pfm_llm.publish.artefact import MANIFEST_FILE, SIGNATURE_FILE
