@@ -1,10 +1,14 @@
-# `make` lists the targets. Variables: PYTHON (3.11 or newer), TORCH (what pip is asked for), FUZZ
-# (hostile updates that `make fuzz` tries; a tenth as many published folders).
+# `make` lists the targets. Variables: PYTHON (3.11 or newer), TORCH and TORCH_LOWEST (what pip is asked
+# for), FUZZ (hostile updates that `make fuzz` tries; a tenth as many published folders).
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 TORCH ?= torch==2.13.0
+TORCH_LOWEST ?= torch==2.13.0
 FUZZ ?= 100000
 BIN := .venv/bin
 STAMP := .venv/.installed
+LOWEST_STAMP := .venv-lowest/.installed
+# The tests of a file run in one process, which makes what they share once; the long files come first.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 DOCS_STAMP := .venv/.docs
 # Said explicitly, accelerate needs no config file and warns about no defaults.
 # -q: an error of ours is one line; without it accelerate adds its own traceback.
@@ -13,7 +17,7 @@ LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test fuzz kills check lint format bench suite claims table docs clean
+.PHONY: help install demo test lowest fuzz kills check lint format bench suite claims table docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,7 +40,16 @@ demo: install ## run the quickstart: a federated recommender in a few minutes on
 	$(LAUNCH) scripts/fed_train.py
 
 test: install ## run every test, on two cores
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 $(BY_FILE)
+
+lowest: $(LOWEST_STAMP) ## run the unit tests with the lowest versions that are admitted
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-lowest/bin/python -m pytest -n 2 $(BY_FILE) tests/unit
+
+$(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt "$(TORCH_LOWEST)"
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
+	@touch $@
 
 fuzz: install ## try 100,000 hostile updates and 10,000 folders; an hour. Results go to results/faults
 	PFM_FUZZ=$(FUZZ) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/fuzz
@@ -77,4 +90,4 @@ $(DOCS_STAMP): pyproject.toml constraints.txt
 
 clean: ## remove tool caches and build output; .venv, runs and assets stay
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -25,9 +25,10 @@ from tests.support.tiny import Tiny, make_tiny
 _CACHE = "PFM_LLM_CACHE"
 _OUTER_CACHE = os.environ.get(_CACHE)
 
-# Machines are shared: a slow moment is no failure.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+# Machines are shared: a slow moment is no failure. `--hypothesis-profile=thorough` tries more.
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=400)
+hypothesis.settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session", autouse=True)

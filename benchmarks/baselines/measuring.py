@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pfm_llm.base.processes import Processes, start_processes
+from pfm_llm.config.cut_offs import headline_k
 from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.data.splits import HeldOut, Split
 from pfm_llm.evaluation import metrics, ranking
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import ResultRow, headline_k, write_results
+from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.evaluation.tables import terminal_table
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.environment import environment

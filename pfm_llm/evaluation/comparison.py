@@ -10,6 +10,7 @@ import numpy as np
 
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.config.choices import Task
+from pfm_llm.config.cut_offs import HEADLINE_K, headline_k
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.evaluation.personality.estimates import (
     Bootstrap,
@@ -19,14 +20,7 @@ from pfm_llm.evaluation.personality.estimates import (
 )
 from pfm_llm.evaluation.personality.gain import auc_gain, rank_gain
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import (
-    FULL,
-    HEADLINE_K,
-    ResultRow,
-    headline_k,
-    judged_mode,
-    read_results,
-)
+from pfm_llm.evaluation.results import FULL, ResultRow, judged_mode, read_results
 from pfm_llm.protocol.types import Mode
 
 _NDCG = "ndcg"

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from pfm_llm.base.errors import DataError
+from pfm_llm.config.cut_offs import HEADLINE_K, RANK_LABELS
 from pfm_llm.config.schema import EvaluationConfig
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import metrics, scoring
 from pfm_llm.evaluation.baselines.selection import FittedBaseline
-from pfm_llm.evaluation.results import AUC, FULL, HEADLINE_K, RANK_LABELS, SAMPLED, ResultRow
+from pfm_llm.evaluation.results import AUC, FULL, SAMPLED, ResultRow
 
 _QUERIES_AT_ONCE = 1024
 _ONE_CLASS = (

@@ -14,12 +14,6 @@ from pfm_llm.protocol.types import Mode
 FULL, SAMPLED = "full", "sampled"
 """The candidates of a ranking: the whole catalogue, or a target and sampled negatives."""
 
-HEADLINE_K = 10
-"""The cut-off of the figures that are shown first, where a run measures it; see `headline_k`."""
-
-RANK_LABELS = {"ndcg": "NDCG", "hit_rate": "Hit rate", "mrr": "MRR"}
-"""Metrics of ranked lists, as they are shown."""
-
 AUC, AUC_LABEL = "auc", "Like AUC"
 
 
@@ -80,18 +74,6 @@ class ResultRow:
         metric = self.metric + (f"@{self.k}" if self.k else "")
         conditions = (self.split, self.task, self.candidates, self.method, self.mode)
         return ".".join([*conditions, metric])
-
-
-def headline_k(ks: Sequence[int]) -> int:
-    """The cut-off of a run's validations, differences and plots.
-
-    Args:
-        ks: The cut-offs that are measured, as in ``evaluation.ks``.
-
-    Returns:
-        `HEADLINE_K` where it is one of them, or where there are none; otherwise the first.
-    """
-    return HEADLINE_K if HEADLINE_K in ks or not ks else ks[0]
 
 
 def judged_mode(has_private: bool) -> Mode:

@@ -5,15 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.evaluation.results import (
-    AUC,
-    AUC_LABEL,
-    FULL,
-    HEADLINE_K,
-    RANK_LABELS,
-    SAMPLED,
-    ResultRow,
-)
+from pfm_llm.config.cut_offs import HEADLINE_K, RANK_LABELS
+from pfm_llm.evaluation.results import AUC, AUC_LABEL, FULL, SAMPLED, ResultRow
 from pfm_llm.protocol.types import Mode
 
 _TEXT_COLUMNS = ("Method", "Mode", "Budget")

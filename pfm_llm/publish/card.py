@@ -15,8 +15,9 @@ import yaml
 from pfm_llm import __version__
 from pfm_llm.base import templates
 from pfm_llm.base.terminal import harmless
+from pfm_llm.config.cut_offs import RANK_LABELS
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.evaluation.results import AUC, AUC_LABEL, FULL, RANK_LABELS, SAMPLED, ResultRow
+from pfm_llm.evaluation.results import AUC, AUC_LABEL, FULL, SAMPLED, ResultRow
 from pfm_llm.evaluation.tables import results_table
 from pfm_llm.protocol.types import Mode
 

@@ -12,10 +12,11 @@ from pfm_llm.base.errors import ConfigError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes, log_to_trackers, start_processes
 from pfm_llm.config.choices import Aggregation, ServerOptimizer
+from pfm_llm.config.cut_offs import headline_k
 from pfm_llm.config.schema import ExperimentConfig, dump_config, training_hash
 from pfm_llm.config.settings import leaves
 from pfm_llm.evaluation import ranking
-from pfm_llm.evaluation.results import ResultRow, headline_k, read_results
+from pfm_llm.evaluation.results import ResultRow, read_results
 from pfm_llm.federation.exchange import LocalExchange
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.protocol.types import Mode

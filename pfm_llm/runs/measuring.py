@@ -9,6 +9,7 @@ import numpy as np
 
 from pfm_llm.base.progress import Progress
 from pfm_llm.config.choices import Task
+from pfm_llm.config.cut_offs import HEADLINE_K
 from pfm_llm.config.settings import like_threshold
 from pfm_llm.config.settle import known
 from pfm_llm.data.splits import HeldOut
@@ -19,7 +20,7 @@ from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured
 from pfm_llm.evaluation.personality.estimates import user_quality
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import HEADLINE_K, ResultRow
+from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.evaluation.scorer import UserVectors
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.run import Run, Trained

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pfm_llm.base.files import write_bytes
-from pfm_llm.evaluation.results import HEADLINE_K
+from pfm_llm.config.cut_offs import HEADLINE_K
 from pfm_llm.protocol.types import Mode
 
 Record = Mapping[str, Any]

@@ -11,6 +11,7 @@ from typing import Any
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.config.choices import Task
+from pfm_llm.config.cut_offs import headline_k
 from pfm_llm.config.settle import known
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import comparison, tables
@@ -19,7 +20,7 @@ from pfm_llm.evaluation.baselines.selection import FittedBaseline
 from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
 from pfm_llm.evaluation.ranked import write_ranked
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import ResultRow, headline_k, write_results
+from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish.export import PLOTS_FOLDER, export_shared_adapter
 from pfm_llm.runs import lists, plots, summary

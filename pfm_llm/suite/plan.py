@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.config.cut_offs import RANK_LABELS, headline_k
 from pfm_llm.config.methods import SPECS, Method
 from pfm_llm.config.model import Settings
 from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
@@ -33,7 +34,12 @@ class SelectConfig(Settings):
     """The figure on validation that chooses a grid value, over the full catalogue."""
 
     metric: str = "ndcg"
-    k: int = Field(10, ge=0, description="cut-off of the ranked list; 0 for metrics without one")
+    k: int | None = Field(
+        None,
+        ge=0,
+        description="cut-off of the ranked list, 0 for metrics without one; None: 10 where the "
+        "runs measure it, otherwise their first cut-off",
+    )
     task: str = "next_item"
 
     @property
@@ -217,7 +223,7 @@ def make_plan(path: Path, budget: str, only: Sequence[str] = ()) -> Plan:
     )
     points = [point.config.name for run in runs for point in run.points]
     _refuse_twice([*points, *(run.label for run in runs if run.key)], f"{path}: run folder")
-    return Plan(suite.name, budget, suite.select, runs)
+    return Plan(suite.name, budget, _settled(suite.select, runs, path), runs)
 
 
 @dataclass(frozen=True)
@@ -228,6 +234,21 @@ class _Source:
     suite: SuiteConfig
     budget: str
     base: Mapping[str, Any]
+
+
+def _settled(select: SelectConfig, runs: Sequence[SuiteRun], path: Path) -> SelectConfig:
+    """The figure that chooses, with its cut-off, which each run must measure."""
+    if select.metric not in RANK_LABELS:
+        return select.model_copy(update={"k": select.k or 0})
+    measured = [point.config.evaluation.ks for run in runs for point in run.points]
+    common = [k for k in measured[0] if all(k in ks for ks in measured)]
+    k = headline_k(common) if select.k is None else select.k
+    if k not in common:
+        raise ConfigError(
+            f"{path}: select.k is {k}, and not every run measures it; the cut-offs of all runs are "
+            f"{', '.join(map(str, common)) or 'none'}: correct select.k or evaluation.ks"
+        )
+    return select.model_copy(update={"k": k})
 
 
 def _suite_run(source: _Source, position: int, seed: int) -> SuiteRun:

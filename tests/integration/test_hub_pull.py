@@ -9,8 +9,8 @@ from huggingface_hub import CommitOperationDelete, constants
 
 from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError, StorageError
 from pfm_llm.publish import hub as the_hub
-from pfm_llm.publish.artefact import BASIS_FILE, CARD_FILE, MANIFEST_FILE, Artefact
-from pfm_llm.publish.hub import calls, pull
+from pfm_llm.publish.artefact import BASIS_FILE, CARD_FILE, MANIFEST_FILE, Artefact, size_limit
+from pfm_llm.publish.hub import calls, pull, reading
 from tests.support.hub_double import OWNER, HubDouble
 from tests.support.pushes import api, without_the_hubs
 from tests.support.small_artefacts import contents
@@ -45,6 +45,29 @@ def test_hub_sends_only_what_belongs_to_an_adapter(hub: HubDouble, small: Artefa
     api(hub).upload_file(repo_id=REPO, path_or_fileobj=b"\0" * 9, path_in_repo="huge.bin")
     assert contents(pull(REPO).folder) == contents(small.folder)
     assert hub.asked("GET", "huge.bin") == []
+
+
+def test_hub_files_that_are_too_large_or_too_many_are_not_fetched(
+    hub: HubDouble, small: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(small)
+    name = "training_config.yaml"
+    large = b"\0" * (size_limit(name) + 1)
+    api(hub).upload_file(repo_id=REPO, path_or_fileobj=large, path_in_repo=name)
+    before = len(hub.asked("GET", "/resolve/"))
+    api(hub).upload_file(repo_id=REPO, path_or_fileobj=b"\0", path_in_repo="plots/deep/a.png")
+    with pytest.raises(CorruptFileError, match=r"config.yaml has 1,048,577 bytes.*not fetched"):
+        pull(REPO)
+    with pytest.raises(CorruptFileError, match=r"config.yaml has 1,048,577 bytes.*not fetched"):
+        the_hub.read_file(REPO, "main", name)
+    api(hub).upload_file(repo_id=REPO, path_or_fileobj=small.folder / name, path_in_repo=name)
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "_MAX_FILES", 3)
+        with pytest.raises(CorruptFileError, match="files of an adapter, more than 3, and none"):
+            pull(REPO)
+    assert len(hub.asked("GET", "/resolve/")) == before
+    assert pull(REPO).manifest == small.manifest
+    assert hub.asked("GET", "deep/a.png") == []
 
 
 def test_hub_is_not_asked_about_a_folder(

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.config import private_kinds
+from pfm_llm.config import cut_offs, private_kinds
 from pfm_llm.config.data import ColumnsConfig
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.rows import validate
-from pfm_llm.evaluation import metrics, results
+from pfm_llm.evaluation import metrics
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.opening import open_run
@@ -157,7 +157,7 @@ def test_a_known_metric_is_measured_and_shown(
     made: dict[str, Any], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(metrics.RANK_METRICS, "rbp", made["rbp"])  # type: ignore[arg-type]
-    monkeypatch.setitem(results.RANK_LABELS, "rbp", "RBP")
+    monkeypatch.setitem(cut_offs.RANK_LABELS, "rbp", "RBP")
     folder = run_experiment(tiny.config(tmp_path, federation__num_rounds=1))
     assert "rbp" in {row["metric"] for row in results_of(folder)["rows"]}
     assert "RBP@10" in (folder / "results.md").read_text()

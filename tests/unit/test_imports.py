@@ -24,8 +24,8 @@ COMMANDS = (
 
 
 @pytest.fixture
-def quick_help(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs --help where stubs that end the process stand for the heavy libraries."""
+def light(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command where stubs that end the process stand for the heavy libraries."""
     (tmp_path / "stub").mkdir()
     for name in HEAVY:
         stub = tmp_path / "stub" / f"{name}.py"
@@ -33,7 +33,7 @@ def quick_help(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 
     def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, *map(str, words), "--help"],
+            [sys.executable, *map(str, words)],
             env={**os.environ, "PYTHONPATH": f"{tmp_path / 'stub'}{os.pathsep}{ROOT}"},
             capture_output=True,
             text=True,
@@ -42,6 +42,14 @@ def quick_help(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         )
 
     return run
+
+
+@pytest.fixture
+def quick_help(
+    light: Callable[..., subprocess.CompletedProcess[str]],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs --help in the same way."""
+    return lambda *words: light(*words, "--help")
 
 
 def test_the_modules_were_found() -> None:
@@ -87,6 +95,17 @@ def test_command_answers_help_without_importing_what_is_heavy(
     result = quick_help("-m", "pfm_llm.cli", *command.split())
     assert result.returncode == 0, result.stderr
     assert f"Usage: pfm {command}".rstrip() in result.stdout
+
+
+@pytest.mark.parametrize("words", [("-m", "pfm_llm.cli", "train"), ("scripts/fed_train.py",)])
+def test_a_mistyped_setting_is_said_before_anything_heavy_is_imported(
+    words: tuple[str, ...], light: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    *before, script = words
+    script = str(ROOT / script) if script.endswith(".py") else script
+    result = light(*before, script, "--set", "federation.num_round=3")
+    assert result.returncode == 2
+    assert "did you mean federation.num_rounds?" in result.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -9,6 +9,7 @@ from itertools import product, starmap
 import numpy as np
 
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.config.cut_offs import HEADLINE_K
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation.baselines.common import Baseline, Histories, ScoreMatrix, Scorer
 from pfm_llm.evaluation.baselines.ease import Ease, check_size
@@ -17,7 +18,6 @@ from pfm_llm.evaluation.baselines.item_knn import ItemKnn
 from pfm_llm.evaluation.baselines.markov import MarkovRecency
 from pfm_llm.evaluation.baselines.popularity import Popularity
 from pfm_llm.evaluation.metrics import mean_over_users, ndcg
-from pfm_llm.evaluation.results import HEADLINE_K
 from pfm_llm.evaluation.scoring import full_ranks, queries_at_once
 
 EASE_WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pfm_llm.base.errors import ConfigError, DataError
+from pfm_llm.config.cut_offs import HEADLINE_K
 from pfm_llm.evaluation.metrics import FloatArray, IntArray, bootstrap_interval, ndcg, per_user
-from pfm_llm.evaluation.results import HEADLINE_K
 
 ROUNDING = 1e-9
 """Qualities that differ by less count as equal: the order of summation changes them so much."""

@@ -1,5 +1,6 @@
 """Gain: the difference that the private part makes, for the same users and targets."""
 
+from pfm_llm.config.cut_offs import HEADLINE_K
 from pfm_llm.evaluation.metrics import FloatArray, IntArray
 from pfm_llm.evaluation.personality.estimates import (
     RANK_QUALITIES,
@@ -8,7 +9,6 @@ from pfm_llm.evaluation.personality.estimates import (
     paired_difference,
     user_quality,
 )
-from pfm_llm.evaluation.results import HEADLINE_K
 
 
 def rank_gain(

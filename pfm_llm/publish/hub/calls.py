@@ -41,7 +41,7 @@ PUSHING = "push to"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _LONGEST_WAIT = 60.0
 _PASSING_STATUS = {408, 429, 500, 502, 503, 504}
-_UNREACHABLE = (httpx2.TransportError, ConnectionError, TimeoutError)
+UNREACHABLE = (httpx2.TransportError, ConnectionError, TimeoutError)
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN"
 
 
@@ -143,7 +143,7 @@ def hub_errors(repo: str, what: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _explained(error, repo, what) from error
     except OSError as error:
-        if error.errno is not None and not isinstance(error, _UNREACHABLE):
+        if error.errno is not None and not isinstance(error, UNREACHABLE):
             with files.storage_errors(Path(error.filename or constants.HF_HUB_CACHE)):
                 raise
         raise _explained(error, repo, what) from error
@@ -162,10 +162,10 @@ def _explained(error: Exception, repo: str, what: str) -> HubError:
     reason = _answered(cause, repo) if isinstance(cause, HfHubHTTPError) else _unanswered(cause)
     if isinstance(error, LocalEntryNotFoundError | RevisionResolutionError):
         reason += "; no whole copy of it was pulled before"
-    lost = is_passing(cause) or isinstance(cause, _UNREACHABLE)
+    lost = is_passing(cause) or isinstance(cause, UNREACHABLE)
     if what == PUSHING and lost:
         reason += "; what was uploaded is kept, the next push sends the rest"
-    if what == PUSHING and isinstance(cause, _UNREACHABLE):
+    if what == PUSHING and isinstance(cause, UNREACHABLE):
         reason += " (--dry-run needs no network)"
     return HubError(f"cannot {what} {repo}: {reason}")
 
@@ -181,7 +181,7 @@ def _cause(error: BaseException) -> BaseException:
 def _unanswered(error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it, and run again"
-    if isinstance(error, _UNREACHABLE):
+    if isinstance(error, UNREACHABLE):
         return (
             f"the Hub cannot be reached ({type(error).__name__}: {_first_line(error)}); "
             "look at the connection, and run again"

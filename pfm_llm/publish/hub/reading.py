@@ -1,8 +1,9 @@
 """Reading from the Hub: pulling an adapter, its manifest, and the list of versions.
 
-The client checks only the size of a download. In its cache a file is a link to a blob, whose name
-is the hash that the Hub announced. This module compares the content with that name and deletes
-damaged files, which the client would otherwise use again.
+Before anything is fetched, the sizes that the Hub announces are compared with the largest that such
+files have. The client checks only that a download has the announced size. In its cache a file is a
+link to a blob, whose name is the hash that the Hub announced. This module compares the content with
+that name and deletes damaged files, which the client would otherwise use again.
 """
 
 import hashlib
@@ -10,9 +11,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import GitCommitInfo
+from huggingface_hub import GitCommitInfo, RepoFile
 from huggingface_hub.errors import (
     GatedRepoError,
+    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -33,13 +35,21 @@ from pfm_llm.publish.artefact import (
     size_limit,
 )
 from pfm_llm.publish.foreign import ForeignFolder
-from pfm_llm.publish.hub.calls import check_repo_id, hub_api, hub_errors, is_cut, retried
+from pfm_llm.publish.hub.calls import (
+    UNREACHABLE,
+    check_repo_id,
+    hub_api,
+    hub_errors,
+    is_cut,
+    retried,
+)
 from pfm_llm.publish.manifest import Manifest
 
 MANAGED_FILES = (*LISTED_FILES, MANIFEST_FILE, SIGNATURE_FILE, CARD_FILE)
 """Patterns of the files that are pushed and pulled; other files of a repository are ignored."""
 
 _SHA256_DIGITS, _GIT_DIGITS = 64, 40
+_MAX_FILES = 256
 
 
 def pull(source: str, revision: str | None = None) -> Artefact:
@@ -53,7 +63,8 @@ def pull(source: str, revision: str | None = None) -> Artefact:
 
     Raises:
         ArtefactError: It is not a shared adapter's folder, or a revision of a local folder.
-        CorruptFileError: A file is damaged; it is deleted from the client's cache.
+        CorruptFileError: A file is damaged; it is deleted from the client's cache. Or the Hub holds
+            a larger one than such a file is, or too many; nothing is fetched then.
         HubError: The Hub refused, or cannot be reached.
     """
     if Path(source).is_dir():
@@ -69,11 +80,9 @@ def pull(source: str, revision: str | None = None) -> Artefact:
     with hub_errors(source, "pull"):
         api = hub_api()
         commit = retried(lambda: api.resolve_revision(source, revision=revision).resolved)
+        wanted = _names_to_fetch(source, commit)
         got = retried(
-            lambda: api.snapshot_download(
-                source, revision=commit, allow_patterns=list(MANAGED_FILES)
-            ),
-            is_cut,
+            lambda: api.snapshot_download(source, revision=commit, allow_patterns=wanted), is_cut
         )
     return _checked(Path(got), f"{source}@{commit[:12]}")
 
@@ -109,7 +118,10 @@ def read_file(repo: str, revision: str, name: str) -> bytes | None:
     check_repo_id(repo)
     with hub_errors(repo, "read"):
         try:
-            got = retried(lambda: hub_api().hf_hub_download(repo, name, revision=revision), is_cut)
+            fetch = hub_api().hf_hub_download
+            found = retried(lambda: fetch(repo, name, revision=revision, dry_run=True))
+            _check_size(f"{repo}@{revision[:12]}", name, found.file_size or 0)
+            got = retried(lambda: fetch(repo, name, revision=revision), is_cut)
         except RemoteEntryNotFoundError:
             return None
     _check_downloads([Path(got)], f"{repo}@{revision[:12]}")
@@ -194,6 +206,37 @@ def _head(repo: str, revision: str | None) -> str | None:
         return None
     except RevisionNotFoundError:
         return retried(lambda: api.model_info(repo)).sha
+
+
+def _names_to_fetch(repo: str, commit: str) -> list[str]:
+    """The files of an adapter, none of which is too large; patterns of them without a connection.
+
+    Raises:
+        CorruptFileError: They are too many, or one is too large.
+    """
+    origin, names = f"{repo}@{commit[:12]}", []
+    try:
+        for entry in hub_api().list_repo_tree(repo, recursive=True, revision=commit):
+            if isinstance(entry, RepoFile) and is_listed(entry.path, MANAGED_FILES):
+                _check_size(origin, entry.path, entry.size)
+                names.append(entry.path)
+    except (OfflineModeIsEnabled, *UNREACHABLE):  # an earlier copy may be whole
+        return list(MANAGED_FILES)
+    if len(names) > _MAX_FILES:
+        raise CorruptFileError(
+            f"{origin} holds {len(names):,} files of an adapter, more than {_MAX_FILES}, and none "
+            "was fetched; pull another revision, or ask its owner"
+        )
+    return names
+
+
+def _check_size(origin: str, name: str, size: int) -> None:
+    limit = size_limit(name)
+    if size > limit:
+        raise CorruptFileError(
+            f"{origin}: {name} has {size:,} bytes, more than the {limit:,} of such a file, and was "
+            "not fetched; pull another revision, or ask its owner"
+        )
 
 
 def _checked(folder: Path, origin: str) -> Artefact:

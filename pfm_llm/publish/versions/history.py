@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from pfm_llm.base.errors import ArtefactError, CorruptFileError, HubError
+from pfm_llm.config.cut_offs import headline_k
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish import hub, signing
 from pfm_llm.publish.artefact import MANIFEST_FILE, SIGNATURE_FILE
 from pfm_llm.publish.manifest import Manifest, Metric, Parent
 
-_HEADLINE = (Mode.SHARED_ONLY.value, "ndcg@10")
+_NDCG = "ndcg@"
 _PREFIX = re.compile("[0-9a-f]{4,40}")
 _OID_DIGITS = 40
 
@@ -57,9 +58,15 @@ class Version:
 
     @property
     def headline(self) -> Metric | None:
-        """NDCG@10 of the shared adapter alone; None before an evaluation."""
-        metrics = self.manifest.metrics if self.manifest else ()
-        return next((m for m in metrics if (m.mode, m.metric) == _HEADLINE), None)
+        """NDCG of the shared adapter alone at `headline_k`; None before an evaluation."""
+        found = {
+            metric.metric: metric
+            for metric in (self.manifest.metrics if self.manifest else ())
+            if metric.mode == Mode.SHARED_ONLY
+        }
+        cut_offs = [name.removeprefix(_NDCG) for name in found if name.startswith(_NDCG)]
+        k = headline_k([int(text) for text in cut_offs if text.isdecimal()])
+        return found.get(f"{_NDCG}{k}")
 
 
 def list_versions(repo: str, revision: str | None = None) -> list[Version]:

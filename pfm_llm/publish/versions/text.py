@@ -17,6 +17,8 @@ def versions_text(versions: Sequence[Version]) -> str:
     """A table of versions, with their problems below it."""
     if not versions:
         return "no versions: no commit has a manifest"
+    names = {version.headline.metric for version in versions if version.headline}
+    shared = min(names) if len(names) == 1 else "ndcg"
     rows = [
         [
             version.commit[:_SHORT],
@@ -24,7 +26,7 @@ def versions_text(versions: Sequence[Version]) -> str:
             ", ".join(version.tags) or "-",
             "?" if version.round is None else str(version.round),
             version.name or "?",
-            _figure(version.headline),
+            _headline(version.headline, shared),
             version.manifest_sha256[:_SHORT] or "?",
             ", ".join(f"{p.relation} {(p.revision or p.repo)[:_SHORT]}" for p in version.parents)
             or "-",
@@ -32,9 +34,9 @@ def versions_text(versions: Sequence[Version]) -> str:
         ]
         for version in versions
     ]
-    head = ["commit", "date", "tags", "round", "run", "NDCG@10", "manifest", "parents", "signed by"]
+    before, after = ["commit", "date", "tags", "round", "run"], ["manifest", "parents", "signed by"]
     wrong = [harmless(f"{v.commit[:_SHORT]}: {v.problem}") for v in versions if v.problem]
-    return "\n".join([_table(head, rows), *wrong])
+    return "\n".join([_table([*before, shared.upper(), *after], rows), *wrong])
 
 
 def versions_tree(versions: Sequence[Version]) -> list[dict[str, Any]]:
@@ -148,6 +150,12 @@ def _changes_text(title: str, changes: Sequence[Change]) -> str:
 def _metric_row(change: MetricChange) -> list[str]:
     difference = "-" if change.difference is None else f"{change.difference:+.4f}"
     return [change.metric, change.mode, _figure(change.older), _figure(change.newer), difference]
+
+
+def _headline(metric: Metric | None, heading: str) -> str:
+    """The figure, with its cut-off where the heading does not state it."""
+    cut_off = metric.metric.removeprefix(heading) if metric else ""
+    return f"{_figure(metric)} {cut_off}".rstrip()
 
 
 def _figure(metric: Metric | None) -> str:

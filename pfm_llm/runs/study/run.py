@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pfm_llm.config.choices import Task
+from pfm_llm.config.cut_offs import headline_k
 from pfm_llm.evaluation import comparison
 from pfm_llm.evaluation.personality.curves import COLD_START, MEMORY, curve_figures
 from pfm_llm.evaluation.personality.estimates import Estimate, align, named_estimates
@@ -20,7 +21,7 @@ from pfm_llm.evaluation.personality.harm import GroupHarm, group_harm, harm_figu
 from pfm_llm.evaluation.personality.integrity import integrity
 from pfm_llm.evaluation.personality.new_items import new_item_figures
 from pfm_llm.evaluation.personality.swap import identification, swap_loss
-from pfm_llm.evaluation.results import ResultRow, headline_k, read_results, write_results
+from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.runs.measuring import (

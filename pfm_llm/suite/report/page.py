@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfm_llm.base import files, templates
+from pfm_llm.config.cut_offs import RANK_LABELS
 from pfm_llm.config.settings import leaves
-from pfm_llm.evaluation.results import AUC, RANK_LABELS
+from pfm_llm.evaluation.results import AUC
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.plan import SelectConfig
 from pfm_llm.suite.report import measures, pictures

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfm_llm.evaluation.results import AUC, AUC_LABEL, RANK_LABELS, ResultRow, headline_k
+from pfm_llm.config.cut_offs import RANK_LABELS, headline_k
+from pfm_llm.evaluation.results import AUC, AUC_LABEL, ResultRow
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
 

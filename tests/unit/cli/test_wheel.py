@@ -41,7 +41,11 @@ def test_the_wheel_holds_the_whole_package_configs_prompts_and_the_command(tmp_p
             if path.is_file() and "__pycache__" not in path.parts
         ),
     }
-    assert {"pfm_llm/runs/experiment.py", "pfm_llm/suite/report/report.html.j2"} < wanted
+    assert {
+        "pfm_llm/py.typed",
+        "pfm_llm/runs/experiment.py",
+        "pfm_llm/suite/report/report.html.j2",
+    } < wanted
     assert wanted - names == set()
 
 

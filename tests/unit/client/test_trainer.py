@@ -106,15 +106,15 @@ PLAIN = {"federation__local__private_optimizer": "sgd"}
 def test_chunk_size_does_not_matter(
     schedule: Schedule, dropout: dict[str, float], tiny_run: TinyRun
 ) -> None:
-    """All 24 clients alone, in a few chunks, and in one."""
+    """Ten clients alone, in a few chunks, and in one."""
     settings = {"federation__local__schedule": schedule.value, **PLAIN, **dropout}
     runs = []
     for tokens in (1, 300, 10**6):
         run = tiny_run(runtime__tokens_per_chunk=tokens, **settings)
-        chunks = run.clients.trainer.chunks(run.clients.histories.trainable)
+        chunks = run.clients.trainer.chunks(run.clients.histories.trainable[:10])
         runs.append((len(chunks), _train(run, chunks), run))
-    assert [count for count, *_ in runs][::2] == [24, 1]
-    assert 1 < runs[1][0] < 24
+    assert [count for count, *_ in runs][::2] == [10, 1]
+    assert 1 < runs[1][0] < 10
     _, expected, reference = runs[0]
     for _, found, run in runs[1:]:
         for client_id, update in expected.items():

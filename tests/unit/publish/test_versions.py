@@ -197,6 +197,36 @@ def test_product_norm_of_nothing_is_zero() -> None:
     assert product_norm(torch.zeros(5, 2), torch.ones(2, 3)) == 0.0
 
 
+def version_with(folder: Path, *names: str) -> Version:
+    metrics = [
+        Metric(mode=mode, metric=name, value=value, ci_low=0.0, ci_high=1.0)
+        for mode, value in (("shared_only", 0.25), ("shared_private", 0.75))
+        for name in names
+    ]
+    manifest = make_artefact(folder, metrics=tuple(metrics)).manifest
+    day = datetime.datetime(2026, 11, 1, tzinfo=datetime.UTC)
+    return Version("c" * 40, day, "title", (), "d" * 64, manifest, None, "")
+
+
+def test_a_version_shows_ndcg_at_10_or_at_its_first_cut_off(tmp_path: Path) -> None:
+    ten = version_with(tmp_path / "a", "ndcg@5", "hit_rate@5", "ndcg@10", "ndcg@20")
+    five = version_with(tmp_path / "b", "hit_rate@5", "ndcg@5", "ndcg@20")
+    none = version_with(tmp_path / "c", "auc", "ndcg@five")
+    assert ten.headline is not None
+    assert five.headline is not None
+    assert (ten.headline.metric, five.headline.metric) == ("ndcg@10", "ndcg@5")
+    assert (five.headline.mode, five.headline.value) == ("shared_only", 0.25)
+    assert none.headline is None
+    for versions, heading, cell in (
+        ([ten, none], "  NDCG@10  ", "  0.2500 [0.0000, 1.0000]  "),
+        ([five], "  NDCG@5  ", "  0.2500 [0.0000, 1.0000]  "),
+        ([five, ten], "  NDCG  ", "  0.2500 [0.0000, 1.0000] @5  "),
+    ):
+        head, first, *_ = versions_text(versions).splitlines()
+        assert heading in head
+        assert cell in first
+
+
 def test_texts_of_others_cannot_forge_a_line(tmp_path: Path) -> None:
     made = make_artefact(tmp_path / "a")
     manifest = made.manifest.model_copy(update={"name": "small\nffff  ok  signed by you\x1b[2J"})

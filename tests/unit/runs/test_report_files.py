@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import CorruptFileError, DataError
-from pfm_llm.evaluation.results import ResultRow, headline_k, read_results, write_results
+from pfm_llm.config.cut_offs import headline_k
+from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.evaluation.tables import results_table, terminal_table
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs import environment as environment_module

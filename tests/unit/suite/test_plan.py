@@ -135,6 +135,33 @@ def test_values_of_any_kind_make_names(world: World) -> None:
 
 
 @pytest.mark.parametrize(
+    ("select", "ks", "figure"),
+    [
+        ({}, [5, 10], "ndcg@10"),
+        ({}, [5, 20], "ndcg@5"),
+        ({"k": 20}, [5, 20], "ndcg@20"),
+        ({"metric": "auc", "task": "like"}, [5, 20], "auc"),
+    ],
+)
+def test_the_choice_is_made_at_a_cut_off_that_is_measured(
+    world: World, select: dict[str, Any], ks: list[int], figure: str
+) -> None:
+    dirs = {"output.dir": str(world.folder / "runs"), "evaluation.ks": ks}
+    world.write(select=select, set=dirs)
+    assert world.plan().select.figure == figure
+
+
+def test_a_cut_off_that_a_run_does_not_measure_is_refused_before_training(world: World) -> None:
+    dirs = {"output.dir": str(world.folder / "runs"), "evaluation.ks": [5, 20]}
+    runs = [{"name": "a"}, {"name": "b", "set": {"evaluation.ks": [20, 30]}}]
+    world.write(set=dirs, runs=runs)
+    assert world.plan().select.figure == "ndcg@20"
+    world.write(set=dirs, runs=runs, select={"k": 5})
+    with pytest.raises(ConfigError, match=r"select.k is 5, .* the cut-offs of all runs are 20"):
+        world.plan()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"grid": {}}, r"unknown key grid; did you mean grids\?"),

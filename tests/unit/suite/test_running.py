@@ -275,7 +275,11 @@ def test_another_selection_chooses_anew_without_training(world: World) -> None:
 def test_settings_that_training_does_not_depend_on_may_change(world: World) -> None:
     world.run()
     world.write(
-        set={"output.dir": str(world.folder / "runs"), "runtime.threads": 7, "evaluation.ks": [3]}
+        set={
+            "output.dir": str(world.folder / "runs"),
+            "runtime.threads": 7,
+            "evaluation.ks": [3, 10],
+        }
     )
     assert states(world) == [State.DONE, State.DONE]
 
@@ -284,11 +288,11 @@ def test_what_is_measured_follows_the_suite_as_it_stands(world: World) -> None:
     """Trained before, evaluated again: by the settings of now."""
     world.run(["b"])
     world.result_file("b-s0").unlink()
-    world.write(set={"output.dir": str(world.folder / "runs"), "evaluation.ks": [3]})
+    world.write(set={"output.dir": str(world.folder / "runs"), "evaluation.ks": [3, 10]})
     world.started.clear()
     world.run(["b"])
     assert world.started == []
-    assert load_config(world.runs / "b-s0" / "config.yaml").evaluation.ks == (3,)
+    assert load_config(world.runs / "b-s0" / "config.yaml").evaluation.ks == (3, 10)
 
 
 def test_a_setting_that_the_config_gained_since_does_not_make_results_stale(world: World) -> None:
