@@ -39,6 +39,7 @@ from pfm_llm.runs.measuring import (
     rank_baselines,
     rows_of,
 )
+from pfm_llm.runs.memory import peak_memory
 from pfm_llm.runs.publication import exported_of
 from pfm_llm.runs.run import Run, Trained
 from pfm_llm.runs.summary import COMPARISONS, GAINS, PRIVATE_WEIGHT
@@ -127,6 +128,7 @@ def _costs(
         "training_seconds_of_last_start": training_seconds,
         "personalise_client_steps": evaluated.private_steps,
         "share_of_users_with_private_adapter": evaluated.num_personalised / evaluated.num_users,
+        "peak_memory_bytes": peak_memory(),
         "shared_numbers": sum(t.numel() for t in run.model.shared.tensors.values()),
     }
 
