@@ -22,7 +22,8 @@ from pfm_llm.protocol.types import Mode
 from pfm_llm.publish import hub
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.publish.versions.restore import copy_artefact
-from pfm_llm.runs.checks import check_disk, check_memory, check_plan, warn_of_easy_figures
+from pfm_llm.runs.checks.memory import MemoryEstimate
+from pfm_llm.runs.checks.plan import check_disk, check_memory, check_plan, warn_of_easy_figures
 from pfm_llm.runs.environment import environment
 from pfm_llm.runs.folders import (
     CONFIG_FILE,
@@ -32,7 +33,6 @@ from pfm_llm.runs.folders import (
     RunFolders,
 )
 from pfm_llm.runs.measuring import measure, validation_task
-from pfm_llm.runs.memory import MemoryEstimate
 from pfm_llm.runs.opening import TrainedOn, corpus_to_resume, run_in_work
 from pfm_llm.runs.private_weight import choose_weight
 from pfm_llm.runs.publication import push_finished, push_when_due

@@ -23,6 +23,7 @@ from pfm_llm.evaluation.results import ResultRow, headline_k, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish.export import PLOTS_FOLDER, export_shared_adapter
 from pfm_llm.runs import lists, plots, summary
+from pfm_llm.runs.checks.process import peak_memory
 from pfm_llm.runs.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
@@ -39,7 +40,6 @@ from pfm_llm.runs.measuring import (
     rank_baselines,
     rows_of,
 )
-from pfm_llm.runs.memory import peak_memory
 from pfm_llm.runs.publication import exported_of
 from pfm_llm.runs.run import Run, Trained
 from pfm_llm.runs.summary import COMPARISONS, GAINS, PRIVATE_WEIGHT

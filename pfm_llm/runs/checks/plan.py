@@ -1,4 +1,4 @@
-"""What can be known to fail, or to mean little, before a run trains."""
+"""The checks of a run before it trains: its plan, its memory, its disk."""
 
 import logging
 import shutil
@@ -16,7 +16,7 @@ from pfm_llm.data.partition import partition, trainable
 from pfm_llm.evaluation.baselines.selection import check_baselines
 from pfm_llm.evaluation.ranking import check_classes
 from pfm_llm.publish import hub
-from pfm_llm.runs.memory import (
+from pfm_llm.runs.checks.memory import (
     BASELINES,
     EVALUATION,
     LOADING,
@@ -24,10 +24,8 @@ from pfm_llm.runs.memory import (
     TRAINING,
     MemoryEstimate,
     estimate_memory,
-    free_memory,
-    held_memory,
-    shape_of,
 )
+from pfm_llm.runs.checks.process import free_memory, held_memory, shape_of
 from pfm_llm.runs.run import BYTES_PER_GB, Corpus, Run
 from pfm_llm.server.checkpoint import NUM_KEPT
 from pfm_llm.server.participation import select_cohort
@@ -109,7 +107,7 @@ def check_memory(
     if not processes.is_main:
         return found
     _log.info(
-        "This run needs about %s of memory, most of it in one phase, %s (largest: %s); %s are free",
+        "This run needs about %s of memory (largest, in %s: %s); %s are free",
         _gb(needed),
         found.phase,
         ", ".join(f"{name} {_gb(size)}" for name, size in list(found.parts.items())[:3]),
