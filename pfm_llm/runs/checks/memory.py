@@ -46,6 +46,7 @@ class Shape:
         table: Bytes of the shared tensors.
         num_items: Items of the catalogue.
         num_users: Users with training data.
+        users_per_client: Users of one client, which are evaluated together.
         num_events: Training events.
         longest: Events of one client in a step, at most.
         usual: Events of a client in a step that nine of ten clients do not exceed.
@@ -65,6 +66,7 @@ class Shape:
     table: int
     num_items: int
     num_users: int
+    users_per_client: int
     num_events: int
     longest: int
     usual: int
@@ -153,14 +155,12 @@ def _training(shape: Shape) -> dict[str, int]:
 def _evaluation(shape: Shape) -> dict[str, int]:
     """The scores of a chunk of queries in all modes, and the tables that rank one mode."""
     tokens = TOKENS_PER_ITEM * max(1, min(shape.window_items, shape.usual))
-    queries = min(
-        queries_at_once(shape.num_items, shape.chunk_tokens),
-        max(1, shape.chunk_tokens // tokens),
-        shape.num_users,
-    )
+    at_once = queries_at_once(shape.num_items, shape.chunk_tokens)
+    queries = min(at_once, max(1, shape.chunk_tokens // tokens), shape.num_users)
+    queries = max(queries, shape.users_per_client)
     return {
         "scores of a chunk of queries": (len(OUR_MODES) + 4) * queries * shape.num_items * _FLOAT,
-        "a pass of the language model": _pass(shape, shape.chunk_tokens),
+        "a pass of the language model": _pass(shape, max(shape.chunk_tokens, queries * tokens)),
     }
 
 

@@ -49,6 +49,7 @@ def shape_of(config: ExperimentConfig, data: Corpus) -> Shape:
         table=parameter_table(config, sizes).num_bytes,
         num_items=num_items,
         num_users=int((lengths > 0).sum()),
+        users_per_client=config.data.users_per_client,
         num_events=int(lengths.sum()),
         longest=int(in_a_step.max()),
         usual=int(np.quantile(in_a_step, 0.9)),

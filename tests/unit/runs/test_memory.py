@@ -35,6 +35,7 @@ SMALL = Shape(
     table=5_000_000,
     num_items=2_000,
     num_users=1_000,
+    users_per_client=1,
     num_events=100_000,
     longest=16,
     usual=16,
@@ -46,6 +47,7 @@ SMALL = Shape(
 
 
 EASE, MIXED = ("ease",), ("ease_markov",)
+READ = "scores of a chunk of queries"
 SCORES, UPDATES = "scores of a chunk of clients", "gradients and updates of a chunk of clients"
 
 
@@ -65,6 +67,12 @@ def test_a_small_run_peaks_while_the_weights_are_there_twice() -> None:
 @pytest.mark.parametrize(
     ("values", "phase", "part"),
     [
+        # The users of a silo are evaluated together.
+        (
+            {"users_per_client": 20_000, "num_items": 20_000, "window_items": 1, "baselines": ()},
+            EVALUATION,
+            READ,
+        ),
         ({"num_users": 10_000, "num_items": 17_000, "baselines": EASE}, BASELINES, "EASE"),
         ({"num_users": 90_000, "num_items": 17_000, "baselines": MIXED}, BASELINES, "EASE"),
         # A client with 64 windows of 16 items scores 1,024 times the catalogue.
@@ -73,7 +81,7 @@ def test_a_small_run_peaks_while_the_weights_are_there_twice() -> None:
         (
             {"num_items": 300_000, "chunk_tokens": 65_536, "window_items": 1, "baselines": ()},
             EVALUATION,
-            "scores of a chunk of queries",
+            READ,
         ),
         (
             {"num_weights": 1_000_000, "hidden": 8192, "inner": 30_000, "longest": 1, "cohort": 1}
