@@ -75,6 +75,38 @@ def _uninterrupted() -> Iterator[None]:
             handler(*caught[0])
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the block as Ctrl-C, at once, whatever a library in it makes of it.
+
+    It is for blocks that are too long for `_uninterrupted`, such as the load of a model.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    raised: list[BaseException] = []
+
+    def noted(number: int, frame: FrameType | None) -> None:
+        try:
+            handler(number, frame)
+        except BaseException as interruption:
+            raised.append(interruption)
+            raise
+
+    try:
+        signal.signal(signal.SIGINT, noted)
+        yield
+    except BaseException as error:
+        if raised and error is not raised[0]:
+            raise raised[0] from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if raised:  # the library has swallowed it
+        raise raised[0]
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` atomically: a reader sees the old file or the complete new one.
 

@@ -74,6 +74,7 @@ class TrunkCache:
         num_writers: Number of processes that write under ``root``; they share the budget evenly.
 
     Attributes:
+        root: As given.
         hits: How often states were read from the cache.
         misses: How often states were computed.
         seconds: Time that this process has spent on computing them.
@@ -88,7 +89,7 @@ class TrunkCache:
         num_writers: int = 1,
     ) -> None:
         self._trunk = trunk
-        self._root = root
+        self.root = root
         self._identity = identity
         self._max_bytes = max_bytes
         self._num_writers = num_writers
@@ -110,7 +111,7 @@ class TrunkCache:
         if not windows:
             return []
         lengths = [len(window.tokens) for window in windows]
-        path = self._root / client_id / _FOLDER / f"{self._key(windows)}.safetensors"
+        path = self.root / client_id / _FOLDER / f"{self._key(windows)}.safetensors"
         states = self._read(path, sum(lengths))
         if states is None:
             self.misses += 1
@@ -147,13 +148,13 @@ class TrunkCache:
 
     def _write(self, path: Path, states: torch.Tensor) -> None:
         if self._bytes_left is None:
-            present = self._root.glob(f"*/{_FOLDER}/*.safetensors")
+            present = self.root.glob(f"*/{_FOLDER}/*.safetensors")
             free = self._max_bytes - sum(file.stat().st_size for file in present)
             self._bytes_left = free // self._num_writers
         if states.nbytes + _HEADER_BYTES > self._bytes_left:
             return
         try:
-            for folder in (self._root, path.parent.parent, path.parent):
+            for folder in (self.root, path.parent.parent, path.parent):
                 files.make_private_dir(folder)
             files.write_tensors(path, {"states": states}, {_CHECKSUM: _checksum(states)})
         except StorageError as error:

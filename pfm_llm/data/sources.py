@@ -33,6 +33,8 @@ FORMATS: tuple[Format, ...] = (movielens.FORMAT, recbole.FORMAT, mind.FORMAT)
 """Sources of several files, tried in this order."""
 
 _LOG = logging.getLogger(__name__)
+_LONG_READ = 20_000_000
+"""Bytes of files that take more than some seconds to read."""
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
 
 
@@ -76,6 +78,9 @@ def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, Load
             return read_cached(folder)
         except CorruptFileError as error:
             _LOG.warning("the cached interactions are damaged and are built again: %s", error)
+    size = sum(file.stat().st_size for file in source.files)
+    if size >= _LONG_READ:
+        _LOG.info("reading %.0f MB of data, once; later runs read what is kept of it", size / 1e6)
     raw = validate(source.read(), source.columns, config.max_bad_rows)
     interactions, report = build_interactions(raw, config, seed)
     try:

@@ -10,7 +10,8 @@ import contextlib
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,20 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pfm_llm.base import assets
+from pfm_llm.base import assets, files
 from pfm_llm.base.errors import BackboneError, PfmError
+from pfm_llm.base.progress import Progress
 from pfm_llm.config.choices import Dtype
 from pfm_llm.config.schema import BackboneConfig
 
 EMBEDDED = {"smollm2-135m": assets.smollm2_135m}
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+KERNELS_KEPT = 128
+"""Compiled kernels that oneDNN keeps, and as many its layer in PyTorch. A kernel of bfloat16 takes
+about 0.6 MB, and every new length of a batch needs a few dozen of them. By default 1024 are kept,
+which is 0.6 GB; lengths seldom come again, so that most of these are never used."""
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 _MAX_LAYERS = 1000
 _SELF_CHECK_TOKENS = 8
@@ -120,12 +128,15 @@ class Backbone:
         return trunk, top
 
     @torch.no_grad()
-    def last_token_states(self, pieces: list[list[int]], batch_tokens: int) -> torch.Tensor:
+    def last_token_states(
+        self, pieces: list[list[int]], batch_tokens: int, progress: Progress | None = None
+    ) -> torch.Tensor:
         """Final-norm state at the last token of each text.
 
         Args:
             pieces: Token ids of each text; none empty.
             batch_tokens: Bound on padded tokens per forward pass.
+            progress: Counts the tokens that are read.
 
         Returns:
             States [len(pieces), d], float32 on the CPU.
@@ -146,6 +157,8 @@ class Backbone:
             ends = torch.tensor([len(pieces[i]) - 1 for i in rows], device=self.device)
             picked = hidden[torch.arange(len(rows), device=self.device), ends]
             states[torch.tensor(rows)] = picked.float().cpu()
+            if progress is not None:
+                progress.update(sum(len(pieces[i]) for i in rows))
             start = stop
         return states
 
@@ -204,23 +217,14 @@ def load_backbone(
             weights, with missing weights, or it needs code of its own.
         AssetError: The embedded model cannot be fetched.
     """
-    embedded = EMBEDDED.get(config.name)
-    source: str | Path = embedded() if embedded else config.name
-    options: Any = {"revision": config.revision, "trust_remote_code": False}
-    try:
-        settings = AutoConfig.from_pretrained(source, **options)
+    for name in _KERNEL_CACHES:  # read when the first kernel is made
+        os.environ.setdefault(name, str(KERNELS_KEPT))
+    with _loading(config) as (source, options, settings):
         _check_stored(config.name, Path(source), settings, check_weights)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, **options, dtype="auto", use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except PfmError:
-        raise
-    except Exception as error:  # transformers, tokenizers and the Hub have many of their own
-        raise BackboneError(
-            f"cannot load backbone {config.name!r}: {_reason(error)} (embedded: "
-            f"{', '.join(EMBEDDED)}; or a Hub id, or a local folder saved with save_pretrained)"
-        ) from error
     model, report = loaded
     if report["missing_keys"]:
         raise BackboneError(
@@ -232,6 +236,46 @@ def load_backbone(
     dtype = resolve_dtype(config.dtype, device)
     model = model.to(device=device, dtype=dtype)
     return Backbone(model, tokenizer, config.name, weights_hash)
+
+
+def unloaded_backbone(config: BackboneConfig) -> Backbone:
+    """A backbone without numbers and without tokenizer: its layers, their shapes, its dtype.
+
+    Its settings are read, and nothing else of it. Its tensors are on the device ``meta``, and have
+    the dtype in which they are stored.
+
+    Raises:
+        BackboneError, AssetError: See `load_backbone`.
+    """
+    with _loading(config) as (_, _, settings):
+        return Backbone(_without_numbers(config.name, settings), None, config.name, "")
+
+
+@contextlib.contextmanager
+def _loading(config: BackboneConfig) -> Iterator[tuple[str | Path, dict[str, Any], Any]]:
+    """A block that reads a backbone from its source, with options, by its settings."""
+    embedded = EMBEDDED.get(config.name)
+    source: str | Path = embedded() if embedded else config.name
+    options = {"revision": config.revision, "trust_remote_code": False}
+    try:
+        with files.interruptible():
+            yield source, options, AutoConfig.from_pretrained(source, **options)
+    except PfmError:
+        raise
+    except Exception as error:  # transformers, tokenizers and the Hub have many of their own
+        raise BackboneError(
+            f"cannot load backbone {config.name!r}: {_reason(error)} (embedded: "
+            f"{', '.join(EMBEDDED)}; or a Hub id, or a local folder saved with save_pretrained)"
+        ) from error
+
+
+def _without_numbers(name: str, settings: Any) -> Any:
+    """The model of some settings, its tensors without numbers."""
+    layers = settings.get_text_config().num_hidden_layers
+    if not 0 < layers <= _MAX_LAYERS:
+        raise BackboneError(f"{name} has {layers} layers; choose a model of up to {_MAX_LAYERS}")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
 
 
 def _reason(error: Exception) -> str:
@@ -251,14 +295,10 @@ def _check_stored(
     refused. The hash of the files is that of the loaded model if they have its names, shapes and
     dtype. Otherwise it is known after loading only.
     """
-    layers = settings.get_text_config().num_hidden_layers
-    if not 0 < layers <= _MAX_LAYERS:
-        raise BackboneError(f"{name} has {layers} layers; choose a model of up to {_MAX_LAYERS}")
+    model = _without_numbers(name, settings)
     paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not paths:
         return
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     shapes = {key: list(value.shape) for key, value in model.named_parameters()}
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]

@@ -16,6 +16,7 @@ from torch import nn
 
 from pfm_llm.base import assets, files
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
+from pfm_llm.base.progress import Progress
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.backbone import Backbone, load_backbone
@@ -174,7 +175,9 @@ def item_states(
         pass
     except (StorageError, KeyError) as error:
         _log.warning("item states: %s; computing them again", error)
-    states = backbone.last_token_states(encoder.catalogue_pieces(), _ITEM_BATCH_TOKENS)
+    pieces = encoder.catalogue_pieces()
+    with Progress(sum(map(len, pieces)), "reading the items' texts", unit="tokens") as progress:
+        states = backbone.last_token_states(pieces, _ITEM_BATCH_TOKENS, progress)
     try:
         files.write_tensors(path, {"states": states}, {"sha256": _sha256(states)})
     except StorageError as error:

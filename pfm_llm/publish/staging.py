@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, PrivateLeakError
+from pfm_llm.base.progress import Progress
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.protocol.types import PrivateState
 from pfm_llm.publish.artefact import (
@@ -203,9 +204,12 @@ def _search(folder: Path, private_root: Path, origin: Path) -> None:
 
 def _states(store: PrivateStore) -> Iterator[PrivateState]:
     """Every version of every client's private state, including personalised states."""
-    for client_id in store.client_ids():
-        for version in store.versions(client_id):
-            if (state := store.load(client_id, version)) is not None:
+    client_ids = store.client_ids()
+    with Progress(len(client_ids), "searching for private tensors") as progress:
+        for client_id in client_ids:
+            for version in store.versions(client_id):
+                if (state := store.load(client_id, version)) is not None:
+                    yield state
+            if (state := store.load_personalised(client_id)) is not None:
                 yield state
-        if (state := store.load_personalised(client_id)) is not None:
-            yield state
+            progress.update()

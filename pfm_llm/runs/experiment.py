@@ -23,7 +23,8 @@ from pfm_llm.protocol.types import Mode
 from pfm_llm.publish import hub
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.publish.versions.restore import copy_artefact
-from pfm_llm.runs.checks import check_disk, check_plan, warn_of_easy_figures
+from pfm_llm.runs.checks.memory import MemoryEstimate
+from pfm_llm.runs.checks.plan import check_disk, check_memory, check_plan, warn_of_easy_figures
 from pfm_llm.runs.environment import environment
 from pfm_llm.runs.folders import (
     CONFIG_FILE,
@@ -169,13 +170,14 @@ def _started(
     check_plan(config, data)
     if processes.is_main:
         warn_of_easy_figures(config, data)
+    memory = check_memory(config, data, processes)
     if not resume:
         _write_settings(config, folders, processes)
         _fetch_initial_adapter(config, folders, processes)
     artefact = read_artefact(folders.initial_adapter) if config.init_from else None
     run = assemble(config, data, folders, processes, artefact)
     check_disk(run)
-    _write_environment(run)
+    _write_environment(run, memory)
     return run
 
 
@@ -207,7 +209,7 @@ def _write_settings(config: ExperimentConfig, folders: RunFolders, processes: Pr
     processes.wait()
 
 
-def _write_environment(run: Run) -> None:
+def _write_environment(run: Run, memory: MemoryEstimate | None) -> None:
     processes = run.processes
     if not processes.is_main:
         return
@@ -221,6 +223,8 @@ def _write_environment(run: Run) -> None:
     data = dataclasses.asdict(run.data.report)
     del data["examples"]  # rows of the user's data do not belong in a folder that may be public
     here |= {"data": data, "split": run.data.split.describe()}
+    if memory is not None:
+        here["memory"] = memory.as_json()
     here["num_clients"] = len(run.clients.histories.trainable)
     TrainedOn.of(run).write(run.folders)
     files.write_json(run.folders.public / ENVIRONMENT_FILE, here)  # now the run has begun

@@ -94,12 +94,15 @@ def measure(
     processes = run.processes
     chunks = run.evaluator.chunks(task, run.config.runtime.tokens_per_chunk)
     found = []
-    total = sum(map(len, chunks))
-    show = Progress(total, f"evaluating on {task.held_out.name}", processes.is_main)
+    total = len(task.held_out.users)
+    show = Progress(total, f"evaluating on {task.held_out.name}", processes.is_main, unit="users")
     with processes.together(), show as progress:
         for index, chunk in processes.share(chunks):
-            found.append((index, run.evaluator.rank_chunk(chunk, task, None, known)))
-            progress.update(min(len(chunk) * processes.count, total - progress.count))
+            measured = run.evaluator.rank_chunk(chunk, task, None, known)
+            found.append((index, measured))
+            # A silo has many users, so its work is counted by them. The other processes do as much.
+            done = len(measured.users) * processes.count
+            progress.update(min(done, total - progress.count))
     return evaluator.combine(processes.gather(found))
 
 

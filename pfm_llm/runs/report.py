@@ -24,6 +24,7 @@ from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish.export import PLOTS_FOLDER, export_shared_adapter
 from pfm_llm.runs import lists, plots, summary
+from pfm_llm.runs.checks.process import peak_memory
 from pfm_llm.runs.folders import (
     ENVIRONMENT_FILE,
     METRICS_FILE,
@@ -128,6 +129,7 @@ def _costs(
         "training_seconds_of_last_start": training_seconds,
         "personalise_client_steps": evaluated.private_steps,
         "share_of_users_with_private_adapter": evaluated.num_personalised / evaluated.num_users,
+        "peak_memory_bytes": peak_memory(),
         "shared_numbers": sum(t.numel() for t in run.model.shared.tensors.values()),
     }
 

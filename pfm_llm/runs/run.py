@@ -29,7 +29,7 @@ from pfm_llm.runs.folders import RunFolders
 from pfm_llm.server.checkpoint import Checkpoint, CheckpointStore
 from pfm_llm.server.server import Server
 
-_BYTES_PER_GB = 10**9
+BYTES_PER_GB = 10**9
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,6 @@ def _trunk_cache(
         model.trunk,
         root / "clients",
         identity=f"{backbone.weights_hash}/{backbone.dtype}/{config.adapters.num_layers}",
-        max_bytes=int(config.cache.max_gb * _BYTES_PER_GB),
+        max_bytes=int(config.cache.max_gb * BYTES_PER_GB),
         num_writers=num_processes,
     )

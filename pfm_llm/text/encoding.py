@@ -144,6 +144,11 @@ class HistoryEncoder:
                 "window.max_item_tokens"
             )
 
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of an item of a history, on the mean over the catalogue."""
+        return sum(map(len, self._pieces.values())) / max(len(self._pieces), 1)
+
     def catalogue_pieces(self) -> list[list[int]]:
         """Token ids of every item rendered by itself, for the frozen item embeddings."""
         texts = [self._prompt.render_catalogue_item(fields) for fields in self._fields]

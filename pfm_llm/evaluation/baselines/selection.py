@@ -9,6 +9,7 @@ from itertools import product, starmap
 import numpy as np
 
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.base.progress import Progress
 from pfm_llm.config.cut_offs import HEADLINE_K
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation.baselines.common import Baseline, Histories, ScoreMatrix, Scorer
@@ -77,8 +78,10 @@ def fit_baselines(
         ConfigError: A name is unknown.
         DataError: The catalogue is too large for a method, or validation is empty.
     """
-    selection = _Selection(train_histories, num_items, validation)
-    return [selection.best(name) for name in parse_names(names)]
+    wanted = parse_names(names)
+    with Progress(_num_settings(wanted), "fitting baselines", unit="settings") as progress:
+        selection = _Selection(train_histories, num_items, validation, progress)
+        return [selection.best(name) for name in wanted]
 
 
 def parse_names(names: Sequence[str]) -> list[BaselineName]:
@@ -109,7 +112,14 @@ def check_baselines(names: Sequence[str], num_users: int, num_items: int) -> Non
 class _Selection:
     """Chooses the setting of each baseline once, even if a mixture uses the baseline too."""
 
-    def __init__(self, train_histories: Histories, num_items: int, validation: HeldOut) -> None:
+    def __init__(
+        self,
+        train_histories: Histories,
+        num_items: int,
+        validation: HeldOut,
+        progress: Progress,
+    ) -> None:
+        self._progress = progress
         self._train_histories = train_histories
         self._num_items = num_items
         self._validation = validation
@@ -126,6 +136,7 @@ class _Selection:
         def fit(setting: Baseline) -> FittedBaseline:
             model = setting.fit(self._train_histories, self._num_items)
             [value] = self._validation_ndcg(lambda histories: [model.score(histories)])
+            self._progress.update()
             return FittedBaseline(name, model.hyperparameters, value, self._num_items, model)
 
         # With generators, only the best model so far and the newest one are in memory.
@@ -136,6 +147,7 @@ class _Selection:
         values = self._validation_ndcg(
             lambda histories: mixtures(ease, markov, EASE_WEIGHTS, histories)
         )
+        self._progress.update()
         model = EaseMarkov(ease, markov, EASE_WEIGHTS[int(np.argmax(values))])
         return FittedBaseline(
             BaselineName.EASE_MARKOV, model.hyperparameters, max(values), self._num_items, model
@@ -157,6 +169,15 @@ class _Selection:
         return [
             mean_over_users(np.concatenate(each), queries) for each in zip(*values, strict=True)
         ]
+
+
+def _num_settings(names: Sequence[BaselineName]) -> int:
+    """How many fits the baselines take; the weights of a mixture are tried in one."""
+    wanted = set(names)
+    if BaselineName.EASE_MARKOV in wanted:
+        wanted |= {BaselineName.EASE, BaselineName.MARKOV_RECENCY}
+    mixed = BaselineName.EASE_MARKOV
+    return sum(1 if name is mixed else len([*_grid(name)]) for name in wanted)
 
 
 def _grid(name: BaselineName) -> Iterator[Baseline]:

@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -291,3 +292,26 @@ def test_a_folder_in_place_of_a_file_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="Is a directory"):
         files.write_bytes(tmp_path / "a", b"content")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_ctrl_c_ends_a_long_block_whatever_a_library_makes_of_it(swallowed: bool) -> None:
+    """The load of a model may turn it into an error about the file, or lose it."""
+
+    def load() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)  # the signal comes in between
+        except KeyboardInterrupt:
+            if not swallowed:
+                raise ValueError("could not determine the shape of a storage") from None
+
+    with pytest.raises(KeyboardInterrupt), files.interruptible():
+        load()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_errors_of_a_long_block_stay_what_they_are() -> None:
+    with pytest.raises(ValueError, match="damaged"), files.interruptible():
+        raise ValueError("damaged")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,5 +1,7 @@
 """Baselines against hand arithmetic and against their definitions on small random data."""
 
+import logging
+
 import numpy as np
 import pytest
 
@@ -342,3 +344,19 @@ def test_every_name_can_be_fitted():
     train, validation = split_of(random_histories())
     fitted = fit_baselines([name.value for name in BaselineName], train, 12, validation)
     assert len(fitted) == len(BaselineName) == 5
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (["popularity"], 1),
+        (["ease_markov", "popularity"], 1 + 5 + 12 + 1),  # a mixture fits its two parts
+        (["ease", "ease_markov", "markov_recency"], 5 + 12 + 1),  # once
+    ],
+)
+def test_fits_are_counted(names: list[str], count: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    train = [np.array([user % 6, (user + 1) % 6]) for user in range(12)]
+    targets = [np.array([(user + 2) % 6]) for user in range(12)]
+    fit_baselines(names, train, 6, held_out_of(train, targets))
+    assert f"fitting baselines: {count}/{count}" in caplog.text

@@ -1,7 +1,11 @@
 """The backbone: its two views compose to the whole, and bad models end in a clear error."""
 
 import json
+import logging
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,14 +15,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pfm_llm.base.errors import ArtefactError, BackboneError
+from pfm_llm.base.progress import Progress
 from pfm_llm.config.choices import Dtype
 from pfm_llm.config.schema import BackboneConfig
 from pfm_llm.model.backbone import (
+    KERNELS_KEPT,
     Backbone,
     hash_weights,
     load_backbone,
     pad_tokens,
     resolve_dtype,
+    unloaded_backbone,
 )
 from tests.support.tiny import Tiny
 from tests.support.tiny_models import (
@@ -260,3 +267,49 @@ def test_weights_are_known_before_they_are_loaded(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(ArtefactError, match="not wanted"):
         load_backbone(config, check_weights=refuse)
+
+
+def test_ctrl_c_while_a_model_is_loaded_is_no_error_about_the_model(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> NoReturn:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of a storage") from None
+        raise AssertionError("not interrupted")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(KeyboardInterrupt):
+        load_backbone(BackboneConfig(name=str(base)))
+
+
+def test_an_unloaded_backbone_has_the_shapes_of_the_loaded_one(tiny: Tiny) -> None:
+    config = BackboneConfig(name=str(tiny.model), dtype=Dtype.FLOAT32)
+    unloaded, loaded = unloaded_backbone(config), load_backbone(config)
+    shapes = [
+        {name: tuple(weight.shape) for name, weight in one.model.named_parameters()}
+        for one in (unloaded, loaded)
+    ]
+    assert shapes[0] == shapes[1]
+    assert (unloaded.layers_path, unloaded.dtype) == (loaded.layers_path, torch.float32)
+    assert unloaded.device.type == "meta"
+
+
+def test_the_kernels_that_are_kept_are_bounded_unless_the_environment_says(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    load_backbone(BackboneConfig(name=str(tiny.model)))
+    assert os.environ["LRU_CACHE_CAPACITY"] == str(KERNELS_KEPT)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+
+
+def test_reading_texts_is_shown_by_their_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with Progress(6, "reading", unit="tokens") as progress:
+        make_backbone("qwen2_sliding").last_token_states([[1], [2, 3], [4, 5, 6]], 4, progress)
+    assert progress.count == 6
+    assert "reading: 6/6" in caplog.text

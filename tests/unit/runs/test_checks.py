@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from pfm_llm.base.errors import ConfigError, DataError, DiskSpaceError, HubError, PfmError
-from pfm_llm.runs import checks
-from pfm_llm.runs.checks import check_plan, warn_of_easy_figures
+from pfm_llm.runs.checks import plan as checks
+from pfm_llm.runs.checks.plan import check_plan, warn_of_easy_figures
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.run import load_corpus, settled
 from tests.support.tiny import Tiny, random_histories, write_interactions
@@ -153,3 +153,21 @@ def test_a_disk_without_space_for_the_checkpoints(
     with pytest.raises(DiskSpaceError, match=r"at least \d+ MB, and 0 MB are free.*output\.dir"):
         run_experiment(tiny.config(tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_disk_without_space_for_the_caches_is_said(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usage = checks.shutil.disk_usage(tmp_path)
+
+    def warnings(**settings: Any) -> list[str]:
+        caplog.clear()
+        run_experiment(tiny.config(tmp_path / "runs", federation__num_rounds=1, **settings))
+        return [r.getMessage() for r in caplog.records if "cache of trunk states" in r.getMessage()]
+
+    assert warnings() == []
+    # The checkpoints take some 107 KB, and the trunk states of 24 histories 119 KB.
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage._replace(free=150_000))
+    (said,) = warnings()
+    assert "cache.max_gb" in said
+    assert warnings(cache__max_gb=0) == []

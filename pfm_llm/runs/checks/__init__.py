@@ -1,0 +1,1 @@
+"""What can be known to fail, or to mean little, before a run trains."""

@@ -1,0 +1,85 @@
+"""The shape of a run, from which its memory is estimated, and the memory of this process."""
+
+import resource
+import sys
+
+import numpy as np
+import psutil
+import torch
+
+from pfm_llm.client.histories import MOST_WINDOWS
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settle import known
+from pfm_llm.data.partition import partition
+from pfm_llm.model.backbone import resolve_dtype, unloaded_backbone
+from pfm_llm.model.lora import DualAdapter
+from pfm_llm.model.parameters import parameter_table
+from pfm_llm.protocol.parameters import Sizes
+from pfm_llm.runs.checks.memory import Shape
+from pfm_llm.runs.run import Corpus
+
+
+def shape_of(config: ExperimentConfig, data: Corpus) -> Shape:
+    """The shape of a run. The language model is not loaded; of it, the settings are read.
+
+    Args:
+        config: A settled config.
+        data: Its data.
+
+    Raises:
+        BackboneError, AssetError: See `load_backbone`.
+    """
+    backbone = unloaded_backbone(config.backbone)
+    modules = DualAdapter(backbone, config.adapters).modules
+    train, num_items = data.split.train.interactions, len(data.interactions.catalogue)
+    sizes = Sizes(backbone.hidden_size, modules, num_items)
+    lengths = np.diff(train.offsets)
+    clients = partition(data.interactions, config.data.users_per_client, config.seed)
+    of_clients = np.array([lengths[list(client.users)].sum() for client in clients])
+    in_a_step = np.minimum(of_clients, _events_per_step(config))
+    text = backbone.model.config.get_text_config()
+    return Shape(
+        before=held_memory(),
+        num_weights=sum(weight.numel() for weight in backbone.model.parameters()),
+        stored=backbone.dtype.itemsize,
+        computed=resolve_dtype(config.backbone.dtype, torch.device("cpu")).itemsize,
+        hidden=backbone.hidden_size,
+        inner=getattr(text, "intermediate_size", None) or 4 * backbone.hidden_size,
+        num_top=config.adapters.num_layers,
+        table=parameter_table(config, sizes).num_bytes,
+        num_items=num_items,
+        num_users=int((lengths > 0).sum()),
+        users_per_client=config.data.users_per_client,
+        num_events=int(lengths.sum()),
+        longest=int(in_a_step.max()),
+        usual=int(np.quantile(in_a_step, 0.9)),
+        cohort=known(config.federation.cohort_size),
+        chunk_tokens=config.runtime.tokens_per_chunk,
+        window_items=config.window.items,
+        baselines=config.evaluation.baselines,
+    )
+
+
+def _events_per_step(config: ExperimentConfig) -> int:
+    """The most events of one client in one step."""
+    local, window = config.federation.local, config.window
+    windows = local.windows_per_step or MOST_WINDOWS * config.data.users_per_client
+    if window.max_windows is not None:
+        windows = min(windows, window.max_windows * config.data.users_per_client)
+    return windows * window.items
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes
+
+
+def held_memory() -> int:
+    """Bytes that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_memory() -> int:
+    """Bytes that a process on this machine can still get without swapping."""
+    return int(psutil.virtual_memory().available)
