@@ -100,28 +100,41 @@ class SequentialPeft:
         for name, weight in self._lora.items():
             weight.copy_(tensors[name])
 
+    def _context(self, window: Window, head: Tensors, trained: torch.Tensor) -> torch.Tensor | None:
+        if recommender_head.CONTEXT_PROJ not in head:
+            return None
+        history = torch.tensor(window.history.items, dtype=torch.int64, device=self._device)
+        known = window.start + 1 + trained.nonzero()[:, 0]
+        return recommender_head.context_vectors(head, history, known, self._item_texts)
+
     def _loss(self, window: Window, head: Tensors) -> torch.Tensor:
         ends, items, targets = (
             torch.tensor(array, dtype=torch.int64, device=self._device)
             for array in (window.item_ends, window.items, window.targets)
         )
+        met, own = recommender_head.met_items(head), torch.tensor(window.met).long().unique()
+        told = recommender_head.met_term(head, own.to(self._device)) if met is not None else 0.0
+        head = recommender_head.with_met_rows(head)
         inputs = recommender_head.item_inputs(head, items)
         self._item_inputs = None if inputs is None else (ends, inputs)
         tokens = torch.tensor(window.tokens, dtype=torch.int64, device=self._device)
         states = self._decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
         trained = targets != NO_TARGET
-        context = recommender_head.context_vectors(head, items[None], self._item_texts)
+        context = self._context(window, head, trained)
         vectors = recommender_head.user_vectors(
             head,
             self._normaliser(states[ends[trained]]),
             _private_head(head),
-            None if context is None else context[0, trained],
+            context,
         )
         scores = recommender_head.score_items(head, vectors, self._item_texts)
         if self._unseen_only:
             seen = _seen(window, len(self._item_texts)).to(self._device)[trained]
             scores = scores.masked_fill(seen, -torch.inf)
-        return F.cross_entropy(scores, targets[trained])
+        if met is not None:
+            met = met.index_fill(0, own.to(self._device), True)
+            scores = scores.masked_fill(~met, -torch.inf)
+        return F.cross_entropy(scores, targets[trained]) + told
 
     def _add_item_inputs(self, _layer: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before the lowest adapted layer: add each item's ID input at its last token."""

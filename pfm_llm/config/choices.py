@@ -47,6 +47,23 @@ class ItemIds(StrEnum):
     BOTH = "both"
 
 
+class Pooling(StrEnum):
+    """How the states of a text's tokens become one vector, where the language model encodes it."""
+
+    LAST = "last"
+    MEAN = "mean"
+
+
+class Ablation(StrEnum):
+    """What a run does without, to measure what it is worth; see `model.ablation`."""
+
+    NONE = "none"
+    NO_PASS = "no_pass"
+    ONE_ITEM = "one_item"
+    SHUFFLED_TEXTS = "shuffled_texts"
+    RANDOM_WEIGHTS = "random_weights"
+
+
 class Schedule(StrEnum):
     """When the private adapter is trained relative to the shared one."""
 

@@ -45,6 +45,11 @@ class DataConfig(Settings):
     repeats: Repeats = Repeats.FIRST_ONLY
     split: SplitKind = SplitKind.LEAVE_LAST_OUT
     held_out: Fraction = Field(0.2, description="held-out share of the other two splits")
+    hold_out_items: Fraction = Field(
+        0.0,
+        description="share of the items that are in no training and no query's history: as targets "
+        "they are new items",
+    )
     keep_ties: bool = Field(False, description="never split events of a user with equal timestamps")
     like_threshold: float = Field(4.0, description="ratings from this value up count as likes")
     min_interactions: PositiveCount = Field(3, description="users with fewer are dropped")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pfm_llm.config.choices import ItemIds
+from pfm_llm.config.choices import ItemIds, Pooling
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -16,6 +16,7 @@ PositiveCount = Annotated[int, Field(ge=1, le=_LARGEST)]
 _LARGEST_RANK = 4096
 Rank = Annotated[int, Field(ge=1, le=_LARGEST_RANK)]
 Rank0 = Annotated[int, Field(ge=0, le=_LARGEST_RANK)]
+BACKBONE_ENCODER = "backbone"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -33,6 +34,25 @@ class WindowConfig(Settings):
         None, description="train on this many of the newest windows; None: all windows"
     )
     max_item_tokens: PositiveCount = Field(32, description="tokens kept of an item's text")
+
+
+class ItemsConfig(Settings):
+    """How the text of an item becomes a vector."""
+
+    encoder: str = Field(
+        "backbone",
+        description="backbone; minilm (embedded); or the Hub id or folder of a sentence encoder",
+    )
+    revision: str | None = Field(None, description="Hub revision of the encoder")
+    pooling: Pooling = Field(
+        Pooling.LAST, description="of the backbone's states; a sentence encoder has its own"
+    )
+    max_tokens: PositiveCount = Field(64, description="tokens read of an item's text")
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether the language model that reads histories encodes the items too."""
+        return self.encoder == BACKBONE_ENCODER
 
 
 class LoraAdapterConfig(Settings):
@@ -113,7 +133,7 @@ class HeadConfig(Settings):
     item_ids: ItemIds = ItemIds.BOTH
     id_dim: PositiveCount = Field(64, description="dimensions of an item's learned embedding")
     item_context: bool = Field(
-        True, description="add a linear function of the window's items to the user vector"
+        True, description="add a linear function of the history's items to the user vector"
     )
     dropout: Fraction = Field(
         0.4,

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import (
+    Ablation,
     Aggregation,
     Dtype,
     HeldOutSplit,
@@ -29,6 +30,7 @@ from pfm_llm.config.model import (
     Count,
     Fraction,
     HeadConfig,
+    ItemsConfig,
     NonNegative,
     Positive,
     PositiveCount,
@@ -72,6 +74,11 @@ class LocalConfig(Settings):
     private_lr: Positive = 2e-4
     max_grad_norm: Positive | None = Field(None, description="bound of a client's gradient")
     unseen_only: bool = Field(True, description="items of the history are no negatives")
+    met_only: bool | None = Field(
+        None,
+        description="items that no client has met are no negatives; None: yes, where a mean of "
+        "updates can tell which have been",
+    )
 
 
 class ServerConfig(Settings):
@@ -163,6 +170,8 @@ class ExperimentConfig(Settings):
     )
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
+    items: ItemsConfig = ItemsConfig()
+    ablation: Ablation = Field(Ablation.NONE, description="what to do without; model/ablation.py")
     window: WindowConfig = WindowConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     head: HeadConfig = HeadConfig()
@@ -243,6 +252,11 @@ def _regime_problem(config: ExperimentConfig) -> str | None:
 
 def _aggregation_problem(config: ExperimentConfig) -> str | None:
     server = config.federation.server
+    if server.aggregator is Aggregation.MEDIAN and config.federation.local.met_only:
+        return (
+            "federation.local.met_only: a median hides which items few clients have met; leave it "
+            "out, or set federation.server.aggregator: mean"
+        )
     if server.aggregator is Aggregation.MEDIAN and server.weighting is not Weighting.UNIFORM:
         return (
             "federation.server.aggregator: median counts every client once; set "

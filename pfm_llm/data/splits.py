@@ -24,12 +24,16 @@ share may differ from ``held_out``. Users with fewer than 3 groups are all train
 
 At validation a method sees the train history; at test, train and validation.
 
+With ``hold_out_items`` a share of the items is new: they are in no train data and in no history,
+and remain targets for those who met them after their cut. They are chosen by a hash of their ids.
+
 Seen items are masked when a catalogue is ranked. A target that the query's history already holds
 (possible with ``repeats: allow``) could therefore never be ranked, and a target that comes twice
 would be counted twice. Such repeats are dropped from the targets, not from any history, and are
 counted in `HeldOut.num_repeated_targets`.
 """
 
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -42,7 +46,7 @@ from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.choices import HeldOutSplit, SplitKind
 from pfm_llm.config.data import DataConfig
 from pfm_llm.data.history import History, Query
-from pfm_llm.data.interactions import Interactions
+from pfm_llm.data.interactions import Catalogue, Interactions
 
 _MIN_EVENTS = 3
 """One event each for train, validation and test."""
@@ -202,12 +206,34 @@ def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
         cuts = _keep_ties(interactions, cuts, config.split)
     train_ends, validation_ends, rule = cuts
     starts, ends = interactions.offsets[:-1], interactions.offsets[1:]
+    is_new = new_items(interactions.catalogue, config.hold_out_items)
+    if is_new.any():
+        rule += f"; {int(is_new.sum()):,} items are in no history (data.hold_out_items)"
+    shown = ~is_new[interactions.items]
+    validation = (starts, train_ends, validation_ends)
     return Split(
-        train=_train_data(interactions, train_ends),
-        validation=_held_out("validation", interactions, (starts, train_ends, validation_ends)),
-        test=_held_out("test", interactions, (starts, validation_ends, ends)),
+        train=_train_data(interactions, train_ends, shown),
+        validation=_held_out("validation", interactions, validation, shown),
+        test=_held_out("test", interactions, (starts, validation_ends, ends), shown),
         rule=rule,
     )
+
+
+def new_items(catalogue: Catalogue, share: float) -> np.ndarray:
+    """Which items are held out, bool [I]: those with the smallest hashes of their ids.
+
+    Args:
+        catalogue: The items; neither their order nor any other item matters to the choice, but to
+            where it ends.
+        share: ``data.hold_out_items``.
+    """
+    digests = [
+        hashlib.blake2b(item.encode(), digest_size=8).digest() for item in catalogue.item_ids
+    ]
+    order = sorted(range(len(digests)), key=digests.__getitem__)
+    is_new = np.zeros(len(digests), dtype=bool)
+    is_new[order[: math.floor(share * len(digests) + 0.5)]] = True
+    return is_new
 
 
 def _order(interactions: Interactions) -> str:
@@ -307,11 +333,11 @@ def _count_per_user(events: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return running[offsets[1:]] - running[offsets[:-1]]
 
 
-def _train_data(interactions: Interactions, train_ends: np.ndarray) -> TrainData:
+def _train_data(interactions: Interactions, train_ends: np.ndarray, shown: np.ndarray) -> TrainData:
     lengths = np.diff(interactions.offsets)
     # Indexing with a mask copies, so no held-out event hangs on as the base of a view.
-    kept = np.arange(len(interactions.items)) < np.repeat(train_ends, lengths)
-    train_lengths = train_ends - interactions.offsets[:-1]
+    kept = (np.arange(len(interactions.items)) < np.repeat(train_ends, lengths)) & shown
+    train_lengths = _count_per_user(kept, interactions.offsets)
     times, ratings = interactions.timestamps, interactions.ratings
     return TrainData(
         replace(
@@ -328,22 +354,25 @@ def _held_out(
     name: str,
     interactions: Interactions,
     bounds: tuple[np.ndarray, np.ndarray, np.ndarray],
+    shown: np.ndarray,
 ) -> HeldOut:
     """The queries whose history is bounds[0]:bounds[1] and whose targets are bounds[1]:bounds[2].
 
-    Each bound is an event index per user, int64 [num_users].
+    Each bound is an event index per user, int64 [num_users]. A history has the events that are
+    ``shown``, bool [num_interactions].
     """
     items, ratings = interactions.items, interactions.ratings
     asked: list[tuple[int, np.ndarray, np.ndarray]] = []  # user, events of history and targets
     num_repeated = 0
     for user, (start, middle, end) in enumerate(zip(*bounds, strict=True)):
-        history, held_out = items[start:middle], items[middle:end]
+        past = start + np.flatnonzero(shown[start:middle])
+        history, held_out = items[past], items[middle:end]
         if len(history) == 0 or len(held_out) == 0:
             continue
         rankable = _without_repeats(held_out, history)
         num_repeated += len(held_out) - len(rankable)
         if len(rankable) > 0:
-            asked.append((user, np.arange(start, middle), middle + rankable))
+            asked.append((user, past, middle + rankable))
     if not asked:
         raise DataError(
             f"no user has a query at {name}: none of {interactions.num_users} has both a history "

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from pfm_llm.base import assets, files
 from pfm_llm.base.errors import BackboneError, PfmError
 from pfm_llm.base.progress import Progress
-from pfm_llm.config.choices import Dtype
+from pfm_llm.config.choices import Dtype, Pooling
 from pfm_llm.config.schema import BackboneConfig
 
 EMBEDDED = {"smollm2-135m": assets.smollm2_135m}
@@ -128,14 +128,19 @@ class Backbone:
         return trunk, top
 
     @torch.no_grad()
-    def last_token_states(
-        self, pieces: list[list[int]], batch_tokens: int, progress: Progress | None = None
+    def text_states(
+        self,
+        pieces: list[list[int]],
+        batch_tokens: int,
+        pooling: Pooling = Pooling.LAST,
+        progress: Progress | None = None,
     ) -> torch.Tensor:
-        """Final-norm state at the last token of each text.
+        """Final-norm state of each text: that of its last token, or the mean over its tokens.
 
         Args:
             pieces: Token ids of each text; none empty.
             batch_tokens: Bound on padded tokens per forward pass.
+            pooling: Which of both.
             progress: Counts the tokens that are read.
 
         Returns:
@@ -154,9 +159,13 @@ class Backbone:
             rows = order[start:stop]
             tokens = pad_tokens([pieces[i] for i in rows]).to(self.device)
             hidden = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
-            ends = torch.tensor([len(pieces[i]) - 1 for i in rows], device=self.device)
-            picked = hidden[torch.arange(len(rows), device=self.device), ends]
-            states[torch.tensor(rows)] = picked.float().cpu()
+            lengths = torch.tensor([len(pieces[i]) for i in rows], device=self.device)
+            if pooling is Pooling.LAST:
+                pooled = hidden[torch.arange(len(rows), device=self.device), lengths - 1].float()
+            else:
+                is_text = torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]
+                pooled = (hidden.float() * is_text[..., None]).sum(1) / lengths[:, None]
+            states[torch.tensor(rows)] = pooled.cpu()
             if progress is not None:
                 progress.update(sum(len(pieces[i]) for i in rows))
             start = stop
@@ -189,6 +198,16 @@ class Backbone:
                 f"their composition differs from the whole model by {float(difference):.2g}; "
                 "choose a decoder with rotary position embeddings (Llama, Qwen, Gemma, GPT-NeoX)"
             )
+
+
+def with_random_weights(backbone: Backbone, seed: int) -> Backbone:
+    """A backbone of the same shape and tokenizer whose weights are drawn anew."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = AutoModelForCausalLM.from_config(backbone.model.config)
+    weights_hash = hash_weights(model)
+    model = model.to(device=backbone.device, dtype=backbone.dtype)
+    return Backbone(model, backbone.tokenizer, backbone.name, weights_hash)
 
 
 def pad_tokens(pieces: list[list[int]]) -> torch.Tensor:

@@ -5,8 +5,6 @@ a published adapter takes both from the adapter: the whitening is never refitted
 items follow their items by key.
 """
 
-import hashlib
-import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,14 +12,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfm_llm.base import assets, files
-from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
-from pfm_llm.base.progress import Progress
+from pfm_llm.base.errors import DataError
+from pfm_llm.config.choices import Ablation
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.model.backbone import Backbone, load_backbone
+from pfm_llm.model.ablation import has_pass, texts_of, windows
+from pfm_llm.model.backbone import Backbone, load_backbone, with_random_weights
 from pfm_llm.model.cohort import CohortModel
 from pfm_llm.model.head import Normaliser, fit_normaliser
+from pfm_llm.model.item_vectors import ItemStates, item_states
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.parameters import parameter_table
@@ -32,10 +31,6 @@ from pfm_llm.protocol.parameters import ParameterTable, Sizes
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.text.encoding import HistoryEncoder
 from pfm_llm.text.prompts import Prompt, load_prompt
-from pfm_llm.text.token_table import FORMAT_VERSION
-
-_log = logging.getLogger(__name__)
-_ITEM_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -44,11 +39,15 @@ class ModelParts:
 
     Attributes:
         backbone: The frozen model.
-        trunk: Its layers below the adapted ones.
+        trunk: Its layers below the adapted ones; None where no layer reads the histories.
         prompt: The template.
         encoder: Renders histories.
         adapter: The adapted layers, and shared and private LoRA in the format of PEFT.
-        normaliser: The whitening of the catalogue, or of the adapter that the model starts from.
+        normaliser: The whitening of user states: that of the catalogue's texts as a history shows
+            them, or of the adapter that the model starts from.
+        item_normaliser: The whitening of item vectors, from the same source; the same object where
+            items and user states share a space.
+        item_encoder_hash: Identity of the encoder of items; None: the backbone.
         model: The many-clients model.
         table: The shared tensors.
         shared: The shared state that it starts with.
@@ -56,11 +55,13 @@ class ModelParts:
     """
 
     backbone: Backbone
-    trunk: nn.Module
+    trunk: nn.Module | None
     prompt: Prompt
     encoder: HistoryEncoder
     adapter: DualAdapter
     normaliser: Normaliser
+    item_normaliser: Normaliser
+    item_encoder_hash: str | None
     model: CohortModel
     table: ParameterTable
     shared: SharedState
@@ -97,25 +98,37 @@ def build_model(
     backbone = _load_backbone(config, device, start)
     values = () if ratings is None else tuple(np.unique(ratings).tolist())
     encoder = HistoryEncoder(
-        prompt, catalogue, backbone.tokenizer, config.window, backbone.max_tokens, values
+        prompt,
+        texts_of(config, catalogue),
+        backbone.tokenizer,
+        windows(config),
+        backbone.max_tokens,
+        values,
     )
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
-    sizes = Sizes(backbone.hidden_size, adapter.modules, len(catalogue))
+    states = item_states(config.items, backbone, encoder)
+    width = states.items.shape[1]
+    sizes = Sizes(backbone.hidden_size, adapter.modules, len(catalogue), width)
     private, table = make_private_part(config, sizes), parameter_table(config, sizes)
     shared = start.shared(table, prompt) if start else table.initial_state()
-    states = item_states(backbone, encoder, prompt, catalogue.content_hash())
-    normaliser = start.normaliser if start else fit_normaliser(states)
-    texts = normaliser(states)[:, : config.head.dim].contiguous()
+    if start:
+        start.check_item_encoder(states, config.items.encoder)
+    normaliser, item_normaliser = start.normalisers if start else _fitted(states)
+    texts = item_normaliser(states.items)[:, : config.head.dim].contiguous()
     objective = Objective(texts, config.tasks, private, config.federation.local.unseen_only)
     return ModelParts(
         backbone=backbone,
-        trunk=trunk,
+        trunk=trunk if has_pass(config) else None,
         prompt=prompt,
         encoder=encoder,
         adapter=adapter,
         normaliser=normaliser,
-        model=CohortModel(top, adapter.top_paths(), adapter.scale(), normaliser, objective),
+        item_normaliser=item_normaliser,
+        item_encoder_hash=states.encoder_hash,
+        model=CohortModel(
+            top, adapter.top_paths(), adapter.scale(), normaliser, objective, has_pass(config)
+        ),
         table=table,
         shared=shared,
         contract=table.contract(
@@ -126,8 +139,16 @@ def build_model(
     )
 
 
+def _fitted(states: ItemStates) -> tuple[Normaliser, Normaliser]:
+    """The whitening of user states, and that of items."""
+    normaliser = fit_normaliser(states.prompt)
+    return normaliser, normaliser if states.share_a_space else fit_normaliser(states.items)
+
+
 def _load_backbone(config: ExperimentConfig, device: torch.device, start: Start | None) -> Backbone:
     """The backbone; that of another base than the start's is refused, if possible unloaded."""
+    if config.ablation is Ablation.RANDOM_WEIGHTS:
+        return with_random_weights(load_backbone(config.backbone, device), config.seed)
     if start is None:
         return load_backbone(config.backbone, device)
     allow = bool(config.init_from and config.init_from.allow_base_mismatch)
@@ -145,46 +166,3 @@ def _load_prompt(name: str, ratings: np.ndarray | None) -> Prompt:
             "or choose a prompt without ratings such as next_item.v1"
         )
     return prompt
-
-
-def item_states(
-    backbone: Backbone, encoder: HistoryEncoder, prompt: Prompt, catalogue_hash: str
-) -> torch.Tensor:
-    """Frozen states of the catalogue's texts, float32 [I, d], cached between runs.
-
-    The states depend on the catalogue and not on any user. The public cache therefore keeps them,
-    under a hash of everything that they depend on.
-    """
-    parts = (
-        backbone.weights_hash,
-        str(backbone.dtype),
-        backbone.device.type,
-        prompt.content_hash(),
-        str(encoder.config.max_item_tokens),
-        catalogue_hash,
-        str(FORMAT_VERSION),
-    )
-    key = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
-    path = assets.cache_dir() / "items" / f"{key}.safetensors"
-    try:
-        tensors, header = files.read_tensors(path)
-        if header["sha256"] != _sha256(tensors["states"]):
-            raise CorruptFileError(f"{path} does not match its checksum")
-        return tensors["states"].clone()
-    except FileNotFoundError:
-        pass
-    except (StorageError, KeyError) as error:
-        _log.warning("item states: %s; computing them again", error)
-    pieces = encoder.catalogue_pieces()
-    with Progress(sum(map(len, pieces)), "reading the items' texts", unit="tokens") as progress:
-        states = backbone.last_token_states(pieces, _ITEM_BATCH_TOKENS, progress)
-    try:
-        files.write_tensors(path, {"states": states}, {"sha256": _sha256(states)})
-    except StorageError as error:
-        # A run works without the cache: it then computes the states each time.
-        _log.warning("item states: %s; going on without keeping them", error)
-    return states
-
-
-def _sha256(states: torch.Tensor) -> str:
-    return hashlib.sha256(states.contiguous().view(torch.uint8).numpy().data).hexdigest()

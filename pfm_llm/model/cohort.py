@@ -97,6 +97,7 @@ class CohortModel:
         scale: The factor of the shared adapter's product B A.
         normaliser: The catalogue's whitening.
         objective: The loss, over the whitened texts of the catalogue.
+        has_pass: Whether the top reads the histories; without it user states are zero.
     """
 
     def __init__(
@@ -106,8 +107,10 @@ class CohortModel:
         scale: float,
         normaliser: Normaliser,
         objective: Objective,
+        has_pass: bool = True,
     ) -> None:
         self._top = top
+        self._has_pass = has_pass
         self._scale = scale
         self._linears: dict[str, CohortLinear] = {}
         for name, path in modules.items():
@@ -148,7 +151,7 @@ class CohortModel:
             C scalars; each depends only on its own client's slice of ``stacked``.
         """
         owns, vectors = self._user_vectors(batch, stacked, parts, dropout)
-        read = self._outputs(batch, vectors)
+        read = self._outputs(batch, vectors, owns)
         if dropout is not None:
             read = [
                 self._with_dropout(one, own, dropout, client)
@@ -170,7 +173,7 @@ class CohortModel:
         """
         parts = Parts(shared_lora=True, private_weight=0.0)
         owns, vectors = self._user_vectors(batch, stacked, parts)
-        return self._fitted(owns, self._outputs(batch, vectors))
+        return self._fitted(owns, self._outputs(batch, vectors, owns))
 
     @torch.no_grad()
     def fit_without_text(
@@ -241,7 +244,7 @@ class CohortModel:
 
     @torch.no_grad()
     def zero_shot_scores(self, batch: ChunkBatch) -> torch.Tensor:
-        """Cosine scores [K, I] of the untouched backbone, float32."""
+        """Cosine scores [K, I] of the untouched backbone, float32; zero without a pass."""
         for linear in self._linears.values():
             linear.factors = None
         states = self._output_states(batch.trunk, batch)
@@ -267,7 +270,9 @@ class CohortModel:
         ]
         return owns, vectors
 
-    def _outputs(self, batch: ChunkBatch, vectors: Sequence[torch.Tensor]) -> list[Outputs]:
+    def _outputs(
+        self, batch: ChunkBatch, vectors: Sequence[torch.Tensor], owns: Sequence[Tensors]
+    ) -> list[Outputs]:
         seen = batch.seen(self.num_items) if self.objective.unseen_only else None
         return [
             Outputs(
@@ -276,10 +281,16 @@ class CohortModel:
                 batch.liked[span],
                 met,
                 batch.known[span],
-                seen=None if seen is None else seen[span],
+                seen=_no_candidates(head, None if seen is None else seen[span], items),
+                items=items,
             )
-            for own, span, met in zip(
-                vectors, spans(batch.outputs_per_client), batch.histories_per_client, strict=True
+            for own, head, span, met, items in zip(
+                vectors,
+                owns,
+                spans(batch.outputs_per_client),
+                batch.histories_per_client,
+                batch.items_per_client,
+                strict=True,
             )
         ]
 
@@ -288,19 +299,15 @@ class CohortModel:
         if recommender_head.CONTEXT_PROJ not in heads[0]:
             return [None] * len(heads)
         found: list[torch.Tensor | None] = []
-        pairs = zip(spans(batch.positions_per_client), spans(batch.outputs_per_client), strict=True)
-        for head, (positions, outputs) in zip(heads, pairs, strict=True):
-            # A client's positions are flat, one window after another. A context depends on the
-            # items before it in the window, so each window becomes a row of a rectangle.
-            _, lengths = batch.rows[positions].unique_consecutive(return_counts=True)
-            windows = batch.items[positions].split(lengths.tolist())
-            items = nn.utils.rnn.pad_sequence(windows, batch_first=True)
-            context = recommender_head.context_vectors(head, items, self.item_texts)
-            assert context is not None
-            # The mask drops the padding, which restores the flat order of positions. The indices
-            # in `batch.outputs` count over all clients, so the client's start is subtracted.
-            is_item = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
-            found.append(context[is_item][batch.outputs[outputs] - positions.start])
+        for head, outputs in zip(heads, spans(batch.outputs_per_client), strict=True):
+            histories, counts = batch.read_histories(outputs)
+            parts = [
+                recommender_head.context_vectors(head, history, known, self.item_texts)
+                for history, known in zip(
+                    histories, batch.known[outputs].split(counts), strict=True
+                )
+            ]
+            found.append(torch.cat(parts) if parts else None)
         return found
 
     def _with_item_inputs(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> torch.Tensor:
@@ -310,7 +317,7 @@ class CohortModel:
             for head, span in zip(heads, spans(batch.positions_per_client), strict=True)
         ]
         values = [value for value in added if value is not None]
-        if not values:
+        if not values or not self._has_pass:
             return batch.trunk
         inputs = torch.cat(values).to(batch.trunk.dtype)
         return batch.trunk.index_put((batch.rows, batch.ends), inputs, accumulate=True)
@@ -320,6 +327,8 @@ class CohortModel:
     ) -> torch.Tensor:
         """Run the top on hidden states [N, T, d]; whitened states [K, d] at the outputs."""
         rows, ends = batch.rows[batch.outputs], batch.ends[batch.outputs]
+        if not self._has_pass:
+            return self._normaliser.mean.new_zeros(len(rows), len(self._normaliser.mean))
         if self._last_mlp is not None:
             # Dropout on LoRA inputs is drawn for whole rows, so the last MLP must see whole rows.
             whole = dropout is not None and bool(dropout.shared or dropout.private)
@@ -380,8 +389,26 @@ class CohortModel:
         return dataclasses.replace(outputs, kept=kept, kept_private=kept_private)
 
 
+def _no_candidates(
+    head: Tensors, seen: torch.Tensor | None, own: torch.Tensor
+) -> torch.Tensor | None:
+    """The items that are no candidates at each output, bool [K, I] or [I]; None: all are.
+
+    Args:
+        head: One client's head parameters.
+        seen: bool [K, I], the items that the client has met before each output.
+        own: int64 [M], its items, which somebody has met.
+    """
+    met = recommender_head.met_items(head)
+    if met is None:
+        return seen
+    unmet = ~met.index_fill(0, own, True)
+    return unmet if seen is None else seen | unmet
+
+
 def _slices(stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:
     """Per client its slice of every tensor that is no LoRA factor."""
     # unbind instead of indexing: its backward is one stack, not C scatters into zeros.
     slices = {n: v.unbind(0) for n, v in stacked.items() if not n.endswith(_FACTOR)}
-    return [{n: v[c] for n, v in slices.items()} for c in range(num_clients)]
+    owns = ({n: v[c] for n, v in slices.items()} for c in range(num_clients))
+    return [recommender_head.with_met_rows(own) for own in owns]

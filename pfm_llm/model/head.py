@@ -11,13 +11,19 @@ With ``item_ids: both``, ``item_ids_in e_i`` is also added to the hidden state a
 item i, where the adapted layers begin. ``state_proj`` and ``item_proj`` start as (truncated)
 identities, so training starts from the similarity of whitened states.
 
-With ``item_context``, c holds two weighted means of the window's items up to the position::
+With ``item_context``, c holds two weighted means of the history's items up to the position::
 
     c   = [c_1; c_2],   c_k = sum_s 2^(-a_s / h_k) x_s / sum_s 2^(-a_s / h_k),   x_s = [z_s; e_s]
 
 for items s that are a_s items old, with learned half-lives h_k. This path from the items of the
 history to the scores passes no transformer layer. It is a low-rank Markov chain of higher order, as
 in Fossil (He and McAuley 2016, arXiv 1609.09152).
+
+Which items somebody has met is learned too. ``head.item_met`` starts at zero, and each client's
+update raises the entries of its own items (`met_term`). An entry is therefore above zero just where
+a client that took part had met the item. An item that nobody has met is no negative in training,
+and has no embedding: e_i counts as zero. Its text alone ranks it, with a bias of zero. As one
+entry of a sum over clients, this knowledge can be masked and noised like any other.
 
 With the task ``like`` an item also has log-odds of being liked, equal for all users::
 
@@ -34,6 +40,7 @@ parameter             shape     present with
 head.state_proj       [D, d]    always
 head.item_proj        [D, D]    always
 head.item_bias        [I]       ``item_bias``
+head.item_met         [I]       ``federation.local.met_only``
 head.item_ids         [I, E]    ``item_ids: output | both``
 head.item_ids_out     [D, E]    ``item_ids: output | both``
 head.item_ids_in      [d, E]    ``item_ids: both``
@@ -56,12 +63,14 @@ from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import HeadConfig
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settings import learns_met
 from pfm_llm.protocol.parameters import Parameter, Sizes, Unseen
 from pfm_llm.protocol.types import Tensors
 
 STATE_PROJ = "head.state_proj"
 ITEM_PROJ = "head.item_proj"
 ITEM_BIAS = "head.item_bias"
+ITEM_MET = "head.item_met"
 ITEM_IDS = "head.item_ids"
 ITEM_IDS_IN = "head.item_ids_in"
 ITEM_IDS_OUT = "head.item_ids_out"
@@ -72,6 +81,9 @@ LIKE_IDS = "head.like_ids"
 LIKE_BIAS = "head.like_bias"
 
 _SHRINKAGE = 0.1
+_MET_STEP = 1e-3
+"""Gradient of an entry of ``head.item_met`` at a client that has met the item: small beside those
+of other tensors, so that the norm of an update hardly depends on it."""
 _ID_STD = 0.1
 _HALF_LIVES = (1.5, 12.0)
 """Initial half-lives in items: a short one for the newest items and a long one for the window."""
@@ -132,8 +144,9 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
     """
     head, server, width = config.head, config.federation.server, sizes.hidden_size
     dim, id_dim, has_ids = head.dim, head.id_dim, head.item_ids is not ItemIds.NONE
-    if dim > width:
-        raise ConfigError(f"head.dim: {dim} exceeds the backbone's hidden size {width}; lower it")
+    if dim > (most := min(width, sizes.item_width or width)):
+        what = "the backbone's hidden size" if dim > width else "the width of the item encoder,"
+        raise ConfigError(f"head.dim: {dim} exceeds {what} {most}; lower it")
     rate, id_rate, bias_rate = (
         rate * server.lr_scale for rate in (server.lr_head, server.lr_item_ids, server.lr_item_bias)
     )
@@ -147,6 +160,7 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
         (True, Parameter(STATE_PROJ, (dim, width), rate, partial(torch.eye, dim, width))),
         (True, Parameter(ITEM_PROJ, (dim, dim), rate, partial(torch.eye, dim))),
         (head.item_bias, bias),
+        (learns_met(config), Parameter(ITEM_MET, (sizes.num_items,), bias_rate, per_item=True)),
         (has_ids, Parameter(ITEM_IDS, ids, id_rate, draw_ids, per_item=True)),
         (has_ids, Parameter(ITEM_IDS_OUT, (dim, id_dim), id_rate)),
         (head.item_ids is ItemIds.BOTH, Parameter(ITEM_IDS_IN, (width, id_dim), id_rate)),
@@ -174,6 +188,30 @@ def fading(ages: torch.Tensor, half_life: torch.Tensor) -> torch.Tensor:
     return weights
 
 
+def met_items(head: Tensors) -> torch.Tensor | None:
+    """Which items somebody has met, bool [I]; None where that is not learned."""
+    return head[ITEM_MET] > 0 if ITEM_MET in head else None
+
+
+def met_term(head: Tensors, items: torch.Tensor) -> torch.Tensor:
+    """A term of a client's loss that is zero, and whose gradient says which items it has met.
+
+    Args:
+        head: One client's head parameters, with ``head.item_met``.
+        items: int64 [M], the distinct items of its histories.
+    """
+    met = head[ITEM_MET][items]
+    return _MET_STEP * (met.detach() - met).sum()
+
+
+def with_met_rows(own: Tensors) -> dict[str, torch.Tensor]:
+    """One client's tensors, in which the embedding of an item that nobody has met is zero."""
+    met = met_items(own)
+    if met is None or ITEM_IDS not in own:
+        return dict(own)
+    return {**own, ITEM_IDS: own[ITEM_IDS] * met[:, None]}
+
+
 def item_inputs(head: Tensors, items: torch.Tensor) -> torch.Tensor | None:
     """The ID term that is added to the hidden state at the last token of each item.
 
@@ -190,29 +228,27 @@ def item_inputs(head: Tensors, items: torch.Tensor) -> torch.Tensor | None:
 
 
 def context_vectors(
-    head: Tensors, items: torch.Tensor, item_texts: torch.Tensor
-) -> torch.Tensor | None:
-    """The term that the items of a window add to the user vector at each of its positions.
+    head: Tensors, history: torch.Tensor, known: torch.Tensor, item_texts: torch.Tensor
+) -> torch.Tensor:
+    """The term that the items of a history add to the user vectors after some of them.
 
     Args:
-        head: One client's head parameters.
-        items: int64 [N, L], windows, oldest item first. Padding comes last and changes no
-            position before it.
+        head: One client's head parameters, with ``item_context``.
+        history: int64 [H], oldest item first.
+        known: int64 [K], ascending: how many items each of the K vectors has read, at least 1.
         item_texts: float32 [I, D], whitened.
 
     Returns:
-        float32 [N, L, D], or None without ``item_context``.
+        float32 [K, D].
     """
-    if CONTEXT_PROJ not in head:
-        return None
+    items = history[: int(known[-1])]
     read = item_texts[items]
     if ITEM_IDS in head:
-        read = torch.cat([read, F.embedding(items, head[ITEM_IDS])], 2)
-    place = torch.arange(items.shape[1], device=items.device)
-    weights = fading(place[:, None] - place, head[CONTEXT_LOG_H].exp()[:, None, None])
+        read = torch.cat([read, F.embedding(items, head[ITEM_IDS])], 1)
+    ages = known[:, None] - 1 - torch.arange(len(items), device=items.device)
+    weights = fading(ages, head[CONTEXT_LOG_H].exp()[:, None, None])
     weights = weights / weights.sum(2, keepdim=True)
-    summed = torch.einsum("kls,nsw->nlkw", weights, read).flatten(2)
-    return summed @ head[CONTEXT_PROJ].T
+    return torch.einsum("hks,sw->khw", weights, read).flatten(1) @ head[CONTEXT_PROJ].T
 
 
 def user_vectors(

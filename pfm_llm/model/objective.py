@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from pfm_llm.config.choices import Task
+from pfm_llm.model import head as recommender_head
 from pfm_llm.model.outputs import Outputs, SharedView
 from pfm_llm.model.private import PrivatePart
 from pfm_llm.protocol.types import Tensors
@@ -67,6 +68,8 @@ class Objective:
         added = self.private.past_scores(view) if personal else None
         if added is not None:
             loss = loss + F.cross_entropy(view.fixed_scores + added, outputs.targets)
+        if recommender_head.ITEM_MET in own and outputs.items is not None:
+            loss = loss + recommender_head.met_term(own, outputs.items)
         if Task.LIKE in self.tasks:
             loss = loss + self._like_loss(view, personal)
         return loss

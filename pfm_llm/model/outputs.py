@@ -22,8 +22,9 @@ class Outputs:
         known: int64 [K], how many items of the history come before each target.
         kept: float32 [K, D], dropout factors on the user vectors in training, or None.
         kept_private: float32 [K, r], dropout factors on private vectors in training, or None.
-        seen: bool [K, I], the items that are no candidates at each position; None: all items
-            are candidates.
+        seen: bool [K, I] or [I], the items that are no candidates at each position; None: all
+            items are candidates.
+        items: int64 [M], the distinct items of all histories of the client, or None.
     """
 
     vectors: torch.Tensor
@@ -34,6 +35,7 @@ class Outputs:
     kept: torch.Tensor | None = None
     kept_private: torch.Tensor | None = None
     seen: torch.Tensor | None = None
+    items: torch.Tensor | None = None
 
     @classmethod
     def of_history(cls, items: torch.Tensor, liked: torch.Tensor) -> "Outputs":

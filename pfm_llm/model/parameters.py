@@ -7,6 +7,7 @@ from functools import partial
 from pfm_llm.config.choices import ServerOptimizer
 from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.model.ablation import is_trained
 from pfm_llm.model.head import head_parameters
 from pfm_llm.model.private import make_private_part
 from pfm_llm.model.private.lora import random_a
@@ -28,7 +29,9 @@ def parameter_table(config: ExperimentConfig, sizes: Sizes) -> ParameterTable:
     parameters: list[Parameter] = [*_shared_lora(config, sizes), *head_parameters(config, sizes)]
     parameters += make_private_part(config, sizes).shared_parameters()
     trains, server = SPECS[config.method].trains, config.federation.server
-    parameters = [replace(one, sent=trains(one.name)) for one in parameters]
+    parameters = [
+        replace(one, sent=trains(one.name) and is_trained(config, one.name)) for one in parameters
+    ]
     if server.optimizer is ServerOptimizer.AVERAGE:
         parameters = [replace(one, rate=server.lr_scale) for one in parameters]
     return ParameterTable(parameters)

@@ -12,6 +12,7 @@ import yaml
 from pfm_llm.base.errors import ArtefactError
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.head import Normaliser
+from pfm_llm.model.item_vectors import ItemStates
 from pfm_llm.protocol.parameters import Parameter, ParameterTable
 from pfm_llm.protocol.types import Group, SharedState, Tensors, of_group
 from pfm_llm.text.prompts import Prompt
@@ -29,7 +30,9 @@ class Start:
         weights_hash, tokenizer_hash: The hashes of that base model.
         prompt: Key of the prompt that it was trained with.
         prompt_hash: Hash of the content of that prompt.
-        normaliser: The whitening that its head was trained with; never refitted.
+        normalisers: The whitenings of user states and of items that its head was trained with;
+            never refitted.
+        item_encoder: Identity of the encoder of items; None: the base model.
         tensors: Its shared tensors; their rows of items follow the current catalogue.
         settings: The settings that its shapes follow from, for messages, by keys of the config.
     """
@@ -40,7 +43,8 @@ class Start:
     tokenizer_hash: str
     prompt: str
     prompt_hash: str
-    normaliser: Normaliser
+    normalisers: tuple[Normaliser, Normaliser]
+    item_encoder: str | None
     tensors: Tensors
     settings: Mapping[str, Any]
 
@@ -68,6 +72,22 @@ class Start:
             ArtefactError: The adapter was trained on others.
         """
         self._compare(name, {"the weights": weights_hash}, False)
+
+    def check_item_encoder(self, states: ItemStates, name: str) -> None:
+        """Compare the vectors of items with those that the adapter was trained on.
+
+        Raises:
+            ArtefactError: They are of another encoder.
+        """
+        if states.encoder_hash != self.item_encoder:
+            theirs, ours = (
+                "the base model" if known is None else f"an encoder of SHA-256 {known[:16]}…"
+                for known in (self.item_encoder, states.encoder_hash)
+            )
+            raise ArtefactError(
+                f"{self.origin} was trained on item vectors of {theirs}, those of items.encoder: "
+                f"{name} are of {ours}; set items.encoder to the adapter's"
+            )
 
     def _compare(self, name: str, found: Mapping[str, str], allow_mismatch: bool) -> None:
         known = {"the weights": self.weights_hash, "the tokens": self.tokenizer_hash}

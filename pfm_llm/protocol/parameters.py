@@ -28,11 +28,13 @@ class Sizes:
         hidden_size: Width of the model's hidden states.
         modules: Path in the model to (in_features, out_features) of each adapted layer.
         num_items: Size of the catalogue.
+        item_width: Numbers of an item's text vector before the whitening; None: the hidden size.
     """
 
     hidden_size: int
     modules: Mapping[str, tuple[int, int]]
     num_items: int
+    item_width: int | None = None
 
 
 class Unseen(Enum):

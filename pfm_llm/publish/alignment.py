@@ -22,8 +22,7 @@ def item_keys(catalogue: Catalogue, prompt: Prompt) -> tuple[str, ...]:
     protected and are not published.
     """
     keys = []
-    for index, item_id in enumerate(catalogue.item_ids):
-        fields = {name: catalogue.fields[name][index] for name in prompt.fields}
+    for item_id, fields in zip(catalogue.item_ids, prompt.fields_of(catalogue), strict=True):
         text = prompt.render_catalogue_item(fields)
         keys.append(hashlib.sha256(json.dumps([item_id, text]).encode()).hexdigest()[:32])
     return tuple(keys)
@@ -99,7 +98,7 @@ def start_from(artefact: Artefact, catalogue: Catalogue) -> tuple[Start, Alignme
         ArtefactError: The adapter's files are not those of its manifest's settings.
         CorruptFileError: A file is damaged.
     """
-    manifest, (tensors, normaliser) = artefact.manifest, artefact.contents()
+    manifest, (tensors, normalisers) = artefact.manifest, artefact.contents()
     alignment = align_items(artefact.item_keys(), item_keys(catalogue, artefact.prompt()))
     start = Start(
         origin=artefact.origin,
@@ -108,8 +107,9 @@ def start_from(artefact: Artefact, catalogue: Catalogue) -> tuple[Start, Alignme
         tokenizer_hash=manifest.base.tokenizer_sha256,
         prompt=manifest.prompt,
         prompt_hash=manifest.prompt_sha256,
-        normaliser=normaliser,
+        normalisers=normalisers,
+        item_encoder=manifest.item_encoder_sha256,
         tensors=aligned_tensors(tensors, alignment, artefact.table()),
-        settings=manifest.model_dump(mode="json", include={"adapters", "head"}),
+        settings=manifest.model_dump(mode="json", include={"adapters", "head", "items"}),
     )
     return start, alignment

@@ -79,6 +79,7 @@ LISTED_FILES = (*REQUIRED_FILES, BASIS_FILE, PROMPT_FILES, TRAINING_CONFIG_FILE,
 manifest, its signature and the card."""
 
 _MEAN, _BASIS = "normaliser.mean", "normaliser.basis"
+_ITEM_MEAN, _ITEM_BASIS = "item_normaliser.mean", "item_normaliser.basis"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 _MAX_KEY = 200
 
@@ -115,11 +116,12 @@ class Artefact:
         """
         return self._table(self._specs())
 
-    def contents(self) -> tuple[dict[str, torch.Tensor], Normaliser]:
-        """LoRA, basis and head, float32, under the names of `types`; and the head's whitening.
+    def contents(self) -> tuple[dict[str, torch.Tensor], tuple[Normaliser, Normaliser]]:
+        """LoRA, basis and head, float32, under the names of `types`; and the head's whitenings.
 
         Each file holds exactly the tensors that follow from the manifest, and all are finite. The
-        whitening is never refitted.
+        whitenings, of user states and of items, are never refitted. They are one where the file has
+        one: then items and user states share a space.
 
         Raises:
             ArtefactError: A file holds other tensors or shapes, or a number that is not finite.
@@ -127,8 +129,9 @@ class Artefact:
         """
         found = self._specs()
         specs = self._table(found).specs
-        width = _width(found[HEAD_FILE], _MEAN, 0)
-        whitening = {_MEAN: TensorSpec((width,)), _BASIS: TensorSpec((width, width))}
+        whitening = _whitening(found[HEAD_FILE], _MEAN, _BASIS)
+        if _ITEM_MEAN in found[HEAD_FILE]:
+            whitening |= _whitening(found[HEAD_FILE], _ITEM_MEAN, _ITEM_BASIS)
         groups: dict[str, Mapping[str, TensorSpec]] = {
             ADAPTER_FILE: of_group(specs, Group.LORA),
             HEAD_FILE: {**of_group(specs, Group.HEAD), **whitening},
@@ -142,7 +145,10 @@ class Artefact:
         tensors = names_from_peft(self.files.tensors(ADAPTER_FILE))
         for name in found.keys() - {ADAPTER_FILE}:
             tensors |= self.files.tensors(name)
-        return tensors, Normaliser(tensors.pop(_MEAN), tensors.pop(_BASIS))
+        normaliser = of_items = Normaliser(tensors.pop(_MEAN), tensors.pop(_BASIS))
+        if _ITEM_MEAN in tensors:
+            of_items = Normaliser(tensors.pop(_ITEM_MEAN), tensors.pop(_ITEM_BASIS))
+        return tensors, (normaliser, of_items)
 
     def shared_tensors(self) -> dict[str, torch.Tensor]:
         """The first of `contents`."""
@@ -215,7 +221,8 @@ class Artefact:
         hidden = _width(found[HEAD_FILE], _MEAN, 0)
         if not hidden:
             raise ArtefactError(f"{self.origin}: {HEAD_FILE} lacks {_MEAN}; export it again")
-        sizes = Sizes(hidden, modules, manifest.num_items)
+        of_items = _width(found[HEAD_FILE], _ITEM_MEAN, 0) or None
+        sizes = Sizes(hidden, modules, manifest.num_items, of_items)
         config = ExperimentConfig.model_construct(
             name=manifest.name,
             adapters=manifest.adapters,
@@ -228,6 +235,12 @@ class Artefact:
             raise ArtefactError(
                 f"{self.origin}: no model has the settings of its manifest: {error}"
             ) from error
+
+
+def _whitening(specs: Mapping[str, TensorSpec], mean: str, basis: str) -> dict[str, TensorSpec]:
+    """The tensors of a whitening, of the width that its mean has."""
+    width = _width(specs, mean, 0)
+    return {mean: TensorSpec((width,)), basis: TensorSpec((width, width))}
 
 
 def _width(specs: Mapping[str, TensorSpec], name: str, dimension: int) -> int:
@@ -299,7 +312,9 @@ def is_listed(name: str, patterns: Sequence[str] = LISTED_FILES) -> bool:
     )
 
 
-def write_head(folder: Path, head: Tensors, normaliser: Normaliser) -> None:
-    """Write the recommender head and the whitening that it was trained with."""
+def write_head(folder: Path, head: Tensors, normaliser: Normaliser, of_items: Normaliser) -> None:
+    """Write the recommender head and the whitenings, of user states and of items."""
     tensors = {**head, _MEAN: normaliser.mean, _BASIS: normaliser.basis}
+    if of_items is not normaliser:
+        tensors |= {_ITEM_MEAN: of_items.mean, _ITEM_BASIS: of_items.basis}
     files.write_tensors(folder / HEAD_FILE, tensors)

@@ -70,7 +70,8 @@ def export_shared_adapter(
     """
     parts, config = what.parts, what.config
     parts.adapter.export_shared(shared.tensors, folder, parts.backbone.portable_name)
-    write_head(folder, of_group(shared.tensors, Group.HEAD), parts.normaliser)
+    head = of_group(shared.tensors, Group.HEAD)
+    write_head(folder, head, parts.normaliser, parts.item_normaliser)
     if basis := of_group(shared.tensors, Group.BASIS):
         files.write_tensors(folder / BASIS_FILE, basis)
     keys = item_keys(what.catalogue, parts.prompt)
@@ -138,6 +139,9 @@ def _manifest(
         head=config.head,
         tasks=config.tasks,
         window=config.window,
+        items=config.items.model_copy(update={"encoder": shown_name(config.items.encoder)}),
+        item_encoder_sha256=parts.item_encoder_hash,
+        ablation=config.ablation,
         prompt=parts.prompt.key,
         prompt_sha256=parts.prompt.content_hash(),
         data_source=shown_name(config.data.source),

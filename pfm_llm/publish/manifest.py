@@ -11,8 +11,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError
-from pfm_llm.config.choices import Dtype, Task
-from pfm_llm.config.model import AdaptersConfig, Count, HeadConfig, PositiveCount, WindowConfig
+from pfm_llm.config.choices import Ablation, Dtype, Task
+from pfm_llm.config.model import (
+    AdaptersConfig,
+    Count,
+    HeadConfig,
+    ItemsConfig,
+    PositiveCount,
+    WindowConfig,
+)
 from pfm_llm.publish.foreign import texts
 
 FORMAT = 4
@@ -93,6 +100,9 @@ class Manifest(_Part):
         modules: Paths of the adapted modules.
         head, tasks: Settings of the recommender head, and its tasks.
         window: Settings of the windows.
+        items: How the text of an item becomes a vector.
+        item_encoder_sha256: Identity of the encoder of items; None: the base.
+        ablation: What the adapter was trained without.
         prompt: Key of the prompt.
         prompt_sha256: Hash of the prompt's content.
         data_source: Name of the data, or the last part of its path.
@@ -114,6 +124,9 @@ class Manifest(_Part):
     head: HeadConfig
     tasks: tuple[Task, ...] = (Task.NEXT_ITEM,)
     window: WindowConfig
+    items: ItemsConfig = ItemsConfig()
+    item_encoder_sha256: str | None = None
+    ablation: Ablation = Ablation.NONE
     prompt: str
     prompt_sha256: str
     data_source: str

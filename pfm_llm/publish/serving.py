@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pfm_llm.base.errors import ArtefactError, DataError
+from pfm_llm.config.choices import Ablation
 from pfm_llm.config.data import EMBEDDED_SOURCES
 from pfm_llm.config.schema import (
     BackboneConfig,
@@ -48,9 +49,15 @@ def serving_config(
         allow_base_mismatch: Go on with other base weights.
 
     Raises:
-        ArtefactError: The manifest names a base that is nobody else's, or a path.
+        ArtefactError: The manifest names a base that is nobody else's, or a path; or the adapter
+            was trained on random weights or shuffled texts.
     """
     manifest = artefact.manifest
+    if manifest.ablation in (Ablation.RANDOM_WEIGHTS, Ablation.SHUFFLED_TEXTS):
+        raise ArtefactError(
+            f"{artefact.origin} was trained with ablation: {manifest.ablation}, whose random draw "
+            "is not published; open the run itself, or train without it"
+        )
     name = backbone or manifest.base.embedded or manifest.base.name
     if backbone is None and not _is_portable(name, manifest.base.embedded):
         raise ArtefactError(
@@ -68,6 +75,8 @@ def serving_config(
         prompt=str(artefact.folder / prompt_file(manifest.prompt)),
         tasks=manifest.tasks,
         window=manifest.window,
+        items=manifest.items,
+        ablation=manifest.ablation,
         adapters=manifest.adapters,
         head=manifest.head,
         backbone=BackboneConfig(name=name, revision=revision, dtype=manifest.base.dtype),

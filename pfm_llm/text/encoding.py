@@ -120,14 +120,10 @@ class HistoryEncoder:
         max_tokens: int,
         rating_values: Sequence[float] = (),
     ) -> None:
-        prompt.check_fields(catalogue)
         self.config = config
         self._prompt = prompt
         self._tokenizer = tokenizer
-        self._fields = [
-            {name: catalogue.fields[name][i] for name in prompt.fields if name in catalogue.fields}
-            for i in range(len(catalogue))
-        ]
+        self._fields = prompt.fields_of(catalogue)
         ratings = rating_values if prompt.uses_rating else (None,)
         keys = [(item, rating) for rating in ratings for item in range(len(catalogue))]
         texts = [prompt.render_item(self._fields[item], rating) for item, rating in keys]
@@ -149,10 +145,22 @@ class HistoryEncoder:
         """Tokens of an item of a history, on the mean over the catalogue."""
         return sum(map(len, self._pieces.values())) / max(len(self._pieces), 1)
 
-    def catalogue_pieces(self) -> list[list[int]]:
-        """Token ids of every item rendered by itself, for the frozen item embeddings."""
-        texts = [self._prompt.render_catalogue_item(fields) for fields in self._fields]
-        return [piece.tolist() for piece in self._tokenise(texts, range(len(texts)))]
+    def catalogue_texts(self) -> list[str]:
+        """The text of every item by itself, which becomes its vector."""
+        return [self._prompt.render_catalogue_item(fields) for fields in self._fields]
+
+    def catalogue_pieces(self, max_tokens: int) -> list[list[int]]:
+        """Token ids of `catalogue_texts`, each of at most ``max_tokens``."""
+        texts = self.catalogue_texts()
+        return [piece.tolist() for piece in self._tokenise(texts, range(len(texts)), max_tokens)]
+
+    def prompt_pieces(self) -> list[list[int]]:
+        """Token ids of every item as a history without ratings shows it."""
+        items = range(len(self._fields))
+        if self._prompt.uses_rating:
+            texts = [self._prompt.render_item(fields, None) for fields in self._fields]
+            return [piece.tolist() for piece in self._tokenise(texts, items)]
+        return [self._pieces[item, None].tolist() for item in items]
 
     def window(
         self, history: History, start: int = 0, stop: int | None = None, first_target: int = 1
@@ -219,15 +227,18 @@ class HistoryEncoder:
             self._pieces[key] = self._cut(np.asarray(tokens, np.int32), item)
         return self._pieces[key]
 
-    def _tokenise(self, texts: Sequence[str], items: Sequence[int]) -> list[np.ndarray]:
+    def _tokenise(
+        self, texts: Sequence[str], items: Sequence[int], max_tokens: int | None = None
+    ) -> list[np.ndarray]:
         """The tokens of each text, cut to length; ``items`` are the items of the texts."""
         rows = tokenise(texts, self._tokenizer, assets.cache_dir() / "tokens")
-        return [self._cut(row, item) for row, item in zip(rows, items, strict=True)]
+        return [self._cut(row, item, max_tokens) for row, item in zip(rows, items, strict=True)]
 
-    def _cut(self, piece: np.ndarray, item: int) -> np.ndarray:
+    def _cut(self, piece: np.ndarray, item: int, max_tokens: int | None = None) -> np.ndarray:
+        longest = max_tokens or self.config.max_item_tokens
         if not len(piece):
             raise DataError(f"item {item} renders to no token; give it a text")
-        if len(piece) > self.config.max_item_tokens:
+        if len(piece) > longest:
             # Keep the end token of the piece, so that an item always ends alike.
-            return np.append(piece[: self.config.max_item_tokens - 1], piece[-1])
+            return np.append(piece[: longest - 1], piece[-1])
         return piece

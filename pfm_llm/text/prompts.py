@@ -15,6 +15,8 @@ In ``item`` and ``catalogue_item``:
 
 - ``{field}`` is an item's field, the empty string where it is unknown. ``{rating}`` (in ``item``
   only, and not in ``fields``) is the user's rating: a field of the interaction, not of the item.
+- ``{details}`` (not in ``fields``) is whatever else describes the item, such as year, genres,
+  category or brand, joined by commas: any data have their own; see `text.details`.
 - ``[...]`` is an optional part, left out when any placeholder in it is empty, so that unknown
   fields leave no litter such as ``()``. Parts do not nest.
 - A literal bracket or brace is doubled: ``[[``, ``]]``, ``{{``, ``}}``.
@@ -42,8 +44,10 @@ from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.model import PositiveCount, Settings
 from pfm_llm.config.text import validated
 from pfm_llm.data.interactions import Catalogue
+from pfm_llm.text.details import details
 
 RATING = "rating"
+DETAILS = "details"
 MAX_PROMPT_BYTES = 1 << 16
 """Size limit of a prompt file: a prompt is read by people."""
 
@@ -96,6 +100,11 @@ class Prompt:
         """Whether an item of a history shows the user's rating."""
         return RATING in _placeholders(self.item)
 
+    @property
+    def uses_details(self) -> bool:
+        """Whether an item shows whatever else describes it."""
+        return DETAILS in _placeholders(self.item) | _placeholders(self.catalogue_item)
+
     def content_hash(self) -> str:
         """SHA-256, in hex, over everything that the rendered text depends on."""
         parts = [self.key, self.header, self.item, self.catalogue_item, *self.fields]
@@ -115,11 +124,26 @@ class Prompt:
                     "choose another prompt"
                 )
 
+    def fields_of(self, catalogue: Catalogue) -> list[dict[str, str]]:
+        """The fields of every item that the templates use, for `render_item`.
+
+        Raises:
+            DataError: A field is missing; see `check_fields`.
+        """
+        self.check_fields(catalogue)
+        columns = {name: catalogue.fields[name] for name in self.fields}
+        if self.uses_details:
+            columns[DETAILS] = tuple(details(catalogue))
+        return [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
+
     def render_item(self, fields: Mapping[str, str], rating: float | None) -> str:
         """The text of one item of a history.
 
         Args:
-            fields: The item's fields; see `check_fields`.
+            fields: The item's fields, from `fields_of`.
             rating: The user's rating; None or NaN if unknown. It is rendered as ``5`` or ``3.5``,
                 and prompts without ``{rating}`` ignore it.
 
@@ -213,12 +237,17 @@ def _check_plain(file: _PromptFile) -> None:
         raise ConfigError(
             f"fields: {RATING!r} is a field of the interaction; leave it out of fields"
         )
+    if DETAILS in file.fields:
+        raise ConfigError(f"fields: {DETAILS!r} stands for other fields; leave it out of fields")
     if not file.fields:
         raise ConfigError("fields: empty; an item needs at least one field as its text")
 
 
 def _check_templates(prompt: Prompt) -> None:
-    allowed = {"item": {*prompt.fields, RATING}, "catalogue_item": set(prompt.fields)}
+    allowed = {
+        "item": {*prompt.fields, RATING, DETAILS},
+        "catalogue_item": {*prompt.fields, DETAILS},
+    }
     used: set[str] = set()
     for key, names in allowed.items():
         try:
@@ -227,7 +256,7 @@ def _check_templates(prompt: Prompt) -> None:
             raise ConfigError(f"{key}: {error}") from error
         if unknown := sorted(placeholders - names):
             raise ConfigError(f"{key}: placeholder {{{unknown[0]}}} is not in fields; add it")
-        if not placeholders - {RATING}:
+        if not placeholders - {RATING, DETAILS}:
             raise ConfigError(f"{key}: has no item field, so all items would read alike; add one")
         used |= placeholders
     for field in prompt.fields:

@@ -78,8 +78,10 @@ class PeftReference:
             handle.remove()
         normaliser, texts = self._cohort.normaliser, self._cohort.item_texts
         white = (hidden[ends].float() - normaliser.mean) @ normaliser.basis
-        items = window.items.tolist()
-        return torch.stack([self._score_row(n, texts, items[: t + 1]) for t, n in enumerate(white)])
+        items = window.history.items.tolist()  # the context reads what came before the window too
+        return torch.stack(
+            [self._score_row(n, texts, items[: window.start + t + 1]) for t, n in enumerate(white)]
+        )
 
     def _context(self, texts: torch.Tensor, items: list[int]) -> torch.Tensor:
         """For each half-life h the mean of [z; e] of the items, weighted by 2^(-age / h)."""
@@ -127,6 +129,10 @@ class PeftReference:
                 if target != NO_TARGET:
                     terms.append(row.logsumexp(0) - row[target])
         loss = torch.stack(terms).mean()
+        if "head.item_met" in self.head:  # no part of the loss, but its gradient says what was met
+            own = sorted({int(item) for window in windows for item in window.met})
+            met = self.head["head.item_met"][own]
+            loss = loss - 1e-3 * (met - met.detach()).sum()
         leaves = {**self._weights, **self.head}
         gradients = torch.autograd.grad(
             loss, list(leaves.values()), allow_unused=True, materialize_grads=True

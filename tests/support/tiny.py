@@ -127,6 +127,42 @@ def write_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def write_encoder(folder: Path, pooling: str | None = None, width: int = 24) -> None:
+    """Save a random BERT and a tokenizer of whole words: a text encoder.
+
+    Args:
+        folder: Where to.
+        pooling: The key of sentence-transformers that is true; None: no such file.
+        width: Numbers of a vector.
+    """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = sorted({word for title in TITLES for word in title.split()})
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = BertModel(
+            BertConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=width,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=32,
+            )
+        )
+    model.save_pretrained(folder)
+    if pooling is not None:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({pooling: True}))
+
+
 def random_histories(num_users: int = NUM_USERS, seed: int = 0) -> dict[str, list[int]]:
     """Walks over the catalogue in steps of 1, 2 or 7, of 5 to 20 events, repeats included."""
     draw = random.Random(seed)

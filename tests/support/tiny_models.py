@@ -20,7 +20,7 @@ from pfm_llm.config.model import AdaptersConfig, HeadConfig
 from pfm_llm.data.history import History
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.cohort import CohortModel
-from pfm_llm.model.head import Normaliser
+from pfm_llm.model.head import ITEM_MET, Normaliser
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.parameters import parameter_table
@@ -157,12 +157,13 @@ def shared_tensors(
 
 
 def stirred(tensors: Tensors, seed: int, noise: float = 0.2) -> dict[str, torch.Tensor]:
-    """Tensors plus noise, so that nothing is zero."""
+    """Tensors plus noise, so that nothing is zero; every item counts as met by somebody."""
     generator = torch.Generator().manual_seed(seed)
-    return {
+    found = {
         name: value + noise * torch.randn(value.shape, generator=generator)
         for name, value in tensors.items()
     }
+    return {name: v.abs() if name == ITEM_MET else v for name, v in found.items()}
 
 
 def private_part(

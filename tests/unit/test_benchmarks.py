@@ -84,7 +84,10 @@ def make_tensors(adapter: DualAdapter, client: int) -> dict[str, torch.Tensor]:
     sizes = Sizes(HIDDEN, adapter.modules, ITEMS)
     shared = drawn(parameter_table(config_of(HEAD, ADAPTERS), sizes).values())
     private = make_part(adapter).initial(f"c{client}")
-    return stirred(shared, 0, "shared") | stirred(private, 0, f"c{client}")
+    found = stirred(shared, 0, "shared") | stirred(private, 0, f"c{client}")
+    # Of the items, all but the last two have been met.
+    met = (torch.arange(ITEMS) < ITEMS - 2).float()
+    return {**found, head.ITEM_MET: met}
 
 
 @pytest.mark.parametrize("unseen_only", [False, True])

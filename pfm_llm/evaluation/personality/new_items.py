@@ -57,6 +57,32 @@ def new_item_figures(
     return {name: estimate(values, bootstrap) for name, values in figures.items()}
 
 
+def percentiles(ranks: IntArray, num_candidates: IntArray, users: IntArray) -> FloatArray:
+    """How far up new items stand, per user, float64 [U]: 1 at the top, 0 at the bottom.
+
+    Definition: ``mean_{t in N(u)} (n_t - rank(t)) / (n_t - 1)``. A random order has 1/2, in the
+    mean.
+
+    Args:
+        ranks: int64 [T], of the new targets, from 1.
+        num_candidates: int64 [T], n_t, including the target.
+        users: int64 [T], the user of each target.
+    """
+    share = (num_candidates - ranks) / np.maximum(num_candidates - 1, 1)
+    return per_user(share, users)[0]
+
+
+def top_share(lists: IntArray, is_new: np.ndarray) -> FloatArray:
+    """The share of new items in each list, float64 [Q].
+
+    Args:
+        lists: int64 [Q, k], items.
+        is_new: bool [I].
+    """
+    share: FloatArray = is_new[lists].mean(1)
+    return share
+
+
 def _chance(num_candidates: IntArray) -> FloatArray:
     """Mean of -ln(rank) over all ranks, for each number of candidates."""
     sums = np.cumsum(np.log(np.arange(1, num_candidates.max() + 1)))

@@ -28,7 +28,7 @@ from pfm_llm.publish.manifest import Metric
 
 _LAYER = re.compile(r".*?\.\d+(?=\.|$)")
 _NOT_SETTINGS = {"files", "parents", "metrics", "modules"}
-_IN_BOTH = {"adapters", "head", "window", "prompt", "name"}
+_IN_BOTH = {"adapters", "head", "items", "ablation", "window", "prompt", "name"}
 
 
 @dataclass(frozen=True)

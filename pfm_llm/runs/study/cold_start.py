@@ -1,22 +1,19 @@
 """Cold start: the quality for users with only a few known interactions."""
 
 import dataclasses
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.data.interactions import Interactions
-from pfm_llm.data.splits import TrainData
 from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.evaluator import EvaluationTask
 from pfm_llm.evaluation.personality.estimates import user_quality
 from pfm_llm.model.head import ITEM_BIAS
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.measuring import measure, only, quality_of
-from pfm_llm.runs.run import Run, make_clients
+from pfm_llm.runs.run import Run
+from pfm_llm.runs.study.others import with_histories
 
 
 def known_by_none(run: Run, task: EvaluationTask) -> np.ndarray:
@@ -49,14 +46,8 @@ def known_by_few(run: Run, task: EvaluationTask, given: int) -> tuple[np.ndarray
         history_ratings=None if rated is None else tuple(own[:given] for own in rated),
     )
     few = only(task, Mode.SHARED_ONLY, Mode.SHARED_PRIVATE, held_out=held_out, liked=None)
-    members = tuple(run.clients.histories.clients.values())
-    with tempfile.TemporaryDirectory(dir=run.folders.private) as empty:
-        # The store is empty, because the stored private states know the whole history.
-        store = PrivateStore(Path(empty))
-        clients = make_clients(
-            run.config, run.model, members, TrainData(train), run.clients.cache, store
-        )
-        found = measure(dataclasses.replace(run, clients=clients), few)
+    with with_histories(run, train) as other:
+        found = measure(other, few)
     return quality_of(found, Mode.SHARED_PRIVATE), quality_of(found, Mode.SHARED_ONLY)
 
 

@@ -19,7 +19,6 @@ from pfm_llm.evaluation.personality.estimates import Estimate, align, named_esti
 from pfm_llm.evaluation.personality.groups import user_groupings
 from pfm_llm.evaluation.personality.harm import GroupHarm, group_harm, harm_figures, not_harmed
 from pfm_llm.evaluation.personality.integrity import integrity
-from pfm_llm.evaluation.personality.new_items import new_item_figures
 from pfm_llm.evaluation.personality.swap import identification, swap_loss
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.protocol.types import Mode
@@ -38,6 +37,7 @@ from pfm_llm.runs.measuring import (
 from pfm_llm.runs.opening import run_in_work
 from pfm_llm.runs.run import Run, Trained
 from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
+from pfm_llm.runs.study.new_items import new_items
 from pfm_llm.runs.study.served import Served
 from pfm_llm.runs.summary import PRIVATE_WEIGHT
 
@@ -128,7 +128,7 @@ class _Study:
             self._integrity(),
             self._memory(),
             self._cold_start(),
-            self._new_items(),
+            new_items(self._run, self._task, self._test, self._bootstrap),
         )
         rows = self._rows(next_item, Task.NEXT_ITEM)
         if self._test.aucs:
@@ -215,23 +215,6 @@ class _Study:
             else:
                 own[0] = shared[0] = known_by_none(self._run, self._task)
         return curve_figures(COLD_START, own, shared, self._bootstrap)
-
-    def _new_items(self) -> dict[str, Estimate]:
-        """Quality on items without training interactions."""
-        held_out, train = self._task.held_out, self._run.data.split.train.interactions
-        num_items = len(train.catalogue)
-        was_met = np.zeros(num_items, dtype=bool)
-        was_met[train.items] = True
-        own, shared = (self._test.ranks[mode] for mode in reversed(_SERVED))
-        candidates = [num_items - len(np.unique(history)) for history in held_out.histories]
-        return new_item_figures(
-            own.full,
-            shared.full,
-            own.users,
-            np.repeat(candidates, [len(targets) for targets in held_out.targets]),
-            ~was_met[np.concatenate(held_out.targets)],
-            self._bootstrap,
-        )
 
     def _integrity(self) -> dict[str, Estimate]:
         """The similarity of the rankings under the newest shared state and the one before."""

@@ -137,6 +137,32 @@ _MEASURES = (
         "The log-rank of such items with private parts; nearer to 0 is better.",
         is_difference=False,
     ),
+    *(
+        Measure(_NEW, f"{name}{kind}", f"{place}, {way}", f"{meaning} .5 is a random order.",
+            is_difference=False)
+        for name, place, meaning in (
+            ("new_items_percentile", "Place among all items",
+             "How far up such items stand among all that the user has not met."),
+            ("new_items_among_new", "Place among the new items",
+             "How far up they stand among each other: what the texts alone tell."),
+        )
+        for kind, way in (("", "with the private part"), ("_shared", "shared part alone"),
+            ("_cosine", "by the cosine of texts, without any training"))
+    ),
+    Measure(
+        _NEW, "new_items_over_stranger", "What is lost with another user's history",
+        "How much lower such items stand among each other for the history of somebody else.",
+    ),
+    Measure(
+        _NEW, "new_items_in_top_ten", "Share of the top ten",
+        "How many of ten recommended items are in no training history.",
+        is_difference=False,
+    ),
+    Measure(
+        _NEW, "new_items_in_targets", "Share of what is asked for",
+        "How many of the held-out items are in no training history.",
+        is_difference=False,
+    ),
 )  # fmt: skip
 
 

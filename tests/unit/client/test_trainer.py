@@ -331,7 +331,7 @@ def test_a_step_reads_a_bounded_number_of_windows_of_a_long_history(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A history of any length takes bounded memory; a shorter one is read whole, as ever."""
-    monkeypatch.setattr(trainer_module, "MOST_WINDOWS", 3)
+    monkeypatch.setattr(trainer_module, "MOST_ITEMS", 6)
     run = tiny_run(window__items=2)
     number = {c: len(run.clients.histories.windows(c)) for c in run.clients.histories.trainable}
     chunk = [next(c for c, n in number.items() if n == wanted) for wanted in (2, 3, 5)]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pfm_llm.base.errors import ArtefactError, BackboneError
 from pfm_llm.base.progress import Progress
-from pfm_llm.config.choices import Dtype
+from pfm_llm.config.choices import Dtype, Pooling
 from pfm_llm.config.schema import BackboneConfig
 from pfm_llm.model.backbone import (
     KERNELS_KEPT,
@@ -113,17 +113,19 @@ def test_padding_on_the_right_does_not_change_what_stands_left_of_it() -> None:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 12, 10_000])
-def test_last_token_states_do_not_depend_on_batches(batch_tokens: int) -> None:
+@pytest.mark.parametrize("pooling", Pooling)
+def test_states_of_texts_do_not_depend_on_batches(batch_tokens: int, pooling: Pooling) -> None:
     backbone = make_backbone("qwen2_sliding")
     pieces = [[5, 6, 7], [1], [9] * 12, [4, 4], [1]]
-    states = backbone.last_token_states(pieces, batch_tokens)
+    states = backbone.text_states(pieces, batch_tokens, pooling)
     assert states.shape == (5, HIDDEN)
     assert states.dtype is torch.float32
     for piece, state in zip(pieces, states, strict=True):
         with torch.no_grad():
-            hidden = backbone.decoder(input_ids=torch.tensor([piece])).last_hidden_state[0, -1]
-        torch.testing.assert_close(state, hidden, atol=1e-5, rtol=1e-5)
-    assert backbone.last_token_states([], 10).shape == (0, HIDDEN)
+            hidden = backbone.decoder(input_ids=torch.tensor([piece])).last_hidden_state[0]
+        expected = hidden[-1] if pooling is Pooling.LAST else hidden.mean(0)
+        torch.testing.assert_close(state, expected, atol=1e-5, rtol=1e-5)
+    assert backbone.text_states([], 10, pooling).shape == (0, HIDDEN)
 
 
 def test_properties_say_what_the_model_is() -> None:
@@ -310,6 +312,6 @@ def test_the_kernels_that_are_kept_are_bounded_unless_the_environment_says(
 def test_reading_texts_is_shown_by_their_tokens(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with Progress(6, "reading", unit="tokens") as progress:
-        make_backbone("qwen2_sliding").last_token_states([[1], [2, 3], [4, 5, 6]], 4, progress)
+        make_backbone("qwen2_sliding").text_states([[1], [2, 3], [4, 5, 6]], 4, progress=progress)
     assert progress.count == 6
     assert "reading: 6/6" in caplog.text

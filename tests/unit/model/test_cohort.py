@@ -9,7 +9,7 @@ import torch
 from pfm_llm.config.choices import ItemIds
 from pfm_llm.config.model import HeadConfig
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
-from pfm_llm.model.cohort import CohortLinear, Parts
+from pfm_llm.model.cohort import CohortLinear, CohortModel, Parts
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import Window
 from tests.support.peft_reference import PeftReference
@@ -343,3 +343,55 @@ def test_num_items_is_the_size_of_the_catalogue() -> None:
 def test_stirring_is_what_makes_these_tests_bite() -> None:
     zeros = {"x": torch.zeros(3)}
     assert stirred(zeros, 1)["x"].ne(0).all()
+
+
+def test_an_item_that_nobody_has_met_is_no_negative() -> None:
+    """Its embedding and bias then have no gradient, and the loss is that without it."""
+    cohort = make_cohort(head=HeadConfig(dim=8, id_dim=4))
+    tensors = cohort.client_tensors(1)
+    own = {int(item) for window in CLIENT_WINDOWS[1] for item in window.met}
+    unmet = next(item for item in range(NUM_ITEMS) if item not in own)
+    met = tensors["head.item_met"].clone()
+    met[unmet] = 0
+    stacked = stack([{**tensors, "head.item_met": met}])
+    losses = _stacked_losses(cohort, stacked, (1,))
+    gradients = _gradients(losses, stacked)
+    assert not gradients["head.item_bias"][0, unmet]
+    assert not gradients["head.item_ids"][0, unmet].any()
+    far = {**tensors, "head.item_bias": tensors["head.item_bias"].clone()}
+    far["head.item_bias"][unmet] = -1e4
+    (expected,) = _stacked_losses(cohort, stack([far]), (1,))
+    assert torch.allclose(losses[0], expected)
+
+
+def test_what_a_client_has_met_is_a_candidate_before_anybody_has_met_anything() -> None:
+    cohort = make_cohort(head=HeadConfig(dim=8, id_dim=4))
+    tensors = {**cohort.client_tensors(1), "head.item_met": torch.zeros(NUM_ITEMS)}
+    stacked = stack([tensors])
+    losses = _stacked_losses(cohort, stacked, (1,))
+    assert bool(losses[0].isfinite())
+    moved = _gradients(losses, stacked)["head.item_met"][0] != 0
+    own = {int(item) for window in CLIENT_WINDOWS[1] for item in window.met}
+    assert set(moved.nonzero()[:, 0].tolist()) == own
+
+
+def test_without_a_pass_user_states_are_zero() -> None:
+    cohort = make_cohort(head=HeadConfig(dim=8, id_dim=4))
+    tensors = cohort.client_tensors(1)
+    without = {**tensors, "head.state_proj": torch.zeros_like(tensors["head.state_proj"])}
+    without |= {name: torch.zeros_like(v) for name, v in tensors.items() if "private.head" in name}
+    batch = _batch(cohort, CLIENT_WINDOWS[1:2], last_only=True)
+    expected = cohort.model.scores(batch, stack([without]), EVERYTHING)
+    empty = [[torch.empty(len(window.tokens), 0) for window in CLIENT_WINDOWS[1]]]
+    no_pass = CohortModel(
+        cohort.backbone.split(2)[1],
+        cohort.adapter.top_paths(),
+        cohort.adapter.scale(),
+        cohort.normaliser,
+        cohort.model.objective,
+        has_pass=False,
+    )
+    found = no_pass.scores(
+        collate(CLIENT_WINDOWS[1:2], empty, last_only=True), stack([tensors]), EVERYTHING
+    )
+    _assert_close(found, expected, "scores without a pass")

@@ -65,8 +65,10 @@ def test_a_long_text_is_cut_but_ends_with_its_end_token() -> None:
     window = encoder.window(_history(3, 0))
     assert _text(window) == "H:\na very \na\n"  # 7 characters and the end make 8 tokens
     assert window.item_ends.tolist() == [10, 12]
-    assert encoder.catalogue_pieces()[3] == [ord(c) for c in "a very \n"]
-    assert encoder.catalogue_pieces()[1] == [ord(c) for c in "bb\n"]
+    assert encoder.catalogue_pieces(8)[3] == [ord(c) for c in "a very \n"]
+    assert encoder.catalogue_pieces(6)[3] == [ord(c) for c in "a ver\n"]
+    assert encoder.catalogue_pieces(6)[1] == [ord(c) for c in "bb\n"]
+    assert encoder.prompt_pieces()[3] == [ord(c) for c in "a very \n"]
 
 
 def test_ratings_are_read_where_the_prompt_shows_them() -> None:

@@ -18,9 +18,17 @@ ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden"
 SHIPPED = sorted(path.stem for path in (ROOT / "prompts").glob("*.toml"))
 FILMS: list[tuple[Mapping[str, str], float | None]] = [
-    ({"title": "Brazil", "year": "1985", "genres": "Sci-Fi"}, 5.0),
-    ({"title": "Ran", "year": "", "genres": ""}, 3.5),
-    ({"title": "Big, [the] {film}", "year": "1988", "genres": "Comedy, Drama"}, None),
+    ({"title": "Brazil", "year": "1985", "genres": "Sci-Fi", "details": "1985, Sci-Fi"}, 5.0),
+    ({"title": "Ran", "year": "", "genres": "", "details": ""}, 3.5),
+    (
+        {
+            "title": "Big, [the] {film}",
+            "year": "1988",
+            "genres": "Comedy, Drama",
+            "details": "1988, Comedy, Drama",
+        },
+        None,
+    ),
 ]
 GOOD: dict[str, object] = {
     "name": "mine",
@@ -87,7 +95,9 @@ def test_only_the_ratings_prompt_uses_ratings() -> None:
 
 
 def test_unknown_name_lists_the_shipped() -> None:
-    with pytest.raises(ConfigError, match=r"'next_itm\.v1'.*next_item\.v1, next_item_genres\.v1"):
+    with pytest.raises(
+        ConfigError, match=r"'next_itm\.v1'.*next_item\.v1, next_item\.v2, next_item_genres\.v1"
+    ):
         load_prompt("next_itm.v1")
 
 

@@ -1,0 +1,115 @@
+"""Vectors of the texts of a catalogue: frozen states of an encoder, cached between runs.
+
+The states depend on the catalogue and not on any user. The public cache therefore keeps them, under
+a hash of everything that they depend on.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from pfm_llm.base import assets, files
+from pfm_llm.base.errors import CorruptFileError, StorageError
+from pfm_llm.base.progress import Progress
+from pfm_llm.config.choices import Pooling
+from pfm_llm.config.model import ItemsConfig
+from pfm_llm.model.backbone import Backbone
+from pfm_llm.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
+from pfm_llm.text.encoding import HistoryEncoder
+from pfm_llm.text.token_table import FORMAT_VERSION
+
+_log = logging.getLogger(__name__)
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class ItemStates:
+    """Frozen states of the texts of a catalogue.
+
+    Attributes:
+        items: float32 [I, w], from the encoder of items; they become item vectors.
+        prompt: float32 [I, d], the backbone's states at the last token of each item, as a history
+            shows it. User states are whitened by them.
+        encoder_hash: Identity of the encoder of items; None: the backbone.
+    """
+
+    items: torch.Tensor
+    prompt: torch.Tensor
+    encoder_hash: str | None
+
+    @property
+    def share_a_space(self) -> bool:
+        """Whether items and user states are of one space, in which similarity has a meaning."""
+        return self.items is self.prompt
+
+
+def item_states(config: ItemsConfig, backbone: Backbone, encoder: HistoryEncoder) -> ItemStates:
+    """Encode the catalogue, or read its states from the cache.
+
+    Args:
+        config: The encoder of items.
+        backbone: The language model.
+        encoder: Renders and tokenises the catalogue.
+
+    Raises:
+        BackboneError: The encoder cannot be loaded.
+    """
+
+    def of_backbone(pieces: list[list[int]], pooling: Pooling) -> torch.Tensor:
+        parts = (backbone.weights_hash, str(backbone.dtype), backbone.device.type, pooling.value)
+        digest = hashlib.sha256(repr(pieces).encode()).hexdigest()
+        return _cached(
+            (*parts, digest, str(FORMAT_VERSION)),
+            lambda: _read(backbone, pieces, pooling),
+        )
+
+    shown = encoder.prompt_pieces()
+    prompt = of_backbone(shown, Pooling.LAST)
+    if config.is_backbone:
+        pieces = encoder.catalogue_pieces(config.max_tokens)
+        if pieces == shown and config.pooling is Pooling.LAST:
+            return ItemStates(prompt, prompt, None)
+        return ItemStates(of_backbone(pieces, config.pooling), prompt, None)
+    sentences, texts = load_sentence_encoder(config), encoder.catalogue_texts()
+    digest = hashlib.sha256(repr(texts).encode()).hexdigest()
+    parts = (sentences.identity, str(config.max_tokens), digest)
+    return ItemStates(_cached(parts, lambda: _encode(sentences, texts)), prompt, sentences.identity)
+
+
+def _read(backbone: Backbone, pieces: list[list[int]], pooling: Pooling) -> torch.Tensor:
+    with Progress(sum(map(len, pieces)), "reading the items' texts", unit="tokens") as progress:
+        return backbone.text_states(pieces, _BATCH_TOKENS, pooling, progress)
+
+
+def _encode(encoder: SentenceEncoder, texts: list[str]) -> torch.Tensor:
+    with Progress(len(texts), "encoding the items' texts", unit="texts") as progress:
+        return encoder(texts, progress)
+
+
+def _cached(parts: tuple[str, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """States under a hash of all that they depend on; computed where the cache lacks them."""
+    key = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
+    path = assets.cache_dir() / "items" / f"{key}.safetensors"
+    try:
+        tensors, header = files.read_tensors(path)
+        if header["sha256"] != _sha256(tensors["states"]):
+            raise CorruptFileError(f"{path} does not match its checksum")
+        return tensors["states"].clone()
+    except FileNotFoundError:
+        pass
+    except (StorageError, KeyError) as error:
+        _log.warning("item states: %s; computing them again", error)
+    states = compute()
+    try:
+        files.write_tensors(path, {"states": states}, {"sha256": _sha256(states)})
+    except StorageError as error:
+        # A run works without the cache: it then computes the states each time.
+        _log.warning("item states: %s; going on without keeping them", error)
+    return states
+
+
+def _sha256(states: torch.Tensor) -> str:
+    return hashlib.sha256(states.contiguous().view(torch.uint8).numpy().data).hexdigest()

@@ -1,0 +1,161 @@
+"""New items: how the model ranks items that are in no training history."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pfm_llm.base.seeding import numpy_generator
+from pfm_llm.data.splits import HeldOut
+from pfm_llm.evaluation import ranking
+from pfm_llm.evaluation.candidates import PADDING
+from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
+from pfm_llm.evaluation.metrics import per_user
+from pfm_llm.evaluation.personality.estimates import (
+    Bootstrap,
+    Estimate,
+    estimate,
+    paired_difference,
+)
+from pfm_llm.evaluation.personality.new_items import new_item_figures, percentiles, top_share
+from pfm_llm.evaluation.ranking import Ranks
+from pfm_llm.protocol.types import Mode
+from pfm_llm.runs.measuring import measure, only
+from pfm_llm.runs.run import Run
+from pfm_llm.runs.study.others import with_histories
+
+_TOP = 10
+
+
+def new_items(
+    run: Run, task: EvaluationTask, measured: Measured, bootstrap: Bootstrap
+) -> dict[str, Estimate]:
+    """Every figure on new items; empty where no target is one.
+
+    ``new_items_percentile`` is among all items that the user has not met, and
+    ``new_items_among_new`` among the new ones; see `personality.new_items`. Each comes with the
+    private part, without it (``_shared``), and for the cosine of a text with the mean text of the
+    history, which nothing has trained (``_cosine``). ``new_items_over_stranger`` is what is lost
+    among the new items when the user is taken for another one, history and private part alike.
+    ``new_items_in_top_ten`` and ``new_items_in_targets`` are the shares of new items in both.
+
+    Args:
+        run: The run.
+        task: The queries, with both modes.
+        measured: Their ranks.
+        bootstrap: The settings of the intervals.
+    """
+    train, held_out = run.data.split.train.interactions, task.held_out
+    is_new = np.ones(len(train.catalogue), dtype=bool)
+    is_new[train.items] = False
+    targets = np.concatenate(held_out.targets)
+    chosen = is_new[targets]
+    if not chosen.any():
+        return {}
+    own, shared = (measured.ranks[mode] for mode in (Mode.SHARED_PRIVATE, Mode.SHARED_ONLY))
+    counts = [len(one) for one in held_out.targets]
+    candidates = len(is_new) - np.array([len(np.unique(one)) for one in held_out.histories])
+    whole = np.repeat(candidates, counts)
+    figures = new_item_figures(own.full, shared.full, own.users, whole, chosen, bootstrap)
+
+    among = _other_new(held_out, is_new)
+    few = (among != PADDING).sum(1) + 1
+    against_new = dataclasses.replace(task, negatives=among, liked=None)
+    ranks = measure(run, only(against_new, Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)).ranks
+    cosine = _cosine(run, held_out, among)
+    places: dict[str, tuple[Ranks, Ranks]] = {
+        "": (own, ranks[Mode.SHARED_PRIVATE]),
+        "_shared": (shared, ranks[Mode.SHARED_ONLY]),
+        "_cosine": (cosine, cosine),
+    }
+    users = own.users[chosen]
+
+    def among_new(found: Ranks) -> np.ndarray:
+        return percentiles(found.sampled[chosen], few[chosen], users)
+
+    for kind, (of_all, of_new) in places.items():
+        standing = percentiles(of_all.full[chosen], whole[chosen], users)
+        figures[f"new_items_percentile{kind}"] = estimate(standing, bootstrap)
+        figures[f"new_items_among_new{kind}"] = estimate(among_new(of_new), bootstrap)
+    if len(held_out.users) > 1:
+        strange = _by_strangers(run, against_new)
+        figures["new_items_over_stranger"] = paired_difference(
+            among_new(ranks[Mode.SHARED_PRIVATE]), among_new(strange), bootstrap
+        )
+    lists = measure(run, only(task, Mode.SHARED_PRIVATE, depth=_TOP, liked=None))
+    top = lists.ranks[Mode.SHARED_PRIVATE].lists
+    assert top is not None
+    figures["new_items_in_top_ten"] = estimate(
+        per_user(top_share(top, is_new), own.users)[0], bootstrap
+    )
+    figures["new_items_in_targets"] = estimate(
+        per_user(chosen.astype(np.float64), own.users)[0], bootstrap
+    )
+    return figures
+
+
+def _other_new(held_out: HeldOut, is_new: np.ndarray) -> np.ndarray:
+    """Per target the new items that its user neither has met nor is asked for, padded."""
+    rows = []
+    for history, targets in zip(held_out.histories, held_out.targets, strict=True):
+        others = is_new.copy()
+        others[history] = others[targets] = False
+        rows += [np.flatnonzero(others)] * len(targets)
+    found = np.full((len(rows), max(map(len, rows))), PADDING, dtype=np.int32)
+    for row, items in zip(found, rows, strict=True):
+        row[: len(items)] = items
+    return found
+
+
+def _cosine(run: Run, held_out: HeldOut, among: np.ndarray) -> Ranks:
+    """Ranks by the cosine of each item's text with the mean of those of the history."""
+    texts = F.normalize(run.model.model.item_texts.cpu(), dim=1)
+
+    def score(queries: Sequence[int]) -> np.ndarray:
+        histories = (torch.from_numpy(held_out.histories[query]).long() for query in queries)
+        means = torch.stack([texts[history].mean(0) for history in histories])
+        found: np.ndarray = (F.normalize(means, dim=1) @ texts.T).numpy()
+        return found
+
+    return ranking.rank_all(score, held_out, among)
+
+
+def _by_strangers(run: Run, task: EvaluationTask) -> Ranks:
+    """Ranks of each user's targets for the history of another user."""
+    held_out, train = task.held_out, run.data.split.train.interactions
+    generator = numpy_generator(run.config.seed, "new items of strangers")
+    order = generator.permutation(len(held_out.users))
+    lender = np.empty_like(order)
+    lender[order] = np.roll(order, 1)
+    # What a user is asked for must be no item of the history, or it would be masked.
+    kept = [
+        ~np.isin(held_out.histories[other], targets)
+        for other, targets in zip(lender, held_out.targets, strict=True)
+    ]
+    rated = held_out.history_ratings
+    swapped = dataclasses.replace(
+        held_out,
+        histories=_picked(held_out.histories, lender, kept),
+        history_ratings=None if rated is None else _picked(rated, lender, kept),
+    )
+    lengths = np.zeros(train.num_users, dtype=np.int64)
+    lengths[held_out.users] = [len(history) for history in swapped.histories]
+    ratings = swapped.history_ratings
+    histories = dataclasses.replace(
+        train,
+        offsets=np.concatenate(([0], np.cumsum(lengths))),
+        items=np.concatenate(swapped.histories),
+        timestamps=None,
+        ratings=None if ratings is None else np.concatenate(ratings),
+    )
+    with with_histories(run, histories) as other:
+        asked = only(task, Mode.SHARED_PRIVATE, held_out=swapped)
+        return measure(other, asked).ranks[Mode.SHARED_PRIVATE]
+
+
+def _picked(
+    values: Sequence[np.ndarray], lender: np.ndarray, kept: Sequence[np.ndarray]
+) -> tuple[np.ndarray, ...]:
+    return tuple(values[other][mask] for other, mask in zip(lender, kept, strict=True))

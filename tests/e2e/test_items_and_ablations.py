@@ -1,0 +1,81 @@
+"""Item vectors of every encoder, and every ablation, from training to a published adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pfm_llm.base.errors import ArtefactError, ConfigError
+from pfm_llm.config.choices import Ablation
+from pfm_llm.publish.artefact import read_artefact
+from pfm_llm.recommender import Recommender
+from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.opening import open_run
+from tests.support.tiny import Tiny, results_of, write_encoder
+
+SMALL: dict[str, Any] = {
+    "method": "pfm",
+    "federation__num_rounds": 3,
+    "evaluation__baselines": [],
+}
+HISTORY = ["i3", "i4", "i6"]
+
+
+def published(run: Path, tiny: Tiny) -> Recommender:
+    return Recommender.from_pretrained(
+        run / "shared_adapter", catalogue=str(tiny.items), backbone=str(tiny.model)
+    )
+
+
+@pytest.mark.parametrize("what", [one for one in Ablation if one is not Ablation.NONE])
+def test_every_ablation_trains_and_is_measured(what: Ablation, tiny: Tiny, tmp_path: Path) -> None:
+    run = run_experiment(tiny.config(tmp_path, **SMALL, ablation=what.value))
+    rows = [row for row in results_of(run)["rows"] if row["mode"] == "shared_private"]
+    assert rows
+    own = Recommender.from_pretrained(run).score(HISTORY)
+    assert np.isfinite(own).all()
+    if what in (Ablation.RANDOM_WEIGHTS, Ablation.SHUFFLED_TEXTS):
+        with pytest.raises(ArtefactError, match=f"ablation: {what}"):
+            published(run, tiny)
+    else:
+        np.testing.assert_allclose(published(run, tiny).score(HISTORY), own, atol=1e-5)
+
+
+def test_without_a_pass_the_text_of_the_history_has_no_effect(tiny: Tiny, tmp_path: Path) -> None:
+    run, trained = open_run(
+        run_experiment(tiny.config(tmp_path, **SMALL, ablation="no_pass", name="none"))
+    )
+    assert run.model.trunk is None
+    before = run.model.table.initial_state().tensors
+    same = {n for n, value in trained.shared.tensors.items() if torch.equal(value, before[n])}
+    assert {n for n in before if n.startswith("lora.")} < same
+    assert "head.context_proj" not in same
+
+
+@pytest.mark.parametrize("items", [{"pooling": "mean"}, {"encoder": "encoder"}])
+def test_items_of_another_space_than_the_histories(
+    items: dict[str, str], tiny: Tiny, tmp_path: Path
+) -> None:
+    if "encoder" in items:
+        write_encoder(tmp_path / "encoder")
+        items = {"encoder": str(tmp_path / "encoder")}
+    run = run_experiment(tiny.config(tmp_path, **SMALL, items=items))
+    _, (of_states, of_items) = read_artefact(run / "shared_adapter").contents()
+    assert of_states.basis.shape == (32, 32)
+    width = 24 if "encoder" in items else 32
+    assert of_items.basis.shape == (width, width)
+    assert not torch.equal(of_items.basis[:8, :8], of_states.basis[:8, :8])
+    own = Recommender.from_pretrained(run).score(HISTORY)
+    if "encoder" not in items:
+        np.testing.assert_allclose(published(run, tiny).score(HISTORY), own, atol=1e-5)
+
+
+def test_an_encoder_that_is_narrower_than_the_text_space_is_refused(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    write_encoder(tmp_path / "narrow", width=6)
+    settings = {"items__encoder": str(tmp_path / "narrow")}
+    with pytest.raises(ConfigError, match=r"head\.dim: 8 exceeds the width of the item encoder, 6"):
+        run_experiment(tiny.config(tmp_path, **SMALL, **settings))
