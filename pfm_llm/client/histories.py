@@ -20,6 +20,13 @@ from pfm_llm.text.encoding import HistoryEncoder, Window
 MOST_WINDOWS = 64
 """Windows of a user in one step, where the config sets no number of them. It bounds the memory of a
 step: a user with a longer history trains on this many windows in turn."""
+MOST_WINDOWS_OF_SILO = 16 * MOST_WINDOWS
+"""Likewise of all users of a silo."""
+
+
+def most_windows(users_per_client: int) -> int:
+    """Windows of a client in one step, where the config sets no number of them."""
+    return min(MOST_WINDOWS * users_per_client, MOST_WINDOWS_OF_SILO)
 
 
 class ClientHistories:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from pfm_llm.client.histories import MOST_WINDOWS, BatchSource, ClientHistories, LocalWork
+from pfm_llm.client.histories import BatchSource, ClientHistories, LocalWork, most_windows
 from pfm_llm.client.local_steps import StackedOptimizer
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.choices import Schedule
@@ -74,7 +74,7 @@ class LocalTrainer:
         self._contract = contract
         self._private = model.objective.private
         self._local = config.federation.local
-        self._most_windows = MOST_WINDOWS * config.data.users_per_client
+        self._most_windows = most_windows(config.data.users_per_client)
 
     @functools.cached_property
     def _stages(self) -> Stages:
