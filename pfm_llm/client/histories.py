@@ -17,9 +17,16 @@ from pfm_llm.data.splits import TrainData
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.text.encoding import HistoryEncoder, Window
 
-MOST_ITEMS = 1024
-"""Items of a user's windows in one step, where the config sets no number of windows. It bounds the
-memory of a step: a user with a longer history trains on so many of its windows in turn."""
+MOST_WINDOWS = 64
+"""Windows of a user in one step, where the config sets no number of them. It bounds the memory of a
+step: a user with a longer history trains on this many windows in turn."""
+MOST_WINDOWS_OF_SILO = 16 * MOST_WINDOWS
+"""Likewise of all users of a silo."""
+
+
+def most_windows(users_per_client: int) -> int:
+    """Windows of a client in one step, where the config sets no number of them."""
+    return min(MOST_WINDOWS * users_per_client, MOST_WINDOWS_OF_SILO)
 
 
 class ClientHistories:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from pfm_llm.client.histories import MOST_ITEMS, BatchSource, ClientHistories, LocalWork
+from pfm_llm.client.histories import BatchSource, ClientHistories, LocalWork, most_windows
 from pfm_llm.client.local_steps import StackedOptimizer
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.choices import Schedule
@@ -75,8 +75,9 @@ class LocalTrainer:
         self._contract = contract
         self._private = model.objective.private
         self._local = config.federation.local
-        of_a_user = max(1, MOST_ITEMS // ablation.windows(config).items)
-        self._most_windows = of_a_user * config.data.users_per_client
+        # Windows that are cut short show as many items in more of them.
+        shorter = config.window.items // ablation.windows(config).items
+        self._most_windows = shorter * most_windows(config.data.users_per_client)
 
     @functools.cached_property
     def _stages(self) -> Stages:

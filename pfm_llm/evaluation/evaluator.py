@@ -9,7 +9,7 @@ input history; nothing is refitted.
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from pfm_llm.evaluation.ranking import Ranks, concatenate, rank_scores
 from pfm_llm.evaluation.scorer import Scorer, UserVectors
 from pfm_llm.model.cohort import Parts
 from pfm_llm.protocol.types import Mode, PrivateState, SharedState
+
+_MOST_QUERIES = 256
+"""Users of one silo that are scored together."""
 
 OUR_MODES = (Mode.ZERO_SHOT, Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
 
@@ -100,6 +103,17 @@ class EvaluationTask:
         """Whether a private adapter takes part in any mode."""
         return any(parts is not None and parts.private_weight for parts in self.parts.values())
 
+    def take(self, queries: Sequence[int]) -> "EvaluationTask":
+        """The task with some of its queries, by their positions in ``held_out``."""
+        starts = np.cumsum([0, *map(len, self.held_out.targets)])
+        rows = [np.arange(starts[q], starts[q + 1]) for q in queries]
+        return replace(
+            self,
+            held_out=self.held_out.take(queries),
+            negatives=self.negatives[np.concatenate(rows)],
+            liked=None if self.liked is None else tuple(self.liked[q] for q in queries),
+        )
+
     @functools.cached_property
     def query_of(self) -> Mapping[int, int]:
         """User to index of the query in ``held_out``."""
@@ -154,8 +168,8 @@ class Evaluator:
         Args:
             task: The queries.
             tokens_per_chunk: Bound on the padded tokens of a group. Where the catalogue is large, a
-                group is smaller, so that its scores of one mode stay below 256 MB; a single client
-                may exceed both.
+                group is smaller, so that its scores of one mode stay below 256 MB. A single client
+                may exceed both; `rank_chunk` takes the users of a large silo in turn.
         """
         at_once = scoring.queries_at_once(self._model.num_items, tokens_per_chunk)
         clients = {self._histories.client_of(int(user)) for user in task.held_out.users}
@@ -185,6 +199,31 @@ class Evaluator:
             known: User vectors that earlier calls on this split and shared state have read out;
                 see `Scorer.score`.
         """
+        pieces = self._pieces(chunk, task)
+        if len(pieces) == 1:
+            return self._rank(chunk, task, private, known)
+        steps = 0
+        if private is None:
+            private = self._own_private(chunk, task)
+            steps = self._trainer.personalise_steps(chunk) if private else 0
+        found = combine([self._rank(chunk, piece, private, None) for piece in pieces])
+        return replace(found, private_steps=steps)
+
+    def _pieces(self, chunk: Sequence[str], task: EvaluationTask) -> list[EvaluationTask]:
+        """The task in parts whose scores fit into memory: more than one for a large silo."""
+        most = scoring.queries_at_once(self._model.num_items, _MOST_QUERIES)
+        queries = [q for client_id in chunk for q in self._query_indices(client_id, task)]
+        if len(chunk) > 1 or len(queries) <= most:
+            return [task]
+        return [task.take(queries[at : at + most]) for at in range(0, len(queries), most)]
+
+    def _rank(
+        self,
+        chunk: Sequence[str],
+        task: EvaluationTask,
+        private: Mapping[str, torch.Tensor] | None,
+        known: UserVectors | None,
+    ) -> Measured:
         scored = self.score_chunk(chunk, task, private, known)
         asked = task.held_out.take(scored.order)
         ranks, aucs, likes, choices = {}, {}, {}, {}
@@ -221,11 +260,7 @@ class Evaluator:
     ) -> ChunkScores:
         """Score the catalogue for the queries of some clients; see `rank_chunk`."""
         if private is None:
-            private = {}
-            if task.uses_private:
-                private = self._personalised(chunk, task)
-                if task.keep:
-                    self._keep(chunk, private, task.shared.round_number)
+            private = self._own_private(chunk, task)
         stacked = self._scorer.stack(task.shared, private, len(chunk))
         shown = {client_id: self._shown(client_id, task) for client_id in chunk}
         return ChunkScores(
@@ -235,6 +270,15 @@ class Evaluator:
             private=private,
             stacked=stacked,
         )
+
+    def _own_private(self, chunk: Sequence[str], task: EvaluationTask) -> dict[str, torch.Tensor]:
+        """Private tensors [C, ...], fitted now and kept if asked; none where none takes part."""
+        if not task.uses_private:
+            return {}
+        private = self._personalised(chunk, task)
+        if task.keep:
+            self._keep(chunk, private, task.shared.round_number)
+        return private
 
     def _personalised(self, chunk: Sequence[str], task: EvaluationTask) -> dict[str, torch.Tensor]:
         """Private tensors [C, ...], fitted now.

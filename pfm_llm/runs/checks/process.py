@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import torch
 
-from pfm_llm.client.histories import MOST_WINDOWS
+from pfm_llm.client.histories import most_windows
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settle import known
 from pfm_llm.data.partition import partition
@@ -63,7 +63,7 @@ def shape_of(config: ExperimentConfig, data: Corpus) -> Shape:
 def _events_per_step(config: ExperimentConfig) -> int:
     """The most events of one client in one step."""
     local, window = config.federation.local, config.window
-    windows = local.windows_per_step or MOST_WINDOWS * config.data.users_per_client
+    windows = local.windows_per_step or most_windows(config.data.users_per_client)
     if window.max_windows is not None:
         windows = min(windows, window.max_windows * config.data.users_per_client)
     return windows * window.items

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.client import histories as histories_module
-from pfm_llm.client import trainer as trainer_module
-from pfm_llm.client.histories import LocalWork
+from pfm_llm.client.histories import LocalWork, most_windows
 from pfm_llm.client.local_steps import StackedOptimizer
 from pfm_llm.client.trainer import plan_chunks
 from pfm_llm.config.choices import Schedule
@@ -331,7 +330,7 @@ def test_a_step_reads_a_bounded_number_of_windows_of_a_long_history(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A history of any length takes bounded memory; a shorter one is read whole, as ever."""
-    monkeypatch.setattr(trainer_module, "MOST_ITEMS", 6)
+    monkeypatch.setattr(histories_module, "MOST_WINDOWS", 3)
     run = tiny_run(window__items=2)
     number = {c: len(run.clients.histories.windows(c)) for c in run.clients.histories.trainable}
     chunk = [next(c for c, n in number.items() if n == wanted) for wanted in (2, 3, 5)]
@@ -467,3 +466,7 @@ def test_same_seed_same_bits_and_another_seed_other_bits(tiny_run: TinyRun) -> N
     for client_id, update in runs[0].items():
         assert _same(runs[1][client_id].delta, update.delta, 0.0)
         assert not _same(runs[2][client_id].delta, update.delta, 1e-6)
+
+
+def test_a_step_of_a_silo_reads_a_bounded_number_of_windows() -> None:
+    assert [most_windows(users) for users in (1, 3, 16, 10_000)] == [64, 192, 1024, 1024]

@@ -122,6 +122,36 @@ def test_the_result_does_not_depend_on_chunks(users_per_client: int, tiny_run: T
     assert replace(small, ranks={}, users=none) == replace(large, ranks={}, users=none)
 
 
+def test_a_silo_of_many_users_is_ranked_some_users_at_a_time(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Personalised once, with the same figures as at once, and never more than so many scores."""
+    run = tiny_run(**SETTINGS, data__users_per_client=24)
+    task = _task(run)
+    (chunk,) = run.evaluator.chunks(task, 10_000)
+    whole = run.evaluator.rank_chunk(chunk, task)
+    monkeypatch.setattr(evaluator, "_MOST_QUERIES", 5)
+    seen: list[int] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        scored = score(*args, **kwargs)
+        seen.append(len(scored.order))
+        return scored
+
+    score = run.evaluator.score_chunk
+    monkeypatch.setattr(run.evaluator, "score_chunk", spy)
+    parts = run.evaluator.rank_chunk(chunk, task)
+    assert max(seen) == 5
+    assert sum(seen) == whole.num_users == parts.num_users
+    assert parts.private_steps == whole.private_steps > 0
+    assert parts.num_personalised == whole.num_personalised
+    one, other = evaluator.combine([whole]), evaluator.combine([parts])
+    assert np.array_equal(one.users, other.users)
+    for mode in OUR_MODES:
+        assert np.array_equal(one.ranks[mode].full, other.ranks[mode].full)
+        assert np.array_equal(one.ranks[mode].sampled, other.ranks[mode].sampled)
+
+
 def test_users_who_never_were_in_a_cohort_are_personalised(tiny_run: TinyRun) -> None:
     """24 clients, 3 steps each; nobody has a private state yet."""
     run = tiny_run(**SETTINGS)
