@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from pfm_llm.config.choices import Repeats, SplitKind
 from pfm_llm.config.model import Fraction, PositiveCount, Settings
 
 EMBEDDED_SOURCES = ("movielens-100k", "completejourney")
 """The sources that pfm_llm fetches by itself."""
+
+RECOGNISED = "auto"
+"""In place of the rating's column: the first usual name that is there, if there is one."""
+
+_TAB = ("\\t", "tab")
 
 
 class ColumnsConfig(Settings):
@@ -24,11 +29,56 @@ class ColumnsConfig(Settings):
     user: str = "user_id"
     item: str = "item_id"
     timestamp: str | None = Field("timestamp", description="None: the rows are in order")
-    rating: str | None = Field(None, description="None: recognised, if there are ratings")
+    rating: str | None = Field(
+        RECOGNISED, description="auto: recognised, if there are ratings; null: no ratings are read"
+    )
     title: str = Field("title", description="the item's text, in the items file or in each row")
     items_item: str | None = Field(
         None, description="the item's id in the items file; None: as item, or recognised"
     )
+
+
+class ReadingConfig(Settings):
+    """How a text file is laid out; what is None here is inferred from the file."""
+
+    separator: str | None = Field(None, description="between fields, such as ';' or tab")
+    encoding: str | None = Field(None, description="such as utf-8, latin-1, cp1252, utf-16")
+    header: bool | None = Field(
+        None,
+        description="whether the first line names the columns; if not they are named by their "
+        "content, or column_1, column_2, … where columns has such a name",
+    )
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that are not inferred."""
+        return {k: v for k in ReadingConfig.model_fields if (v := getattr(self, k)) is not None}
+
+    @field_validator("separator")
+    @classmethod
+    def _separates(cls, value: str | None) -> str | None:
+        if value in _TAB:
+            return "\t"
+        if value is not None and (not value or any(mark in value for mark in '"\n\r')):
+            raise ValueError("give the characters between two fields, such as ';', '|' or tab")
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        try:
+            "".encode(value or "utf-8")
+        except (LookupError, ValueError):
+            raise ValueError(
+                f"{value!r} is no encoding of text; usual ones are utf-8, latin-1, cp1252, utf-16"
+            ) from None
+        return value
+
+
+class SourceReadingConfig(ReadingConfig):
+    """How the text file of the source is laid out, and that of the items."""
+
+    items: ReadingConfig = Field(ReadingConfig(), description="the same for data.items")
 
 
 class DataConfig(Settings):
@@ -42,6 +92,12 @@ class DataConfig(Settings):
     )
     items: str | None = Field(None, description="file of item texts, if not in source")
     columns: ColumnsConfig = ColumnsConfig()
+    # Not dumped while all is inferred: hashes of earlier settings stay as they are.
+    reading: SourceReadingConfig = Field(
+        SourceReadingConfig(),
+        description="what text files are read as, where it is inferred wrongly",
+        exclude_if=lambda value: value == SourceReadingConfig(),
+    )
     repeats: Repeats = Repeats.FIRST_ONLY
     split: SplitKind = SplitKind.LEAVE_LAST_OUT
     held_out: Fraction = Field(0.2, description="held-out share of the other two splits")

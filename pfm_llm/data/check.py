@@ -3,14 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.base.terminal import harmless
 from pfm_llm.config.data import ColumnsConfig, DataConfig
-from pfm_llm.data.columns import as_block, resolve
+from pfm_llm.config.schema import parse_config, read_yaml
+from pfm_llm.config.text import apply_override, set_setting
+from pfm_llm.data.columns import USUAL, as_block, resolve
 from pfm_llm.data.interactions import TITLE, Interactions, RawInteractions, build_interactions
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.rows import validate
@@ -20,6 +24,7 @@ from pfm_llm.data.tables import SourceTables
 from pfm_llm.data.times import DATES, parse_times
 
 _OPTIONAL = ("timestamp", "rating")
+_CONFIGS = (".yaml", ".yml")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUM_EXAMPLES = 3
 _MIN_TRAINED = 2
@@ -36,6 +41,7 @@ class DataCheck:
         interactions: The interactions that training would use.
         report: The rows that were read and dropped.
         read_as: Table to what its reader inferred: separator, header, encoding.
+        reading: The block ``data.reading`` that says what was inferred; empty if nothing was.
         times: The first and the last time, and their unit, in words.
         split: A description of the split; None if splitting fails.
         problems: The reasons for which training would fail; empty if it would not.
@@ -48,6 +54,7 @@ class DataCheck:
     interactions: Interactions
     report: LoadReport
     read_as: Mapping[str, tuple[str, ...]]
+    reading: Mapping[str, object]
     times: str
     split: str | None
     problems: tuple[str, ...]
@@ -61,8 +68,13 @@ class DataCheck:
         lines += [
             harmless(f"{name}: {', '.join(told)}") for name, told in self.read_as.items() if told
         ]
+        if self.reading:
+            line = as_block({"reading": self.reading})
+            lines.append(harmless(f"to read it otherwise, put this under data: and change: {line}"))
         roles = (f"{role} = {self._told(role)}" for role in self.columns)
         lines.append(harmless(f"columns: {', '.join(roles)}; data.columns names others"))
+        if self.has_config_columns and self.columns["rating"] != self.config.columns.rating:
+            lines.append("to read no ratings, put this under data: columns: {rating: null}")
         if self.unused:
             lines.append(harmless(f"columns that are not read: {', '.join(self.unused)}"))
         lines += [
@@ -85,40 +97,58 @@ class DataCheck:
 
     def block(self) -> str:
         """The block ``data:`` of a config that reads this source, as YAML."""
+        given = self.config.model_dump(mode="json", exclude_defaults=True)
         data: dict[str, object] = {"source": self.config.source}
         if self.config.items is not None:
             data["items"] = self.config.items
         if self.has_config_columns:
+            asked = self.config.columns
             data["columns"] = {
                 role: name
                 for role, name in self.columns.items()
-                if name is not None or role == "timestamp"
+                if name is not None or getattr(asked, role) is None
             }
-        return as_block({"data": data})
+        return as_block({"data": data | {k: v for k, v in given.items() if k not in data}})
 
 
-def data_config(source: str, items: str | None = None, columns: Sequence[str] = ()) -> DataConfig:
+def data_config(
+    source: str,
+    items: str | None = None,
+    columns: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> DataConfig:
     """The section ``data`` of a config, from what a command line says.
 
     Args:
-        source: As ``data.source``.
+        source: As ``data.source``; or a config, a YAML file, whose section is taken.
         items: As ``data.items``.
         columns: ``role=name`` for roles whose column is not named as by default;
             ``timestamp=null`` and ``rating=null`` say that there is none.
+        overrides: ``data.key=value`` for other settings of the section, values in YAML.
 
     Raises:
-        ConfigError: An entry of ``columns`` has another form, or names no role.
+        ConfigError: An entry of ``columns`` or ``overrides`` has another form or names nothing
+            that is there, or the config cannot be read.
     """
+    is_config = Path(source).suffix.lower() in _CONFIGS
+    tree = read_yaml(source) if is_config else {"name": "data", "data": {"source": source}}
     named: dict[str, str | None] = {}
     for entry in columns:
         role, _, name = entry.partition("=")
-        if not name or role not in ColumnsConfig.model_fields:
+        if not name or role not in USUAL:
             raise ConfigError(
-                f"column {entry!r}: write role=name, with one of the roles "
-                f"{', '.join(ColumnsConfig.model_fields)}"
+                f"column {entry!r}: write role=name, with one of the roles {', '.join(USUAL)}"
             )
         named[role] = None if name == "null" and role in _OPTIONAL else name
-    return DataConfig(source=source, items=items, columns=ColumnsConfig.model_validate(named))
+    given = {f"columns.{role}": name for role, name in named.items()}
+    for key, value in {**given, **({} if items is None else {"items": items})}.items():
+        set_setting(tree, f"data.{key}", value)
+    try:
+        for override in overrides:
+            apply_override(tree, override)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set: not valid YAML, put the value in quotes: {error}") from error
+    return parse_config(tree, origin=source).data
 
 
 def check_data(config: DataConfig) -> DataCheck:
@@ -159,6 +189,7 @@ def check_data(config: DataConfig) -> DataCheck:
         columns=roles,
         unused=tuple(c for c in rows.header if c not in roles.values()),
         read_as={t.name: t.inferred for t in (rows, tables.items, tables.users) if t is not None},
+        reading=_reading(tables),
         times=_times_text(interactions.timestamps, rows.columns[times] if times else ()),
         has_config_columns=columns == config.columns,
         interactions=interactions,
@@ -180,6 +211,14 @@ def _usable_rows(
             raise
         problems.append(str(error))
         return raw
+
+
+def _reading(tables: SourceTables) -> dict[str, object]:
+    """What was inferred of the layout of both tables, as ``data.reading``."""
+    told: dict[str, object] = dict(tables.interactions.layout)
+    if tables.items is not None and tables.items.layout:
+        told["items"] = dict(tables.items.layout)
+    return told
 
 
 def _times_text(times: np.ndarray | None, column: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import datasets
 from pfm_llm.base import assets
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.base.files import make_private_dir, sha256_of
-from pfm_llm.config.data import EMBEDDED_SOURCES, ColumnsConfig, DataConfig
+from pfm_llm.config.data import EMBEDDED_SOURCES, ColumnsConfig, DataConfig, ReadingConfig
 from pfm_llm.data.arrow import FORMAT_VERSION, to_arrow
 from pfm_llm.data.arrow import from_arrow as read_cached
 from pfm_llm.data.columns import names_in
@@ -120,6 +120,7 @@ def _find(config: DataConfig) -> _Source:
     path = Path(config.source).expanduser()
     if config.source == _GROCERIES:
         _check_no_items(config)
+        _check_inferred(config, config.source)
         path = assets.completejourney()
         files = tuple(path / name for name in assets.GROCERY_FILES)
         return _Source(files, groceries.COLUMNS, lambda: groceries.read_groceries(path))
@@ -129,11 +130,12 @@ def _find(config: DataConfig) -> _Source:
         if files := kind.find(path):
             return _of_format(kind, path, files, config)
     _check_source(config.source, path)
-    files, read = _locate(config.source, names_in(config.columns))
+    files, read = _locate(config.source, names_in(config.columns), config.reading)
     return _with_items(config, files, lambda: SourceTables(read()))
 
 
 def _of_format(kind: Format, path: Path, files: tuple[Path, ...], config: DataConfig) -> _Source:
+    _check_inferred(config, f"a source of the kind {kind.name}")
     if kind.columns is not None:
         _check_no_items(config)
         return _Source(files, kind.columns, lambda: kind.read(path))
@@ -144,10 +146,19 @@ def _with_items(
     config: DataConfig, files: tuple[Path, ...], read: Callable[[], SourceTables]
 ) -> _Source:
     """A source with the items of ``data.items``, if the config names them."""
+    _check_items_are_given(config)
     if config.items is None:
         return _Source(files, config.columns, read)
-    more, read_items = _locate(config.items, names_in(config.columns))
+    more, read_items = _locate(config.items, names_in(config.columns), config.reading.items)
     return _Source((*files, *more), config.columns, lambda: replace(read(), items=read_items()))
+
+
+def _check_inferred(config: DataConfig, what: str) -> None:
+    if given := config.reading.given:
+        raise DataError(
+            f"data.reading: {what} prescribes how its files are laid out; leave "
+            f"{' and '.join(given)} out of data.reading"
+        )
 
 
 def _check_no_items(config: DataConfig) -> None:
@@ -156,13 +167,24 @@ def _check_no_items(config: DataConfig) -> None:
             f"data.items: {config.items} cannot be used with {config.source}, which brings its "
             "own item texts; leave data.items out"
         )
+    _check_items_are_given(config)
 
 
-def _locate(place: str, names: Collection[str]) -> tuple[tuple[Path, ...], Callable[[], Table]]:
+def _check_items_are_given(config: DataConfig) -> None:
+    if config.items is None and config.reading.items.given:
+        raise DataError(
+            "data.reading.items: there is no file of items to read so; name it in data.items, or "
+            "leave data.reading.items out"
+        )
+
+
+def _locate(
+    place: str, names: Collection[str], reading: ReadingConfig
+) -> tuple[tuple[Path, ...], Callable[[], Table]]:
     """The files of one table, and how to read it."""
     path = Path(place).expanduser()
     if files := files_of(path):
-        return files, lambda: read_table(path, names)
+        return files, lambda: read_table(path, names, reading)
     if path.is_dir():
         dataset = _load_saved(path)
         # `datasets` puts its own later results beside the data, as cache-*.
@@ -247,7 +269,7 @@ def _cache_key(source: _Source, config: DataConfig, seed: int) -> str:
     settings = config.model_dump(
         mode="json",
         include={"source", "items", "repeats", "min_interactions", "max_users", "met_items_only"}
-        | {"max_bad_rows"},
+        | {"max_bad_rows", "reading"},
     )
     parts = {
         "format_version": FORMAT_VERSION,

@@ -1,7 +1,7 @@
 """Tables of text that know the line of each row, whatever file they come from."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pfm_llm.base.errors import DataError
@@ -61,6 +61,7 @@ class Table:
         unit: The unit of ``positions``: ``"line"`` or ``"row"``.
         bad: Rows that do not fit the header, such as those with too few fields.
         inferred: What the reader inferred, such as the separator, in words.
+        layout: The same as settings of ``data.reading``; empty if the file says it itself.
         notes: For the report of a load.
     """
 
@@ -71,6 +72,7 @@ class Table:
     unit: str = "line"
     bad: tuple[BadRow, ...] = ()
     inferred: tuple[str, ...] = ()
+    layout: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

@@ -3,10 +3,12 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from pfm_llm.base.errors import DataError
+from pfm_llm.config.data import ReadingConfig
 from pfm_llm.data.formats.amazon import without_review_titles
 from pfm_llm.data.formats.arrow_table import SUFFIX, parts_of, read_parquet
 from pfm_llm.data.formats.content import PARQUET, decode, read_content
-from pfm_llm.data.formats.delimited import read_unknown
+from pfm_llm.data.formats.delimited import INFERRED, read_unknown
 from pfm_llm.data.formats.json_lines import is_json, read_json_lines
 from pfm_llm.data.tables import Table
 
@@ -19,7 +21,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return (path,) if path.is_file() else parts_of(path)
 
 
-def read_table(path: Path, names: Collection[str] = ()) -> Table:
+def read_table(path: Path, names: Collection[str] = (), reading: ReadingConfig = INFERRED) -> Table:
     """Read a table of text.
 
     A CSV, TSV or other file of separated fields (``,``, ``;``, tab, ``|`` or ``::``) may have any
@@ -29,16 +31,29 @@ def read_table(path: Path, names: Collection[str] = ()) -> Table:
     Args:
         path: The file or folder.
         names: Column names that the config gives: a line that holds one is a header.
+        reading: What is not to be inferred.
 
     Raises:
-        DataError: The file is missing, empty, of another kind or cannot be decoded.
+        DataError: The file is missing, empty, of another kind or cannot be decoded; or
+            ``reading`` says what does not concern its kind.
     """
     if path.is_dir() and (parts := parts_of(path)):
+        _check_unread(path, "Parquet", reading, "separator", "encoding", "header")
         return read_parquet(path, parts)
     content = read_content(path)
     if content.startswith(PARQUET) or path.suffix.lower() == SUFFIX:
+        _check_unread(path, "Parquet", reading, "separator", "encoding", "header")
         return read_parquet(path, [path])
-    text, encoding = decode(path, content)
-    if is_json(text):
+    text, encoding = decode(path, content, reading.encoding)
+    if reading.separator is None and is_json(text):
+        _check_unread(path, "JSON", reading, "header")
         return without_review_titles(read_json_lines(path, text, encoding))
-    return without_review_titles(read_unknown(path, text, encoding, names))
+    return without_review_titles(read_unknown(path, (text, encoding), names, reading))
+
+
+def _check_unread(path: Path, kind: str, reading: ReadingConfig, *unread: str) -> None:
+    if given := [name for name in unread if name in reading.given]:
+        raise DataError(
+            f"{path} is {kind}, which {' and '.join(given)} in data.reading have no meaning for; "
+            "leave them out"
+        )

@@ -52,7 +52,7 @@ def test_usual_names_are_recognised(
 def test_the_first_of_several_usual_names_counts_and_the_default_before_it() -> None:
     rows = table("r", "userId,user_id,movieId,item_id,time,timestamp,name,title")
     roles = resolve(SourceTables(rows), ColumnsConfig())
-    assert roles.as_config() == ColumnsConfig()
+    assert roles.as_config() == ColumnsConfig(rating=None)
 
 
 def test_a_name_of_the_config_wins_and_has_no_second_role() -> None:
