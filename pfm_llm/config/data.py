@@ -98,6 +98,11 @@ class DataConfig(Settings):
         description="what text files are read as, where it is inferred wrongly",
         exclude_if=lambda value: value == SourceReadingConfig(),
     )
+    day_first: bool | None = Field(
+        None,
+        description="whether 01/02/2020 is the first of February; None: another date tells it",
+        exclude_if=lambda value: value is None,
+    )
     repeats: Repeats = Repeats.FIRST_ONLY
     split: SplitKind = SplitKind.LEAVE_LAST_OUT
     held_out: Fraction = Field(0.2, description="held-out share of the other two splits")

@@ -21,7 +21,7 @@ from pfm_llm.data.rows import validate
 from pfm_llm.data.sources import read_source
 from pfm_llm.data.splits import split_interactions
 from pfm_llm.data.tables import SourceTables
-from pfm_llm.data.times import DATES, parse_times
+from pfm_llm.data.times import DATES, Times, parse_times
 
 _OPTIONAL = ("timestamp", "rating")
 _CONFIGS = (".yaml", ".yml")
@@ -190,7 +190,10 @@ def check_data(config: DataConfig) -> DataCheck:
         unused=tuple(c for c in rows.header if c not in roles.values()),
         read_as={t.name: t.inferred for t in (rows, tables.items, tables.users) if t is not None},
         reading=_reading(tables),
-        times=_times_text(interactions.timestamps, rows.columns[times] if times else ()),
+        times=_times_text(
+            interactions.timestamps,
+            parse_times(rows.columns[times] if times else (), config.day_first),
+        ),
         has_config_columns=columns == config.columns,
         interactions=interactions,
         report=report,
@@ -204,9 +207,9 @@ def _usable_rows(
 ) -> RawInteractions:
     """The rows that can be used, also where so many cannot that training would stop."""
     try:
-        return validate(tables, columns, config.max_bad_rows)
+        return validate(tables, columns, config.max_bad_rows, config.day_first)
     except DataError as error:
-        raw = validate(tables, columns, max_bad_rows=1.0)
+        raw = validate(tables, columns, 1.0, config.day_first)
         if not raw.users:
             raise
         problems.append(str(error))
@@ -221,15 +224,17 @@ def _reading(tables: SourceTables) -> dict[str, object]:
     return told
 
 
-def _times_text(times: np.ndarray | None, column: Sequence[str]) -> str:
+def _times_text(times: np.ndarray | None, parsed: Times) -> str:
     if times is None:
         return "none; the rows are taken in the order of the file"
-    parsed = parse_times(column)
     first, last = times.min().item(), times.max().item()
     if parsed.per_second is None:
         return f"{first} to {last}, taken as an order: these are not seconds since 1970"
     days = (_EPOCH + timedelta(seconds=time / parsed.per_second) for time in (first, last))
     unit = parsed.unit if parsed.unit == DATES else f"{parsed.unit} since 1970"
+    if parsed.day_first is not None:
+        unit += f" with the {'day' if parsed.day_first else 'month'} first; data.day_first: "
+        unit += f"{str(not parsed.day_first).lower()} reads them otherwise"
     return f"{' to '.join(day.date().isoformat() for day in days)}, from {unit}"
 
 

@@ -17,24 +17,30 @@ from pfm_llm.data.times import Number, Times, parse_numbers, parse_times
 _MAX_EXAMPLES = 5
 
 NO_TEXT = "item without text"
-NOT_A_TIME = "timestamp is neither a number nor an ISO 8601 date"
+NOT_A_TIME = "timestamp is neither a number nor a date that can be read, such as 2020-01-31"
 OTHER_UNIT = "timestamp in another unit than most; write all of them in one unit"
 NOT_A_RATING = "rating is not a number"
 
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 
 
-def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) -> RawInteractions:
+def validate(
+    tables: SourceTables,
+    columns: ColumnsConfig,
+    max_bad_rows: float,
+    day_first: bool | None = None,
+) -> RawInteractions:
     """Keep the usable rows, and count the others.
 
     Args:
         tables: The tables of the source.
         columns: The column of each role; see `columns.resolve`.
         max_bad_rows: Highest share of bad rows, of each table.
+        day_first: Whether 01/02/2020 is the first of February; None: the column tells.
 
     Raises:
-        DataError: A column is missing, or a table has more bad rows than allowed; the message
-            names file, line and reason of the first ones.
+        DataError: A column is missing, nothing tells days from months, or a table has more bad rows
+            than allowed; the message names file, line and reason of the first ones.
     """
     roles = resolve(tables, columns)
     rows = tables.interactions
@@ -46,7 +52,7 @@ def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) 
     users, items = rows.columns[roles.user], rows.columns[roles.item]
     code_of = {item: code for code, item in enumerate(catalogue.item_ids)}
     codes = [code_of.get(item) for item in items]
-    times = None if roles.timestamp is None else parse_times(rows.columns[roles.timestamp])
+    times = _times(rows, roles, day_first)
     ratings, rating_notes = _ratings(rows, roles)
     bad = _first_faults(
         *rows.bad,
@@ -152,6 +158,21 @@ def _ratings(table: Table, roles: Roles) -> tuple[list[Number | None] | None, li
         f"{table.name}: column {roles.rating!r} is not read as ratings, since it is no number in "
         f"{table.unit} {line}; data.columns.rating: {roles.rating} counts such rows as bad"
     ]
+
+
+def _times(table: Table, roles: Roles, day_first: bool | None) -> Times | None:
+    if roles.timestamp is None:
+        return None
+    texts = table.columns[roles.timestamp]
+    times = parse_times(texts, day_first)
+    if times.unclear is None:
+        return times
+    raise DataError(
+        f"{table.name}: column {roles.timestamp!r} has dates such as {texts[times.unclear]!r} "
+        f"({table.unit} {table.positions[times.unclear]}), which may begin with the day or with "
+        "the month, and its other dates do not tell; set data.day_first: true if it is the day, "
+        "and data.day_first: false if it is the month"
+    )
 
 
 def _times_faults(table: Table, roles: Roles, times: Times | None) -> list[BadRow]:

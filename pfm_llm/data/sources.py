@@ -76,7 +76,7 @@ def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, Load
             return read_cached(folder)
         except CorruptFileError as error:
             _LOG.warning("the cached interactions are damaged and are built again: %s", error)
-    raw = validate(source.read(), source.columns, config.max_bad_rows)
+    raw = validate(source.read(), source.columns, config.max_bad_rows, config.day_first)
     interactions, report = build_interactions(raw, config, seed)
     try:
         make_private_dir(folder.parent)
@@ -269,7 +269,7 @@ def _cache_key(source: _Source, config: DataConfig, seed: int) -> str:
     settings = config.model_dump(
         mode="json",
         include={"source", "items", "repeats", "min_interactions", "max_users", "met_items_only"}
-        | {"max_bad_rows", "reading"},
+        | {"max_bad_rows", "reading", "day_first"},
     )
     parts = {
         "format_version": FORMAT_VERSION,

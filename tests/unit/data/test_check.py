@@ -235,3 +235,20 @@ def test_a_config_is_checked_by_its_section(tmp_path: Path) -> None:
         data_config(str(path), overrides=["data.reading.separator=,"])
     with pytest.raises(ConfigError, match=r"'utf-88' is no encoding of text"):
         data_config(str(path), overrides=["data.reading.encoding=utf-88"])
+
+
+def test_dates_say_whether_the_day_or_the_month_is_first(tmp_path: Path) -> None:
+    rows = [f"a,{n},{n + 9}/02/2020,3,Film {n},Bonn" for n in range(5)]  # 9 to 13
+    checked = check_data(config(write(tmp_path / "own.csv", *rows)))
+    assert (
+        "time: 2020-02-09 to 2020-02-13, from dates with the day first; data.day_first: false"
+        in (checked.describe())
+    )
+    source = write(tmp_path / "own.csv", *rows[:4])
+    with pytest.raises(DataError, match=r"'9/02/2020' \(line 2\), which may begin with the day"):
+        check_data(config(source))
+    asked = data_config(source, columns=["user=who", "item=film", "timestamp=at"],
+                        overrides=["data.day_first=false"])  # fmt: skip
+    checked = check_data(asked)
+    assert "time: 2020-09-02 to 2020-12-02" in checked.describe()
+    assert yaml.safe_load(checked.block())["data"]["day_first"] is False
