@@ -36,6 +36,11 @@ class ColumnsConfig(Settings):
     items_item: str | None = Field(
         None, description="the item's id in the items file; None: as item, or recognised"
     )
+    text: tuple[str, ...] | None = Field(
+        None,
+        description="columns that describe an item beside its title; None: all of the items file",
+        exclude_if=lambda value: value is None,
+    )
 
 
 class ReadingConfig(Settings):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from pfm_llm.config.text import apply_override, set_setting
 from pfm_llm.data.columns import USUAL, as_block, resolve
 from pfm_llm.data.interactions import TITLE, Interactions, RawInteractions, build_interactions
 from pfm_llm.data.report import LoadReport
-from pfm_llm.data.rows import validate
+from pfm_llm.data.rows import text_columns, validate
 from pfm_llm.data.sources import read_source
 from pfm_llm.data.splits import split_interactions
 from pfm_llm.data.tables import SourceTables
@@ -38,6 +39,7 @@ class DataCheck:
         config: The section ``data`` of the check.
         columns: Role to its column; None if no column has the role.
         unused: Columns of the interactions that have no role.
+        texts: Columns that may describe an item beside its title.
         interactions: The interactions that training would use.
         report: The rows that were read and dropped.
         read_as: Table to what its reader inferred: separator, header, encoding.
@@ -51,6 +53,7 @@ class DataCheck:
     config: DataConfig
     columns: Mapping[str, str | None]
     unused: tuple[str, ...]
+    texts: tuple[str, ...]
     interactions: Interactions
     report: LoadReport
     read_as: Mapping[str, tuple[str, ...]]
@@ -69,16 +72,15 @@ class DataCheck:
             harmless(f"{name}: {', '.join(told)}") for name, told in self.read_as.items() if told
         ]
         if self.reading:
-            line = as_block({"reading": self.reading})
-            lines.append(harmless(f"to read it otherwise, put this under data: and change: {line}"))
+            lines.append(_otherwise("read it otherwise", "reading", self.reading))
         roles = (f"{role} = {self._told(role)}" for role in self.columns)
         lines.append(harmless(f"columns: {', '.join(roles)}; data.columns names others"))
         if self.has_config_columns and self.columns["rating"] != self.config.columns.rating:
-            lines.append("to read no ratings, put this under data: columns: {rating: null}")
+            lines.append(_otherwise("read no ratings", "columns", {"rating": None}))
         if self.unused:
             lines.append(harmless(f"columns that are not read: {', '.join(self.unused)}"))
         lines += [
-            f"texts of an item: {', '.join(self.interactions.catalogue.fields)}",
+            *self._told_texts(),
             self.report.describe(),
             f"time: {self.times}",
             f"events of a user: {_lengths_text(self.interactions)}",
@@ -90,6 +92,12 @@ class DataCheck:
         lines += [f"problem: {problem}" for problem in self.problems]
         return "\n".join([*lines, "", "The block for a config:", "", self.block()])
 
+    def _told_texts(self) -> list[str]:
+        lines = [harmless(f"texts of an item: {', '.join(self.interactions.catalogue.fields)}")]
+        if self.texts:
+            lines.append(_otherwise("choose other texts", "columns", {"text": list(self.texts)}))
+        return lines
+
     def _told(self, role: str) -> str:
         """The column of a role, and whether it was recognised by its name."""
         name, asked = self.columns[role], getattr(self.config.columns, role, None)
@@ -98,7 +106,7 @@ class DataCheck:
     def block(self) -> str:
         """The block ``data:`` of a config that reads this source, as YAML."""
         given = self.config.model_dump(mode="json", exclude_defaults=True)
-        data: dict[str, object] = {"source": self.config.source}
+        data: dict[str, Any] = {"source": self.config.source}
         if self.config.items is not None:
             data["items"] = self.config.items
         if self.has_config_columns:
@@ -108,6 +116,8 @@ class DataCheck:
                 for role, name in self.columns.items()
                 if name is not None or getattr(asked, role) is None
             }
+        if (texts := self.config.columns.text) is not None:
+            data["columns"] = {**data.get("columns", {}), "text": list(texts)}
         return as_block({"data": data | {k: v for k, v in given.items() if k not in data}})
 
 
@@ -181,13 +191,15 @@ def check_data(config: DataConfig) -> DataCheck:
         problems.append(str(error))
     found = resolve(tables, columns)
     roles: dict[str, str | None] = found.as_config().model_dump()
+    read = {*roles.values(), *((columns.text or ()) if tables.items is None else ())}
     if roles["items_item"] is None:
         del roles["items_item"]
     rows, times = tables.interactions, found.timestamp
     return DataCheck(
         config=config,
         columns=roles,
-        unused=tuple(c for c in rows.header if c not in roles.values()),
+        unused=tuple(c for c in rows.header if c not in read),
+        texts=tuple(text_columns(tables, found)),
         read_as={t.name: t.inferred for t in (rows, tables.items, tables.users) if t is not None},
         reading=_reading(tables),
         times=_times_text(
@@ -214,6 +226,14 @@ def _usable_rows(
             raise
         problems.append(str(error))
         return raw
+
+
+def _otherwise(aim: str, key: str, value: Mapping[str, object]) -> str:
+    """The line of a config that says something else than what was inferred."""
+    line = yaml.safe_dump(
+        value, sort_keys=False, default_flow_style=True, allow_unicode=True, width=1000
+    )
+    return harmless(f"to {aim}, put this under data: and change it: {key}: {line.strip()}")
 
 
 def _reading(tables: SourceTables) -> dict[str, object]:

@@ -45,9 +45,9 @@ def validate(
     roles = resolve(tables, columns)
     rows = tables.interactions
     if tables.items is not None:
-        catalogue, notes = _catalogue(tables.items, roles, max_bad_rows)
+        catalogue, notes = _catalogue(tables.items, roles, columns.text, max_bad_rows)
     else:
-        catalogue, notes = _catalogue_of_rows(rows, roles)
+        catalogue, notes = _catalogue_of_rows(rows, roles, columns.text)
     user_fields, user_notes = _user_fields(tables.users, roles, max_bad_rows)
     users, items = rows.columns[roles.user], rows.columns[roles.item]
     code_of = {item: code for code, item in enumerate(catalogue.item_ids)}
@@ -86,16 +86,44 @@ def read_catalogue(
     Raises:
         DataError: A column is missing, or more rows than allowed have no id or no text.
     """
-    return _catalogue(table, resolve_items(table, columns), max_bad_rows)
+    return _catalogue(table, resolve_items(table, columns), columns.text, max_bad_rows)
 
 
-def _catalogue(table: Table, roles: Roles, max_bad_rows: float) -> tuple[Catalogue, list[str]]:
-    ids = table.columns[roles.items_item]
-    texts = {TITLE: _one_line(table.columns[roles.title])}
+def text_columns(tables: SourceTables, roles: Roles) -> list[str]:
+    """The columns that may describe an item beside its title."""
+    table = tables.items or tables.interactions
     reserved = {roles.items_item, roles.title, TITLE}
-    texts |= {
-        name: _one_line(values) for name, values in table.columns.items() if name not in reserved
-    }
+    if tables.items is None:
+        reserved |= {roles.user, roles.timestamp or "", roles.rating or ""}
+    return [name for name in table.columns if name not in reserved]
+
+
+def _texts(tables: SourceTables, roles: Roles, asked: Sequence[str] | None) -> dict[str, list[str]]:
+    """Field to text of each row, the title first; the others as the config asks for them.
+
+    Raises:
+        DataError: The config asks for columns that are not there or have another role.
+    """
+    table, there = tables.items or tables.interactions, text_columns(tables, roles)
+    if asked is None:
+        asked = there if tables.items else ()
+    names = [name for name in dict.fromkeys(asked) if name not in (roles.title, TITLE)]
+    # Bytes are no text by themselves; a name asks for them.
+    hidden = {*table.passed_over}
+    if unknown := [name for name in names if name not in there and name not in hidden]:
+        raise DataError(
+            f"data.columns.text: {table.name} has no text column {', '.join(map(repr, unknown))}; "
+            f"beside the title there are: {', '.join(there) or 'none'}"
+        )
+    columns = {TITLE: roles.title} | {name: name for name in names}
+    return {name: _one_line(table.columns[column]) for name, column in columns.items()}
+
+
+def _catalogue(
+    table: Table, roles: Roles, asked: Sequence[str] | None, max_bad_rows: float
+) -> tuple[Catalogue, list[str]]:
+    ids = table.columns[roles.items_item]
+    texts = _texts(SourceTables(table, table), roles, asked)
     bad = [
         *table.bad,
         *_without_value(table, ids, "empty item id"),
@@ -110,21 +138,30 @@ def _catalogue(table: Table, roles: Roles, max_bad_rows: float) -> tuple[Catalog
     kept = list(first.values())
     fields = {name: tuple(values[index] for index in kept) for name, values in texts.items()}
     notes = [*table.notes, *_table_notes(table, bad, len(good) - len(kept))]
-    if others := [name for name in table.passed_over if name not in reserved]:
+    if others := [n for n in table.passed_over if n not in (roles.items_item, *texts)]:
         notes.append(f"{table.name}: columns that are no text: {', '.join(others)}")
     return Catalogue(tuple(first), fields), notes
 
 
-def _catalogue_of_rows(table: Table, roles: Roles) -> tuple[Catalogue, list[str]]:
-    """The first title that the rows give each item."""
-    ids, titles = table.columns[roles.item], _one_line(table.columns[roles.title])
+def _catalogue_of_rows(
+    table: Table, roles: Roles, asked: Sequence[str] | None
+) -> tuple[Catalogue, list[str]]:
+    """The first title that the rows give each item, and the first of each other text."""
+    ids, texts = table.columns[roles.item], _texts(SourceTables(table), roles, asked)
     first: dict[str, str] = {}
     num_other = 0
-    for item, title in zip(ids, titles, strict=True):
+    for item, title in zip(ids, texts[TITLE], strict=True):
         if item and title:
             num_other += first.setdefault(item, title) != title
+    fields = {TITLE: tuple(first.values())}
+    for name in list(texts)[1:]:
+        told: dict[str, str] = {}
+        for item, text in zip(ids, texts[name], strict=True):
+            if text:
+                told.setdefault(item, text)
+        fields[name] = tuple(told.get(item, "") for item in first)
     notes = [f"{num_other:,} rows give an item another title than its first row"]
-    return Catalogue(tuple(first), {TITLE: tuple(first.values())}), notes if num_other else []
+    return Catalogue(tuple(first), fields), notes if num_other else []
 
 
 def _user_fields(

@@ -123,7 +123,8 @@ def _find(config: DataConfig) -> _Source:
         _check_inferred(config, config.source)
         path = assets.completejourney()
         files = tuple(path / name for name in assets.GROCERY_FILES)
-        return _Source(files, groceries.COLUMNS, lambda: groceries.read_groceries(path))
+        columns = _with_texts(groceries.COLUMNS, config)
+        return _Source(files, columns, lambda: groceries.read_groceries(path))
     if config.source == _EMBEDDED:
         path = assets.movielens_100k()
     for kind in FORMATS:
@@ -138,8 +139,13 @@ def _of_format(kind: Format, path: Path, files: tuple[Path, ...], config: DataCo
     _check_inferred(config, f"a source of the kind {kind.name}")
     if kind.columns is not None:
         _check_no_items(config)
-        return _Source(files, kind.columns, lambda: kind.read(path))
+        return _Source(files, _with_texts(kind.columns, config), lambda: kind.read(path))
     return _with_items(config, files, lambda: kind.read(path))
+
+
+def _with_texts(columns: ColumnsConfig, config: DataConfig) -> ColumnsConfig:
+    """The columns of a format, with the texts that the config chooses."""
+    return columns.model_copy(update={"text": config.columns.text})
 
 
 def _with_items(

@@ -200,7 +200,7 @@ def test_the_line_that_reads_a_file_otherwise_is_shown_and_taken(tmp_path: Path)
         )
     )
     assert checked.interactions.catalogue.fields["title"][:2] == ("title,ts", "A0,0")
-    line = "to read it otherwise, put this under data: and change: reading: "
+    line = "to read it otherwise, put this under data: and change it: reading: "
     [told] = [text for text in checked.describe().splitlines() if text.startswith(line)]
     reading = yaml.safe_load(told.removeprefix(line))
     assert reading == {"separator": ";", "encoding": "UTF-8", "header": False}
@@ -211,8 +211,9 @@ def test_a_rating_that_nobody_wants_is_not_read(tmp_path: Path) -> None:
     source = write(tmp_path / "own.csv", *film_rows("a", [5, 3, 4, 1]))
     checked = check_data(config(source))
     assert checked.interactions.ratings is not None
-    assert "\nto read no ratings, put this under data: columns: {rating: null}\n" in (
-        checked.describe()
+    assert (
+        "\nto read no ratings, put this under data: and change it: columns: {rating: null}\n"
+        in (checked.describe())
     )
     off = check_data(config(source, "rating=null"))
     assert off.interactions.ratings is None
@@ -252,3 +253,31 @@ def test_dates_say_whether_the_day_or_the_month_is_first(tmp_path: Path) -> None
     checked = check_data(asked)
     assert "time: 2020-09-02 to 2020-12-02" in checked.describe()
     assert yaml.safe_load(checked.block())["data"]["day_first"] is False
+
+
+def test_the_texts_of_an_item_can_be_chosen(tmp_path: Path) -> None:
+    source = write(tmp_path / "own.csv", *film_rows("a", [1] * 5))
+    checked = check_data(config(source))
+    line = "to choose other texts, put this under data: and change it: columns: {text: [city]}"
+    assert line in checked.describe().splitlines()
+    asked = data_config(
+        source,
+        columns=["user=who", "item=film", "timestamp=at"],
+        overrides=["data.columns.text=[city]"],
+    )
+    checked = check_data(asked)
+    assert checked.interactions.catalogue.fields["city"] == ("Bonn",) * 5
+    assert checked.unused == ()
+    assert yaml.safe_load(checked.block())["data"]["columns"]["text"] == ["city"]
+
+
+def test_the_texts_of_a_format_can_be_chosen(tmp_path: Path) -> None:
+    (tmp_path / "movies.csv").write_text(
+        "movieId,title,genres\n" + "".join(f"{n},Film {n} (1999),Drama\n" for n in range(5))
+    )
+    (tmp_path / "ratings.csv").write_text(
+        "userId,movieId,rating,timestamp\n" + "".join(f"1,{n},{n + 0.5},{n}\n" for n in range(5))
+    )
+    checked = check_data(data_config(str(tmp_path), overrides=["data.columns.text=[year]"]))
+    assert list(checked.interactions.catalogue.fields) == ["title", "year"]
+    assert yaml.safe_load(checked.block())["data"]["columns"] == {"text": ["year"]}
