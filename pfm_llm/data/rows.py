@@ -190,10 +190,10 @@ def _ratings(table: Table, roles: Roles) -> tuple[list[Number | None] | None, li
     ratings = parse_numbers(table.columns[roles.rating])
     if roles.is_rating_named or None not in ratings:
         return ratings, []
-    line = table.positions[ratings.index(None)]
+    place = table.place(table.positions[ratings.index(None)])
     return None, [
-        f"{table.name}: column {roles.rating!r} is not read as ratings, since it is no number in "
-        f"{table.unit} {line}; data.columns.rating: {roles.rating} counts such rows as bad"
+        f"{place}: no number, so that column {roles.rating!r} is not read as ratings; "
+        f"data.columns.rating: {roles.rating} counts such rows as bad"
     ]
 
 
@@ -205,9 +205,9 @@ def _times(table: Table, roles: Roles, day_first: bool | None) -> Times | None:
     if times.unclear is None:
         return times
     raise DataError(
-        f"{table.name}: column {roles.timestamp!r} has dates such as {texts[times.unclear]!r} "
-        f"({table.unit} {table.positions[times.unclear]}), which may begin with the day or with "
-        "the month, and its other dates do not tell; set data.day_first: true if it is the day, "
+        f"{table.place(table.positions[times.unclear])}: {texts[times.unclear]!r} may "
+        f"begin with the day or with the month, and the others in column {roles.timestamp!r} "
+        "do not tell; set data.day_first: true if it is the day, "
         "and data.day_first: false if it is the month"
     )
 
@@ -264,7 +264,7 @@ def _count(bad: list[BadRow]) -> dict[str, int]:
 
 def _examples(table: Table, bad: list[BadRow]) -> tuple[str, ...]:
     return tuple(
-        f"{table.name} {table.unit} {fault.position}: {fault.reason}"
+        f"{table.place(fault.position)}: {fault.reason}"
         + (f": {fault.detail}" if fault.detail else "")
         for fault in sorted(bad)[:_MAX_EXAMPLES]
     )

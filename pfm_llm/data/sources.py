@@ -213,8 +213,8 @@ def _check_source(source: str, path: Path) -> None:
     if path.is_dir() and not is_saved and not files_of(path):
         found = sorted(file.name for file in path.iterdir())[:8]
         raise DataError(
-            f"{path} is no folder of {', '.join(kind.name for kind in FORMATS)} or Parquet parts, "
-            "nor one that datasets.save_to_disk wrote; it holds: "
+            f"{path} is no folder of {', '.join(kind.name for kind in FORMATS)} or parts of a "
+            "table, nor one that datasets.save_to_disk wrote; it holds: "
             f"{', '.join(found) or 'nothing'}. Name one of its files in data.source, and the file "
             "of item texts, if there is one, in data.items"
         )

@@ -63,6 +63,7 @@ class Table:
         inferred: What the reader inferred, such as the separator, in words.
         layout: The same as settings of ``data.reading``; empty if the file says it itself.
         notes: For the report of a load.
+        parts: The files of a table that has several, each with its first position less one.
     """
 
     name: str
@@ -74,6 +75,13 @@ class Table:
     inferred: tuple[str, ...] = ()
     layout: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    parts: tuple[tuple[int, str], ...] = ()
+
+    def place(self, position: int) -> str:
+        """The file and the line, or row, of a position."""
+        starts = [part for part in self.parts if part[0] < position]
+        start, name = starts[-1] if starts else (0, self.name)
+        return f"{name} {self.unit} {position - start}"
 
     @property
     def passed_over(self) -> list[str]:

@@ -246,7 +246,7 @@ def test_dates_say_whether_the_day_or_the_month_is_first(tmp_path: Path) -> None
         in (checked.describe())
     )
     source = write(tmp_path / "own.csv", *rows[:4])
-    with pytest.raises(DataError, match=r"'9/02/2020' \(line 2\), which may begin with the day"):
+    with pytest.raises(DataError, match=r"own\.csv line 2: '9/02/2020' may begin with"):
         check_data(config(source))
     asked = data_config(source, columns=["user=who", "item=film", "timestamp=at"],
                         overrides=["data.day_first=false"])  # fmt: skip

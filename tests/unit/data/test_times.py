@@ -158,7 +158,7 @@ def test_a_number_above_twelve_tells_days_from_months(
 
 def test_days_and_months_are_never_guessed() -> None:
     for texts in (["01/01/2020", "01/02/2020"], ["01/01/2020", "13/02/2020", "02/13/2020"]):
-        with pytest.raises(DataError, match=r"'timestamp' .*\(line 3\).* data\.day_first: true"):
+        with pytest.raises(DataError, match=r"line 3: .* 'timestamp' .* data\.day_first: true"):
             built(texts)
     day, _ = built(["01/01/2020", "01/02/2020"], day_first=True)
     month, _ = built(["01/01/2020", "01/02/2020"], day_first=False)
