@@ -1,9 +1,10 @@
 """The section ``data``: where the interactions come from, and how they are split."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from pfm_llm.config.choices import Repeats, SplitKind
 from pfm_llm.config.model import Fraction, PositiveCount, Settings
@@ -86,6 +87,28 @@ class SourceReadingConfig(ReadingConfig):
     items: ReadingConfig = Field(ReadingConfig(), description="the same for data.items")
 
 
+class HubTableConfig(Settings):
+    """A table of a data set of the Hugging Face Hub, or of files that `datasets` can read."""
+
+    name: str = Field(description="id of the data set; or csv, json, parquet, … with files")
+    config: str | None = Field(None, description="its configuration, if it has several")
+    split: str | None = Field(None, description="None: train, or the only one")
+    revision: str | None = Field(None, description="branch, tag or commit; None: main")
+    files: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None = Field(
+        None, description="files of the data set, or paths, or split to these; None: all"
+    )
+    streaming: bool = Field(
+        False, description="read row by row; keep the columns that are used, and no files"
+    )
+    max_rows: PositiveCount | None = Field(None, description="read at most so many rows")
+
+
+class HubConfig(HubTableConfig):
+    """The data set of the interactions, and that of the items."""
+
+    items: HubTableConfig | None = Field(None, description="item texts, if not in the data set")
+
+
 class DataConfig(Settings):
     """The source of the interactions, and how they are split."""
 
@@ -96,6 +119,11 @@ class DataConfig(Settings):
         "id. A path is looked for beside the config first",
     )
     items: str | None = Field(None, description="file of item texts, if not in source")
+    hub: HubConfig | None = Field(
+        None,
+        description="a data set of the Hub in place of source, with configuration, split, revision",
+        exclude_if=lambda value: value is None,
+    )
     columns: ColumnsConfig = ColumnsConfig()
     # Not dumped while all is inferred: hashes of earlier settings stay as they are.
     reading: SourceReadingConfig = Field(
@@ -119,6 +147,24 @@ class DataConfig(Settings):
     max_bad_rows: Fraction = Field(0.01, description="an error above this share of bad rows")
     users_per_client: PositiveCount = Field(1, description="1: a client is a user; else a silo")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_hub(cls, tree: Any) -> Any:
+        """The name of a data set of the Hub is the name of the source too."""
+        hub = tree.get("hub") if isinstance(tree, Mapping) else None
+        if isinstance(hub, str):
+            hub = {"name": hub}
+        name = hub.get("name") if isinstance(hub, Mapping) else getattr(hub, "name", None)
+        return {**tree, "hub": hub, "source": tree.get("source", name)} if name else tree
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.hub is not None and self.source != self.hub.name:
+            raise ValueError("source and hub name two data sets; leave one of them out")
+        if self.hub is not None and self.hub.items is not None and self.items is not None:
+            raise ValueError("items and hub.items name two tables; leave one of them out")
+        return self
+
 
 def beside(folder: Path, key: str, value: Any) -> Any:
     """A value of the section; a path that is there in the folder of the config begins there.
@@ -128,9 +174,22 @@ def beside(folder: Path, key: str, value: Any) -> Any:
         key: A key of the section.
         value: Its value as the config has it.
     """
+    if key == "hub" and isinstance(value, dict):
+        nested = {"files": value.get("files"), "items": value.get("items")}
+        return value | {k: _files_beside(folder, v) for k, v in nested.items() if v is not None}
     if key not in ("source", "items") or not isinstance(value, str) or value in EMBEDDED_SOURCES:
         return value
     place, here = folder / value, Path(value)
     if not place.exists() or (here.exists() and here.samefile(place)):
         return value
     return str(place)
+
+
+def _files_beside(folder: Path, value: Any) -> Any:
+    """Files of ``hub``, alone, in a list, or in a mapping at any depth."""
+    if isinstance(value, dict):
+        paths = {key: _files_beside(folder, own) for key, own in value.items()}
+        return paths | {key: value[key] for key in ("name", "config", "split") if key in value}
+    if isinstance(value, list):
+        return [_files_beside(folder, own) for own in value]
+    return beside(folder, "source", value)

@@ -151,6 +151,11 @@ def names_in(asked: ColumnsConfig) -> set[str]:
     return {name for name in map(asked.__getattribute__, USUAL) if name not in (None, RECOGNISED)}
 
 
+def user_column(rows: Table, asked: ColumnsConfig) -> str | None:
+    """The column of users in the interactions; None if there is none."""
+    return _find("user", SourceTables(rows), asked, {})
+
+
 def _is_named(role: str, asked: ColumnsConfig) -> bool:
     return getattr(asked, role) != ColumnsConfig.model_fields[role].default
 

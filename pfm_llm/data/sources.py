@@ -14,14 +14,20 @@ import datasets
 from pfm_llm.base import assets
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.base.files import make_private_dir, sha256_of
-from pfm_llm.config.data import EMBEDDED_SOURCES, ColumnsConfig, DataConfig, ReadingConfig
+from pfm_llm.config.data import (
+    EMBEDDED_SOURCES,
+    ColumnsConfig,
+    DataConfig,
+    HubConfig,
+    ReadingConfig,
+)
 from pfm_llm.data.arrow import FORMAT_VERSION, to_arrow
 from pfm_llm.data.arrow import from_arrow as read_cached
-from pfm_llm.data.columns import names_in
+from pfm_llm.data.columns import names_in, user_column
 from pfm_llm.data.formats import groceries, mind, movielens, recbole
-from pfm_llm.data.formats.arrow_table import from_schema
 from pfm_llm.data.formats.files import SUFFIXES, files_of, read_table
 from pfm_llm.data.formats.format import Format
+from pfm_llm.data.formats.hub import HubTable, UserPool, dataset_table, needs, one_split
 from pfm_llm.data.interactions import Catalogue, Interactions, build_interactions
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.rows import read_catalogue, validate
@@ -32,6 +38,7 @@ _EMBEDDED, _GROCERIES = EMBEDDED_SOURCES
 FORMATS: tuple[Format, ...] = (movielens.FORMAT, recbole.FORMAT, mind.FORMAT)
 """Sources of several files, tried in this order."""
 
+_SAVE_ONE = "set data.hub.split; or save the one you want with save_to_disk, and give that folder"
 _LOG = logging.getLogger(__name__)
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
 
@@ -44,11 +51,13 @@ class _Source:
         files: All files on whose content the result depends.
         columns: The column of each role.
         read: Reads the tables.
+        versions: What the result depends on beside files, such as a commit of the Hub.
     """
 
     files: tuple[Path, ...]
     columns: ColumnsConfig
     read: Callable[[], SourceTables]
+    versions: tuple[str, ...] = ()
 
 
 def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, LoadReport]:
@@ -69,7 +78,7 @@ def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, Load
         DataError: The source is missing, has too many bad rows, or no interaction is left.
         AssetError: The embedded data set cannot be fetched.
     """
-    source = _find(config)
+    source = _find(config, seed)
     folder = assets.cache_dir() / "interactions" / _cache_key(source, config, seed)
     if folder.exists():
         try:
@@ -116,7 +125,9 @@ def load_catalogue(source: str, columns: ColumnsConfig | None = None) -> Catalog
     return load_interactions(DataConfig(source=source), seed=0)[0].catalogue
 
 
-def _find(config: DataConfig) -> _Source:
+def _find(config: DataConfig, seed: int = 0) -> _Source:
+    if config.hub is not None:
+        return _on_hub(config, config.hub, seed)
     path = Path(config.source).expanduser()
     if config.source == _GROCERIES:
         _check_no_items(config)
@@ -133,6 +144,26 @@ def _find(config: DataConfig) -> _Source:
     _check_source(config.source, path)
     files, read = _locate(config.source, names_in(config.columns), config.reading)
     return _with_items(config, files, lambda: SourceTables(read()))
+
+
+def _on_hub(config: DataConfig, hub: HubConfig, seed: int) -> _Source:
+    _check_inferred(config, "data.hub")
+    columns = config.columns
+    rows = HubTable(hub, "data.hub")
+    items = None if hub.items is None else HubTable(hub.items, "data.hub.items")
+    tables = (rows,) if items is None else (rows, items)
+
+    def read() -> SourceTables:
+        users = None
+        if config.max_users is not None:
+            users = UserPool(config.max_users, seed, lambda head: user_column(head, columns))
+        wanted = needs({*names_in(columns), *(columns.text or ())})
+        texts = None if items is None else items.read(wanted=None)
+        return SourceTables(rows.read(wanted, users), texts)
+
+    files = tuple(file for table in tables for file in table.files)
+    source = _with_items(config, files, read)
+    return replace(source, versions=tuple(table.version for table in tables))
 
 
 def _of_format(kind: Format, path: Path, files: tuple[Path, ...], config: DataConfig) -> _Source:
@@ -203,7 +234,9 @@ def _locate(
         if path.suffix.lower() in SUFFIXES or path.is_absolute():
             raise DataError(f"{path} does not exist; check data.source and data.items")
         dataset = _load_from_hub(place)
-        found = [Path(file["filename"]) for file in _one_split(dataset, place)[0].cache_files]
+        found = [
+            Path(file["filename"]) for file in one_split(dataset, place, _SAVE_ONE)[0].cache_files
+        ]
     return tuple(found), lambda: _dataset_table(dataset, place)
 
 
@@ -244,29 +277,9 @@ def _load_from_hub(name: str) -> Any:
         ) from error
 
 
-def _one_split(dataset: Any, name: str) -> tuple[Any, tuple[str, ...]]:
-    """The split ``train``, or the only one; the note names the splits that are not read."""
-    if not isinstance(dataset, dict):
-        return dataset, ()
-    split = next(iter(dataset)) if len(dataset) == 1 else "train"
-    if split not in dataset:
-        raise DataError(
-            f"{name} has the splits {', '.join(dataset)} and no split 'train'; save the one you "
-            "want with save_to_disk, and give that folder"
-        )
-    others = [other for other in dataset if other != split]
-    note = f"{name}: only the split {split!r} is read, not {', '.join(others)}"
-    return dataset[split], (note,) if others else ()
-
-
 def _dataset_table(dataset: Any, name: str) -> Table:
-    rows, notes = _one_split(dataset, name)
-    table = from_schema(
-        name,
-        rows.features.arrow_schema,
-        len(rows),
-        lambda column: rows.select_columns([column]).with_format("arrow")[:].column(0),
-    )
+    rows, notes = one_split(dataset, name, _SAVE_ONE)
+    table = dataset_table(rows, name)
     return replace(table, notes=(*notes, *table.notes))
 
 
@@ -275,13 +288,14 @@ def _cache_key(source: _Source, config: DataConfig, seed: int) -> str:
     settings = config.model_dump(
         mode="json",
         include={"source", "items", "repeats", "min_interactions", "max_users", "met_items_only"}
-        | {"max_bad_rows", "reading", "day_first"},
+        | {"max_bad_rows", "reading", "day_first", "hub"},
     )
     parts = {
         "format_version": FORMAT_VERSION,
         "settings": settings,
         "columns": source.columns.model_dump(mode="json"),
         "seed": None if config.max_users is None else seed,
+        "versions": source.versions,
         "files": [(file.name, sha256_of(file)) for file in source.files],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
