@@ -241,7 +241,7 @@ def _plain(files: Any) -> Any:
 
 def _refusal(asked: HubTableConfig, key: str, error: Exception) -> str:
     """What is wrong, and the remedy."""
-    told = " ".join(str(error).split())
+    told = " ".join(str(error).split()).rstrip(".")
     is_missing = isinstance(error, DatasetNotFoundError)
     if "gated" in told:
         setting, remedy = "name", "ask for access on its page, and log in with hf auth login"
