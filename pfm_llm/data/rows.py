@@ -3,7 +3,7 @@
 import html
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from pfm_llm.data.tables import BadRow, SourceTables, Table
 from pfm_llm.data.times import Number, Times, parse_numbers, parse_times
 
 _MAX_EXAMPLES = 5
+MOST_CHARACTERS = 4096
+"""Of a text of an item. A prompt shows much less of it."""
 
 NO_TEXT = "item without text"
 NOT_A_TIME = "timestamp is neither a number nor a date that can be read, such as 2020-01-31"
@@ -137,7 +139,7 @@ def _catalogue(
         first.setdefault(ids[index], index)
     kept = list(first.values())
     fields = {name: tuple(values[index] for index in kept) for name, values in texts.items()}
-    notes = [*table.notes, *_table_notes(table, bad, len(good) - len(kept))]
+    notes = [*table.notes, *_table_notes(table, bad, len(good) - len(kept)), *_cut_texts(texts)]
     if others := [n for n in table.passed_over if n not in (roles.items_item, *texts)]:
         notes.append(f"{table.name}: columns that are no text: {', '.join(others)}")
     return Catalogue(tuple(first), fields), notes
@@ -283,10 +285,20 @@ def _table_notes(table: Table, bad: list[BadRow], num_repeated: int) -> list[str
 def _one_line(texts: list[str]) -> list[str]:
     """Prompts hold one item a line: line breaks and runs of blanks become one blank.
 
-    Scraped titles hold HTML entities, such as ``&amp;``, which become the characters.
+    Scraped titles hold HTML entities, such as ``&amp;``, which become the characters. What a text
+    has beyond `MOST_CHARACTERS` is cut off.
     """
-    characters = (_ENTITY.sub(lambda entity: html.unescape(entity[0]), text) for text in texts)
-    return [" ".join(text.split()) for text in characters]
+    begun = (text[: 4 * MOST_CHARACTERS] for text in texts)
+    characters = (_ENTITY.sub(lambda entity: html.unescape(entity[0]), text) for text in begun)
+    return [" ".join(text.split())[:MOST_CHARACTERS] for text in characters]
+
+
+def _cut_texts(texts: Mapping[str, Sequence[str]]) -> list[str]:
+    """A note on the texts that were cut off."""
+    number = sum(len(text) == MOST_CHARACTERS for values in texts.values() for text in values)
+    if not number:
+        return []
+    return [f"{number:,} texts of items are cut after {MOST_CHARACTERS:,} characters"]
 
 
 def _select(values: list[Number | None] | None, kept: list[int]) -> np.ndarray | None:

@@ -189,6 +189,13 @@ def test_names_of_characters_become_the_characters(title: str, expected: str) ->
     assert raw.catalogue.fields["title"][1] == expected
 
 
+def test_a_text_without_end_is_cut_and_said_to_be() -> None:
+    items = table("items.csv", item_id=["a", "b"], title=["Ash", "x " * 500_000])
+    raw = validate(SourceTables(rows(), items), COLUMNS, max_bad_rows=0)
+    assert len(raw.catalogue.fields["title"][1]) == 4096
+    assert "1 texts of items are cut after 4,096 characters" in raw.notes
+
+
 def test_a_mapped_title_wins_over_a_column_called_title() -> None:
     items = table("items.csv", item_id=["a", "b"], title=["Dr", "Mr"], name=["Ash", "Birch"])
     columns = ColumnsConfig(title="name")
