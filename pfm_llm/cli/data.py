@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from pfm_llm.cli.options import Overrides
+
 HELP = "Check a data source before training."
 
 
@@ -14,7 +16,8 @@ def check(
         typer.Argument(
             metavar="SOURCE",
             help="CSV, TSV, JSON or Parquet file; folder of Parquet parts, MovieLens, RecBole, "
-            "MIND or save_to_disk; `datasets` id; movielens-100k or completejourney.",
+            "MIND or save_to_disk; `datasets` id; movielens-100k or completejourney; or a config "
+            "(YAML), whose section data is checked.",
             show_default=False,
         ),
     ],
@@ -27,10 +30,11 @@ def check(
         typer.Option(
             metavar="ROLE=NAME",
             help="Column of user, item, timestamp, rating, title or items_item (the id in FILE), "
-            "where its name is not recognised; timestamp=null: the rows are in order; may be "
-            "repeated.",
+            "where its name is not recognised; timestamp=null: the rows are in order; "
+            "rating=null: no ratings are read; may be repeated.",
         ),
     ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Report what a source is read as, and which rows training would read or drop.
 
@@ -39,7 +43,7 @@ def check(
     """
     from pfm_llm.data.check import check_data, data_config
 
-    checked = check_data(data_config(source, items, column or []))
+    checked = check_data(data_config(source, items, column or [], overrides or []))
     print(checked.describe())
     if checked.problems:
         raise typer.Exit(1)

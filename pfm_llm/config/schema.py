@@ -23,7 +23,7 @@ from pfm_llm.config.choices import (
     Task,
     Weighting,
 )
-from pfm_llm.config.data import DataConfig, beside
+from pfm_llm.config.data import RECOGNISED, DataConfig, beside
 from pfm_llm.config.methods import SPECS, Method, with_method
 from pfm_llm.config.model import (
     AdaptersConfig,
@@ -357,6 +357,11 @@ def training_hash(config: ExperimentConfig) -> str:
     # disabled reads none.
     kinds = (kind for kind in PRIVATE_KINDS if kind != private.kind)
     unread = {*kinds, "weight"} if private.enabled else {*type(private).model_fields} - {"enabled"}
+    # A rating that is recognised was null when the first hashes were made.
+    columns = config.data.columns
+    if columns.rating == RECOGNISED:
+        data = {"columns": columns.model_copy(update={"rating": None})}
+        config = config.model_copy(update={"data": config.data.model_copy(update=data)})
     elsewhere["adapters"] = {"private": dict.fromkeys(unread, True)}
     if config.federation.num_rounds is not None:
         elsewhere["federation"] = {"passes": True}

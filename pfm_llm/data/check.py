@@ -3,23 +3,29 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.base.terminal import harmless
 from pfm_llm.config.data import ColumnsConfig, DataConfig
-from pfm_llm.data.columns import as_block, resolve
+from pfm_llm.config.schema import parse_config, read_yaml
+from pfm_llm.config.text import apply_override, set_setting
+from pfm_llm.data.columns import USUAL, as_block, resolve
 from pfm_llm.data.interactions import TITLE, Interactions, RawInteractions, build_interactions
 from pfm_llm.data.report import LoadReport
-from pfm_llm.data.rows import validate
+from pfm_llm.data.rows import text_columns, validate
 from pfm_llm.data.sources import read_source
 from pfm_llm.data.splits import split_interactions
 from pfm_llm.data.tables import SourceTables
-from pfm_llm.data.times import DATES, parse_times
+from pfm_llm.data.times import DATES, Times, parse_times
 
 _OPTIONAL = ("timestamp", "rating")
+_CONFIGS = (".yaml", ".yml")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NUM_EXAMPLES = 3
 _MIN_TRAINED = 2
@@ -33,9 +39,11 @@ class DataCheck:
         config: The section ``data`` of the check.
         columns: Role to its column; None if no column has the role.
         unused: Columns of the interactions that have no role.
+        texts: Columns that may describe an item beside its title.
         interactions: The interactions that training would use.
         report: The rows that were read and dropped.
         read_as: Table to what its reader inferred: separator, header, encoding.
+        reading: The block ``data.reading`` that says what was inferred; empty if nothing was.
         times: The first and the last time, and their unit, in words.
         split: A description of the split; None if splitting fails.
         problems: The reasons for which training would fail; empty if it would not.
@@ -45,9 +53,11 @@ class DataCheck:
     config: DataConfig
     columns: Mapping[str, str | None]
     unused: tuple[str, ...]
+    texts: tuple[str, ...]
     interactions: Interactions
     report: LoadReport
     read_as: Mapping[str, tuple[str, ...]]
+    reading: Mapping[str, object]
     times: str
     split: str | None
     problems: tuple[str, ...]
@@ -61,12 +71,16 @@ class DataCheck:
         lines += [
             harmless(f"{name}: {', '.join(told)}") for name, told in self.read_as.items() if told
         ]
+        if self.reading:
+            lines.append(_otherwise("read it otherwise", "reading", self.reading))
         roles = (f"{role} = {self._told(role)}" for role in self.columns)
         lines.append(harmless(f"columns: {', '.join(roles)}; data.columns names others"))
+        if self.has_config_columns and self.columns["rating"] != self.config.columns.rating:
+            lines.append(_otherwise("read no ratings", "columns", {"rating": None}))
         if self.unused:
             lines.append(harmless(f"columns that are not read: {', '.join(self.unused)}"))
         lines += [
-            f"texts of an item: {', '.join(self.interactions.catalogue.fields)}",
+            *self._told_texts(),
             self.report.describe(),
             f"time: {self.times}",
             f"events of a user: {_lengths_text(self.interactions)}",
@@ -78,6 +92,12 @@ class DataCheck:
         lines += [f"problem: {problem}" for problem in self.problems]
         return "\n".join([*lines, "", "The block for a config:", "", self.block()])
 
+    def _told_texts(self) -> list[str]:
+        lines = [harmless(f"texts of an item: {', '.join(self.interactions.catalogue.fields)}")]
+        if self.texts:
+            lines.append(_otherwise("choose other texts", "columns", {"text": list(self.texts)}))
+        return lines
+
     def _told(self, role: str) -> str:
         """The column of a role, and whether it was recognised by its name."""
         name, asked = self.columns[role], getattr(self.config.columns, role, None)
@@ -85,40 +105,60 @@ class DataCheck:
 
     def block(self) -> str:
         """The block ``data:`` of a config that reads this source, as YAML."""
-        data: dict[str, object] = {"source": self.config.source}
+        given = self.config.model_dump(mode="json", exclude_defaults=True)
+        data: dict[str, Any] = {"source": self.config.source}
         if self.config.items is not None:
             data["items"] = self.config.items
         if self.has_config_columns:
+            asked = self.config.columns
             data["columns"] = {
                 role: name
                 for role, name in self.columns.items()
-                if name is not None or role == "timestamp"
+                if name is not None or getattr(asked, role) is None
             }
-        return as_block({"data": data})
+        if (texts := self.config.columns.text) is not None:
+            data["columns"] = {**data.get("columns", {}), "text": list(texts)}
+        return as_block({"data": data | {k: v for k, v in given.items() if k not in data}})
 
 
-def data_config(source: str, items: str | None = None, columns: Sequence[str] = ()) -> DataConfig:
+def data_config(
+    source: str,
+    items: str | None = None,
+    columns: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> DataConfig:
     """The section ``data`` of a config, from what a command line says.
 
     Args:
-        source: As ``data.source``.
+        source: As ``data.source``; or a config, a YAML file, whose section is taken.
         items: As ``data.items``.
         columns: ``role=name`` for roles whose column is not named as by default;
             ``timestamp=null`` and ``rating=null`` say that there is none.
+        overrides: ``data.key=value`` for other settings of the section, values in YAML.
 
     Raises:
-        ConfigError: An entry of ``columns`` has another form, or names no role.
+        ConfigError: An entry of ``columns`` or ``overrides`` has another form or names nothing
+            that is there, or the config cannot be read.
     """
+    is_config = Path(source).suffix.lower() in _CONFIGS
+    tree = read_yaml(source) if is_config else {"name": "data", "data": {"source": source}}
     named: dict[str, str | None] = {}
     for entry in columns:
         role, _, name = entry.partition("=")
-        if not name or role not in ColumnsConfig.model_fields:
+        if not name or role not in USUAL:
             raise ConfigError(
-                f"column {entry!r}: write role=name, with one of the roles "
-                f"{', '.join(ColumnsConfig.model_fields)}"
+                f"column {entry!r}: write role=name, with one of the roles {', '.join(USUAL)}"
             )
         named[role] = None if name == "null" and role in _OPTIONAL else name
-    return DataConfig(source=source, items=items, columns=ColumnsConfig.model_validate(named))
+    given = {f"columns.{role}": name for role, name in named.items()}
+    for key, value in {**given, **({} if items is None else {"items": items})}.items():
+        set_setting(tree, f"data.{key}", value)
+    try:
+        for override in overrides:
+            apply_override(tree, override)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set: not valid YAML, put the value in quotes: {error}") from error
+    return parse_config(tree, origin=source).data
 
 
 def check_data(config: DataConfig) -> DataCheck:
@@ -151,15 +191,21 @@ def check_data(config: DataConfig) -> DataCheck:
         problems.append(str(error))
     found = resolve(tables, columns)
     roles: dict[str, str | None] = found.as_config().model_dump()
+    read = {*roles.values(), *((columns.text or ()) if tables.items is None else ())}
     if roles["items_item"] is None:
         del roles["items_item"]
     rows, times = tables.interactions, found.timestamp
     return DataCheck(
         config=config,
         columns=roles,
-        unused=tuple(c for c in rows.header if c not in roles.values()),
+        unused=tuple(c for c in rows.header if c not in read),
+        texts=tuple(text_columns(tables, found)),
         read_as={t.name: t.inferred for t in (rows, tables.items, tables.users) if t is not None},
-        times=_times_text(interactions.timestamps, rows.columns[times] if times else ()),
+        reading=_reading(tables),
+        times=_times_text(
+            interactions.timestamps,
+            parse_times(rows.columns[times] if times else (), config.day_first),
+        ),
         has_config_columns=columns == config.columns,
         interactions=interactions,
         report=report,
@@ -173,24 +219,42 @@ def _usable_rows(
 ) -> RawInteractions:
     """The rows that can be used, also where so many cannot that training would stop."""
     try:
-        return validate(tables, columns, config.max_bad_rows)
+        return validate(tables, columns, config.max_bad_rows, config.day_first)
     except DataError as error:
-        raw = validate(tables, columns, max_bad_rows=1.0)
+        raw = validate(tables, columns, 1.0, config.day_first)
         if not raw.users:
             raise
         problems.append(str(error))
         return raw
 
 
-def _times_text(times: np.ndarray | None, column: Sequence[str]) -> str:
+def _otherwise(aim: str, key: str, value: Mapping[str, object]) -> str:
+    """The line of a config that says something else than what was inferred."""
+    line = yaml.safe_dump(
+        value, sort_keys=False, default_flow_style=True, allow_unicode=True, width=1000
+    )
+    return harmless(f"to {aim}, put this under data: and change it: {key}: {line.strip()}")
+
+
+def _reading(tables: SourceTables) -> dict[str, object]:
+    """What was inferred of the layout of both tables, as ``data.reading``."""
+    told: dict[str, object] = dict(tables.interactions.layout)
+    if tables.items is not None and tables.items.layout:
+        told["items"] = dict(tables.items.layout)
+    return told
+
+
+def _times_text(times: np.ndarray | None, parsed: Times) -> str:
     if times is None:
         return "none; the rows are taken in the order of the file"
-    parsed = parse_times(column)
     first, last = times.min().item(), times.max().item()
     if parsed.per_second is None:
         return f"{first} to {last}, taken as an order: these are not seconds since 1970"
     days = (_EPOCH + timedelta(seconds=time / parsed.per_second) for time in (first, last))
     unit = parsed.unit if parsed.unit == DATES else f"{parsed.unit} since 1970"
+    if parsed.day_first is not None:
+        unit += f" with the {'day' if parsed.day_first else 'month'} first; data.day_first: "
+        unit += f"{str(not parsed.day_first).lower()} reads them otherwise"
     return f"{' to '.join(day.date().isoformat() for day in days)}, from {unit}"
 
 

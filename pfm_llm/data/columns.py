@@ -10,7 +10,7 @@ import yaml
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.terminal import harmless
-from pfm_llm.config.data import ColumnsConfig
+from pfm_llm.config.data import RECOGNISED, ColumnsConfig
 from pfm_llm.data.tables import SourceTables, Table
 from pfm_llm.data.times import parse_times
 
@@ -130,7 +130,8 @@ def resolve(tables: SourceTables, asked: ColumnsConfig) -> Roles:
         required.remove("items_item")
     if required:
         raise DataError(_refusal(required, found, tables, asked))
-    settings: dict[str, Any] = {**found, "is_rating_named": asked.rating is not None}
+    is_named = asked.rating not in (None, RECOGNISED)
+    settings: dict[str, Any] = {**found, "is_rating_named": is_named}
     return Roles(**settings)
 
 
@@ -140,13 +141,19 @@ def resolve_items(items: Table, asked: ColumnsConfig) -> Roles:
     Raises:
         DataError: A column is missing; see `resolve`.
     """
-    header = (asked.user, asked.item, *filter(None, (asked.timestamp, asked.rating)))
-    return resolve(SourceTables(Table("", header, {}, ()), items), asked)
+    header = (asked.user, asked.item, *filter(None, (asked.timestamp,)))
+    rows = Table("", header, {}, ())
+    return resolve(SourceTables(rows, items), asked.model_copy(update={"rating": None}))
 
 
 def names_in(asked: ColumnsConfig) -> set[str]:
     """All column names of a section ``data.columns``, the defaults included."""
-    return {name for name in asked.model_dump().values() if name is not None}
+    return {name for name in map(asked.__getattribute__, USUAL) if name not in (None, RECOGNISED)}
+
+
+def user_column(rows: Table, asked: ColumnsConfig) -> str | None:
+    """The column of users in the interactions; None if there is none."""
+    return _find("user", SourceTables(rows), asked, {})
 
 
 def _is_named(role: str, asked: ColumnsConfig) -> bool:
@@ -154,7 +161,7 @@ def _is_named(role: str, asked: ColumnsConfig) -> bool:
 
 
 def _may_lack(role: str, asked: ColumnsConfig) -> bool:
-    return role in _OPTIONAL and getattr(asked, role) is None
+    return role in _OPTIONAL and getattr(asked, role) in (None, RECOGNISED)
 
 
 def _table(role: str, tables: SourceTables) -> Table:
@@ -167,7 +174,7 @@ def _find(
 ) -> str | None:
     header = _table(role, tables).header
     name: str | None = getattr(asked, role)
-    if role == "timestamp" and name is None:
+    if role in _OPTIONAL and name is None:
         return None
     if role == "items_item" and tables.items is None:
         return found["item"]

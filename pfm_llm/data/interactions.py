@@ -317,12 +317,12 @@ def _notes(interactions: Interactions, num_ties: int) -> list[str]:
         )
     if (note := _identical_text(interactions.catalogue)) is not None:
         notes.append(note)
-    num_unseen = len(interactions.catalogue) - len(np.unique(interactions.items))
-    if num_unseen:
-        note = f"{num_unseen:,} items of the catalogue have no interactions"
-        if num_unseen > len(interactions.catalogue) / 2:
-            note += "; data.met_items_only: true leaves them out"
-        notes.append(note)
+    total = len(interactions.catalogue)
+    if num_unseen := total - len(np.unique(interactions.items)):
+        notes.append(
+            f"{num_unseen:,} of {total:,} items of the catalogue have no interactions; "
+            "data.met_items_only: true leaves them out"
+        )
     return notes
 
 

@@ -3,7 +3,7 @@
 import html
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,38 +15,46 @@ from pfm_llm.data.tables import BadRow, SourceTables, Table
 from pfm_llm.data.times import Number, Times, parse_numbers, parse_times
 
 _MAX_EXAMPLES = 5
+MOST_CHARACTERS = 4096
+"""Of a text of an item. A prompt shows much less of it."""
 
 NO_TEXT = "item without text"
-NOT_A_TIME = "timestamp is neither a number nor an ISO 8601 date"
+NOT_A_TIME = "timestamp is neither a number nor a date that can be read, such as 2020-01-31"
 OTHER_UNIT = "timestamp in another unit than most; write all of them in one unit"
 NOT_A_RATING = "rating is not a number"
 
 _ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 
 
-def validate(tables: SourceTables, columns: ColumnsConfig, max_bad_rows: float) -> RawInteractions:
+def validate(
+    tables: SourceTables,
+    columns: ColumnsConfig,
+    max_bad_rows: float,
+    day_first: bool | None = None,
+) -> RawInteractions:
     """Keep the usable rows, and count the others.
 
     Args:
         tables: The tables of the source.
         columns: The column of each role; see `columns.resolve`.
         max_bad_rows: Highest share of bad rows, of each table.
+        day_first: Whether 01/02/2020 is the first of February; None: the column tells.
 
     Raises:
-        DataError: A column is missing, or a table has more bad rows than allowed; the message
-            names file, line and reason of the first ones.
+        DataError: A column is missing, nothing tells days from months, or a table has more bad rows
+            than allowed; the message names file, line and reason of the first ones.
     """
     roles = resolve(tables, columns)
     rows = tables.interactions
     if tables.items is not None:
-        catalogue, notes = _catalogue(tables.items, roles, max_bad_rows)
+        catalogue, notes = _catalogue(tables.items, roles, columns.text, max_bad_rows)
     else:
-        catalogue, notes = _catalogue_of_rows(rows, roles)
+        catalogue, notes = _catalogue_of_rows(rows, roles, columns.text)
     user_fields, user_notes = _user_fields(tables.users, roles, max_bad_rows)
     users, items = rows.columns[roles.user], rows.columns[roles.item]
     code_of = {item: code for code, item in enumerate(catalogue.item_ids)}
     codes = [code_of.get(item) for item in items]
-    times = None if roles.timestamp is None else parse_times(rows.columns[roles.timestamp])
+    times = _times(rows, roles, day_first)
     ratings, rating_notes = _ratings(rows, roles)
     bad = _first_faults(
         *rows.bad,
@@ -80,16 +88,44 @@ def read_catalogue(
     Raises:
         DataError: A column is missing, or more rows than allowed have no id or no text.
     """
-    return _catalogue(table, resolve_items(table, columns), max_bad_rows)
+    return _catalogue(table, resolve_items(table, columns), columns.text, max_bad_rows)
 
 
-def _catalogue(table: Table, roles: Roles, max_bad_rows: float) -> tuple[Catalogue, list[str]]:
-    ids = table.columns[roles.items_item]
-    texts = {TITLE: _one_line(table.columns[roles.title])}
+def text_columns(tables: SourceTables, roles: Roles) -> list[str]:
+    """The columns that may describe an item beside its title."""
+    table = tables.items or tables.interactions
     reserved = {roles.items_item, roles.title, TITLE}
-    texts |= {
-        name: _one_line(values) for name, values in table.columns.items() if name not in reserved
-    }
+    if tables.items is None:
+        reserved |= {roles.user, roles.timestamp or "", roles.rating or ""}
+    return [name for name in table.columns if name not in reserved]
+
+
+def _texts(tables: SourceTables, roles: Roles, asked: Sequence[str] | None) -> dict[str, list[str]]:
+    """Field to text of each row, the title first; the others as the config asks for them.
+
+    Raises:
+        DataError: The config asks for columns that are not there or have another role.
+    """
+    table, there = tables.items or tables.interactions, text_columns(tables, roles)
+    if asked is None:
+        asked = there if tables.items else ()
+    names = [name for name in dict.fromkeys(asked) if name not in (roles.title, TITLE)]
+    # Bytes are no text by themselves; a name asks for them.
+    hidden = {*table.passed_over}
+    if unknown := [name for name in names if name not in there and name not in hidden]:
+        raise DataError(
+            f"data.columns.text: {table.name} has no text column {', '.join(map(repr, unknown))}; "
+            f"beside the title there are: {', '.join(there) or 'none'}"
+        )
+    columns = {TITLE: roles.title} | {name: name for name in names}
+    return {name: _one_line(table.columns[column]) for name, column in columns.items()}
+
+
+def _catalogue(
+    table: Table, roles: Roles, asked: Sequence[str] | None, max_bad_rows: float
+) -> tuple[Catalogue, list[str]]:
+    ids = table.columns[roles.items_item]
+    texts = _texts(SourceTables(table, table), roles, asked)
     bad = [
         *table.bad,
         *_without_value(table, ids, "empty item id"),
@@ -103,22 +139,31 @@ def _catalogue(table: Table, roles: Roles, max_bad_rows: float) -> tuple[Catalog
         first.setdefault(ids[index], index)
     kept = list(first.values())
     fields = {name: tuple(values[index] for index in kept) for name, values in texts.items()}
-    notes = [*table.notes, *_table_notes(table, bad, len(good) - len(kept))]
-    if others := [name for name in table.passed_over if name not in reserved]:
+    notes = [*table.notes, *_table_notes(table, bad, len(good) - len(kept)), *_cut_texts(texts)]
+    if others := [n for n in table.passed_over if n not in (roles.items_item, *texts)]:
         notes.append(f"{table.name}: columns that are no text: {', '.join(others)}")
     return Catalogue(tuple(first), fields), notes
 
 
-def _catalogue_of_rows(table: Table, roles: Roles) -> tuple[Catalogue, list[str]]:
-    """The first title that the rows give each item."""
-    ids, titles = table.columns[roles.item], _one_line(table.columns[roles.title])
+def _catalogue_of_rows(
+    table: Table, roles: Roles, asked: Sequence[str] | None
+) -> tuple[Catalogue, list[str]]:
+    """The first title that the rows give each item, and the first of each other text."""
+    ids, texts = table.columns[roles.item], _texts(SourceTables(table), roles, asked)
     first: dict[str, str] = {}
     num_other = 0
-    for item, title in zip(ids, titles, strict=True):
+    for item, title in zip(ids, texts[TITLE], strict=True):
         if item and title:
             num_other += first.setdefault(item, title) != title
+    fields = {TITLE: tuple(first.values())}
+    for name in list(texts)[1:]:
+        told: dict[str, str] = {}
+        for item, text in zip(ids, texts[name], strict=True):
+            if text:
+                told.setdefault(item, text)
+        fields[name] = tuple(told.get(item, "") for item in first)
     notes = [f"{num_other:,} rows give an item another title than its first row"]
-    return Catalogue(tuple(first), {TITLE: tuple(first.values())}), notes if num_other else []
+    return Catalogue(tuple(first), fields), notes if num_other else []
 
 
 def _user_fields(
@@ -147,11 +192,26 @@ def _ratings(table: Table, roles: Roles) -> tuple[list[Number | None] | None, li
     ratings = parse_numbers(table.columns[roles.rating])
     if roles.is_rating_named or None not in ratings:
         return ratings, []
-    line = table.positions[ratings.index(None)]
+    place = table.place(table.positions[ratings.index(None)])
     return None, [
-        f"{table.name}: column {roles.rating!r} is not read as ratings, since it is no number in "
-        f"{table.unit} {line}; data.columns.rating: {roles.rating} counts such rows as bad"
+        f"{place}: no number, so that column {roles.rating!r} is not read as ratings; "
+        f"data.columns.rating: {roles.rating} counts such rows as bad"
     ]
+
+
+def _times(table: Table, roles: Roles, day_first: bool | None) -> Times | None:
+    if roles.timestamp is None:
+        return None
+    texts = table.columns[roles.timestamp]
+    times = parse_times(texts, day_first)
+    if times.unclear is None:
+        return times
+    raise DataError(
+        f"{table.place(table.positions[times.unclear])}: {texts[times.unclear]!r} may "
+        f"begin with the day or with the month, and the others in column {roles.timestamp!r} "
+        "do not tell; set data.day_first: true if it is the day, "
+        "and data.day_first: false if it is the month"
+    )
 
 
 def _times_faults(table: Table, roles: Roles, times: Times | None) -> list[BadRow]:
@@ -206,7 +266,7 @@ def _count(bad: list[BadRow]) -> dict[str, int]:
 
 def _examples(table: Table, bad: list[BadRow]) -> tuple[str, ...]:
     return tuple(
-        f"{table.name} {table.unit} {fault.position}: {fault.reason}"
+        f"{table.place(fault.position)}: {fault.reason}"
         + (f": {fault.detail}" if fault.detail else "")
         for fault in sorted(bad)[:_MAX_EXAMPLES]
     )
@@ -225,10 +285,20 @@ def _table_notes(table: Table, bad: list[BadRow], num_repeated: int) -> list[str
 def _one_line(texts: list[str]) -> list[str]:
     """Prompts hold one item a line: line breaks and runs of blanks become one blank.
 
-    Scraped titles hold HTML entities, such as ``&amp;``, which become the characters.
+    Scraped titles hold HTML entities, such as ``&amp;``, which become the characters. What a text
+    has beyond `MOST_CHARACTERS` is cut off.
     """
-    characters = (_ENTITY.sub(lambda entity: html.unescape(entity[0]), text) for text in texts)
-    return [" ".join(text.split()) for text in characters]
+    begun = (text[: 4 * MOST_CHARACTERS] for text in texts)
+    characters = (_ENTITY.sub(lambda entity: html.unescape(entity[0]), text) for text in begun)
+    return [" ".join(text.split())[:MOST_CHARACTERS] for text in characters]
+
+
+def _cut_texts(texts: Mapping[str, Sequence[str]]) -> list[str]:
+    """A note on the texts that were cut off."""
+    number = sum(len(text) == MOST_CHARACTERS for values in texts.values() for text in values)
+    if not number:
+        return []
+    return [f"{number:,} texts of items are cut after {MOST_CHARACTERS:,} characters"]
 
 
 def _select(values: list[Number | None] | None, kept: list[int]) -> np.ndarray | None:

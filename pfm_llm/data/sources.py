@@ -14,14 +14,20 @@ import datasets
 from pfm_llm.base import assets
 from pfm_llm.base.errors import CorruptFileError, DataError, StorageError
 from pfm_llm.base.files import make_private_dir, sha256_of
-from pfm_llm.config.data import EMBEDDED_SOURCES, ColumnsConfig, DataConfig
+from pfm_llm.config.data import (
+    EMBEDDED_SOURCES,
+    ColumnsConfig,
+    DataConfig,
+    HubConfig,
+    ReadingConfig,
+)
 from pfm_llm.data.arrow import FORMAT_VERSION, to_arrow
 from pfm_llm.data.arrow import from_arrow as read_cached
-from pfm_llm.data.columns import names_in
+from pfm_llm.data.columns import names_in, user_column
 from pfm_llm.data.formats import groceries, mind, movielens, recbole
-from pfm_llm.data.formats.arrow_table import from_schema
 from pfm_llm.data.formats.files import SUFFIXES, files_of, read_table
 from pfm_llm.data.formats.format import Format
+from pfm_llm.data.formats.hub import HubTable, UserPool, dataset_table, needs, one_split
 from pfm_llm.data.interactions import Catalogue, Interactions, build_interactions
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.rows import read_catalogue, validate
@@ -32,6 +38,7 @@ _EMBEDDED, _GROCERIES = EMBEDDED_SOURCES
 FORMATS: tuple[Format, ...] = (movielens.FORMAT, recbole.FORMAT, mind.FORMAT)
 """Sources of several files, tried in this order."""
 
+_SAVE_ONE = "set data.hub.split; or save the one you want with save_to_disk, and give that folder"
 _LOG = logging.getLogger(__name__)
 _LONG_READ = 20_000_000
 """Bytes of files that take more than some seconds to read."""
@@ -46,11 +53,13 @@ class _Source:
         files: All files on whose content the result depends.
         columns: The column of each role.
         read: Reads the tables.
+        versions: What the result depends on beside files, such as a commit of the Hub.
     """
 
     files: tuple[Path, ...]
     columns: ColumnsConfig
     read: Callable[[], SourceTables]
+    versions: tuple[str, ...] = ()
 
 
 def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, LoadReport]:
@@ -71,7 +80,7 @@ def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, Load
         DataError: The source is missing, has too many bad rows, or no interaction is left.
         AssetError: The embedded data set cannot be fetched.
     """
-    source = _find(config)
+    source = _find(config, seed)
     folder = assets.cache_dir() / "interactions" / _cache_key(source, config, seed)
     if folder.exists():
         try:
@@ -81,7 +90,7 @@ def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, Load
     size = sum(file.stat().st_size for file in source.files)
     if size >= _LONG_READ:
         _LOG.info("reading %.0f MB of data, once; later runs read what is kept of it", size / 1e6)
-    raw = validate(source.read(), source.columns, config.max_bad_rows)
+    raw = validate(source.read(), source.columns, config.max_bad_rows, config.day_first)
     interactions, report = build_interactions(raw, config, seed)
     try:
         make_private_dir(folder.parent)
@@ -121,38 +130,77 @@ def load_catalogue(source: str, columns: ColumnsConfig | None = None) -> Catalog
     return load_interactions(DataConfig(source=source), seed=0)[0].catalogue
 
 
-def _find(config: DataConfig) -> _Source:
+def _find(config: DataConfig, seed: int = 0) -> _Source:
+    if config.hub is not None:
+        return _on_hub(config, config.hub, seed)
     path = Path(config.source).expanduser()
     if config.source == _GROCERIES:
         _check_no_items(config)
+        _check_inferred(config, config.source)
         path = assets.completejourney()
         files = tuple(path / name for name in assets.GROCERY_FILES)
-        return _Source(files, groceries.COLUMNS, lambda: groceries.read_groceries(path))
+        columns = _with_texts(groceries.COLUMNS, config)
+        return _Source(files, columns, lambda: groceries.read_groceries(path))
     if config.source == _EMBEDDED:
         path = assets.movielens_100k()
     for kind in FORMATS:
         if files := kind.find(path):
             return _of_format(kind, path, files, config)
     _check_source(config.source, path)
-    files, read = _locate(config.source, names_in(config.columns))
+    files, read = _locate(config.source, names_in(config.columns), config.reading)
     return _with_items(config, files, lambda: SourceTables(read()))
 
 
+def _on_hub(config: DataConfig, hub: HubConfig, seed: int) -> _Source:
+    _check_inferred(config, "data.hub")
+    columns = config.columns
+    rows = HubTable(hub, "data.hub")
+    items = None if hub.items is None else HubTable(hub.items, "data.hub.items")
+    tables = (rows,) if items is None else (rows, items)
+
+    def read() -> SourceTables:
+        users = None
+        if config.max_users is not None:
+            users = UserPool(config.max_users, seed, lambda head: user_column(head, columns))
+        wanted = needs({*names_in(columns), *(columns.text or ())})
+        texts = None if items is None else items.read(wanted=None)
+        return SourceTables(rows.read(wanted, users), texts)
+
+    files = tuple(file for table in tables for file in table.files)
+    source = _with_items(config, files, read)
+    return replace(source, versions=tuple(table.version for table in tables))
+
+
 def _of_format(kind: Format, path: Path, files: tuple[Path, ...], config: DataConfig) -> _Source:
+    _check_inferred(config, f"a source of the kind {kind.name}")
     if kind.columns is not None:
         _check_no_items(config)
-        return _Source(files, kind.columns, lambda: kind.read(path))
+        return _Source(files, _with_texts(kind.columns, config), lambda: kind.read(path))
     return _with_items(config, files, lambda: kind.read(path))
+
+
+def _with_texts(columns: ColumnsConfig, config: DataConfig) -> ColumnsConfig:
+    """The columns of a format, with the texts that the config chooses."""
+    return columns.model_copy(update={"text": config.columns.text})
 
 
 def _with_items(
     config: DataConfig, files: tuple[Path, ...], read: Callable[[], SourceTables]
 ) -> _Source:
     """A source with the items of ``data.items``, if the config names them."""
+    _check_items_are_given(config)
     if config.items is None:
         return _Source(files, config.columns, read)
-    more, read_items = _locate(config.items, names_in(config.columns))
+    more, read_items = _locate(config.items, names_in(config.columns), config.reading.items)
     return _Source((*files, *more), config.columns, lambda: replace(read(), items=read_items()))
+
+
+def _check_inferred(config: DataConfig, what: str) -> None:
+    if given := config.reading.given:
+        raise DataError(
+            f"data.reading: {what} prescribes how its files are laid out; leave "
+            f"{' and '.join(given)} out of data.reading"
+        )
 
 
 def _check_no_items(config: DataConfig) -> None:
@@ -161,13 +209,24 @@ def _check_no_items(config: DataConfig) -> None:
             f"data.items: {config.items} cannot be used with {config.source}, which brings its "
             "own item texts; leave data.items out"
         )
+    _check_items_are_given(config)
 
 
-def _locate(place: str, names: Collection[str]) -> tuple[tuple[Path, ...], Callable[[], Table]]:
+def _check_items_are_given(config: DataConfig) -> None:
+    if config.items is None and config.reading.items.given:
+        raise DataError(
+            "data.reading.items: there is no file of items to read so; name it in data.items, or "
+            "leave data.reading.items out"
+        )
+
+
+def _locate(
+    place: str, names: Collection[str], reading: ReadingConfig
+) -> tuple[tuple[Path, ...], Callable[[], Table]]:
     """The files of one table, and how to read it."""
     path = Path(place).expanduser()
     if files := files_of(path):
-        return files, lambda: read_table(path, names)
+        return files, lambda: read_table(path, names, reading)
     if path.is_dir():
         dataset = _load_saved(path)
         # `datasets` puts its own later results beside the data, as cache-*.
@@ -180,7 +239,9 @@ def _locate(place: str, names: Collection[str]) -> tuple[tuple[Path, ...], Calla
         if path.suffix.lower() in SUFFIXES or path.is_absolute():
             raise DataError(f"{path} does not exist; check data.source and data.items")
         dataset = _load_from_hub(place)
-        found = [Path(file["filename"]) for file in _one_split(dataset, place)[0].cache_files]
+        found = [
+            Path(file["filename"]) for file in one_split(dataset, place, _SAVE_ONE)[0].cache_files
+        ]
     return tuple(found), lambda: _dataset_table(dataset, place)
 
 
@@ -190,8 +251,8 @@ def _check_source(source: str, path: Path) -> None:
     if path.is_dir() and not is_saved and not files_of(path):
         found = sorted(file.name for file in path.iterdir())[:8]
         raise DataError(
-            f"{path} is no folder of {', '.join(kind.name for kind in FORMATS)} or Parquet parts, "
-            "nor one that datasets.save_to_disk wrote; it holds: "
+            f"{path} is no folder of {', '.join(kind.name for kind in FORMATS)} or parts of a "
+            "table, nor one that datasets.save_to_disk wrote; it holds: "
             f"{', '.join(found) or 'nothing'}. Name one of its files in data.source, and the file "
             "of item texts, if there is one, in data.items"
         )
@@ -221,29 +282,9 @@ def _load_from_hub(name: str) -> Any:
         ) from error
 
 
-def _one_split(dataset: Any, name: str) -> tuple[Any, tuple[str, ...]]:
-    """The split ``train``, or the only one; the note names the splits that are not read."""
-    if not isinstance(dataset, dict):
-        return dataset, ()
-    split = next(iter(dataset)) if len(dataset) == 1 else "train"
-    if split not in dataset:
-        raise DataError(
-            f"{name} has the splits {', '.join(dataset)} and no split 'train'; save the one you "
-            "want with save_to_disk, and give that folder"
-        )
-    others = [other for other in dataset if other != split]
-    note = f"{name}: only the split {split!r} is read, not {', '.join(others)}"
-    return dataset[split], (note,) if others else ()
-
-
 def _dataset_table(dataset: Any, name: str) -> Table:
-    rows, notes = _one_split(dataset, name)
-    table = from_schema(
-        name,
-        rows.features.arrow_schema,
-        len(rows),
-        lambda column: rows.select_columns([column]).with_format("arrow")[:].column(0),
-    )
+    rows, notes = one_split(dataset, name, _SAVE_ONE)
+    table = dataset_table(rows, name)
     return replace(table, notes=(*notes, *table.notes))
 
 
@@ -252,13 +293,14 @@ def _cache_key(source: _Source, config: DataConfig, seed: int) -> str:
     settings = config.model_dump(
         mode="json",
         include={"source", "items", "repeats", "min_interactions", "max_users", "met_items_only"}
-        | {"max_bad_rows"},
+        | {"max_bad_rows", "reading", "day_first", "hub"},
     )
     parts = {
         "format_version": FORMAT_VERSION,
         "settings": settings,
         "columns": source.columns.model_dump(mode="json"),
         "seed": None if config.max_users is None else seed,
+        "versions": source.versions,
         "files": [(file.name, sha256_of(file)) for file in source.files],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Tables of text that know the line of each row, whatever file they come from."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pfm_llm.base.errors import DataError
@@ -61,7 +61,9 @@ class Table:
         unit: The unit of ``positions``: ``"line"`` or ``"row"``.
         bad: Rows that do not fit the header, such as those with too few fields.
         inferred: What the reader inferred, such as the separator, in words.
+        layout: The same as settings of ``data.reading``; empty if the file says it itself.
         notes: For the report of a load.
+        parts: The files of a table that has several, each with its first position less one.
     """
 
     name: str
@@ -71,7 +73,15 @@ class Table:
     unit: str = "line"
     bad: tuple[BadRow, ...] = ()
     inferred: tuple[str, ...] = ()
+    layout: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    parts: tuple[tuple[int, str], ...] = ()
+
+    def place(self, position: int) -> str:
+        """The file and the line, or row, of a position."""
+        starts = [part for part in self.parts if part[0] < position]
+        start, name = starts[-1] if starts else (0, self.name)
+        return f"{name} {self.unit} {position - start}"
 
     @property
     def passed_over(self) -> list[str]:

@@ -25,10 +25,15 @@ _FRACTION = re.compile(r"(:\d\d)[.,](\d+)")
 _COMMA = re.compile(r"[+-]?\d+,(\d+)")
 _THOUSAND = 3  # digits
 _SLASHES = re.compile(r"^(\d{4})/(\d\d?)/(\d\d?)")
+_YEAR_LAST = re.compile(r"^(\d\d?)[/.-](\d\d?)[/.-](\d{4})(?:(?:,? +|T)(\d\d?)(:.+))?$")
+_MONTHS = 12
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NANO = 10**9
-_FORMATS = ("%a %b %d %H:%M:%S %z %Y", "%a, %d %b %Y %H:%M:%S %z", "%m/%d/%Y %I:%M:%S %p")
-"""As in Goodreads, e-mail and MIND."""
+_FORMATS = (
+    *("%a %b %d %H:%M:%S %z %Y", "%a, %d %b %Y %H:%M:%S %z"),
+    *("%Y-%m-%d %I:%M:%S %p", "%Y-%m-%d %I:%M %p"),
+)
+"""As in Goodreads, e-mail, and MIND once the year is first."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +47,41 @@ class Times:
             ``dates``, or ``numbers`` of an unknown unit.
         per_second: How many of the values make a second; None where the unit is unknown.
         odd: Rows whose unit differs from that of most.
+        day_first: Whether dates such as 13/02/2020 begin with the day; None if there are none, or
+            if nothing tells.
+        unclear: A row whose date may begin with the day or the month; None if there is none.
     """
 
     values: list[Number | None]
     unit: str
     per_second: int | None
     odd: frozenset[int] = frozenset()
+    day_first: bool | None = None
+    unclear: int | None = None
 
 
-def parse_times(texts: Sequence[str]) -> Times:
+def parse_times(texts: Sequence[str], day_first: bool | None = None) -> Times:
     """Parse a column of times.
 
     A column in which some values are surely of another unit than others, such as seconds and
     milliseconds, has no order. The rows of the rarer units are then odd.
 
+    Dates that begin with the day or the month have one order in a column. A number above 12 tells
+    it; if none does, or two contradict each other, a row is unclear.
+
     Args:
         texts: Numbers, or dates such as ISO 8601 (without a zone: UTC).
+        day_first: Whether 01/02/2020 is the first of February; None: the column tells.
     """
     numbers = parse_numbers(texts)
+    unclear = None
+    if day_first is None:
+        day_first, unclear = _day_order(texts)
+    is_day_first = bool(day_first)
     dates = {
         row: moment
         for row, (text, value) in enumerate(zip(texts, numbers, strict=True))
-        if value is None and (moment := _nanoseconds(text)) is not None
+        if value is None and (moment := _nanoseconds(text, is_day_first)) is not None
     }
     has_numbers = any(value is not None for value in numbers)
     is_fine = not has_numbers and any(moment % 1000 for moment in dates.values())
@@ -85,7 +103,21 @@ def parse_times(texts: Sequence[str]) -> Times:
     per_second = (_NANO if is_fine else 1) if unit == DATES else _PER_SECOND.get(unit)
     if not is_mixed and not known <= fits:  # numbers of no clear unit, such as those before 1973
         unit, per_second = NUMBERS, None
-    return Times(values, unit, per_second, frozenset(odd))
+    return Times(values, unit, per_second, frozenset(odd), day_first, unclear)
+
+
+def _day_order(texts: Sequence[str]) -> tuple[bool | None, int | None]:
+    """Whether dates begin with the day, and a row in which that is not clear."""
+    found = {row: match for row, text in enumerate(texts) if (match := _YEAR_LAST.match(text))}
+    orders = {True: False, False: False}
+    for match in found.values():
+        first, second = int(match[1]), int(match[2])
+        orders[True] |= first > _MONTHS >= second
+        orders[False] |= second > _MONTHS >= first
+    if orders[True] != orders[False]:
+        return orders[True], None
+    both = (row for row, match in found.items() if int(match[1]) != int(match[2]))
+    return None, next(both, None)
 
 
 def unit_of(value: Number) -> str:
@@ -139,21 +171,25 @@ def _commonest(units: Sequence[str | None]) -> str:
     return counts.most_common(1)[0][0] if counts else NUMBERS
 
 
-def _nanoseconds(text: str) -> int | None:
+def _nanoseconds(text: str, day_first: bool) -> int | None:
     """A date in nanoseconds since 1970."""
     digits = "0"
     found = _FRACTION.search(text)
     if found is not None:  # datetime has microseconds only
         digits = found[2][:9]
         text = text[: found.start()] + found[1] + text[found.end() :]
-    moment = _date(text)
+    moment = _date(text, day_first)
     if moment is None:
         return None
     whole = (moment - _EPOCH) // timedelta(microseconds=1) * 1000
     return whole + int(digits.ljust(9, "0"))
 
 
-def _date(text: str) -> datetime | None:
+def _date(text: str, day_first: bool) -> datetime | None:
+    if (match := _YEAR_LAST.match(text)) is not None:
+        day, month = (match[1], match[2]) if day_first else (match[2], match[1])
+        clock = f" {match[4]:>02}{match[5]}" if match[4] else ""
+        text = f"{match[3]}-{month:>02}-{day:>02}{clock}"
     iso = _SLASHES.sub(lambda m: f"{m[1]}-{m[2]:>02}-{m[3]:>02}", text).removesuffix(" UTC")
     moment = None
     try:

@@ -11,6 +11,7 @@ import numpy as np
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.config.choices import Task
 from pfm_llm.config.cut_offs import HEADLINE_K, headline_k
+from pfm_llm.config.data import RECOGNISED
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.evaluation.personality.estimates import (
     Bootstrap,
@@ -111,6 +112,9 @@ def _population(config: Mapping[str, Any]) -> tuple[object, object]:
     """The settings that decide which users have a query, and for which items."""
     data = {**config.get("data", {})}
     data.pop("users_per_client", None)
+    columns = data.get("columns") or {}
+    if columns.get("rating") == RECOGNISED:  # it is null in earlier results
+        data["columns"] = {**columns, "rating": None}
     # The seed draws the sample of users, where there is one.
     return data, config.get("seed") if data.get("max_users") else None
 

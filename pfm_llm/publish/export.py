@@ -98,6 +98,11 @@ def public_config(config: ExperimentConfig) -> ExperimentConfig:
     tree: dict[str, Any] = config.model_dump(mode="json")
     tree["data"]["source"] = shown_name(tree["data"]["source"])
     tree["data"]["items"] = tree["data"]["items"] and shown_name(tree["data"]["items"])
+    if hub := tree["data"].get("hub"):
+        for table in (hub, hub.get("items") or {}):
+            table.pop("files", None)
+            table |= {"name": shown_name(table["name"])} if table else {}
+        hub["name"] = tree["data"]["source"]
     tree["backbone"]["name"] = shown_name(tree["backbone"]["name"])
     tree["prompt"] = shown_name(tree["prompt"])
     if tree["init_from"]:

@@ -11,21 +11,6 @@ import pyarrow.dataset as ds
 from pfm_llm.base.errors import DataError
 from pfm_llm.data.tables import LazyColumns, Table, check_header
 
-SUFFIX = ".parquet"
-
-
-def parts_of(folder: Path) -> tuple[Path, ...]:
-    """The Parquet files in a folder and below it, in the order of their names."""
-    hidden = ("_", ".")
-    return tuple(
-        sorted(
-            file
-            for file in folder.rglob(f"*{SUFFIX}")
-            if file.is_file()
-            and not any(p.startswith(hidden) for p in file.relative_to(folder).parts)
-        )
-    )
-
 
 def read_parquet(path: Path, files: Sequence[Path]) -> Table:
     """Read Parquet files, one after another, as one table.

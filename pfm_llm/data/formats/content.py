@@ -1,5 +1,6 @@
 """The content of a file: unpacked, and as text whatever its encoding."""
 
+import codecs
 import gzip
 import zlib
 from pathlib import Path
@@ -10,6 +11,7 @@ PARQUET = b"PAR1"
 _GZIP = b"\x1f\x8b"
 _ZIP = b"PK\x03\x04"
 _SAMPLE = 4000
+_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 
 
 def read_content(path: Path) -> bytes:
@@ -34,15 +36,25 @@ def read_content(path: Path) -> bytes:
     return content
 
 
-def decode(path: Path, content: bytes) -> tuple[str, str]:
+def decode(path: Path, content: bytes, asked: str | None = None) -> tuple[str, str]:
     """Text, and the name of its encoding.
 
-    UTF-8 is tried first, UTF-16 is known by its zeros, and what is neither is Latin-1, in the
-    Windows edition where bytes ask for it.
+    An encoding that is ``asked`` for is taken. Without one UTF-8 is tried first, UTF-16 is known
+    by its zeros, and what is neither is Latin-1, in the Windows edition where bytes ask for it.
 
     Raises:
-        DataError: The file is UTF-8 but for some damaged bytes, or no text at all.
+        DataError: The file is UTF-8 but for some damaged bytes, not in the encoding that was
+            asked for, or no text at all.
     """
+    # Without a mark, UTF-16 has two orders of bytes, which the content tells.
+    if asked is not None and codecs.lookup(asked).name != "utf-16":
+        try:
+            return content.decode(asked).removeprefix(_MARK), asked
+        except ValueError as error:
+            raise DataError(
+                f"{path} cannot be read in the encoding {asked} ({error}); change "
+                "data.reading.encoding, or leave it out to have it inferred"
+            ) from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return _decoded(path, content, "utf-16"), "UTF-16"
     sample = content[:_SAMPLE]
@@ -73,6 +85,6 @@ def decode(path: Path, content: bytes) -> tuple[str, str]:
 
 def _decoded(path: Path, content: bytes, encoding: str) -> str:
     try:
-        return content.decode(encoding).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
+        return content.decode(encoding).removeprefix(_MARK)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is damaged UTF-16 ({error.reason}); save it as UTF-8") from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pfm_llm.base.errors import DataError
+from pfm_llm.config.data import ReadingConfig
 from pfm_llm.data.columns import is_usual, untyped
 from pfm_llm.data.formats.content import decode, read_content
 from pfm_llm.data.tables import BadRow, Table, check_header
@@ -20,6 +21,7 @@ _RFC_4180 = (",", ";")
 """With these, quotation marks are always those of RFC 4180; elsewhere the lines must show it."""
 
 _SAMPLE = 200  # lines
+_SHOWN = 60  # characters
 _STEADY = 0.9
 _MOST_RATINGS = 21
 _HIGHEST_RATING = 100
@@ -43,6 +45,7 @@ class Layout:
     escaped: bool = False
 
 
+INFERRED = ReadingConfig()
 CSV = Layout(",", quoted=True)
 TSV = Layout("\t")
 """Without quoting: a title may begin with a quotation mark."""
@@ -57,27 +60,42 @@ def read_delimited(path: Path, layout: Layout) -> Table:
     return _parse(path, *decode(path, read_content(path)), layout)
 
 
-def read_unknown(path: Path, text: str, encoding: str, names: Collection[str]) -> Table:
+def read_unknown(
+    path: Path, content: tuple[str, str], names: Collection[str], reading: ReadingConfig
+) -> Table:
     """Read a text whose layout its first lines tell.
 
     Args:
         path: The file; the suffix counts where the lines leave it open.
-        text: Its content.
-        encoding: In words, for the description.
+        content: Its text, and the name of the encoding.
         names: Column names that the config gives.
+        reading: What is not to be inferred.
 
     Raises:
-        DataError: The file is empty or damaged, or two columns have one name.
+        DataError: The file is empty or damaged, two columns have one name, or the separator that
+            ``reading`` gives stands in no line.
     """
+    text, encoding = content
     filled = (line.rstrip("\n") for line in io.StringIO(text, newline=None) if line.strip())
     lines = list(itertools.islice(filled, _SAMPLE))
     if not lines:
         raise DataError(f"{path} is empty; its first line must name the columns")
     suffix = next((s for s in reversed(path.suffixes) if s.lower() != ".gz"), "").lower()
-    layout = _sniffed(lines, _SUFFIXES.get(suffix), names)
-    header = None if _has_header(lines, layout, names) else _named_by_content(lines, layout)
+    if reading.separator is None:
+        layout = _sniffed(lines, _SUFFIXES.get(suffix), names)
+    elif any(reading.separator in line for line in lines):
+        layout = _with_quotes(lines, reading.separator)
+    else:
+        raise DataError(
+            f"{path}: data.reading.separator {reading.separator!r} stands in none of its first "
+            f"lines, such as {lines[0][:_SHOWN]!r}; change it, or leave it out to have it inferred"
+        )
+    has_header = reading.header
+    if has_header is None:
+        has_header = _has_header(lines, layout, names)
+    header = None if has_header else _named_by_content(lines, layout, names)
     table = _parse(path, text, encoding, replace(layout, header=header))
-    if header is None:
+    if header is None or reading.header is False:
         return table
     guess = f"{path}: no header; its columns are taken as {', '.join(header)}"
     return replace(table, notes=(*table.notes, guess))
@@ -112,8 +130,12 @@ def _parse(path: Path, text: str, encoding: str, layout: Layout) -> Table:
         f"no header, columns named {', '.join(header)}" if layout.header else "header in line 1",
         f"encoding {encoding}",
     )
-    notes = () if encoding.startswith("UTF") else (f"{path}: not UTF-8, read as {encoding}",)
-    return Table(str(path), names, columns, positions, "line", tuple(bad), inferred, notes)
+    told = {
+        "separator": layout.separator, "encoding": encoding, "header": layout.header is None
+    }  # fmt: skip
+    is_utf = encoding.lower().startswith("utf")
+    notes = () if is_utf else (f"{path}: not UTF-8, read as {encoding}",)
+    return Table(str(path), names, columns, positions, "line", tuple(bad), inferred, told, notes)
 
 
 def _untyped(header: Sequence[str]) -> tuple[str, ...]:
@@ -249,12 +271,19 @@ def _is_value(text: str) -> bool:
     return parse_times([text]).values[0] is not None
 
 
-def _named_by_content(lines: Sequence[str], layout: Layout) -> tuple[str, ...]:
-    """Names for the columns of a table without a header, usual ones where the content is clear."""
+def _named_by_content(
+    lines: Sequence[str], layout: Layout, asked: Collection[str]
+) -> tuple[str, ...]:
+    """Names for the columns of a table without a header, usual ones where the content is clear.
+
+    If the config asks for columns by their number, all of them have a number alone.
+    """
     rows = [_fields(line, layout) for line in lines]
     width = len(rows[0])
     columns = [*zip(*(row for row in rows if len(row) == width), strict=True)]
     names = {at: f"column_{at + 1}" for at in range(width)}
+    if set(names.values()) & set(asked):
+        return tuple(names.values())
     times = [at for at in range(width) if _are_times(columns[at])]
     rest = [at for at in range(width) if at not in times[-1:]]
     if times:

@@ -59,6 +59,7 @@ def read_json_lines(path: Path, text: str, encoding: str) -> Table:
         positions=positions,
         bad=tuple(bad),
         inferred=("a JSON object for each row", f"encoding {encoding}"),
+        layout={"encoding": encoding},
     )
 
 

@@ -66,7 +66,7 @@ def read_mind(path: Path) -> SourceTables:
 
 def _events(behaviors: Table) -> Table:
     columns = behaviors.columns
-    times = parse_times(columns["time"]).values
+    times = parse_times(columns["time"], day_first=False).values
     impressions = [
         (user, time, history, shown)
         for user, time, history, shown in zip(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pfm_llm.config.data import ColumnsConfig
-from pfm_llm.config.schema import load_config
+from pfm_llm.config.schema import load_config, parse_config, training_hash
 
 
 @pytest.fixture
@@ -53,3 +53,14 @@ def test_columns_may_be_called_by_numbers() -> None:
     assert ColumnsConfig.model_validate({"user": 0, "rating": 2}) == ColumnsConfig(
         user="0", rating="2"
     )
+
+
+def test_settings_that_nobody_gives_leave_the_hash_as_it_was() -> None:
+    """Of 0.2.0, in which a rating had no default and there was no `reading`."""
+    plain = parse_config({"name": "x"})
+    assert training_hash(plain) == (
+        training_hash(parse_config({"name": "x", "data": {"columns": {"rating": None}}}))
+    )
+    assert "reading" not in plain.model_dump(mode="json")["data"]
+    given = parse_config({"name": "x", "data": {"reading": {"separator": ";"}}})
+    assert training_hash(given) != training_hash(plain)

@@ -184,3 +184,100 @@ def test_columns_in_another_form_are_refused(entry: str) -> None:
 def test_null_is_no_column_where_there_may_be_none() -> None:
     asked = data_config("x.csv", columns=["timestamp=null", "title=null"]).columns
     assert asked == ColumnsConfig(timestamp=None, title="null")
+
+
+def test_the_line_that_reads_a_file_otherwise_is_shown_and_taken(tmp_path: Path) -> None:
+    source = tmp_path / "own.csv"
+    # Each separator gives three columns; the names alone tell, and they may be wrong.
+    source.write_text("userId;itemId;title,ts\n" + "".join(f"u;{n};A{n},{n}\n" for n in range(5)))
+    with pytest.raises(DataError, match="some columns are missing"):
+        check_data(data_config(str(source), columns=["user=u", "timestamp=null", "title=title,t"]))
+    checked = check_data(
+        data_config(
+            str(source),
+            columns=["timestamp=null", "title=column_3", "user=column_1", "item=column_2"],
+            overrides=["data.reading={separator: ;, header: false}"],
+        )
+    )
+    assert checked.interactions.catalogue.fields["title"][:2] == ("title,ts", "A0,0")
+    line = "to read it otherwise, put this under data: and change it: reading: "
+    [told] = [text for text in checked.describe().splitlines() if text.startswith(line)]
+    reading = yaml.safe_load(told.removeprefix(line))
+    assert reading == {"separator": ";", "encoding": "UTF-8", "header": False}
+    assert yaml.safe_load(checked.block())["data"]["reading"]["header"] is False
+
+
+def test_a_rating_that_nobody_wants_is_not_read(tmp_path: Path) -> None:
+    source = write(tmp_path / "own.csv", *film_rows("a", [5, 3, 4, 1]))
+    checked = check_data(config(source))
+    assert checked.interactions.ratings is not None
+    assert (
+        "\nto read no ratings, put this under data: and change it: columns: {rating: null}\n"
+        in (checked.describe())
+    )
+    off = check_data(config(source, "rating=null"))
+    assert off.interactions.ratings is None
+    assert "stars" in off.unused
+    assert yaml.safe_load(off.block())["data"]["columns"]["rating"] is None
+
+
+def test_a_config_is_checked_by_its_section(tmp_path: Path) -> None:
+    write(tmp_path / "own.csv", *film_rows("a", [5, 3, 4, 1]))
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\ndata:\n  source: own.csv\n  columns: {user: who, item: film, timestamp: at}\n"
+    )
+    asked = data_config(str(path), columns=["rating=null"], overrides=["data.split=last_fraction"])
+    assert (asked.source, asked.split) == (str(tmp_path / "own.csv"), "last_fraction")
+    assert asked.columns == ColumnsConfig(user="who", item="film", timestamp="at", rating=None)
+    with pytest.raises(ConfigError, match=r"data\.reading\.separator: .* give the characters"):
+        data_config(str(path), overrides=["data.reading.separator='\"'"])
+    with pytest.raises(ConfigError, match="put the value in quotes"):
+        data_config(str(path), overrides=["data.reading.separator=,"])
+    with pytest.raises(ConfigError, match=r"'utf-88' is no encoding of text"):
+        data_config(str(path), overrides=["data.reading.encoding=utf-88"])
+
+
+def test_dates_say_whether_the_day_or_the_month_is_first(tmp_path: Path) -> None:
+    rows = [f"a,{n},{n + 9}/02/2020,3,Film {n},Bonn" for n in range(5)]  # 9 to 13
+    checked = check_data(config(write(tmp_path / "own.csv", *rows)))
+    assert (
+        "time: 2020-02-09 to 2020-02-13, from dates with the day first; data.day_first: false"
+        in (checked.describe())
+    )
+    source = write(tmp_path / "own.csv", *rows[:4])
+    with pytest.raises(DataError, match=r"own\.csv line 2: '9/02/2020' may begin with"):
+        check_data(config(source))
+    asked = data_config(source, columns=["user=who", "item=film", "timestamp=at"],
+                        overrides=["data.day_first=false"])  # fmt: skip
+    checked = check_data(asked)
+    assert "time: 2020-09-02 to 2020-12-02" in checked.describe()
+    assert yaml.safe_load(checked.block())["data"]["day_first"] is False
+
+
+def test_the_texts_of_an_item_can_be_chosen(tmp_path: Path) -> None:
+    source = write(tmp_path / "own.csv", *film_rows("a", [1] * 5))
+    checked = check_data(config(source))
+    line = "to choose other texts, put this under data: and change it: columns: {text: [city]}"
+    assert line in checked.describe().splitlines()
+    asked = data_config(
+        source,
+        columns=["user=who", "item=film", "timestamp=at"],
+        overrides=["data.columns.text=[city]"],
+    )
+    checked = check_data(asked)
+    assert checked.interactions.catalogue.fields["city"] == ("Bonn",) * 5
+    assert checked.unused == ()
+    assert yaml.safe_load(checked.block())["data"]["columns"]["text"] == ["city"]
+
+
+def test_the_texts_of_a_format_can_be_chosen(tmp_path: Path) -> None:
+    (tmp_path / "movies.csv").write_text(
+        "movieId,title,genres\n" + "".join(f"{n},Film {n} (1999),Drama\n" for n in range(5))
+    )
+    (tmp_path / "ratings.csv").write_text(
+        "userId,movieId,rating,timestamp\n" + "".join(f"1,{n},{n + 0.5},{n}\n" for n in range(5))
+    )
+    checked = check_data(data_config(str(tmp_path), overrides=["data.columns.text=[year]"]))
+    assert list(checked.interactions.catalogue.fields) == ["title", "year"]
+    assert yaml.safe_load(checked.block())["data"]["columns"] == {"text": ["year"]}

@@ -52,7 +52,7 @@ def test_usual_names_are_recognised(
 def test_the_first_of_several_usual_names_counts_and_the_default_before_it() -> None:
     rows = table("r", "userId,user_id,movieId,item_id,time,timestamp,name,title")
     roles = resolve(SourceTables(rows), ColumnsConfig())
-    assert roles.as_config() == ColumnsConfig()
+    assert roles.as_config() == ColumnsConfig(rating=None)
 
 
 def test_a_name_of_the_config_wins_and_has_no_second_role() -> None:
@@ -131,7 +131,7 @@ def test_a_recognised_rating_that_is_no_number_is_not_read_as_one() -> None:
     raw = validate(SourceTables(rows), ColumnsConfig(), max_bad_rows=0)
     assert (raw.ratings, raw.num_bad) == (None, {})
     assert raw.notes == (
-        "r: column 'rating' is not read as ratings, since it is no number in line 3; "
+        "r line 3: no number, so that column 'rating' is not read as ratings; "
         "data.columns.rating: rating counts such rows as bad",
     )
     with pytest.raises(DataError, match="2 of 3 rows"):

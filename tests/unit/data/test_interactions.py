@@ -207,8 +207,8 @@ def test_items_without_interactions_stay_and_are_counted() -> None:
     interactions, report = build_interactions(raw("u", [1]), KEEP_ALL, seed=0)
     assert len(interactions.catalogue) == report.num_items == 5
     assert (
-        "4 items of the catalogue have no interactions; data.met_items_only: true leaves them out"
-        in report.notes
+        "4 of 5 items of the catalogue have no interactions; "
+        "data.met_items_only: true leaves them out" in report.notes
     )
 
 

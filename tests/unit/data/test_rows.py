@@ -189,6 +189,13 @@ def test_names_of_characters_become_the_characters(title: str, expected: str) ->
     assert raw.catalogue.fields["title"][1] == expected
 
 
+def test_a_text_without_end_is_cut_and_said_to_be() -> None:
+    items = table("items.csv", item_id=["a", "b"], title=["Ash", "x " * 500_000])
+    raw = validate(SourceTables(rows(), items), COLUMNS, max_bad_rows=0)
+    assert len(raw.catalogue.fields["title"][1]) == 4096
+    assert "1 texts of items are cut after 4,096 characters" in raw.notes
+
+
 def test_a_mapped_title_wins_over_a_column_called_title() -> None:
     items = table("items.csv", item_id=["a", "b"], title=["Dr", "Mr"], name=["Ash", "Birch"])
     columns = ColumnsConfig(title="name")
@@ -260,3 +267,54 @@ def test_texts_that_are_no_text_are_named_once_unless_they_have_a_role() -> None
     raw = validate(SourceTables(rows(), items), COLUMNS, max_bad_rows=0)
     assert raw.catalogue.fields == {"title": ("Ash", "Birch")}
     assert raw.notes == ("items: columns that are no text: images",)
+
+
+CHOICES: list[tuple[list[str] | None, list[str]]] = [
+    (None, ["title", "maker", "colour"]),
+    ([], ["title"]),
+    (["colour"], ["title", "colour"]),
+    (["colour", "title", "maker", "colour"], ["title", "colour", "maker"]),
+]
+
+
+@pytest.mark.parametrize(("asked", "fields"), CHOICES)
+def test_the_texts_of_an_item_are_those_that_were_asked_for(
+    asked: list[str] | None, fields: list[str]
+) -> None:
+    items = Table(
+        "items",
+        ("item_id", "title", "maker", "colour"),
+        {"item_id": ["a", "b"], "title": ["A", "B"], "maker": ["M", "N"], "colour": ["red", ""]},
+        [2, 3],
+    )
+    columns = ColumnsConfig.model_validate({"text": asked})
+    catalogue = validate(SourceTables(rows(), items), columns, ANY).catalogue
+    assert list(catalogue.fields) == fields
+    unknown = ColumnsConfig(text=("maker", "brand", "item_id"))
+    with pytest.raises(
+        DataError,
+        match=r"data\.columns\.text: items has no text column 'brand', 'item_id'; "
+        "beside the title there are: maker, colour",
+    ):
+        validate(SourceTables(rows(), items), unknown, ANY)
+
+
+def test_texts_in_the_rows_are_read_where_they_are_asked_for() -> None:
+    table = Table(
+        "rows",
+        ("user_id", "item_id", "timestamp", "title", "maker"),
+        {
+            "user_id": ["u", "v", "v"],
+            "item_id": ["a", "a", "b"],
+            "timestamp": ["1", "2", "3"],
+            "title": ["A", "A", "B"],
+            "maker": ["", "M", ""],
+        },
+        [2, 3, 4],
+    )
+    plain = validate(SourceTables(table), ColumnsConfig(), 0).catalogue
+    assert plain.fields == {"title": ("A", "B")}
+    asked = validate(SourceTables(table), ColumnsConfig(text=("maker",)), 0).catalogue
+    assert asked.fields == {"title": ("A", "B"), "maker": ("M", "")}  # the first that is there
+    with pytest.raises(DataError, match=r"no text column 'user_id'; .* there are: maker"):
+        validate(SourceTables(table), ColumnsConfig(text=("user_id",)), 0)

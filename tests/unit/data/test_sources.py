@@ -99,7 +99,7 @@ def test_a_mapping_of_columns_and_a_file_of_items(suffix: str, tmp_path: Path) -
     }
     assert interactions.ratings is not None
     assert interactions.ratings.tolist() == [2.0, 1.5, 3.0]
-    assert "1 items of the catalogue have no interactions" in report.notes
+    assert any("1 of 3 items of the catalogue have no inter" in note for note in report.notes)
 
 
 def test_rows_without_timestamps_are_in_order(rows: Path) -> None:
@@ -364,3 +364,26 @@ def test_the_configs_of_the_other_domains_train_as_that_of_films_but_for_one_set
     assert groceries.data.source == "completejourney"
     assert groceries.data.repeats == "first_only"
     assert groceries.data.keep_ties
+
+
+def test_a_format_that_prescribes_its_layout_refuses_another(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.inter").write_text("user_id:token\titem_id:token\n1\t2\n")
+    with pytest.raises(DataError, match=r"kind RecBole prescribes .*; leave separator out of"):
+        load(tmp_path / "mine.inter", reading={"separator": ";"})
+    with pytest.raises(DataError, match=r"data\.reading\.items: there is no file of items"):
+        load(rows, reading={"items": {"separator": ";"}})
+
+
+def test_each_of_two_files_is_read_in_its_own_way(tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text("u;7;1\nu;8;2\n")
+    (tmp_path / "items.csv").write_bytes("7|Äpfel\n8|Öl\n".encode("cp850"))
+    interactions, _ = load(
+        tmp_path / "events.csv",
+        items=str(tmp_path / "items.csv"),
+        columns={"user": "column_1", "item": "column_2", "timestamp": "column_3",
+                 "items_item": "column_1", "title": "column_2"},
+        reading={"separator": ";", "header": False,
+                 "items": {"separator": "|", "header": False, "encoding": "cp850"}},
+    )  # fmt: skip
+    assert interactions.catalogue.fields["title"] == ("Äpfel", "Öl")
+    assert histories(interactions) == {"u": ["7", "8"]}

@@ -1,10 +1,13 @@
 """Times: every unit and date at full resolution, and no two units in one column."""
 
 import itertools
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pfm_llm.base.errors import DataError
 from pfm_llm.config.data import ColumnsConfig, DataConfig
 from pfm_llm.data.arrow import from_arrow, to_arrow
 from pfm_llm.data.interactions import Interactions, build_interactions
@@ -25,7 +28,7 @@ def built(times: list[str], **settings: object) -> tuple[Interactions, LoadRepor
     }  # fmt: skip
     table = Table("rows.csv", tuple(columns), columns, range(2, len(times) + 2))
     config = DataConfig.model_validate({"min_interactions": 1, "max_bad_rows": 0.9, **settings})
-    raw = validate(SourceTables(table), ColumnsConfig(), config.max_bad_rows)
+    raw = validate(SourceTables(table), ColumnsConfig(), config.max_bad_rows, config.day_first)
     return build_interactions(raw, config, seed=0)
 
 
@@ -129,3 +132,40 @@ def test_ties_are_named_with_their_setting() -> None:
         "1 rows share their time with the same user's row before: file order; data.keep_ties: true "
         "never cuts a history between them"
     )
+
+
+@pytest.mark.parametrize(
+    ("texts", "dates", "day_first"),
+    [
+        (["01/02/2020", "13/02/2020"], ["2020-02-01", "2020-02-13"], True),
+        (["01/02/2020", "02/13/2020"], ["2020-01-02", "2020-02-13"], False),
+        (["1.2.2020 8:05", "13.2.2020 23:00"], ["2020-02-01 08:05", "2020-02-13 23:00"], True),
+        (["01-02-2020T10:00:00.5+01:00", "31-12-2020"], ["2020-02-01 09:00:00.5", "2020-12-31"],
+         True),
+        (["1/2/2020 8:36:57 PM", "1/20/2020, 1:00 AM"], ["2020-01-02 20:36:57", "2020-01-20 01:00"],
+         False),
+        (["03/03/2020", "1583193600"], ["2020-03-03", "2020-03-03"], None),
+        (["2020-01-02", "2020/1/2"], ["2020-01-02", "2020-01-02"], None),
+    ],
+)  # fmt: skip
+def test_a_number_above_twelve_tells_days_from_months(
+    texts: list[str], dates: list[str], day_first: bool | None
+) -> None:
+    times = parse_times(texts)
+    assert times.values == [datetime.fromisoformat(f"{d}+00:00").timestamp() for d in dates]
+    assert (times.day_first, times.unclear) == (day_first, None)
+
+
+def test_days_and_months_are_never_guessed() -> None:
+    for texts in (["01/01/2020", "01/02/2020"], ["01/01/2020", "13/02/2020", "02/13/2020"]):
+        with pytest.raises(DataError, match=r"line 3: .* 'timestamp' .* data\.day_first: true"):
+            built(texts)
+    day, _ = built(["01/01/2020", "01/02/2020"], day_first=True)
+    month, _ = built(["01/01/2020", "01/02/2020"], day_first=False)
+    assert day.timestamps is not None
+    assert month.timestamps is not None
+    assert np.diff(day.timestamps).tolist() == [31 * 86_400]  # of January
+    assert np.diff(month.timestamps).tolist() == [86_400]
+    # A date that does not fit what was said is a bad row, and no other date.
+    _, report = built(["13/02/2020", "02/13/2020", "02/02/2020"], day_first=True)
+    assert sum(report.dropped.values()) == 1

@@ -24,6 +24,8 @@ from pfm_llm.data.rows import validate
 from pfm_llm.data.sources import read_source
 
 START = 1_500_000_000
+NO_RATING = -1.0
+UNRATED = {"MIND"}
 
 
 class Event(NamedTuple):
@@ -157,6 +159,115 @@ def movielens(names: tuple[str, str], separator: str, header: bool) -> Any:
     return write
 
 
+def movielens_100k(corpus: Corpus, folder: Path) -> dict[str, Any]:
+    events = ["\t".join(row) for row in rows(corpus)]
+    flags = "|".join("01"[n == 8] for n in range(19))  # Drama
+    texts = [f"{item}|{title}|01-Jan-1995||url|{flags}" for item, title in items(corpus)]
+    (folder / "u.data").write_text("\n".join(events))
+    (folder / "u.item").write_text("\n".join(texts), encoding="latin-1")
+    (folder / "u.user").write_text("7|24|F|writer|1\n8|30|M|artist|2\n")
+    return {"source": str(folder)}
+
+
+def movielens_1m(corpus: Corpus, folder: Path) -> dict[str, Any]:
+    (folder / "users.dat").write_text("7::F::1::10::48067\n8::M::56::16::70072\n")
+    return movielens(("ratings.dat", "movies.dat"), "::", header=False)(corpus, folder)
+
+
+def movielens_latest(corpus: Corpus, folder: Path) -> dict[str, Any]:
+    """The small edition, 25M and 32M: with files that are not read."""
+    (folder / "links.csv").write_text("movieId,imdbId,tmdbId\n100,1,2\n")
+    (folder / "tags.csv").write_text("userId,movieId,tag,timestamp\n7,100,fun,1\n")
+    (folder / "README.txt").write_text("Summary")
+    return movielens(("ratings.csv", "movies.csv"), ",", header=True)(corpus, folder)
+
+
+def mind(corpus: Corpus, folder: Path) -> dict[str, Any]:
+    """Each event is a click of an impression that shows another item too."""
+    moments = (datetime.fromtimestamp(e.time, UTC) for e in corpus.events)
+    behaviors = [
+        f"{n}\t{e.user}\t{moment:%m/%d/%Y %I:%M:%S %p}\t\t{e.item}-1 {e.item}-0"
+        for n, (e, moment) in enumerate(zip(corpus.events, moments, strict=True))
+    ]
+    news = [f"{item}\tsport\tgolf\t{title}\tabstract\turl\t[]\t[]" for item, title in items(corpus)]
+    (folder / "behaviors.tsv").write_text("\n".join(behaviors))
+    (folder / "news.tsv").write_text("\n".join(news))
+    return {"source": str(folder)}
+
+
+def goodreads(corpus: Corpus, folder: Path) -> dict[str, Any]:
+    moments = (datetime.fromtimestamp(e.time, UTC) for e in corpus.events)
+    lines = [
+        [e.user, e.item, "True", str(e.rating), f"{moment:%a %b %d %H:%M:%S +0000 %Y}"]
+        for e, moment in zip(corpus.events, moments, strict=True)
+    ]
+    events = delimited([["user_id", "book_id", "is_read", "rating", "date_added"], *lines])
+    texts = delimited([["book_id", "title", "authors"], *([*row, "A"] for row in items(corpus))])
+    return pair(folder, ".csv", (events.encode(), texts.encode()))
+
+
+def spoken_dates(day_first: bool) -> Callable[[Corpus, Path], dict[str, Any]]:
+    """Dates that begin with the day or the month, as a spreadsheet writes them."""
+    form = "%d/%m/%Y %H:%M:%S" if day_first else "%m/%d/%Y %I:%M:%S %p"
+
+    def write(corpus: Corpus, folder: Path) -> dict[str, Any]:
+        # Each second of the corpus is an hour, so that days and months differ.
+        moments = (
+            datetime.fromtimestamp(START + 3600 * (e.time - START), UTC) for e in corpus.events
+        )
+        lines = [
+            [e.user, e.item, str(e.rating), f"{moment:{form}}"]
+            for e, moment in zip(corpus.events, moments, strict=True)
+        ]
+        events = delimited([["user", "asin", "overall", "date"], *lines])
+        texts = delimited([["asin", "title"], *items(corpus)])
+        return {**pair(folder, ".csv", (events.encode(), texts.encode())), "day_first": day_first}
+
+    return write
+
+
+def csv_parts(again: bool) -> Callable[[Corpus, Path], dict[str, Any]]:
+    """Events in two files, the header in both or in the first one."""
+
+    def write(corpus: Corpus, folder: Path) -> dict[str, Any]:
+        header, events = ["userId", "movieId", "rating", "ts"], rows(corpus)
+        (folder / "events").mkdir()
+        for n, part in enumerate((events[:2], events[2:])):
+            lines = [header, *part] if again or n == 0 else part
+            (folder / "events" / f"part-{n}.csv").write_text(delimited(lines, ";"))
+        (folder / "items.csv").write_text(delimited([["movieId", "name"], *items(corpus)]))
+        return {"source": str(folder / "events"), "items": str(folder / "items.csv")}
+
+    return write
+
+
+def json_parts(corpus: Corpus, folder: Path) -> dict[str, Any]:
+    whole = frame(corpus)
+    for n, part in enumerate((whole.iloc[:2], whole.iloc[2:])):
+        text = part.to_json(orient="records", lines=True)
+        (folder / f"part-{n}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return {"source": str(folder)}
+
+
+def no_layout(corpus: Corpus, folder: Path) -> dict[str, Any]:
+    """Nothing in the files tells the columns, so the config does."""
+    events = "\n".join("^".join(["x^y", *row]) for row in rows(corpus))
+    texts = "\n".join("^".join([title, item]) for item, title in items(corpus))
+    return {
+        **pair(folder, ".txt", (events.encode("utf-16-le"), texts.encode("cp1252"))),
+        "columns": {"user": "column_3", "item": "column_4", "rating": "column_5",
+                    "timestamp": "column_6", "title": "column_1", "items_item": "column_2"},
+        "reading": {"separator": "^", "header": False, "encoding": "utf-16-le",
+                    "items": {"separator": "^", "header": False, "encoding": "cp1252"}},
+    }  # fmt: skip
+
+
+def streamed(corpus: Corpus, folder: Path) -> dict[str, Any]:
+    path = folder / "rows.parquet"
+    frame(corpus).to_parquet(path)
+    return {"hub": {"name": "parquet", "files": str(path), "streaming": True}}
+
+
 def amazon(keys: tuple[str, str, str, str], factor: int, packed: bool) -> Any:
     def write(corpus: Corpus, folder: Path) -> dict[str, Any]:
         user, item, rating, time = keys
@@ -215,6 +326,9 @@ DIALECTS: dict[str, Callable[[Corpus, Path], dict[str, Any]]] = {
     "dates": dates,
     "no header": no_header,
     "RecBole": recbole,
+    "MovieLens 100K": movielens_100k,
+    "MovieLens 1M": movielens_1m,
+    "MovieLens latest": movielens_latest,
     "MovieLens 25M": movielens(("ratings.csv", "movies.csv"), ",", header=True),
     "MovieLens 10M": movielens(("ratings.dat", "movies.dat"), "::", header=False),
     "Amazon 2014": amazon(("reviewerID", "asin", "overall", "unixReviewTime"), 1, packed=False),
@@ -223,6 +337,15 @@ DIALECTS: dict[str, Callable[[Corpus, Path], dict[str, Any]]] = {
     "pandas": in_memory,
     "datasets": of_datasets,
     "Parquet parts": parquet_parts,
+    "CSV parts": csv_parts(again=True),
+    "CSV parts with one header": csv_parts(again=False),
+    "JSON parts": json_parts,
+    "MIND": mind,
+    "Goodreads": goodreads,
+    "dates with the day first": spoken_dates(day_first=True),
+    "dates with the month first": spoken_dates(day_first=False),
+    "no layout": no_layout,
+    "stream": streamed,
 }
 
 
@@ -232,25 +355,32 @@ def read(section: dict[str, Any]) -> tuple[dict[str, list[tuple[str, float]]], d
     tables, columns = read_source(config)
     interactions, _ = build_interactions(validate(tables, columns, 0), config, seed=0)
     ids, titles = interactions.catalogue.item_ids, interactions.catalogue.fields["title"]
-    assert interactions.ratings is not None
+    histories = {u: interactions.history_of(at) for at, u in enumerate(interactions.user_ids)}
     found = {
         user: [
             (ids[item], float(rating))
             for item, rating in zip(
-                interactions.history(at), interactions.history_of(at).ratings, strict=True
+                history.items,
+                [NO_RATING] * len(history) if history.ratings is None else history.ratings,
+                strict=True,
             )
         ]
-        for at, user in enumerate(interactions.user_ids)
+        for user, history in histories.items()
     }
     met = {item for history in found.values() for item, _ in history}
     return found, {item: title for item, title in zip(ids, titles, strict=True) if item in met}
 
 
-def expected(corpus: Corpus) -> tuple[dict[str, list[tuple[str, float]]], dict[str, str]]:
+def expected(
+    corpus: Corpus, rated: bool
+) -> tuple[dict[str, list[tuple[str, float]]], dict[str, str]]:
     by_user = itertools.groupby(
         sorted(corpus.events, key=lambda e: (e.user, e.time)), lambda e: e.user
     )
-    histories = {user: [(e.item, e.rating) for e in events] for user, events in by_user}
+    histories = {
+        user: [(e.item, e.rating if rated else NO_RATING) for e in events]
+        for user, events in by_user
+    }
     met = {event.item for event in corpus.events}
     return histories, {item: title for item, title in corpus.titles.items() if item in met}
 
@@ -263,4 +393,4 @@ def test_every_dialect_is_read_back_equal(dialect: str, corpus: Corpus) -> None:
         return  # a catalogue of one item is refused
     with tempfile.TemporaryDirectory() as folder:
         section = DIALECTS[dialect](corpus, Path(folder))
-        assert read(section) == expected(corpus)
+        assert read(section) == expected(corpus, rated=dialect not in UNRATED)

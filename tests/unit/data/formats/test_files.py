@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pfm_llm.base.errors import DataError
+from pfm_llm.config.data import ReadingConfig
 from pfm_llm.data.formats.arrow_table import from_arrow
 from pfm_llm.data.formats.delimited import CSV, TSV, Layout, read_delimited
 from pfm_llm.data.formats.files import read_table
@@ -280,3 +281,50 @@ def test_columns_without_a_name_are_left_out(tmp_path: Path) -> None:
     table = read_table(write(tmp_path / "t.csv", ",item_id,title,,\n0,a,Ash,,\n1,b,Birch,,\n"))
     assert table.header == ("item_id", "title")
     assert table.columns == {"item_id": ["a", "b"], "title": ["Ash", "Birch"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "reading", "header", "first"),
+    [
+        # The first line reads as a header by its word "name", and as a row by the setting.
+        ("name;a\nb;c\n", {"header": False}, ("item_id", "title"), ["name", "a"]),
+        ("7;8\n5;6\n", {"header": True}, ("7", "8"), ["5", "6"]),
+        # Each line has as many commas as bars.
+        ("id|x,name\n1|y,z\n", {"separator": "|"}, ("id", "x,name"), ["1", "y,z"]),
+        ("id^name\n1^y\n", {"separator": "^"}, ("id", "name"), ["1", "y"]),
+        ("id\tname\n1\ty\n", {"separator": "tab"}, ("id", "name"), ["1", "y"]),
+        # The bytes are Windows-1252 or Cyrillic; nothing in them tells.
+        ("id;name\n1;\xc4\n".encode("latin-1"), {"encoding": "cp1251"}, ("id", "name"), ["1", "Д"]),
+        ('\ufeff["x"]::y\n1::2\n', {"separator": "::", "header": True, "encoding": "utf-8"},
+         ('["x"]', "y"), ["1", "2"]),
+    ],
+)  # fmt: skip
+def test_what_is_inferred_wrongly_can_be_set(
+    content: str | bytes,
+    reading: dict[str, object],
+    header: tuple[str, ...],
+    first: list[str],
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "t.csv", content)
+    table = read_table(path, (), ReadingConfig.model_validate(reading))
+    assert table.header == header
+    assert [table.columns[name][0] for name in header] == first
+    # The layout is the block that reads the file in the same way.
+    again = read_table(path, (), ReadingConfig.model_validate(table.layout))
+    assert dict(again.columns) == dict(table.columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reading", "problem"),
+    [
+        ("t.csv", "id,name\n", {"separator": ";"}, r"separator ';' stands in none .* 'id,name'"),
+        ("t.csv", "id,né\n", {"encoding": "ascii"}, r"encoding ascii .*data\.reading\.encoding"),
+        ("t.json", '{"id": 1}\n', {"header": True}, r"is JSON, which header"),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_file_is_refused(
+    name: str, content: str, reading: dict[str, object], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=problem):
+        read_table(write(tmp_path / name, content), (), ReadingConfig.model_validate(reading))

@@ -1,0 +1,263 @@
+"""Tables that `datasets` loads: by the id of a data set, or by the name of a builder and files."""
+
+import hashlib
+import heapq
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets.exceptions import DatasetNotFoundError
+
+from pfm_llm.base.errors import DataError
+from pfm_llm.config.data import HubTableConfig
+from pfm_llm.data.columns import is_usual, untyped
+from pfm_llm.data.formats.arrow_table import from_arrow, from_schema
+from pfm_llm.data.tables import LazyColumns, Table
+
+_BATCH = 10_000  # rows
+_OFFLINE = (
+    "if there is no network, save the data set with save_to_disk where there is one, and give that "
+    "folder as data.source"
+)
+_COMMIT = 40  # hex digits
+_PLACE = ""  # the name of no column
+_POOL = 4
+"""Users that a stream keeps for each that is wanted: some of them have too few events."""
+
+
+class HubTable:
+    """A table of a data set that was found but not yet read.
+
+    Args:
+        asked: Which data set, and what of it.
+        key: Its place in a config, for messages.
+
+    Attributes:
+        files: Files of this machine on whose content the table depends.
+        version: What else it depends on: the commit of the Hub, or of files elsewhere their state.
+
+    Raises:
+        DataError: The data set cannot be found or loaded.
+    """
+
+    def __init__(self, asked: HubTableConfig, key: str) -> None:
+        self._asked, self._key = asked, key
+        with_files = {} if asked.files is None else {"data_files": _plain(asked.files)}
+        self._builder = self._tried(
+            lambda: datasets.load_dataset_builder(
+                asked.name, asked.config, revision=asked.revision, **with_files
+            )
+        )
+        self._rows, self._notes = self._split()
+        origins = self._builder.config.data_files or {}
+        places = [str(place) for files in origins.values() for place in files]
+        found = [Path(place) for place in places if "://" not in place]
+        if not asked.streaming:
+            found = [Path(file["filename"]) for file in self._rows.cache_files]
+        self.files = tuple(path for path in found if path.is_file())
+        self.version = str(self._builder.hash or "")
+        if any("://" in place for place in places):
+            states = [getattr(files, "origin_metadata", None) for files in origins.values()]
+            self.version += f" {states}"
+        if len(self._builder.hash or "") == _COMMIT:
+            self._notes += (f"{asked.name}: commit {self._builder.hash}",)
+
+    def read(self, wanted: Callable[[str], bool] | None, users: "UserPool | None" = None) -> Table:
+        """Read the table.
+
+        Args:
+            wanted: Whether a column is needed; None: all are. A stream keeps no others.
+            users: The users whose rows a stream keeps; None: all rows.
+
+        Raises:
+            DataError: The rows cannot be loaded.
+        """
+        asked, limit = self._asked, self._asked.max_rows
+        if not asked.streaming:
+            rows = self._rows
+            kept = len(rows) if limit is None else min(limit, len(rows))
+            table = dataset_table(rows.select(range(kept)), asked.name)
+        else:
+            table = self._tried(lambda: _streamed(self._rows, asked, wanted, users))
+        told = () if limit is None else (f"{asked.name}: at most {limit:,} rows are read",)
+        return replace(table, notes=(*self._notes, *told, *table.notes))
+
+    def _split(self) -> tuple[Any, tuple[str, ...]]:
+        builder, split = self._builder, self._asked.split
+        if self._asked.streaming:
+            rows = self._tried(lambda: builder.as_streaming_dataset(split=split))
+        else:
+            self._tried(builder.download_and_prepare)
+            rows = self._tried(lambda: builder.as_dataset(split=split))
+        return one_split(rows, self._asked.name, f"set {self._key}.split")
+
+    def _tried(self, load: Callable[[], Any]) -> Any:
+        try:
+            return load()
+        except DataError:
+            raise
+        except Exception as error:  # the Hub, the network and each builder have their own
+            raise DataError(_refusal(self._asked, self._key, error)) from error
+
+
+class UserPool:
+    """A random sample of the users of a stream, drawn while it is read.
+
+    Those of the smallest hashes stay. A user who leaves never comes back, so that every user who
+    stays has all rows.
+
+    Args:
+        size: Users to keep.
+        seed: Another seed draws other users.
+        column: Gives the column of users, from the first rows.
+    """
+
+    def __init__(self, size: int, seed: int, column: Callable[[Table], str | None]) -> None:
+        self.column = column
+        self._size, self._seed = _POOL * size, seed
+        self._heap: list[tuple[int, str]] = []
+        self._kept: set[str] = set()
+
+    def __contains__(self, user: str) -> bool:
+        """Whether the rows of a user are kept."""
+        return user in self._kept
+
+    def meet(self, users: Collection[str]) -> None:
+        """Take users of the stream into account."""
+        for user in dict.fromkeys(users):
+            if user in self._kept:
+                continue
+            digest = hashlib.blake2b(f"{self._seed}:{user}".encode(), digest_size=8).digest()
+            heapq.heappush(self._heap, (-int.from_bytes(digest), user))
+            self._kept.add(user)
+            if len(self._kept) > self._size:
+                self._kept.discard(heapq.heappop(self._heap)[1])
+
+
+def needs(names: Collection[str]) -> Callable[[str], bool]:
+    """Whether a column may have a role, by the names that the config gives or by a usual one."""
+    return lambda name: name in names or untyped(name) in names or is_usual(untyped(name))
+
+
+def one_split(dataset: Any, name: str, remedy: str) -> tuple[Any, tuple[str, ...]]:
+    """The split ``train``, or the only one; the note names the splits that are not read.
+
+    Raises:
+        DataError: There are several, and none is ``train``.
+    """
+    if not isinstance(dataset, dict):
+        return dataset, ()
+    split = next(iter(dataset)) if len(dataset) == 1 else "train"
+    if split not in dataset:
+        raise DataError(
+            f"{name} has the splits {', '.join(dataset)} and no split 'train'; {remedy}"
+        )
+    others = [other for other in dataset if other != split]
+    note = f"{name}: only the split {split!r} is read, not {', '.join(others)}"
+    return dataset[split], (note,) if others else ()
+
+
+def dataset_table(rows: Any, name: str) -> Table:
+    """A `datasets.Dataset` as a table."""
+    return from_schema(
+        name,
+        rows.features.arrow_schema,
+        len(rows),
+        lambda column: rows.select_columns([column]).with_format("arrow")[:].column(0),
+    )
+
+
+def _streamed(
+    rows: Any,
+    asked: HubTableConfig,
+    wanted: Callable[[str], bool] | None,
+    users: UserPool | None,
+) -> Table:
+    """The wanted columns of a stream; of the others, the rows of the first batch."""
+    kept: list[pa.Table] = []
+    head, user, num_rows, most = None, None, 0, 2 * _BATCH
+    for batch in _batches(rows, asked.max_rows):
+        if head is None:
+            head = from_arrow(asked.name, batch)
+            user = users.column(head) if users is not None else None
+        places = pa.array(range(num_rows + 1, num_rows + batch.num_rows + 1), pa.int64())
+        num_rows += batch.num_rows
+        names = [name for name in batch.column_names if wanted is None or wanted(name)]
+        kept.append(batch.select(names).append_column(_PLACE, places))
+        if users is not None and user is not None:
+            users.meet(from_arrow(asked.name, batch.select([user])).columns[user])
+            if sum(map(len, kept)) > most:
+                kept = _of_users(kept, users, user)
+                most = 2 * max(_BATCH, sum(map(len, kept)))
+    if head is None:
+        raise DataError(f"{asked.name}: the stream has no rows; check data.hub.split")
+    if users is not None and user is not None:
+        kept = _of_users(kept, users, user)
+    return _joined(kept, head, num_rows)
+
+
+def _batches(rows: Any, limit: int | None) -> Iterator[pa.Table]:
+    stream = rows if limit is None else rows.take(limit)
+    yield from stream.with_format("arrow").iter(batch_size=_BATCH)
+
+
+def _of_users(kept: Sequence[pa.Table], users: UserPool, user: str) -> list[pa.Table]:
+    texts = (from_arrow("", table.select([user])).columns[user] for table in kept)
+    masks = [pa.array([text in users for text in own], pa.bool_()) for own in texts]
+    return [table.filter(mask) for table, mask in zip(kept, masks, strict=True)]
+
+
+def _joined(kept: Sequence[pa.Table], head: Table, num_rows: int) -> Table:
+    try:
+        whole = pa.concat_tables(kept, promote_options="permissive")
+    except pa.ArrowException:  # texts among numbers, of which the first batches had none
+        texts = pa.schema([(n, pa.string()) for n in kept[0].column_names[:-1]])
+        whole = pa.concat_tables([t.cast(texts.append(t.schema.field(_PLACE))) for t in kept])
+    places = whole.column(_PLACE).to_pylist()
+    table = from_arrow(head.name, whole.drop_columns([_PLACE]))
+    notes = [f"{head.name}: {num_rows:,} rows were streamed"]
+    if len(places) < num_rows:
+        notes.append(f"{head.name}: {len(places):,} rows are of users that data.max_users may draw")
+    return replace(
+        table,
+        header=head.header,
+        columns=LazyColumns(
+            [*head.columns], lambda name: (table if name in table.header else head).columns[name]
+        ),
+        positions=places,
+        notes=tuple(notes),
+    )
+
+
+def _plain(files: Any) -> Any:
+    """The setting ``files`` in the types that `datasets` knows."""
+    if isinstance(files, dict):
+        return {split: _plain(own) for split, own in files.items()}
+    return list(files) if isinstance(files, tuple) else files
+
+
+def _refusal(asked: HubTableConfig, key: str, error: Exception) -> str:
+    """What is wrong, and the remedy."""
+    told = " ".join(str(error).split()).rstrip(".")
+    is_missing = isinstance(error, DatasetNotFoundError)
+    if "gated" in told:
+        setting, remedy = "name", "ask for access on its page, and log in with hf auth login"
+    elif is_missing and "Revision" in told:
+        setting, remedy = "revision", "give a branch, a tag or a commit that it has"
+    elif is_missing:
+        setting, remedy = "name", "check the id; if it is private, log in with hf auth login"
+    elif isinstance(error, FileNotFoundError):
+        setting, remedy = ("files" if asked.files else "name"), "check the names of the files"
+    elif isinstance(error, OSError):
+        setting, remedy = "name", _OFFLINE
+    elif "onfig" in told and "vailable" in told:
+        setting, remedy = "config", "set it to one of these"
+    elif "split" in told:
+        setting, remedy = "split", "set it to one of these"
+    else:
+        setting, remedy = "name", "see whether datasets.load_dataset can load it"
+    value = getattr(asked, setting)
+    return f"{key}.{setting}: {value!r}: {type(error).__name__}: {told}; {remedy}"
