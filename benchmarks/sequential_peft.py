@@ -100,13 +100,6 @@ class SequentialPeft:
         for name, weight in self._lora.items():
             weight.copy_(tensors[name])
 
-    def _context(self, window: Window, head: Tensors, trained: torch.Tensor) -> torch.Tensor | None:
-        if recommender_head.CONTEXT_PROJ not in head:
-            return None
-        history = torch.tensor(window.history.items, dtype=torch.int64, device=self._device)
-        known = window.start + 1 + trained.nonzero()[:, 0]
-        return recommender_head.context_vectors(head, history, known, self._item_texts)
-
     def _loss(self, window: Window, head: Tensors) -> torch.Tensor:
         ends, items, targets = (
             torch.tensor(array, dtype=torch.int64, device=self._device)
@@ -120,12 +113,12 @@ class SequentialPeft:
         tokens = torch.tensor(window.tokens, dtype=torch.int64, device=self._device)
         states = self._decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
         trained = targets != NO_TARGET
-        context = self._context(window, head, trained)
+        context = recommender_head.context_vectors(head, items[None], self._item_texts)
         vectors = recommender_head.user_vectors(
             head,
             self._normaliser(states[ends[trained]]),
             _private_head(head),
-            context,
+            None if context is None else context[0, trained],
         )
         scores = recommender_head.score_items(head, vectors, self._item_texts)
         if self._unseen_only:

@@ -14,7 +14,6 @@ from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settle import known
 from pfm_llm.data.history import History
-from pfm_llm.model import ablation
 from pfm_llm.model.batches import collate, stacked_tensors
 from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.protocol.contract import UpdateContract
@@ -75,9 +74,7 @@ class LocalTrainer:
         self._contract = contract
         self._private = model.objective.private
         self._local = config.federation.local
-        # Windows that are cut short show as many items in more of them.
-        shorter = config.window.items // ablation.windows(config).items
-        self._most_windows = shorter * most_windows(config.data.users_per_client)
+        self._most_windows = most_windows(config.data.users_per_client)
 
     @functools.cached_property
     def _stages(self) -> Stages:

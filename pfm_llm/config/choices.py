@@ -59,7 +59,6 @@ class Ablation(StrEnum):
 
     NONE = "none"
     NO_PASS = "no_pass"
-    ONE_ITEM = "one_item"
     SHUFFLED_TEXTS = "shuffled_texts"
     RANDOM_WEIGHTS = "random_weights"
 

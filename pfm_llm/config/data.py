@@ -143,6 +143,7 @@ class DataConfig(Settings):
         0.0,
         description="share of the items that are in no training and no query's history: as targets "
         "they are new items",
+        exclude_if=lambda value: not value,
     )
     keep_ties: bool = Field(False, description="never split events of a user with equal timestamps")
     like_threshold: float = Field(4.0, description="ratings from this value up count as likes")

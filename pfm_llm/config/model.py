@@ -133,7 +133,14 @@ class HeadConfig(Settings):
     item_ids: ItemIds = ItemIds.BOTH
     id_dim: PositiveCount = Field(64, description="dimensions of an item's learned embedding")
     item_context: bool = Field(
-        True, description="add a linear function of the history's items to the user vector"
+        True, description="add a linear function of the window's items to the user vector"
+    )
+    # Not dumped while it is off: hashes of settings that were made before it stay as they are.
+    item_met: bool = Field(
+        False,
+        description="learn which items somebody has met; others are no negatives in training, and "
+        "have no embedding",
+        exclude_if=lambda value: not value,
     )
     dropout: Fraction = Field(
         0.4,

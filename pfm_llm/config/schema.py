@@ -74,11 +74,6 @@ class LocalConfig(Settings):
     private_lr: Positive = 2e-4
     max_grad_norm: Positive | None = Field(None, description="bound of a client's gradient")
     unseen_only: bool = Field(True, description="items of the history are no negatives")
-    met_only: bool | None = Field(
-        None,
-        description="items that no client has met are no negatives; None: yes, where a mean of "
-        "updates can tell which have been",
-    )
 
 
 class ServerConfig(Settings):
@@ -170,8 +165,13 @@ class ExperimentConfig(Settings):
     )
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
-    items: ItemsConfig = ItemsConfig()
-    ablation: Ablation = Field(Ablation.NONE, description="what to do without; model/ablation.py")
+    # Not dumped at their defaults: hashes of earlier settings stay as they are.
+    items: ItemsConfig = Field(ItemsConfig(), exclude_if=lambda value: value == ItemsConfig())
+    ablation: Ablation = Field(
+        Ablation.NONE,
+        description="what to do without, to measure what it is worth; see model/ablation.py",
+        exclude_if=lambda value: value is Ablation.NONE,
+    )
     window: WindowConfig = WindowConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     head: HeadConfig = HeadConfig()
@@ -252,10 +252,14 @@ def _regime_problem(config: ExperimentConfig) -> str | None:
 
 def _aggregation_problem(config: ExperimentConfig) -> str | None:
     server = config.federation.server
-    if server.aggregator is Aggregation.MEDIAN and config.federation.local.met_only:
+    if config.head.item_met and server.aggregator is Aggregation.MEDIAN:
         return (
-            "federation.local.met_only: a median hides which items few clients have met; leave it "
-            "out, or set federation.server.aggregator: mean"
+            "head.item_met: a median hides which items few clients have met; leave it out, or set "
+            "federation.server.aggregator: mean"
+        )
+    if config.head.item_met and SPECS[config.method].shares_nothing:
+        return (
+            f"head.item_met: method {config.method} sends no update that could tell; leave it out"
         )
     if server.aggregator is Aggregation.MEDIAN and server.weighting is not Weighting.UNIFORM:
         return (

@@ -1,22 +1,12 @@
 """Functions of a config that several modules need."""
 
-from pfm_llm.config.choices import Aggregation, Task
-from pfm_llm.config.methods import SPECS
+from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig, training_hash
 
 
 def like_threshold(config: ExperimentConfig) -> float | None:
     """The lowest rating that counts as a like; None if ``like`` is no task."""
     return config.data.like_threshold if Task.LIKE in config.tasks else None
-
-
-def learns_met(config: ExperimentConfig) -> bool:
-    """Whether the federation learns which items somebody has met; see `head.ITEM_MET`."""
-    federation = config.federation
-    if federation.local.met_only is not None:
-        return federation.local.met_only and not SPECS[config.method].shares_nothing
-    can_tell = federation.server.aggregator is Aggregation.MEAN
-    return can_tell and not SPECS[config.method].shares_nothing
 
 
 def changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list[str]:
@@ -26,7 +16,7 @@ def changed_settings(saved: ExperimentConfig, current: ExperimentConfig) -> list
         replaced = saved.model_copy(update={section: getattr(current, section)})
         if training_hash(replaced) != training_hash(saved):
             old, new = (
-                leaves(config.model_dump(mode="json")[section], section)
+                leaves(config.model_dump(mode="json").get(section), section)
                 for config in (saved, current)
             )
             changed += [

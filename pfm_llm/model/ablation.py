@@ -7,8 +7,6 @@ ablation            difference
 ==================  ===========================================================================
 ``no_pass``         user states are zero: no layer reads a history. LoRA, ``head.state_proj`` and
                     ``head.item_ids_in`` have no effect, and are neither trained nor sent.
-``one_item``        the prompt of each position is its own item alone. The item context and the
-                    private part read the whole history, as they do otherwise.
 ``shuffled_texts``  the texts are permuted among the items: what a text says has no meaning.
 ``random_weights``  a language model of the same shape with random weights.
 ==================  ===========================================================================
@@ -18,7 +16,6 @@ import numpy as np
 
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.config.choices import Ablation
-from pfm_llm.config.model import WindowConfig
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.interactions import Catalogue
 
@@ -33,15 +30,6 @@ def has_pass(config: ExperimentConfig) -> bool:
 def is_trained(config: ExperimentConfig, name: str) -> bool:
     """Whether a shared tensor has an effect, so that it is to be trained and sent."""
     return has_pass(config) or not name.startswith(_OF_THE_PASS)
-
-
-def windows(config: ExperimentConfig) -> WindowConfig:
-    """How histories are cut into the windows that the model reads."""
-    window = config.window
-    if config.ablation is not Ablation.ONE_ITEM:
-        return window
-    newest = None if window.max_windows is None else window.max_windows * window.items
-    return window.model_copy(update={"items": 1, "max_windows": newest})
 
 
 def texts_of(config: ExperimentConfig, catalogue: Catalogue) -> Catalogue:

@@ -73,25 +73,6 @@ class ChunkBatch:
         nothing = self.items.new_zeros(0)
         return tuple(torch.cat([nothing, *own]).unique() for own in found)
 
-    def read_histories(self, outputs: slice) -> tuple[list[torch.Tensor], list[int]]:
-        """The histories behind some outputs of a client, and how many outputs each of them has.
-
-        Rows of one user show stretches of one history. A history that begins with that of the row
-        before takes over its outputs.
-        """
-        rows, counts = self.rows[self.outputs[outputs]].unique_consecutive(return_counts=True)
-        histories: list[torch.Tensor] = []
-        numbers: list[int] = []
-        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
-            history = self.histories[row]
-            before = histories[-1] if histories else None
-            if before is not None and torch.equal(history[: len(before)], before):
-                histories[-1], numbers[-1] = history, numbers[-1] + count
-            else:
-                histories.append(history)
-                numbers.append(count)
-        return histories, numbers
-
     def seen(self, num_items: int) -> torch.Tensor:
         """Which items of the catalogue are in the history before each output's target.
 

@@ -16,7 +16,7 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.config.choices import Ablation
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.model.ablation import has_pass, texts_of, windows
+from pfm_llm.model.ablation import has_pass, texts_of
 from pfm_llm.model.backbone import Backbone, load_backbone, with_random_weights
 from pfm_llm.model.cohort import CohortModel
 from pfm_llm.model.head import Normaliser, fit_normaliser
@@ -101,7 +101,7 @@ def build_model(
         prompt,
         texts_of(config, catalogue),
         backbone.tokenizer,
-        windows(config),
+        config.window,
         backbone.max_tokens,
         values,
     )

@@ -299,15 +299,19 @@ class CohortModel:
         if recommender_head.CONTEXT_PROJ not in heads[0]:
             return [None] * len(heads)
         found: list[torch.Tensor | None] = []
-        for head, outputs in zip(heads, spans(batch.outputs_per_client), strict=True):
-            histories, counts = batch.read_histories(outputs)
-            parts = [
-                recommender_head.context_vectors(head, history, known, self.item_texts)
-                for history, known in zip(
-                    histories, batch.known[outputs].split(counts), strict=True
-                )
-            ]
-            found.append(torch.cat(parts) if parts else None)
+        pairs = zip(spans(batch.positions_per_client), spans(batch.outputs_per_client), strict=True)
+        for head, (positions, outputs) in zip(heads, pairs, strict=True):
+            # A client's positions are flat, one window after another. A context depends on the
+            # items before it in the window, so each window becomes a row of a rectangle.
+            _, lengths = batch.rows[positions].unique_consecutive(return_counts=True)
+            windows = batch.items[positions].split(lengths.tolist())
+            items = nn.utils.rnn.pad_sequence(windows, batch_first=True)
+            context = recommender_head.context_vectors(head, items, self.item_texts)
+            assert context is not None
+            # The mask drops the padding, which restores the flat order of positions. The indices
+            # in `batch.outputs` count over all clients, so the client's start is subtracted.
+            is_item = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
+            found.append(context[is_item][batch.outputs[outputs] - positions.start])
         return found
 
     def _with_item_inputs(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> torch.Tensor:

@@ -11,7 +11,7 @@ With ``item_ids: both``, ``item_ids_in e_i`` is also added to the hidden state a
 item i, where the adapted layers begin. ``state_proj`` and ``item_proj`` start as (truncated)
 identities, so training starts from the similarity of whitened states.
 
-With ``item_context``, c holds two weighted means of the history's items up to the position::
+With ``item_context``, c holds two weighted means of the window's items up to the position::
 
     c   = [c_1; c_2],   c_k = sum_s 2^(-a_s / h_k) x_s / sum_s 2^(-a_s / h_k),   x_s = [z_s; e_s]
 
@@ -19,7 +19,7 @@ for items s that are a_s items old, with learned half-lives h_k. This path from 
 history to the scores passes no transformer layer. It is a low-rank Markov chain of higher order, as
 in Fossil (He and McAuley 2016, arXiv 1609.09152).
 
-Which items somebody has met is learned too. ``head.item_met`` starts at zero, and each client's
+With ``item_met``, the federation learns which items somebody has met. ``head.item_met`` starts at zero, and each client's
 update raises the entries of its own items (`met_term`). An entry is therefore above zero just where
 a client that took part had met the item. An item that nobody has met is no negative in training,
 and has no embedding: e_i counts as zero. Its text alone ranks it, with a bias of zero. As one
@@ -40,7 +40,7 @@ parameter             shape     present with
 head.state_proj       [D, d]    always
 head.item_proj        [D, D]    always
 head.item_bias        [I]       ``item_bias``
-head.item_met         [I]       ``federation.local.met_only``
+head.item_met         [I]       ``item_met``
 head.item_ids         [I, E]    ``item_ids: output | both``
 head.item_ids_out     [D, E]    ``item_ids: output | both``
 head.item_ids_in      [d, E]    ``item_ids: both``
@@ -63,7 +63,6 @@ from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import HeadConfig
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.config.settings import learns_met
 from pfm_llm.protocol.parameters import Parameter, Sizes, Unseen
 from pfm_llm.protocol.types import Tensors
 
@@ -160,7 +159,7 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
         (True, Parameter(STATE_PROJ, (dim, width), rate, partial(torch.eye, dim, width))),
         (True, Parameter(ITEM_PROJ, (dim, dim), rate, partial(torch.eye, dim))),
         (head.item_bias, bias),
-        (learns_met(config), Parameter(ITEM_MET, (sizes.num_items,), bias_rate, per_item=True)),
+        (head.item_met, Parameter(ITEM_MET, (sizes.num_items,), bias_rate, per_item=True)),
         (has_ids, Parameter(ITEM_IDS, ids, id_rate, draw_ids, per_item=True)),
         (has_ids, Parameter(ITEM_IDS_OUT, (dim, id_dim), id_rate)),
         (head.item_ids is ItemIds.BOTH, Parameter(ITEM_IDS_IN, (width, id_dim), id_rate)),
@@ -228,27 +227,29 @@ def item_inputs(head: Tensors, items: torch.Tensor) -> torch.Tensor | None:
 
 
 def context_vectors(
-    head: Tensors, history: torch.Tensor, known: torch.Tensor, item_texts: torch.Tensor
-) -> torch.Tensor:
-    """The term that the items of a history add to the user vectors after some of them.
+    head: Tensors, items: torch.Tensor, item_texts: torch.Tensor
+) -> torch.Tensor | None:
+    """The term that the items of a window add to the user vector at each of its positions.
 
     Args:
-        head: One client's head parameters, with ``item_context``.
-        history: int64 [H], oldest item first.
-        known: int64 [K], ascending: how many items each of the K vectors has read, at least 1.
+        head: One client's head parameters.
+        items: int64 [N, L], windows, oldest item first. Padding comes last and changes no
+            position before it.
         item_texts: float32 [I, D], whitened.
 
     Returns:
-        float32 [K, D].
+        float32 [N, L, D], or None without ``item_context``.
     """
-    items = history[: int(known[-1])]
+    if CONTEXT_PROJ not in head:
+        return None
     read = item_texts[items]
     if ITEM_IDS in head:
-        read = torch.cat([read, F.embedding(items, head[ITEM_IDS])], 1)
-    ages = known[:, None] - 1 - torch.arange(len(items), device=items.device)
-    weights = fading(ages, head[CONTEXT_LOG_H].exp()[:, None, None])
+        read = torch.cat([read, F.embedding(items, head[ITEM_IDS])], 2)
+    place = torch.arange(items.shape[1], device=items.device)
+    weights = fading(place[:, None] - place, head[CONTEXT_LOG_H].exp()[:, None, None])
     weights = weights / weights.sum(2, keepdim=True)
-    return torch.einsum("hks,sw->khw", weights, read).flatten(1) @ head[CONTEXT_PROJ].T
+    summed = torch.einsum("kls,nsw->nlkw", weights, read).flatten(2)
+    return summed @ head[CONTEXT_PROJ].T
 
 
 def user_vectors(

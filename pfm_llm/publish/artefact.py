@@ -312,9 +312,18 @@ def is_listed(name: str, patterns: Sequence[str] = LISTED_FILES) -> bool:
     )
 
 
-def write_head(folder: Path, head: Tensors, normaliser: Normaliser, of_items: Normaliser) -> None:
-    """Write the recommender head and the whitenings, of user states and of items."""
+def write_head(
+    folder: Path, head: Tensors, normaliser: Normaliser, of_items: Normaliser | None = None
+) -> None:
+    """Write the recommender head and its whitenings.
+
+    Args:
+        folder: Where to.
+        head: Its tensors.
+        normaliser: The whitening of user states.
+        of_items: That of items; None, or the same object: items share it.
+    """
     tensors = {**head, _MEAN: normaliser.mean, _BASIS: normaliser.basis}
-    if of_items is not normaliser:
+    if of_items is not None and of_items is not normaliser:
         tensors |= {_ITEM_MEAN: of_items.mean, _ITEM_BASIS: of_items.basis}
     files.write_tensors(folder / HEAD_FILE, tensors)

@@ -7,7 +7,7 @@ tokenizer, the prompt, the catalogue and the previous adapter or version.
 import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError
@@ -124,9 +124,10 @@ class Manifest(_Part):
     head: HeadConfig
     tasks: tuple[Task, ...] = (Task.NEXT_ITEM,)
     window: WindowConfig
-    items: ItemsConfig = ItemsConfig()
-    item_encoder_sha256: str | None = None
-    ablation: Ablation = Ablation.NONE
+    # Absent at their defaults, as in manifests of before.
+    items: ItemsConfig = Field(ItemsConfig(), exclude_if=lambda value: value == ItemsConfig())
+    item_encoder_sha256: str | None = Field(None, exclude_if=lambda value: value is None)
+    ablation: Ablation = Field(Ablation.NONE, exclude_if=lambda value: value is Ablation.NONE)
     prompt: str
     prompt_sha256: str
     data_source: str

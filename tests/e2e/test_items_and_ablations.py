@@ -72,6 +72,25 @@ def test_items_of_another_space_than_the_histories(
         np.testing.assert_allclose(published(run, tiny).score(HISTORY), own, atol=1e-5)
 
 
+def test_which_items_were_met_is_learned_by_updates_alone(tiny: Tiny, tmp_path: Path) -> None:
+    """After each client took part, just the items of some history are known to be met."""
+    settings = {**SMALL, "federation__num_rounds": 6, "data__hold_out_items": 0.2}
+    run = run_experiment(tiny.config(tmp_path, **settings, head__item_met=True))
+    opened, trained = open_run(run)
+    met = (trained.shared.tensors["head.item_met"] > 0).numpy()
+    seen = np.zeros(len(met), dtype=bool)
+    seen[opened.data.split.train.interactions.items] = True
+    assert not seen.all()
+    assert np.array_equal(met, seen)
+    never = ~seen
+    assert not trained.shared.tensors["head.item_bias"].numpy()[never].any()
+    np.testing.assert_allclose(
+        published(run, tiny).score(HISTORY[:1]),
+        Recommender.from_pretrained(run).score(HISTORY[:1]),
+        atol=1e-5,
+    )
+
+
 def test_an_encoder_that_is_narrower_than_the_text_space_is_refused(
     tiny: Tiny, tmp_path: Path
 ) -> None:

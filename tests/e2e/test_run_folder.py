@@ -230,14 +230,14 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
     ours = opened.model.model.scores(batch, stacked, Parts(shared_lora=True, private_weight=0.0))
 
     plain = plain_peft(run, tiny)
-    head, (normaliser, _) = read_artefact(run / "shared_adapter").contents()
+    head, normaliser = read_artefact(run / "shared_adapter").contents()
     with torch.no_grad():
         tokens = torch.from_numpy(window.tokens).long()[None]
         hidden = plain(input_ids=tokens, output_hidden_states=True).hidden_states[-1][:, -1]
-        history = torch.from_numpy(window.met).long()
-        known = torch.tensor([len(history)])
-        context = context_vectors(head, history, known, opened.model.model.item_texts)
-        vectors = user_vectors(head, normaliser(hidden), None, context)
+        items = torch.from_numpy(window.items).long()[None]
+        context = context_vectors(head, items, opened.model.model.item_texts)
+        assert context is not None
+        vectors = user_vectors(head, normaliser(hidden), None, context[:, -1])
         theirs = score_items(head, vectors, opened.model.model.item_texts)
     assert torch.allclose(theirs, ours, atol=1e-5)
 

@@ -173,7 +173,6 @@ def test_item_ids(item_ids: str, parameters: set[str], tiny: Tiny, tmp_path: Pat
         "head.state_proj",
         "head.item_proj",
         "head.item_bias",
-        "head.item_met",
         "head.context_proj",
         "head.context_log_h",
     }

@@ -78,10 +78,8 @@ class PeftReference:
             handle.remove()
         normaliser, texts = self._cohort.normaliser, self._cohort.item_texts
         white = (hidden[ends].float() - normaliser.mean) @ normaliser.basis
-        items = window.history.items.tolist()  # the context reads what came before the window too
-        return torch.stack(
-            [self._score_row(n, texts, items[: window.start + t + 1]) for t, n in enumerate(white)]
-        )
+        items = window.items.tolist()
+        return torch.stack([self._score_row(n, texts, items[: t + 1]) for t, n in enumerate(white)])
 
     def _context(self, texts: torch.Tensor, items: list[int]) -> torch.Tensor:
         """For each half-life h the mean of [z; e] of the items, weighted by 2^(-age / h)."""

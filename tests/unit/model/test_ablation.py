@@ -37,14 +37,6 @@ def test_without_a_pass_what_only_it_uses_is_neither_trained_nor_sent() -> None:
     }
 
 
-def test_a_prompt_of_one_item_covers_the_same_items() -> None:
-    settings: dict[str, Any] = {"window": {"items": 16, "max_windows": 3}}
-    assert ablation.windows(config(Ablation.NONE, **settings)).items == 16
-    cut = ablation.windows(config(Ablation.ONE_ITEM, **settings))
-    assert (cut.items, cut.max_windows) == (1, 48)
-    assert ablation.windows(config(Ablation.ONE_ITEM)).max_windows is None
-
-
 @pytest.mark.parametrize("what", Ablation)
 def test_only_shuffled_texts_change_what_is_read(what: Ablation) -> None:
     read = ablation.texts_of(config(what), CATALOGUE)

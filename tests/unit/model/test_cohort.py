@@ -351,7 +351,7 @@ def test_an_item_that_nobody_has_met_is_no_negative() -> None:
     tensors = cohort.client_tensors(1)
     own = {int(item) for window in CLIENT_WINDOWS[1] for item in window.met}
     unmet = next(item for item in range(NUM_ITEMS) if item not in own)
-    met = tensors["head.item_met"].clone()
+    met = torch.ones(NUM_ITEMS)
     met[unmet] = 0
     stacked = stack([{**tensors, "head.item_met": met}])
     losses = _stacked_losses(cohort, stacked, (1,))

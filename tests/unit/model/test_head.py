@@ -106,7 +106,7 @@ def test_parameters_and_shapes(
     head = _head(config, 16, 9)
     shapes = {name.removeprefix("head."): tuple(tensor.shape) for name, tensor in head.items()}
     width = 6 if item_ids is ItemIds.NONE else 10
-    always = {"state_proj": (6, 16), "item_proj": (6, 6), "item_met": (9,)}
+    always = {"state_proj": (6, 16), "item_proj": (6, 6)}
     context = {"context_proj": (6, 2 * width), "context_log_h": (2,)}
     assert shapes == {**always, **context, **expected}
     without = _head(config.model_copy(update={"item_context": False}), 16, 9)
@@ -190,15 +190,18 @@ def test_the_context_is_a_mean_of_the_items_so_far_in_which_the_newest_counts_mo
         "head.context_proj": _random(3, 2 * 5, seed=2),
         "head.context_log_h": torch.tensor([1.0, 2.0]).log(),
     }
-    found = context_vectors(head, torch.tensor([4, 1, 2, 0]), torch.tensor([1, 3]), texts)
+    items = torch.tensor([[4, 1, 2], [3, 0, 0]])  # the second is one item long, and padded
+    found = context_vectors(head, items, texts)
+    assert found is not None
     read = torch.cat([texts, ids], 1)
     fast = (read[4] / 4 + read[1] / 2 + read[2]) / 1.75
     half = 0.5**0.5
     slow = (read[4] / 2 + read[1] * half + read[2]) / (1.5 + half)
     expected = head["head.context_proj"] @ torch.cat([fast, slow])
-    torch.testing.assert_close(found[1], expected)
-    alone = head["head.context_proj"] @ torch.cat([read[4], read[4]])
-    torch.testing.assert_close(found[0], alone)
+    torch.testing.assert_close(found[0, 2], expected)
+    alone = head["head.context_proj"] @ torch.cat([read[3], read[3]])
+    torch.testing.assert_close(found[1, 0], alone)
+    assert context_vectors({"head.item_ids": ids}, items, texts) is None
 
 
 def test_an_item_that_nobody_has_met_has_no_embedding() -> None:

@@ -195,12 +195,13 @@ def test_the_formulas_are_those_of_the_head() -> None:
         torch.randn(6, generator=generator), torch.randn(6, 6, generator=generator)
     )
     x, t = torch.randn(6, generator=generator), torch.randn(5, 6, generator=generator)
-    texts, read = normaliser(t)[:, :4], torch.tensor([3, 0, 2])
-    context = ours.context_vectors(head, read, torch.tensor([3]), texts)
-    vectors = ours.user_vectors(head, normaliser(x)[None], None, context)
+    texts, read = normaliser(t)[:, :4], torch.tensor([[3, 0, 2]])
+    context = ours.context_vectors(head, read, texts)
+    assert context is not None
+    vectors = ours.user_vectors(head, normaliser(x)[None], None, context[:, -1])
     expected = ours.score_items(head, vectors, texts)[0]
     # In the card's words, not its lines.
-    items = torch.cat([texts, head["head.item_ids"]], 1)[read]
+    items = torch.cat([texts, head["head.item_ids"]], 1)[read[0]]
     weights = 2 ** (-torch.tensor([2.0, 1, 0]) / head["head.context_log_h"].exp()[:, None])
     c = (weights / weights.sum(1, keepdim=True) @ items).flatten()
 
