@@ -150,10 +150,12 @@ class DataConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _named_by_hub(cls, tree: Any) -> Any:
-        """The name of a data set of the Hub is the name of the source too."""
+        """The name of a data set of the Hub is that of the source; one of them is enough."""
         hub = tree.get("hub") if isinstance(tree, Mapping) else None
         if isinstance(hub, str):
             hub = {"name": hub}
+        if isinstance(hub, Mapping) and "name" not in hub and "source" in tree:
+            hub = {**hub, "name": tree["source"]}
         name = hub.get("name") if isinstance(hub, Mapping) else getattr(hub, "name", None)
         return {**tree, "hub": hub, "source": tree.get("source", name)} if name else tree
 
