@@ -13,7 +13,7 @@ def check(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="CSV, TSV, JSON or Parquet file; folder of Parquet parts, MovieLens, RecBole, "
+            help="CSV, TSV, JSON or Parquet file; folder of parts, MovieLens, RecBole, "
             "MIND or save_to_disk; `datasets` id; movielens-100k or completejourney; or a config "
             "(YAML), whose section data is checked.",
             show_default=False,

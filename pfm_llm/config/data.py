@@ -115,7 +115,7 @@ class DataConfig(Settings):
     source: str = Field(
         "movielens-100k",
         description="movielens-100k or completejourney (embedded); a CSV, TSV, JSON or Parquet "
-        "file; a folder of Parquet parts, MovieLens, RecBole, MIND or save_to_disk; a `datasets` "
+        "file; a folder of parts, MovieLens, RecBole, MIND or save_to_disk; a `datasets` "
         "id. A path is looked for beside the config first",
     )
     items: str | None = Field(None, description="file of item texts, if not in source")

@@ -233,6 +233,12 @@ def _refusal(
         for table in (tables.interactions, tables.items)
         if table is not None and table.name
     ]
+    lines += [
+        f"{table.name} was read as one column; if its fields are separated, say by what in "
+        "data.reading.separator"
+        for table in (tables.interactions, tables.items)
+        if table is not None and len(table.header) == 1 and "separator" in table.layout
+    ]
     if not any(is_usual(name) for name in tables.interactions.header):
         lines.append("if the first line of the file is no header, add one that names the columns")
     block = as_block({"data": {"columns": proposed}})

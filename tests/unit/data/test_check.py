@@ -324,3 +324,9 @@ def test_a_column_that_comes_twice_in_parquet_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["user_id", "user_id"]), path)
     with pytest.raises(DataError, match="column 'user_id' comes twice"):
         check_data(data_config(str(path)))
+
+
+def test_a_file_of_one_column_says_how_to_name_its_separator(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("user item\n1 2\n")
+    with pytest.raises(DataError, match=r"read as one column; .* data\.reading\.separator"):
+        check_data(data_config(str(tmp_path / "own.txt")))
