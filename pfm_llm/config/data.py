@@ -15,6 +15,7 @@ EMBEDDED_SOURCES = ("movielens-100k", "completejourney")
 RECOGNISED = "auto"
 """In place of the rating's column: the first usual name that is there, if there is one."""
 
+_BUILDERS = ("csv", "json", "parquet", "arrow", "text", "xml", "webdataset")
 _TAB = ("\\t", "tab")
 
 
@@ -101,6 +102,13 @@ class HubTableConfig(Settings):
         False, description="read row by row; keep the columns that are used, and no files"
     )
     max_rows: PositiveCount | None = Field(None, description="read at most so many rows")
+
+    @model_validator(mode="after")
+    def _has_files(self) -> Self:
+        # Without files a builder reads all of the working folder.
+        if self.name in _BUILDERS and not self.files:
+            raise ValueError(f"{self.name} is no data set but reads files; name them in files")
+        return self
 
 
 class HubConfig(HubTableConfig):

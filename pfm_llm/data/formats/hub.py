@@ -23,6 +23,7 @@ _OFFLINE = (
     "folder as data.source"
 )
 _COMMIT = 40  # hex digits
+_LONGEST = 600  # characters of an error of `datasets`
 _PLACE = ""  # the name of no column
 _POOL = 4
 """Users that a stream keeps for each that is wanted: some of them have too few events."""
@@ -250,6 +251,7 @@ def _plain(files: Any) -> Any:
 def _refusal(asked: HubTableConfig, key: str, error: Exception) -> str:
     """What is wrong, and the remedy."""
     told = " ".join(str(error).split()).rstrip(".")
+    told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]} …"
     is_missing = isinstance(error, DatasetNotFoundError)
     if "gated" in told:
         setting, remedy = "name", "ask for access on its page, and log in with hf auth login"

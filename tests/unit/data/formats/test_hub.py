@@ -241,7 +241,7 @@ def test_the_name_of_the_data_set_is_that_of_the_source(tmp_path: Path) -> None:
     assert load_config(path) == config
     public = public_config(config).data
     assert public.hub is not None
-    assert public.hub.files is None
+    assert public.hub.files == {"train": ("a.csv", "b.csv")}
     short = parse_config({"name": "x", "data": {"hub": "some/one"}})
     assert short.data.hub is not None
     assert short.data.source == short.data.hub.name == "some/one"
@@ -252,3 +252,9 @@ def test_the_name_of_the_data_set_is_that_of_the_source(tmp_path: Path) -> None:
     assert training_hash(short) != training_hash(longer)
     with pytest.raises(ConfigError, match="source and hub name two data sets"):
         parse_config({"name": "x", "data": {"hub": "some/one", "source": "a.csv"}})
+
+
+def test_a_builder_without_files_is_refused() -> None:
+    """It would read all of the working folder."""
+    with pytest.raises(ConfigError, match=r"data\.hub.*csv is no data set .* name them in files"):
+        parse_config({"name": "x", "data": {"hub": "csv"}})
