@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from pfm_llm.cli.options import Overrides
-
 HELP = "Check a data source before training."
 
 
@@ -15,7 +13,7 @@ def check(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="CSV, TSV, JSON or Parquet file; folder of Parquet parts, MovieLens, RecBole, "
+            help="CSV, TSV, JSON or Parquet file; folder of parts, MovieLens, RecBole, "
             "MIND or save_to_disk; `datasets` id; movielens-100k or completejourney; or a config "
             "(YAML), whose section data is checked.",
             show_default=False,
@@ -34,7 +32,15 @@ def check(
             "rating=null: no ratings are read; may be repeated.",
         ),
     ] = None,
-    overrides: Overrides = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Try another setting, such as data.reading.header=false or "
+            "data.hub.split=test; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Report what a source is read as, and which rows training would read or drop.
 
@@ -43,7 +49,7 @@ def check(
     """
     from pfm_llm.data.check import check_data, data_config
 
-    checked = check_data(data_config(source, items, column or [], overrides or []))
+    checked = check_data(data_config(source, items, column or [], override or []))
     print(checked.describe())
     if checked.problems:
         raise typer.Exit(1)

@@ -15,6 +15,7 @@ EMBEDDED_SOURCES = ("movielens-100k", "completejourney")
 RECOGNISED = "auto"
 """In place of the rating's column: the first usual name that is there, if there is one."""
 
+_BUILDERS = ("csv", "json", "parquet", "arrow", "text", "xml", "webdataset")
 _TAB = ("\\t", "tab")
 
 
@@ -102,6 +103,13 @@ class HubTableConfig(Settings):
     )
     max_rows: PositiveCount | None = Field(None, description="read at most so many rows")
 
+    @model_validator(mode="after")
+    def _has_files(self) -> Self:
+        # Without files a builder reads all of the working folder.
+        if self.name in _BUILDERS and not self.files:
+            raise ValueError(f"{self.name} is no data set but reads files; name them in files")
+        return self
+
 
 class HubConfig(HubTableConfig):
     """The data set of the interactions, and that of the items."""
@@ -115,7 +123,7 @@ class DataConfig(Settings):
     source: str = Field(
         "movielens-100k",
         description="movielens-100k or completejourney (embedded); a CSV, TSV, JSON or Parquet "
-        "file; a folder of Parquet parts, MovieLens, RecBole, MIND or save_to_disk; a `datasets` "
+        "file; a folder of parts, MovieLens, RecBole, MIND or save_to_disk; a `datasets` "
         "id. A path is looked for beside the config first",
     )
     items: str | None = Field(None, description="file of item texts, if not in source")
@@ -156,10 +164,12 @@ class DataConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _named_by_hub(cls, tree: Any) -> Any:
-        """The name of a data set of the Hub is the name of the source too."""
+        """The name of a data set of the Hub is that of the source; one of them is enough."""
         hub = tree.get("hub") if isinstance(tree, Mapping) else None
         if isinstance(hub, str):
             hub = {"name": hub}
+        if isinstance(hub, Mapping) and "name" not in hub and "source" in tree:
+            hub = {**hub, "name": tree["source"]}
         name = hub.get("name") if isinstance(hub, Mapping) else getattr(hub, "name", None)
         return {**tree, "hub": hub, "source": tree.get("source", name)} if name else tree
 

@@ -12,7 +12,7 @@ import yaml
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.base.terminal import harmless
-from pfm_llm.config.data import ColumnsConfig, DataConfig
+from pfm_llm.config.data import RECOGNISED, ColumnsConfig, DataConfig
 from pfm_llm.config.schema import parse_config, read_yaml
 from pfm_llm.config.text import apply_override, set_setting
 from pfm_llm.data.columns import USUAL, as_block, resolve
@@ -75,7 +75,8 @@ class DataCheck:
             lines.append(_otherwise("read it otherwise", "reading", self.reading))
         roles = (f"{role} = {self._told(role)}" for role in self.columns)
         lines.append(harmless(f"columns: {', '.join(roles)}; data.columns names others"))
-        if self.has_config_columns and self.columns["rating"] != self.config.columns.rating:
+        is_recognised = self.has_config_columns and self.config.columns.rating == RECOGNISED
+        if is_recognised and self.columns["rating"] is not None:
             lines.append(_otherwise("read no ratings", "columns", {"rating": None}))
         if self.unused:
             lines.append(harmless(f"columns that are not read: {', '.join(self.unused)}"))

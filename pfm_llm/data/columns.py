@@ -172,18 +172,26 @@ def _table(role: str, tables: SourceTables) -> Table:
 def _find(
     role: str, tables: SourceTables, asked: ColumnsConfig, found: Mapping[str, str | None]
 ) -> str | None:
-    header = _table(role, tables).header
+    table = _table(role, tables)
+    header, texts = table.header, set(table.columns)
     name: str | None = getattr(asked, role)
     if role in _OPTIONAL and name is None:
         return None
     if role == "items_item" and tables.items is None:
         return found["item"]
-    if name is not None and (name in header or _is_named(role, asked)):
+    if name is not None and (name in texts or _is_named(role, asked)):
         return next((text for text in (name, untyped(name)) if text in header), None)
     same = found.get("item") if role == "items_item" else None
     if same is not None and (same in header or asked.item in header):
         return same if same in header else asked.item
-    return _recognised(role, header, _taken(role, tables, found))
+    taken = _taken(role, tables, found)
+    # A column that is no text is taken if it must be: bytes may be ids.
+    others = () if role == "rating" else header
+    return (
+        _recognised(role, [column for column in header if column in texts], taken)
+        or (name if name in others else None)
+        or _recognised(role, others, taken)
+    )
 
 
 def _taken(role: str, tables: SourceTables, found: Mapping[str, str | None]) -> set[str]:
@@ -224,6 +232,12 @@ def _refusal(
         f"the columns of {table.name}: {', '.join(table.header)}"
         for table in (tables.interactions, tables.items)
         if table is not None and table.name
+    ]
+    lines += [
+        f"{table.name} was read as one column; if its fields are separated, say by what in "
+        "data.reading.separator"
+        for table in (tables.interactions, tables.items)
+        if table is not None and len(table.header) == 1 and "separator" in table.layout
     ]
     if not any(is_usual(name) for name in tables.interactions.header):
         lines.append("if the first line of the file is no header, add one that names the columns")

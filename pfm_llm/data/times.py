@@ -32,8 +32,9 @@ _NANO = 10**9
 _FORMATS = (
     *("%a %b %d %H:%M:%S %z %Y", "%a, %d %b %Y %H:%M:%S %z"),
     *("%Y-%m-%d %I:%M:%S %p", "%Y-%m-%d %I:%M %p"),
+    *("%d %b %Y", "%d %B %Y", "%b %d, %Y", "%B %d, %Y", "%d-%b-%Y"),
 )
-"""As in Goodreads, e-mail, and MIND once the year is first."""
+"""As in Goodreads, e-mail, MIND once the year is first, and with the name of the month."""
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,7 @@ def public_config(config: ExperimentConfig) -> ExperimentConfig:
     tree["data"]["items"] = tree["data"]["items"] and shown_name(tree["data"]["items"])
     if hub := tree["data"].get("hub"):
         for table in (hub, hub.get("items") or {}):
-            table.pop("files", None)
-            table |= {"name": shown_name(table["name"])} if table else {}
+            table |= {key: _shown(table[key]) for key in ("name", "files") if table.get(key)}
         hub["name"] = tree["data"]["source"]
     tree["backbone"]["name"] = shown_name(tree["backbone"]["name"])
     tree["prompt"] = shown_name(tree["prompt"])
@@ -110,6 +109,13 @@ def public_config(config: ExperimentConfig) -> ExperimentConfig:
     for section in ("cache", "output", "push_to_hub"):
         tree.pop(section)
     return ExperimentConfig.model_validate(tree)
+
+
+def _shown(names: Any) -> Any:
+    """Names or paths at any depth, each as its last part where it is of this machine."""
+    if isinstance(names, dict):
+        return {key: _shown(value) for key, value in names.items()}
+    return shown_name(names) if isinstance(names, str) else [_shown(name) for name in names]
 
 
 def _copy_plots(source: Path, folder: Path) -> list[str]:

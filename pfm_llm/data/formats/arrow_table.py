@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.data.tables import LazyColumns, Table, check_header
@@ -23,6 +24,7 @@ def read_parquet(path: Path, files: Sequence[Path]) -> Table:
         DataError: A file is damaged, or its columns do not fit those of the others.
     """
     try:
+        check_header(str(path), tuple(pq.read_schema(files[0]).names))
         content = ds.dataset([str(file) for file in files], format="parquet")
         num_rows = content.count_rows()
     except (pa.ArrowException, OSError) as error:
@@ -115,6 +117,8 @@ def _as_text(column: Any) -> list[str]:
     if _is_list(column.type):
         column = pc.binary_join(column.cast(pa.list_(pa.string())), ", ")
     elif pa.types.is_floating(column.type):
+        if pa.types.is_float16(column.type):  # it has no text of its own
+            column = column.cast(pa.float32())
         column = pc.if_else(pc.is_nan(column), None, column)
         # Whole numbers with gaps are stored as floats: an id 1.0 is 1.
         if pc.all(pc.equal(pc.floor(column), column), min_count=0).as_py():

@@ -20,6 +20,9 @@ _SUFFIXES = {".csv": ",", ".tsv": "\t"}
 _RFC_4180 = (",", ";")
 """With these, quotation marks are always those of RFC 4180; elsewhere the lines must show it."""
 
+_SEPARATOR_LINE = re.compile(r"sep=(.)(?=[\r\n])", re.IGNORECASE)
+"""As spreadsheets write it before the header."""
+
 _SAMPLE = 200  # lines
 _SHOWN = 60  # characters
 _STEADY = 0.9
@@ -76,6 +79,9 @@ def read_unknown(
             ``reading`` gives stands in no line.
     """
     text, encoding = content
+    if (said := _SEPARATOR_LINE.match(text)) is not None:  # its line stays, as a blank one
+        text = text[said.end() :]
+        reading = reading.model_copy(update={"separator": reading.separator or said[1]})
     filled = (line.rstrip("\n") for line in io.StringIO(text, newline=None) if line.strip())
     lines = list(itertools.islice(filled, _SAMPLE))
     if not lines:

@@ -23,6 +23,7 @@ _OFFLINE = (
     "folder as data.source"
 )
 _COMMIT = 40  # hex digits
+_LONGEST = 600  # characters of an error of `datasets`
 _PLACE = ""  # the name of no column
 _POOL = 4
 """Users that a stream keeps for each that is wanted: some of them have too few events."""
@@ -44,7 +45,7 @@ class HubTable:
     """
 
     def __init__(self, asked: HubTableConfig, key: str) -> None:
-        self._asked, self._key = asked, key
+        self._asked, self._key, self._name = asked, key, f"{asked.name} ({key})"
         with_files = {} if asked.files is None else {"data_files": _plain(asked.files)}
         self._builder = self._tried(
             lambda: datasets.load_dataset_builder(
@@ -63,7 +64,7 @@ class HubTable:
             states = [getattr(files, "origin_metadata", None) for files in origins.values()]
             self.version += f" {states}"
         if len(self._builder.hash or "") == _COMMIT:
-            self._notes += (f"{asked.name}: commit {self._builder.hash}",)
+            self._notes += (f"{self._name}: commit {self._builder.hash}",)
 
     def read(self, wanted: Callable[[str], bool] | None, users: "UserPool | None" = None) -> Table:
         """Read the table.
@@ -79,10 +80,10 @@ class HubTable:
         if not asked.streaming:
             rows = self._rows
             kept = len(rows) if limit is None else min(limit, len(rows))
-            table = dataset_table(rows.select(range(kept)), asked.name)
+            table = dataset_table(rows.select(range(kept)), self._name)
         else:
-            table = self._tried(lambda: _streamed(self._rows, asked, wanted, users))
-        told = () if limit is None else (f"{asked.name}: at most {limit:,} rows are read",)
+            table = self._tried(lambda: _streamed(self._rows, (self._name, limit), wanted, users))
+        told = () if limit is None else (f"{self._name}: at most {limit:,} rows are read",)
         return replace(table, notes=(*self._notes, *told, *table.notes))
 
     def _split(self) -> tuple[Any, tuple[str, ...]]:
@@ -92,7 +93,7 @@ class HubTable:
         else:
             self._tried(builder.download_and_prepare)
             rows = self._tried(lambda: builder.as_dataset(split=split))
-        return one_split(rows, self._asked.name, f"set {self._key}.split")
+        return one_split(rows, self._name, f"set {self._key}.split")
 
     def _tried(self, load: Callable[[], Any]) -> Any:
         try:
@@ -172,28 +173,36 @@ def dataset_table(rows: Any, name: str) -> Table:
 
 def _streamed(
     rows: Any,
-    asked: HubTableConfig,
+    asked: tuple[str, int | None],
     wanted: Callable[[str], bool] | None,
     users: UserPool | None,
 ) -> Table:
-    """The wanted columns of a stream; of the others, the rows of the first batch."""
+    """The wanted columns of a stream; of the others, the rows of the first batch.
+
+    Args:
+        rows: The stream.
+        asked: Its name in messages, and how many rows are read at most.
+        wanted: See `HubTable.read`.
+        users: See `HubTable.read`.
+    """
+    name, limit = asked
     kept: list[pa.Table] = []
     head, user, num_rows, most = None, None, 0, 2 * _BATCH
-    for batch in _batches(rows, asked.max_rows):
+    for batch in _batches(rows, limit):
         if head is None:
-            head = from_arrow(asked.name, batch)
+            head = from_arrow(name, batch)
             user = users.column(head) if users is not None else None
         places = pa.array(range(num_rows + 1, num_rows + batch.num_rows + 1), pa.int64())
         num_rows += batch.num_rows
-        names = [name for name in batch.column_names if wanted is None or wanted(name)]
+        names = [c for c in batch.column_names if wanted is None or wanted(c)]
         kept.append(batch.select(names).append_column(_PLACE, places))
         if users is not None and user is not None:
-            users.meet(from_arrow(asked.name, batch.select([user])).columns[user])
+            users.meet(from_arrow(name, batch.select([user])).columns[user])
             if sum(map(len, kept)) > most:
                 kept = _of_users(kept, users, user)
                 most = 2 * max(_BATCH, sum(map(len, kept)))
     if head is None:
-        raise DataError(f"{asked.name}: the stream has no rows; check data.hub.split")
+        raise DataError(f"{name}: the stream has no rows; check data.hub.split")
     if users is not None and user is not None:
         kept = _of_users(kept, users, user)
     return _joined(kept, head, num_rows)
@@ -242,6 +251,7 @@ def _plain(files: Any) -> Any:
 def _refusal(asked: HubTableConfig, key: str, error: Exception) -> str:
     """What is wrong, and the remedy."""
     told = " ".join(str(error).split()).rstrip(".")
+    told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]} …"
     is_missing = isinstance(error, DatasetNotFoundError)
     if "gated" in told:
         setting, remedy = "name", "ask for access on its page, and log in with hf auth login"

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -281,3 +283,50 @@ def test_the_texts_of_a_format_can_be_chosen(tmp_path: Path) -> None:
     checked = check_data(data_config(str(tmp_path), overrides=["data.columns.text=[year]"]))
     assert list(checked.interactions.catalogue.fields) == ["title", "year"]
     assert yaml.safe_load(checked.block())["data"]["columns"] == {"text": ["year"]}
+
+
+def arrow(path: Path, **columns: pa.Array) -> str:
+    """Rows of one user; the columns replace the usual ones, or stand beside them."""
+    usual = {
+        "user_id": pa.array([1] * 4), "item_id": pa.array(range(4)),
+        "timestamp": pa.array(range(4)), "title": pa.array(list("ABCD")),
+    }  # fmt: skip
+    pq.write_table(pa.table({**usual, **columns}), path)
+    return str(path)
+
+
+def test_a_column_that_is_no_text_is_recognised_only_where_it_must_be(tmp_path: Path) -> None:
+    structs, path = pa.array([{"value": 1}] * 4), tmp_path / "rows.parquet"
+    checked = check_data(data_config(arrow(path, rating=structs)))  # nobody asked for ratings
+    assert (checked.columns["rating"], checked.unused) == (None, ("rating",))
+    checked = check_data(data_config(arrow(path, rating=structs, stars=pa.array([1, 2, 3, 4]))))
+    assert checked.columns["rating"] == "stars"
+    checked = check_data(data_config(arrow(path, title=structs, name=pa.array(list("EFGH")))))
+    assert checked.columns["title"] == "name"
+    checked = check_data(data_config(arrow(path, user_id=pa.array([b"\xff"] * 4))))
+    assert checked.interactions.user_ids == ("ff",)
+    for column in ("title", "user_id", "timestamp"):
+        with pytest.raises(DataError, match=f"'{column}' of type struct.* name another column"):
+            check_data(data_config(arrow(path, **{column: structs})))
+    with pytest.raises(DataError, match="'rating' of type struct"):
+        check_data(data_config(arrow(path, rating=structs), columns=["rating=rating"]))
+
+
+def test_numbers_of_half_precision_are_ratings(tmp_path: Path) -> None:
+    halves = pa.array([1, 2.5, 3, 4], pa.float32()).cast(pa.float16())
+    checked = check_data(data_config(arrow(tmp_path / "rows.parquet", stars=halves)))
+    assert checked.interactions.ratings is not None
+    assert checked.interactions.ratings.tolist() == [1, 2.5, 3, 4]
+
+
+def test_a_column_that_comes_twice_in_parquet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["user_id", "user_id"]), path)
+    with pytest.raises(DataError, match="column 'user_id' comes twice"):
+        check_data(data_config(str(path)))
+
+
+def test_a_file_of_one_column_says_how_to_name_its_separator(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("user item\n1 2\n")
+    with pytest.raises(DataError, match=r"read as one column; .* data\.reading\.separator"):
+        check_data(data_config(str(tmp_path / "own.txt")))

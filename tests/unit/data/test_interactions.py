@@ -206,10 +206,8 @@ def test_items_with_equal_text_in_every_field_are_reported() -> None:
 def test_items_without_interactions_stay_and_are_counted() -> None:
     interactions, report = build_interactions(raw("u", [1]), KEEP_ALL, seed=0)
     assert len(interactions.catalogue) == report.num_items == 5
-    assert (
-        "4 of 5 items of the catalogue have no interactions; "
-        "data.met_items_only: true leaves them out" in report.notes
-    )
+    told = "4 of 5 items of the catalogue have no interactions; data.met_items_only: true leaves"
+    assert any(note.startswith(told) for note in report.notes)
 
 
 def test_items_that_nobody_met_can_be_left_out() -> None:

@@ -49,6 +49,7 @@ def built(times: list[str], **settings: object) -> tuple[Interactions, LoadRepor
         (["1970-01-01 00:00:01.000000001", "1970-01-01"], [10**9 + 1, 0], DATES, 10**9),
         (["Thu Jan 01 00:00:02 +0000 1970"], [2], DATES, 1),
         (["1/1/1970 1:00:00 AM"], [3600], DATES, 1),
+        (["2 Jan 1970", "January 3, 1970", "04-Jan-1970"], [86_400, 172_800, 259_200], DATES, 1),
         (["45321,25", "45321,125"], [45321.25, 45321.125], "days", None),
         (["1,234", "2,345"], [None, None], NUMBERS, None),
         (["soon", "", "nan", "2020-13-01"], [None] * 4, NUMBERS, None),

@@ -315,6 +315,12 @@ def test_what_is_inferred_wrongly_can_be_set(
     assert dict(again.columns) == dict(table.columns)
 
 
+def test_the_line_in_which_a_spreadsheet_names_its_separator(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path / "t.csv", "sep=;\r\nid;title\r\n1;A,B\r\n"))
+    assert dict(table.columns) == {"id": ["1"], "title": ["A,B"]}
+    assert list(table.positions) == [3]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reading", "problem"),
     [

@@ -78,7 +78,7 @@ def test_a_stream_is_the_same_data(kind: str, files: dict[str, Path]) -> None:
     assert list(whole.catalogue.fields) == ["title", "maker"]
     streamed, report = load(section(files, kind, streaming=True))
     assert streamed.content_hash() == whole.content_hash()
-    assert f"{kind}: 360 rows were streamed" in report.notes
+    assert f"{kind} (data.hub): 360 rows were streamed" in report.notes
 
 
 def test_a_stream_keeps_the_columns_that_are_used(
@@ -114,7 +114,7 @@ def test_a_stream_keeps_the_rows_of_users_that_may_be_drawn(
     assert drawn.num_interactions == 3 * NUM_ITEMS
     # Four users are kept for each: 12 × 6 rows, and at most as many again, and a batch.
     assert most <= 2 * 12 * NUM_ITEMS + 7
-    assert "csv: 72 rows are of users that data.max_users may draw" in report.notes
+    assert "csv (data.hub): 72 rows are of users that data.max_users may draw" in report.notes
     again, _ = load({**section(files, streaming=True), "max_users": 3})
     assert again.user_ids == drawn.user_ids
     other, _ = load({**section(files, streaming=True), "max_users": 3}, seed=1)
@@ -125,7 +125,7 @@ def test_a_stream_keeps_the_rows_of_users_that_may_be_drawn(
 def test_rows_can_be_limited(streaming: bool, files: dict[str, Path]) -> None:
     _, report = load(section(files, streaming=streaming, max_rows=100))
     assert report.num_rows == 100
-    assert "csv: at most 100 rows are read" in report.notes
+    assert "csv (data.hub): at most 100 rows are read" in report.notes
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -155,7 +155,9 @@ def test_other_content_is_read_anew(files: dict[str, Path]) -> None:
 
 def test_columns_that_are_not_there_are_named(files: dict[str, Path]) -> None:
     tree = {**section(files, streaming=True), "columns": {"items_item": "code", "user": "kunde"}}
-    with pytest.raises(DataError, match=r"csv has no column 'kunde'(.|\n)*reader, item_id, ts"):
+    with pytest.raises(
+        DataError, match=r"csv \(data\.hub\) has no column 'kunde'(.|\n)*reader, item_id, ts"
+    ):
         load(tree)
 
 
@@ -217,7 +219,7 @@ def test_the_commit_is_part_of_the_key_and_of_the_report(
     monkeypatch.setattr(datasets, "load_dataset_builder", at_commit)
     tree = section(files, name="some/one", streaming=True)
     _, report = load(tree)
-    assert f"some/one: commit {commit}" in report.notes
+    assert f"some/one (data.hub): commit {commit}" in report.notes
     commit = "b" * 40
     calls: list[object] = []
     validate = sources.validate
@@ -239,11 +241,20 @@ def test_the_name_of_the_data_set_is_that_of_the_source(tmp_path: Path) -> None:
     assert load_config(path) == config
     public = public_config(config).data
     assert public.hub is not None
-    assert public.hub.files is None
+    assert public.hub.files == {"train": ("a.csv", "b.csv")}
     short = parse_config({"name": "x", "data": {"hub": "some/one"}})
     assert short.data.hub is not None
     assert short.data.source == short.data.hub.name == "some/one"
+    named = parse_config({"name": "x", "data": {"source": "some/one", "hub": {"split": "a"}}})
+    assert named.data.hub is not None
+    assert (named.data.hub.name, named.data.hub.split) == ("some/one", "a")
     longer = parse_config({"name": "x", "data": {"hub": {"name": "some/one", "revision": "v1"}}})
     assert training_hash(short) != training_hash(longer)
     with pytest.raises(ConfigError, match="source and hub name two data sets"):
         parse_config({"name": "x", "data": {"hub": "some/one", "source": "a.csv"}})
+
+
+def test_a_builder_without_files_is_refused() -> None:
+    """It would read all of the working folder."""
+    with pytest.raises(ConfigError, match=r"data\.hub.*csv is no data set .* name them in files"):
+        parse_config({"name": "x", "data": {"hub": "csv"}})
