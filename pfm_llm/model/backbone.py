@@ -3,7 +3,7 @@
 The **trunk** is the embedding and the layers that no adapter touches, without the final norm;
 the **top** is the adapted layers and the final norm, fed through ``inputs_embeds``. Both share
 the tensors of one Hugging Face model, so masks, rotary embeddings and attention stay the
-library's. This is the only module that calls ``from_pretrained`` on a model.
+library's. This is the only module that calls ``from_pretrained`` on a language model.
 """
 
 import contextlib

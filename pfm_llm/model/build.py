@@ -97,38 +97,28 @@ def build_model(
     prompt = _load_prompt(config.prompt, ratings)
     backbone = _load_backbone(config, device, start)
     values = () if ratings is None else tuple(np.unique(ratings).tolist())
-    encoder = HistoryEncoder(
-        prompt,
-        texts_of(config, catalogue),
-        backbone.tokenizer,
-        config.window,
-        backbone.max_tokens,
-        values,
-    )
+    read, limit = texts_of(config, catalogue), backbone.max_tokens
+    encoder = HistoryEncoder(prompt, read, backbone.tokenizer, config.window, limit, values)
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
     states = item_states(config.items, backbone, encoder)
-    width = states.items.shape[1]
-    sizes = Sizes(backbone.hidden_size, adapter.modules, len(catalogue), width)
+    sizes = Sizes(backbone.hidden_size, adapter.modules, *states.items.shape)
     private, table = make_private_part(config, sizes), parameter_table(config, sizes)
     shared = start.shared(table, prompt) if start else table.initial_state()
-    if start:
-        start.check_item_encoder(states, config.items.encoder)
-    normaliser, item_normaliser = start.normalisers if start else _fitted(states)
+    normaliser, item_normaliser = _whitenings(states, config, start)
     texts = item_normaliser(states.items)[:, : config.head.dim].contiguous()
     objective = Objective(texts, config.tasks, private, config.federation.local.unseen_only)
+    layers, reads = (adapter.top_paths(), adapter.scale()), has_pass(config)
     return ModelParts(
         backbone=backbone,
-        trunk=trunk if has_pass(config) else None,
+        trunk=trunk if reads else None,
         prompt=prompt,
         encoder=encoder,
         adapter=adapter,
         normaliser=normaliser,
         item_normaliser=item_normaliser,
         item_encoder_hash=states.encoder_hash,
-        model=CohortModel(
-            top, adapter.top_paths(), adapter.scale(), normaliser, objective, has_pass(config)
-        ),
+        model=CohortModel(top, *layers, normaliser, objective, reads),
         table=table,
         shared=shared,
         contract=table.contract(
@@ -139,8 +129,13 @@ def build_model(
     )
 
 
-def _fitted(states: ItemStates) -> tuple[Normaliser, Normaliser]:
+def _whitenings(
+    states: ItemStates, config: ExperimentConfig, start: Start | None
+) -> tuple[Normaliser, Normaliser]:
     """The whitening of user states, and that of items."""
+    if start is not None:
+        start.check_item_encoder(states, config.items.encoder)
+        return start.normalisers
     normaliser = fit_normaliser(states.prompt)
     return normaliser, normaliser if states.share_a_space else fit_normaliser(states.items)
 

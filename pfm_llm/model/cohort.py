@@ -23,6 +23,7 @@ from pfm_llm.data.history import History
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.model.head import Normaliser
+from pfm_llm.model.lora import CohortLinear, LoraInput
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.outputs import Outputs
 from pfm_llm.model.private.part import Factors
@@ -43,49 +44,6 @@ class Parts:
 
     shared_lora: bool = True
     private_weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class _LoraInput:
-    """The product with A of both adapters, with dropout on its input."""
-
-    dropout: Dropout
-    batch: ChunkBatch
-    ranks: list[int]
-    rates: list[float]
-
-    def __call__(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        """Map x [N, T, in] and A^T [N, in, sum of ranks] to [N, T, sum of ranks]."""
-        parts = zip(a.split(self.ranks, 2), self.rates, strict=True)
-        return torch.cat([torch.bmm(self._dropped(x, rate), part) for part, rate in parts], 2)
-
-    def _dropped(self, x: torch.Tensor, rate: float) -> torch.Tensor:
-        if not rate:
-            return x
-        factors = torch.zeros(x.shape)
-        rows = zip(self.batch.row_clients.tolist(), self.batch.row_lengths.tolist(), strict=True)
-        for row, (client, length) in enumerate(rows):
-            factors[row, :length] = self.dropout.keep((length, x.shape[2]), rate, client)
-        return x * factors.to(x)
-
-
-class CohortLinear(nn.Module):
-    """A frozen linear layer plus a low-rank term that differs from row to row of the batch."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.lora_input: _LoraInput | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, T, in] to [N, T, out]; ``factors`` are A^T [N, in, r] and B^T [N, r, out]."""
-        output: torch.Tensor = self.base(x)
-        if self.factors is None:
-            return output
-        a, b = self.factors
-        low = torch.bmm(x, a) if self.lora_input is None else self.lora_input(x, a)
-        return torch.baddbmm(output, low, b)
 
 
 class CohortModel:
@@ -358,7 +316,7 @@ class CohortModel:
                 both = ((shared, dropout.shared), (private, dropout.private))
                 rates = [rate for factors, rate in both if factors is not None]
                 ranks = [a.shape[1] for a, _ in active]
-                linear.lora_input = _LoraInput(dropout, batch, ranks, rates)
+                linear.lora_input = LoraInput(dropout, batch, ranks, rates)
 
     def _factors(
         self, name: str, stacked: Tensors, parts: Parts

@@ -19,11 +19,11 @@ for items s that are a_s items old, with learned half-lives h_k. This path from 
 history to the scores passes no transformer layer. It is a low-rank Markov chain of higher order, as
 in Fossil (He and McAuley 2016, arXiv 1609.09152).
 
-With ``item_met``, the federation learns which items somebody has met. ``head.item_met`` starts at zero, and each client's
-update raises the entries of its own items (`met_term`). An entry is therefore above zero just where
-a client that took part had met the item. An item that nobody has met is no negative in training,
-and has no embedding: e_i counts as zero. Its text alone ranks it, with a bias of zero. As one
-entry of a sum over clients, this knowledge can be masked and noised like any other.
+With ``item_met``, the federation learns which items somebody has met. ``head.item_met`` starts at
+zero, and each client's update raises the entries of its own items (`met_term`). An entry is above
+zero just where a client that took part has met the item. An item that nobody has met is no negative
+in training, and has no embedding: e_i counts as zero. Its text alone ranks it, with a bias of zero.
+As one entry of a sum over clients, this knowledge can be masked and noised like any other.
 
 With the task ``like`` an item also has log-odds of being liked, equal for all users::
 

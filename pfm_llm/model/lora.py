@@ -1,8 +1,9 @@
-"""Shared and private LoRA on one backbone: creation, the PEFT format, and the PEFT reference.
+"""Shared and private LoRA on one backbone: creation, the PEFT format, and the many-clients layer.
 
 This is the only module that imports ``peft``. Both adapters are plain LoRA on
 ``AutoModelForCausalLM``, made from `peft.LoraConfig`. They are trained in the many-clients pass
-(`cohort`) and exported as an ordinary PEFT folder.
+(`cohort`), in which `CohortLinear` takes the place of each adapted layer, and exported as an
+ordinary PEFT folder.
 """
 
 import contextlib
@@ -10,9 +11,11 @@ import copy
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
@@ -20,6 +23,7 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import BackboneError, ConfigError, CorruptFileError
 from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig, SharedAdapterConfig
 from pfm_llm.model.backbone import Backbone
+from pfm_llm.model.batches import ChunkBatch, Dropout
 from pfm_llm.protocol.types import Group, Tensors, lora_name, of_group
 
 SHARED = "shared"
@@ -248,3 +252,46 @@ def _clone_structure(model: Any) -> Any:
     """New modules around the same tensors, so that PEFT can replace layers in the copy."""
     shared: Mapping[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, dict(shared))
+
+
+@dataclass(frozen=True)
+class LoraInput:
+    """The product with A of both adapters, with dropout on its input."""
+
+    dropout: Dropout
+    batch: ChunkBatch
+    ranks: list[int]
+    rates: list[float]
+
+    def __call__(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """Map x [N, T, in] and A^T [N, in, sum of ranks] to [N, T, sum of ranks]."""
+        parts = zip(a.split(self.ranks, 2), self.rates, strict=True)
+        return torch.cat([torch.bmm(self._dropped(x, rate), part) for part, rate in parts], 2)
+
+    def _dropped(self, x: torch.Tensor, rate: float) -> torch.Tensor:
+        if not rate:
+            return x
+        factors = torch.zeros(x.shape)
+        rows = zip(self.batch.row_clients.tolist(), self.batch.row_lengths.tolist(), strict=True)
+        for row, (client, length) in enumerate(rows):
+            factors[row, :length] = self.dropout.keep((length, x.shape[2]), rate, client)
+        return x * factors.to(x)
+
+
+class CohortLinear(nn.Module):
+    """A frozen linear layer plus a low-rank term that differs from row to row of the batch."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.lora_input: LoraInput | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [N, T, in] to [N, T, out]; ``factors`` are A^T [N, in, r] and B^T [N, r, out]."""
+        output: torch.Tensor = self.base(x)
+        if self.factors is None:
+            return output
+        a, b = self.factors
+        low = torch.bmm(x, a) if self.lora_input is None else self.lora_input(x, a)
+        return torch.baddbmm(output, low, b)

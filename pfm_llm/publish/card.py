@@ -15,7 +15,9 @@ import yaml
 from pfm_llm import __version__
 from pfm_llm.base import templates
 from pfm_llm.base.terminal import harmless
+from pfm_llm.config.choices import Pooling
 from pfm_llm.config.cut_offs import RANK_LABELS
+from pfm_llm.config.model import ItemsConfig
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.evaluation.results import AUC, AUC_LABEL, FULL, SAMPLED, ResultRow
 from pfm_llm.evaluation.tables import results_table
@@ -61,6 +63,9 @@ _SETTINGS = {
     "seed": "Seed",
 }
 
+_ONE_SPACE = ("next_item.v1", "next_item_genres.v1", "next_item_ratings.v1")
+"""Prompts by which an item by itself has the text that a history shows."""
+
 _PLOT_TITLES = {
     "loss.png": "Training loss by round",
     "ndcg_by_round.png": "NDCG@10 on validation by round",
@@ -100,6 +105,8 @@ def model_card(
         dataset=dataset,
         rounds=rounds,
         results=results_table(rows, confidence=config.evaluation.confidence) if rows else "",
+        is_one_space=config.items == ItemsConfig() and prompt in _ONE_SPACE,
+        item_vector=_item_vector(config.items),
         adapter=NO_REPO,
         version=__version__,
         plots=[(_PLOT_TITLES.get(Path(p).name, Path(p).stem), p) for p in plots],
@@ -114,6 +121,14 @@ def model_card(
     matter = _front_matter(config, base_model, rows)
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n{body}"
+
+
+def _item_vector(items: ItemsConfig) -> str:
+    """What the vector of an item is made of, up to its text."""
+    if not items.is_backbone:
+        return f"the vector that the encoder\n`{shown_name(items.encoder)}` makes of"
+    where = "at the last token" if items.pooling is Pooling.LAST else "in the mean over the tokens"
+    return f"that of the\nbase model, without adapter, {where} of"
 
 
 def addressed_card(card: str, repo: str) -> str:

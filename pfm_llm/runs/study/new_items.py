@@ -55,45 +55,55 @@ def new_items(
     if not chosen.any():
         return {}
     own, shared = (measured.ranks[mode] for mode in (Mode.SHARED_PRIVATE, Mode.SHARED_ONLY))
-    counts = [len(one) for one in held_out.targets]
-    candidates = len(is_new) - np.array([len(np.unique(one)) for one in held_out.histories])
-    whole = np.repeat(candidates, counts)
+    whole = _candidates(held_out, len(is_new))
     figures = new_item_figures(own.full, shared.full, own.users, whole, chosen, bootstrap)
-
-    among = _other_new(held_out, is_new)
-    few = (among != PADDING).sum(1) + 1
-    against_new = dataclasses.replace(task, negatives=among, liked=None)
-    ranks = measure(run, only(against_new, Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)).ranks
-    cosine = _cosine(run, held_out, among)
-    places: dict[str, tuple[Ranks, Ranks]] = {
-        "": (own, ranks[Mode.SHARED_PRIVATE]),
-        "_shared": (shared, ranks[Mode.SHARED_ONLY]),
-        "_cosine": (cosine, cosine),
-    }
-    users = own.users[chosen]
-
-    def among_new(found: Ranks) -> np.ndarray:
-        return percentiles(found.sampled[chosen], few[chosen], users)
-
-    for kind, (of_all, of_new) in places.items():
-        standing = percentiles(of_all.full[chosen], whole[chosen], users)
-        figures[f"new_items_percentile{kind}"] = estimate(standing, bootstrap)
-        figures[f"new_items_among_new{kind}"] = estimate(among_new(of_new), bootstrap)
-    if len(held_out.users) > 1:
-        strange = _by_strangers(run, against_new)
-        figures["new_items_over_stranger"] = paired_difference(
-            among_new(ranks[Mode.SHARED_PRIVATE]), among_new(strange), bootstrap
-        )
+    figures |= _places(run, task, measured, is_new, bootstrap)
     lists = measure(run, only(task, Mode.SHARED_PRIVATE, depth=_TOP, liked=None))
     top = lists.ranks[Mode.SHARED_PRIVATE].lists
     assert top is not None
-    figures["new_items_in_top_ten"] = estimate(
-        per_user(top_share(top, is_new), own.users)[0], bootstrap
-    )
-    figures["new_items_in_targets"] = estimate(
-        per_user(chosen.astype(np.float64), own.users)[0], bootstrap
-    )
+    shares = {"in_top_ten": top_share(top, is_new), "in_targets": chosen.astype(np.float64)}
+    return figures | {
+        f"new_items_{name}": estimate(per_user(share, own.users)[0], bootstrap)
+        for name, share in shares.items()
+    }
+
+
+def _places(
+    run: Run, task: EvaluationTask, measured: Measured, is_new: np.ndarray, bootstrap: Bootstrap
+) -> dict[str, Estimate]:
+    """How far up new targets stand, among all items and among the new ones."""
+    held_out = task.held_out
+    chosen = is_new[np.concatenate(held_out.targets)]
+    among = _other_new(held_out, is_new)
+    few, whole = (among != PADDING).sum(1) + 1, _candidates(held_out, len(is_new))
+    against_new = dataclasses.replace(task, negatives=among, liked=None)
+    ranks = measure(run, only(against_new, Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)).ranks
+    cosine = _cosine(run, held_out, among)
+    kinds = {
+        "": (measured.ranks[Mode.SHARED_PRIVATE], ranks[Mode.SHARED_PRIVATE]),
+        "_shared": (measured.ranks[Mode.SHARED_ONLY], ranks[Mode.SHARED_ONLY]),
+        "_cosine": (cosine, cosine),
+    }
+
+    def placed(found: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        return percentiles(found[chosen], candidates[chosen], cosine.users[chosen])
+
+    figures = {}
+    for kind, (of_all, of_new) in kinds.items():
+        figures[f"new_items_percentile{kind}"] = estimate(placed(of_all.full, whole), bootstrap)
+        figures[f"new_items_among_new{kind}"] = estimate(placed(of_new.sampled, few), bootstrap)
+    if len(held_out.users) > 1:
+        own, strange = ranks[Mode.SHARED_PRIVATE], _by_strangers(run, against_new)
+        figures["new_items_over_stranger"] = paired_difference(
+            placed(own.sampled, few), placed(strange.sampled, few), bootstrap
+        )
     return figures
+
+
+def _candidates(held_out: HeldOut, num_items: int) -> np.ndarray:
+    """Per target the number of items that its user has not met."""
+    left = [num_items - len(np.unique(history)) for history in held_out.histories]
+    return np.repeat(left, [len(targets) for targets in held_out.targets])
 
 
 def _other_new(held_out: HeldOut, is_new: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from pfm_llm.base import assets
+from pfm_llm.base import assets, wheels
 from pfm_llm.base.assets import WheelAsset, cache_dir, obtain
 from pfm_llm.base.errors import AssetError, DiskSpaceError, StorageError
 from pfm_llm.base.locks import locked
@@ -381,16 +381,16 @@ def hang(*_: Any, **__: Any) -> None:
     time.sleep(600)
 
 
-@pytest.mark.parametrize("point", ["_run_pip", "_extract", "_seal", "_sync"])
+@pytest.mark.parametrize("point", ["download", "extract", "_seal", "_sync"])
 def test_killed_midway_the_next_call_succeeds(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
     """SIGKILL before each step; ``_sync`` is within the sealing, when the manifest exists."""
     with monkeypatch.context() as patch:
-        patch.setattr(assets, point, hang)
+        patch.setattr(assets if point.startswith("_") else wheels, point, hang)
         victim = FORK.Process(target=obtain, args=(bench.asset,))
         victim.start()
-    leftover = {"_run_pip": "wheel", "_extract": "wheel/half", "_sync": "members/manifest.json"}
+    leftover = {"download": "wheel", "extract": "wheel/half", "_sync": "members/manifest.json"}
     marker = leftover.get(point, "members/data.item")
     wait_for(lambda: list(bench.cache.glob(f".toy-*/{marker}")))
     os.kill(victim.pid or 0, signal.SIGKILL)
@@ -430,7 +430,7 @@ def test_the_pip_of_this_python_is_called(bench: Bench, monkeypatch: pytest.Monk
         commands.append(command)
         return run(command, **options)
 
-    monkeypatch.setattr(assets.subprocess, "run", spy)
+    monkeypatch.setattr(wheels.subprocess, "run", spy)
     obtain(bench.asset)
     (command,) = commands
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
