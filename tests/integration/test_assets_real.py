@@ -8,9 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pfm_llm.base import assets
 from pfm_llm.config.data import DataConfig
+from pfm_llm.config.model import ItemsConfig
 from pfm_llm.data.formats import groceries
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import split_interactions
+from pfm_llm.model.sentence_encoder import load_sentence_encoder
 
 pytestmark = pytest.mark.network
 
@@ -89,3 +91,11 @@ def test_smollm2_predicts_as_a_trained_model_does(folder: Path) -> None:
     with torch.no_grad():
         logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits
     assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+
+
+def test_the_text_encoder_puts_texts_of_one_kind_together() -> None:
+    encode = load_sentence_encoder(ItemsConfig(encoder="minilm"))
+    assert encode.width == 384
+    texts = ["Toy Story, 1995, Animation", "Aladdin, 1992, Animation", "Diapers, size 4, Baby"]
+    film, other, diapers = encode(texts)
+    assert film @ other > film @ diapers + 0.1
