@@ -17,6 +17,7 @@ _LARGEST_RANK = 4096
 Rank = Annotated[int, Field(ge=1, le=_LARGEST_RANK)]
 Rank0 = Annotated[int, Field(ge=0, le=_LARGEST_RANK)]
 BACKBONE_ENCODER = "backbone"
+DETAILED_TOKENS = 64
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -47,7 +48,11 @@ class ItemsConfig(Settings):
     pooling: Pooling = Field(
         Pooling.LAST, description="of the backbone's states; a sentence encoder has its own"
     )
-    max_tokens: PositiveCount = Field(64, description="tokens read of an item's text")
+    max_tokens: PositiveCount | None = Field(
+        None,
+        description="tokens read of an item's text; None: window.max_item_tokens, or "
+        f"{DETAILED_TOKENS} where the prompt shows details or a sentence encoder reads",
+    )
 
     @property
     def is_backbone(self) -> bool:

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 from pfm_llm.base import assets, files
 from pfm_llm.base.errors import BackboneError, PfmError
 from pfm_llm.base.progress import Progress
-from pfm_llm.config.model import ItemsConfig
+from pfm_llm.config.model import DETAILED_TOKENS, ItemsConfig
 from pfm_llm.model.backbone import hash_weights
 
 EMBEDDED_ENCODERS = {"minilm": assets.minilm}
@@ -110,7 +110,9 @@ def load_sentence_encoder(config: ItemsConfig) -> SentenceEncoder:
             f"cannot load the encoder {config.encoder!r} of items.encoder: {reason[0]} (backbone; "
             f"embedded: {', '.join(EMBEDDED_ENCODERS)}; or a Hub id, or a local folder)"
         ) from error
-    return SentenceEncoder(config.encoder, model, tokenizer, by_cls, config.max_tokens)
+    return SentenceEncoder(
+        config.encoder, model, tokenizer, by_cls, config.max_tokens or DETAILED_TOKENS
+    )
 
 
 def _is_by_cls(source: str | Path, revision: str | None) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pfm_llm.base import assets
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.model import WindowConfig
+from pfm_llm.config.model import DETAILED_TOKENS, WindowConfig
 from pfm_llm.data.history import NO_LABEL, History
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.text.prompts import Prompt
@@ -149,9 +149,11 @@ class HistoryEncoder:
         """The text of every item by itself, which becomes its vector."""
         return [self._prompt.render_catalogue_item(fields) for fields in self._fields]
 
-    def catalogue_pieces(self, max_tokens: int) -> list[list[int]]:
-        """Token ids of `catalogue_texts`, each of at most ``max_tokens``."""
+    def catalogue_pieces(self, max_tokens: int | None = None) -> list[list[int]]:
+        """Token ids of `catalogue_texts`, each of at most ``max_tokens``; see `ItemsConfig`."""
         texts = self.catalogue_texts()
+        if max_tokens is None and self._prompt.uses_details:
+            max_tokens = DETAILED_TOKENS
         return [piece.tolist() for piece in self._tokenise(texts, range(len(texts)), max_tokens)]
 
     def prompt_pieces(self) -> list[list[int]]:

@@ -68,6 +68,7 @@ def test_a_long_text_is_cut_but_ends_with_its_end_token() -> None:
     assert encoder.catalogue_pieces(8)[3] == [ord(c) for c in "a very \n"]
     assert encoder.catalogue_pieces(6)[3] == [ord(c) for c in "a ver\n"]
     assert encoder.catalogue_pieces(6)[1] == [ord(c) for c in "bb\n"]
+    assert encoder.catalogue_pieces()[3] == [ord(c) for c in "a very \n"]
     assert encoder.prompt_pieces()[3] == [ord(c) for c in "a very \n"]
 
 
