@@ -125,4 +125,5 @@ def test_trackers_get_the_config_the_validations_and_the_results(
     kept = yaml.safe_load(settings.read_text())
     assert kept["federation.num_rounds"] == 2
     assert kept["evaluation.ks"] == "[5, 10]"
-    assert kept["data.columns.rating"] is None
+    assert kept["data.columns.rating"] == "auto"
+    assert kept["data.max_users"] is None

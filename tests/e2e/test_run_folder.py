@@ -230,7 +230,7 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
     ours = opened.model.model.scores(batch, stacked, Parts(shared_lora=True, private_weight=0.0))
 
     plain = plain_peft(run, tiny)
-    head, normaliser = read_artefact(run / "shared_adapter").contents()
+    head, (normaliser, _) = read_artefact(run / "shared_adapter").contents()
     with torch.no_grad():
         tokens = torch.from_numpy(window.tokens).long()[None]
         hidden = plain(input_ids=tokens, output_hidden_states=True).hidden_states[-1][:, -1]
