@@ -297,20 +297,22 @@ def _refusal(asked: HubTableConfig, key: str, error: Exception) -> str:
     told = " ".join(str(error).split()).rstrip(".")
     if (part := _missing_part(asked, key, error, told)) is not None:
         return part
-    told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]} …"
-    is_missing = isinstance(error, DatasetNotFoundError | RepositoryNotFoundError)
-    if isinstance(error, GatedRepoError) or "gated" in told:
-        setting, remedy = "name", "ask for access on its page, and log in with hf auth login"
-    elif is_missing:
-        setting, remedy = "name", "check the id; if it is private, log in with hf auth login"
-    elif isinstance(error, FileNotFoundError):
-        setting, remedy = ("files" if asked.files else "name"), "check the names of the files"
+    where = f"{key}.name: {asked.name!r}"
+    if isinstance(error, GatedRepoError) or "gated dataset" in told:
+        return f"{where} is gated; ask for access on its page, and log in with hf auth login"
+    if isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
+        return (
+            f"{where} is no data set of the Hub, or a private one; check the id, or log in with "
+            "hf auth login"
+        )
+    remedy = "see whether datasets.load_dataset can load it"
+    if isinstance(error, FileNotFoundError):
+        remedy = "check the names of the files"
+        where = where if not asked.files else f"{key}.files: {asked.files!r}"
     elif isinstance(error, OSError):
-        setting, remedy = "name", _OFFLINE
-    else:
-        setting, remedy = "name", "see whether datasets.load_dataset can load it"
-    value = getattr(asked, setting)
-    return f"{key}.{setting}: {value!r}: {type(error).__name__}: {told}; {remedy}"
+        remedy = _OFFLINE
+    told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]} …"
+    return f"{where}: {type(error).__name__}: {told}; {remedy}"
 
 
 def _missing_part(asked: HubTableConfig, key: str, error: Exception, told: str) -> str | None:
