@@ -15,7 +15,9 @@ EMBEDDED_SOURCES = ("movielens-100k", "completejourney")
 RECOGNISED = "auto"
 """In place of the rating's column: the first usual name that is there, if there is one."""
 
-_BUILDERS = ("csv", "json", "parquet", "arrow", "text", "xml", "webdataset")
+BUILDERS = ("csv", "json", "parquet", "arrow", "text", "xml", "webdataset")
+"""Names that `datasets` takes for a way of reading files, and not for a data set."""
+
 _TAB = ("\\t", "tab")
 
 
@@ -106,7 +108,7 @@ class HubTableConfig(Settings):
     @model_validator(mode="after")
     def _has_files(self) -> Self:
         # Without files a builder reads all of the working folder.
-        if self.name in _BUILDERS and not self.files:
+        if self.name in BUILDERS and not self.files:
             raise ValueError(f"{self.name} is no data set but reads files; name them in files")
         return self
 

@@ -306,11 +306,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Exper
             key, and for an unknown one the nearest valid key.
     """
     tree = read_yaml(path)
-    try:
-        for override in overrides:
-            apply_override(tree, override)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    for override in overrides:
+        apply_override(tree, override)
     return parse_config(tree, origin=str(path))
 
 

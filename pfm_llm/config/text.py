@@ -18,12 +18,20 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value``, the value in YAML, in a tree of settings.
 
     Raises:
-        ConfigError: The override has another form, or a parent in its key is no group of settings.
+        ConfigError: The override has another form, its value is no YAML, or a parent in its key is
+            no group of settings.
     """
     key, separator, value = override.partition("=")
     if not separator:
         raise ConfigError(f"override {override!r}: expected dotted.key=value")
-    set_setting(tree, key, yaml.safe_load(value))
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"override {override!r}: {value!r} is not valid YAML; put a text in quotation marks: "
+            f"{key}='\"…\"'"
+        ) from error
+    set_setting(tree, key, parsed)
 
 
 def set_setting(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -17,7 +17,7 @@ from pfm_llm.base.files import read_json, sha256_of, storage_errors, write_json
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.report import LoadReport
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raise it when the stored layout changes, or the parsing of a source."""
 
 _MANIFEST = "manifest.json"

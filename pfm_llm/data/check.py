@@ -1,7 +1,7 @@
 """A check of a source before training: the rows that are read or dropped, and the reasons."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ class DataCheck:
     """The result of a check of a source.
 
     Attributes:
-        config: The section ``data`` of the check.
+        config: The section ``data`` of the check, without ratings if a column that looks like them
+            was not read.
         columns: Role to its column; None if no column has the role.
         unused: Columns of the interactions that have no role.
         texts: Columns that may describe an item beside its title.
@@ -154,11 +155,8 @@ def data_config(
     given = {f"columns.{role}": name for role, name in named.items()}
     for key, value in {**given, **({} if items is None else {"items": items})}.items():
         set_setting(tree, f"data.{key}", value)
-    try:
-        for override in overrides:
-            apply_override(tree, override)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set: not valid YAML, put the value in quotes: {error}") from error
+    for override in overrides:
+        apply_override(tree, override)
     return parse_config(tree, origin=source).data
 
 
@@ -179,18 +177,15 @@ def check_data(config: DataConfig) -> DataCheck:
     problems: list[str] = []
     raw = _usable_rows(tables, columns, config, problems)
     interactions, report = build_interactions(raw, config, seed=0)
-    split = None
-    try:
-        parts = split_interactions(interactions, config)
-        split = parts.describe()
-        if np.diff(parts.train.interactions.offsets).max() < _MIN_TRAINED:
-            problems.append(
-                "no user has two events to train on; give longer histories, or hold out less "
-                "(data.split, data.held_out)"
-            )
-    except DataError as error:
-        problems.append(str(error))
+    split = _split_text(interactions, config, problems)
+    has_config_columns = columns == config.columns
     found = resolve(tables, columns)
+    if found.rating is not None and interactions.ratings is None:
+        # Recognised by its name and not read. Named in the block, its gaps would be bad rows.
+        found = replace(found, rating=None)
+        if has_config_columns:
+            unread = config.columns.model_copy(update={"rating": None})
+            config = config.model_copy(update={"columns": unread})
     roles: dict[str, str | None] = found.as_config().model_dump()
     read = {*roles.values(), *((columns.text or ()) if tables.items is None else ())}
     if roles["items_item"] is None:
@@ -207,7 +202,7 @@ def check_data(config: DataConfig) -> DataCheck:
             interactions.timestamps,
             parse_times(rows.columns[times] if times else (), config.day_first),
         ),
-        has_config_columns=columns == config.columns,
+        has_config_columns=has_config_columns,
         interactions=interactions,
         report=report,
         split=split,
@@ -227,6 +222,21 @@ def _usable_rows(
             raise
         problems.append(str(error))
         return raw
+
+
+def _split_text(interactions: Interactions, config: DataConfig, problems: list[str]) -> str | None:
+    """A description of the split, None if there can be none; adds its problems."""
+    try:
+        parts = split_interactions(interactions, config)
+    except DataError as error:
+        problems.append(str(error))
+        return None
+    if np.diff(parts.train.interactions.offsets).max() < _MIN_TRAINED:
+        problems.append(
+            "no user has two events to train on; give longer histories, or hold out less "
+            "(data.split, data.held_out)"
+        )
+    return parts.describe()
 
 
 def _otherwise(aim: str, key: str, value: Mapping[str, object]) -> str:

@@ -204,13 +204,15 @@ def _times(table: Table, roles: Roles, day_first: bool | None) -> Times | None:
         return None
     texts = table.columns[roles.timestamp]
     times = parse_times(texts, day_first)
-    if times.unclear is None:
+    if not times.unclear:
         return times
+    told = [f"{table.place(table.positions[row])}: {texts[row]!r}" for row in times.unclear]
+    what = f"{told[0]} may begin with the day or with the month, and the others"
+    if len(told) > 1:
+        what = f"{told[0]} begins with the day, {told[1]} with the month, and the others"
     raise DataError(
-        f"{table.place(table.positions[times.unclear])}: {texts[times.unclear]!r} may "
-        f"begin with the day or with the month, and the others in column {roles.timestamp!r} "
-        "do not tell; set data.day_first: true if it is the day, "
-        "and data.day_first: false if it is the month"
+        f"{what} in column {roles.timestamp!r} do not tell; set data.day_first: true if the day is "
+        "first, and data.day_first: false if the month is"
     )
 
 

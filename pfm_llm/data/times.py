@@ -24,8 +24,9 @@ _CALENDAR = {"decimal years": (1900, 2101), "days": (15_000, 80_000)}
 _FRACTION = re.compile(r"(:\d\d)[.,](\d+)")
 _COMMA = re.compile(r"[+-]?\d+,(\d+)")
 _THOUSAND = 3  # digits
-_SLASHES = re.compile(r"^(\d{4})/(\d\d?)/(\d\d?)")
-_YEAR_LAST = re.compile(r"^(\d\d?)[/.-](\d\d?)[/.-](\d{4})(?:(?:,? +|T)(\d\d?)(:.+))?$")
+_YEAR_FIRST = re.compile(r"^(\d{4})([/.])(\d\d?)\2(\d\d?)(?!\d)")
+_YEAR_LAST = re.compile(r"^(\d\d?)([/.-])(\d\d?)\2(\d{4})(?:(?:,? +|T)(\d\d?)(:.+))?$")
+_NOON = re.compile(r"(?<=\d)(?=[AaPp][Mm]$)")  # before AM or PM without a blank
 _MONTHS = 12
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NANO = 10**9
@@ -50,7 +51,8 @@ class Times:
         odd: Rows whose unit differs from that of most.
         day_first: Whether dates such as 13/02/2020 begin with the day; None if there are none, or
             if nothing tells.
-        unclear: A row whose date may begin with the day or the month; None if there is none.
+        unclear: Rows that leave open whether dates begin with the day or the month: one that may
+            begin with either, or one that begins with the day and one that begins with the month.
     """
 
     values: list[Number | None]
@@ -58,7 +60,7 @@ class Times:
     per_second: int | None
     odd: frozenset[int] = frozenset()
     day_first: bool | None = None
-    unclear: int | None = None
+    unclear: tuple[int, ...] = ()
 
 
 def parse_times(texts: Sequence[str], day_first: bool | None = None) -> Times:
@@ -68,14 +70,14 @@ def parse_times(texts: Sequence[str], day_first: bool | None = None) -> Times:
     milliseconds, has no order. The rows of the rarer units are then odd.
 
     Dates that begin with the day or the month have one order in a column. A number above 12 tells
-    it; if none does, or two contradict each other, a row is unclear.
+    it. If none does, a row is unclear; if two contradict each other, both are.
 
     Args:
         texts: Numbers, or dates such as ISO 8601 (without a zone: UTC).
         day_first: Whether 01/02/2020 is the first of February; None: the column tells.
     """
     numbers = parse_numbers(texts)
-    unclear = None
+    unclear: tuple[int, ...] = ()
     if day_first is None:
         day_first, unclear = _day_order(texts)
     is_day_first = bool(day_first)
@@ -107,18 +109,24 @@ def parse_times(texts: Sequence[str], day_first: bool | None = None) -> Times:
     return Times(values, unit, per_second, frozenset(odd), day_first, unclear)
 
 
-def _day_order(texts: Sequence[str]) -> tuple[bool | None, int | None]:
-    """Whether dates begin with the day, and a row in which that is not clear."""
-    found = {row: match for row, text in enumerate(texts) if (match := _YEAR_LAST.match(text))}
-    orders = {True: False, False: False}
-    for match in found.values():
-        first, second = int(match[1]), int(match[2])
-        orders[True] |= first > _MONTHS >= second
-        orders[False] |= second > _MONTHS >= first
-    if orders[True] != orders[False]:
-        return orders[True], None
-    both = (row for row, match in found.items() if int(match[1]) != int(match[2]))
-    return None, next(both, None)
+def _day_order(texts: Sequence[str]) -> tuple[bool | None, tuple[int, ...]]:
+    """Whether dates begin with the day, and the rows that leave it open."""
+    open_rows, day_rows, month_rows = [], [], []
+    for row, text in enumerate(texts):
+        if (match := _YEAR_LAST.match(text)) is None:
+            continue
+        first, second = int(match[1]), int(match[3])
+        if first > _MONTHS >= second:
+            day_rows.append(row)
+        elif second > _MONTHS >= first:
+            month_rows.append(row)
+        elif first != second:
+            open_rows.append(row)
+    if day_rows and month_rows:
+        return None, (day_rows[0], month_rows[0])
+    if day_rows or month_rows:
+        return bool(day_rows), ()
+    return None, tuple(open_rows[:1])
 
 
 def unit_of(value: Number) -> str:
@@ -188,10 +196,10 @@ def _nanoseconds(text: str, day_first: bool) -> int | None:
 
 def _date(text: str, day_first: bool) -> datetime | None:
     if (match := _YEAR_LAST.match(text)) is not None:
-        day, month = (match[1], match[2]) if day_first else (match[2], match[1])
-        clock = f" {match[4]:>02}{match[5]}" if match[4] else ""
-        text = f"{match[3]}-{month:>02}-{day:>02}{clock}"
-    iso = _SLASHES.sub(lambda m: f"{m[1]}-{m[2]:>02}-{m[3]:>02}", text).removesuffix(" UTC")
+        day, month = (match[1], match[3]) if day_first else (match[3], match[1])
+        clock = f" {match[5]:>02}{_NOON.sub(' ', match[6])}" if match[5] else ""
+        text = f"{match[4]}-{month:>02}-{day:>02}{clock}"
+    iso = _YEAR_FIRST.sub(lambda m: f"{m[1]}-{m[3]:>02}-{m[4]:>02}", text).removesuffix(" UTC")
     moment = None
     try:
         moment = datetime.fromisoformat(iso)

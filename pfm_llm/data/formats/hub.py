@@ -1,18 +1,28 @@
 """Tables that `datasets` loads: by the id of a data set, or by the name of a builder and files."""
 
+import ast
 import hashlib
 import heapq
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx2
 import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.data import HubTableConfig
+from pfm_llm.config.data import BUILDERS, HubTableConfig
 from pfm_llm.data.columns import is_usual, untyped
 from pfm_llm.data.formats.arrow_table import from_arrow, from_schema
 from pfm_llm.data.tables import LazyColumns, Table
@@ -22,7 +32,9 @@ _OFFLINE = (
     "if there is no network, save the data set with save_to_disk where there is one, and give that "
     "folder as data.source"
 )
-_COMMIT = 40  # hex digits
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LIST = re.compile(r"\[[^\[\]]*\]")
+_PATIENCE = 10  # seconds
 _LONGEST = 600  # characters of an error of `datasets`
 _PLACE = ""  # the name of no column
 _POOL = 4
@@ -31,6 +43,8 @@ _POOL = 4
 
 class HubTable:
     """A table of a data set that was found but not yet read.
+
+    A branch or tag is resolved to its commit, which is then read.
 
     Args:
         asked: Which data set, and what of it.
@@ -41,17 +55,21 @@ class HubTable:
         version: What else it depends on: the commit of the Hub, or of files elsewhere their state.
 
     Raises:
-        DataError: The data set cannot be found or loaded.
+        DataError: The data set, or a part of it, cannot be found or loaded; or there is another
+            commit in the cache alone than the one that was asked for.
     """
 
     def __init__(self, asked: HubTableConfig, key: str) -> None:
         self._asked, self._key, self._name = asked, key, f"{asked.name} ({key})"
         with_files = {} if asked.files is None else {"data_files": _plain(asked.files)}
+        commit = self._tried(lambda: _commit(asked))
+        wanted = commit or asked.revision
         self._builder = self._tried(
             lambda: datasets.load_dataset_builder(
-                asked.name, asked.config, revision=asked.revision, **with_files
+                asked.name, asked.config, revision=wanted, **with_files
             )
         )
+        found_commit = self._found_commit(wanted)
         self._rows, self._notes = self._split()
         origins = self._builder.config.data_files or {}
         places = [str(place) for files in origins.values() for place in files]
@@ -63,8 +81,8 @@ class HubTable:
         if any("://" in place for place in places):
             states = [getattr(files, "origin_metadata", None) for files in origins.values()]
             self.version += f" {states}"
-        if len(self._builder.hash or "") == _COMMIT:
-            self._notes += (f"{self._name}: commit {self._builder.hash}",)
+        if found_commit is not None:
+            self._notes += (f"{self._name}: commit {found_commit}",)
 
     def read(self, wanted: Callable[[str], bool] | None, users: "UserPool | None" = None) -> Table:
         """Read the table.
@@ -85,6 +103,19 @@ class HubTable:
             table = self._tried(lambda: _streamed(self._rows, (self._name, limit), wanted, users))
         told = () if limit is None else (f"{self._name}: at most {limit:,} rows are read",)
         return replace(table, notes=(*self._notes, *told, *table.notes))
+
+    def _found_commit(self, wanted: str | None) -> str | None:
+        """The commit that was found; None for files elsewhere."""
+        found = self._builder.hash or ""
+        if not _COMMIT.fullmatch(found):
+            return None
+        if wanted not in (None, found):
+            # `datasets` takes any version that is in its cache where it cannot fetch a file.
+            raise DataError(
+                f"{self._name}: {wanted} could not be fetched, and the cache has commit {found} "
+                f"instead; try again with a network, or set {self._key}.revision: {found}"
+            )
+        return found
 
     def _split(self) -> tuple[Any, tuple[str, ...]]:
         builder, split = self._builder, self._asked.split
@@ -248,26 +279,88 @@ def _plain(files: Any) -> Any:
     return list(files) if isinstance(files, tuple) else files
 
 
+def _commit(asked: HubTableConfig) -> str | None:
+    """The commit of a revision; None for local files, and where the Hub cannot be asked."""
+    name = asked.name
+    if name in BUILDERS or "://" in name or Path(name).exists():
+        return None
+    try:
+        return HfApi().dataset_info(name, revision=asked.revision, timeout=_PATIENCE).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError):  # a gated one is of the first kind
+        raise
+    except (OSError, HfHubHTTPError, httpx2.HTTPError, ValueError):
+        return None  # `datasets` says why, or finds the data set in its cache
+
+
 def _refusal(asked: HubTableConfig, key: str, error: Exception) -> str:
     """What is wrong, and the remedy."""
     told = " ".join(str(error).split()).rstrip(".")
-    told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]} …"
-    is_missing = isinstance(error, DatasetNotFoundError)
-    if "gated" in told:
-        setting, remedy = "name", "ask for access on its page, and log in with hf auth login"
-    elif is_missing and "Revision" in told:
-        setting, remedy = "revision", "give a branch, a tag or a commit that it has"
-    elif is_missing:
-        setting, remedy = "name", "check the id; if it is private, log in with hf auth login"
-    elif isinstance(error, FileNotFoundError):
-        setting, remedy = ("files" if asked.files else "name"), "check the names of the files"
+    if (part := _missing_part(asked, key, error, told)) is not None:
+        return part
+    where = f"{key}.name: {asked.name!r}"
+    if isinstance(error, GatedRepoError) or "gated dataset" in told:
+        return f"{where} is gated; ask for access on its page, and log in with hf auth login"
+    if isinstance(error, DatasetNotFoundError | RepositoryNotFoundError):
+        return (
+            f"{where} is no data set of the Hub, or a private one; check the id, or log in with "
+            "hf auth login"
+        )
+    remedy = "see whether datasets.load_dataset can load it"
+    if isinstance(error, FileNotFoundError):
+        remedy = "check the names of the files"
+        where = where if not asked.files else f"{key}.files: {asked.files!r}"
     elif isinstance(error, OSError):
-        setting, remedy = "name", _OFFLINE
-    elif "onfig" in told and "vailable" in told:
-        setting, remedy = "config", "set it to one of these"
-    elif "split" in told:
-        setting, remedy = "split", "set it to one of these"
-    else:
-        setting, remedy = "name", "see whether datasets.load_dataset can load it"
-    value = getattr(asked, setting)
-    return f"{key}.{setting}: {value!r}: {type(error).__name__}: {told}; {remedy}"
+        remedy = _OFFLINE
+    told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]} …"
+    return f"{where}: {type(error).__name__}: {told}; {remedy}"
+
+
+def _missing_part(asked: HubTableConfig, key: str, error: Exception, told: str) -> str | None:
+    """The refusal of a part that a data set lacks, with those that it has; None if it is another.
+
+    Args:
+        asked: What was asked for.
+        key: Its place in a config.
+        error: The error of a library.
+        told: Its message on one line.
+    """
+    name, offered = asked.name, _offered(told)
+    if isinstance(error, RevisionNotFoundError) or told.startswith("Revision '"):
+        refs = _refs(name)
+        return f"{key}.revision: {name} has no {asked.revision!r}; set it to {refs} a commit"
+    if "Config name is missing" in told:
+        return f"{key}.config: {name} has several configurations; set it to one of: {offered}"
+    if "BuilderConfig" in told:
+        return f"{key}.config: {name} has no {asked.config!r}; set it to one of: {offered}"
+    if "configs in the cache" in told:
+        return (
+            f"{key}.config: the Hub cannot be reached, and the cache has no {asked.config!r} of "
+            f"{name}; set it to one of: {offered}; or connect"
+        )
+    if "nknown split" not in told and "Bad split" not in told:
+        return None
+    if asked.streaming and "[" in (asked.split or ""):
+        return (
+            f"{key}.split: a stream has no slice {asked.split!r}; set it to one of: {offered}; and "
+            f"limit {key}.max_rows, or set {key}.streaming: false"
+        )
+    return f"{key}.split: {name} has no {asked.split!r}; set it to one of: {offered}"
+
+
+def _offered(text: str) -> str:
+    """The last list of names in a message, in words."""
+    for found in reversed(_LIST.findall(text)):
+        try:
+            return ", ".join(map(str, ast.literal_eval(found)))
+        except (ValueError, SyntaxError):
+            continue
+    return "those on its page"
+
+
+def _refs(name: str) -> str:
+    """The branches and tags of a data set, before "a commit" in a message."""
+    try:
+        refs = HfApi().list_repo_refs(name, repo_type="dataset")
+    except Exception:  # it is a hint alone
+        return "a branch, a tag or"
+    return f"one of: {', '.join(ref.name for ref in (*refs.branches, *refs.tags))}; or to"

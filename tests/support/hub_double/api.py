@@ -14,7 +14,7 @@ from tests.support.hub_double.store import MAIN, Commit, Entry, Repo, lfs_pointe
 from tests.support.hub_double.wire import Call, Reply
 
 route = Routes()
-_MODEL = "/api/models/{repo}"
+_MODEL = "/api/{kind}/{repo}"
 _NAME = re.compile(r"\w(?:[\w./-]*\w)?")
 
 

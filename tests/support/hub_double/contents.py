@@ -14,7 +14,7 @@ from tests.support.hub_double.wire import Call, Reply
 
 route = Routes()
 storage_route = Routes()
-_MODEL = "/api/models/{repo}"
+_MODEL = "/api/{kind}/{repo}"
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
@@ -99,8 +99,8 @@ def commit(state: HubState, call: Call) -> Reply:
     return Reply.of({"success": True, "commitOid": made.oid, "commitUrl": url, "hookOutput": ""})
 
 
-@route("HEAD", "/{repo}/resolve/{revision}/{path}")
-@route("GET", "/{repo}/resolve/{revision}/{path}")
+@route("HEAD", "[/datasets]/{repo}/resolve/{revision}/{path}")
+@route("GET", "[/datasets]/{repo}/resolve/{revision}/{path}")
 def resolve(state: HubState, call: Call) -> Reply:
     """A small file itself; for a large one, where the storage has it."""
     repo = state.readable(call)

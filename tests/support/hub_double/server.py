@@ -25,8 +25,9 @@ _ROUTES.join(contents.route)
 class HubDouble:
     """A Hub on the loopback device, from ``with`` to the end of its block.
 
-    It has models only, no pull requests, no Xet, no multipart uploads, no rules of .gitignore;
-    what it does not know is answered with 404 or 501, and the former is written down.
+    It has models, and data sets that `put` brings; no pull requests, no Xet, no multipart uploads,
+    no rules of .gitignore; what it does not know is answered with 404 or 501, and the former is
+    written down.
 
     Attributes:
         url: The endpoint.
@@ -101,6 +102,17 @@ class HubDouble:
             KeyError: There is none.
         """
         return self._state.repos[repo_id]
+
+    def put(self, repo_id: str, files: Mapping[str, bytes], branch: str = MAIN) -> str:
+        """Commit files to a repo, of a data set for example, which is made if there is none.
+
+        Returns:
+            The commit.
+        """
+        repo = self._state.repos.setdefault(repo_id, Repo(repo_id))
+        repo.branches.setdefault(branch, repo.branches[MAIN])
+        tree = {**repo.at(branch).tree, **{name: repo.keep(files[name]) for name in files}}
+        return repo.commit(branch, tree, "put").oid
 
     def asked(self, method: str, path_part: str = "") -> list[Request]:
         """The requests so far of a method, or ``*``, whose path contains a text."""

@@ -103,6 +103,8 @@ class HubState:
         caller = self.caller(call)
         repo = self.repos.get(call.parts["repo"])
         if repo and (not repo.private or (caller and caller.user == repo.owner)):
+            if repo.gated and caller is None:
+                raise HubError(401, "Access to this repository is restricted.", "GatedRepo")
             return repo
         if caller is None:
             raise HubError(401, "Invalid username or password.", "RepoNotFound")
@@ -172,7 +174,8 @@ Route = Callable[[HubState, Call], Reply]
 class Routes:
     """Which function answers which requests.
 
-    In a pattern, ``{repo}`` is two parts of the path, ``{path}`` any number, other names one.
+    In a pattern, ``{repo}`` is two parts of the path, ``{path}`` any number, ``{kind}`` one of
+    models and datasets, and other names one.
     """
 
     def __init__(self) -> None:
@@ -205,7 +208,7 @@ class Routes:
 
 def _expression(pattern: str) -> str:
     """A regular expression; square brackets enclose what may be absent."""
-    several = {"repo": "[^/]+/[^/]+", "path": ".+"}
+    several = {"repo": "[^/]+/[^/]+", "path": ".+", "kind": "models|datasets"}
 
     def part(name: re.Match[str]) -> str:
         return f"(?P<{name[1]}>{several.get(name[1], '[^/]+')})"

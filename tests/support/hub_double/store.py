@@ -83,11 +83,12 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repo; a new one has one commit, as on the Hub.
+    """A repo of a model or a data set; a new one has one commit, as on the Hub.
 
     Attributes:
         repo_id: ``user/name``.
         private: Whether only its owner may read it.
+        gated: Whether nobody may read it who is not logged in.
         blobs: Contents by hash: a git oid, or the sha256 of a large file.
         commits: All commits by oid, oldest first.
         branches: Name to oid.
@@ -96,6 +97,7 @@ class Repo:
 
     repo_id: str
     private: bool = False
+    gated: bool = False
     blobs: dict[str, bytes] = field(default_factory=dict, repr=False)
     commits: dict[str, Commit] = field(default_factory=dict, repr=False)
     branches: dict[str, str] = field(default_factory=dict)

@@ -174,7 +174,8 @@ def test_overrides_are_yaml_applied_in_order(tmp_path: Path) -> None:
         ("seed", r"override 'seed': expected dotted\.key=value"),
         ("seed.deep=1", "setting seed.deep: seed is a value, not a group"),
         ("window.itms=1", r"did you mean window\.items\?"),
-        ("seed=[", "not valid YAML"),
+        ("seed=[", r"override 'seed=\[': '\[' is not valid YAML; put a text in quotation marks"),
+        ("data.reading.separator=,", "',' is not valid YAML; put a text in quotation marks"),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:

@@ -63,3 +63,5 @@ def test_a_shipped_config_is_found_by_its_name() -> None:
 def test_what_is_wrong_is_named_as_when_it_is_loaded(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"did you mean window\.items\?"):
         describe(path, ["window.itms=3"])
+    with pytest.raises(ConfigError, match="',' is not valid YAML"):
+        describe(path, ["data.reading.separator=,"])

@@ -223,6 +223,25 @@ def test_a_rating_that_nobody_wants_is_not_read(tmp_path: Path) -> None:
     assert yaml.safe_load(off.block())["data"]["columns"]["rating"] is None
 
 
+def test_a_rating_that_was_not_read_is_none_in_the_block(tmp_path: Path) -> None:
+    """Named in the block, its gaps would be bad rows."""
+    rows = [f"a,{n},{n},{'' if n % 2 else n},Film {n}" for n in range(5)]
+    path = tmp_path / "own.csv"
+    path.write_text("\n".join(["user,item,time,rating,title", *rows]))
+    checked = check_data(data_config(str(path)))
+    assert checked.interactions.ratings is None
+    assert "rating = none" in checked.describe()
+    assert "to read no ratings" not in checked.describe()
+    assert checked.unused == ("rating",)
+    assert yaml.safe_load(checked.block())["data"]["columns"]["rating"] is None
+    (tmp_path / "own.yaml").write_text(f"name: own\n{checked.block()}\n")
+    again = check_data(data_config(str(tmp_path / "own.yaml")))
+    assert (again.problems, again.report.dropped) == ((), {})
+    # Someone who names the column has its gaps counted.
+    named = check_data(data_config(str(path), columns=["rating=rating"]))
+    assert sum(named.report.dropped.values()) == 2
+
+
 def test_a_config_is_checked_by_its_section(tmp_path: Path) -> None:
     write(tmp_path / "own.csv", *film_rows("a", [5, 3, 4, 1]))
     path = tmp_path / "mine.yaml"
@@ -234,7 +253,7 @@ def test_a_config_is_checked_by_its_section(tmp_path: Path) -> None:
     assert asked.columns == ColumnsConfig(user="who", item="film", timestamp="at", rating=None)
     with pytest.raises(ConfigError, match=r"data\.reading\.separator: .* give the characters"):
         data_config(str(path), overrides=["data.reading.separator='\"'"])
-    with pytest.raises(ConfigError, match="put the value in quotes"):
+    with pytest.raises(ConfigError, match="put a text in quotation marks"):
         data_config(str(path), overrides=["data.reading.separator=,"])
     with pytest.raises(ConfigError, match=r"'utf-88' is no encoding of text"):
         data_config(str(path), overrides=["data.reading.encoding=utf-88"])

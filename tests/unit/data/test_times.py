@@ -45,6 +45,8 @@ def built(times: list[str], **settings: object) -> tuple[Interactions, LoadRepor
         (["2019.25"], [2019.25], "decimal years", None),
         (["1970-01-02", "1970-01-01T00:00:01Z"], [86_400, 1], DATES, 1),
         (["1970/1/2 00:00:01 UTC"], [86_401], DATES, 1),
+        (["1970.01.02", "1970.1.2 00:00:01"], [86_400, 86_401], DATES, 1),
+        (["1970.01/02", "01/02-1970", "1970.01.021"], [None] * 3, NUMBERS, None),
         (["1970-01-01 00:00:01.000001", "1970-01-01"], [1.000001, 0], DATES, 1),
         (["1970-01-01 00:00:01.000000001", "1970-01-01"], [10**9 + 1, 0], DATES, 10**9),
         (["Thu Jan 01 00:00:02 +0000 1970"], [2], DATES, 1),
@@ -154,13 +156,21 @@ def test_a_number_above_twelve_tells_days_from_months(
 ) -> None:
     times = parse_times(texts)
     assert times.values == [datetime.fromisoformat(f"{d}+00:00").timestamp() for d in dates]
-    assert (times.day_first, times.unclear) == (day_first, None)
+    assert (times.day_first, times.unclear) == (day_first, ())
 
 
 def test_days_and_months_are_never_guessed() -> None:
-    for texts in (["01/01/2020", "01/02/2020"], ["01/01/2020", "13/02/2020", "02/13/2020"]):
-        with pytest.raises(DataError, match=r"line 3: .* 'timestamp' .* data\.day_first: true"):
-            built(texts)
+    for clock in ("", " 1:05 PM", " 13:05", ", 1:05:03pm"):
+        dates = [f"{date}{clock}" for date in ("01/01/2020", "01/02/2020")]
+        with pytest.raises(DataError, match=r"line 3: '01/02/.* may .* data\.day_first: true"):
+            built(dates)
+        dates = [f"{date}{clock}" for date in ("01/01/2020", "13/02/2020", "02/14/2020")]
+        with pytest.raises(
+            DataError,
+            match=r"line 3: '13/02/2020.* begins with the day, .* line 4: '02/14/2020.* with the "
+            r"month, .* 'timestamp' do not tell; set data\.day_first: true",
+        ):
+            built(dates)
     day, _ = built(["01/01/2020", "01/02/2020"], day_first=True)
     month, _ = built(["01/01/2020", "01/02/2020"], day_first=False)
     assert day.timestamps is not None
@@ -170,3 +180,28 @@ def test_days_and_months_are_never_guessed() -> None:
     # A date that does not fit what was said is a bad row, and no other date.
     _, report = built(["13/02/2020", "02/13/2020", "02/02/2020"], day_first=True)
     assert sum(report.dropped.values()) == 1
+
+
+def test_an_order_that_no_row_shows_is_a_doubt_until_the_setting_says_it() -> None:
+    texts = ["01/01/2020", "01/02/2020", "3/4/2020"]
+    assert parse_times(texts).unclear == (1,)
+    assert parse_times([*texts, "02/14/2020", "13/02/2020"]).unclear == (4, 3)
+    february, january = 1_580_515_200, 1_577_923_200  # 2020-02-01 and 2020-01-02, 00:00 UTC
+    for day_first, second in ((True, february), (False, january)):
+        times = parse_times(texts, day_first)
+        assert (times.values[1], times.unclear) == (second, ())
+    assert parse_times(["13/02/2020"], day_first=False).values == [None]
+
+
+@pytest.mark.parametrize(
+    ("hours", "seconds"),
+    [
+        ("10:05", 36_300), ("10:05:03", 36_303), ("1:05", 3_900), ("1:05 PM", 47_100),
+        ("12:05:03 am", 303), ("1:05PM", 47_100), ("10:05:03.5", 36_303.5),
+        ("10:05:03+01:00", 32_703),
+    ],
+)  # fmt: skip
+def test_hours_may_follow_such_a_date(hours: str, seconds: float) -> None:
+    for blank in (" ", "T", ", "):
+        parsed = parse_times([f"01/02/2020{blank}{hours}"], day_first=True)
+        assert parsed.values == [1_580_515_200 + seconds]
