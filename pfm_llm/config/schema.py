@@ -363,6 +363,8 @@ def training_hash(config: ExperimentConfig) -> str:
     if columns.rating == RECOGNISED:
         data = {"columns": columns.model_copy(update={"rating": None})}
         config = config.model_copy(update={"data": config.data.model_copy(update=data)})
+    # The data have a hash of their own, so a run goes on after the commit of its data was named.
+    elsewhere["data"] = {"hub": {"revision": True, "items": {"revision"}}}
     elsewhere["adapters"] = {"private": dict.fromkeys(unread, True)}
     if config.federation.num_rounds is not None:
         elsewhere["federation"] = {"passes": True}

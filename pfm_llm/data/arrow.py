@@ -63,7 +63,7 @@ def from_arrow(folder: Path) -> tuple[Interactions, LoadReport]:
                     f"{folder / name} does not match its recorded checksum; delete {folder}"
                 )
         report = manifest["report"]
-        tuples = {name: tuple(report[name]) for name in ("examples", "notes")}
+        tuples = {name: tuple(report[name]) for name in ("examples", "notes", "origins")}
         return _read(folder), LoadReport(**{**report, **tuples})
     except (OSError, AttributeError, KeyError, ValueError, TypeError, DataError) as error:
         raise CorruptFileError(f"{folder} cannot be read ({error}); delete it") from error

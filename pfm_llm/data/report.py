@@ -16,6 +16,7 @@ class LoadReport:
         dropped: Reason to number of rows.
         examples: The first bad rows: file, line (from 1, the header is line 1) and reason.
         notes: Further facts for readers of the results.
+        origins: The data sets of the Hub that were read, each with its commit, in words.
     """
 
     num_rows: int
@@ -25,6 +26,7 @@ class LoadReport:
     dropped: Mapping[str, int]
     examples: tuple[str, ...]
     notes: tuple[str, ...]
+    origins: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """The report as lines of text."""

@@ -60,6 +60,7 @@ class _Source:
     columns: ColumnsConfig
     read: Callable[[], SourceTables]
     versions: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, LoadReport]:
@@ -92,6 +93,7 @@ def load_interactions(config: DataConfig, seed: int) -> tuple[Interactions, Load
         _LOG.info("reading %.0f MB of data, once; later runs read what is kept of it", size / 1e6)
     raw = validate(source.read(), source.columns, config.max_bad_rows, config.day_first)
     interactions, report = build_interactions(raw, config, seed)
+    report = replace(report, origins=source.origins)
     try:
         make_private_dir(folder.parent)
         to_arrow(interactions, report, folder)
@@ -168,7 +170,8 @@ def _on_hub(config: DataConfig, hub: HubConfig, seed: int) -> _Source:
 
     files = tuple(file for table in tables for file in table.files)
     source = _with_items(config, files, read)
-    return replace(source, versions=tuple(table.version for table in tables))
+    origins = tuple(table.origin for table in tables if table.origin is not None)
+    return replace(source, versions=tuple(table.version for table in tables), origins=origins)
 
 
 def _of_format(kind: Format, path: Path, files: tuple[Path, ...], config: DataConfig) -> _Source:

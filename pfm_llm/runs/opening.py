@@ -49,6 +49,7 @@ class TrainedOn:
         item_keys: A key per item, in the order of training; see `item_keys`.
         num_users: Number of users.
         num_interactions: Number of interactions.
+        origins: The data sets of the Hub that were read, each with its commit, in words.
     """
 
     contract_hash: str
@@ -58,6 +59,7 @@ class TrainedOn:
     item_keys: tuple[str, ...]
     num_users: int
     num_interactions: int
+    origins: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, run: Run) -> Self:
@@ -71,10 +73,11 @@ class TrainedOn:
             item_keys=item_keys(interactions.catalogue, run.model.prompt),
             num_users=interactions.num_users,
             num_interactions=len(interactions.items),
+            origins=run.data.report.origins,
         )
 
     def write(self, folders: RunFolders) -> None:
-        """Keep it in the run's public folder: hashes and counts, no texts and no ids."""
+        """Keep it in the run's public folder: hashes, counts and commits, no texts and no ids."""
         files.write_json(folders.public / TRAINED_ON_FILE, dataclasses.asdict(self))
 
     @classmethod
@@ -93,7 +96,8 @@ class TrainedOn:
             )
         try:
             tree = files.read_json(path)
-            found = cls(**tree | {"item_keys": tuple(map(str, tree["item_keys"]))})
+            texts = {"item_keys": tree["item_keys"], "origins": tree.get("origins", ())}
+            found = cls(**tree | {name: tuple(map(str, texts[name])) for name in texts})
         except (KeyError, TypeError) as error:
             raise CorruptFileError(f"{path} is damaged ({error!r}); restore it") from error
         return found
@@ -247,9 +251,15 @@ class _Opening:
 
     def refusal(self, changes: str) -> CheckpointError:
         """The error that says what changed and what to do."""
+        then = ""
+        if self.before.origins:
+            then = (
+                f". The training read {', '.join(self.before.origins)}; name the commit as "
+                "revision in its config.yaml"
+            )
         return CheckpointError(
             f"{self.folders.public} was trained on something else: {changes}. Restore the files "
-            "that it was trained on (its config.yaml names them), or train a new run"
+            f"that it was trained on (its config.yaml names them), or train a new run{then}"
         )
 
     def _in_order(self, interactions: Interactions, prompt: Prompt) -> Interactions:

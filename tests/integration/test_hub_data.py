@@ -1,18 +1,23 @@
 """Data sets of the Hub, over HTTP: revisions and commits, streams, and what is not there."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import yaml
 from huggingface_hub import HfFileSystem, constants
 
-from pfm_llm.base.errors import DataError
+from pfm_llm.base.errors import CheckpointError, DataError
 from pfm_llm.config.data import DataConfig
 from pfm_llm.data.check import check_data
 from pfm_llm.data.report import LoadReport
 from pfm_llm.data.sources import load_interactions
+from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.opening import TRAINED_ON_FILE, open_run
 from tests.support.hub_double import HubDouble
+from tests.support.tiny import Tiny
 
 REPO = "alice/ratings"
 README = b"""---
@@ -60,7 +65,7 @@ def section(**changes: Any) -> DataConfig:
 
 def commits(report: LoadReport) -> list[str]:
     """The commits of both tables, as the report names them."""
-    return [note.rpartition(" ")[2] for note in report.notes if ": commit " in note]
+    return [origin.rpartition(" at commit ")[2] for origin in report.origins]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -74,7 +79,7 @@ def test_configuration_and_split_are_read_and_the_commit_recorded(
     held_out, _ = load_interactions(section(streaming=streaming, split="test"), seed=0)
     assert held_out.num_interactions == 8
     checked = check_data(section(streaming=streaming))
-    assert f"{REPO} (data.hub): commit {commit}" in checked.describe()
+    assert f"read from {REPO} (data.hub) at commit {commit}" in checked.describe()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -159,3 +164,34 @@ def test_another_commit_in_the_cache_is_not_taken_for_the_one_that_was_asked_for
     monkeypatch.setattr(datasets, "load_dataset_builder", fallen_back)
     with pytest.raises(DataError, match=f"{newer} could not be fetched, .* {commit}"):
         load_interactions(section(), seed=0)
+
+
+def test_a_run_names_the_commit_that_it_was_trained_on_and_opens_again_beside_it(
+    hub: HubDouble, commit: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    trained_on = hub.put(REPO, {"README.md": b"", "all.csv": tiny.interactions.read_bytes()})
+    block = {"name": REPO, "files": ["all.csv"]}
+    settings = {"data__source": REPO, "data__hub": block, "federation__num_rounds": 1}
+    run = run_experiment(tiny.config(tmp_path / "runs", evaluation__baselines=[], **settings))
+    told = json.loads((run / TRAINED_ON_FILE).read_text())
+    assert told["origins"] == [f"{REPO} (data.hub) at commit {trained_on}"]
+    opened, _ = open_run(run)
+    rows_before = opened.data.interactions.content_hash()
+    lines = tiny.interactions.read_bytes().splitlines(keepends=True)
+    newer = hub.put(REPO, {"all.csv": b"".join(lines[:-4])})
+    with pytest.raises(CheckpointError, match=f"at commit {trained_on}; name the commit as rev"):
+        open_run(run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["hub"]["revision"] = trained_on
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    opened, _ = open_run(run)
+    assert opened.data.interactions.content_hash() == rows_before
+
+    def resumed(commit: str) -> Path:
+        changed = {**settings, "data__hub": {**block, "revision": commit}}
+        config = tiny.config(tmp_path / "runs", evaluation__baselines=[], **changed)
+        return run_experiment(config, resume=True)
+
+    assert resumed(trained_on) == run
+    with pytest.raises(CheckpointError, match="data_hash was"):
+        resumed(newer)

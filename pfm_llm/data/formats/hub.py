@@ -53,6 +53,7 @@ class HubTable:
     Attributes:
         files: Files of this machine on whose content the table depends.
         version: What else it depends on: the commit of the Hub, or of files elsewhere their state.
+        origin: Its name and the commit of the Hub, in words; None for files elsewhere.
 
     Raises:
         DataError: The data set, or a part of it, cannot be found or loaded; or there is another
@@ -81,8 +82,7 @@ class HubTable:
         if any("://" in place for place in places):
             states = [getattr(files, "origin_metadata", None) for files in origins.values()]
             self.version += f" {states}"
-        if found_commit is not None:
-            self._notes += (f"{self._name}: commit {found_commit}",)
+        self.origin = None if found_commit is None else f"{self._name} at commit {found_commit}"
 
     def read(self, wanted: Callable[[str], bool] | None, users: "UserPool | None" = None) -> Table:
         """Read the table.
@@ -102,7 +102,8 @@ class HubTable:
         else:
             table = self._tried(lambda: _streamed(self._rows, (self._name, limit), wanted, users))
         told = () if limit is None else (f"{self._name}: at most {limit:,} rows are read",)
-        return replace(table, notes=(*self._notes, *told, *table.notes))
+        read = () if self.origin is None else (f"read from {self.origin}",)
+        return replace(table, notes=(*read, *self._notes, *told, *table.notes))
 
     def _found_commit(self, wanted: str | None) -> str | None:
         """The commit that was found; None for files elsewhere."""

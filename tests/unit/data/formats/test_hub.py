@@ -222,14 +222,16 @@ def test_the_commit_is_part_of_the_key_and_of_the_report(
     monkeypatch.setattr(datasets, "load_dataset_builder", at_commit)
     tree = section(files, name="some/one", streaming=True)
     _, report = load(tree)
-    assert f"some/one (data.hub): commit {commit}" in report.notes
+    assert f"read from some/one (data.hub) at commit {commit}" in report.notes
+    assert report.origins == (f"some/one (data.hub) at commit {commit}",)
     commit = "b" * 40
     calls: list[object] = []
     validate = sources.validate
     monkeypatch.setattr(sources, "validate", lambda *a: calls.append(a) or validate(*a))
     load(tree)
-    load(tree)
+    _, report = load(tree)
     assert len(calls) == 1
+    assert report.origins == (f"some/one (data.hub) at commit {commit}",)
 
 
 def test_the_name_of_the_data_set_is_that_of_the_source(tmp_path: Path) -> None:
@@ -251,8 +253,8 @@ def test_the_name_of_the_data_set_is_that_of_the_source(tmp_path: Path) -> None:
     named = parse_config({"name": "x", "data": {"source": "some/one", "hub": {"split": "a"}}})
     assert named.data.hub is not None
     assert (named.data.hub.name, named.data.hub.split) == ("some/one", "a")
-    longer = parse_config({"name": "x", "data": {"hub": {"name": "some/one", "revision": "v1"}}})
-    assert training_hash(short) != training_hash(longer)
+    with_split = parse_config({"name": "x", "data": {"hub": {"name": "some/one", "split": "a"}}})
+    assert training_hash(short) != training_hash(with_split)
     with pytest.raises(ConfigError, match="source and hub name two data sets"):
         parse_config({"name": "x", "data": {"hub": "some/one", "source": "a.csv"}})
 
@@ -261,3 +263,16 @@ def test_a_builder_without_files_is_refused() -> None:
     """It would read all of the working folder."""
     with pytest.raises(ConfigError, match=r"data\.hub.*csv is no data set .* name them in files"):
         parse_config({"name": "x", "data": {"hub": "csv"}})
+
+
+def test_settings_hash_alike_whatever_the_commit() -> None:
+    """The data have a hash of their own, so a run can go on after its commit was named."""
+
+    def hashed(**table: Any) -> str:
+        hub = {"name": "some/one", "items": {"name": "some/texts"}, **table}
+        return training_hash(parse_config({"name": "x", "data": {"hub": hub}}))
+
+    assert hashed(revision="abc") == hashed()
+    assert hashed(items={"name": "some/texts", "revision": "abc"}) == hashed()
+    assert hashed(items={"name": "some/other"}) != hashed()
+    assert hashed(split="test") != hashed()
