@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pfm_llm.config.data import (
     ColumnsConfig,
     DataConfig,
     HubConfig,
+    HubTableConfig,
     ReadingConfig,
 )
 from pfm_llm.data.arrow import FORMAT_VERSION, to_arrow
@@ -134,7 +135,7 @@ def load_catalogue(source: str, columns: ColumnsConfig | None = None) -> Catalog
 
 def _find(config: DataConfig, seed: int = 0) -> _Source:
     if config.hub is not None:
-        return _on_hub(config, config.hub, seed)
+        return _on_hub(config, config.hub, "data.hub", seed)
     path = Path(config.source).expanduser()
     if config.source == _GROCERIES:
         _check_no_items(config)
@@ -149,15 +150,22 @@ def _find(config: DataConfig, seed: int = 0) -> _Source:
         if files := kind.find(path):
             return _of_format(kind, path, files, config)
     _check_source(config.source, path)
+    if _is_on_hub(path):
+        return _on_hub(config, HubConfig(name=config.source), "data.source", seed)
     files, read = _locate(config.source, names_in(config.columns), config.reading)
     return _with_items(config, files, lambda: SourceTables(read()))
 
 
-def _on_hub(config: DataConfig, hub: HubConfig, seed: int) -> _Source:
-    _check_inferred(config, "data.hub")
+def _is_on_hub(path: Path) -> bool:
+    """Whether a source that is no format of ours is the id of a data set."""
+    return not (path.exists() or path.suffix.lower() in SUFFIXES or path.is_absolute())
+
+
+def _on_hub(config: DataConfig, hub: HubConfig, key: str, seed: int) -> _Source:
+    _check_inferred(config, key)
     columns = config.columns
-    rows = HubTable(hub, "data.hub")
-    items = None if hub.items is None else HubTable(hub.items, "data.hub.items")
+    rows = HubTable(hub, key)
+    items = None if hub.items is None else HubTable(hub.items, f"{key}.items")
     tables = (rows,) if items is None else (rows, items)
 
     def read() -> SourceTables:
@@ -169,9 +177,17 @@ def _on_hub(config: DataConfig, hub: HubConfig, seed: int) -> _Source:
         return SourceTables(rows.read(wanted, users), texts)
 
     files = tuple(file for table in tables for file in table.files)
-    source = _with_items(config, files, read)
+    return _of_tables(_with_items(config, files, read), tables)
+
+
+def _of_tables(source: _Source, tables: Sequence[HubTable]) -> _Source:
+    """The source, which also depends on the versions of these tables."""
     origins = tuple(table.origin for table in tables if table.origin is not None)
-    return replace(source, versions=tuple(table.version for table in tables), origins=origins)
+    return replace(
+        source,
+        versions=(*(table.version for table in tables), *source.versions),
+        origins=(*origins, *source.origins),
+    )
 
 
 def _of_format(kind: Format, path: Path, files: tuple[Path, ...], config: DataConfig) -> _Source:
@@ -194,6 +210,12 @@ def _with_items(
     _check_items_are_given(config)
     if config.items is None:
         return _Source(files, config.columns, read)
+    if _is_on_hub(Path(config.items).expanduser()):
+        items = HubTable(HubTableConfig(name=config.items), "data.items")
+        source = _Source(
+            (*files, *items.files), config.columns, lambda: replace(read(), items=items.read(None))
+        )
+        return _of_tables(source, (items,))
     more, read_items = _locate(config.items, names_in(config.columns), config.reading.items)
     return _Source((*files, *more), config.columns, lambda: replace(read(), items=read_items()))
 
@@ -230,21 +252,13 @@ def _locate(
     path = Path(place).expanduser()
     if files := files_of(path):
         return files, lambda: read_table(path, names, reading)
-    if path.is_dir():
-        dataset = _load_saved(path)
-        # `datasets` puts its own later results beside the data, as cache-*.
-        found = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file() and not file.name.startswith("cache-")
-        )
-    else:
-        if path.suffix.lower() in SUFFIXES or path.is_absolute():
-            raise DataError(f"{path} does not exist; check data.source and data.items")
-        dataset = _load_from_hub(place)
-        found = [
-            Path(file["filename"]) for file in one_split(dataset, place, _SAVE_ONE)[0].cache_files
-        ]
+    if not path.is_dir():
+        raise DataError(f"{path} does not exist; check data.source and data.items")
+    dataset = _load_saved(path)
+    # `datasets` puts its own later results beside the data, as cache-*.
+    found = sorted(
+        file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-")
+    )
     return tuple(found), lambda: _dataset_table(dataset, place)
 
 
@@ -270,18 +284,6 @@ def _load_saved(path: Path) -> Any:
     except Exception as error:  # Arrow, JSON and datasets have errors of their own
         raise DataError(
             f"{path} cannot be read as a folder that datasets.save_to_disk wrote: {error}"
-        ) from error
-
-
-def _load_from_hub(name: str) -> Any:
-    try:
-        return datasets.load_dataset(name)
-    except Exception as error:  # the Hub, the network and each loader have their own
-        raise DataError(
-            f"{name!r} is no file or folder here, and datasets.load_dataset cannot load it "
-            f"({type(error).__name__}: {error}). Either the path is wrong, or the id is unknown, "
-            "or there is no network: save the data set with save_to_disk where there is one, "
-            "and give that folder as data.source"
         ) from error
 
 

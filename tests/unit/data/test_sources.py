@@ -1,6 +1,7 @@
 """From ``data.source`` to interactions: every kind of source, the cache, and clear refusals."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,35 +161,53 @@ def test_splits_without_train_are_a_question_for_the_user(tmp_path: Path) -> Non
         load(tmp_path / "splits")
 
 
+def on_the_hub(monkeypatch: pytest.MonkeyPatch, name: str, file: Path) -> None:
+    """Let `datasets` find a data set of this name, which holds a Parquet file."""
+    build: Callable[..., Any] = datasets.load_dataset_builder
+
+    def found(asked: str, *_: Any, **__: Any) -> Any:
+        assert asked == name
+        builder = build("parquet", data_files=str(file))
+        builder.hash = "c" * 40
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", found)
+
+
 def test_a_dataset_id_is_loaded_through_datasets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parses: list[object]
 ) -> None:
-    datasets.Dataset.from_dict(table()).save_to_disk(str(tmp_path / "one"))
-    loaded = datasets.load_from_disk(str(tmp_path / "one"))
-    asked = []
-
-    def load_dataset(name: str) -> datasets.DatasetDict:
-        asked.append(name)
-        return datasets.DatasetDict({"train": loaded})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert histories(load("someone/ratings")[0]) == EXPECTED
-    assert histories(load("someone/ratings")[0]) == EXPECTED
-    assert asked == ["someone/ratings"] * 2
+    datasets.Dataset.from_dict(table()).to_parquet(str(tmp_path / "one.parquet"))
+    on_the_hub(monkeypatch, "someone/ratings", tmp_path / "one.parquet")
+    for _ in range(2):
+        interactions, report = load("someone/ratings")
+        assert histories(interactions) == EXPECTED
+        assert report.origins == (f"someone/ratings (data.source) at commit {'c' * 40}",)
     assert len(parses) == 1
 
 
 def test_an_id_that_cannot_be_loaded_gives_the_reason_and_the_way_round(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def load_dataset(name: str) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     with pytest.raises(DataError) as caught:
         load("someone/ratings")
     for part in ("'someone/ratings'", "Couldn't reach the Hub", "no network", "save_to_disk"):
         assert part in str(caught.value)
+
+
+def test_texts_of_items_may_be_a_dataset_id(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"item_id": ["a", "b", "c"], "title": ["Ash", "Birch", "Cedar"]}
+    items = datasets.Dataset.from_dict(texts)
+    items.to_parquet(str(tmp_path / "items.parquet"))
+    on_the_hub(monkeypatch, "someone/items", tmp_path / "items.parquet")
+    _, report = load(rows, items="someone/items")
+    assert report.origins == (f"someone/items (data.items) at commit {'c' * 40}",)
 
 
 def test_the_second_load_comes_from_the_cache_and_is_equal(
@@ -294,10 +313,10 @@ def test_a_load_that_fails_leaves_nothing_in_the_cache(rows: Path, cache: Path) 
 def test_a_source_that_is_none_is_named_with_a_remedy(
     source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_dataset(name: str) -> None:
+    def asked(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing should be asked of the network")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", asked)
     for name in ("other", "empty", "broken"):
         (tmp_path / name).mkdir()
     (tmp_path / "other" / "a.txt").write_text("")
