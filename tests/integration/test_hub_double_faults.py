@@ -146,8 +146,8 @@ def status_of(method: str, url: str, body: bytes = b"", **headers: str) -> int:
 
 
 def test_hub_writes_down_what_it_does_not_know(hub: HubDouble) -> None:
-    assert status_of("GET", f"{hub.url}/api/datasets/alice/tiny") == 404
-    assert hub.unknown == ["GET /api/datasets/alice/tiny"]
+    assert status_of("GET", f"{hub.url}/api/spaces/alice/tiny") == 404
+    assert hub.unknown == ["GET /api/spaces/alice/tiny"]
     hub.unknown.clear()
 
 
