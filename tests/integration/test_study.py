@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pfm_llm.data.splits import new_items
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RESULTS_FILE, TABLE_FILE
@@ -193,3 +194,30 @@ def test_first_events_are_copies_of_the_oldest(tiny_run: Callable[..., Any]) -> 
     for user in range(train.num_users):
         assert few.history(user).tolist() == train.history(user)[:2].tolist()
     assert not np.shares_memory(few.items, train.items)
+
+
+def test_new_items_are_placed_among_all_and_among_each_other(
+    tiny: Tiny, rated: Path, tmp_path: Path
+) -> None:
+    """Held-out items are new; each of their figures is there, and is what it says it is."""
+    settings = {"method": "pfm", "head__item_met": True, "data__hold_out_items": 0.3}
+    run, rows = _study(tiny, rated, tmp_path, **settings)
+    found = {row.metric: row for row in rows if row.metric.startswith("new_items")}
+    places = [f"new_items_{place}" for place in ("percentile", "among_new")]
+    kinds = ("", "_shared", "_cosine")
+    shares = {"new_items_in_top_ten", "new_items_in_targets"}
+    assert {f"{place}{kind}" for place in places for kind in kinds} | shares <= found.keys()
+    assert all(0 <= found[name].value <= 1 for name in (*shares, *places))
+    assert -1 <= found["new_items_over_stranger"].value <= 1
+
+    opened, _ = open_run(run)
+    held_out = opened.data.split.test
+    is_new = np.ones(30, dtype=bool)
+    is_new[opened.data.split.train.interactions.items] = False
+    assert is_new.sum() >= 9
+    asked = [is_new[targets].mean() for targets in held_out.targets]
+    assert found["new_items_in_targets"].value == pytest.approx(np.mean(asked))
+    assert found["new_items_among_new"].num_users == sum(share > 0 for share in asked)
+    chosen = new_items(opened.data.interactions.catalogue, 0.3)
+    assert chosen.sum() == 9
+    assert not any(chosen[history].any() for history in held_out.histories)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.choices import SplitKind
 from pfm_llm.config.data import DataConfig
-from pfm_llm.data.interactions import Interactions
-from pfm_llm.data.splits import HeldOut, TrainData, split_interactions
+from pfm_llm.data.interactions import Catalogue, Interactions
+from pfm_llm.data.splits import HeldOut, TrainData, new_items, split_interactions
 from tests.unit.data.split_cases import (
     FIRST_ITEM,
     FRACTION,
@@ -357,3 +357,25 @@ def test_describe_counts_everything() -> None:
         "validation: 1 users, 1 targets (2 users without a query, 0 repeated targets dropped)"
     )
     assert test.startswith("test: 1 users, 1 targets")
+
+
+def test_held_out_items_are_in_no_history_and_remain_targets() -> None:
+    """They follow from the ids alone: another order of the catalogue holds out the same."""
+    catalogue = Catalogue(tuple("abcdefghij"), {"title": tuple("ABCDEFGHIJ")})
+    is_new = new_items(catalogue, 0.3)
+    chosen = {catalogue.item_ids[i] for i in np.flatnonzero(is_new)}
+    assert len(chosen) == 3
+    turned = catalogue.take(range(9, -1, -1))
+    assert {turned.item_ids[i] for i in np.flatnonzero(new_items(turned, 0.3))} == chosen
+    assert not new_items(catalogue, 0.0).any()
+
+    order = [*np.flatnonzero(is_new)[:1], *np.flatnonzero(~is_new), *np.flatnonzero(is_new)[1:]]
+    items = np.array(order, dtype=np.int32)
+    history = Interactions(catalogue, ("u",), np.array([0, len(items)]), items)
+    config = DataConfig(split=SplitKind.LAST_FRACTION, held_out=0.3, hold_out_items=0.3)
+    split = split_interactions(history, config)
+    assert not is_new[split.train.interactions.items].any()
+    assert len(split.train.interactions.items) == 6
+    assert not is_new[split.test.histories[0]].any()
+    assert is_new[split.test.targets[0]].all()
+    assert "3 items are in no history" in split.rule
