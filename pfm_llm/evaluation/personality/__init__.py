@@ -10,5 +10,6 @@ figure is better for the user. `named_estimates` joins the figures of a run.
 | harm | ``not_harmed``, ``harm_<grouping>_<label>`` |
 | integrity | ``integrity_rbo``, ``integrity_rbo_retuned`` |
 | new items | ``new_items``, ``new_items_over_chance``, and ``…_shared``, ``…_own`` |
+| their places | ``new_items_percentile``, ``new_items_among_new``, and ``…_shared``, ``…_cosine`` |
 | memory, cold start | ``memory_<items>``, ``cold_start_<items>``, and ``…_shared``, ``…_own`` |
 """
