@@ -107,7 +107,7 @@ class SequentialPeft:
         )
         met, own = recommender_head.met_items(head), torch.tensor(window.met).long().unique()
         told = recommender_head.met_term(head, own.to(self._device)) if met is not None else 0.0
-        head = recommender_head.with_met_rows(head)
+        head = recommender_head.with_met_rows({**head})
         inputs = recommender_head.item_inputs(head, items)
         self._item_inputs = None if inputs is None else (ends, inputs)
         tokens = torch.tensor(window.tokens, dtype=torch.int64, device=self._device)

@@ -29,6 +29,8 @@ TrunkStates = Callable[[Sequence[Window], str], list[torch.Tensor]]
 """Trunk states [T, d] of each of a client's windows, given with the client's id."""
 
 _log = logging.getLogger(__name__)
+TRUNK_TOKENS = 8192
+"""Padded tokens of windows in one pass."""
 _FOLDER = "trunk"
 _CHECKSUM = "crc32"
 _HEADER_BYTES = 256
@@ -37,7 +39,7 @@ _HEADER_BYTES = 256
 
 @torch.no_grad()
 def trunk_states(
-    trunk: nn.Module | None, windows: Sequence[Window], batch_tokens: int = 8192
+    trunk: nn.Module | None, windows: Sequence[Window], batch_tokens: int = TRUNK_TOKENS
 ) -> list[torch.Tensor]:
     """Compute trunk states, longest windows first.
 

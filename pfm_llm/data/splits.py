@@ -106,6 +106,11 @@ class HeldOut:
         }
         return replace(self, users=self.users[np.asarray(queries, dtype=np.int64)], **taken)
 
+    def target_rows(self, queries: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Where the targets of some queries stand among all targets of the split, int64 [T]."""
+        starts = np.cumsum([0, *map(len, self.targets)])
+        return np.concatenate([np.arange(starts[q], starts[q + 1]) for q in queries])
+
     def query(self, index: int) -> Query:
         """One query as a value; whether its targets were liked is not in it."""
         ratings = self.history_ratings
@@ -220,12 +225,9 @@ def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
 
 
 def new_items(catalogue: Catalogue, share: float) -> np.ndarray:
-    """Which items are held out, bool [I]: those with the smallest hashes of their ids.
+    """Which items ``data.hold_out_items`` holds out, bool [I]: those of the smallest id hashes.
 
-    Args:
-        catalogue: The items; neither their order nor any other item matters to the choice, but to
-            where it ends.
-        share: ``data.hold_out_items``.
+    The order of the catalogue does not matter.
     """
     digests = [
         hashlib.blake2b(item.encode(), digest_size=8).digest() for item in catalogue.item_ids

@@ -105,12 +105,10 @@ class EvaluationTask:
 
     def take(self, queries: Sequence[int]) -> "EvaluationTask":
         """The task with some of its queries, by their positions in ``held_out``."""
-        starts = np.cumsum([0, *map(len, self.held_out.targets)])
-        rows = [np.arange(starts[q], starts[q + 1]) for q in queries]
         return replace(
             self,
             held_out=self.held_out.take(queries),
-            negatives=self.negatives[np.concatenate(rows)],
+            negatives=self.negatives[self.held_out.target_rows(queries)],
             liked=None if self.liked is None else tuple(self.liked[q] for q in queries),
         )
 

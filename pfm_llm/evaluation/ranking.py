@@ -14,7 +14,7 @@ from pfm_llm.evaluation import metrics, scoring
 from pfm_llm.evaluation.baselines.selection import FittedBaseline
 from pfm_llm.evaluation.results import AUC, FULL, SAMPLED, ResultRow
 
-_QUERIES_AT_ONCE = 1024
+QUERIES_AT_ONCE = 1024
 _ONE_CLASS = (
     "no user has both a liked and a disliked held-out item: there is no AUC; raise data.held_out, "
     "or set data.like_threshold to a rating that divides them"
@@ -57,13 +57,11 @@ def rank_scores(
     """
     asked = held_out.take(queries)
     histories, targets = asked.histories, asked.targets
-    starts = np.cumsum([0, *map(len, held_out.targets)])
-    rows = np.concatenate([np.arange(starts[q], starts[q + 1]) for q in queries])
     full = scoring.full_ranks(scores, histories, targets)
     return Ranks(
         users=np.repeat(asked.users, [len(own) for own in targets]),
         full=full,
-        sampled=scoring.sampled_ranks(scores, targets, negatives[rows]),
+        sampled=scoring.sampled_ranks(scores, targets, negatives[held_out.target_rows(queries)]),
         lists=scoring.lists_around(scores, histories, targets, full, depth) if depth else None,
     )
 
@@ -76,7 +74,7 @@ def rank_baseline(
     def score(queries: Sequence[int]) -> np.ndarray:
         return baseline.score([held_out.histories[q] for q in queries])
 
-    batch = scoring.queries_at_once(baseline.num_items, _QUERIES_AT_ONCE)
+    batch = scoring.queries_at_once(baseline.num_items, QUERIES_AT_ONCE)
     return rank_all(score, held_out, negatives, batch, depth)
 
 
@@ -84,7 +82,7 @@ def rank_all(
     score: Callable[[Sequence[int]], np.ndarray],
     held_out: HeldOut,
     negatives: np.ndarray,
-    batch: int = _QUERIES_AT_ONCE,
+    batch: int = QUERIES_AT_ONCE,
     depth: int = 0,
 ) -> Ranks:
     """Rank all targets of a split.

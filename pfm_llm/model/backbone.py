@@ -283,7 +283,7 @@ def _loading(config: BackboneConfig) -> Iterator[tuple[str | Path, dict[str, Any
         raise
     except Exception as error:  # transformers, tokenizers and the Hub have many of their own
         raise BackboneError(
-            f"cannot load backbone {config.name!r}: {_reason(error)} (embedded: "
+            f"cannot load backbone {config.name!r}: {reason_of(error)} (embedded: "
             f"{', '.join(EMBEDDED)}; or a Hub id, or a local folder saved with save_pretrained)"
         ) from error
 
@@ -297,7 +297,7 @@ def _without_numbers(name: str, settings: Any) -> Any:
         return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """One line on an error of a library."""
     text = str(error).strip()
     if "trust_remote_code" in text:

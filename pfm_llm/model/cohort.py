@@ -232,6 +232,9 @@ class CohortModel:
         self, batch: ChunkBatch, vectors: Sequence[torch.Tensor], owns: Sequence[Tensors]
     ) -> list[Outputs]:
         seen = batch.seen(self.num_items) if self.objective.unseen_only else None
+        own_items: Sequence[torch.Tensor | None] = [None] * len(owns)
+        if recommender_head.ITEM_MET in owns[0]:
+            own_items = batch.items_per_client
         return [
             Outputs(
                 own,
@@ -247,7 +250,7 @@ class CohortModel:
                 owns,
                 spans(batch.outputs_per_client),
                 batch.histories_per_client,
-                batch.items_per_client,
+                own_items,
                 strict=True,
             )
         ]
@@ -352,17 +355,17 @@ class CohortModel:
 
 
 def _no_candidates(
-    head: Tensors, seen: torch.Tensor | None, own: torch.Tensor
+    head: Tensors, seen: torch.Tensor | None, own: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The items that are no candidates at each output, bool [K, I] or [I]; None: all are.
 
     Args:
         head: One client's head parameters.
         seen: bool [K, I], the items that the client has met before each output.
-        own: int64 [M], its items, which somebody has met.
+        own: int64 [M], its items, which somebody has met; None where that is not learned.
     """
     met = recommender_head.met_items(head)
-    if met is None:
+    if met is None or own is None:
         return seen
     unmet = ~met.index_fill(0, own, True)
     return unmet if seen is None else seen | unmet

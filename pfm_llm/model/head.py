@@ -203,11 +203,11 @@ def met_term(head: Tensors, items: torch.Tensor) -> torch.Tensor:
     return _MET_STEP * (met.detach() - met).sum()
 
 
-def with_met_rows(own: Tensors) -> dict[str, torch.Tensor]:
+def with_met_rows(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One client's tensors, in which the embedding of an item that nobody has met is zero."""
     met = met_items(own)
     if met is None or ITEM_IDS not in own:
-        return dict(own)
+        return own
     return {**own, ITEM_IDS: own[ITEM_IDS] * met[:, None]}
 
 

@@ -22,7 +22,8 @@ from pfm_llm.text.encoding import HistoryEncoder
 from pfm_llm.text.token_table import FORMAT_VERSION
 
 _log = logging.getLogger(__name__)
-_BATCH_TOKENS = 4096
+ITEM_TOKENS = 4096
+"""Padded tokens of texts in one pass."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def item_states(config: ItemsConfig, backbone: Backbone, encoder: HistoryEncoder
 
 def _read(backbone: Backbone, pieces: list[list[int]], pooling: Pooling) -> torch.Tensor:
     with Progress(sum(map(len, pieces)), "reading the items' texts", unit="tokens") as progress:
-        return backbone.text_states(pieces, _BATCH_TOKENS, pooling, progress)
+        return backbone.text_states(pieces, ITEM_TOKENS, pooling, progress)
 
 
 def _encode(encoder: SentenceEncoder, texts: list[str]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from pfm_llm.base import assets, files
 from pfm_llm.base.errors import BackboneError, PfmError
 from pfm_llm.base.progress import Progress
 from pfm_llm.config.model import DETAILED_TOKENS, ItemsConfig
-from pfm_llm.model.backbone import hash_weights
+from pfm_llm.model.backbone import hash_weights, reason_of
 
 EMBEDDED_ENCODERS = {"minilm": assets.minilm}
 
@@ -99,16 +99,16 @@ def load_sentence_encoder(config: ItemsConfig) -> SentenceEncoder:
     source: str | Path = embedded() if embedded else config.encoder
     options: Any = {"revision": config.revision, "trust_remote_code": False}
     try:
-        by_cls = _is_by_cls(source, config.revision)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModel.from_pretrained(source, **options, use_safetensors=True)
+        with files.interruptible():
+            by_cls = _is_by_cls(source, config.revision)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModel.from_pretrained(source, **options, use_safetensors=True)
     except PfmError:
         raise
     except Exception as error:  # transformers, tokenizers and the Hub have many of their own
-        reason = str(error).strip().splitlines() or [repr(error)]
         raise BackboneError(
-            f"cannot load the encoder {config.encoder!r} of items.encoder: {reason[0]} (backbone; "
-            f"embedded: {', '.join(EMBEDDED_ENCODERS)}; or a Hub id, or a local folder)"
+            f"cannot load the encoder {config.encoder!r} of items.encoder: {reason_of(error)} "
+            f"(backbone; embedded: {', '.join(EMBEDDED_ENCODERS)}; or a Hub id, or a local folder)"
         ) from error
     return SentenceEncoder(
         config.encoder, model, tokenizer, by_cls, config.max_tokens or DETAILED_TOKENS

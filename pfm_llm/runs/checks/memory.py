@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pfm_llm.client.trunk_cache import TRUNK_TOKENS
 from pfm_llm.evaluation.baselines.selection import BaselineName, parse_names
 from pfm_llm.evaluation.evaluator import OUR_MODES
+from pfm_llm.evaluation.ranking import QUERIES_AT_ONCE
 from pfm_llm.evaluation.scoring import queries_at_once
 from pfm_llm.model.backbone import KERNELS_KEPT
+from pfm_llm.model.item_vectors import ITEM_TOKENS
 
 LOADING, TEXTS = "loading the language model", "reading the items' texts"
 TRAINING, EVALUATION, BASELINES = "training", "evaluation", "baselines"
@@ -25,8 +28,6 @@ _MB = 10**6
 _KERNEL, _KERNELS_OF_FLOAT32 = 650_000, 25 * _MB
 _LIBRARIES_LATER = 60 * _MB
 """The tokenizer, PEFT, and matplotlib at the end."""
-_TRUNK_TOKENS, _ITEM_TOKENS = 8192, 4096
-_QUERIES_OF_BASELINES = 1024
 _PAIRS_APART = 10
 _FLOAT, _DOUBLE = 4, 8
 
@@ -113,7 +114,7 @@ def estimate_memory(shape: Shape) -> MemoryEstimate:
     as_stored = shape.num_weights * shape.stored if shape.stored != shape.computed else 0
     phases = {
         LOADING: weights | {"weights as they are stored": as_stored},
-        TEXTS: held | {"a batch of texts": _pass(shape, _ITEM_TOKENS)},
+        TEXTS: held | {"a batch of texts": _pass(shape, ITEM_TOKENS)},
         TRAINING: held | _training(shape),
         EVALUATION: held | _evaluation(shape),
         BASELINES: held | _baselines(shape),
@@ -147,7 +148,7 @@ def _training(shape: Shape) -> dict[str, int]:
         "scores of a chunk of clients": events * shape.num_items * of_score,
         "adapted layers": events * TOKENS_PER_ITEM * of_token,
         "a pass below the adapted layers": _pass(
-            shape, min(_TRUNK_TOKENS, shape.longest * TOKENS_PER_ITEM)
+            shape, min(TRUNK_TOKENS, shape.longest * TOKENS_PER_ITEM)
         ),
     }
 
@@ -169,7 +170,7 @@ def _baselines(shape: Shape) -> dict[str, int]:
     names = set(parse_names(shape.baselines))
     if not names:
         return {}
-    asked = queries_at_once(shape.num_items, _QUERIES_OF_BASELINES) * shape.num_items
+    asked = queries_at_once(shape.num_items, QUERIES_AT_ONCE) * shape.num_items
     found = {"scores of a baseline": asked * (2 * _DOUBLE + _FLOAT)}
     if names != {BaselineName.POPULARITY}:
         pairs = min(_PAIRS_APART * shape.num_events, shape.num_items**2)

@@ -1,7 +1,7 @@
 """New items: how the model ranks items that are in no training history."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -57,9 +57,12 @@ def new_items(
     own, shared = (measured.ranks[mode] for mode in (Mode.SHARED_PRIVATE, Mode.SHARED_ONLY))
     whole = _candidates(held_out, len(is_new))
     figures = new_item_figures(own.full, shared.full, own.users, whole, chosen, bootstrap)
-    figures |= _places(run, task, measured, is_new, bootstrap)
-    lists = measure(run, only(task, Mode.SHARED_PRIVATE, depth=_TOP, liked=None))
-    top = lists.ranks[Mode.SHARED_PRIVATE].lists
+    among = _other_new(held_out, is_new)
+    against_new = dataclasses.replace(task, negatives=among, liked=None)
+    both = only(against_new, Mode.SHARED_PRIVATE, Mode.SHARED_ONLY, depth=_TOP)
+    ranks = measure(run, both).ranks
+    figures |= _places(run, against_new, (measured.ranks, ranks), is_new, bootstrap)
+    top = ranks[Mode.SHARED_PRIVATE].lists
     assert top is not None
     shares = {"in_top_ten": top_share(top, is_new), "in_targets": chosen.astype(np.float64)}
     return figures | {
@@ -69,19 +72,28 @@ def new_items(
 
 
 def _places(
-    run: Run, task: EvaluationTask, measured: Measured, is_new: np.ndarray, bootstrap: Bootstrap
+    run: Run,
+    against_new: EvaluationTask,
+    found: tuple[Mapping[Mode, Ranks], Mapping[Mode, Ranks]],
+    is_new: np.ndarray,
+    bootstrap: Bootstrap,
 ) -> dict[str, Estimate]:
-    """How far up new targets stand, among all items and among the new ones."""
-    held_out = task.held_out
-    chosen = is_new[np.concatenate(held_out.targets)]
-    among = _other_new(held_out, is_new)
+    """How far up new targets stand, among all items and among the new ones.
+
+    Args:
+        run: The run.
+        against_new: The task whose negatives are the other new items.
+        found: Ranks among all items, and of ``against_new``.
+        is_new: bool [I].
+        bootstrap: The settings of the intervals.
+    """
+    held_out, among = against_new.held_out, against_new.negatives
+    chosen, (of_task, ranks) = is_new[np.concatenate(held_out.targets)], found
     few, whole = (among != PADDING).sum(1) + 1, _candidates(held_out, len(is_new))
-    against_new = dataclasses.replace(task, negatives=among, liked=None)
-    ranks = measure(run, only(against_new, Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)).ranks
     cosine = _cosine(run, held_out, among)
     kinds = {
-        "": (measured.ranks[Mode.SHARED_PRIVATE], ranks[Mode.SHARED_PRIVATE]),
-        "_shared": (measured.ranks[Mode.SHARED_ONLY], ranks[Mode.SHARED_ONLY]),
+        "": (of_task[Mode.SHARED_PRIVATE], ranks[Mode.SHARED_PRIVATE]),
+        "_shared": (of_task[Mode.SHARED_ONLY], ranks[Mode.SHARED_ONLY]),
         "_cosine": (cosine, cosine),
     }
 
