@@ -229,12 +229,10 @@ def new_items(catalogue: Catalogue, share: float) -> np.ndarray:
 
     The order of the catalogue does not matter.
     """
-    digests = [
-        hashlib.blake2b(item.encode(), digest_size=8).digest() for item in catalogue.item_ids
-    ]
-    order = sorted(range(len(digests)), key=digests.__getitem__)
-    is_new = np.zeros(len(digests), dtype=bool)
-    is_new[order[: math.floor(share * len(digests) + 0.5)]] = True
+    ids = [item.encode() for item in catalogue.item_ids]
+    order = sorted(range(len(ids)), key=lambda i: hashlib.blake2b(ids[i], digest_size=8).digest())
+    is_new = np.zeros(len(ids), dtype=bool)
+    is_new[order[: math.floor(share * len(ids) + 0.5)]] = True
     return is_new
 
 
