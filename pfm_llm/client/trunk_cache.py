@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError, StorageError
 from pfm_llm.model.backbone import pad_tokens
+from pfm_llm.model.items.reader import ItemReader, Trunk
 from pfm_llm.text.encoding import Window, windows_hash
 
 TrunkStates = Callable[[Sequence[Window], str], list[torch.Tensor]]
@@ -39,13 +39,12 @@ _HEADER_BYTES = 256
 
 @torch.no_grad()
 def trunk_states(
-    trunk: nn.Module | None, windows: Sequence[Window], batch_tokens: int = TRUNK_TOKENS
+    trunk: Trunk, windows: Sequence[Window], batch_tokens: int = TRUNK_TOKENS
 ) -> list[torch.Tensor]:
     """Compute trunk states, longest windows first.
 
     Args:
-        trunk: The trunk view of the backbone; None: no layer reads the windows, and states are
-            empty, [T, 0].
+        trunk: What reads windows. None: nothing does, and states are empty, [T, 0].
         windows: At least one; none empty.
         batch_tokens: Bound on padded tokens per forward pass.
 
@@ -54,6 +53,8 @@ def trunk_states(
     """
     if trunk is None:
         return [torch.empty(len(window.tokens), 0) for window in windows]
+    if isinstance(trunk, ItemReader):
+        return trunk.states(windows)
     device = next(trunk.parameters()).device
     order = sorted(range(len(windows)), key=lambda i: (-len(windows[i].tokens), i))
     longest = len(windows[order[0]].tokens)
@@ -72,7 +73,8 @@ class TrunkCache:
     """Computes trunk states and caches them within a budget.
 
     Args:
-        trunk: The trunk view of the backbone; None: as in `trunk_states`, nothing is kept.
+        trunk: As in `trunk_states`. States are kept only where the trunk view of the backbone
+            computes them.
         root: A private folder with a folder per client.
         identity: The weights, layers and dtype that the states depend on besides the tokens.
         max_bytes: Budget for all files together; beyond it states are computed each time.
@@ -87,7 +89,7 @@ class TrunkCache:
 
     def __init__(
         self,
-        trunk: nn.Module | None,
+        trunk: Trunk,
         root: Path,
         identity: str,
         max_bytes: int,
@@ -115,8 +117,8 @@ class TrunkCache:
         """
         if not windows:
             return []
-        if self._trunk is None:
-            return trunk_states(None, windows)
+        if self._trunk is None or isinstance(self._trunk, ItemReader):
+            return trunk_states(self._trunk, windows)
         lengths = [len(window.tokens) for window in windows]
         path = self.root / client_id / _FOLDER / f"{self._key(windows)}.safetensors"
         states = self._read(path, sum(lengths))

@@ -47,6 +47,13 @@ class ItemIds(StrEnum):
     BOTH = "both"
 
 
+class Reading(StrEnum):
+    """What the adapted layers read of a history; see `model.items.reader`."""
+
+    TOKENS = "tokens"
+    ITEMS = "items"
+
+
 class Pooling(StrEnum):
     """How the states of a text's tokens become one vector, where the language model encodes it."""
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pfm_llm.config.choices import ItemIds, Pooling
+from pfm_llm.config.choices import ItemIds, Pooling, Reading
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -35,6 +35,13 @@ class WindowConfig(Settings):
         None, description="train on this many of the newest windows; None: all windows"
     )
     max_item_tokens: PositiveCount = Field(32, description="tokens kept of an item's text")
+    # Not dumped at its default: hashes of settings that were made before it stay as they are.
+    reading: Reading = Field(
+        Reading.TOKENS,
+        description="tokens: the adapted layers read all tokens of a window; items: one state for "
+        "each item, whose text the layers below have read by itself",
+        exclude_if=lambda value: value is Reading.TOKENS,
+    )
 
 
 class ItemsConfig(Settings):

@@ -134,14 +134,17 @@ class Backbone:
         batch_tokens: int,
         pooling: Pooling = Pooling.LAST,
         progress: Progress | None = None,
+        layers: nn.Module | None = None,
     ) -> torch.Tensor:
-        """Final-norm state of each text: that of its last token, or the mean over its tokens.
+        """The state of each text: that of its last token, or the mean over its tokens.
 
         Args:
             pieces: Token ids of each text; none empty.
             batch_tokens: Bound on padded tokens per forward pass.
             pooling: Which of both.
             progress: Counts the tokens that are read.
+            layers: A view of the model (`split`) whose last state is taken; None: the whole model,
+                its final norm included.
 
         Returns:
             States [len(pieces), d], float32 on the CPU.
@@ -158,7 +161,7 @@ class Backbone:
                 stop += 1
             rows = order[start:stop]
             tokens = pad_tokens([pieces[i] for i in rows]).to(self.device)
-            hidden = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+            hidden = (layers or self.decoder)(input_ids=tokens, use_cache=False).last_hidden_state
             lengths = torch.tensor([len(pieces[i]) for i in rows], device=self.device)
             if pooling is Pooling.LAST:
                 pooled = hidden[torch.arange(len(rows), device=self.device), lengths - 1].float()

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.config.choices import Ablation
+from pfm_llm.config.choices import Ablation, Reading
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.ablation import has_pass, texts_of
 from pfm_llm.model.backbone import Backbone, load_backbone, with_random_weights
 from pfm_llm.model.cohort import CohortModel
 from pfm_llm.model.head import Normaliser, fit_normaliser
-from pfm_llm.model.item_vectors import ItemStates, item_states
+from pfm_llm.model.items.reader import Trunk, read_items
+from pfm_llm.model.items.vectors import ItemStates, item_states
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.parameters import parameter_table
@@ -39,7 +40,7 @@ class ModelParts:
 
     Attributes:
         backbone: The frozen model.
-        trunk: Its layers below the adapted ones; None where no layer reads the histories.
+        trunk: What turns windows into trunk states.
         prompt: The template.
         encoder: Renders histories.
         adapter: The adapted layers, and shared and private LoRA in the format of PEFT.
@@ -55,7 +56,7 @@ class ModelParts:
     """
 
     backbone: Backbone
-    trunk: nn.Module | None
+    trunk: Trunk
     prompt: Prompt
     encoder: HistoryEncoder
     adapter: DualAdapter
@@ -108,17 +109,17 @@ def build_model(
     normaliser, item_normaliser = _whitenings(states, config, start)
     texts = item_normaliser(states.items)[:, : config.head.dim].contiguous()
     objective = Objective(texts, config.tasks, private, config.federation.local.unseen_only)
-    layers, reads = (adapter.top_paths(), adapter.scale()), has_pass(config)
+    layers = adapter.top_paths(), adapter.scale()
     return ModelParts(
         backbone=backbone,
-        trunk=trunk if reads else None,
+        trunk=_trunk(config, trunk, backbone, encoder),
         prompt=prompt,
         encoder=encoder,
         adapter=adapter,
         normaliser=normaliser,
         item_normaliser=item_normaliser,
         item_encoder_hash=states.encoder_hash,
-        model=CohortModel(top, *layers, normaliser, objective, reads),
+        model=CohortModel(top, *layers, normaliser, objective, has_pass(config)),
         table=table,
         shared=shared,
         contract=table.contract(
@@ -127,6 +128,17 @@ def build_model(
             catalogue_hash=catalogue.content_hash(),
         ),
     )
+
+
+def _trunk(
+    config: ExperimentConfig, layers: nn.Module, backbone: Backbone, encoder: HistoryEncoder
+) -> Trunk:
+    """What turns windows into trunk states."""
+    if not has_pass(config):
+        return None
+    if config.window.reading is Reading.ITEMS:
+        return read_items(layers, config.adapters.num_layers, backbone, encoder)
+    return layers
 
 
 def _whitenings(

@@ -15,6 +15,7 @@ import numpy as np
 
 from pfm_llm.base import assets
 from pfm_llm.base.errors import DataError
+from pfm_llm.config.choices import Reading
 from pfm_llm.config.model import DETAILED_TOKENS, WindowConfig
 from pfm_llm.data.history import NO_LABEL, History
 from pfm_llm.data.interactions import Catalogue
@@ -32,7 +33,8 @@ class Window:
     the history, if that is one of ``history[first_target:]``.
 
     Attributes:
-        tokens: int32 [T], the rendered text.
+        tokens: int32 [T], the rendered text. Where an item is read as one state it is one entry,
+            -1 - i for item i, which is no token.
         item_ends: int32 [L], index in ``tokens`` of each item's last token, ascending.
         history: The history that the stretch is part of.
         start: The number of items of the history before the window.
@@ -124,6 +126,13 @@ class HistoryEncoder:
         self._prompt = prompt
         self._tokenizer = tokenizer
         self._fields = prompt.fields_of(catalogue)
+        self._reads_items = config.reading is Reading.ITEMS
+        if self._reads_items and prompt.uses_rating:
+            raise DataError(
+                f"prompt {prompt.key} shows ratings, and window.reading: items reads an item's "
+                "text without its user; set window.reading: tokens, or choose a prompt without "
+                "ratings such as next_item.v2"
+            )
         ratings = rating_values if prompt.uses_rating else (None,)
         keys = [(item, rating) for rating in ratings for item in range(len(catalogue))]
         texts = [prompt.render_item(self._fields[item], rating) for item, rating in keys]
@@ -132,13 +141,19 @@ class HistoryEncoder:
         # The header is its author's text and may hold control tokens; texts of items may not.
         (header,) = tokenizer([prompt.header], add_special_tokens=False)["input_ids"]
         self._header = np.asarray(header, np.int32)
-        longest = len(self._header) + config.items * config.max_item_tokens
+        of_item = 1 if self._reads_items else config.max_item_tokens
+        longest = len(self._header) + config.items * of_item
         if longest > max_tokens:
             raise DataError(
-                f"a window of {config.items} items of up to {config.max_item_tokens} tokens can "
+                f"a window of {config.items} items of up to {of_item} tokens can "
                 f"take {longest} tokens, the backbone reads {max_tokens}; lower window.items or "
                 "window.max_item_tokens"
             )
+
+    @property
+    def header_tokens(self) -> list[int]:
+        """Token ids of the text before the first item."""
+        return [int(token) for token in self._header]
 
     @property
     def mean_tokens(self) -> float:
@@ -158,6 +173,8 @@ class HistoryEncoder:
 
     def prompt_pieces(self) -> list[list[int]]:
         """Token ids of every item as a history without ratings shows it."""
+        if self._reads_items:
+            return self.catalogue_pieces()
         items = range(len(self._fields))
         if self._prompt.uses_rating:
             texts = [self._prompt.render_item(fields, None) for fields in self._fields]
@@ -182,10 +199,13 @@ class HistoryEncoder:
         if not len(part):
             raise DataError("an empty history cannot be encoded: it has no item to read")
         ratings = part.ratings
-        pieces = [
-            self._piece(int(item), None if ratings is None else float(ratings[j]))
-            for j, item in enumerate(part.items)
-        ]
+        if self._reads_items:
+            pieces = list(-1 - part.items.astype(np.int32)[:, None])
+        else:
+            pieces = [
+                self._piece(int(item), None if ratings is None else float(ratings[j]))
+                for j, item in enumerate(part.items)
+            ]
         ends = len(self._header) + np.cumsum([len(piece) for piece in pieces]) - 1
         tokens = np.concatenate([self._header, *pieces])
         return Window(tokens, ends.astype(np.int32), history, start, first_target)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pfm_llm.base.errors import ArtefactError, ConfigError
+from pfm_llm.client.trunk_cache import trunk_states
 from pfm_llm.config.choices import Ablation
+from pfm_llm.data.history import History
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import run_experiment
@@ -98,3 +100,35 @@ def test_an_encoder_that_is_narrower_than_the_text_space_is_refused(
     settings = {"items__encoder": str(tmp_path / "narrow")}
     with pytest.raises(ConfigError, match=r"head\.dim: 8 exceeds the width of the item encoder, 6"):
         run_experiment(tiny.config(tmp_path, **SMALL, **settings))
+
+
+def test_histories_of_whole_items_from_training_to_a_published_adapter(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    settings = {**SMALL, "window__reading": "items", "window__items": 6}
+    run = run_experiment(tiny.config(tmp_path, **settings))
+    assert not list(run.with_name("tiny.private").rglob("trunk/*")), "a user's states were kept"
+    own = Recommender.from_pretrained(run)
+    assert own.score(["i4", "i6", "i3"]).tolist() != own.score(HISTORY).tolist()
+    np.testing.assert_allclose(published(run, tiny).score(HISTORY), own.score(HISTORY), atol=1e-5)
+
+
+def test_states_of_items_are_those_of_a_window_of_one_item(tiny: Tiny, tmp_path: Path) -> None:
+    """With one item the two readings are the same pass, if the history shows what the item is."""
+    config = tiny.config(tmp_path, **SMALL)
+    tokens, items = (
+        run_experiment(tiny.config(tmp_path, **SMALL, name=name, window__reading=name))
+        for name in ("tokens", "items")
+    )
+    assert config.prompt == "next_item.v1"
+    (of_tokens, _), (of_items, _) = open_run(tokens), open_run(items)
+    encoders = of_tokens.model.encoder, of_items.model.encoder
+    history = History(np.array([3], np.int32))
+    windows = [encoder.window(history) for encoder in encoders]
+    read, composed = (
+        trunk_states(run.model.trunk, [window])[0]
+        for run, window in zip((of_tokens, of_items), windows, strict=True)
+    )
+    header = len(encoders[0].header_tokens)
+    torch.testing.assert_close(composed[:header], read[:header], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(composed[-1], read[-1], rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from pfm_llm.config.model import ItemsConfig
 from pfm_llm.data.formats import groceries
 from pfm_llm.data.sources import load_interactions
 from pfm_llm.data.splits import split_interactions
-from pfm_llm.model.sentence_encoder import load_sentence_encoder
+from pfm_llm.model.items.sentence_encoder import load_sentence_encoder
 
 pytestmark = pytest.mark.network
 

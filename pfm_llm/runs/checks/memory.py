@@ -16,14 +16,14 @@ from pfm_llm.evaluation.evaluator import OUR_MODES
 from pfm_llm.evaluation.ranking import QUERIES_AT_ONCE
 from pfm_llm.evaluation.scoring import queries_at_once
 from pfm_llm.model.backbone import KERNELS_KEPT
-from pfm_llm.model.item_vectors import ITEM_TOKENS
+from pfm_llm.model.items.vectors import ITEM_TOKENS
 
 LOADING, TEXTS = "loading the language model", "reading the items' texts"
 TRAINING, EVALUATION, BASELINES = "training", "evaluation", "baselines"
 """The phases."""
 
-TOKENS_PER_ITEM = 10
-"""Of a title, about. The tokens are known only when the tokenizer is loaded."""
+TOKENS_OF_TITLE = 10
+"""About. The tokens are known only when the tokenizer is loaded."""
 _MB = 10**6
 _KERNEL, _KERNELS_OF_FLOAT32 = 650_000, 25 * _MB
 _LIBRARIES_LATER = 60 * _MB
@@ -54,6 +54,7 @@ class Shape:
         cohort: Clients of a round.
         chunk_tokens: Tokens of one many-clients pass.
         window_items: Items of a window.
+        tokens_per_item: Positions that an item takes in a window.
         baselines: Names of the baselines.
     """
 
@@ -74,6 +75,7 @@ class Shape:
     cohort: int
     chunk_tokens: int
     window_items: int
+    tokens_per_item: int
     baselines: tuple[str, ...]
 
 
@@ -136,9 +138,9 @@ def _pass(shape: Shape, num_tokens: int) -> int:
 
 def _training(shape: Shape) -> dict[str, int]:
     """The local steps of the largest chunk of a cohort."""
-    in_chunk = min(shape.chunk_tokens // TOKENS_PER_ITEM, shape.cohort * shape.usual)
+    in_chunk = min(shape.chunk_tokens // shape.tokens_per_item, shape.cohort * shape.usual)
     events = max(shape.longest, in_chunk)
-    clients = min(shape.cohort, max(1, shape.chunk_tokens // TOKENS_PER_ITEM))
+    clients = min(shape.cohort, max(1, shape.chunk_tokens // shape.tokens_per_item))
     kept = 8 * shape.hidden + 4 * shape.inner
     of_token = shape.num_top * (kept * shape.computed + 3 * shape.hidden * _FLOAT)
     # Ten tables of scores with their gradients, and two of int64 for the items of the history.
@@ -146,16 +148,16 @@ def _training(shape: Shape) -> dict[str, int]:
     return {
         "gradients and updates of a chunk of clients": 3 * clients * shape.table,
         "scores of a chunk of clients": events * shape.num_items * of_score,
-        "adapted layers": events * TOKENS_PER_ITEM * of_token,
+        "adapted layers": events * shape.tokens_per_item * of_token,
         "a pass below the adapted layers": _pass(
-            shape, min(TRUNK_TOKENS, shape.longest * TOKENS_PER_ITEM)
+            shape, min(TRUNK_TOKENS, shape.longest * shape.tokens_per_item)
         ),
     }
 
 
 def _evaluation(shape: Shape) -> dict[str, int]:
     """The scores of a chunk of queries in all modes, and the tables that rank one mode."""
-    tokens = TOKENS_PER_ITEM * max(1, min(shape.window_items, shape.usual))
+    tokens = shape.tokens_per_item * max(1, min(shape.window_items, shape.usual))
     at_once = queries_at_once(shape.num_items, shape.chunk_tokens)
     queries = min(at_once, max(1, shape.chunk_tokens // tokens), shape.num_users)
     queries = max(queries, shape.users_per_client)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 
 import numpy as np
+from torch import nn
 
 from pfm_llm.base.errors import DiskSpaceError
 from pfm_llm.base.processes import Processes
@@ -151,6 +152,8 @@ def check_disk(run: Run) -> None:
 def _cache_bytes(run: Run) -> int:
     """Bytes of the trunk states of all windows, about, as far as the cache keeps them."""
     config, split = run.config, run.data.split
+    if not isinstance(run.model.trunk, nn.Module):  # states of items, or none at all
+        return 0
     window, backbone = config.window, run.model.backbone
     lengths = np.diff(split.train.interactions.offsets)
     most = window.items * window.max_windows if window.max_windows else lengths.max()

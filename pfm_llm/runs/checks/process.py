@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from pfm_llm.client.histories import most_windows
+from pfm_llm.config.choices import Reading
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settle import known
 from pfm_llm.data.partition import partition
@@ -15,7 +16,7 @@ from pfm_llm.model.backbone import resolve_dtype, unloaded_backbone
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.parameters import parameter_table
 from pfm_llm.protocol.parameters import Sizes
-from pfm_llm.runs.checks.memory import Shape
+from pfm_llm.runs.checks.memory import TOKENS_OF_TITLE, Shape
 from pfm_llm.runs.run import Corpus
 
 
@@ -56,6 +57,7 @@ def shape_of(config: ExperimentConfig, data: Corpus) -> Shape:
         cohort=known(config.federation.cohort_size),
         chunk_tokens=config.runtime.tokens_per_chunk,
         window_items=config.window.items,
+        tokens_per_item=1 if config.window.reading is Reading.ITEMS else TOKENS_OF_TITLE,
         baselines=config.evaluation.baselines,
     )
 

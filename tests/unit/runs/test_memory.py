@@ -42,6 +42,7 @@ SMALL = Shape(
     cohort=8,
     chunk_tokens=2048,
     window_items=8,
+    tokens_per_item=10,
     baselines=("popularity",),
 )
 

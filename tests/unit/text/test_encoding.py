@@ -206,3 +206,24 @@ def test_the_hash_of_windows_depends_on_tokens_and_on_where_windows_end() -> Non
         return Window(np.array(tokens, np.int32), np.zeros(0, np.int32), _history(), 0, 1)
 
     assert windows_hash([bare(1, 2), bare(3)]) != windows_hash([bare(1), bare(2, 3)])
+
+
+def test_an_item_that_is_read_as_one_state_is_one_entry_and_names_the_item() -> None:
+    encoder = _encoder(reading="items")
+    window = encoder.window(_history(3, 0, 4))
+    assert window.tokens.tolist() == [*map(ord, "H:\n"), -4, -1, -5]
+    assert window.item_ends.tolist() == [3, 4, 5]
+    assert encoder.header_tokens == [*map(ord, "H:\n")]
+    assert encoder.prompt_pieces() == encoder.catalogue_pieces()
+
+
+def test_the_context_holds_as_many_items_as_positions_where_items_are_read() -> None:
+    _encoder(reading="items", items=100, max_tokens=103)
+    with pytest.raises(DataError, match="100 items of up to 1 tokens can take 103 tokens"):
+        _encoder(reading="items", items=100, max_tokens=102)
+
+
+def test_a_prompt_with_ratings_has_no_text_of_an_item_alone() -> None:
+    with pytest.raises(DataError, match=r"next_item\.v2") as error:
+        _encoder(RATED, reading="items")
+    assert "window.reading: tokens" in str(error.value)

@@ -17,7 +17,7 @@ from pfm_llm.base.progress import Progress
 from pfm_llm.config.choices import Pooling
 from pfm_llm.config.model import ItemsConfig
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.sentence_encoder import SentenceEncoder, load_sentence_encoder
+from pfm_llm.model.items.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from pfm_llm.text.encoding import HistoryEncoder
 from pfm_llm.text.token_table import FORMAT_VERSION
 
@@ -62,7 +62,7 @@ def item_states(config: ItemsConfig, backbone: Backbone, encoder: HistoryEncoder
     def of_backbone(pieces: list[list[int]], pooling: Pooling) -> torch.Tensor:
         parts = (backbone.weights_hash, str(backbone.dtype), backbone.device.type, pooling.value)
         digest = hashlib.sha256(repr(pieces).encode()).hexdigest()
-        return _cached(
+        return kept_states(
             (*parts, digest, str(FORMAT_VERSION)),
             lambda: _read(backbone, pieces, pooling),
         )
@@ -77,7 +77,9 @@ def item_states(config: ItemsConfig, backbone: Backbone, encoder: HistoryEncoder
     sentences, texts = load_sentence_encoder(config), encoder.catalogue_texts()
     digest = hashlib.sha256(repr(texts).encode()).hexdigest()
     parts = (sentences.identity, str(config.max_tokens), digest)
-    return ItemStates(_cached(parts, lambda: _encode(sentences, texts)), prompt, sentences.identity)
+    return ItemStates(
+        kept_states(parts, lambda: _encode(sentences, texts)), prompt, sentences.identity
+    )
 
 
 def _read(backbone: Backbone, pieces: list[list[int]], pooling: Pooling) -> torch.Tensor:
@@ -90,8 +92,13 @@ def _encode(encoder: SentenceEncoder, texts: list[str]) -> torch.Tensor:
         return encoder(texts, progress)
 
 
-def _cached(parts: tuple[str, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """States under a hash of all that they depend on; computed where the cache lacks them."""
+def kept_states(parts: tuple[str, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Frozen states of a catalogue, read from the public cache where it has them.
+
+    Args:
+        parts: All that they depend on.
+        compute: Computes them, where the cache lacks them.
+    """
     key = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
     path = assets.cache_dir() / "items" / f"{key}.safetensors"
     try:

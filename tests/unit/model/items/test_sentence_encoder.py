@@ -1,4 +1,4 @@
-"""Tests of pfm_llm.model.sentence_encoder."""
+"""Tests of pfm_llm.model.items.sentence_encoder."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from pfm_llm.base.errors import BackboneError
 from pfm_llm.config.model import ItemsConfig
-from pfm_llm.model.sentence_encoder import load_sentence_encoder
+from pfm_llm.model.items.sentence_encoder import load_sentence_encoder
 from tests.support.tiny import TITLES, write_encoder
 
 TEXTS = ["red fish", "old blue boat and a red song", "tree", "red fish"]
