@@ -117,6 +117,7 @@ class SequentialPeft:
         vectors = recommender_head.user_vectors(
             head,
             self._normaliser(states[ends[trained]]),
+            1 + trained.nonzero()[:, 0],
             _private_head(head),
             None if context is None else context[0, trained],
         )

@@ -182,13 +182,18 @@ class BatchSource:
         """The batch of a step, counted from 0."""
         size = self._size
         if all(len(windows) <= size for windows in self._windows):
-            self._whole = self._whole or collate(self._windows, self._states)
+            self._whole = self._whole or self._collate(self._windows, self._states)
             return self._whole
         picks = [_turn(order, step, size) for order in self._orders]
-        return collate(
+        return self._collate(
             [[w[i] for i in pick] for w, pick in zip(self._windows, picks, strict=True)],
             [[s[i] for i in pick] for s, pick in zip(self._states, picks, strict=True)],
         )
+
+    def _collate(
+        self, windows: Sequence[Sequence[Window]], states: Sequence[Sequence[torch.Tensor]]
+    ) -> ChunkBatch:
+        return collate(windows, states, horizon=self._config.federation.local.horizon)
 
     def dropout(self, step: int) -> Dropout | None:
         """Dropout of a step, one generator per client."""

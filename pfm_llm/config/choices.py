@@ -66,6 +66,8 @@ class Ablation(StrEnum):
 
     NONE = "none"
     NO_PASS = "no_pass"
+    ONE_ITEM = "one_item"
+    NO_POSITIONS = "no_positions"
     SHUFFLED_TEXTS = "shuffled_texts"
     RANDOM_WEIGHTS = "random_weights"
 

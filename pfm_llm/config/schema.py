@@ -74,6 +74,9 @@ class LocalConfig(Settings):
     private_lr: Positive = 2e-4
     max_grad_norm: Positive | None = Field(None, description="bound of a client's gradient")
     unseen_only: bool = Field(True, description="items of the history are no negatives")
+    horizon: PositiveCount = Field(
+        30, description="items after a position that it predicts; the k-th counts 1 / k"
+    )
 
 
 class ServerConfig(Settings):

@@ -5,21 +5,31 @@ Each is trained like the run that it is compared with, on the same data, head an
 ==================  ===========================================================================
 ablation            difference
 ==================  ===========================================================================
-``no_pass``         user states are zero: no layer reads a history. LoRA, ``head.state_proj`` and
-                    ``head.item_ids_in`` have no effect, and are neither trained nor sent.
+``no_pass``         user states are zero: no layer reads a history. LoRA, ``head.state_proj``,
+                    ``head.state_log_n`` and ``head.item_ids_in`` have no effect, and are neither
+                    trained nor sent.
+``one_item``        at each item the adapted layers read that item alone: they see nothing of the
+                    items before it.
+``no_positions``    to the adapted layers all items stand at one place. They see which items came
+                    before; that each item has seen those before it is all that is left of an order.
 ``shuffled_texts``  the texts are permuted among the items: what a text says has no meaning.
 ``random_weights``  a language model of the same shape with random weights.
 ==================  ===========================================================================
 """
 
+from dataclasses import dataclass
+
 import numpy as np
+import torch
 
 from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.config.choices import Ablation
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.interactions import Catalogue
+from pfm_llm.model.batches import ChunkBatch
+from pfm_llm.text.encoding import HistoryEncoder
 
-_OF_THE_PASS = ("lora.", "head.state_proj", "head.item_ids_in")
+_OF_THE_PASS = ("lora.", "head.state_proj", "head.state_log_n", "head.item_ids_in")
 
 
 def has_pass(config: ExperimentConfig) -> bool:
@@ -38,3 +48,49 @@ def texts_of(config: ExperimentConfig, catalogue: Catalogue) -> Catalogue:
         return catalogue
     order = numpy_generator(config.seed, "ablation/texts").permutation(len(catalogue))
     return Catalogue(catalogue.item_ids, catalogue.take(np.asarray(order)).fields)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the adapted layers see of a window, besides its states.
+
+    Attributes:
+        ablation: The ablation.
+        header: How many tokens of a window come before its first item.
+    """
+
+    ablation: Ablation = Ablation.NONE
+    header: int = 0
+
+    @property
+    def has_pass(self) -> bool:
+        """Whether they see anything."""
+        return self.ablation is not Ablation.NO_PASS
+
+    def arguments(self, batch: ChunkBatch) -> dict[str, torch.Tensor]:
+        """Further arguments of a decoder: positions int64 [N, T], a mask bool [N, 1, T, T]."""
+        if self.ablation not in (Ablation.ONE_ITEM, Ablation.NO_POSITIONS):
+            return {}
+        num_rows, length = batch.trunk.shape[:2]
+        place = torch.arange(length, device=batch.trunk.device).expand(num_rows, length)
+        # The item of a token is the number of items that end before it.
+        is_end = torch.zeros_like(place).index_put((batch.rows, batch.ends), place.new_ones(()))
+        item = is_end.cumsum(1) - is_end
+        is_header = place < self.header
+        positions = torch.where(is_header, place, self._within(item, place))
+        if self.ablation is Ablation.NO_POSITIONS:
+            return {"position_ids": positions}
+        seen = (item[:, :, None] == item[:, None]) | is_header[:, None]
+        seen &= place[:, :, None] >= place[:, None]
+        return {"position_ids": positions, "attention_mask": seen[:, None]}
+
+    def _within(self, item: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Positions [N, T] at which each item begins where the header ends."""
+        first = torch.full_like(item, item.shape[1])
+        first = first.scatter_reduce(1, item, place.clamp_min(self.header), "amin")
+        return self.header + place - first.gather(1, item)
+
+
+def sight_of(config: ExperimentConfig, encoder: HistoryEncoder) -> Sight:
+    """What the adapted layers see of windows of an encoder."""
+    return Sight(config.ablation, len(encoder.header_tokens))

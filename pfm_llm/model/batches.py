@@ -26,7 +26,9 @@ class ChunkBatch:
         items: int64 [P], the item at each position.
         positions_per_client: How many of the P positions belong to each client.
         outputs: int64 [K], indices of the positions that are read out, ascending.
+        num_read: int64 [K], how many items of its row have been read at each output.
         targets: int64 [K], the next item at each output, or `NO_TARGET`.
+        later: int64 [K, H - 1], the items after each target up to a horizon of H, or `NO_TARGET`.
         liked: int64 [K], whether the user liked the target, 0 or 1, or `encoding.NO_LABEL`.
         outputs_per_client: How many of the K outputs belong to each client.
         known: int64 [K], how many items of the user's history come before each output's target.
@@ -40,7 +42,9 @@ class ChunkBatch:
     items: torch.Tensor
     positions_per_client: tuple[int, ...]
     outputs: torch.Tensor
+    num_read: torch.Tensor
     targets: torch.Tensor
+    later: torch.Tensor
     liked: torch.Tensor
     outputs_per_client: tuple[int, ...]
     known: torch.Tensor
@@ -109,6 +113,7 @@ def collate(
     windows: Sequence[Sequence[Window]],
     states: Sequence[Sequence[torch.Tensor]],
     last_only: bool = False,
+    horizon: int = 1,
 ) -> ChunkBatch:
     """Put the windows of several clients into one batch.
 
@@ -117,6 +122,7 @@ def collate(
         states: Per client and window the trunk states [T, d].
         last_only: Read out the last position of each window (to rank) instead of every
             position that has a target (to train).
+        horizon: How many items after each output are collected, at least 1.
     """
     flat = [(c, w) for c, own in enumerate(windows) for w in own]
     lengths = torch.tensor([len(w) for _, w in flat])
@@ -128,7 +134,7 @@ def collate(
     outputs = lengths.cumsum(0) - 1 if last_only else (targets != NO_TARGET).nonzero()[:, 0]
     # A row shows its history from item `before` on. In the numbering of positions, the history
     # therefore begins `before` places ahead of the row; `known` counts from there.
-    starts = lengths.cumsum(0) - lengths - before
+    num_read = outputs + 1 - (lengths.cumsum(0) - lengths)[rows[outputs]]
     trunk = nn.utils.rnn.pad_sequence([s for own in states for s in own], batch_first=True)
     device = trunk.device
     return ChunkBatch(
@@ -139,12 +145,27 @@ def collate(
         items=joined([w.items for _, w in flat]).to(device),
         positions_per_client=_counts(position_clients, len(windows)),
         outputs=outputs.to(device),
+        num_read=num_read.to(device),
         targets=targets[outputs].to(device),
+        later=_later([w for _, w in flat], horizon)[outputs].to(device),
         liked=joined([w.liked for _, w in flat])[outputs].to(device),
         outputs_per_client=_counts(position_clients[outputs], len(windows)),
-        known=(outputs + 1 - starts[rows[outputs]]).to(device),
+        known=(num_read + before[rows[outputs]]).to(device),
         histories=tuple(joined([w.met]).to(device) for _, w in flat),
     )
+
+
+def _later(windows: Sequence[Window], horizon: int) -> torch.Tensor:
+    """The items after the target of each position, int64 [P, horizon - 1]; see `ChunkBatch`."""
+    if horizon == 1:
+        return torch.empty(sum(map(len, windows)), 0, dtype=torch.int64)
+    found = []
+    for window in windows:
+        after = window.history.items[window.start :].astype(np.int64)
+        padded = np.append(after, np.full(horizon, NO_TARGET))
+        stretches = np.lib.stride_tricks.sliding_window_view(padded, horizon - 1)
+        found.append(stretches[2 : 2 + len(window)])
+    return torch.from_numpy(np.concatenate(found))
 
 
 def joined(arrays: Sequence[np.ndarray]) -> torch.Tensor:

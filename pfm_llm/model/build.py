@@ -16,7 +16,7 @@ from pfm_llm.base.errors import DataError
 from pfm_llm.config.choices import Ablation, Reading
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.model.ablation import has_pass, texts_of
+from pfm_llm.model.ablation import has_pass, sight_of, texts_of
 from pfm_llm.model.backbone import Backbone, load_backbone, with_random_weights
 from pfm_llm.model.cohort import CohortModel
 from pfm_llm.model.head import Normaliser, fit_normaliser
@@ -119,7 +119,7 @@ def build_model(
         normaliser=normaliser,
         item_normaliser=item_normaliser,
         item_encoder_hash=states.encoder_hash,
-        model=CohortModel(top, *layers, normaliser, objective, has_pass(config)),
+        model=CohortModel(top, *layers, normaliser, objective, sight_of(config, encoder)),
         table=table,
         shared=shared,
         contract=table.contract(

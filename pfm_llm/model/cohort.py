@@ -21,6 +21,7 @@ from torch import nn
 from pfm_llm.config.choices import Task
 from pfm_llm.data.history import History
 from pfm_llm.model import head as recommender_head
+from pfm_llm.model.ablation import Sight
 from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.model.head import Normaliser
 from pfm_llm.model.lora import CohortLinear, LoraInput
@@ -55,7 +56,7 @@ class CohortModel:
         scale: The factor of the shared adapter's product B A.
         normaliser: The catalogue's whitening.
         objective: The loss, over the whitened texts of the catalogue.
-        has_pass: Whether the top reads the histories; without it user states are zero.
+        sight: What the top sees of a window; where it sees nothing, user states are zero.
     """
 
     def __init__(
@@ -65,10 +66,10 @@ class CohortModel:
         scale: float,
         normaliser: Normaliser,
         objective: Objective,
-        has_pass: bool = True,
+        sight: Sight | None = None,
     ) -> None:
         self._top = top
-        self._has_pass = has_pass
+        self._sight = sight or Sight()
         self._scale = scale
         self._linears: dict[str, CohortLinear] = {}
         for name, path in modules.items():
@@ -217,7 +218,9 @@ class CohortModel:
         self._set_factors(batch, stacked, parts, dropout)
         states = self._output_states(self._with_item_inputs(batch, owns), batch, dropout)
         vectors = [
-            recommender_head.user_vectors(own, states[span], private_head, context)
+            recommender_head.user_vectors(
+                own, states[span], batch.num_read[span], private_head, context
+            )
             for own, private_head, span, context in zip(
                 owns,
                 private_heads,
@@ -244,6 +247,7 @@ class CohortModel:
                 batch.known[span],
                 seen=_no_candidates(head, None if seen is None else seen[span], items),
                 items=items,
+                later=batch.later[span],
             )
             for own, head, span, met, items in zip(
                 vectors,
@@ -282,7 +286,7 @@ class CohortModel:
             for head, span in zip(heads, spans(batch.positions_per_client), strict=True)
         ]
         values = [value for value in added if value is not None]
-        if not values or not self._has_pass:
+        if not values or not self._sight.has_pass:
             return batch.trunk
         inputs = torch.cat(values).to(batch.trunk.dtype)
         return batch.trunk.index_put((batch.rows, batch.ends), inputs, accumulate=True)
@@ -292,13 +296,14 @@ class CohortModel:
     ) -> torch.Tensor:
         """Run the top on hidden states [N, T, d]; whitened states [K, d] at the outputs."""
         rows, ends = batch.rows[batch.outputs], batch.ends[batch.outputs]
-        if not self._has_pass:
+        if not self._sight.has_pass:
             return self._normaliser.mean.new_zeros(len(rows), len(self._normaliser.mean))
         if self._last_mlp is not None:
             # Dropout on LoRA inputs is drawn for whole rows, so the last MLP must see whole rows.
             whole = dropout is not None and bool(dropout.shared or dropout.private)
             self._last_mlp.readout = None if whole else Readout.of(rows, ends, len(hidden))
-        output = self._top(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        seen = self._sight.arguments(batch)
+        output = self._top(inputs_embeds=hidden, use_cache=False, **seen).last_hidden_state
         return self._normaliser(output[rows, ends])
 
     def _set_factors(

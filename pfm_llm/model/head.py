@@ -4,7 +4,7 @@ Everything here is a plain function of the tensors of *one* client, so training,
 serving run the same code. Let ``n`` be the whitened user state (all d dimensions) and ``z_i`` the
 whitened text embedding of item i (the first D dimensions)::
 
-    u        = state_proj n  [+ B A n, the private head term]  [+ context_proj c]
+    u        = (state_proj n  [+ B A n, the private head term]) r / (r + n_s)  [+ context_proj c]
     score_i  = scale * ( u . item_proj z_i  [+ u . item_ids_out e_i] ) [+ bias_i]
 
 With ``item_ids: both``, ``item_ids_in e_i`` is also added to the hidden state at the last token of
@@ -13,11 +13,15 @@ identities, so training starts from the similarity of whitened states.
 
 With ``item_context``, c holds two weighted means of the window's items up to the position::
 
-    c   = [c_1; c_2],   c_k = sum_s 2^(-a_s / h_k) x_s / sum_s 2^(-a_s / h_k),   x_s = [z_s; e_s]
+    c   = [c_1; c_2],   c_k = r / (r + n_k)  sum_s w_s x_s / sum_s w_s,   w_s = 2^(-a_s / h_k)
 
-for items s that are a_s items old, with learned half-lives h_k. This path from the items of the
-history to the scores passes no transformer layer. It is a low-rank Markov chain of higher order, as
-in Fossil (He and McAuley 2016, arXiv 1609.09152).
+for items s that are a_s items old, x_s = [z_s; e_s], with learned half-lives h_k. This path from
+the items of the history to the scores passes no transformer layer. It is a low-rank Markov chain of
+higher order, as in Fossil (He and McAuley 2016, arXiv 1609.09152).
+
+What r items tell of a user counts r / (r + n), with n events learned for the state and for each
+mean. A user of whom little is known is therefore served nearly by the biases alone, as one of whom
+nothing is known. Shrinkage of this form is that of a mean under a prior worth n events.
 
 With ``item_met``, the federation learns which items somebody has met. ``head.item_met`` starts at
 zero, and each client's update raises the entries of its own items (`met_term`). An entry is above
@@ -38,6 +42,7 @@ Shapes: d hidden size, D ``head.dim``, I items, E ``head.id_dim``.
 parameter             shape     present with
 ====================  ========  ===========================
 head.state_proj       [D, d]    always
+head.state_log_n      [1]       always; log of n_s, in items
 head.item_proj        [D, D]    always
 head.item_bias        [I]       ``item_bias``
 head.item_met         [I]       ``item_met``
@@ -46,6 +51,7 @@ head.item_ids_out     [D, E]    ``item_ids: output | both``
 head.item_ids_in      [d, E]    ``item_ids: both``
 head.context_proj     [D, 2 W]  ``item_context``; W is D + E, or D without ``item_ids``
 head.context_log_h    [2]       ``item_context``; log of the half-lives, in items
+head.context_log_n    [2]       ``item_context``; log of n_1 and n_2, in items
 head.like_text        [D]       task ``like``
 head.like_ids         [E]       the same, and ``item_ids``
 head.like_bias        [I]       task ``like`` and ``item_bias``
@@ -67,6 +73,7 @@ from pfm_llm.protocol.parameters import Parameter, Sizes, Unseen
 from pfm_llm.protocol.types import Tensors
 
 STATE_PROJ = "head.state_proj"
+STATE_LOG_N = "head.state_log_n"
 ITEM_PROJ = "head.item_proj"
 ITEM_BIAS = "head.item_bias"
 ITEM_MET = "head.item_met"
@@ -75,6 +82,7 @@ ITEM_IDS_IN = "head.item_ids_in"
 ITEM_IDS_OUT = "head.item_ids_out"
 CONTEXT_PROJ = "head.context_proj"
 CONTEXT_LOG_H = "head.context_log_h"
+CONTEXT_LOG_N = "head.context_log_n"
 LIKE_TEXT = "head.like_text"
 LIKE_IDS = "head.like_ids"
 LIKE_BIAS = "head.like_bias"
@@ -86,6 +94,10 @@ of other tensors, so that the norm of an update hardly depends on it."""
 _ID_STD = 0.1
 _HALF_LIVES = (1.5, 12.0)
 """Initial half-lives in items: a short one for the newest items and a long one for the window."""
+_PRIOR_EVENTS = 5.0
+"""Initial n_s, n_1 and n_2."""
+_PRIOR_RATE = 1e-2
+"""The server's learning rate of their logarithms, before ``lr_scale``."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +163,18 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
     )
     bias = Parameter(ITEM_BIAS, (sizes.num_items,), bias_rate, per_item=True, unseen=Unseen.MEAN)
     half_lives, paces = torch.tensor(_HALF_LIVES), (len(_HALF_LIVES),)
+
+    def prior(name: str, count: int) -> Parameter:
+        events = torch.full((count,), _PRIOR_EVENTS)
+        return Parameter(name, (count,), _PRIOR_RATE * server.lr_scale, events.log)
+
     ids = (sizes.num_items, id_dim)
     draw_ids = partial(_random_ids, ids, config.seed)
     context = (dim, len(_HALF_LIVES) * item_width(head))
     likes = Task.LIKE in config.tasks
     declared = [
         (True, Parameter(STATE_PROJ, (dim, width), rate, partial(torch.eye, dim, width))),
+        (True, prior(STATE_LOG_N, 1)),
         (True, Parameter(ITEM_PROJ, (dim, dim), rate, partial(torch.eye, dim))),
         (head.item_bias, bias),
         (head.item_met, Parameter(ITEM_MET, (sizes.num_items,), bias_rate, per_item=True)),
@@ -165,6 +183,7 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
         (head.item_ids is ItemIds.BOTH, Parameter(ITEM_IDS_IN, (width, id_dim), id_rate)),
         (head.item_context, Parameter(CONTEXT_PROJ, context, rate)),
         (head.item_context, Parameter(CONTEXT_LOG_H, paces, rate, half_lives.log)),
+        (head.item_context, prior(CONTEXT_LOG_N, len(_HALF_LIVES))),
         (likes, Parameter(LIKE_TEXT, (dim,), rate)),
         (likes and has_ids, Parameter(LIKE_IDS, (id_dim,), bias_rate)),
         (likes and head.item_bias, replace(bias, name=LIKE_BIAS)),
@@ -185,6 +204,16 @@ def fading(ages: torch.Tensor, half_life: torch.Tensor) -> torch.Tensor:
     """2^(-age / half-life); 0 for ages below 0, which are later items."""
     weights: torch.Tensor = torch.exp2(-ages.clamp_min(0) / half_life) * (ages >= 0)
     return weights
+
+
+def trust(num_read: torch.Tensor, log_prior: torch.Tensor) -> torch.Tensor:
+    """How much items count that were read, r / (r + n); in [0, 1), of the arguments' joint shape.
+
+    Args:
+        num_read: r, at least 0.
+        log_prior: Log of n.
+    """
+    return num_read / (num_read + log_prior.exp())
 
 
 def met_items(head: Tensors) -> torch.Tensor | None:
@@ -248,6 +277,7 @@ def context_vectors(
     place = torch.arange(items.shape[1], device=items.device)
     weights = fading(place[:, None] - place, head[CONTEXT_LOG_H].exp()[:, None, None])
     weights = weights / weights.sum(2, keepdim=True)
+    weights = weights * trust(place[:, None] + 1, head[CONTEXT_LOG_N][:, None, None])
     summed = torch.einsum("kls,nsw->nlkw", weights, read).flatten(2)
     return summed @ head[CONTEXT_PROJ].T
 
@@ -255,7 +285,8 @@ def context_vectors(
 def user_vectors(
     head: Tensors,
     states: torch.Tensor,
-    private_head: tuple[torch.Tensor, torch.Tensor] | None,
+    num_read: torch.Tensor,
+    private_head: tuple[torch.Tensor, torch.Tensor] | None = None,
     context: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Project whitened states, and add the context of the items before.
@@ -263,6 +294,7 @@ def user_vectors(
     Args:
         head: One client's head parameters.
         states: float32 [P, d], whitened.
+        num_read: int64 [P], how many items the layers have read at each.
         private_head: The private term's factors A [r, d] and B [D, r], B already weighted.
         context: float32 [P, D], from `context_vectors`.
 
@@ -273,6 +305,7 @@ def user_vectors(
     if private_head is not None:
         a, b = private_head
         vectors = vectors + (states @ a.T) @ b.T
+    vectors = vectors * trust(num_read[:, None], head[STATE_LOG_N])
     return vectors if context is None else vectors + context
 
 

@@ -17,6 +17,8 @@ class Outputs:
     Attributes:
         vectors: float32 [K, D], user vectors; empty when only the history is needed.
         targets: int64 [K], the next item at each position.
+        later: int64 [K, H - 1], the items after it up to a horizon of H, or `NO_TARGET`; None: H
+            is 1.
         liked: int64 [K], whether the user liked it, 0 or 1, or `NO_LABEL`.
         met: int64 [H], the client's history up to the last target, oldest first.
         known: int64 [K], how many items of the history come before each target.
@@ -36,6 +38,7 @@ class Outputs:
     kept_private: torch.Tensor | None = None
     seen: torch.Tensor | None = None
     items: torch.Tensor | None = None
+    later: torch.Tensor | None = None
 
     @classmethod
     def of_history(cls, items: torch.Tensor, liked: torch.Tensor) -> "Outputs":

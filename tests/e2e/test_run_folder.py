@@ -237,7 +237,9 @@ def test_folder_by_itself_gives_the_shared_only_scores(tiny: Tiny, tmp_path: Pat
         items = torch.from_numpy(window.items).long()[None]
         context = context_vectors(head, items, opened.model.model.item_texts)
         assert context is not None
-        vectors = user_vectors(head, normaliser(hidden), None, context[:, -1])
+        vectors = user_vectors(
+            head, normaliser(hidden), torch.tensor([len(window)]), None, context[:, -1]
+        )
         theirs = score_items(head, vectors, opened.model.model.item_texts)
     assert torch.allclose(theirs, ours, atol=1e-5)
 

@@ -171,10 +171,12 @@ def test_item_ids(item_ids: str, parameters: set[str], tiny: Tiny, tmp_path: Pat
     head, _ = read_artefact(run / "shared_adapter").contents()
     always = {
         "head.state_proj",
+        "head.state_log_n",
         "head.item_proj",
         "head.item_bias",
         "head.context_proj",
         "head.context_log_h",
+        "head.context_log_n",
     }
     assert {name for name in head if name.startswith("head.")} == always | parameters
 

@@ -82,7 +82,7 @@ class PeftReference:
         return torch.stack([self._score_row(n, texts, items[: t + 1]) for t, n in enumerate(white)])
 
     def _context(self, texts: torch.Tensor, items: list[int]) -> torch.Tensor:
-        """For each half-life h the mean of [z; e] of the items, weighted by 2^(-age / h)."""
+        """For each half-life h the mean of [z; e], weighted by 2^(-age / h), times r / (r + n)."""
         head, summed = self.head, []
         for h in head["head.context_log_h"].exp():
             weights = [2 ** (-age / h) for age in reversed(range(len(items)))]
@@ -94,17 +94,20 @@ class PeftReference:
             ]
             total = torch.stack([w * x for w, x in zip(weights, read, strict=True)]).sum(0)
             summed.append(total / torch.stack(weights).sum())
-        return head["head.context_proj"] @ torch.cat(summed)
+        r, priors = len(items), head["head.context_log_n"].exp()
+        trusted = [mean * r / (r + n) for n, mean in zip(priors, summed, strict=True)]
+        return head["head.context_proj"] @ torch.cat(trusted)
 
     def _score_row(self, n: torch.Tensor, texts: torch.Tensor, items: list[int]) -> torch.Tensor:
-        """score_i = 0.5/sqrt(D) (u . P z_i + u . O e_i) + bias_i with u = W n + B A n + C c."""
+        """score_i = 0.5/sqrt(D) (u . P z_i + u . O e_i) + b_i, u = r/(r + n) (W + B A) n + C c."""
         head = self.head
         u = head["head.state_proj"] @ n
-        if "head.context_proj" in head:
-            u = u + self._context(texts, items)
         if "private.head.B" in head:
             a = head.get("private.head.A", head.get("basis.head.A"))
             u = u + head["private.head.B"] @ (a @ n)
+        u = u * len(items) / (len(items) + head["head.state_log_n"].exp())
+        if "head.context_proj" in head:
+            u = u + self._context(texts, items)
         scores = []
         for item, z in enumerate(texts):
             score = u @ (head["head.item_proj"] @ z)

@@ -16,7 +16,15 @@ from pfm_llm.config.model import (
     SharedAdapterConfig,
     WindowConfig,
 )
-from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_IDS_OUT, ITEM_PROJ, STATE_PROJ, Normaliser
+from pfm_llm.model.head import (
+    ITEM_BIAS,
+    ITEM_IDS,
+    ITEM_IDS_OUT,
+    ITEM_PROJ,
+    STATE_LOG_N,
+    STATE_PROJ,
+    Normaliser,
+)
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
@@ -57,6 +65,7 @@ def random_head(seed: int, num_items: int = len(ITEMS)) -> dict[str, torch.Tenso
     generator = torch.Generator().manual_seed(1000 + seed)
     shapes = {
         STATE_PROJ: (DIM, HIDDEN),
+        STATE_LOG_N: (1,),
         ITEM_PROJ: (DIM, DIM),
         ITEM_BIAS: (num_items,),
         ITEM_IDS: (num_items, ID_DIM),

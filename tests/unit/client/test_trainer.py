@@ -164,7 +164,9 @@ def test_sgd_with_one_joint_step_sends_minus_lr_times_the_gradient(
         for name, value in {**run.model.shared.tensors, **private}.items()
     }
     windows = run.clients.histories.windows(client_id)
-    batch = collate([windows], [run.clients.cache.states(windows, client_id)])
+    horizon = run.config.federation.local.horizon
+    states = run.clients.cache.states(windows, client_id)
+    batch = collate([windows], [states], horizon=horizon)
     (loss,) = run.model.model.losses(batch, leaves, Parts())
     loss.backward()
     assert update.loss == pytest.approx(float(loss.detach()), abs=1e-6)
@@ -312,9 +314,9 @@ def test_windows_per_step_go_round_all_windows(
     )
     seen: list[list[tuple[int, ...]]] = []
 
-    def spy(windows: Sequence[Sequence[Window]], states: Any) -> ChunkBatch:
+    def spy(windows: Sequence[Sequence[Window]], states: Any, horizon: int) -> ChunkBatch:
         seen.append([tuple(window.items.tolist()) for window in windows[0]])
-        return collate(windows, states)
+        return collate(windows, states, horizon=horizon)
 
     monkeypatch.setattr(histories_module, "collate", spy)
     _train(run, [[client_id]])
@@ -336,9 +338,9 @@ def test_a_step_reads_a_bounded_number_of_windows_of_a_long_history(
     chunk = [next(c for c, n in number.items() if n == wanted) for wanted in (2, 3, 5)]
     seen: list[list[int]] = []
 
-    def spy(windows: Sequence[Sequence[Window]], states: Any) -> ChunkBatch:
+    def spy(windows: Sequence[Sequence[Window]], states: Any, horizon: int) -> ChunkBatch:
         seen.append([len(own) for own in windows])
-        return collate(windows, states)
+        return collate(windows, states, horizon=horizon)
 
     monkeypatch.setattr(histories_module, "collate", spy)
     _train(run, [chunk])

@@ -33,6 +33,7 @@ def test_without_a_pass_what_only_it_uses_is_neither_trained_nor_sent() -> None:
         "lora.layers.29.q_proj.A",
         "lora.layers.29.q_proj.B",
         "head.state_proj",
+        "head.state_log_n",
         "head.item_ids_in",
     }
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pfm_llm.data.history import History
 from pfm_llm.model.batches import ChunkBatch, collate
-from pfm_llm.text.encoding import Window
+from pfm_llm.text.encoding import NO_TARGET, Window
 
 NUM_ITEMS = 7
 
@@ -77,3 +77,35 @@ def test_each_target_is_at_its_place_in_the_history(
 
 def _starts(windows: list[Window], size: int) -> set[int]:
     return {window.start // size for window in windows}
+
+
+@given(
+    history=st.lists(st.integers(0, NUM_ITEMS - 1), min_size=2, max_size=12),
+    size=st.integers(1, 5),
+    known=st.integers(0, 5),
+    horizon=st.integers(1, 15),
+)
+def test_later_items_are_those_of_the_history_up_to_the_horizon(
+    history: list[int], size: int, known: int, horizon: int
+) -> None:
+    windows = [w for w in _cut(history, size, known) if w.num_targets]
+    assume(windows)
+    states = [torch.zeros(len(w.tokens), 2) for w in windows]
+    batch = collate([windows], [states], horizon=horizon)
+    padded = [*history, *[NO_TARGET] * horizon]
+    for place, target, later in zip(
+        batch.known.tolist(), batch.targets.tolist(), batch.later.tolist(), strict=True
+    ):
+        assert target == history[place]
+        assert later == padded[place + 1 : place + horizon]
+    assert batch.later.shape == (len(batch.targets), horizon - 1)
+
+
+@given(
+    history=st.lists(st.integers(0, NUM_ITEMS - 1), min_size=2, max_size=12),
+    size=st.integers(1, 5),
+)
+def test_a_row_has_read_its_items_up_to_the_output(history: list[int], size: int) -> None:
+    batch = _batch([history], size)
+    expected = [place % size + 1 for place in range(len(history) - 1)]
+    assert batch.num_read.tolist() == expected

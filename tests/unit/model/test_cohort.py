@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
 import torch
 
-from pfm_llm.config.choices import ItemIds
+from pfm_llm.config.choices import Ablation, ItemIds
 from pfm_llm.config.model import HeadConfig
+from pfm_llm.model.ablation import Sight
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.model.cohort import CohortLinear, CohortModel, Parts
 from pfm_llm.protocol.types import Tensors
@@ -16,6 +18,7 @@ from tests.support.peft_reference import PeftReference
 from tests.support.tiny_models import (
     ARCHITECTURES,
     CLIENT_WINDOWS,
+    HIDDEN,
     NUM_ITEMS,
     TinyCohort,
     make_cohort,
@@ -389,9 +392,59 @@ def test_without_a_pass_user_states_are_zero() -> None:
         cohort.adapter.scale(),
         cohort.normaliser,
         cohort.model.objective,
-        has_pass=False,
+        Sight(Ablation.NO_PASS),
     )
     found = no_pass.scores(
         collate(CLIENT_WINDOWS[1:2], empty, last_only=True), stack([tensors]), EVERYTHING
     )
     _assert_close(found, expected, "scores without a pass")
+
+
+def _seen(what: Ablation, header: int, num_layers: int = 2) -> tuple[TinyCohort, CohortModel]:
+    cohort = make_cohort(head=PLAIN.model_copy(update={"item_context": False}))
+    model = CohortModel(
+        cohort.backbone.split(num_layers)[1],
+        cohort.adapter.top_paths() if num_layers == 2 else {},
+        cohort.adapter.scale(),
+        cohort.normaliser,
+        cohort.model.objective,
+        Sight(what, header),
+    )
+    return cohort, model
+
+
+def _states_of(model: CohortModel, window: Window, states: torch.Tensor) -> torch.Tensor:
+    """Whitened states [L, d] at every item but the last of a window."""
+    batch = collate([[window]], [[states]])
+    return model._output_states(batch.trunk, batch)
+
+
+def test_a_prompt_of_one_item_is_a_window_of_that_item() -> None:
+    _, model = _seen(Ablation.ONE_ITEM, header=3)
+    window = random_window([2, 1, 3, 1, 2], seed=2, header=3)
+    states = torch.randn(len(window.tokens), HIDDEN, generator=torch.Generator().manual_seed(1))
+    found = _states_of(model, window, states)
+    starts = [3, *(window.item_ends[:-1] + 1)]
+    for j, (start, end) in enumerate(zip(starts[:4], window.item_ends[:4], strict=True)):
+        alone = torch.cat([states[:3], states[start : end + 1]])
+        short = dataclasses.replace(
+            window,
+            tokens=window.tokens[: len(alone)],
+            item_ends=np.array([len(alone) - 1], np.int32),
+            start=j,
+        )
+        _assert_close(found[j], _states_of(model, short, alone)[0], f"item {j}")
+
+
+def test_without_positions_one_layer_reads_a_set() -> None:
+    """Two items of equal length change places before the last one; more layers see a little."""
+    cohort, model = _seen(Ablation.NO_POSITIONS, header=2, num_layers=1)
+    _, ordered = _seen(Ablation.NONE, header=2, num_layers=1)
+    window = random_window([2, 2, 2, 2], seed=3)
+    states = torch.randn(10, HIDDEN, generator=torch.Generator().manual_seed(1))
+    swapped = torch.cat([states[:2], states[4:6], states[2:4], states[6:]])
+    before, after = (_states_of(model, window, one)[2] for one in (states, swapped))
+    _assert_close(after, before, "a set")
+    before, after = (_states_of(ordered, window, one)[2] for one in (states, swapped))
+    assert float((before - after).detach().abs().max()) > 1e-3
+    assert cohort.head.item_context is False

@@ -106,11 +106,11 @@ def test_parameters_and_shapes(
     head = _head(config, 16, 9)
     shapes = {name.removeprefix("head."): tuple(tensor.shape) for name, tensor in head.items()}
     width = 6 if item_ids is ItemIds.NONE else 10
-    always = {"state_proj": (6, 16), "item_proj": (6, 6)}
-    context = {"context_proj": (6, 2 * width), "context_log_h": (2,)}
+    always = {"state_proj": (6, 16), "state_log_n": (1,), "item_proj": (6, 6)}
+    context = {"context_proj": (6, 2 * width), "context_log_h": (2,), "context_log_n": (2,)}
     assert shapes == {**always, **context, **expected}
     without = _head(config.model_copy(update={"item_context": False}), 16, 9)
-    assert without.keys() == head.keys() - {"head.context_proj", "head.context_log_h"}
+    assert without.keys() == head.keys() - {f"head.{name}" for name in context}
     assert all(tensor.dtype is torch.float32 for tensor in head.values())
     again, other = _head(config, 16, 9), _head(config, 16, 9, seed=1)
     assert all(torch.equal(head[name], again[name]) for name in head)
@@ -127,8 +127,8 @@ def test_more_dimensions_than_the_backbone_has_are_refused() -> None:
 def test_training_starts_from_the_similarity_of_whitened_states() -> None:
     head = _head(HeadConfig(dim=3, id_dim=2), hidden_size=5, num_items=4)
     states, texts = _random(2, 5), _random(4, 3)
-    scores = score_items(head, user_vectors(head, states, None), texts)
-    torch.testing.assert_close(scores, 0.5 / 3**0.5 * states[:, :3] @ texts.T)
+    scores = score_items(head, user_vectors(head, states, torch.tensor([3, 3])), texts)
+    torch.testing.assert_close(scores, 3 / 8 * 0.5 / 3**0.5 * states[:, :3] @ texts.T)
     inputs = item_inputs(head, torch.tensor([0, 3]))
     assert inputs is not None
     assert not inputs.any()
@@ -144,7 +144,7 @@ def test_training_starts_from_the_similarity_of_whitened_states() -> None:
 def test_scores_equal_their_formula(
     num_users: int, num_items: int, private: bool, item_ids: ItemIds, bias: bool
 ) -> None:
-    """score_i = scale (u . P z_i + u . O e_i) + bias_i with u = W n + B A n, item by item."""
+    """score_i = scale (u . P z_i + u . O e_i) + bias_i with u = (W n + B A n) r / (r + n_s)."""
     config = HeadConfig(dim=3, id_dim=2, item_ids=item_ids, item_bias=bias)
     head = {
         name: _random(*tensor.shape, seed=seed)
@@ -152,10 +152,12 @@ def test_scores_equal_their_formula(
     }
     states, texts = _random(num_users, 4, seed=8), _random(num_items, 3, seed=9)
     a, b = _random(2, 4, seed=10), _random(3, 2, seed=11)
-    found = score_items(head, user_vectors(head, states, (a, b) if private else None), texts)
+    read = torch.arange(num_users)
+    found = score_items(head, user_vectors(head, states, read, (a, b) if private else None), texts)
     assert found.shape == (num_users, num_items)
-    for row, n in zip(found, states, strict=True):
+    for r, (row, n) in enumerate(zip(found, states, strict=True)):
         u = head["head.state_proj"] @ n + (b @ (a @ n) if private else 0)
+        u = u * r / (r + head["head.state_log_n"].exp())
         for i in range(num_items):
             text = head["head.item_proj"] @ texts[i]
             own = (
@@ -189,6 +191,7 @@ def test_the_context_is_a_mean_of_the_items_so_far_in_which_the_newest_counts_mo
         "head.item_ids": ids,
         "head.context_proj": _random(3, 2 * 5, seed=2),
         "head.context_log_h": torch.tensor([1.0, 2.0]).log(),
+        "head.context_log_n": torch.tensor([2.0, 6.0]).log(),
     }
     items = torch.tensor([[4, 1, 2], [3, 0, 0]])  # the second is one item long, and padded
     found = context_vectors(head, items, texts)
@@ -197,9 +200,10 @@ def test_the_context_is_a_mean_of_the_items_so_far_in_which_the_newest_counts_mo
     fast = (read[4] / 4 + read[1] / 2 + read[2]) / 1.75
     half = 0.5**0.5
     slow = (read[4] / 2 + read[1] * half + read[2]) / (1.5 + half)
-    expected = head["head.context_proj"] @ torch.cat([fast, slow])
+    # Three items count 3 / (3 + 2) and 3 / (3 + 6), one item 1 / (1 + 2) and 1 / (1 + 6).
+    expected = head["head.context_proj"] @ torch.cat([fast * 3 / 5, slow / 3])
     torch.testing.assert_close(found[0, 2], expected)
-    alone = head["head.context_proj"] @ torch.cat([read[3], read[3]])
+    alone = head["head.context_proj"] @ torch.cat([read[3] / 3, read[3] / 7])
     torch.testing.assert_close(found[1, 0], alone)
     assert context_vectors({"head.item_ids": ids}, items, texts) is None
 

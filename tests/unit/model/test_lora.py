@@ -258,6 +258,7 @@ def test_a_shared_basis_is_folded_into_a_private_peft_adapter() -> None:
     with torch.no_grad():
         hidden = peft.get_base_model().model(input_ids=tokens).last_hidden_state[0, -1]
     u = tensors["head.state_proj"] @ ((hidden - cohort.normaliser.mean) @ cohort.normaliser.basis)
+    u = u * len(window) / (len(window) + tensors["head.state_log_n"].exp())
     expected = 0.5 / 8**0.5 * cohort.item_texts @ (tensors["head.item_proj"].T @ u)
     torch.testing.assert_close(
         scores[0], expected + tensors["head.item_bias"], atol=1e-5, rtol=1e-5

@@ -11,10 +11,11 @@ from pfm_llm.config.model import AdaptersConfig, HeadConfig, PrivateAdapterConfi
 from pfm_llm.data.history import NO_LABEL
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.objective import Objective
-from pfm_llm.model.outputs import Outputs
+from pfm_llm.model.outputs import Outputs, SharedView
 from pfm_llm.model.parameters import parameter_table
 from pfm_llm.model.private import fits, make_private_part, taste
 from pfm_llm.protocol.parameters import Sizes
+from pfm_llm.text.encoding import NO_TARGET
 from tests.support.tables import config_of, drawn
 
 ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3
@@ -247,3 +248,26 @@ def test_likes_are_predicted_by_the_mean_of_fits_that_are_learned_apart() -> Non
         for one in (own, *alone)
     ]
     torch.testing.assert_close(added[0], sum(added[1:]) / 4)
+
+
+def test_the_kth_item_ahead_counts_one_kth_where_it_is_a_candidate() -> None:
+    objective, own, outputs = _objective(None, (Task.NEXT_ITEM,)), _own(), _outputs()
+    later = torch.stack([outputs.targets.roll(-1), outputs.targets.roll(-2)], 1)
+    later[-1], later[-2, 1] = NO_TARGET, NO_TARGET
+    seen = torch.zeros(POSITIONS, ITEMS, dtype=torch.bool)
+    seen[0, later[0, 1]] = later[0, 1] != outputs.targets[0]  # met again: no target
+    assert seen[0].any()
+    outputs = dataclasses.replace(outputs, later=later, seen=seen)
+    scores = SharedView(own, outputs, objective.item_texts).scores
+    expected = []
+    for t in range(POSITIONS):
+        ahead = [(1.0, outputs.targets[t]), (1 / 2, later[t, 0]), (1 / 3, later[t, 1])]
+        ahead = [(g, y) for g, y in ahead if y != NO_TARGET and not seen[t, y]]
+        losses = [g * F.cross_entropy(scores[t], y) for g, y in ahead]
+        expected.append(sum(losses) / sum(g for g, _ in ahead))
+    loss = objective.loss(own, outputs)
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    (gradient,) = torch.autograd.grad(loss, own["head.item_proj"])
+    assert gradient.isfinite().all()
+    alone = dataclasses.replace(outputs, later=None)
+    torch.testing.assert_close(objective.loss(own, alone), F.cross_entropy(scores, outputs.targets))

@@ -163,7 +163,7 @@ def test_before_the_evaluation_it_says_so() -> None:
 
 def test_formulas_name_the_head_s_tensors_and_only_those_there_are() -> None:
     names = ("state_proj", "item_proj", "item_bias", "item_ids", "item_ids_out", "item_ids_in")
-    names += ("context_proj", "context_log_h")
+    names += ("context_proj", "context_log_h", "context_log_n", "state_log_n")
     for head, absent in (
         ({}, ()),
         ({"item_ids": "output"}, ("item_ids_in",)),
@@ -198,12 +198,13 @@ def test_the_formulas_are_those_of_the_head() -> None:
     texts, read = normaliser(t)[:, :4], torch.tensor([[3, 0, 2]])
     context = ours.context_vectors(head, read, texts)
     assert context is not None
-    vectors = ours.user_vectors(head, normaliser(x)[None], None, context[:, -1])
+    vectors = ours.user_vectors(head, normaliser(x)[None], torch.tensor([3]), None, context[:, -1])
     expected = ours.score_items(head, vectors, texts)[0]
     # In the card's words, not its lines.
     items = torch.cat([texts, head["head.item_ids"]], 1)[read[0]]
     weights = 2 ** (-torch.tensor([2.0, 1, 0]) / head["head.context_log_h"].exp()[:, None])
-    c = (weights / weights.sum(1, keepdim=True) @ items).flatten()
+    c = weights / weights.sum(1, keepdim=True) @ items
+    c = (c * 3 / (3 + head["head.context_log_n"].exp()[:, None])).flatten()
 
     card = model_card(settings, BASE, "next_item.v1", 1)
     lines = card.split("## From hidden states to scores")[1].split("```")[1].strip()
@@ -216,13 +217,14 @@ def test_the_formulas_are_those_of_the_head() -> None:
         ("head_context_proj c", "head_context_proj @ c"),
         ("·", "@"),
         ("sqrt(D)", "D ** 0.5"),
+        ("exp(head_state_log_n)", "head_state_log_n.exp()"),
         ("\nz_i   = ((t_i", "\nz_i   = ((t[i]"),
     ):
         assert written in lines
         lines = lines.replace(written, meant)
     for i in range(5):
         scope = {name.replace(".", "_"): value for name, value in head.items()}
-        scope |= {"x": x, "t": t, "c": c, "i": i, "D": 4, "normaliser": normaliser}
+        scope |= {"x": x, "t": t, "c": c, "r": 3, "i": i, "D": 4, "normaliser": normaliser}
         exec(lines, scope)  # noqa: S102
         torch.testing.assert_close(scope["score"], expected[i])
 

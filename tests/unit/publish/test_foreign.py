@@ -154,8 +154,8 @@ def test_links_of_the_hub_client_s_cache_are_read(made: Artefact, tmp_path: Path
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
     assert read_artefact(snapshot).contents()[0].keys() == {
-        *random_lora(0), "head.state_proj", "head.item_proj", "head.item_bias", "head.item_ids",
-        "head.item_ids_out",
+        *random_lora(0), "head.state_proj", "head.state_log_n", "head.item_proj", "head.item_bias",
+        "head.item_ids", "head.item_ids_out",
     }  # fmt: skip
 
 
