@@ -78,6 +78,11 @@ class RunConfig(Settings):
         None, description="called with --config FILE --seed N --output FILE instead of training"
     )
     arguments: tuple[str, ...] = Field((), description="further arguments of the script")
+    against: str | None = Field(
+        None,
+        description="an earlier run, which has what this one does without: the paired differences "
+        "tell what that adds",
+    )
 
 
 class SuiteConfig(Settings):
@@ -126,6 +131,7 @@ class SuiteRun:
         key: The grid's dotted key; None without a grid.
         points: The experiments, in the grid's order.
         script: A baseline's script and its further arguments; None for an experiment.
+        against: Name of the earlier run that it is compared with; None: it is not compared.
     """
 
     name: str
@@ -134,6 +140,7 @@ class SuiteRun:
     key: str | None
     points: tuple[Point, ...]
     script: tuple[str, ...] | None
+    against: str | None = None
 
     @property
     def label(self) -> str:
@@ -184,6 +191,11 @@ def load_suite(path: Path) -> SuiteConfig:
             _look_up(budget, list(suite.budgets), f"{path}, run {run.name}: set_with")
             if "method" in run.set_with[budget]:
                 raise ConfigError(f"{path}, run {run.name}: set_with: method belongs to set")
+        if run.against is not None:
+            own, before = f"{path}, run {run.name}: against", names[: names.index(run.name)]
+            _look_up(run.against, before, own)
+            if run.script or suite.runs[names.index(run.against)].script:
+                raise ConfigError(f"{own}: a script is no run to compare; compare experiments")
         if run.arguments and run.script is None:
             raise ConfigError(f"{path}, run {run.name}: arguments are for a script; set script")
         if run.grid is not None and run.script is not None:
@@ -264,7 +276,7 @@ def _suite_run(source: _Source, position: int, seed: int) -> SuiteRun:
         points.append(Point(value, _config(source, run, name, {"seed": seed, **own})))
     key = None if grid is None else grid.key
     script = None if run.script is None else (run.script, *run.arguments)
-    return SuiteRun(run.name, seed, position, key, tuple(points), script)
+    return SuiteRun(run.name, seed, position, key, tuple(points), script, run.against)
 
 
 def _config(source: _Source, run: RunConfig, name: str, own: Mapping[str, Any]) -> ExperimentConfig:

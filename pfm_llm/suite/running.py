@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfm_llm.base import files
-from pfm_llm.base.errors import CheckpointError, ConfigError, LaunchError, PfmError, TrainingError
+from pfm_llm.base.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LaunchError,
+    PfmError,
+    TrainingError,
+)
 from pfm_llm.base.locks import locked
 from pfm_llm.config.schema import ExperimentConfig, dump_config, read_yaml
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
@@ -41,23 +48,26 @@ class Tools:
             whether to resume, returns the run's folder.
         evaluate: Takes a run's folder and the budget, returns the rows of the final evaluation.
         script: Calls a baseline's script, as `call_script` does.
+        compare: Compares two runs, as `adds.adds_rows` does; None: nothing is compared.
     """
 
     train: Callable[[ExperimentConfig, bool], Path]
     evaluate: Callable[[Path, str], Sequence[ResultRow]]
     script: Callable[..., None] = call_script
+    compare: Callable[[Path, Path, ExperimentConfig, str], Sequence[ResultRow]] | None = None
 
     @classmethod
     def real(cls) -> "Tools":
         """The functions of the library."""
         from pfm_llm.runs.experiment import run_experiment
         from pfm_llm.runs.study.run import study_run
+        from pfm_llm.suite.adds import adds_rows
 
         def train(config: ExperimentConfig, resume: bool) -> Path:
             gc.collect()  # cycles hold the last model, and memory may not suffice for two
             return run_experiment(config, resume)
 
-        return cls(train, study_run)
+        return cls(train, study_run, compare=adds_rows)
 
 
 def run_suite(
@@ -151,11 +161,25 @@ class _Runner:
         files.write_text(chosen.folder / CONFIG_FILE, dump_config(config))
         with self._pace.evaluating(run):
             rows = self._tools.evaluate(chosen.folder, self._plan.budget)
+        rows = [*rows, *self._added(run, chosen)]
         _, extra = read_results(chosen.folder / RESULTS_FILE)
         extra |= records.result_extra(self._plan, run, choice, found)
         path = self._plan.result(run, self._results)
         write_results(path, records.merged(rows, found[choice.index].rows), extra)
         self._tidy(run, chosen)
+
+    def _added(self, run: SuiteRun, chosen: Point) -> Sequence[ResultRow]:
+        """What the run that it is compared with has more; empty where there is none."""
+        if run.against is None or self._tools.compare is None:
+            return []
+        label = f"{run.against}-s{run.seed}"
+        whole = next((one for one in self._plan.runs if one.label == label), None)
+        stored = whole and read_tree(self._plan.result(whole, self._results))
+        if whole is None or not stored or stored.get("failed"):
+            raise DataError(f"{run.label} is compared with {label}, which has no result; run that")
+        value = stored["grid"]["chosen"]
+        (point,) = (one for one in whole.points if one.value == value)
+        return self._tools.compare(point.folder, chosen.folder, chosen.config, self._plan.budget)
 
     def _record(self, run: SuiteRun, point: Point) -> Record:
         """The record of an experiment, which is trained now if there is none."""

@@ -112,7 +112,8 @@ class World:
 
     def run(self, only: Sequence[str] = (), keep: bool = False, **tools: Any) -> dict[str, str]:
         """Run the suite with the double's tools."""
-        used = Tools(self.train, self.evaluate, tools.get("script", self.script))
+        script = tools.get("script", self.script)
+        used = Tools(self.train, self.evaluate, script, tools.get("compare"))
         return run_suite(self.plan(only=only), self.results, used, keep, lambda: self.now)
 
     def result(self, label: str) -> dict[str, Any]:

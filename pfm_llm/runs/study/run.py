@@ -38,6 +38,7 @@ from pfm_llm.runs.opening import run_in_work
 from pfm_llm.runs.run import Run, Trained
 from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
 from pfm_llm.runs.study.new_items import new_items
+from pfm_llm.runs.study.qualities import write_qualities
 from pfm_llm.runs.study.served import Served
 from pfm_llm.runs.summary import PRIVATE_WEIGHT
 
@@ -65,6 +66,7 @@ def study_run(folder: Path, budget: str) -> list[ResultRow]:
     with run_in_work(folder) as (run, trained):
         study = _Study(run, trained, budget)
         rows = study.test_rows()
+        study.keep_qualities(folder)
         if run.config.adapters.private.enabled:
             rows += study.personality_rows()
             path = folder / RESULTS_FILE
@@ -99,6 +101,10 @@ class _Study:
             *comparison.rows_over(self._run.config, name, self._test.ranks, references),
         ]
         return [dataclasses.replace(row, budget=self._budget) for row in rows]
+
+    def keep_qualities(self, folder: Path) -> None:
+        """Keep how well each user is served; see `qualities`."""
+        write_qualities(folder, self._test, self._k)
 
     def per_user(self) -> dict[str, list[float]]:
         """The gain of each user over the shared part alone, sorted, so that no user is named.

@@ -50,9 +50,19 @@ class Shown:
 _GAIN, _OVER = "Gain from the private part", "Compared with baselines"
 _OWN, _STABLE = "Is a private part personal?", "Do lists stay?"
 _GROUPS, _MEMORY = "Groups of users", "Fewer items in the prompt"
+_ADDS = "What the language model adds"
 _COLD, _NEW = "Few interactions known", "Items that nobody met in training"
 
 _MEASURES = (
+    Measure(
+        _ADDS, f"adds_{_QUALITY}", "Lost in {quality} without it, with the private part",
+        "How much better the whole method serves the same users than this run, which is trained "
+        "without one part of it; the run's name says which.",
+    ),
+    Measure(
+        _ADDS, f"adds_{_QUALITY}_shared", "Lost in {quality} without it, shared part alone",
+        "The same for users without a private part.",
+    ),
     Measure(
         _GAIN, f"gain_{_QUALITY}", "Gain in {quality}",
         "How much better the user's own private part ranks than the shared part alone; a gain of "

@@ -239,3 +239,14 @@ def test_the_suites_of_the_project_are_valid(path: Path) -> None:
 
 def test_there_are_suites() -> None:
     assert SUITES
+
+
+def test_a_run_is_against_an_earlier_experiment(world: World) -> None:
+    world.write(runs=[{"name": "a"}, {"name": "b", "against": "a"}])
+    assert [run.against for run in world.plan().runs] == [None, "a"]
+    world.write(runs=[{"name": "b", "against": "a"}, {"name": "a"}])
+    with pytest.raises(ConfigError, match=r"run b: against 'a' is unknown; there is none"):
+        world.plan()
+    world.write(runs=[{"name": "a", "script": "s.py"}, {"name": "b", "against": "a"}])
+    with pytest.raises(ConfigError, match="a script is no run to compare"):
+        world.plan()

@@ -14,7 +14,7 @@ from pfm_llm.config.settle import settle
 from pfm_llm.evaluation import results
 from pfm_llm.evaluation.results import read_results
 from pfm_llm.suite.status import State, changes, list_text, read_tree, status_of
-from tests.support.suite_double import COSTS, GRID, World
+from tests.support.suite_double import COSTS, GRID, World, row
 
 ALL = [("a-s0-0.1", False), ("a-s0-0.2", False), ("a-s0-0.3", False), ("b-s0", False)]
 
@@ -566,3 +566,25 @@ def test_the_list_says_how_far_each_run_is(world: World) -> None:
     assert "a-s0  done     federation.server.lr_lora 0.2, ndcg@10 0.1000" in list_text(
         world.plan(), world.results
     )
+
+
+def test_a_run_is_compared_with_the_chosen_value_of_the_run_that_it_is_against(
+    world: World,
+) -> None:
+    world.write(runs=[{"name": "a", "grid": "lr"}, {"name": "b", "against": "a"}])
+    compared = []
+
+    def compare(whole: Path, without: Path, config: Any, budget: str) -> list[results.ResultRow]:
+        compared.append((whole.name, without.name, config.name, budget))
+        return [row(metric="adds_ndcg", value=0.01, split="test")]
+
+    assert world.run(compare=compare) == {}
+    assert compared == [("a-s0-0.2", "b-s0", "b-s0", "small")]
+    found, _ = read_results(world.result_file("b-s0"))
+    assert [one.value for one in found if one.metric == "adds_ndcg"] == [0.01]
+
+
+def test_a_comparison_with_a_run_without_a_result_fails(world: World) -> None:
+    world.write(runs=[{"name": "a"}, {"name": "b", "against": "a"}])
+    failed = world.run(only=["b"], compare=lambda *_: [])
+    assert failed == {"b-s0": "b-s0 is compared with a-s0, which has no result; run that"}

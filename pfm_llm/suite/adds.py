@@ -1,0 +1,49 @@
+"""What a part of the method adds: a run with it less a run without it, over the same users."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pfm_llm.base.errors import DataError
+from pfm_llm.config.choices import Task
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.evaluation import comparison
+from pfm_llm.evaluation.personality.estimates import Bootstrap, paired_difference
+from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.protocol.types import Mode
+from pfm_llm.runs.study.qualities import Qualities, read_qualities
+
+_SUFFIX = {Mode.SHARED_PRIVATE: "", Mode.SHARED_ONLY: "_shared"}
+
+
+def adds_rows(whole: Path, without: Path, config: ExperimentConfig, budget: str) -> list[ResultRow]:
+    """Rows ``adds_log_rank`` and ``adds_ndcg``, and the same with ``_shared`` for the shared part.
+
+    Args:
+        whole: The folder of the run that has the part.
+        without: The folder of the run that does without it.
+        config: Of the latter.
+        budget: Label of the budget in the rows.
+
+    Raises:
+        DataError: A folder lacks the figures of its users, or they are other users.
+    """
+    full, cut = read_qualities(whole), read_qualities(without)
+    if not np.array_equal(full.users, cut.users):
+        raise DataError(
+            f"{whole.name} and {without.name} were measured on other users; give both the same data"
+        )
+    evaluation = config.evaluation
+    bootstrap = Bootstrap(evaluation.bootstrap, evaluation.confidence, config.seed)
+    figures = {
+        f"adds_{name}{_SUFFIX[mode]}": paired_difference(
+            full.of[mode][name], cut.of[mode][name], bootstrap
+        )
+        for mode in _both(full, cut)
+        for name in full.of[mode]
+    }
+    return comparison.estimate_rows(config, "test", Task.NEXT_ITEM, figures, budget)
+
+
+def _both(full: Qualities, cut: Qualities) -> list[Mode]:
+    return [mode for mode in _SUFFIX if mode in full.of and mode in cut.of]
