@@ -24,6 +24,15 @@ CONSTANTS: dict[str, Any] = {
 }
 """Dotted key of a former setting to the value that is now a constant."""
 
+BEFORE: dict[str, Any] = {
+    "window.reading": "tokens",
+    "items.encoder": "backbone",
+    "head.item_met": False,
+    "head.prior_events": None,
+    "federation.local.horizon": 1,
+}
+"""Dotted key of a later setting to what was done before it was there."""
+
 
 def from_earlier(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a whole config tree of an earlier version to a tree of this one.
@@ -40,4 +49,10 @@ def from_earlier(tree: Mapping[str, Any]) -> dict[str, Any]:
         if find_setting(present, key) == value:
             parent, _, last = key.rpartition(".")
             del find_setting(present, parent)[last]
+    for key, value in BEFORE.items():
+        parent, _, last = key.rpartition(".")
+        node = present
+        for name in parent.split("."):
+            node = node.setdefault(name, {})
+        node.setdefault(last, value)
     return present

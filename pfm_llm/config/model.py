@@ -30,17 +30,15 @@ class Settings(BaseModel):
 class WindowConfig(Settings):
     """How a history is cut into windows; the model reads one window in one pass."""
 
-    items: PositiveCount = Field(16, description="items per window")
+    items: PositiveCount = Field(64, description="items per window")
     max_windows: PositiveCount | None = Field(
         None, description="train on this many of the newest windows; None: all windows"
     )
     max_item_tokens: PositiveCount = Field(32, description="tokens kept of an item's text")
-    # Not dumped at its default: hashes of settings that were made before it stay as they are.
     reading: Reading = Field(
-        Reading.TOKENS,
-        description="tokens: the adapted layers read all tokens of a window; items: one state for "
-        "each item, whose text the layers below have read by itself",
-        exclude_if=lambda value: value is Reading.TOKENS,
+        Reading.ITEMS,
+        description="items: the adapted layers read one state for each item, whose text the layers "
+        "below have read by itself; tokens: they read all tokens of a window",
     )
 
 
@@ -48,7 +46,7 @@ class ItemsConfig(Settings):
     """How the text of an item becomes a vector."""
 
     encoder: str = Field(
-        "backbone",
+        "minilm",
         description="backbone; minilm (embedded); or the Hub id or folder of a sentence encoder",
     )
     revision: str | None = Field(None, description="Hub revision of the encoder")
@@ -103,7 +101,7 @@ class TasteConfig(Settings):
     like_rank: Rank = Field(8, description="size of each fitted embedding, likes")
     read_rank: Rank0 = Field(128, description="size of one computed from the history; 0: fit one")
     dropout: Fraction | None = Field(
-        None, description="dropout on embeddings computed from the history; None: as in head"
+        0.7, description="dropout on embeddings computed from the history; None: as in head"
     )
 
 
@@ -147,12 +145,15 @@ class HeadConfig(Settings):
     item_context: bool = Field(
         True, description="add a linear function of the window's items to the user vector"
     )
-    # Not dumped while it is off: hashes of settings that were made before it stay as they are.
     item_met: bool = Field(
-        False,
+        True,
         description="learn which items somebody has met; others are no negatives in training, and "
-        "have no embedding",
-        exclude_if=lambda value: not value,
+        "have no embedding; no effect with a median, and where nothing is shared",
+    )
+    prior_events: Positive | None = Field(
+        5.0,
+        description="n: what r items tell of a user counts r / (r + n); learned from here on; "
+        "None: it counts whole",
     )
     dropout: Fraction = Field(
         0.4,

@@ -160,7 +160,7 @@ class ExperimentConfig(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
-    prompt: str = "next_item.v1"
+    prompt: str = "next_item.v2"
     method: Method = Field(Method.PFM, description="see config/methods; custom fixes nothing")
     regime: Regime | None = Field(None, description="a label that the settings must fit")
     tasks: tuple[Task, ...] = Field(
@@ -168,8 +168,8 @@ class ExperimentConfig(Settings):
     )
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
-    # Not dumped at their defaults: hashes of earlier settings stay as they are.
-    items: ItemsConfig = Field(ItemsConfig(), exclude_if=lambda value: value == ItemsConfig())
+    items: ItemsConfig = ItemsConfig()
+    # Not dumped at its default: hashes of earlier settings stay as they are.
     ablation: Ablation = Field(
         Ablation.NONE,
         description="what to do without, to measure what it is worth; see model/ablation.py",
@@ -255,15 +255,6 @@ def _regime_problem(config: ExperimentConfig) -> str | None:
 
 def _aggregation_problem(config: ExperimentConfig) -> str | None:
     server = config.federation.server
-    if config.head.item_met and server.aggregator is Aggregation.MEDIAN:
-        return (
-            "head.item_met: a median hides which items few clients have met; leave it out, or set "
-            "federation.server.aggregator: mean"
-        )
-    if config.head.item_met and SPECS[config.method].shares_nothing:
-        return (
-            f"head.item_met: method {config.method} sends no update that could tell; leave it out"
-        )
     if server.aggregator is Aggregation.MEDIAN and server.weighting is not Weighting.UNIFORM:
         return (
             "federation.server.aggregator: median counts every client once; set "

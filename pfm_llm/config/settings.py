@@ -1,6 +1,7 @@
 """Functions of a config that several modules need."""
 
-from pfm_llm.config.choices import Task
+from pfm_llm.config.choices import Aggregation, Task
+from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import ExperimentConfig, training_hash
 
 
@@ -36,3 +37,9 @@ def leaves(tree: object, key: str = "") -> dict[str, object]:
         for name, child in tree.items()
         for leaf, value in leaves(child, f"{key}.{name}" if key else name).items()
     }
+
+
+def learns_met(config: ExperimentConfig) -> bool:
+    """Whether ``head.item_met`` has an effect: a median hides which items few clients have met."""
+    is_sum = config.federation.server.aggregator is Aggregation.MEAN
+    return config.head.item_met and is_sum and not SPECS[config.method].shares_nothing

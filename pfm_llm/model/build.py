@@ -170,6 +170,6 @@ def _load_prompt(name: str, ratings: np.ndarray | None) -> Prompt:
     if prompt.uses_rating and ratings is None:
         raise DataError(
             f"prompt {prompt.key} shows ratings and the data has none; set data.columns.rating, "
-            "or choose a prompt without ratings such as next_item.v1"
+            "or choose a prompt without ratings such as next_item.v2"
         )
     return prompt

@@ -8,8 +8,10 @@ whitened text embedding of item i (the first D dimensions)::
     score_i  = scale * ( u . item_proj z_i  [+ u . item_ids_out e_i] ) [+ bias_i]
 
 With ``item_ids: both``, ``item_ids_in e_i`` is also added to the hidden state at the last token of
-item i, where the adapted layers begin. ``state_proj`` and ``item_proj`` start as (truncated)
-identities, so training starts from the similarity of whitened states.
+item i, where the adapted layers begin. ``item_proj`` starts as the
+identity, and ``state_proj`` at zero: a pass that has learned nothing yet adds no noise to the rest.
+With ``window.reading: tokens`` it starts as the (truncated) identity, so that training starts from
+the similarity of whitened states.
 
 With ``item_context``, c holds two weighted means of the window's items up to the position::
 
@@ -19,9 +21,10 @@ for items s that are a_s items old, x_s = [z_s; e_s], with learned half-lives h_
 the items of the history to the scores passes no transformer layer. It is a low-rank Markov chain of
 higher order, as in Fossil (He and McAuley 2016, arXiv 1609.09152).
 
-What r items tell of a user counts r / (r + n), with n events learned for the state and for each
-mean. A user of whom little is known is therefore served nearly by the biases alone, as one of whom
-nothing is known. Shrinkage of this form is that of a mean under a prior worth n events.
+With ``prior_events``, what r items tell of a user counts r / (r + n), with n events learned for the
+state and for each mean. A user of whom little is known is therefore served nearly by the biases
+alone, as one of whom nothing is known. Shrinkage of this form is that of a mean under a prior worth
+n events.
 
 With ``item_met``, the federation learns which items somebody has met. ``head.item_met`` starts at
 zero, and each client's update raises the entries of its own items (`met_term`). An entry is above
@@ -42,7 +45,7 @@ Shapes: d hidden size, D ``head.dim``, I items, E ``head.id_dim``.
 parameter             shape     present with
 ====================  ========  ===========================
 head.state_proj       [D, d]    always
-head.state_log_n      [1]       always; log of n_s, in items
+head.state_log_n      [1]       ``prior_events``; log of n_s, in items
 head.item_proj        [D, D]    always
 head.item_bias        [I]       ``item_bias``
 head.item_met         [I]       ``item_met``
@@ -51,7 +54,7 @@ head.item_ids_out     [D, E]    ``item_ids: output | both``
 head.item_ids_in      [d, E]    ``item_ids: both``
 head.context_proj     [D, 2 W]  ``item_context``; W is D + E, or D without ``item_ids``
 head.context_log_h    [2]       ``item_context``; log of the half-lives, in items
-head.context_log_n    [2]       ``item_context``; log of n_1 and n_2, in items
+head.context_log_n    [2]       the same, and ``item_context``; log of n_1 and n_2, in items
 head.like_text        [D]       task ``like``
 head.like_ids         [E]       the same, and ``item_ids``
 head.like_bias        [I]       task ``like`` and ``item_bias``
@@ -66,9 +69,10 @@ import torch.nn.functional as F
 
 from pfm_llm.base import seeding
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config.choices import ItemIds, Task
+from pfm_llm.config.choices import ItemIds, Reading, Task
 from pfm_llm.config.model import HeadConfig
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settings import learns_met
 from pfm_llm.protocol.parameters import Parameter, Sizes, Unseen
 from pfm_llm.protocol.types import Tensors
 
@@ -94,10 +98,8 @@ of other tensors, so that the norm of an update hardly depends on it."""
 _ID_STD = 0.1
 _HALF_LIVES = (1.5, 12.0)
 """Initial half-lives in items: a short one for the newest items and a long one for the window."""
-_PRIOR_EVENTS = 5.0
-"""Initial n_s, n_1 and n_2."""
 _PRIOR_RATE = 1e-2
-"""The server's learning rate of their logarithms, before ``lr_scale``."""
+"""The server's learning rate of the logarithms of n_s, n_1 and n_2, before ``lr_scale``."""
 
 
 @dataclass(frozen=True)
@@ -164,31 +166,41 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
     bias = Parameter(ITEM_BIAS, (sizes.num_items,), bias_rate, per_item=True, unseen=Unseen.MEAN)
     half_lives, paces = torch.tensor(_HALF_LIVES), (len(_HALF_LIVES),)
 
-    def prior(name: str, count: int) -> Parameter:
-        events = torch.full((count,), _PRIOR_EVENTS)
-        return Parameter(name, (count,), _PRIOR_RATE * server.lr_scale, events.log)
-
     ids = (sizes.num_items, id_dim)
     draw_ids = partial(_random_ids, ids, config.seed)
     context = (dim, len(_HALF_LIVES) * item_width(head))
     likes = Task.LIKE in config.tasks
+    reads_tokens = config.window.reading is Reading.TOKENS
+    starts_alike = partial(torch.eye, dim, width) if reads_tokens else None
     declared = [
-        (True, Parameter(STATE_PROJ, (dim, width), rate, partial(torch.eye, dim, width))),
-        (True, prior(STATE_LOG_N, 1)),
+        (True, Parameter(STATE_PROJ, (dim, width), rate, starts_alike)),
         (True, Parameter(ITEM_PROJ, (dim, dim), rate, partial(torch.eye, dim))),
         (head.item_bias, bias),
-        (head.item_met, Parameter(ITEM_MET, (sizes.num_items,), bias_rate, per_item=True)),
+        (learns_met(config), Parameter(ITEM_MET, (sizes.num_items,), bias_rate, per_item=True)),
         (has_ids, Parameter(ITEM_IDS, ids, id_rate, draw_ids, per_item=True)),
         (has_ids, Parameter(ITEM_IDS_OUT, (dim, id_dim), id_rate)),
         (head.item_ids is ItemIds.BOTH, Parameter(ITEM_IDS_IN, (width, id_dim), id_rate)),
         (head.item_context, Parameter(CONTEXT_PROJ, context, rate)),
         (head.item_context, Parameter(CONTEXT_LOG_H, paces, rate, half_lives.log)),
-        (head.item_context, prior(CONTEXT_LOG_N, len(_HALF_LIVES))),
         (likes, Parameter(LIKE_TEXT, (dim,), rate)),
         (likes and has_ids, Parameter(LIKE_IDS, (id_dim,), bias_rate)),
         (likes and head.item_bias, replace(bias, name=LIKE_BIAS)),
     ]
-    return [parameter for is_there, parameter in declared if is_there]
+    return [parameter for is_there, parameter in declared if is_there] + _priors(config)
+
+
+def _priors(config: ExperimentConfig) -> list[Parameter]:
+    """The logarithms of n_s, n_1 and n_2."""
+    events, rate = config.head.prior_events, _PRIOR_RATE * config.federation.server.lr_scale
+    if events is None:
+        return []
+    counts = {STATE_LOG_N: 1} | (
+        {CONTEXT_LOG_N: len(_HALF_LIVES)} if config.head.item_context else {}
+    )
+    return [
+        Parameter(name, (count,), rate, torch.full((count,), events).log)
+        for name, count in counts.items()
+    ]
 
 
 def _random_ids(shape: tuple[int, int], seed: int) -> torch.Tensor:
@@ -277,7 +289,8 @@ def context_vectors(
     place = torch.arange(items.shape[1], device=items.device)
     weights = fading(place[:, None] - place, head[CONTEXT_LOG_H].exp()[:, None, None])
     weights = weights / weights.sum(2, keepdim=True)
-    weights = weights * trust(place[:, None] + 1, head[CONTEXT_LOG_N][:, None, None])
+    if CONTEXT_LOG_N in head:
+        weights = weights * trust(place[:, None] + 1, head[CONTEXT_LOG_N][:, None, None])
     summed = torch.einsum("kls,nsw->nlkw", weights, read).flatten(2)
     return summed @ head[CONTEXT_PROJ].T
 
@@ -305,7 +318,8 @@ def user_vectors(
     if private_head is not None:
         a, b = private_head
         vectors = vectors + (states @ a.T) @ b.T
-    vectors = vectors * trust(num_read[:, None], head[STATE_LOG_N])
+    if STATE_LOG_N in head:
+        vectors = vectors * trust(num_read[:, None], head[STATE_LOG_N])
     return vectors if context is None else vectors + context
 
 

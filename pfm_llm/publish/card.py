@@ -15,7 +15,7 @@ import yaml
 from pfm_llm import __version__
 from pfm_llm.base import templates
 from pfm_llm.base.terminal import harmless
-from pfm_llm.config.choices import Pooling
+from pfm_llm.config.choices import Pooling, Reading
 from pfm_llm.config.cut_offs import RANK_LABELS
 from pfm_llm.config.model import ItemsConfig
 from pfm_llm.config.schema import ExperimentConfig
@@ -105,7 +105,8 @@ def model_card(
         dataset=dataset,
         rounds=rounds,
         results=results_table(rows, confidence=config.evaluation.confidence) if rows else "",
-        is_one_space=config.items == ItemsConfig() and prompt in _ONE_SPACE,
+        is_one_space=_is_one_space(config, prompt),
+        reads_items=config.window.reading is Reading.ITEMS,
         item_vector=_item_vector(config.items),
         adapter=NO_REPO,
         version=__version__,
@@ -121,6 +122,13 @@ def model_card(
     matter = _front_matter(config, base_model, rows)
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n{body}"
+
+
+def _is_one_space(config: ExperimentConfig, prompt: str) -> bool:
+    """Whether item vectors are states of the text that a history shows."""
+    items, reads_items = config.items, config.window.reading is Reading.ITEMS
+    is_alike = items.pooling is Pooling.LAST and items.max_tokens is None
+    return items.is_backbone and is_alike and (reads_items or prompt in _ONE_SPACE)
 
 
 def _item_vector(items: ItemsConfig) -> str:

@@ -14,6 +14,7 @@ from pfm_llm import __version__
 from pfm_llm.base import files
 from pfm_llm.base.terminal import harmless
 from pfm_llm.config.schema import ExperimentConfig, dump_config
+from pfm_llm.config.settings import learns_met
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.evaluation.results import FULL, ResultRow
 from pfm_llm.model.build import ModelParts
@@ -147,7 +148,7 @@ def _manifest(
         ),
         adapters=config.adapters,
         modules=tuple(parts.adapter.modules),
-        head=config.head,
+        head=config.head.model_copy(update={"item_met": learns_met(config)}),
         tasks=config.tasks,
         window=config.window,
         items=config.items.model_copy(update={"encoder": shown_name(config.items.encoder)}),

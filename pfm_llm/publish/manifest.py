@@ -22,7 +22,7 @@ from pfm_llm.config.model import (
 )
 from pfm_llm.publish.foreign import texts
 
-FORMAT = 4
+FORMAT = 5
 MAX_MANIFEST_BYTES = 4 << 20
 _MAX_TEXT = 1000
 
@@ -114,7 +114,7 @@ class Manifest(_Part):
         files: Name to SHA-256 of every listed file.
     """
 
-    format: Literal[4]
+    format: Literal[5]
     pfm_llm: str
     name: str
     round: Count
@@ -124,9 +124,8 @@ class Manifest(_Part):
     head: HeadConfig
     tasks: tuple[Task, ...] = (Task.NEXT_ITEM,)
     window: WindowConfig
-    # Absent at their defaults, as in manifests of before.
-    items: ItemsConfig = Field(ItemsConfig(), exclude_if=lambda value: value == ItemsConfig())
-    item_encoder_sha256: str | None = Field(None, exclude_if=lambda value: value is None)
+    items: ItemsConfig
+    item_encoder_sha256: str | None
     ablation: Ablation = Field(Ablation.NONE, exclude_if=lambda value: value is Ablation.NONE)
     prompt: str
     prompt_sha256: str

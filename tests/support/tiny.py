@@ -42,6 +42,7 @@ class Tiny:
             "method": "custom",
             "data": {"source": str(self.interactions), "items": str(self.items)},
             "backbone": {"name": str(self.model), "dtype": "float32"},
+            "items": {"encoder": "backbone"},
             "window": {"items": 4},
             "adapters": {
                 "num_layers": 2,
