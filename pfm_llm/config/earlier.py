@@ -29,6 +29,7 @@ BEFORE: dict[str, Any] = {
     "items.encoder": "backbone",
     "head.item_met": False,
     "head.prior_events": None,
+    "adapters.private.taste.dropout": None,
     "federation.local.horizon": 1,
 }
 """Dotted key of a later setting to what was done before it was there."""
