@@ -33,11 +33,13 @@ _SETTINGS = {
     "name": "engine",
     "seed": 0,
     "data": {"source": "movielens-100k"},
-    "window": {"items": 32, "max_windows": 1},
+    "prompt": "next_item.v1",
+    "items": {"encoder": "backbone"},
+    "window": {"items": 32, "max_windows": 1, "reading": "tokens"},
     "tasks": ["next_item"],
     "method": "custom",
     "head": {"dropout": 0.0},
-    "federation": {"local": {"schedule": "alternate"}},
+    "federation": {"local": {"schedule": "alternate", "horizon": 1}},
 }
 _PRIVATE = {"kind": "independent", "rank": 4, "alpha": 8, "head_rank": 4}
 """PEFT has no taste vectors: what is raced has a LoRA as its private part."""
@@ -104,7 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def bench_config(folder: str, num_layers: int | None = None, **sections: Any) -> "ExperimentConfig":
-    """The default objective with a private LoRA, cut to one window of each client.
+    """The next item, with a private LoRA, from all tokens of one window of each client.
 
     Args:
         folder: Where trunk states go.

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from pfm_llm.base.seeding import numpy_generator
-from pfm_llm.config.choices import Ablation
+from pfm_llm.config.choices import Ablation, Reading
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.batches import ChunkBatch
@@ -57,10 +57,12 @@ class Sight:
     Attributes:
         ablation: The ablation.
         header: How many tokens of a window come before its first item.
+        reading: Whether they see tokens, or one state for each item.
     """
 
     ablation: Ablation = Ablation.NONE
     header: int = 0
+    reading: Reading = Reading.TOKENS
 
     @property
     def has_pass(self) -> bool:
@@ -93,4 +95,4 @@ class Sight:
 
 def sight_of(config: ExperimentConfig, encoder: HistoryEncoder) -> Sight:
     """What the adapted layers see of windows of an encoder."""
-    return Sight(config.ablation, len(encoder.header_tokens))
+    return Sight(config.ablation, len(encoder.header_tokens), config.window.reading)

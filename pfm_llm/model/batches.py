@@ -77,6 +77,12 @@ class ChunkBatch:
         nothing = self.items.new_zeros(0)
         return tuple(torch.cat([nothing, *own]).unique() for own in found)
 
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """For each output the sum [K, D] of the values [I, D] of all items of its row."""
+        found = values.new_zeros(len(self.trunk), values.shape[1])
+        found = found.index_add(0, self.rows, values[self.items])
+        return found[self.rows[self.outputs]]
+
     def seen(self, num_items: int) -> torch.Tensor:
         """Which items of the catalogue are in the history before each output's target.
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pfm_llm.config.choices import Task
+from pfm_llm.config.choices import Reading, Task
 from pfm_llm.data.history import History
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.ablation import Sight
@@ -203,10 +203,17 @@ class CohortModel:
 
     @torch.no_grad()
     def zero_shot_scores(self, batch: ChunkBatch) -> torch.Tensor:
-        """Cosine scores [K, I] of the untouched backbone, float32; zero without a pass."""
-        for linear in self._linears.values():
-            linear.factors = None
-        states = self._output_states(batch.trunk, batch)
+        """Cosine scores [K, I] before any training, float32.
+
+        They are of the untouched backbone's states, zero without a pass; where it reads items, of
+        the sum of the item vectors of a window.
+        """
+        if self._sight.reading is Reading.ITEMS:
+            states = batch.sums(self.item_texts)
+        else:
+            for linear in self._linears.values():
+                linear.factors = None
+            states = self._output_states(batch.trunk, batch)
         return recommender_head.zero_shot_scores(states, self.item_texts)
 
     def _user_vectors(

@@ -10,8 +10,8 @@ whitened text embedding of item i (the first D dimensions)::
 With ``item_ids: both``, ``item_ids_in e_i`` is also added to the hidden state at the last token of
 item i, where the adapted layers begin. ``item_proj`` starts as the
 identity, and ``state_proj`` at zero: a pass that has learned nothing yet adds no noise to the rest.
-With ``window.reading: tokens`` it starts as the (truncated) identity, so that training starts from
-the similarity of whitened states.
+With ``window.reading: tokens``, and in methods that do not train it, it starts as the (truncated)
+identity, so that training starts from the similarity of whitened states.
 
 With ``item_context``, c holds two weighted means of the window's items up to the position::
 
@@ -70,6 +70,7 @@ import torch.nn.functional as F
 from pfm_llm.base import seeding
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import ItemIds, Reading, Task
+from pfm_llm.config.methods import SPECS
 from pfm_llm.config.model import HeadConfig
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import learns_met
@@ -170,8 +171,8 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
     draw_ids = partial(_random_ids, ids, config.seed)
     context = (dim, len(_HALF_LIVES) * item_width(head))
     likes = Task.LIKE in config.tasks
-    reads_tokens = config.window.reading is Reading.TOKENS
-    starts_alike = partial(torch.eye, dim, width) if reads_tokens else None
+    is_learned = config.window.reading is Reading.ITEMS and SPECS[config.method].trains(STATE_PROJ)
+    starts_alike = None if is_learned else partial(torch.eye, dim, width)
     declared = [
         (True, Parameter(STATE_PROJ, (dim, width), rate, starts_alike)),
         (True, Parameter(ITEM_PROJ, (dim, dim), rate, partial(torch.eye, dim))),

@@ -128,6 +128,8 @@ def settings_of(head: Tensors) -> HeadConfig:
         item_ids=ItemIds.OUTPUT if ITEM_IDS in head else ItemIds.NONE,
         id_dim=ID_DIM,
         item_context=False,
+        item_met=False,
+        prior_events=5.0 if STATE_LOG_N in head else None,
     )
 
 

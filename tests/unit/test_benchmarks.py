@@ -152,7 +152,7 @@ def tiny_bench_config(tiny: Tiny, tmp_path: Path) -> ExperimentConfig:
         str(tmp_path / "trunks"),
         data={"source": str(tiny.interactions), "items": str(tiny.items)},
         backbone={"name": str(tiny.model), "dtype": "float32"},
-        window={"items": 4, "max_windows": 1},
+        window={"items": 4, "max_windows": 1, "reading": "tokens"},
         head={"dim": 8, "id_dim": 4},
     )
 

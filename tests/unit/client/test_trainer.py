@@ -198,7 +198,8 @@ def test_alternate_fits_the_private_part_before_the_shared_step(
     """The reported loss is the one before the shared step: lower with more private steps."""
     local = "federation__local__private_"
     few, many = (
-        tiny_run(**{f"{local}local_steps": steps, f"{local}lr": 0.02}) for steps in (1, 20)
+        tiny_run(**{f"{local}local_steps": steps, f"{local}lr": 0.02}, window__reading="tokens")
+        for steps in (1, 20)
     )
     client_id = few.clients.histories.trainable[0]
     losses = [_train(run, [[client_id]])[client_id].loss for run in (few, many)]
@@ -412,7 +413,7 @@ def test_personalise_keeps_the_whole_old_adapter_of_a_client_whose_fit_diverges(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One factor that is not a number must not be mixed with fitted ones."""
-    run = tiny_run(federation__local__personalise_steps=1)
+    run = tiny_run(federation__local__personalise_steps=1, window__reading="tokens")
     step = StackedOptimizer.step
 
     def diverging(*args: Any) -> dict[str, torch.Tensor]:
@@ -454,7 +455,7 @@ def test_a_taste_that_is_read_has_dropout_of_its_own(tiny_run: TinyRun) -> None:
 
 
 def test_a_shared_basis_travels_and_a_private_factor_does_not(tiny_run: TinyRun) -> None:
-    run = tiny_run(adapters__private__kind="shared_basis")
+    run = tiny_run(adapters__private__kind="shared_basis", window__reading="tokens")
     client_id = run.clients.histories.trainable[0]
     update = _train(run, [[client_id]])[client_id]
     bases = [delta for name, delta in update.delta.items() if name.startswith("basis.")]

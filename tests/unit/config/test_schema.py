@@ -193,7 +193,7 @@ def test_training_hash_ignores_the_order_of_keys() -> None:
     "tree",
     [
         {"seed": 1},
-        {"prompt": "next_item.v2"},
+        {"prompt": "next_item.v1"},
         {"data": {"repeats": "allow"}},
         {"backbone": {"dtype": "float32"}},
         {"window": {"items": 4}},
@@ -260,7 +260,7 @@ def test_every_key_of_the_tree_is_strict() -> None:
             parse_config({"name": "x", **tree})
 
 
-@pytest.mark.parametrize("setting", [{"read_rank": 5}, {"dropout": 0.7}])
+@pytest.mark.parametrize("setting", [{"read_rank": 5}, {"dropout": 0.5}])
 @pytest.mark.parametrize(("method", "same"), [("pfm", False), ("shared_only", True)])
 def test_training_hash_sees_a_taste_where_there_is_one(
     setting: dict[str, float], method: str, same: bool

@@ -63,7 +63,7 @@ def test_the_tuned_settings_are_those_of_a_name_and_data_alone() -> None:
     """What configs/ml100k.yaml said before the defaults said it, for its 943 clients."""
     config = settle(parse_config({"name": "mine", "data": {"source": "mine.csv"}}), 943)
     assert config.method is Method.PFM
-    assert (config.window.items, config.adapters.num_layers) == (16, 2)
+    assert (config.window.items, config.adapters.num_layers) == (64, 2)
     assert (config.head.item_ids, config.head.dropout) == ("both", 0.4)
     federation, local, server = (
         config.federation, config.federation.local, config.federation.server,

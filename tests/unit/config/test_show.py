@@ -57,7 +57,7 @@ def test_a_value_that_is_given_does_not_follow(path: Path) -> None:
 
 
 def test_a_shipped_config_is_found_by_its_name() -> None:
-    assert line(describe("quickstart"), "max_windows") == "max_windows: 2 # quickstart.yaml"
+    assert line(describe("quickstart"), "every") == "every: 0 # quickstart.yaml"
 
 
 def test_what_is_wrong_is_named_as_when_it_is_loaded(path: Path) -> None:

@@ -109,3 +109,9 @@ def test_a_row_has_read_its_items_up_to_the_output(history: list[int], size: int
     batch = _batch([history], size)
     expected = [place % size + 1 for place in range(len(history) - 1)]
     assert batch.num_read.tolist() == expected
+
+
+def test_sums_are_over_all_items_of_the_row() -> None:
+    batch = _batch([[1, 2, 3], [4, 4]], 2)
+    values = torch.arange(NUM_ITEMS, dtype=torch.float32)[:, None]
+    assert batch.sums(values)[:, 0].tolist() == [3, 3, 8]

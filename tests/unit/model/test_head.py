@@ -29,9 +29,11 @@ def _random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _head(config: HeadConfig, hidden_size: int, num_items: int, seed: int = 0) -> Drawn:
-    sizes = Sizes(hidden_size, {}, num_items)
-    return drawn(head_parameters(config_of(config, seed=seed), sizes))
+def _head(
+    config: HeadConfig, hidden_size: int, num_items: int, seed: int = 0, reading: str = "items"
+) -> Drawn:
+    settings = config_of(config, seed=seed, window={"reading": reading})
+    return drawn(head_parameters(settings, Sizes(hidden_size, {}, num_items)))
 
 
 def test_whitening_gives_the_identity_up_to_shrinkage() -> None:
@@ -106,7 +108,7 @@ def test_parameters_and_shapes(
     head = _head(config, 16, 9)
     shapes = {name.removeprefix("head."): tuple(tensor.shape) for name, tensor in head.items()}
     width = 6 if item_ids is ItemIds.NONE else 10
-    always = {"state_proj": (6, 16), "state_log_n": (1,), "item_proj": (6, 6)}
+    always = {"state_proj": (6, 16), "state_log_n": (1,), "item_proj": (6, 6), "item_met": (9,)}
     context = {"context_proj": (6, 2 * width), "context_log_h": (2,), "context_log_n": (2,)}
     assert shapes == {**always, **context, **expected}
     without = _head(config.model_copy(update={"item_context": False}), 16, 9)
@@ -124,9 +126,12 @@ def test_more_dimensions_than_the_backbone_has_are_refused() -> None:
         _head(HeadConfig(dim=17), 16, 2)
 
 
-def test_training_starts_from_the_similarity_of_whitened_states() -> None:
-    head = _head(HeadConfig(dim=3, id_dim=2), hidden_size=5, num_items=4)
+def test_training_starts_from_the_similarity_of_whitened_states_or_without_a_pass() -> None:
+    config = HeadConfig(dim=3, id_dim=2)
+    head = _head(config, hidden_size=5, num_items=4)
     states, texts = _random(2, 5), _random(4, 3)
+    assert not score_items(head, user_vectors(head, states, torch.tensor([3, 3])), texts).any()
+    head = _head(config, hidden_size=5, num_items=4, reading="tokens")
     scores = score_items(head, user_vectors(head, states, torch.tensor([3, 3])), texts)
     torch.testing.assert_close(scores, 3 / 8 * 0.5 / 3**0.5 * states[:, :3] @ texts.T)
     inputs = item_inputs(head, torch.tensor([0, 3]))

@@ -74,6 +74,7 @@ def test_what_has_rows_of_items_and_what_a_new_item_starts_with() -> None:
     table = parameter_table(_config("pfm-like"), SIZES)
     assert {name: table[name].unseen for name in table.per_item} == {
         "head.item_bias": Unseen.MEAN,
+        "head.item_met": Unseen.ZERO,
         "head.item_ids": Unseen.ZERO,
         "head.like_bias": Unseen.MEAN,
         "basis.taste.next_item.read_in": Unseen.ZERO,
@@ -82,7 +83,7 @@ def test_what_has_rows_of_items_and_what_a_new_item_starts_with() -> None:
     }
     assert all(table[name].shape[0] == SIZES.num_items for name in table.per_item)
     by_text = parameter_table(_config("pfm_text-like"), SIZES)
-    assert by_text.per_item == ()
+    assert by_text.per_item == ("head.item_met",)
 
 
 @pytest.mark.parametrize("on_layers", [True, False])

@@ -57,7 +57,7 @@ def test_manifest_survives_its_own_bytes() -> None:
     ("content", "match"),
     [
         (b"{", "it is not valid JSON"),
-        (b"[]", "format None, this version of pfm_llm reads 4"),
+        (b"[]", "format None, this version of pfm_llm reads 5"),
         (json.dumps(manifest_tree(format=1)).encode(), "format 1, .*export the run again"),
         (json.dumps(manifest_tree(round="x")).encode(), "damaged at round"),
         (json.dumps(manifest_tree(extra=1)).encode(), "damaged at extra"),

@@ -162,7 +162,8 @@ def test_a_disk_without_space_for_the_caches_is_said(
 
     def warnings(**settings: Any) -> list[str]:
         caplog.clear()
-        run_experiment(tiny.config(tmp_path / "runs", federation__num_rounds=1, **settings))
+        settings |= {"federation__num_rounds": 1, "window__reading": "tokens"}
+        run_experiment(tiny.config(tmp_path / "runs", **settings))
         return [r.getMessage() for r in caplog.records if "cache of trunk states" in r.getMessage()]
 
     assert warnings() == []

@@ -35,7 +35,7 @@ class Characters:
 
 
 def _encoder(prompt: Prompt = PROMPT, max_tokens: int = 1000, **settings: Any) -> HistoryEncoder:
-    config = WindowConfig(**{"items": 3, "max_item_tokens": 8, **settings})
+    config = WindowConfig(**{"items": 3, "max_item_tokens": 8, "reading": "tokens", **settings})
     return HistoryEncoder(prompt, CATALOGUE, Characters(), config, max_tokens)
 
 
