@@ -83,7 +83,7 @@ def test_plain_peft_from_the_hub(
     printed = run_example(
         "plain_peft.py",
         hub,
-        *(published, "--base", tiny.model, "--titles", TITLES[3], TITLES[5]),
+        *(published, "--base", tiny.model, "--items", TITLES[3], TITLES[5]),
         *("--merged", merged),
     )
     assert "user state:" in printed

@@ -61,3 +61,29 @@ def curve_figures(
         figures[f"{name}_{items}_shared"] = estimate(theirs[has_both], bootstrap)
         figures[f"{name}_{items}_own"] = estimate(mine[has_both], bootstrap)
     return figures
+
+
+def over_none(
+    own: Mapping[int, FloatArray], shared: Mapping[int, FloatArray], bootstrap: Bootstrap
+) -> dict[str, Estimate]:
+    """What each number of known interactions is worth beside none, paired over users.
+
+    Definition: the mean over users of the quality with so many interactions less that without any.
+    Above 0, a user is served better for being known.
+
+    Args:
+        own: As in `curve_figures`; number 0 is there.
+        shared: Likewise.
+        bootstrap: The settings of the intervals.
+
+    Returns:
+        By ascending number ``cold_start_<number>_over_none``, and the same with ``_shared``.
+    """
+    return {
+        f"{COLD_START}_{items}_over_none{kind}": paired_difference(
+            quality[items], quality[0], bootstrap
+        )
+        for items in sorted(own)
+        if items
+        for kind, quality in (("", own), ("_shared", shared))
+    }

@@ -14,7 +14,12 @@ import numpy as np
 from pfm_llm.config.choices import Task
 from pfm_llm.config.cut_offs import headline_k
 from pfm_llm.evaluation import comparison
-from pfm_llm.evaluation.personality.curves import COLD_START, MEMORY, curve_figures
+from pfm_llm.evaluation.personality.curves import (
+    COLD_START,
+    MEMORY,
+    curve_figures,
+    over_none,
+)
 from pfm_llm.evaluation.personality.estimates import Estimate, align, named_estimates
 from pfm_llm.evaluation.personality.groups import user_groupings
 from pfm_llm.evaluation.personality.harm import GroupHarm, group_harm, harm_figures, not_harmed
@@ -220,7 +225,8 @@ class _Study:
                 own[given], shared[given] = known_by_few(self._run, self._task, given)
             else:
                 own[0] = shared[0] = known_by_none(self._run, self._task)
-        return curve_figures(COLD_START, own, shared, self._bootstrap)
+        curve = curve_figures(COLD_START, own, shared, self._bootstrap)
+        return named_estimates(curve, over_none(own, shared, self._bootstrap))
 
     def _integrity(self) -> dict[str, Estimate]:
         """The similarity of the rankings under the newest shared state and the one before."""

@@ -130,6 +130,15 @@ _MEASURES = (
         )
     ),
     Measure(
+        _COLD, "cold_start_(?P<count>[0-9]+)_over_none", "{count} known: log-rank over none",
+        "How much better a user is served who is known by so few interactions, than if none were "
+        "known.",
+    ),
+    Measure(
+        _COLD, "cold_start_(?P<count>[0-9]+)_over_none_shared",
+        "{count} known: log-rank over none, shared part alone", "The same without private parts.",
+    ),
+    Measure(
         _NEW, "new_items", "Gain in log-rank",
         "How much the private part adds on items that are in no training history.",
     ),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.evaluation import metrics
-from pfm_llm.evaluation.personality.curves import MEMORY, curve_figures
+from pfm_llm.evaluation.personality.curves import MEMORY, curve_figures, over_none
 from pfm_llm.evaluation.personality.estimates import (
     RANK_QUALITIES,
     Bootstrap,
@@ -307,3 +307,13 @@ def test_figures_are_merged_under_names_of_their_own() -> None:
     for name in ("gain_over_Shared", "a b", "", "ü"):
         with pytest.raises(DataError, match="a-z, 0-9 and _"):
             named_estimates({name: a})
+
+
+def test_what_is_known_is_worth_what_it_adds_to_nothing() -> None:
+    own = {0: np.array([1.0, 2.0]), 5: np.array([3.0, 3.0])}
+    shared = {0: np.array([1.0, 2.0]), 5: np.array([0.0, 2.0])}
+    found = over_none(own, shared, FEW)
+    assert {name: figure.value for name, figure in found.items()} == {
+        "cold_start_5_over_none": 1.5,
+        "cold_start_5_over_none_shared": -0.5,
+    }
