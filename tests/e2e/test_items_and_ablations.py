@@ -60,17 +60,19 @@ def test_without_a_pass_the_text_of_the_history_has_no_effect(tiny: Tiny, tmp_pa
 def test_items_of_another_space_than_the_histories(
     items: dict[str, str], tiny: Tiny, tmp_path: Path
 ) -> None:
-    if "encoder" in items:
+    has_encoder = "encoder" in items
+    if has_encoder:
         write_encoder(tmp_path / "encoder")
-        items = {"encoder": str(tmp_path / "encoder")}
+    encoder = str(tmp_path / "encoder") if has_encoder else "backbone"
+    items = {**items, "encoder": encoder}
     run = run_experiment(tiny.config(tmp_path, **SMALL, items=items))
     _, (of_states, of_items) = read_artefact(run / "shared_adapter").contents()
     assert of_states.basis.shape == (32, 32)
-    width = 24 if "encoder" in items else 32
+    width = 24 if has_encoder else 32
     assert of_items.basis.shape == (width, width)
     assert not torch.equal(of_items.basis[:8, :8], of_states.basis[:8, :8])
     own = Recommender.from_pretrained(run).score(HISTORY)
-    if "encoder" not in items:
+    if not has_encoder:
         np.testing.assert_allclose(published(run, tiny).score(HISTORY), own, atol=1e-5)
 
 
@@ -115,12 +117,10 @@ def test_histories_of_whole_items_from_training_to_a_published_adapter(
 
 def test_states_of_items_are_those_of_a_window_of_one_item(tiny: Tiny, tmp_path: Path) -> None:
     """With one item the two readings are the same pass, if the history shows what the item is."""
-    config = tiny.config(tmp_path, **SMALL)
     tokens, items = (
         run_experiment(tiny.config(tmp_path, **SMALL, name=name, window__reading=name))
         for name in ("tokens", "items")
     )
-    assert config.prompt == "next_item.v1"
     (of_tokens, _), (of_items, _) = open_run(tokens), open_run(items)
     encoders = of_tokens.model.encoder, of_items.model.encoder
     history = History(np.array([3], np.int32))

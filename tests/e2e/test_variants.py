@@ -174,6 +174,7 @@ def test_item_ids(item_ids: str, parameters: set[str], tiny: Tiny, tmp_path: Pat
         "head.state_log_n",
         "head.item_proj",
         "head.item_bias",
+        "head.item_met",
         "head.context_proj",
         "head.context_log_h",
         "head.context_log_n",
@@ -182,7 +183,7 @@ def test_item_ids(item_ids: str, parameters: set[str], tiny: Tiny, tmp_path: Pat
 
 
 def test_without_private_adapters_there_is_nothing_private(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path, **SMALL, adapters__private__enabled=False)
+    config = tiny.by_tokens.config(tmp_path, **SMALL, adapters__private__enabled=False)
     run = run_experiment(config)
     assert modes(run) == {"zero_shot", "shared_only"}
     assert not (run / "plots" / "user_gain.png").exists()

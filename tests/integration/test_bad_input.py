@@ -54,7 +54,7 @@ COLUMNS = "data__columns"
             {"data__min_interactions": 100}, DataError, ["data.min_interactions"], id="all dropped"
         ),
         pytest.param(
-            {"window__items": 64}, DataError, ["64 items", "512", "window.items"], id="context"
+            {"window__items": 600}, DataError, ["600 items", "512", "window.items"], id="context"
         ),
         pytest.param(
             {"data__split": "global_temporal", COLUMNS: {"timestamp": None}},
@@ -184,6 +184,7 @@ def test_prompt_with_ratings_runs_on_data_that_has_them(tiny: Tiny, tmp_path: Pa
         data__source=str(source),
         data__columns={"rating": "rating"},
         prompt="next_item_ratings.v1",
+        window__reading="tokens",
         federation__num_rounds=1,
     )
     assert results_of(run_experiment(config))["rows"]

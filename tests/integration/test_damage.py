@@ -31,6 +31,12 @@ from tests.support.tiny import (
 
 
 @pytest.fixture(scope="module")
+def tiny(tiny: Tiny) -> Tiny:
+    """Clients that cache trunk states: what they must keep for themselves, and may lose."""
+    return tiny.by_tokens
+
+
+@pytest.fixture(scope="module")
 def pristine(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that no test changes."""
     return run_experiment(tiny.config(tmp_path_factory.mktemp("pristine")))

@@ -67,6 +67,12 @@ def watched(config: Any, patch: pytest.MonkeyPatch) -> Iterator[Watch]:
         logging.getLogger("pfm_llm").setLevel(logging.NOTSET)
 
 
+@pytest.fixture(scope="module")
+def tiny(tiny: Tiny) -> Tiny:
+    """Clients that cache trunk states: what they must keep for themselves, and may lose."""
+    return tiny.by_tokens
+
+
 @pytest.fixture(scope="module", params=list(PRIVATE_KINDS))
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -87,6 +93,18 @@ def watch(tiny: Tiny, kind: str, run_folder: Path) -> Iterator[Watch]:
 def test_no_private_tensor_is_in_anything_that_leaves_a_client(watch: Watch) -> None:
     assert watch.found == {}
     assert watch.searches == list(range(1, ROUNDS + 1))
+
+
+def test_no_private_tensor_leaves_by_default(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The method pfm, whose layers read items."""
+    by_items = dataclasses.replace(tiny, reading="items")
+    settings = {**SETTINGS, "method": "pfm", "federation__local__private_local_steps": 0}
+    with watched(by_items.config(tmp_path, **settings), monkeypatch) as watch:
+        assert watch.found == {}
+        assert watch.searches == list(range(1, ROUNDS + 1))
+    assert not list((tmp_path / "tiny.private").rglob("trunk"))
 
 
 def test_every_boundary_was_searched(watch: Watch) -> None:

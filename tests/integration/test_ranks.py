@@ -21,7 +21,7 @@ DRIVER = ROOT / "tests" / "support" / "ranks_driver.py"
 TRAIN = ROOT / "scripts" / "fed_train.py"
 TIMEOUT_S = 600
 # Chunks of one to three clients: five of them for a cohort of eight.
-SETTINGS: dict[str, Any] = {"federation__cohort_size": 8, "runtime__tokens_per_chunk": 150}
+SETTINGS: dict[str, Any] = {"federation__cohort_size": 8, "runtime__tokens_per_chunk": 20}
 
 
 def run(command: list[str | Path], **variables: str) -> subprocess.CompletedProcess[str]:

@@ -166,7 +166,7 @@ def committed_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"federation__server__lr_lora": 0.5}, "federation.server.lr_lora was 0.001, is 0.5"),
         ({"federation__num_rounds": 3}, "federation.num_rounds was 2, is 3"),
         ({"seed": 1}, "seed was 0, is 1"),
-        ({"prompt": "next_item_genres.v1"}, "prompt was next_item.v1"),
+        ({"prompt": "next_item_genres.v1"}, "prompt was next_item.v2"),
         ({"adapters__shared": {"rank": 3, "alpha": 4}}, "adapters.shared.rank was 2, is 3"),
     ],
 )

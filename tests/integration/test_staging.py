@@ -45,7 +45,7 @@ from tests.support.exports import (
     put_into,
     run,
     seal,
-    some_b,
+    some_a,
     state_files,
 )
 
@@ -64,7 +64,7 @@ def test_stages_what_the_manifest_lists_and_nothing_else(
     names = {*manifest_of(exported).files, MANIFEST_FILE, CARD_FILE}
     found = {name: content for name, (content, _) in state_files(staged.folder).items()}
     assert found == {name: (exported / name).read_bytes() for name in names}
-    assert {"plots/loss.png", "prompts/next_item.v1.toml", HEAD_FILE} < names
+    assert {"plots/loss.png", "prompts/next_item.v2.toml", HEAD_FILE} < names
     assert staged.folder == tmp_path / "staged"
 
 
@@ -106,7 +106,7 @@ def test_a_private_tensor_in_a_file_is_found(
     private: Path,
     tmp_path: Path,
 ) -> None:
-    secret = some_b(a_private_state(private))
+    secret = some_a(a_private_state(private))
     hide(exported, numbers_as(secret.T if transposed else secret, dtype))
     seal(exported)
     with pytest.raises(PrivateLeakError) as caught:

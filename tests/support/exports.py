@@ -25,7 +25,7 @@ from tests.support.tiny import Tiny
 def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, with a private state of every client."""
     output = tmp_path_factory.mktemp("publishing") / "runs"
-    return run_experiment(tiny.config(output, evaluation__every=2))
+    return run_experiment(tiny.by_tokens.config(output, evaluation__every=2))
 
 
 @pytest.fixture
@@ -94,6 +94,11 @@ def a_private_state(private_root: Path) -> PrivateState:
 def some_b(state: PrivateState) -> torch.Tensor:
     """A private factor B, which is none of its initial zeros."""
     return next(v for name, v in state.tensors.items() if name.endswith("down_proj.B"))
+
+
+def some_a(state: PrivateState) -> torch.Tensor:
+    """A private factor A: a draw of its client, whose B after few steps of one size may be alike."""
+    return next(v for name, v in state.tensors.items() if name.endswith("down_proj.A"))
 
 
 def numbers_as(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:

@@ -4,7 +4,7 @@ import itertools
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,18 @@ class Tiny:
         model: A saved random Llama (3 layers, 32 wide, context 512) with its tokenizer.
         interactions: A CSV of 24 users' histories of 5 to 20 events.
         items: A CSV of 30 items with titles.
+        reading: Value of ``window.reading``; with ``tokens`` the clients cache trunk states.
     """
 
     model: Path
     interactions: Path
     items: Path
+    reading: str = "items"
+
+    @property
+    def by_tokens(self) -> "Tiny":
+        """The same, with layers that read all tokens of a history."""
+        return replace(self, reading="tokens")
 
     def tree(self, output: Path, **settings: Any) -> dict[str, Any]:
         """A config tree; ``settings`` are dotted keys with ``__`` for each dot."""
@@ -43,7 +50,7 @@ class Tiny:
             "data": {"source": str(self.interactions), "items": str(self.items)},
             "backbone": {"name": str(self.model), "dtype": "float32"},
             "items": {"encoder": "backbone"},
-            "window": {"items": 4},
+            "window": {"items": 4, "reading": self.reading},
             "adapters": {
                 "num_layers": 2,
                 "shared": {"rank": 2, "alpha": 4},
