@@ -97,7 +97,7 @@ def some_b(state: PrivateState) -> torch.Tensor:
 
 
 def some_a(state: PrivateState) -> torch.Tensor:
-    """A private factor A: a draw of its client, whose B after few steps of one size may be alike."""
+    """A private factor A: a draw of its client. B may be alike after few steps of one size."""
     return next(v for name, v in state.tensors.items() if name.endswith("down_proj.A"))
 
 
