@@ -3,7 +3,7 @@
 No figure is typed by hand.
 A table stands between two comments, the first of which says what it is made of::
 
-    <!-- table: results/ml100k/results.json -->
+    <!-- table: results/quickstart/results.json -->
     ...
     <!-- end of table -->
 

@@ -251,7 +251,7 @@ class Server:
         if difference := _difference(_specs(tensors), _specs(present)):
             raise CheckpointError(
                 f"the checkpoint is of another model or server optimizer: {difference}; "
-                "resume with the config that it was written under"
+                "resume with the config, and the version of pfm_llm, that it was written under"
             )
         shared, first, second = (
             {n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
