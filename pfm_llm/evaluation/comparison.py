@@ -1,5 +1,6 @@
 """The paired differences between a run and others, over the same users, with intervals."""
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.config.choices import Task
 from pfm_llm.config.cut_offs import HEADLINE_K, headline_k
-from pfm_llm.config.data import RECOGNISED
+from pfm_llm.config.data import RECOGNISED, DataConfig
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.evaluation.personality.estimates import (
     Bootstrap,
@@ -111,6 +113,8 @@ def _read_reference(path: Path, config: ExperimentConfig, split: str) -> Referen
 def _population(config: Mapping[str, Any]) -> tuple[object, object]:
     """The settings that decide which users have a query, and for which items."""
     data = {**config.get("data", {})}
+    with contextlib.suppress(ValidationError):  # settings that an earlier version did not have
+        data = DataConfig.model_validate(data).model_dump(mode="json")
     data.pop("users_per_client", None)
     columns = data.get("columns") or {}
     if columns.get("rating") == RECOGNISED:  # it is null in earlier results

@@ -365,18 +365,13 @@ def settings_but_length(config: ExperimentConfig) -> dict[str, Any]:
     return tree
 
 
-def test_the_configs_of_the_other_domains_train_as_that_of_films_but_for_one_setting() -> None:
+def test_the_configs_of_the_other_domains_train_as_that_of_films() -> None:
     films, games, groceries = (
         load_config(CONFIGS / f"{name}.yaml") for name in ("ml100k", "games", "groceries")
     )
     films_settings = settings_but_length(films)
     assert settings_but_length(games) == films_settings
-    # One setting is chosen for each of the domains, on validation.
-    groceries_settings = settings_but_length(groceries)
-    taste = groceries_settings["adapters"]["private"]["taste"]
-    assert taste["dropout"] == 0.7
-    taste["dropout"] = None
-    assert groceries_settings == films_settings
+    assert settings_but_length(groceries) == films_settings
     assert (games.data.source, games.data.items) == (
         "data/games/interactions.tsv", "data/games/items.tsv",
     )  # fmt: skip

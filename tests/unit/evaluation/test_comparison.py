@@ -102,6 +102,15 @@ def test_what_cannot_be_compared_is_said(
         comparison.read_references([_file(tmp_path, **changes)], CONFIG, "test")
 
 
+def test_a_baseline_of_an_earlier_version_lacks_settings_of_data_that_are_at_their_defaults(
+    tmp_path: Path,
+) -> None:
+    config = CONFIG.model_dump(mode="json")
+    del config["data"]["met_items_only"], config["data"]["columns"]["items_item"]
+    found = comparison.read_references([_file(tmp_path, config=config)], CONFIG, "test")
+    assert len(found) == 1
+
+
 def test_a_sample_of_users_is_another_with_another_seed(tmp_path: Path) -> None:
     data = {"max_users": 3}
     drawn = ExperimentConfig(name="paired", seed=1, data=data)
