@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError, StorageError
@@ -117,7 +118,7 @@ class TrunkCache:
         """
         if not windows:
             return []
-        if self._trunk is None or isinstance(self._trunk, ItemReader):
+        if not isinstance(self._trunk, nn.Module):
             return trunk_states(self._trunk, windows)
         lengths = [len(window.tokens) for window in windows]
         path = self.root / client_id / _FOLDER / f"{self._key(windows)}.safetensors"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pfm_llm.config.methods import Method
-from pfm_llm.config.text import find_setting
+from pfm_llm.config.text import find_setting, set_setting
 
 CONSTANTS: dict[str, Any] = {
     "federation.local.private_weight_decay": 0.0,
@@ -51,9 +51,6 @@ def from_earlier(tree: Mapping[str, Any]) -> dict[str, Any]:
             parent, _, last = key.rpartition(".")
             del find_setting(present, parent)[last]
     for key, value in BEFORE.items():
-        parent, _, last = key.rpartition(".")
-        node = present
-        for name in parent.split("."):
-            node = node.setdefault(name, {})
-        node.setdefault(last, value)
+        if find_setting(present, key) is None:
+            set_setting(present, key, value)
     return present

@@ -138,8 +138,7 @@ def collate(
     position_clients = row_clients.repeat_interleave(lengths)
     targets = joined([w.targets for _, w in flat])
     outputs = lengths.cumsum(0) - 1 if last_only else (targets != NO_TARGET).nonzero()[:, 0]
-    # A row shows its history from item `before` on. In the numbering of positions, the history
-    # therefore begins `before` places ahead of the row; `known` counts from there.
+    # A row shows its history from item `before` on: as many items are known beside those it shows.
     num_read = outputs + 1 - (lengths.cumsum(0) - lengths)[rows[outputs]]
     trunk = nn.utils.rnn.pad_sequence([s for own in states for s in own], batch_first=True)
     device = trunk.device
@@ -167,7 +166,8 @@ def _later(windows: Sequence[Window], horizon: int) -> torch.Tensor:
         return torch.empty(sum(map(len, windows)), 0, dtype=torch.int64)
     found = []
     for window in windows:
-        after = window.history.items[window.start :].astype(np.int64)
+        stop = window.start + len(window) + horizon
+        after = window.history.items[window.start : stop].astype(np.int64)
         padded = np.append(after, np.full(horizon, NO_TARGET))
         stretches = np.lib.stride_tricks.sliding_window_view(padded, horizon - 1)
         found.append(stretches[2 : 2 + len(window)])

@@ -8,10 +8,10 @@ whitened text embedding of item i (the first D dimensions)::
     score_i  = scale * ( u . item_proj z_i  [+ u . item_ids_out e_i] ) [+ bias_i]
 
 With ``item_ids: both``, ``item_ids_in e_i`` is also added to the hidden state at the last token of
-item i, where the adapted layers begin. ``item_proj`` starts as the
-identity, and ``state_proj`` at zero: a pass that has learned nothing yet adds no noise to the rest.
-With ``window.reading: tokens``, and in methods that do not train it, it starts as the (truncated)
-identity, so that training starts from the similarity of whitened states.
+item i, where the adapted layers begin. ``item_proj`` starts as the identity, and ``state_proj`` at
+zero: a pass that has learned nothing yet adds no noise to the rest. With ``window.reading:
+tokens``, and in methods that do not train it, ``state_proj`` starts as the (truncated) identity, so
+that training starts from the similarity of whitened states.
 
 With ``item_context``, c holds two weighted means of the window's items up to the position::
 
@@ -166,7 +166,6 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
     )
     bias = Parameter(ITEM_BIAS, (sizes.num_items,), bias_rate, per_item=True, unseen=Unseen.MEAN)
     half_lives, paces = torch.tensor(_HALF_LIVES), (len(_HALF_LIVES),)
-
     ids = (sizes.num_items, id_dim)
     draw_ids = partial(_random_ids, ids, config.seed)
     context = (dim, len(_HALF_LIVES) * item_width(head))

@@ -11,7 +11,7 @@ from pfm_llm.evaluation import comparison
 from pfm_llm.evaluation.personality.estimates import Bootstrap, paired_difference
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.protocol.types import Mode
-from pfm_llm.runs.study.qualities import Qualities, read_qualities
+from pfm_llm.runs.study.qualities import read_qualities
 
 _SUFFIX = {Mode.SHARED_PRIVATE: "", Mode.SHARED_ONLY: "_shared"}
 
@@ -36,14 +36,11 @@ def adds_rows(whole: Path, without: Path, config: ExperimentConfig, budget: str)
     evaluation = config.evaluation
     bootstrap = Bootstrap(evaluation.bootstrap, evaluation.confidence, config.seed)
     figures = {
-        f"adds_{name}{_SUFFIX[mode]}": paired_difference(
+        f"adds_{name}{suffix}": paired_difference(
             full.of[mode][name], cut.of[mode][name], bootstrap
         )
-        for mode in _both(full, cut)
+        for mode, suffix in _SUFFIX.items()
+        if mode in full.of and mode in cut.of
         for name in full.of[mode]
     }
     return comparison.estimate_rows(config, "test", Task.NEXT_ITEM, figures, budget)
-
-
-def _both(full: Qualities, cut: Qualities) -> list[Mode]:
-    return [mode for mode in _SUFFIX if mode in full.of and mode in cut.of]

@@ -134,10 +134,7 @@ class _Runner:
         if status.state is State.STALE:
             _log.info("%s is run anew: %s", run.label, status.detail)
         if status.state is State.DONE:
-            stored = read_tree(self._plan.result(run, self._results))
-            assert stored is not None
-            value = stored["grid"]["chosen"]
-            self._tidy(run, next(point for point in run.points if point.value == value))
+            self._tidy(run, self._chosen(run))
         elif run.script is not None:
             self._run_script(run)
         else:
@@ -174,12 +171,18 @@ class _Runner:
             return []
         label = f"{run.against}-s{run.seed}"
         whole = next((one for one in self._plan.runs if one.label == label), None)
-        stored = whole and read_tree(self._plan.result(whole, self._results))
-        if whole is None or not stored or stored.get("failed"):
+        point = whole and self._chosen(whole)
+        if point is None:
             raise DataError(f"{run.label} is compared with {label}, which has no result; run that")
-        value = stored["grid"]["chosen"]
-        (point,) = (one for one in whole.points if one.value == value)
         return self._tools.compare(point.folder, chosen.folder, chosen.config, self._plan.budget)
+
+    def _chosen(self, run: SuiteRun) -> Point | None:
+        """The experiment whose figures a run's result holds; None without such a result."""
+        stored = read_tree(self._plan.result(run, self._results))
+        if not stored or stored.get("failed"):
+            return None
+        value = stored["grid"]["chosen"]
+        return next(point for point in run.points if point.value == value)
 
     def _record(self, run: SuiteRun, point: Point) -> Record:
         """The record of an experiment, which is trained now if there is none."""

@@ -135,8 +135,11 @@ class HistoryEncoder:
             )
         ratings = rating_values if prompt.uses_rating else (None,)
         keys = [(item, rating) for rating in ratings for item in range(len(catalogue))]
-        texts = [prompt.render_item(self._fields[item], rating) for item, rating in keys]
-        pieces = self._tokenise(texts, [item for item, _ in keys]) if keys else []
+        if self._reads_items:
+            pieces = self._by_itself()
+        else:
+            texts = [prompt.render_item(self._fields[item], rating) for item, rating in keys]
+            pieces = self._tokenise(texts, [item for item, _ in keys]) if keys else []
         self._pieces = dict(zip(keys, pieces, strict=True))
         # The header is its author's text and may hold control tokens; texts of items may not.
         (header,) = tokenizer([prompt.header], add_special_tokens=False)["input_ids"]
@@ -166,15 +169,10 @@ class HistoryEncoder:
 
     def catalogue_pieces(self, max_tokens: int | None = None) -> list[list[int]]:
         """Token ids of `catalogue_texts`, each of at most ``max_tokens``; see `ItemsConfig`."""
-        texts = self.catalogue_texts()
-        if max_tokens is None and self._prompt.uses_details:
-            max_tokens = DETAILED_TOKENS
-        return [piece.tolist() for piece in self._tokenise(texts, range(len(texts)), max_tokens)]
+        return [piece.tolist() for piece in self._by_itself(max_tokens)]
 
     def prompt_pieces(self) -> list[list[int]]:
-        """Token ids of every item as a history without ratings shows it."""
-        if self._reads_items:
-            return self.catalogue_pieces()
+        """Token ids of every item as a history without ratings shows it, or as it is read alone."""
         items = range(len(self._fields))
         if self._prompt.uses_rating:
             texts = [self._prompt.render_item(fields, None) for fields in self._fields]
@@ -248,6 +246,12 @@ class HistoryEncoder:
             (tokens,) = encode_letters([text], self._tokenizer)
             self._pieces[key] = self._cut(np.asarray(tokens, np.int32), item)
         return self._pieces[key]
+
+    def _by_itself(self, max_tokens: int | None = None) -> list[np.ndarray]:
+        texts = self.catalogue_texts()
+        if max_tokens is None and self._prompt.uses_details:
+            max_tokens = DETAILED_TOKENS
+        return self._tokenise(texts, range(len(texts)), max_tokens)
 
     def _tokenise(
         self, texts: Sequence[str], items: Sequence[int], max_tokens: int | None = None

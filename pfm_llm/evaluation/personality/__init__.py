@@ -12,4 +12,5 @@ figure is better for the user. `named_estimates` joins the figures of a run.
 | new items | ``new_items``, ``new_items_over_chance``, and ``…_shared``, ``…_own`` |
 | their places | ``new_items_percentile``, ``new_items_among_new``, and ``…_shared``, ``…_cosine`` |
 | memory, cold start | ``memory_<items>``, ``cold_start_<items>``, and ``…_shared``, ``…_own`` |
+| beside none | ``cold_start_<items>_over_none``, and ``…_shared`` |
 """

@@ -11,16 +11,14 @@ hold a whole history. The states belong to the catalogue and not to a user: the 
 them, and no client has to keep any.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from pfm_llm.base.progress import Progress
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.items.vectors import ITEM_TOKENS, kept_states
+from pfm_llm.model.items.vectors import identity_of, kept_states, read_texts
 from pfm_llm.text.encoding import HistoryEncoder, Window
 
 
@@ -61,11 +59,11 @@ def read_items(
         backbone: The language model.
         encoder: Renders and tokenises the catalogue.
     """
-    header, pieces = encoder.header_tokens, encoder.catalogue_pieces()
-    digest = hashlib.sha256(repr((header, pieces)).encode()).hexdigest()
-    parts = (backbone.weights_hash, str(backbone.dtype), backbone.device.type)
+    header, pieces = encoder.header_tokens, encoder.prompt_pieces()
     states = kept_states(
-        (*parts, f"below {num_layers}", digest), lambda: _read(trunk, backbone, header, pieces)
+        (*identity_of(backbone), f"below {num_layers}"),
+        (header, pieces),
+        lambda: _read(trunk, backbone, header, pieces),
     )
     states = states.to(device=backbone.device, dtype=backbone.dtype)
     return ItemReader(states[: len(header)], states[len(header) :])
@@ -75,10 +73,8 @@ def _read(
     trunk: nn.Module, backbone: Backbone, header: list[int], pieces: list[list[int]]
 ) -> torch.Tensor:
     """The states of the header and of the last token of each piece, float32 [H + I, d]."""
-    shown = [header + piece for piece in pieces]
-    total, what = sum(map(len, shown)), "reading the items' texts for histories"
-    with torch.no_grad(), Progress(total, what, unit="tokens") as progress:
+    with torch.no_grad():
         tokens = torch.tensor([header], device=backbone.device)
         first: torch.Tensor = trunk(input_ids=tokens, use_cache=False).last_hidden_state[0]
-        items = backbone.text_states(shown, ITEM_TOKENS, progress=progress, layers=trunk)
+    items = read_texts(backbone, [header + piece for piece in pieces], layers=trunk)
     return torch.cat([first.float().cpu(), items])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from pfm_llm.base import assets, files
 from pfm_llm.base.errors import CorruptFileError, StorageError
@@ -19,7 +20,6 @@ from pfm_llm.config.model import ItemsConfig
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.items.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from pfm_llm.text.encoding import HistoryEncoder
-from pfm_llm.text.token_table import FORMAT_VERSION
 
 _log = logging.getLogger(__name__)
 ITEM_TOKENS = 4096
@@ -60,12 +60,8 @@ def item_states(config: ItemsConfig, backbone: Backbone, encoder: HistoryEncoder
     """
 
     def of_backbone(pieces: list[list[int]], pooling: Pooling) -> torch.Tensor:
-        parts = (backbone.weights_hash, str(backbone.dtype), backbone.device.type, pooling.value)
-        digest = hashlib.sha256(repr(pieces).encode()).hexdigest()
-        return kept_states(
-            (*parts, digest, str(FORMAT_VERSION)),
-            lambda: _read(backbone, pieces, pooling),
-        )
+        parts = (*identity_of(backbone), pooling.value)
+        return kept_states(parts, pieces, lambda: read_texts(backbone, pieces, pooling))
 
     shown = encoder.prompt_pieces()
     prompt = of_backbone(shown, Pooling.LAST)
@@ -75,16 +71,26 @@ def item_states(config: ItemsConfig, backbone: Backbone, encoder: HistoryEncoder
             return ItemStates(prompt, prompt, None)
         return ItemStates(of_backbone(pieces, config.pooling), prompt, None)
     sentences, texts = load_sentence_encoder(config), encoder.catalogue_texts()
-    digest = hashlib.sha256(repr(texts).encode()).hexdigest()
-    parts = (sentences.identity, str(config.max_tokens), digest)
-    return ItemStates(
-        kept_states(parts, lambda: _encode(sentences, texts)), prompt, sentences.identity
-    )
+    parts = (sentences.identity, str(config.max_tokens))
+    items = kept_states(parts, texts, lambda: _encode(sentences, texts))
+    return ItemStates(items, prompt, sentences.identity)
 
 
-def _read(backbone: Backbone, pieces: list[list[int]], pooling: Pooling) -> torch.Tensor:
-    with Progress(sum(map(len, pieces)), "reading the items' texts", unit="tokens") as progress:
-        return backbone.text_states(pieces, ITEM_TOKENS, pooling, progress)
+def identity_of(backbone: Backbone) -> tuple[str, ...]:
+    """All that the states of a text depend on, besides its tokens and how they are pooled."""
+    return backbone.weights_hash, str(backbone.dtype), backbone.device.type
+
+
+def read_texts(
+    backbone: Backbone,
+    pieces: list[list[int]],
+    pooling: Pooling = Pooling.LAST,
+    layers: nn.Module | None = None,
+) -> torch.Tensor:
+    """`Backbone.text_states` of a catalogue, with a progress bar."""
+    what = "reading the items' texts" + ("" if layers is None else " for histories")
+    with Progress(sum(map(len, pieces)), what, unit="tokens") as progress:
+        return backbone.text_states(pieces, ITEM_TOKENS, pooling, progress, layers)
 
 
 def _encode(encoder: SentenceEncoder, texts: list[str]) -> torch.Tensor:
@@ -92,14 +98,18 @@ def _encode(encoder: SentenceEncoder, texts: list[str]) -> torch.Tensor:
         return encoder(texts, progress)
 
 
-def kept_states(parts: tuple[str, ...], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+def kept_states(
+    parts: tuple[str, ...], texts: object, compute: Callable[[], torch.Tensor]
+) -> torch.Tensor:
     """Frozen states of a catalogue, read from the public cache where it has them.
 
     Args:
-        parts: All that they depend on.
+        parts: All that they depend on besides the texts.
+        texts: The texts, or their tokens, in plain Python types.
         compute: Computes them, where the cache lacks them.
     """
-    key = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(repr(texts).encode()).hexdigest()
+    key = hashlib.sha256("/".join((*parts, digest)).encode()).hexdigest()[:32]
     path = assets.cache_dir() / "items" / f"{key}.safetensors"
     try:
         tensors, header = files.read_tensors(path)
