@@ -92,6 +92,7 @@ LIKE_TEXT = "head.like_text"
 LIKE_IDS = "head.like_ids"
 LIKE_BIAS = "head.like_bias"
 
+_BOTH_SIDES = (ItemIds.BOTH, ItemIds.CODES)
 _SHRINKAGE = 0.1
 _MET_STEP = 1e-3
 """Gradient of an entry of ``head.item_met`` at a client that has met the item: small beside those
@@ -179,7 +180,7 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
         (learns_met(config), Parameter(ITEM_MET, (sizes.num_items,), bias_rate, per_item=True)),
         (has_ids, Parameter(ITEM_IDS, ids, id_rate, draw_ids, per_item=True)),
         (has_ids, Parameter(ITEM_IDS_OUT, (dim, id_dim), id_rate)),
-        (head.item_ids is ItemIds.BOTH, Parameter(ITEM_IDS_IN, (width, id_dim), id_rate)),
+        (head.item_ids in _BOTH_SIDES, Parameter(ITEM_IDS_IN, (width, id_dim), id_rate)),
         (head.item_context, Parameter(CONTEXT_PROJ, context, rate)),
         (head.item_context, Parameter(CONTEXT_LOG_H, paces, rate, half_lives.log)),
         (likes, Parameter(LIKE_TEXT, (dim,), rate)),

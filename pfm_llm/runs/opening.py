@@ -25,11 +25,12 @@ from pfm_llm.base.processes import start_processes
 from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.protocol.types import SharedState
-from pfm_llm.publish.alignment import Alignment, align_items, item_keys
+from pfm_llm.publish.alignment import Alignment, align_items
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, RunFolders, find_run
 from pfm_llm.runs.private_weight import choose_weight
 from pfm_llm.runs.run import Corpus, Run, Trained, assemble, committed, load_corpus, settled
+from pfm_llm.text.item_keys import item_keys
 from pfm_llm.text.prompts import Prompt, load_prompt
 
 TRAINED_ON_FILE = "trained_on.json"
