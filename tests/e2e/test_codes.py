@@ -119,9 +119,7 @@ def test_the_plain_files_give_the_bias_of_every_item(run: Path) -> None:
         bias = tensors["head.item_bias"]
         value = float(bias[nearest])
         if all(tensors["head.item_met"][n % 64 + 64 * k] > 0 for k, n in enumerate(numbers[2:])):
-            for k, number in enumerate(numbers[:2]):
-                sign = 1 - 2 * (number & 1)
-                value += sign * float(bias[5 + 16 * k + (number >> 1) % 16])
+            value += sum(float(bias[5 + 16 * k + n % 16]) for k, n in enumerate(numbers[:2]))
         expected.append(value)
     found = parts.codes.expanded(dict(trained.shared.tensors))["head.item_bias"]
     assert found.tolist() == pytest.approx(expected, abs=1e-6)

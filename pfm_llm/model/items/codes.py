@@ -3,18 +3,18 @@
 With ``head.item_ids: codes`` no shared tensor has a row for each item, so a message does not grow
 with the catalogue. A tensor that had a row for each item has V rows instead, one a code vector, and
 
-    row_i = sum_k  s_ik  table[c_ik]
+    row_i = sum_k table[c_ik]
 
 with K codes c_ik of an item, each from a book of its own. A book is a range of the V rows:
 
 - ``text_books``: residual k-means on the whitened texts. The nearest centroid in the first book is
   the first code; what is left of the text has its nearest centroid in the second book, and so on.
   The centroids are fitted once on a catalogue and travel with the adapter, as the whitening does.
-  An item of another catalogue gets the codes of its text. Here s is 1.
+  An item of another catalogue gets the codes of its text.
 - ``hash_books``: a hash of the item's key (`text.item_keys`). The same item has the same code in
-  every catalogue and on every machine. s is 1 or -1, from the same hash: what two items that share
-  a vector tell of each other cancels on average, as in a count sketch (Charikar, Chen and
-  Farach-Colton 2002). Hashed embeddings of items: Weinberger et al. 2009, arXiv 0902.2206.
+  every catalogue and on every machine. Two items may share a vector, and hardly ever all of them
+  (the hashing trick, Weinberger et al. 2009, arXiv 0902.2206; hash embeddings, Svenstrup et al.
+  2017, arXiv 1709.03933). A sign from the hash, as in a count sketch, did not help (docs/log).
 
 With ``head.item_met`` an item that nobody has met has the vectors of its text alone. Which items
 somebody has met is told by a Bloom filter (Bloom 1970): 3 entries of an item, each in a book of its
@@ -72,7 +72,6 @@ class ItemCodes:
 
     Attributes:
         columns: int64 [I, K], the rows of each item in a table of V code vectors.
-        signs: float32 [I, K], 1 or -1.
         num_text: How many of the K codes, the first ones, follow from the text.
         met: int64 [I, 3], the entries of each item in the filter of met items.
         centroids: float32 [T, S, w], of the books of texts; None without such books.
@@ -80,7 +79,6 @@ class ItemCodes:
     """
 
     columns: torch.Tensor
-    signs: torch.Tensor
     num_text: int
     met: torch.Tensor
     centroids: torch.Tensor | None = None
@@ -88,13 +86,12 @@ class ItemCodes:
 
     def to(self, device: torch.device) -> "ItemCodes":
         """The same codes on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("columns", "signs", "met")}
-        return replace(self, **moved)
+        return replace(self, columns=self.columns.to(device), met=self.met.to(device))
 
     def identity(self) -> str:
         """SHA-256, in hex, over all codes: whoever trains together must agree on them."""
         found = hashlib.sha256()
-        for values in (self.columns, self.signs, self.met):
+        for values in (self.columns, self.met):
             found.update(str(tuple(values.shape)).encode() + values.cpu().numpy().tobytes())
         return found.hexdigest()
 
@@ -105,12 +102,11 @@ class ItemCodes:
             table: float32 [V, ...].
             met: bool [I]; codes of keys count for these items alone. None: for all.
         """
-        signs = self.signs
+        flat, counts = table.reshape(len(table), -1), None
         if met is not None:
-            is_text = torch.arange(signs.shape[1], device=signs.device) < self.num_text
-            signs = signs * (is_text | met[:, None])
-        flat = table.reshape(len(table), -1)
-        summed = F.embedding_bag(self.columns, flat, mode="sum", per_sample_weights=signs)
+            is_text = torch.arange(self.columns.shape[1], device=met.device) < self.num_text
+            counts = (is_text | met[:, None]).to(table.dtype)
+        summed = F.embedding_bag(self.columns, flat, mode="sum", per_sample_weights=counts)
         return summed.view(-1, *table.shape[1:])
 
     def expanded(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -176,12 +172,9 @@ def make_codes(
     of_text = _text_codes(texts, centroids, config)
     drawn = _drawn(keys, config.hash_books + MET_BOOKS)
     of_key, of_met = drawn[:, : config.hash_books], drawn[:, config.hash_books :]
-    first = config.text_books * config.text_size
-    hashed = _in_books(of_key >> np.uint64(1), config.hash_size, first)
-    signs = torch.from_numpy(1 - 2 * (of_key & np.uint64(1)).astype(np.float32))
+    hashed = _in_books(of_key, config.hash_size, config.text_books * config.text_size)
     return ItemCodes(
         columns=torch.cat([of_text, hashed], 1),
-        signs=torch.cat([torch.ones(of_text.shape), signs], 1),
         num_text=config.text_books,
         met=_in_books(of_met, config.met_size),
         centroids=centroids if config.text_books else None,

@@ -34,10 +34,10 @@ BOTH = CodesConfig(text_books=2, text_size=5, hash_books=3, hash_size=7, met_siz
 
 
 def plain(columns: Sequence[Sequence[int]], num_text: int = 0, **fields: object) -> ItemCodes:
-    """Codes as they are given, all with the sign 1; an item's entry in the filter is its own."""
+    """Codes as they are given; an item's entry in the filter is its own."""
     known = torch.tensor(columns)
     own = torch.arange(len(known))[:, None]
-    codes = ItemCodes(known, torch.ones(known.shape), num_text, own)
+    codes = ItemCodes(known, num_text, own)
     return dataclasses.replace(codes, **fields)  # type: ignore[arg-type]
 
 
@@ -80,16 +80,15 @@ def test_items_with_a_vector_of_their_own_train_as_with_rows(kind: str) -> None:
         torch.testing.assert_close(gradient, same[name], rtol=1e-6, atol=1e-7)
 
 
-def test_a_row_is_the_signed_sum_of_its_vectors_and_each_gets_the_gradient() -> None:
-    signs = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
-    codes = plain([[0, 3], [1, 3], [0, 0]], signs=signs)
+def test_a_row_is_the_sum_of_its_vectors_and_each_gets_the_gradient() -> None:
+    codes = plain([[0, 3], [1, 3], [0, 0]])
     table = torch.arange(8.0).view(4, 2).requires_grad_()
     rows = codes.rows(table)
-    assert rows.tolist() == [[0 - 6, 1 - 7], [2 + 6, 3 + 7], [0, 0]]
+    assert rows.tolist() == [[0 + 6, 1 + 7], [2 + 6, 3 + 7], [0 + 0, 1 + 1]]
     weights = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
     (gradient,) = torch.autograd.grad((rows * weights).sum(), table)
-    # Vector 0: + item 0, and - and + item 2; vector 3: - item 0 and + item 1.
-    assert gradient.tolist() == [[1, 10], [2, 20], [0, 0], [2 - 1, 20 - 10]]
+    # Vector 0: item 0, and twice item 2; vector 3: items 0 and 1.
+    assert gradient.tolist() == [[1 + 8, 10 + 80], [2, 20], [0, 0], [1 + 2, 10 + 20]]
     assert codes.rows(table[:, 0]).tolist() == rows[:, 0].tolist()
     deep = table.view(4, 2, 1)
     assert torch.equal(codes.rows(deep), rows[..., None])
@@ -135,9 +134,8 @@ def test_codes_of_keys_are_those_of_the_key_on_every_machine() -> None:
     codes = make_codes(BOTH, ["a", "b"], TEXTS[:2], torch.zeros(2, 5, 6))
     digest = hashlib.shake_256(b"codes/a").digest(8 * 6)
     numbers = [int.from_bytes(digest[8 * k : 8 * k + 8], "little") for k in range(6)]
-    own = [(number >> 1) % 7 + 10 + 7 * k for k, number in enumerate(numbers[:3])]
+    own = [number % 7 + 10 + 7 * k for k, number in enumerate(numbers[:3])]
     assert codes.columns[0, 2:].tolist() == own
-    assert codes.signs[0].tolist() == [1, 1, *(1 - 2 * (number & 1) for number in numbers[:3])]
     assert codes.met[0].tolist() == [n % 50 + 50 * k for k, n in enumerate(numbers[3:])]
 
 
@@ -147,7 +145,6 @@ def test_an_item_has_its_codes_in_every_catalogue() -> None:
     keys, texts = [KEYS[item] for item in order], TEXTS[order]
     there = make_codes(BOTH, ["new", *keys], torch.cat([TEXTS[:1], texts]), here.centroids)
     assert torch.equal(there.columns[1:], here.columns[order])
-    assert torch.equal(there.signs[1:], here.signs[order])
     assert torch.equal(there.met[1:], here.met[order])
     # An item with the text of item 0 and another key has its text's codes alone.
     assert torch.equal(there.columns[0, :2], here.columns[0, :2])
