@@ -39,7 +39,8 @@ With the task ``like`` an item also has log-odds of being liked, equal for all u
 with e'_i the standardised ID embedding (`standard_ids`). The preferences of one user are in the
 private part alone (`taste`).
 
-Shapes: d hidden size, D ``head.dim``, I items, E ``head.id_dim``.
+Shapes: d hidden size, D ``head.dim``, I items, E ``head.id_dim``. With ``item_ids: codes`` a shared
+tensor has a row for each code vector in place of one for each item; `items.codes` sums them up.
 
 ====================  ========  ===========================
 parameter             shape     present with
@@ -49,9 +50,9 @@ head.state_log_n      [1]       ``prior_events``; log of n_s, in items
 head.item_proj        [D, D]    always
 head.item_bias        [I]       ``item_bias``
 head.item_met         [I]       ``item_met``
-head.item_ids         [I, E]    ``item_ids: output | both``
-head.item_ids_out     [D, E]    ``item_ids: output | both``
-head.item_ids_in      [d, E]    ``item_ids: both``
+head.item_ids         [I, E]    ``item_ids: output | both | codes``
+head.item_ids_out     [D, E]    ``item_ids: output | both | codes``
+head.item_ids_in      [d, E]    ``item_ids: both | codes``
 head.context_proj     [D, 2 W]  ``item_context``; W is D + E, or D without ``item_ids``
 head.context_log_h    [2]       ``item_context``; log of the half-lives, in items
 head.context_log_n    [2]       the same, and ``item_context``; log of n_1 and n_2, in items

@@ -38,7 +38,7 @@ from pfm_llm.model.head import ITEM_MET
 from pfm_llm.protocol.parameters import Parameter
 
 MET_BOOKS = 3
-_TEXT_DIM = 64
+TEXT_DIM = 64
 """Codes of text follow from so many dimensions of the whitened text, those of the most variance."""
 _STEPS, _MOST_FITTED, _AT_ONCE = 25, 1 << 16, 1 << 12
 """Of k-means: its steps; the items that it is fitted to, at most; the items of one block."""
@@ -160,7 +160,7 @@ def make_codes(
         DataError: A book of texts has more vectors than the catalogue has different texts.
         ArtefactError: The centroids are of other books, or of texts of another width.
     """
-    texts = texts.detach().cpu()[:, :_TEXT_DIM].double()
+    texts = texts.detach().cpu()[:, :TEXT_DIM].double()
     if centroids is None:
         centroids = _fitted(texts, config)
     elif tuple(centroids.shape) != (wanted := centroid_shape(config, texts.shape[1])):
@@ -184,7 +184,7 @@ def make_codes(
 
 def centroid_shape(config: CodesConfig, dim: int) -> tuple[int, int, int]:
     """The shape of the centroids [T, S, w] where whitened texts have ``dim`` dimensions."""
-    return config.text_books, config.text_size, min(_TEXT_DIM, dim)
+    return config.text_books, config.text_size, min(TEXT_DIM, dim)
 
 
 def _drawn(keys: Sequence[str], count: int) -> np.ndarray:
