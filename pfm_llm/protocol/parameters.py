@@ -52,7 +52,8 @@ class Parameter:
         shape: Its dimensions.
         rate: The server's learning rate for it, before the schedule.
         init: Makes the initial value; None: zeros.
-        per_item: Whether its first dimension has a row for each item of the catalogue.
+        per_item: Whether its first dimension has a row for each item of the catalogue. Where items
+            share vectors, the table has such a tensor with a row for each vector.
         unseen: With ``per_item``, the initial row of an item that is new to an adapter: zeros, or
             the mean row.
         per_code: Whether its first dimension has a row for each vector that items share; see

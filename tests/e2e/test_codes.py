@@ -15,6 +15,7 @@ from pfm_llm.base.errors import ArtefactError, CheckpointError, DataError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.cli.main import main
 from pfm_llm.model.items import codes as item_codes
+from pfm_llm.protocol.types import Mode
 from pfm_llm.publish.artefact import HEAD_FILE, ITEM_KEYS_FILE, read_artefact
 from pfm_llm.publish.staging import stage
 from pfm_llm.publish.versions.difference import diff_versions
@@ -22,7 +23,9 @@ from pfm_llm.recommender import Recommender
 from pfm_llm.runs.checks.memory import estimate_memory
 from pfm_llm.runs.checks.process import shape_of
 from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.measuring import evaluation_task, only
 from pfm_llm.runs.opening import open_run
+from pfm_llm.runs.study.cold_start import known_by_none
 from tests.support.tiny import TITLES, Tiny, metrics_of, tensor_files
 
 BOOKS = {"text_books": 1, "text_size": 5, "hash_books": 2, "hash_size": 16, "met_size": 64}
@@ -143,6 +146,19 @@ def test_items_of_another_catalogue_keep_what_was_learned_for_them(
     assert torch.equal(codes.columns[:5], own.columns[kept])
     # Item 9 has another text, so another key: nothing of what was learned for its id is left.
     assert not torch.equal(codes.columns[5, 1:], own.columns[9, 1:])
+
+
+def test_a_user_of_whom_nothing_is_known_is_ranked_by_the_summed_up_biases(run: Path) -> None:
+    opened, trained = open_run(run)
+    modes = (Mode.SHARED_ONLY,)
+    task = only(evaluation_task(opened, trained, opened.data.split.test, modes), *modes)
+    codes = opened.model.codes
+    assert codes is not None
+    bias = codes.expanded(dict(trained.shared.tensors))["head.item_bias"]
+    targets = task.held_out.targets
+    # A target counts after the items of equal bias.
+    of_first = [int((bias >= bias[own[0]]).sum()) for own in targets]
+    assert known_by_none(opened, task) == pytest.approx(-np.log(of_first))
 
 
 def test_a_push_checks_the_centroids_as_it_does_all_tensors(run: Path, tmp_path: Path) -> None:
