@@ -139,10 +139,10 @@ class AdaptersConfig(Settings):
 class CodesConfig(Settings):
     """The vectors that items share, with ``item_ids: codes``; see model/items/codes.py."""
 
-    text_books: Books = Field(0, description="vectors of an item that follow from its text")
+    text_books: Books = Field(1, description="vectors of an item that follow from its text")
     text_size: PositiveCount = Field(128, description="vectors in each book of texts")
-    hash_books: Books = Field(2, description="vectors of an item that follow from its key")
-    hash_size: PositiveCount = Field(1024, description="vectors in each book of keys")
+    hash_books: Books = Field(3, description="vectors of an item that follow from its key")
+    hash_size: PositiveCount = Field(640, description="vectors in each book of keys")
     met_size: PositiveCount = Field(
         8192, description="entries in each of the 3 books of head.item_met, a Bloom filter"
     )

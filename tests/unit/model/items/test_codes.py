@@ -108,7 +108,7 @@ def test_an_item_that_nobody_has_met_has_the_vectors_of_its_text_alone() -> None
 
 @given(st.sets(st.integers(0, 39)), st.integers(1, 60))
 def test_the_filter_knows_every_item_that_a_client_has_told(met: set[int], size: int) -> None:
-    codes = make_codes(CodesConfig(met_size=size), KEYS, TEXTS)
+    codes = make_codes(CodesConfig(text_books=0, met_size=size), KEYS, TEXTS)
     entries = torch.zeros(3 * size, requires_grad=True)
     told = codes.expanded({ITEM_MET: entries})
     items = torch.tensor(sorted(met), dtype=torch.int64)
@@ -121,7 +121,7 @@ def test_the_filter_knows_every_item_that_a_client_has_told(met: set[int], size:
 
 def test_a_filter_with_room_knows_hardly_an_item_that_nobody_has_met() -> None:
     keys = [str(number) for number in range(3000)]
-    codes = make_codes(CodesConfig(), keys, torch.zeros(3000, 2))
+    codes = make_codes(CodesConfig(text_books=0), keys, torch.zeros(3000, 2))
     entries = torch.zeros(3 * 8192)
     entries[codes.met[:1500]] = 1.0
     # Each book is filled to 1 - exp(-1500 / 8192) = 17 %, and .17^3 is half a percent.
@@ -173,7 +173,7 @@ def test_more_vectors_than_different_texts_are_refused() -> None:
     texts = TEXTS[:3].repeat(4, 1)
     with pytest.raises(DataError, match=r"text_size: 5 exceeds the 3 different texts of the cat"):
         make_codes(BOTH, KEYS[:12], texts)
-    assert make_codes(CodesConfig(), KEYS[:12], texts).centroids is None
+    assert make_codes(CodesConfig(text_books=0), KEYS[:12], texts).centroids is None
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 7), (2, 4, 6), (1, 5, 6)])
