@@ -142,7 +142,7 @@ class CodesConfig(Settings):
     text_books: Books = Field(1, description="vectors of an item that follow from its text")
     text_size: PositiveCount = Field(128, description="vectors in each book of texts")
     hash_books: Books = Field(3, description="vectors of an item that follow from its key")
-    hash_size: PositiveCount = Field(640, description="vectors in each book of keys")
+    hash_size: PositiveCount = Field(1024, description="vectors in each book of keys")
     met_size: PositiveCount = Field(
         8192, description="entries in each of the 3 books of head.item_met, a Bloom filter"
     )
