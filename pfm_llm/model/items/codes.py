@@ -18,8 +18,8 @@ with K codes c_ik of an item, each from a book of its own. A book is a range of 
 
 With ``head.item_met`` an item that nobody has met has the vectors of its text alone. Which items
 somebody has met is told by a Bloom filter (Bloom 1970): 3 entries of an item, each in a book of its
-own. A client raises all entries of its items, and an item counts as met when all of its entries
-are above zero. A met item therefore always counts as met, and an item that nobody has met does so
+own. A client raises the lowest entries of its items, and an item counts as met when all of its
+entries are above zero. A met item therefore always counts as met, and an item that nobody has met does so
 rarely, as long as a book has several times as many entries as there are met items.
 """
 
@@ -113,17 +113,15 @@ class ItemCodes:
         """One client's tensors, with a row for each item in place of one for each code vector.
 
         The entry of an item in ``head.item_met`` is the lowest of its entries in the filter. Its
-        gradient reaches all of them.
+        gradient is shared among those that are lowest, so among all that are still zero.
 
         Args:
             own: One client's shared tensors; others are kept as they are.
         """
         found, met = dict(own), None
         if ITEM_MET in own:
-            entries = own[ITEM_MET][self.met]
-            lowest, summed = entries.detach().amin(1), entries.sum(1)
-            met = lowest > 0
-            found[ITEM_MET] = lowest + (summed - summed.detach())
+            found[ITEM_MET] = own[ITEM_MET][self.met].amin(1)
+            met = found[ITEM_MET].detach() > 0
         found |= {name: self.rows(own[name], met) for name in self.names if name in own}
         return found
 
