@@ -19,8 +19,8 @@ with K codes c_ik of an item, each from a book of its own. A book is a range of 
 With ``head.item_met`` an item that nobody has met has the vectors of its text alone. Which items
 somebody has met is told by a Bloom filter (Bloom 1970): 3 entries of an item, each in a book of its
 own. A client raises the lowest entries of its items, and an item counts as met when all of its
-entries are above zero. A met item therefore always counts as met, and an item that nobody has met does so
-rarely, as long as a book has several times as many entries as there are met items.
+entries are above zero. So a met item always counts as met. An item that nobody has met rarely does,
+as long as a book has several times as many entries as there are met items.
 """
 
 import hashlib
