@@ -18,6 +18,7 @@ from pfm_llm.model.batches import collate, stacked_tensors
 from pfm_llm.model.cohort import CohortModel, Parts
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.stages import Stages
+from pfm_llm.protocol.transport import as_sent
 from pfm_llm.protocol.types import PRIVATE_PREFIX, ClientUpdate, PrivateState, SharedState, Tensors
 
 _log = logging.getLogger(__name__)
@@ -107,10 +108,13 @@ class LocalTrainer:
                 round_number=round_number,
                 num_examples=counts[c],
                 loss=losses[c],
-                delta=self._stages.on_client(
-                    {name: (new[name][c] - received[name][c]).cpu() for name in sent},
-                    client_id,
-                    round_number,
+                delta=as_sent(
+                    self._stages.on_client(
+                        {name: (new[name][c] - received[name][c]).cpu() for name in sent},
+                        client_id,
+                        round_number,
+                    ),
+                    sent,
                 ),
             )
             for c, client_id in enumerate(chunk)

@@ -40,11 +40,15 @@ class Repeats(StrEnum):
 
 
 class ItemIds(StrEnum):
-    """Where a learned embedding per item is used."""
+    """Where a learned embedding per item is used.
+
+    With ``codes`` it is used as with ``both``, and is a sum of vectors that items share.
+    """
 
     NONE = "none"
     OUTPUT = "output"
     BOTH = "both"
+    CODES = "codes"
 
 
 class Reading(StrEnum):
@@ -100,6 +104,13 @@ class ServerOptimizer(StrEnum):
     AVERAGE = "average"
     FEDAVGM = "fedavgm"
     FEDADAM = "fedadam"
+
+
+class Transport(StrEnum):
+    """The type of the numbers of a message, in both directions; see `protocol.transport`."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 class LearningRateSchedule(StrEnum):

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pfm_llm.config.choices import ItemIds, Pooling, Reading
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
@@ -14,6 +14,7 @@ _LARGEST = 2**31 - 1
 Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 PositiveCount = Annotated[int, Field(ge=1, le=_LARGEST)]
 _LARGEST_RANK = 4096
+Books = Annotated[int, Field(ge=0, le=16)]
 Rank = Annotated[int, Field(ge=1, le=_LARGEST_RANK)]
 Rank0 = Annotated[int, Field(ge=0, le=_LARGEST_RANK)]
 BACKBONE_ENCODER = "backbone"
@@ -135,12 +136,41 @@ class AdaptersConfig(Settings):
     private: PrivateAdapterConfig = PrivateAdapterConfig()
 
 
+class CodesConfig(Settings):
+    """The vectors that items share, with ``item_ids: codes``; see model/items/codes.py."""
+
+    text_books: Books = Field(1, description="vectors of an item that follow from its text")
+    text_size: PositiveCount = Field(128, description="vectors in each book of texts")
+    hash_books: Books = Field(3, description="vectors of an item that follow from its key")
+    hash_size: PositiveCount = Field(1024, description="vectors in each book of keys")
+    met_size: PositiveCount = Field(
+        8192, description="entries in each of the 3 books of head.item_met, a Bloom filter"
+    )
+
+    @model_validator(mode="after")
+    def _has_books(self) -> "CodesConfig":
+        if not self.text_books + self.hash_books:
+            raise ValueError(
+                "text_books and hash_books are both 0, so an item would have no vector; set one "
+                "of them to at least 1, or head.item_ids: none"
+            )
+        return self
+
+
 class HeadConfig(Settings):
     """The recommender head, part of the shared state."""
 
     dim: PositiveCount = Field(256, description="dimensions of the whitened text space")
     item_bias: bool = True
-    item_ids: ItemIds = ItemIds.BOTH
+    item_ids: ItemIds = Field(
+        ItemIds.BOTH,
+        description="where a learned embedding of each item is used; codes: as both, and it is "
+        "a sum of vectors that items share, so that a message does not grow with the catalogue",
+    )
+    # Not dumped where it is None: hashes of settings that were made before it stay as they are.
+    codes: CodesConfig | None = Field(
+        None, description="with item_ids: codes", exclude_if=lambda value: value is None
+    )
     id_dim: PositiveCount = Field(64, description="dimensions of an item's learned embedding")
     item_context: bool = Field(
         True, description="add a linear function of the window's items to the user vector"
@@ -159,3 +189,19 @@ class HeadConfig(Settings):
         0.4,
         description="dropout on user vectors; also on user embeddings with taste.dropout: None",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_codes(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("item_ids") == ItemIds.CODES:
+            return {**tree, "codes": {} if tree.get("codes") is None else tree["codes"]}
+        return tree
+
+    @model_validator(mode="after")
+    def _codes_have_an_effect(self) -> "HeadConfig":
+        if self.codes is not None and self.item_ids is not ItemIds.CODES:
+            raise ValueError(
+                f"codes has no effect with item_ids: {self.item_ids}; set item_ids: codes, or "
+                "leave codes out"
+            )
+        return self

@@ -21,6 +21,7 @@ from pfm_llm.config.choices import (
     ServerOptimizer,
     SplitKind,
     Task,
+    Transport,
     Weighting,
 )
 from pfm_llm.config.data import RECOGNISED, DataConfig, beside
@@ -112,6 +113,12 @@ class FederationConfig(Settings):
     )
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
+    # Not dumped at its default: hashes of earlier settings stay as they are.
+    transport: Transport = Field(
+        Transport.FLOAT32,
+        description="numbers of a message, in both directions; the server computes in float32",
+        exclude_if=lambda value: value is Transport.FLOAT32,
+    )
     stages: tuple[StageConfig, ...] = Field(
         (), description="stages that each update passes, in order, such as [{clip: {norm: 1.0}}]"
     )

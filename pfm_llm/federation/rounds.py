@@ -90,7 +90,7 @@ def run_rounds(
         for round_number in range(first_round, last_round + 1):
             started = time.perf_counter()
             cohort = server.select_cohort(round_number)
-            updates = federation.exchange.train(cohort, server.shared)
+            updates = federation.exchange.train(cohort, server.broadcast)
             _check_complete(updates, cohort, round_number)
             num_empty = 0 if updates.tally.num_updates else num_empty + 1
             _check_usable(server, updates, num_empty, last_round)

@@ -5,6 +5,8 @@ a published adapter takes both from the adapter: the whitening is never refitted
 items follow their items by key.
 """
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +22,7 @@ from pfm_llm.model.ablation import has_pass, sight_of, texts_of
 from pfm_llm.model.backbone import Backbone, load_backbone, with_random_weights
 from pfm_llm.model.cohort import CohortModel
 from pfm_llm.model.head import Normaliser, fit_normaliser
+from pfm_llm.model.items.codes import ItemCodes, make_codes
 from pfm_llm.model.items.reader import Trunk, read_items
 from pfm_llm.model.items.vectors import ItemStates, item_states
 from pfm_llm.model.lora import DualAdapter
@@ -31,6 +34,7 @@ from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.parameters import ParameterTable, Sizes
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.text.encoding import HistoryEncoder
+from pfm_llm.text.item_keys import item_keys
 from pfm_llm.text.prompts import Prompt, load_prompt
 
 
@@ -69,6 +73,11 @@ class ModelParts:
     contract: UpdateContract
 
     @property
+    def codes(self) -> ItemCodes | None:
+        """The vectors that items share; None: each item has rows of its own."""
+        return self.model.objective.codes
+
+    @property
     def private(self) -> PrivatePart:
         """The kind of private part."""
         return self.model.objective.private
@@ -93,7 +102,8 @@ def build_model(
     Raises:
         DataError: The prompt needs a field that the data lacks, or a window exceeds the context.
         BackboneError: The model cannot be loaded or adapted.
-        ArtefactError: The adapter belongs to another base, or its shapes differ from the config.
+        ArtefactError: The adapter belongs to another base, or its shapes or codes differ from the
+            config.
     """
     prompt = _load_prompt(config.prompt, ratings)
     backbone = _load_backbone(config, device, start)
@@ -108,7 +118,9 @@ def build_model(
     shared = start.shared(table, prompt) if start else table.initial_state()
     normaliser, item_normaliser = _whitenings(states, config, start)
     texts = item_normaliser(states.items)[:, : config.head.dim].contiguous()
-    objective = Objective(texts, config.tasks, private, config.federation.local.unseen_only)
+    codes = _codes(config, item_keys(catalogue, prompt), texts, table, start)
+    unseen_only = config.federation.local.unseen_only
+    objective = Objective(texts, config.tasks, private, unseen_only, codes)
     layers = adapter.top_paths(), adapter.scale()
     return ModelParts(
         backbone=backbone,
@@ -122,11 +134,7 @@ def build_model(
         model=CohortModel(top, *layers, normaliser, objective, sight_of(config, encoder)),
         table=table,
         shared=shared,
-        contract=table.contract(
-            backbone_hash=backbone.weights_hash,
-            prompt_hash=prompt.content_hash(),
-            catalogue_hash=catalogue.content_hash(),
-        ),
+        contract=table.contract(**_identities(backbone, prompt, catalogue, codes)),
     )
 
 
@@ -139,6 +147,34 @@ def _trunk(
     if config.window.reading is Reading.ITEMS:
         return read_items(layers, config.adapters.num_layers, backbone, encoder)
     return layers
+
+
+def _codes(
+    config: ExperimentConfig,
+    keys: Sequence[str],
+    texts: torch.Tensor,
+    table: ParameterTable,
+    start: Start | None,
+) -> ItemCodes | None:
+    """The vectors that items share, where they do."""
+    if config.head.codes is None:
+        return None
+    centroids = start.code_centroids(config.head.codes) if start else None
+    return make_codes(config.head.codes, keys, texts, centroids, table.per_code)
+
+
+def _identities(
+    backbone: Backbone, prompt: Prompt, catalogue: Catalogue, codes: ItemCodes | None
+) -> dict[str, str]:
+    """What all who train together must agree on; see `ParameterTable.contract`."""
+    items = catalogue.content_hash()
+    if codes is not None:
+        items = hashlib.sha256(f"{items}/{codes.identity()}".encode()).hexdigest()
+    return {
+        "backbone_hash": backbone.weights_hash,
+        "prompt_hash": prompt.content_hash(),
+        "catalogue_hash": items,
+    }
 
 
 def _whitenings(

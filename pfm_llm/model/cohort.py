@@ -150,7 +150,7 @@ class CohortModel:
             )
             for own in histories
         ]
-        return self._fitted(_slices(stacked, len(histories)), outputs)
+        return self._fitted(self._slices(stacked, len(histories)), outputs)
 
     def _fitted(
         self, owns: Sequence[Tensors], outputs: Sequence[Outputs]
@@ -176,7 +176,7 @@ class CohortModel:
     ) -> torch.Tensor:
         """Scores [K, I] of the catalogue for user vectors from `user_vectors`, float32."""
         found = []
-        for own, states in zip(_slices(stacked, len(vectors)), vectors, strict=True):
+        for own, states in zip(self._slices(stacked, len(vectors)), vectors, strict=True):
             scores = recommender_head.score_items(own, states, self.item_texts)
             found.append(self._with_private(scores, own, Task.NEXT_ITEM, parts))
         return torch.cat(found)
@@ -188,7 +188,7 @@ class CohortModel:
         They depend on no user vector. Only the private part makes them differ between clients.
         """
         found = []
-        for own in _slices(stacked, len(stacked[recommender_head.LIKE_TEXT])):
+        for own in self._slices(stacked, len(stacked[recommender_head.LIKE_TEXT])):
             logits = recommender_head.like_logits(own, self.item_texts)
             found.append(self._with_private(logits, own, Task.LIKE, parts))
         return torch.stack(found)
@@ -220,7 +220,7 @@ class CohortModel:
         self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None = None
     ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
         """Per client its tensors without LoRA factors, and its user vectors [K_c, D]."""
-        owns = _slices(stacked, batch.num_clients)
+        owns = self._slices(stacked, batch.num_clients)
         private_heads = self._private_heads(stacked, batch.num_clients, parts.private_weight)
         self._set_factors(batch, stacked, parts, dropout)
         states = self._output_states(self._with_item_inputs(batch, owns), batch, dropout)
@@ -237,6 +237,15 @@ class CohortModel:
             )
         ]
         return owns, vectors
+
+    def _slices(self, stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:
+        """Per client its slice of every tensor that is no LoRA factor, with a row for each item."""
+        # unbind instead of indexing: its backward is one stack, not C scatters into zeros.
+        slices = {n: v.unbind(0) for n, v in stacked.items() if not n.endswith(_FACTOR)}
+        owns = [{n: v[c] for n, v in slices.items()} for c in range(num_clients)]
+        if self.objective.codes is not None:
+            return self.objective.codes.expanded_clients(owns)
+        return [recommender_head.with_met_rows(own) for own in owns]
 
     def _outputs(
         self, batch: ChunkBatch, vectors: Sequence[torch.Tensor], owns: Sequence[Tensors]
@@ -381,11 +390,3 @@ def _no_candidates(
         return seen
     unmet = ~met.index_fill(0, own, True)
     return unmet if seen is None else seen | unmet
-
-
-def _slices(stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:
-    """Per client its slice of every tensor that is no LoRA factor."""
-    # unbind instead of indexing: its backward is one stack, not C scatters into zeros.
-    slices = {n: v.unbind(0) for n, v in stacked.items() if not n.endswith(_FACTOR)}
-    owns = ({n: v[c] for n, v in slices.items()} for c in range(num_clients))
-    return [recommender_head.with_met_rows(own) for own in owns]

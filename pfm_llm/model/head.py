@@ -39,7 +39,8 @@ With the task ``like`` an item also has log-odds of being liked, equal for all u
 with e'_i the standardised ID embedding (`standard_ids`). The preferences of one user are in the
 private part alone (`taste`).
 
-Shapes: d hidden size, D ``head.dim``, I items, E ``head.id_dim``.
+Shapes: d hidden size, D ``head.dim``, I items, E ``head.id_dim``. With ``item_ids: codes`` a shared
+tensor has a row for each code vector in place of one for each item; `items.codes` sums them up.
 
 ====================  ========  ===========================
 parameter             shape     present with
@@ -49,9 +50,9 @@ head.state_log_n      [1]       ``prior_events``; log of n_s, in items
 head.item_proj        [D, D]    always
 head.item_bias        [I]       ``item_bias``
 head.item_met         [I]       ``item_met``
-head.item_ids         [I, E]    ``item_ids: output | both``
-head.item_ids_out     [D, E]    ``item_ids: output | both``
-head.item_ids_in      [d, E]    ``item_ids: both``
+head.item_ids         [I, E]    ``item_ids: output | both | codes``
+head.item_ids_out     [D, E]    ``item_ids: output | both | codes``
+head.item_ids_in      [d, E]    ``item_ids: both | codes``
 head.context_proj     [D, 2 W]  ``item_context``; W is D + E, or D without ``item_ids``
 head.context_log_h    [2]       ``item_context``; log of the half-lives, in items
 head.context_log_n    [2]       the same, and ``item_context``; log of n_1 and n_2, in items
@@ -92,6 +93,7 @@ LIKE_TEXT = "head.like_text"
 LIKE_IDS = "head.like_ids"
 LIKE_BIAS = "head.like_bias"
 
+_BOTH_SIDES = (ItemIds.BOTH, ItemIds.CODES)
 _SHRINKAGE = 0.1
 _MET_STEP = 1e-3
 """Gradient of an entry of ``head.item_met`` at a client that has met the item: small beside those
@@ -179,7 +181,7 @@ def head_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
         (learns_met(config), Parameter(ITEM_MET, (sizes.num_items,), bias_rate, per_item=True)),
         (has_ids, Parameter(ITEM_IDS, ids, id_rate, draw_ids, per_item=True)),
         (has_ids, Parameter(ITEM_IDS_OUT, (dim, id_dim), id_rate)),
-        (head.item_ids is ItemIds.BOTH, Parameter(ITEM_IDS_IN, (width, id_dim), id_rate)),
+        (head.item_ids in _BOTH_SIDES, Parameter(ITEM_IDS_IN, (width, id_dim), id_rate)),
         (head.item_context, Parameter(CONTEXT_PROJ, context, rate)),
         (head.item_context, Parameter(CONTEXT_LOG_H, paces, rate, half_lives.log)),
         (likes, Parameter(LIKE_TEXT, (dim,), rate)),

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from pfm_llm.config.choices import Task
 from pfm_llm.model import head as recommender_head
+from pfm_llm.model.items.codes import ItemCodes
 from pfm_llm.model.outputs import Outputs, SharedView
 from pfm_llm.model.private import PrivatePart
 from pfm_llm.protocol.types import Tensors
@@ -51,16 +52,19 @@ class Objective:
         tasks: The tasks to learn.
         private: The private part.
         unseen_only: Whether the softmax leaves out the items of the user's history.
+        codes: The vectors that items share; None: each item has rows of its own.
     """
 
     item_texts: torch.Tensor
     tasks: tuple[Task, ...]
     private: PrivatePart
     unseen_only: bool = False
+    codes: ItemCodes | None = None
 
     def to(self, device: torch.device) -> "Objective":
         """The same objective on another device."""
-        return dataclasses.replace(self, item_texts=self.item_texts.to(device))
+        codes = None if self.codes is None else self.codes.to(device)
+        return dataclasses.replace(self, item_texts=self.item_texts.to(device), codes=codes)
 
     def loss(self, own: Tensors, outputs: Outputs, personal: bool = True) -> torch.Tensor:
         """The client's loss (nats), a scalar.

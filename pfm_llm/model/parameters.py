@@ -9,6 +9,7 @@ from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model.ablation import is_trained
 from pfm_llm.model.head import head_parameters
+from pfm_llm.model.items.codes import coded, num_vectors
 from pfm_llm.model.private import make_private_part
 from pfm_llm.model.private.lora import random_a
 from pfm_llm.protocol.parameters import Parameter, ParameterTable, Sizes
@@ -26,15 +27,20 @@ def parameter_table(config: ExperimentConfig, sizes: Sizes) -> ParameterTable:
     Raises:
         ConfigError: ``head.dim`` exceeds the hidden size.
     """
+    codes = config.head.codes
+    # Where items share vectors, tensors with a row for each item have one for each vector.
+    sizes = sizes if codes is None else replace(sizes, num_items=num_vectors(codes))
     parameters: list[Parameter] = [*_shared_lora(config, sizes), *head_parameters(config, sizes)]
     parameters += make_private_part(config, sizes).shared_parameters()
+    if codes is not None:
+        parameters = [coded(one, codes) if one.per_item else one for one in parameters]
     trains, server = SPECS[config.method].trains, config.federation.server
     parameters = [
         replace(one, sent=trains(one.name) and is_trained(config, one.name)) for one in parameters
     ]
     if server.optimizer is ServerOptimizer.AVERAGE:
         parameters = [replace(one, rate=server.lr_scale) for one in parameters]
-    return ParameterTable(parameters)
+    return ParameterTable(parameters, config.federation.transport)
 
 
 def _shared_lora(config: ExperimentConfig, sizes: Sizes) -> Iterator[Parameter]:

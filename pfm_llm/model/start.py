@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from pfm_llm.base.errors import ArtefactError
+from pfm_llm.config.model import CodesConfig
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.head import Normaliser
 from pfm_llm.model.items.vectors import ItemStates
@@ -35,6 +36,8 @@ class Start:
         item_encoder: Identity of the encoder of items; None: the base model.
         tensors: Its shared tensors; their rows of items follow the current catalogue.
         settings: The settings that its shapes follow from, for messages, by keys of the config.
+        codes: The books of the vectors that its items share; None: each has rows of its own.
+        centroids: Those of its books of texts, float32 [T, S, w]; None without any.
     """
 
     origin: str
@@ -47,6 +50,8 @@ class Start:
     item_encoder: str | None
     tensors: Tensors
     settings: Mapping[str, Any]
+    codes: CodesConfig | None = None
+    centroids: torch.Tensor | None = None
 
     def check_base(self, backbone: Backbone, allow_mismatch: bool) -> None:
         """Compare the base model of the adapter with the current backbone.
@@ -88,6 +93,24 @@ class Start:
                 f"{self.origin} was trained on item vectors of {theirs}, those of items.encoder: "
                 f"{name} are of {ours}; set items.encoder to the adapter's"
             )
+
+    def code_centroids(self, codes: CodesConfig) -> torch.Tensor | None:
+        """The centroids of the adapter's codes, float32 [T, S, w]; they are never fitted anew.
+
+        Args:
+            codes: The books of the config.
+
+        Raises:
+            ArtefactError: The adapter has other books. Equal shapes are not enough: two books of
+                1,024 vectors are not one of 2,048.
+        """
+        if codes != self.codes:
+            theirs = "none" if self.codes is None else str(self.codes)
+            raise ArtefactError(
+                f"{self.origin} was trained with head.codes: {theirs}, the config asks for "
+                f"{codes}; set head.item_ids and head.codes as the adapter has them"
+            )
+        return self.centroids
 
     def _compare(self, name: str, found: Mapping[str, str], allow_mismatch: bool) -> None:
         known = {"the weights": self.weights_hash, "the tokens": self.tokenizer_hash}

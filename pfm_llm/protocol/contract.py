@@ -103,8 +103,9 @@ class UpdateContract:
             round_number: The round of the training, from 1.
             num_examples: Number of predictions in the training.
             loss: Mean training loss (nats) before the first step.
-            delta: Exactly the tensors of the contract. They are cloned to the CPU, so that the
-                message shares no storage with the tensors of other clients or with private parts.
+            delta: Exactly the tensors of the contract, in its dtypes; see `transport.as_sent`. They
+                are cloned to the CPU, so that the message shares no storage with the tensors of
+                other clients or with private parts.
 
         Raises:
             ContractError: ``delta`` lacks a tensor, has another one, or one of another shape or

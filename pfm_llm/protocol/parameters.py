@@ -15,9 +15,8 @@ import torch
 
 from pfm_llm.base.errors import ContractError
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract, check_shared_name
+from pfm_llm.protocol.transport import FLOAT32, dtype_of
 from pfm_llm.protocol.types import SharedState
-
-_BYTES_PER_NUMBER = 4
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,12 @@ class Parameter:
         shape: Its dimensions.
         rate: The server's learning rate for it, before the schedule.
         init: Makes the initial value; None: zeros.
-        per_item: Whether its first dimension has a row for each item of the catalogue.
+        per_item: Whether its first dimension has a row for each item of the catalogue. Where items
+            share vectors, the table has such a tensor with a row for each vector.
         unseen: With ``per_item``, the initial row of an item that is new to an adapter: zeros, or
             the mean row.
+        per_code: Whether its first dimension has a row for each vector that items share; see
+            `model.items.codes`.
         sent: Whether clients train and send it. A tensor that is not sent keeps its initial value.
     """
 
@@ -65,6 +67,7 @@ class Parameter:
     init: Callable[[], torch.Tensor] | None = field(default=None, compare=False)
     per_item: bool = False
     unseen: Unseen = Unseen.ZERO
+    per_code: bool = False
     sent: bool = True
 
     def initial(self) -> torch.Tensor:
@@ -77,12 +80,14 @@ class ParameterTable(Mapping[str, Parameter]):
 
     Args:
         parameters: The tensors.
+        transport: The dtype of the numbers of a message, without ``torch.``.
 
     Raises:
         ContractError: A name is private or of no known group, or two tensors have one name.
     """
 
-    def __init__(self, parameters: Iterable[Parameter]) -> None:
+    def __init__(self, parameters: Iterable[Parameter], transport: str = FLOAT32) -> None:
+        self._sent_as = str(transport)
         self._parameters: dict[str, Parameter] = {}
         for parameter in parameters:
             check_shared_name(parameter.name, "a table of shared tensors")
@@ -108,8 +113,9 @@ class ParameterTable(Mapping[str, Parameter]):
 
     @property
     def sent(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of the tensors that are sent, by name."""
-        return {name: spec for name, spec in self.specs.items() if self[name].sent}
+        """Shape and dtype of the tensors that are sent, as they are in a message, by name."""
+        sent = {name: one for name, one in self.items() if one.sent}
+        return {name: TensorSpec(one.shape, self._sent_as) for name, one in sent.items()}
 
     @property
     def per_item(self) -> tuple[str, ...]:
@@ -117,9 +123,23 @@ class ParameterTable(Mapping[str, Parameter]):
         return tuple(name for name, parameter in self.items() if parameter.per_item)
 
     @property
+    def per_code(self) -> tuple[str, ...]:
+        """Names of the tensors with a row for each vector that items share."""
+        return tuple(name for name, parameter in self.items() if parameter.per_code)
+
+    @property
     def num_bytes(self) -> int:
         """Size in bytes of the tensors that are sent, per client, round and direction."""
-        return sum(math.prod(spec.shape) for spec in self.sent.values()) * _BYTES_PER_NUMBER
+        return self._num_sent * dtype_of(self._sent_as).itemsize
+
+    @property
+    def held_bytes(self) -> int:
+        """Size in bytes of the same tensors where they are computed with, in float32."""
+        return self._num_sent * torch.float32.itemsize
+
+    @property
+    def _num_sent(self) -> int:
+        return sum(math.prod(spec.shape) for spec in self.sent.values())
 
     def initial_state(self) -> SharedState:
         """Every tensor before training, including tensors that are not sent."""

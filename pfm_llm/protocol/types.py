@@ -137,7 +137,8 @@ class ClientUpdate:
         contract_hash: Hash of the update contract.
         num_examples: Number of next-item predictions in the training.
         loss: Mean training loss (nats) before the first step.
-        delta: New minus received value of each shared tensor, float32.
+        delta: New minus received value of each shared tensor, float32 or as
+            ``federation.transport`` says.
     """
 
     client_id: str

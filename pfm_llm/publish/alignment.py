@@ -1,7 +1,5 @@
 """The alignment of an adapter's items and tensors with another catalogue."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,20 +10,7 @@ from pfm_llm.model.start import Start
 from pfm_llm.protocol.parameters import ParameterTable, Unseen
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.publish.artefact import Artefact
-from pfm_llm.text.prompts import Prompt
-
-
-def item_keys(catalogue: Catalogue, prompt: Prompt) -> tuple[str, ...]:
-    """A key per item: a hash of its id and of its text as the prompt renders it.
-
-    Items of two catalogues are the same if both id and text agree. The texts themselves may be
-    protected and are not published.
-    """
-    keys = []
-    for item_id, fields in zip(catalogue.item_ids, prompt.fields_of(catalogue), strict=True):
-        text = prompt.render_catalogue_item(fields)
-        keys.append(hashlib.sha256(json.dumps([item_id, text]).encode()).hexdigest()[:32])
-    return tuple(keys)
+from pfm_llm.text.item_keys import item_keys
 
 
 @dataclass(frozen=True)
@@ -71,7 +56,8 @@ def aligned_tensors(
 ) -> dict[str, torch.Tensor]:
     """Shared tensors for another catalogue: rows that belong to items follow their items.
 
-    A new item gets the row of each tensor's `Unseen`. Its text alone then decides its rank.
+    A new item gets the row of each tensor's `Unseen`. Its text alone then decides its rank. Tensors
+    whose rows items share stay as they are: an item finds its vectors by its codes.
 
     Args:
         tensors: Shared tensors over the artefact's items.
@@ -111,5 +97,7 @@ def start_from(artefact: Artefact, catalogue: Catalogue) -> tuple[Start, Alignme
         item_encoder=manifest.item_encoder_sha256,
         tensors=aligned_tensors(tensors, alignment, artefact.table()),
         settings=manifest.model_dump(mode="json", include={"adapters", "head", "items"}),
+        codes=manifest.head.codes,
+        centroids=artefact.code_centroids(),
     )
     return start, alignment

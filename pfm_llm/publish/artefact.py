@@ -10,7 +10,8 @@ file                                  holds
 ====================================  ==================================================
 ``adapter_config.json``               PEFT's
 ``adapter_model.safetensors``         PEFT's: the shared LoRA
-``recommender_head.safetensors``      the head, and the catalogue's whitening
+``recommender_head.safetensors``      the head, the catalogue's whitening, and with codes of texts
+                                      their centroids
 ``private_basis.safetensors``         with ``shared_basis`` or ``taste``: the basis of all
 ``item_keys.json``                    a key per item, to align what belongs to items
 ``prompts/<key>.toml``                the prompt
@@ -36,6 +37,7 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, ConfigError, ContractError, CorruptFileError
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model.head import Normaliser
+from pfm_llm.model.items.codes import centroid_shape
 from pfm_llm.model.lora import names_from_peft
 from pfm_llm.model.parameters import parameter_table
 from pfm_llm.protocol.contract import TensorSpec
@@ -80,6 +82,7 @@ manifest, its signature and the card."""
 
 _MEAN, _BASIS = "normaliser.mean", "normaliser.basis"
 _ITEM_MEAN, _ITEM_BASIS = "item_normaliser.mean", "item_normaliser.basis"
+_CENTROIDS = "codes.centroids"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
 _MAX_KEY = 200
 
@@ -132,9 +135,10 @@ class Artefact:
         whitening = _whitening(found[HEAD_FILE], _MEAN, _BASIS)
         if _ITEM_MEAN in found[HEAD_FILE]:
             whitening |= _whitening(found[HEAD_FILE], _ITEM_MEAN, _ITEM_BASIS)
+        fitted = whitening | self._centroids()
         groups: dict[str, Mapping[str, TensorSpec]] = {
             ADAPTER_FILE: of_group(specs, Group.LORA),
-            HEAD_FILE: {**of_group(specs, Group.HEAD), **whitening},
+            HEAD_FILE: {**of_group(specs, Group.HEAD), **fitted},
             BASIS_FILE: of_group(specs, Group.BASIS),
         }
         if bool(groups[BASIS_FILE]) != (BASIS_FILE in found):
@@ -148,7 +152,24 @@ class Artefact:
         normaliser = of_items = Normaliser(tensors.pop(_MEAN), tensors.pop(_BASIS))
         if _ITEM_MEAN in tensors:
             of_items = Normaliser(tensors.pop(_ITEM_MEAN), tensors.pop(_ITEM_BASIS))
+        tensors.pop(_CENTROIDS, None)
         return tensors, (normaliser, of_items)
+
+    def code_centroids(self) -> torch.Tensor | None:
+        """The centroids of the codes of texts, float32 [T, S, w]; None where it has none.
+
+        Raises:
+            ArtefactError: A number is not finite.
+            CorruptFileError: The file is damaged.
+        """
+        return self.files.tensors(HEAD_FILE).get(_CENTROIDS) if self._centroids() else None
+
+    def _centroids(self) -> dict[str, TensorSpec]:
+        """The centroids that follow from the manifest."""
+        head = self.manifest.head
+        if head.codes is None or not head.codes.text_books:
+            return {}
+        return {_CENTROIDS: TensorSpec(centroid_shape(head.codes, head.dim))}
 
     def shared_tensors(self) -> dict[str, torch.Tensor]:
         """The first of `contents`."""
@@ -313,17 +334,24 @@ def is_listed(name: str, patterns: Sequence[str] = LISTED_FILES) -> bool:
 
 
 def write_head(
-    folder: Path, head: Tensors, normaliser: Normaliser, of_items: Normaliser | None = None
+    folder: Path,
+    head: Tensors,
+    normaliser: Normaliser,
+    of_items: Normaliser | None = None,
+    centroids: torch.Tensor | None = None,
 ) -> None:
-    """Write the recommender head and its whitenings.
+    """Write the recommender head, its whitenings and the centroids of its codes.
 
     Args:
         folder: Where to.
         head: Its tensors.
         normaliser: The whitening of user states.
         of_items: That of items; None, or the same object: items share it.
+        centroids: Of the codes of texts, float32 [T, S, w]; None without any.
     """
     tensors = {**head, _MEAN: normaliser.mean, _BASIS: normaliser.basis}
     if of_items is not None and of_items is not normaliser:
         tensors |= {_ITEM_MEAN: of_items.mean, _ITEM_BASIS: of_items.basis}
+    if centroids is not None:
+        tensors[_CENTROIDS] = centroids
     files.write_tensors(folder / HEAD_FILE, tensors)

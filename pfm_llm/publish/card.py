@@ -21,6 +21,7 @@ from pfm_llm.config.model import ItemsConfig
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.evaluation.results import AUC, AUC_LABEL, FULL, SAMPLED, ResultRow
 from pfm_llm.evaluation.tables import results_table
+from pfm_llm.model.items.codes import TEXT_DIM
 from pfm_llm.protocol.types import Mode
 
 NO_REPO = "path/to/this/folder"
@@ -108,6 +109,8 @@ def model_card(
         is_one_space=_is_one_space(config, prompt),
         reads_items=config.window.reading is Reading.ITEMS,
         item_vector=_item_vector(config.items),
+        codes=config.head.codes,
+        text_width=min(TEXT_DIM, config.head.dim),
         adapter=NO_REPO,
         version=__version__,
         plots=[(_PLOT_TITLES.get(Path(p).name, Path(p).stem), p) for p in plots],

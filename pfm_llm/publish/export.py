@@ -19,7 +19,6 @@ from pfm_llm.data.interactions import Catalogue
 from pfm_llm.evaluation.results import FULL, ResultRow
 from pfm_llm.model.build import ModelParts
 from pfm_llm.protocol.types import Group, Mode, SharedState, of_group
-from pfm_llm.publish.alignment import item_keys
 from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -34,6 +33,7 @@ from pfm_llm.publish.artefact import (
 )
 from pfm_llm.publish.card import model_card, shown_name
 from pfm_llm.publish.manifest import FORMAT, Base, Manifest, Metric, Parent
+from pfm_llm.text.item_keys import item_keys
 
 PLOTS_FOLDER = "plots"
 
@@ -72,7 +72,8 @@ def export_shared_adapter(
     parts, config = what.parts, what.config
     parts.adapter.export_shared(shared.tensors, folder, parts.backbone.portable_name)
     head = of_group(shared.tensors, Group.HEAD)
-    write_head(folder, head, parts.normaliser, parts.item_normaliser)
+    centroids = None if parts.codes is None else parts.codes.centroids
+    write_head(folder, head, parts.normaliser, parts.item_normaliser, centroids)
     if basis := of_group(shared.tensors, Group.BASIS):
         files.write_tensors(folder / BASIS_FILE, basis)
     keys = item_keys(what.catalogue, parts.prompt)

@@ -25,11 +25,12 @@ from pfm_llm.base.processes import start_processes
 from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.protocol.types import SharedState
-from pfm_llm.publish.alignment import Alignment, align_items, item_keys
+from pfm_llm.publish.alignment import Alignment, align_items
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, RunFolders, find_run
 from pfm_llm.runs.private_weight import choose_weight
 from pfm_llm.runs.run import Corpus, Run, Trained, assemble, committed, load_corpus, settled
+from pfm_llm.text.item_keys import item_keys
 from pfm_llm.text.prompts import Prompt, load_prompt
 
 TRAINED_ON_FILE = "trained_on.json"
@@ -50,6 +51,7 @@ class TrainedOn:
         num_users: Number of users.
         num_interactions: Number of interactions.
         origins: The data sets of the Hub that were read, each with its commit, in words.
+        codes_hash: Identity of the codes of the items; None where they share no vectors.
     """
 
     contract_hash: str
@@ -60,6 +62,7 @@ class TrainedOn:
     num_users: int
     num_interactions: int
     origins: tuple[str, ...] = ()
+    codes_hash: str | None = None
 
     @classmethod
     def of(cls, run: Run) -> Self:
@@ -74,6 +77,7 @@ class TrainedOn:
             num_users=interactions.num_users,
             num_interactions=len(interactions.items),
             origins=run.data.report.origins,
+            codes_hash=_codes_hash(run),
         )
 
     def write(self, folders: RunFolders) -> None:
@@ -179,6 +183,10 @@ def corpus_to_resume(config: ExperimentConfig, folders: RunFolders) -> Corpus:
     return opening.data
 
 
+def _codes_hash(run: Run) -> str | None:
+    return None if run.model.codes is None else run.model.codes.identity()
+
+
 class _Opening:
     """A run that is being opened.
 
@@ -239,7 +247,7 @@ class _Opening:
         """The run over its data, from an adapter's folder if it has one.
 
         Raises:
-            CheckpointError: The base model is not that of the training.
+            CheckpointError: The base model, or the codes of items, are not those of the training.
         """
         processes = start_processes(self.config.runtime.threads)
         config = settled(self.config, self.data)
@@ -247,6 +255,8 @@ class _Opening:
         run = assemble(config, self.data, self.folders, processes, artefact)
         if run.model.contract.backbone_hash != self.before.backbone_hash:
             raise self.refusal(f"the weights of {config.backbone.name} have changed")
+        if not self.changes() and _codes_hash(run) != self.before.codes_hash:
+            raise self.refusal("the codes of its items come out otherwise with these libraries")
         return run
 
     def refusal(self, changes: str) -> CheckpointError:

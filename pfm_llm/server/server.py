@@ -14,6 +14,7 @@ from pfm_llm.config.settle import known
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
 from pfm_llm.protocol.parameters import ParameterTable
 from pfm_llm.protocol.stages import Stages
+from pfm_llm.protocol.transport import as_received, broadcast
 from pfm_llm.protocol.types import ClientUpdate, Refusal, SharedState, Tensors
 from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, update_weight
 from pfm_llm.server.norm_bound import NormBound
@@ -112,8 +113,13 @@ class Server:
 
     @property
     def shared(self) -> SharedState:
-        """The state that clients receive. Each step makes a new one; none is changed in place."""
+        """The shared state, float32. Each step makes a new one; none is changed in place."""
         return self._shared
+
+    @property
+    def broadcast(self) -> SharedState:
+        """The shared state as clients receive it, rounded to the dtypes of the contract."""
+        return broadcast(self._shared, self.contract.tensors)
 
     @property
     def round_under_way(self) -> int:
@@ -165,7 +171,7 @@ class Server:
                     f"client {client!r:.80} is not in the cohort of round {round_number}",
                     Refusal.COHORT,
                 )
-            delta, noted = self._stages.on_server(update.delta, client, round_number)
+            delta, noted = self._stages.on_server(as_received(update.delta), client, round_number)
             bounded, sizes = self._bound.bounded(client, delta, update.num_examples)
             updates.add(dataclasses.replace(update, delta=bounded), self.weight_of(update))
         except ContractError as error:

@@ -23,7 +23,8 @@ class Clip(UpdateStage):
     The norm covers all numbers of all tensors that are sent, in float64: for shapes [a, b], [c], …
     it covers a · b + c + … numbers (arXiv 1710.06963, "flat clipping"; arXiv 1911.07963 uses it as
     a defence). The client clips its update, and the server clips every arriving update again. The
-    server does not change a single bit of an honest update.
+    server does not change a single bit of an honest update, as long as it is sent in float32;
+    ``federation.transport: bfloat16`` rounds it after the client has clipped.
 
     Attributes:
         norm: The bound C, above 0.

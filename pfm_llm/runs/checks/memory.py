@@ -44,7 +44,8 @@ class Shape:
         hidden: Width of a hidden state.
         inner: Width of an MLP.
         num_top: Adapted layers.
-        table: Bytes of the shared tensors.
+        table: Bytes of the shared tensors, in float32.
+        of_codes: Numbers that are summed up for each item from vectors that items share.
         num_items: Items of the catalogue.
         num_users: Users with training data.
         users_per_client: Users of one client, which are evaluated together.
@@ -66,6 +67,7 @@ class Shape:
     inner: int
     num_top: int
     table: int
+    of_codes: int
     num_items: int
     num_users: int
     users_per_client: int
@@ -131,6 +133,11 @@ def _items(shape: Shape) -> int:
     return 3 * shape.num_items * shape.hidden * _FLOAT
 
 
+def _rows(shape: Shape) -> int:
+    """The rows of all items of one client, where they are sums of vectors that items share."""
+    return shape.num_items * shape.of_codes * _FLOAT
+
+
 def _pass(shape: Shape, num_tokens: int) -> int:
     """A pass through frozen layers, one layer at a time."""
     return num_tokens * (6 * shape.hidden + 3 * shape.inner) * shape.computed
@@ -147,6 +154,7 @@ def _training(shape: Shape) -> dict[str, int]:
     of_score = 10 * _FLOAT + 2 * _DOUBLE
     return {
         "gradients and updates of a chunk of clients": 3 * clients * shape.table,
+        "rows of items with their gradients": 2 * clients * _rows(shape),
         "scores of a chunk of clients": events * shape.num_items * of_score,
         "adapted layers": events * shape.tokens_per_item * of_token,
         "a pass below the adapted layers": _pass(
@@ -162,6 +170,7 @@ def _evaluation(shape: Shape) -> dict[str, int]:
     queries = min(at_once, max(1, shape.chunk_tokens // tokens), shape.num_users)
     queries = max(queries, shape.users_per_client)
     return {
+        "rows of items": _rows(shape),
         "scores of a chunk of queries": (len(OUR_MODES) + 4) * queries * shape.num_items * _FLOAT,
         "a pass of the language model": _pass(shape, max(shape.chunk_tokens, queries * tokens)),
     }

@@ -129,7 +129,7 @@ def check_disk(run: Run) -> None:
     """
     moments = 2 if run.config.federation.server.optimizer is ServerOptimizer.FEDADAM else 1
     # A commit is written before the oldest one is deleted.
-    needed = run.model.table.num_bytes * ((1 + moments) * (NUM_KEPT + 1) + 1)
+    needed = run.model.table.held_bytes * ((1 + moments) * (NUM_KEPT + 1) + 1)
     free = shutil.disk_usage(run.folders.private).free
     if free < needed:
         raise DiskSpaceError(

@@ -1,5 +1,6 @@
 """The shape of a run, from which its memory is estimated, and the memory of this process."""
 
+import math
 import resource
 import sys
 
@@ -34,6 +35,7 @@ def shape_of(config: ExperimentConfig, data: Corpus) -> Shape:
     modules = DualAdapter(backbone, config.adapters).modules
     train, num_items = data.split.train.interactions, len(data.interactions.catalogue)
     sizes = Sizes(backbone.hidden_size, modules, num_items)
+    table = parameter_table(config, sizes)
     lengths = np.diff(train.offsets)
     clients = partition(data.interactions, config.data.users_per_client, config.seed)
     of_clients = np.array([lengths[list(client.users)].sum() for client in clients])
@@ -47,7 +49,8 @@ def shape_of(config: ExperimentConfig, data: Corpus) -> Shape:
         hidden=backbone.hidden_size,
         inner=getattr(text, "intermediate_size", None) or 4 * backbone.hidden_size,
         num_top=config.adapters.num_layers,
-        table=parameter_table(config, sizes).num_bytes,
+        table=table.held_bytes,
+        of_codes=sum(math.prod(table[name].shape[1:]) for name in table.per_code),
         num_items=num_items,
         num_users=int((lengths > 0).sum()),
         users_per_client=config.data.users_per_client,

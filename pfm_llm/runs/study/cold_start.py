@@ -9,7 +9,8 @@ from pfm_llm.data.interactions import Interactions
 from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.evaluator import EvaluationTask
 from pfm_llm.evaluation.personality.estimates import user_quality
-from pfm_llm.model.head import ITEM_BIAS
+from pfm_llm.model.batches import stacked_tensors
+from pfm_llm.model.cohort import Parts
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.measuring import measure, only, quality_of
 from pfm_llm.runs.run import Run
@@ -18,14 +19,15 @@ from pfm_llm.runs.study.others import with_histories
 
 def known_by_none(run: Run, task: EvaluationTask) -> np.ndarray:
     """Log-rank quality [U] without a history: only the item biases rank, equally for all users."""
-    held_out = task.held_out
-    num_items = len(run.data.interactions.catalogue)
-    bias = task.shared.tensors.get(ITEM_BIAS, torch.zeros(num_items)).numpy()
+    held_out, model = task.held_out, run.model.model
+    unread = torch.zeros(1, model.item_texts.shape[1], device=model.item_texts.device)
+    stacked = stacked_tensors(task.shared.tensors, 1, unread.device)
+    bias = model.score_vectors([unread], stacked, Parts(private_weight=0.0))[0].cpu().numpy()
     empty = dataclasses.replace(
         held_out, histories=tuple(np.zeros(0, np.int32) for _ in held_out.users)
     )
     queries = range(len(held_out.users))
-    scores = np.broadcast_to(bias, (len(queries), num_items))
+    scores = np.broadcast_to(bias, (len(queries), model.num_items))
     ranks = ranking.rank_scores(scores, empty, queries, task.negatives)
     return user_quality("log_rank", ranks.full, ranks.users)
 

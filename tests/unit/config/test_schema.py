@@ -269,3 +269,32 @@ def test_training_hash_sees_a_taste_where_there_is_one(
     taste = {"adapters": {"private": {"taste": setting}}}
     other = parse_config({"name": "x", "method": method, **taste})
     assert (training_hash(other) == training_hash(base)) == same
+
+
+def test_codes_have_settings_where_they_are_chosen_and_change_no_hash_where_not() -> None:
+    plain = parse_config({"name": "x"})
+    assert plain.head.codes is None
+    assert "codes" not in plain.model_dump()["head"]
+    assert training_hash(plain) == training_hash(parse_config({"name": "x", "head": {}}))
+    chosen = parse_config({"name": "x", "head": {"item_ids": "codes"}})
+    assert chosen.head.codes is not None
+    assert chosen == parse_config(chosen.model_dump(mode="json"))
+    other = {"item_ids": "codes", "codes": {"hash_size": 64}}
+    assert training_hash(chosen) != training_hash(parse_config({"name": "x", "head": other}))
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (
+            {"item_ids": "codes", "codes": {"hash_books": 0, "text_books": 0}},
+            r"head\.codes.*text_books and hash_books are both 0.*set one of them",
+        ),
+        ({"codes": {}}, "codes has no effect with item_ids: both; set item_ids: codes, or leave"),
+        ({"item_ids": "codes", "codes": {"hash_books": 17}}, r"head\.codes\.hash_books"),
+        ({"item_ids": "codes", "codes": {"hash_sise": 1}}, r"head\.codes\.hash_sise.*hash_size"),
+    ],
+)
+def test_codes_that_cannot_be_are_refused(head: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        parse_config({"name": "x", "head": head})

@@ -15,9 +15,10 @@ from pfm_llm.model.lora import names_from_peft
 from pfm_llm.model.parameters import parameter_table
 from pfm_llm.protocol.parameters import Sizes
 from pfm_llm.publish import artefact
-from pfm_llm.publish.alignment import align_items, aligned_tensors, item_keys
+from pfm_llm.publish.alignment import align_items, aligned_tensors
 from pfm_llm.publish.artefact import check_listing
 from pfm_llm.publish.manifest import Manifest
+from pfm_llm.text.item_keys import item_keys
 from pfm_llm.text.prompts import load_prompt
 from tests.support.small_artefacts import (
     HIDDEN,

@@ -178,6 +178,23 @@ def test_formulas_name_the_head_s_tensors_and_only_those_there_are() -> None:
     assert "newest 32 items" in card_of()
 
 
+def test_a_card_of_codes_says_which_rows_are_an_item_s() -> None:
+    """`tests/e2e/test_codes.py` computes a bias from plain files as the card says."""
+    head = {"item_ids": "codes", "codes": {"hash_books": 3, "hash_size": 640, "text_books": 0}}
+    card = card_of(head=head)
+    assert "e_i   = sum of head.item_ids[c] over the rows c of item i\nscore" in card
+    assert "+ sum of head.item_bias[c]\n```" in card
+    for told in ("head.item_ids_in e_i", "3 books of 640 rows", "shake_256", "modulo 8192"):
+        assert told in card
+    assert "centroid" not in card
+    with_texts = card_of(head={**head, "codes": {"text_books": 2, "text_size": 9}})
+    for told in ("2 books of 9 rows", "`codes.centroids[0]` to the first 64 dimensions of z_i"):
+        assert told in with_texts
+    unmasked = card_of(head={**head, "item_met": False})
+    assert "head.item_met" not in unmasked
+    assert "codes" not in card_of()
+
+
 def test_the_formulas_are_those_of_the_head() -> None:
     # The card's lines, read as Python.
     import torch

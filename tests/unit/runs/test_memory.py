@@ -33,6 +33,7 @@ SMALL = Shape(
     inner=1500,
     num_top=2,
     table=5_000_000,
+    of_codes=0,
     num_items=2_000,
     num_users=1_000,
     users_per_client=1,
