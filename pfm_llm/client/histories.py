@@ -201,9 +201,11 @@ class BatchSource:
         head, taste = self._config.head.dropout, adapters.private.taste.dropout
         taste = head if taste is None else taste
         rates = (head, taste, adapters.shared.dropout, adapters.private.dropout)
-        if not any(rates):
+        items = self._config.head.item_dropout
+        if not any((*rates, items)):
             return None
-        return Dropout(*rates, [self._generator(f"dropout/{step}", c) for c in self._chunk])
+        generators = [self._generator(f"dropout/{step}", c) for c in self._chunk]
+        return Dropout(*rates, generators, items)
 
     def _generator(self, what: str, client_id: str) -> torch.Generator:
         purpose, round_number = self._key

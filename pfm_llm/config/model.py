@@ -180,6 +180,13 @@ class HeadConfig(Settings):
         description="learn which items somebody has met; others are no negatives in training, and "
         "have no embedding; no effect with a median, and where nothing is shared",
     )
+    # Not dumped while it is off: hashes of settings that were made before it stay as they are.
+    item_dropout: Fraction = Field(
+        0.0,
+        description="share of the items that a step treats as new, to learn the bias of items that "
+        "nobody has met; needs item_met and item_bias",
+        exclude_if=lambda value: not value,
+    )
     prior_events: Positive | None = Field(
         5.0,
         description="n: what r items tell of a user counts r / (r + n); learned from here on; "
@@ -203,5 +210,21 @@ class HeadConfig(Settings):
             raise ValueError(
                 f"codes has no effect with item_ids: {self.item_ids}; set item_ids: codes, or "
                 "leave codes out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _new_items_have_a_bias(self) -> "HeadConfig":
+        if not self.item_dropout:
+            return self
+        if not (self.item_met and self.item_bias):
+            raise ValueError(
+                "item_dropout learns the bias of items that nobody has met; set item_met: true and "
+                "item_bias: true, or item_dropout: 0"
+            )
+        if self.item_ids is ItemIds.CODES:
+            raise ValueError(
+                "item_dropout has no effect with item_ids: codes, where an item that nobody has "
+                "met has the bias of its text's codes; set item_dropout: 0"
             )
         return self

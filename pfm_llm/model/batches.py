@@ -201,6 +201,7 @@ class Dropout:
         taste: Rate on user embeddings that are a weighted sum over the history.
         shared, private: Rates on the inputs of each adapter's factors A, as in PEFT.
         generators: By index of the client in the chunk.
+        items: Share of the items that are treated as new.
     """
 
     head: float
@@ -208,6 +209,7 @@ class Dropout:
     shared: float
     private: float
     generators: Sequence[torch.Generator]
+    items: float = 0.0
 
     def keep(self, shape: Sequence[int], rate: float, client: int) -> torch.Tensor:
         """A client's next factors of a shape: 0 with probability ``rate``, else 1/(1 - rate)."""

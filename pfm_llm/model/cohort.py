@@ -25,6 +25,7 @@ from pfm_llm.model.ablation import Sight
 from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.model.head import Normaliser
 from pfm_llm.model.lora import CohortLinear, LoraInput
+from pfm_llm.model.new_items import with_new_biases
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.outputs import Outputs
 from pfm_llm.model.private.part import Factors
@@ -177,6 +178,7 @@ class CohortModel:
         """Scores [K, I] of the catalogue for user vectors from `user_vectors`, float32."""
         found = []
         for own, states in zip(self._slices(stacked, len(vectors)), vectors, strict=True):
+            own = with_new_biases(own, self.item_texts)
             scores = recommender_head.score_items(own, states, self.item_texts)
             found.append(self._with_private(scores, own, Task.NEXT_ITEM, parts))
         return torch.cat(found)
@@ -364,15 +366,18 @@ class CohortModel:
     ) -> Outputs:
         """A client's outputs with the dropout factors of this step."""
 
-        def keep(width: int, rate: float) -> torch.Tensor | None:
+        def keep(width: int, rate: float, of_outputs: bool = True) -> torch.Tensor | None:
             if not width or not rate:
                 return None
-            shape = (len(outputs.targets), width)
+            shape = (len(outputs.targets), width) if of_outputs else (width,)
             return dropout.keep(shape, rate, client).to(outputs.vectors)
 
         kept = keep(outputs.vectors.shape[1], dropout.head)
         kept_private = keep(self.objective.private.dropout_width(own), dropout.taste)
-        return dataclasses.replace(outputs, kept=kept, kept_private=kept_private)
+        # Drawn last: without hidden items, the other draws are the same.
+        shown = keep(self.num_items, dropout.items, of_outputs=False)
+        hidden = None if shown is None else (shown == 0).nonzero()[:, 0]
+        return dataclasses.replace(outputs, kept=kept, kept_private=kept_private, hidden=hidden)
 
 
 def _no_candidates(

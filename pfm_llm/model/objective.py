@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from pfm_llm.config.choices import Task
 from pfm_llm.model import head as recommender_head
+from pfm_llm.model import new_items
 from pfm_llm.model.items.codes import ItemCodes
 from pfm_llm.model.outputs import Outputs, SharedView
 from pfm_llm.model.private import PrivatePart
@@ -81,6 +82,9 @@ class Objective:
             loss = loss + self._items_ahead(view.fixed_scores + added, outputs)
         if recommender_head.ITEM_MET in own and outputs.items is not None:
             loss = loss + recommender_head.met_term(own, outputs.items)
+        if outputs.hidden is not None and new_items.NEW_BIAS in own:
+            hidden = new_items.scores_with_hidden(view, outputs.hidden)
+            loss = loss + self._items_ahead(hidden, outputs)
         if Task.LIKE in self.tasks:
             loss = loss + self._like_loss(view, personal)
         return loss

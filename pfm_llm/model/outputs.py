@@ -27,6 +27,7 @@ class Outputs:
         seen: bool [K, I] or [I], the items that are no candidates at each position; None: all
             items are candidates.
         items: int64 [M], the distinct items of all histories of the client, or None.
+        hidden: int64 [N], the items that this step treats as new, or None.
     """
 
     vectors: torch.Tensor
@@ -39,6 +40,7 @@ class Outputs:
     seen: torch.Tensor | None = None
     items: torch.Tensor | None = None
     later: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
     @classmethod
     def of_history(cls, items: torch.Tensor, liked: torch.Tensor) -> "Outputs":

@@ -10,6 +10,7 @@ from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model.ablation import is_trained
 from pfm_llm.model.head import head_parameters
 from pfm_llm.model.items.codes import coded, num_vectors
+from pfm_llm.model.new_items import new_item_parameters
 from pfm_llm.model.private import make_private_part
 from pfm_llm.model.private.lora import random_a
 from pfm_llm.protocol.parameters import Parameter, ParameterTable, Sizes
@@ -31,6 +32,7 @@ def parameter_table(config: ExperimentConfig, sizes: Sizes) -> ParameterTable:
     # Where items share vectors, tensors with a row for each item have one for each vector.
     sizes = sizes if codes is None else replace(sizes, num_items=num_vectors(codes))
     parameters: list[Parameter] = [*_shared_lora(config, sizes), *head_parameters(config, sizes)]
+    parameters += new_item_parameters(config)
     parameters += make_private_part(config, sizes).shared_parameters()
     if codes is not None:
         parameters = [coded(one, codes) if one.per_item else one for one in parameters]
