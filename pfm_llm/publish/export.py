@@ -13,6 +13,7 @@ from typing import Any
 from pfm_llm import __version__
 from pfm_llm.base import files
 from pfm_llm.base.terminal import harmless
+from pfm_llm.config.model import HeadConfig
 from pfm_llm.config.schema import ExperimentConfig, dump_config
 from pfm_llm.config.settings import learns_met
 from pfm_llm.data.interactions import Catalogue
@@ -149,7 +150,7 @@ def _manifest(
         ),
         adapters=config.adapters,
         modules=tuple(parts.adapter.modules),
-        head=config.head.model_copy(update={"item_met": learns_met(config)}),
+        head=_head_of(config),
         tasks=config.tasks,
         window=config.window,
         items=config.items.model_copy(update={"encoder": shown_name(config.items.encoder)}),
@@ -179,3 +180,10 @@ def _metrics(rows: Sequence[ResultRow]) -> tuple[Metric, ...]:
         for row in rows
         if row.mode != Mode.NONE and row.split == "test" and row.candidates == FULL
     )
+
+
+def _head_of(config: ExperimentConfig) -> HeadConfig:
+    """The settings of the head, without those that had no effect."""
+    if learns_met(config):
+        return config.head
+    return config.head.model_copy(update={"item_met": False, "item_dropout": 0.0})

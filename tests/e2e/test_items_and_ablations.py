@@ -95,6 +95,26 @@ def test_which_items_were_met_is_learned_by_updates_alone(tiny: Tiny, tmp_path: 
     )
 
 
+def test_the_bias_of_new_items_is_learned_beside_the_rest(tiny: Tiny, tmp_path: Path) -> None:
+    """Hidden items move no other tensor by a bit, and a published adapter has the bias too."""
+    settings = {**SMALL, "federation__num_rounds": 6, "data__hold_out_items": 0.2}
+    runs = [
+        run_experiment(tiny.config(tmp_path / str(share), **settings, head__item_dropout=share))
+        for share in (0.0, 0.3)
+    ]
+    without, learned = (open_run(run)[1].shared.tensors for run in runs)
+    added = {"head.new_bias", "head.new_text"}
+    assert learned.keys() - without.keys() == added
+    assert all(learned[name].any() for name in added)
+    for name, tensor in without.items():
+        assert torch.equal(tensor, learned[name]), name
+    new = ~(learned["head.item_met"] > 0).numpy()
+    before, after = (Recommender.from_pretrained(run).score(HISTORY[:1]) for run in runs)
+    np.testing.assert_array_equal(before[~new], after[~new])
+    assert (before[new] != after[new]).all()
+    np.testing.assert_allclose(published(runs[1], tiny).score(HISTORY[:1]), after, atol=1e-5)
+
+
 def test_an_encoder_that_is_narrower_than_the_text_space_is_refused(
     tiny: Tiny, tmp_path: Path
 ) -> None:

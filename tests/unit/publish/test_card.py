@@ -178,6 +178,11 @@ def test_formulas_name_the_head_s_tensors_and_only_those_there_are() -> None:
     assert "newest 32 items" in card_of()
 
 
+def test_a_card_tells_the_bias_of_items_that_nobody_met_where_it_is_learned() -> None:
+    assert "head.new_text · z_i / sqrt(D) + head.new_bias" in card_of(head={"item_dropout": 0.1})
+    assert "head.new" not in card_of()
+
+
 def test_a_card_of_codes_says_which_rows_are_an_item_s() -> None:
     """`tests/e2e/test_codes.py` computes a bias from plain files as the card says."""
     head = {"item_ids": "codes", "codes": {"hash_books": 3, "hash_size": 640, "text_books": 0}}
