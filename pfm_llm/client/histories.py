@@ -205,7 +205,7 @@ class BatchSource:
         if not any((*rates, items)):
             return None
         generators = [self._generator(f"dropout/{step}", c) for c in self._chunk]
-        return Dropout(*rates, generators, items)
+        return Dropout(*rates, generators=generators, items=items)
 
     def _generator(self, what: str, client_id: str) -> torch.Generator:
         purpose, round_number = self._key

@@ -435,7 +435,12 @@ def test_every_client_and_step_draws_dropout_of_its_own(
 ) -> None:
     """3 clients, a private and a shared step."""
     drawn: list[torch.Generator] = []
-    monkeypatch.setattr(histories_module, "Dropout", lambda *a: drawn.extend(a[-1]) or Dropout(*a))
+
+    def kept(*rates: float, generators: list[torch.Generator], items: float) -> Dropout:
+        drawn.extend(generators)
+        return Dropout(*rates, generators=generators, items=items)
+
+    monkeypatch.setattr(histories_module, "Dropout", kept)
     run = tiny_run(**DROPOUT)
     _train(run, [run.clients.histories.trainable[:3]])
     assert len({generator.initial_seed() for generator in drawn}) == 6
