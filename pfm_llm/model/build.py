@@ -6,7 +6,7 @@ items follow their items by key.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -118,7 +118,7 @@ def build_model(
     shared = start.shared(table, prompt) if start else table.initial_state()
     normaliser, item_normaliser = _whitenings(states, config, start)
     texts = item_normaliser(states.items)[:, : config.head.dim].contiguous()
-    codes = _codes(config, item_keys(catalogue, prompt), texts, table, start)
+    codes = _codes(config, partial(item_keys, catalogue, prompt), texts, table, start)
     unseen_only = config.federation.local.unseen_only
     objective = Objective(texts, config.tasks, private, unseen_only, codes)
     layers = adapter.top_paths(), adapter.scale()
@@ -151,16 +151,16 @@ def _trunk(
 
 def _codes(
     config: ExperimentConfig,
-    keys: Sequence[str],
+    keys: Callable[[], Sequence[str]],
     texts: torch.Tensor,
     table: ParameterTable,
     start: Start | None,
 ) -> ItemCodes | None:
-    """The vectors that items share, where they do."""
+    """The vectors that items share, where they do; nothing else here needs the keys."""
     if config.head.codes is None:
         return None
     centroids = start.code_centroids(config.head.codes) if start else None
-    return make_codes(config.head.codes, keys, texts, centroids, table.per_code)
+    return make_codes(config.head.codes, keys(), texts, centroids, table.per_code)
 
 
 def _identities(

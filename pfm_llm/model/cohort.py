@@ -25,7 +25,7 @@ from pfm_llm.model.ablation import Sight
 from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.model.head import Normaliser
 from pfm_llm.model.lora import CohortLinear, LoraInput
-from pfm_llm.model.new_items import with_new_biases
+from pfm_llm.model.new_items import NEW_BIAS, with_new_biases
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.outputs import Outputs
 from pfm_llm.model.private.part import Factors
@@ -366,17 +366,19 @@ class CohortModel:
     ) -> Outputs:
         """A client's outputs with the dropout factors of this step."""
 
-        def keep(width: int, rate: float, of_outputs: bool = True) -> torch.Tensor | None:
+        def keep(width: int, rate: float) -> torch.Tensor | None:
             if not width or not rate:
                 return None
-            shape = (len(outputs.targets), width) if of_outputs else (width,)
+            shape = (len(outputs.targets), width)
             return dropout.keep(shape, rate, client).to(outputs.vectors)
 
         kept = keep(outputs.vectors.shape[1], dropout.head)
         kept_private = keep(self.objective.private.dropout_width(own), dropout.taste)
-        # Drawn last: without hidden items, the other draws are the same.
-        shown = keep(self.num_items, dropout.items, of_outputs=False)
-        hidden = None if shown is None else (shown == 0).nonzero()[:, 0]
+        hidden = None
+        if NEW_BIAS in own:
+            # Drawn last: without hidden items, the other draws are the same.
+            shown = dropout.keep((self.num_items,), dropout.items, client)
+            hidden = (shown == 0).nonzero()[:, 0].to(outputs.targets.device)
         return dataclasses.replace(outputs, kept=kept, kept_private=kept_private, hidden=hidden)
 
 

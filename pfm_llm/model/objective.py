@@ -82,7 +82,7 @@ class Objective:
             loss = loss + self._items_ahead(view.fixed_scores + added, outputs)
         if recommender_head.ITEM_MET in own and outputs.items is not None:
             loss = loss + recommender_head.met_term(own, outputs.items)
-        if outputs.hidden is not None and new_items.NEW_BIAS in own:
+        if outputs.hidden is not None:
             hidden = new_items.scores_with_hidden(view, outputs.hidden)
             loss = loss + self._items_ahead(hidden, outputs)
         if Task.LIKE in self.tasks:
