@@ -29,6 +29,7 @@ BEFORE: dict[str, Any] = {
     "items.encoder": "backbone",
     "head.item_met": False,
     "head.prior_events": None,
+    "head.item_dropout": 0.0,
     "adapters.private.taste.dropout": None,
     "federation.local.horizon": 1,
 }

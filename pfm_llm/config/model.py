@@ -19,6 +19,7 @@ Rank = Annotated[int, Field(ge=1, le=_LARGEST_RANK)]
 Rank0 = Annotated[int, Field(ge=0, le=_LARGEST_RANK)]
 BACKBONE_ENCODER = "backbone"
 DETAILED_TOKENS = 64
+_ITEM_DROPOUT = 0.1
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -182,9 +183,9 @@ class HeadConfig(Settings):
     )
     # Not dumped while it is off: hashes of settings that were made before it stay as they are.
     item_dropout: Fraction = Field(
-        0.0,
+        _ITEM_DROPOUT,
         description="share of the items that a step treats as new, to learn the bias of items that "
-        "nobody has met; needs item_met and item_bias",
+        "nobody has met; where it can have no effect it is 0 unless it is set",
         exclude_if=lambda value: not value,
     )
     prior_events: Positive | None = Field(
@@ -193,7 +194,7 @@ class HeadConfig(Settings):
         "None: it counts whole",
     )
     dropout: Fraction = Field(
-        0.4,
+        0.7,
         description="dropout on user vectors; also on user embeddings with taste.dropout: None",
     )
 
@@ -203,6 +204,15 @@ class HeadConfig(Settings):
         if isinstance(tree, dict) and tree.get("item_ids") == ItemIds.CODES:
             return {**tree, "codes": {} if tree.get("codes") is None else tree["codes"]}
         return tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_item_dropout(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or "item_dropout" in tree:
+            return tree
+        learns = tree.get("item_met", True) and tree.get("item_bias", True)
+        has_effect = learns and tree.get("item_ids") != ItemIds.CODES
+        return {**tree, "item_dropout": _ITEM_DROPOUT if has_effect else 0.0}
 
     @model_validator(mode="after")
     def _codes_have_an_effect(self) -> "HeadConfig":
