@@ -64,7 +64,7 @@ def test_the_tuned_settings_are_those_of_a_name_and_data_alone() -> None:
     config = settle(parse_config({"name": "mine", "data": {"source": "mine.csv"}}), 943)
     assert config.method is Method.PFM
     assert (config.window.items, config.adapters.num_layers) == (64, 2)
-    assert (config.head.item_ids, config.head.dropout) == ("both", 0.4)
+    assert (config.head.item_ids, config.head.dropout) == ("both", 0.7)
     federation, local, server = (
         config.federation, config.federation.local, config.federation.server,
     )  # fmt: skip
