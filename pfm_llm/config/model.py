@@ -181,12 +181,10 @@ class HeadConfig(Settings):
         description="learn which items somebody has met; others are no negatives in training, and "
         "have no embedding; no effect with a median, and where nothing is shared",
     )
-    # Not dumped while it is off: hashes of settings that were made before it stay as they are.
     item_dropout: Fraction = Field(
         _ITEM_DROPOUT,
         description="share of the items that a step treats as new, to learn the bias of items that "
         "nobody has met; where it can have no effect it is 0 unless it is set",
-        exclude_if=lambda value: not value,
     )
     prior_events: Positive | None = Field(
         5.0,

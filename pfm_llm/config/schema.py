@@ -367,6 +367,9 @@ def training_hash(config: ExperimentConfig) -> str:
     # The data have a hash of their own, so a run goes on after the commit of its data was named.
     elsewhere["data"] = {"hub": {"revision": True, "items": {"revision"}}}
     elsewhere["adapters"] = {"private": dict.fromkeys(unread, True)}
+    # Hashes that were made before it was there stay as they are while it is off.
+    if not config.head.item_dropout:
+        elsewhere["head"] = {"item_dropout": True}
     if config.federation.num_rounds is not None:
         elsewhere["federation"] = {"passes": True}
     return hashlib.sha256(config.model_dump_json(exclude=elsewhere).encode()).hexdigest()

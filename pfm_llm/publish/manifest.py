@@ -5,9 +5,9 @@ tokenizer, the prompt, the catalogue and the previous adapter or version.
 """
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError
@@ -136,6 +136,15 @@ class Manifest(_Part):
     parents: tuple[Parent, ...] = ()
     metrics: tuple[Metric, ...] = ()
     files: dict[str, str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_later_settings(cls, tree: Any) -> Any:
+        """A manifest that was written before ``head.item_dropout`` was there has none."""
+        head = tree.get("head") if isinstance(tree, dict) else None
+        if not isinstance(head, dict):
+            return tree
+        return {**tree, "head": {"item_dropout": 0.0} | head}
 
     def to_bytes(self) -> bytes:
         """The bytes of the file, which are hashed, signed and published."""

@@ -101,7 +101,23 @@ def test_without_item_dropout_nothing_is_there() -> None:
     own = _own(off)
     assert not {NEW_BIAS, NEW_TEXT} & own.keys()
     assert with_new_biases(own, _random(ITEMS, HEAD.dim, seed=5)) is own
-    assert "item_dropout" not in HeadConfig().model_dump()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 0.1),
+        ({"item_ids": "none"}, 0.1),
+        ({"item_met": False}, 0.0),
+        ({"item_bias": False}, 0.0),
+        ({"item_ids": "codes"}, 0.0),
+        ({"item_dropout": 0.0}, 0.0),
+    ],
+)
+def test_it_is_on_where_it_has_an_effect(settings: dict[str, object], expected: float) -> None:
+    head = HeadConfig.model_validate(settings)
+    assert head.item_dropout == expected
+    assert HeadConfig.model_validate(head.model_dump(mode="json")) == head
 
 
 @pytest.mark.parametrize(

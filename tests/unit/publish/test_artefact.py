@@ -54,6 +54,12 @@ def test_manifest_survives_its_own_bytes() -> None:
     assert manifest.to_bytes() == parse(manifest_tree()).to_bytes()
 
 
+def test_a_manifest_without_item_dropout_is_of_an_adapter_without_it() -> None:
+    tree = manifest_tree()
+    del tree["head"]["item_dropout"]
+    assert parse(tree).head.item_dropout == 0
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [
