@@ -134,6 +134,7 @@ def rows_over(
     split: str,
     ranks: Mapping[Mode, Ranks],
     references: Sequence[Reference],
+    of_shared: bool = False,
 ) -> list[ResultRow]:
     """Rows ``ndcg_over_<name>``: NDCG of a run at its headline cut-off minus each reference's.
 
@@ -142,22 +143,28 @@ def rows_over(
         split: ``validation`` or ``test``.
         ranks: The run's ranks per mode; the mode that the run is judged by is compared.
         references: References of the same users.
+        of_shared: Compare the shared part alone as well, in rows ``ndcg_over_<name>_shared``,
+            where the run is judged with a private part.
 
     Raises:
         DataError: A reference is of other users.
     """
-    mode = _mode_of(config)
-    [own] = ranked_references({mode.value: ranks[mode]}, headline_k(config.evaluation.ks))
-    figures = {}
-    for reference in references:
-        if not np.array_equal(reference.users, own.users):
-            raise DataError(
-                f"{reference.name} was measured on other users than this run; measure both on the "
-                "same split and sample of users"
+    judged = _mode_of(config)
+    modes = {judged: ""}
+    if of_shared:
+        modes.setdefault(Mode.SHARED_ONLY, "_shared")
+    k, figures = headline_k(config.evaluation.ks), {}
+    for mode, suffix in modes.items():
+        [own] = ranked_references({mode.value: ranks[mode]}, k)
+        for reference in references:
+            if not np.array_equal(reference.users, own.users):
+                raise DataError(
+                    f"{reference.name} was measured on other users than this run; measure both on "
+                    "the same split and sample of users"
+                )
+            figures[f"{OVER}{reference.name}{suffix}"] = paired_difference(
+                own.ndcg, reference.ndcg, bootstrap_of(config)
             )
-        figures[f"{OVER}{reference.name}"] = paired_difference(
-            own.ndcg, reference.ndcg, bootstrap_of(config)
-        )
     return estimate_rows(config, split, Task.NEXT_ITEM, figures)
 
 

@@ -1,4 +1,4 @@
-"""What a part of the method adds: a run with it less a run without it, over the same users."""
+"""A run less another over the same users: what a part of the method adds, or a swap changes."""
 
 from pathlib import Path
 
@@ -12,18 +12,22 @@ from pfm_llm.evaluation.personality.estimates import Bootstrap, paired_differenc
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.study.qualities import read_qualities
+from pfm_llm.suite.plan import ADDS
 
 _SUFFIX = {Mode.SHARED_PRIVATE: "", Mode.SHARED_ONLY: "_shared"}
 
 
-def adds_rows(whole: Path, without: Path, config: ExperimentConfig, budget: str) -> list[ResultRow]:
+def adds_rows(
+    whole: Path, without: Path, config: ExperimentConfig, budget: str, prefix: str = ADDS
+) -> list[ResultRow]:
     """Rows ``adds_log_rank`` and ``adds_ndcg``, and the same with ``_shared`` for the shared part.
 
     Args:
-        whole: The folder of the run that has the part.
-        without: The folder of the run that does without it.
-        config: Of the latter.
+        whole: The folder of the run that has the part, or that could replace the other one.
+        without: The folder of the run that does without it, or the other one.
+        config: Of the run whose rows they are.
         budget: Label of the budget in the rows.
+        prefix: `plan.ADDS` or `plan.BESIDE`.
 
     Raises:
         DataError: A folder lacks the figures of its users, or they are other users.
@@ -36,7 +40,7 @@ def adds_rows(whole: Path, without: Path, config: ExperimentConfig, budget: str)
     evaluation = config.evaluation
     bootstrap = Bootstrap(evaluation.bootstrap, evaluation.confidence, config.seed)
     figures = {
-        f"adds_{name}{suffix}": paired_difference(
+        f"{prefix}_{name}{suffix}": paired_difference(
             full.of[mode][name], cut.of[mode][name], bootstrap
         )
         for mode, suffix in _SUFFIX.items()

@@ -29,6 +29,9 @@ POPULARITY = "popularity"
 VALIDATION, TEST = "validation", "test"
 _OWN_KEYS = ("name", "seed")
 
+ADDS, BESIDE = "adds", "beside"
+"""Prefixes of the rows that compare two runs: with `RunConfig.against`, and with ``beside``."""
+
 
 class SelectConfig(Settings):
     """The figure on validation that chooses a grid value, over the full catalogue."""
@@ -83,6 +86,11 @@ class RunConfig(Settings):
         description="an earlier run, which has what this one does without: the paired differences "
         "tell what that adds",
     )
+    beside: str | None = Field(
+        None,
+        description="an earlier run, which this one could replace: the paired differences tell "
+        "what is gained or lost",
+    )
 
 
 class SuiteConfig(Settings):
@@ -131,7 +139,8 @@ class SuiteRun:
         key: The grid's dotted key; None without a grid.
         points: The experiments, in the grid's order.
         script: A baseline's script and its further arguments; None for an experiment.
-        against: Name of the earlier run that it is compared with; None: it is not compared.
+        against: Name of the earlier run that has what this one does without; None: no such run.
+        beside: Name of the earlier run that this one could replace; None: no such run.
     """
 
     name: str
@@ -141,6 +150,7 @@ class SuiteRun:
     points: tuple[Point, ...]
     script: tuple[str, ...] | None
     against: str | None = None
+    beside: str | None = None
 
     @property
     def label(self) -> str:
@@ -191,10 +201,12 @@ def load_suite(path: Path) -> SuiteConfig:
             _look_up(budget, list(suite.budgets), f"{path}, run {run.name}: set_with")
             if "method" in run.set_with[budget]:
                 raise ConfigError(f"{path}, run {run.name}: set_with: method belongs to set")
-        if run.against is not None:
-            own, before = f"{path}, run {run.name}: against", names[: names.index(run.name)]
-            _look_up(run.against, before, own)
-            if run.script or suite.runs[names.index(run.against)].script:
+        for key, other in (("against", run.against), ("beside", run.beside)):
+            if other is None:
+                continue
+            own, before = f"{path}, run {run.name}: {key}", names[: names.index(run.name)]
+            _look_up(other, before, own)
+            if run.script or suite.runs[names.index(other)].script:
                 raise ConfigError(f"{own}: a script is no run to compare; compare experiments")
         if run.arguments and run.script is None:
             raise ConfigError(f"{path}, run {run.name}: arguments are for a script; set script")
@@ -276,7 +288,7 @@ def _suite_run(source: _Source, position: int, seed: int) -> SuiteRun:
         points.append(Point(value, _config(source, run, name, {"seed": seed, **own})))
     key = None if grid is None else grid.key
     script = None if run.script is None else (run.script, *run.arguments)
-    return SuiteRun(run.name, seed, position, key, tuple(points), script, run.against)
+    return SuiteRun(run.name, seed, position, key, tuple(points), script, run.against, run.beside)
 
 
 def _config(source: _Source, run: RunConfig, name: str, own: Mapping[str, Any]) -> ExperimentConfig:

@@ -31,7 +31,7 @@ from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, RESULTS_FILE
 from pfm_llm.suite import records
 from pfm_llm.suite.pace import Pace
-from pfm_llm.suite.plan import Plan, Point, SuiteRun
+from pfm_llm.suite.plan import BESIDE, Plan, Point, SuiteRun
 from pfm_llm.suite.records import Record
 from pfm_llm.suite.scripts import call_script
 from pfm_llm.suite.status import State, changes, is_recorded, read_tree, status_of
@@ -54,7 +54,7 @@ class Tools:
     train: Callable[[ExperimentConfig, bool], Path]
     evaluate: Callable[[Path, str], Sequence[ResultRow]]
     script: Callable[..., None] = call_script
-    compare: Callable[[Path, Path, ExperimentConfig, str], Sequence[ResultRow]] | None = None
+    compare: Callable[..., Sequence[ResultRow]] | None = None
 
     @classmethod
     def real(cls) -> "Tools":
@@ -158,23 +158,34 @@ class _Runner:
         files.write_text(chosen.folder / CONFIG_FILE, dump_config(config))
         with self._pace.evaluating(run):
             rows = self._tools.evaluate(chosen.folder, self._plan.budget)
-        rows = [*rows, *self._added(run, chosen)]
+        rows = [*rows, *self._compared(run, chosen)]
         _, extra = read_results(chosen.folder / RESULTS_FILE)
         extra |= records.result_extra(self._plan, run, choice, found)
         path = self._plan.result(run, self._results)
         write_results(path, records.merged(rows, found[choice.index].rows), extra)
         self._tidy(run, chosen)
 
-    def _added(self, run: SuiteRun, chosen: Point) -> Sequence[ResultRow]:
-        """What the run that it is compared with has more; empty where there is none."""
-        if run.against is None or self._tools.compare is None:
+    def _compared(self, run: SuiteRun, chosen: Point) -> list[ResultRow]:
+        """The differences to the runs that it is compared with; empty where there is none."""
+        compare, budget, rows = self._tools.compare, self._plan.budget, []
+        if compare is None:
             return []
-        label = f"{run.against}-s{run.seed}"
-        whole = next((one for one in self._plan.runs if one.label == label), None)
-        point = whole and self._chosen(whole)
+        if run.against is not None:
+            whole = self._compared_with(run, run.against)
+            rows += compare(whole.folder, chosen.folder, chosen.config, budget)
+        if run.beside is not None:
+            other = self._compared_with(run, run.beside)
+            rows += compare(chosen.folder, other.folder, chosen.config, budget, BESIDE)
+        return rows
+
+    def _compared_with(self, run: SuiteRun, name: str) -> Point:
+        """The experiment of the same seed whose figures an earlier run's result holds."""
+        label = f"{name}-s{run.seed}"
+        earlier = next((one for one in self._plan.runs if one.label == label), None)
+        point = earlier and self._chosen(earlier)
         if point is None:
             raise DataError(f"{run.label} is compared with {label}, which has no result; run that")
-        return self._tools.compare(point.folder, chosen.folder, chosen.config, self._plan.budget)
+        return point
 
     def _chosen(self, run: SuiteRun) -> Point | None:
         """The experiment whose figures a run's result holds; None without such a result."""

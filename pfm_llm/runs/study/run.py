@@ -103,7 +103,9 @@ class _Study:
         name = self._task.held_out.name
         rows = [
             *rows_of(self._run, self._task, self._test, baselines, fit_run_likes(self._run)),
-            *comparison.rows_over(self._run.config, name, self._test.ranks, references),
+            *comparison.rows_over(
+                self._run.config, name, self._test.ranks, references, of_shared=True
+            ),
         ]
         return [dataclasses.replace(row, budget=self._budget) for row in rows]
 

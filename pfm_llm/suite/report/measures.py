@@ -51,6 +51,7 @@ _GAIN, _OVER = "Gain from the private part", "Compared with baselines"
 _OWN, _STABLE = "Is a private part personal?", "Do lists stay?"
 _GROUPS, _MEMORY = "Groups of users", "Fewer items in the prompt"
 _ADDS = "What the language model adds"
+_BESIDE = "Beside another run"
 _COLD, _NEW = "Few interactions known", "Items that nobody met in training"
 
 _MEASURES = (
@@ -61,6 +62,15 @@ _MEASURES = (
     ),
     Measure(
         _ADDS, f"adds_{_QUALITY}_shared", "Lost in {quality} without it, shared part alone",
+        "The same for users without a private part.",
+    ),
+    Measure(
+        _BESIDE, f"beside_{_QUALITY}", "Difference in {quality}, with the private part",
+        "How much better this run serves the same users than the run that it could replace; the "
+        "suite's `beside` says which.",
+    ),
+    Measure(
+        _BESIDE, f"beside_{_QUALITY}_shared", "Difference in {quality}, shared part alone",
         "The same for users without a private part.",
     ),
     Measure(
@@ -76,6 +86,10 @@ _MEASURES = (
         _GAIN, "not_harmed", "Share of users not harmed",
         "The share of users who are ranked at least as well with the private part; above one half "
         "is good.", is_difference=False,
+    ),
+    Measure(
+        _OVER, "ndcg_over_(?P<other>.+)_shared", "NDCG less that of {other}, shared part alone",
+        "The quality without private parts less that of a baseline, for the same users.",
     ),
     Measure(
         _OVER, "ndcg_over_(?P<other>.+)", "NDCG less that of {other}",

@@ -53,6 +53,16 @@ def test_the_difference_is_paired_over_users_and_of_the_mode_that_is_judged(tmp_
     assert shared.value == pytest.approx((1.0 + 0.5 + 0.0) / 3)
 
 
+def test_the_shared_part_alone_is_compared_where_it_is_asked_for() -> None:
+    own = {Mode.SHARED_ONLY: _ranks(1, 1, 1, 1), Mode.SHARED_PRIVATE: _ranks(3, 3, 3, 3)}
+    popular = comparison.ranked_references({"popularity": _ranks(3, 3, 3, 3)})
+    rows = comparison.rows_over(CONFIG, "test", own, popular, of_shared=True)
+    found = {row.metric: row.value for row in rows}
+    assert found == {"ndcg_over_popularity": 0, "ndcg_over_popularity_shared": pytest.approx(0.5)}
+    (only,) = comparison.rows_over(SHARED_ONLY, "test", own, popular, of_shared=True)
+    assert only.metric == "ndcg_over_popularity"
+
+
 def test_differences_are_at_the_cut_off_that_the_config_measures(tmp_path: Path) -> None:
     """With ks 2 and 20 it is NDCG@2: ranks 1 and 3 give 1 and 0, and not 1 / log2(4)."""
     config = parse_config({"name": "paired", "evaluation": {"ks": [2, 20]}})

@@ -244,6 +244,11 @@ def test_there_are_suites() -> None:
 def test_a_run_is_against_an_earlier_experiment(world: World) -> None:
     world.write(runs=[{"name": "a"}, {"name": "b", "against": "a"}])
     assert [run.against for run in world.plan().runs] == [None, "a"]
+    world.write(runs=[{"name": "a"}, {"name": "b", "beside": "a"}])
+    assert [run.beside for run in world.plan().runs] == [None, "a"]
+    world.write(runs=[{"name": "b", "beside": "a"}, {"name": "a"}])
+    with pytest.raises(ConfigError, match=r"run b: beside 'a' is unknown; there is none"):
+        world.plan()
     world.write(runs=[{"name": "b", "against": "a"}, {"name": "a"}])
     with pytest.raises(ConfigError, match=r"run b: against 'a' is unknown; there is none"):
         world.plan()

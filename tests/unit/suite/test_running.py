@@ -584,6 +584,18 @@ def test_a_run_is_compared_with_the_chosen_value_of_the_run_that_it_is_against(
     assert [one.value for one in found if one.metric == "adds_ndcg"] == [0.01]
 
 
+def test_a_run_beside_another_is_compared_the_other_way_round(world: World) -> None:
+    world.write(runs=[{"name": "a"}, {"name": "b", "beside": "a"}])
+    compared = []
+
+    def compare(one: Path, other: Path, *rest: Any) -> list[results.ResultRow]:
+        compared.append((one.name, other.name, rest[-1]))
+        return [row(metric="beside_ndcg", value=-0.01, split="test")]
+
+    assert world.run(compare=compare) == {}
+    assert compared == [("b-s0", "a-s0", "beside")]
+
+
 def test_a_comparison_with_a_run_without_a_result_fails(world: World) -> None:
     world.write(runs=[{"name": "a"}, {"name": "b", "against": "a"}])
     failed = world.run(only=["b"], compare=lambda *_: [])
