@@ -167,9 +167,10 @@ class _Runner:
 
     def _compared(self, run: SuiteRun, chosen: Point) -> list[ResultRow]:
         """The differences to the runs that it is compared with; empty where there is none."""
-        compare, budget, rows = self._tools.compare, self._plan.budget, []
+        compare, budget = self._tools.compare, self._plan.budget
+        rows: list[ResultRow] = []
         if compare is None:
-            return []
+            return rows
         if run.against is not None:
             whole = self._compared_with(run, run.against)
             rows += compare(whole.folder, chosen.folder, chosen.config, budget)
@@ -182,7 +183,7 @@ class _Runner:
         """The experiment of the same seed whose figures an earlier run's result holds."""
         label = f"{name}-s{run.seed}"
         earlier = next((one for one in self._plan.runs if one.label == label), None)
-        point = earlier and self._chosen(earlier)
+        point = None if earlier is None else self._chosen(earlier)
         if point is None:
             raise DataError(f"{run.label} is compared with {label}, which has no result; run that")
         return point
