@@ -42,7 +42,8 @@ def small_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(tiny: Tiny, tmp_path: Path, **changes: Any) -> argparse.Namespace:
     config = tiny.config_file(tmp_path / "tiny.yaml", tmp_path / "runs")
-    values = {"config": str(config), "set": [], "seed": None, "grid": False, "negatives": "honest"}
+    values = {"config": str(config), "set": [], "seed": None, "grid": False, "openings": None}
+    values["negatives"] = "honest"
     return argparse.Namespace(**{**values, "output": tmp_path / "out.json", **changes})
 
 
@@ -65,6 +66,10 @@ def test_results_stand_beside_those_of_a_run(
     assert name in results_table(rows, "test")
     assert extra["config"]["data"]["split"] == split
     assert extra["environment"]["seed"] == 3
+    assert extra["test_openings"]["methods"][name] == {
+        "times": 1,
+        "times_with_these_settings": 1,
+    }
     assert len(extra["validation_history"]) == 2
     assert extra["costs"]["training_seconds"] > 0
 
@@ -131,7 +136,8 @@ def test_equal_seeds_give_equal_results(tiny: Tiny, tmp_path: Path) -> None:
             given = arguments(tiny, tmp_path)
             script.run(given)
             content = json.loads(given.output.read_text())
-            contents.append({k: v for k, v in content.items() if k != "costs"})
+            counted = ("costs", "test_openings")
+            contents.append({k: v for k, v in content.items() if k not in counted})
         assert contents[0] == contents[1]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from pfm_llm.base import files, templates
 from pfm_llm.config.cut_offs import RANK_LABELS
 from pfm_llm.config.settings import leaves
+from pfm_llm.evaluation.openings import OPENINGS, describe_openings
 from pfm_llm.evaluation.results import AUC
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.plan import SelectConfig
@@ -101,6 +102,7 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Picture]) -> str:
         _modes_table(results),
         *_measure_tables(results),
         _grid_table(results),
+        _openings_table(results),
         _costs_table(results),
         _environment_table(results),
     ]
@@ -225,6 +227,23 @@ def _grid_table(results: Sequence[SuiteResult]) -> Table:
         header,
         rows,
         num_names=2,
+    )
+
+
+def _openings_table(results: Sequence[SuiteResult]) -> Table:
+    rows = []
+    for result in results:
+        openings = result.extra.get(OPENINGS, {})
+        own = sorted({row.method for row in result.test_rows})
+        if counted := describe_openings(openings, own):
+            rows.append([Cell(result.run), Cell(str(result.seed)), Cell(counted)])
+    return Table(
+        "Measurements of test",
+        "How often the test split of these data had been measured for each method, this result "
+        "included. Results from before there was a count are left out.",
+        ["Run", "Seed", "Times"],
+        rows,
+        num_names=3,
     )
 
 
