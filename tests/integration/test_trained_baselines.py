@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.baselines import pfedrec, pfedrec_training, sasrec, sasrec_training
+from benchmarks.baselines import (
+    esasrec,
+    esasrec_model,
+    pfedrec,
+    pfedrec_training,
+    sasrec,
+    sasrec_training,
+)
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.cli.start import run_safely
 from pfm_llm.config.schema import load_config
@@ -25,7 +32,7 @@ from pfm_llm.runs.run import load_corpus
 from tests.support.tiny import Tiny
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"sasrec": sasrec, "pfedrec": pfedrec}
+SCRIPTS = {"sasrec": sasrec, "esasrec": esasrec, "pfedrec": pfedrec}
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +40,7 @@ def small_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs, two rounds."""
     for module, changes in (
         (sasrec_training, {"dim": 8, "epochs": 2}),
+        (esasrec_model, {"dim": 8, "epochs": 2}),
         (pfedrec_training, {"dim": 4, "rounds": 2, "lr_eta": 1.0}),
     ):
         grid: Any = module.GRID
@@ -126,7 +134,7 @@ def test_a_grid_is_chosen_from(name: str, tiny: Tiny, tmp_path: Path) -> None:
     history = extra["validation_history"]
     assert len(history) == 4
     best = max(history, key=lambda entry: entry["ndcg@10"])
-    assert extra["settings"].items() <= {**best, "negatives": "honest"}.items()
+    assert extra["settings"].items() <= {"negatives": "honest", **best}.items()
 
 
 def test_equal_seeds_give_equal_results(tiny: Tiny, tmp_path: Path) -> None:
