@@ -65,6 +65,11 @@ class FittedLikes:
         return per_user_auc(scores, liked)
 
 
+def num_like_settings() -> dict[str, int]:
+    """Name of each baseline of likes to the number of settings that validation chooses among."""
+    return {LIKE_RATE: len(DAMPINGS), LIKE_RIDGE: len(DAMPINGS) + len(RIDGES)}
+
+
 def fit_like_baselines(
     split: Split, threshold: float, features: npt.NDArray[np.floating]
 ) -> list[FittedLikes]:

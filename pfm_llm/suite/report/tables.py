@@ -14,6 +14,7 @@ from pfm_llm.evaluation.results import AUC, AUC_LABEL, ResultRow
 from pfm_llm.evaluation.significance import Figure, over_seeds, settled
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
+from pfm_llm.suite.report.trials import trials_of_baseline, trials_of_run
 
 _NEXT_ITEM, _LIKE = "next_item", "like"
 _POPULARITY, _POOLED = "popularity", "central"
@@ -87,6 +88,7 @@ class Line:
         figures: Column to figure; columns without a figure are absent.
         num_seeds: Number of seeds of the means.
         did_not_learn: Whether it fails to beat popularity on validation with at least one seed.
+        trials: How many models validation chose among; None where nobody knows.
         results: The results of the run; empty for a baseline.
     """
 
@@ -96,6 +98,7 @@ class Line:
     figures: Mapping[Column, Figure]
     num_seeds: int
     did_not_learn: bool
+    trials: int | None
     results: tuple[SuiteResult, ...] = ()
 
     @property
@@ -144,6 +147,7 @@ def summary_lines(results: Sequence[SuiteResult]) -> list[Line]:
                 figures={column: figure for column, figure in figures.items() if figure},
                 num_seeds=len(own),
                 did_not_learn=any(result.extra.get("did_not_learn") for result in own),
+                trials=trials_of_run(own),
                 results=tuple(own),
             )
         )
@@ -162,7 +166,11 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
     interval = f" [{confidence * 100:g} %]"
     header = ["Method", "Regime"]
     header += [column.heading + (interval if column.has_interval else "") for column in columns]
-    header += ["MB a client and round, up / down", "Client steps, shared + private"]
+    header += [
+        "Validation trials",
+        "MB a client and round, up / down",
+        "Client steps, shared + private",
+    ]
     tops = {
         column: max(
             (
@@ -174,13 +182,7 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
         )
         for column in columns
     }
-    claimed = {
-        (index, column): line.figures[column]
-        for index, line in enumerate(lines)
-        for column in columns
-        if column.is_difference and column in line.figures
-    }
-    sure = settled(claimed, confidence)
+    sure = _settled(lines, columns, confidence)
     body = []
     for index, line in enumerate(lines):
         name = line.label + (f", {line.num_seeds} seeds" if line.num_seeds > 1 and line.run else "")
@@ -192,6 +194,19 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
         ]
         body.append([*cells, *_cost_cells(line)])
     return header, body
+
+
+def _settled(
+    lines: Sequence[Line], columns: Sequence[Column], confidence: float
+) -> set[tuple[int, Column]]:
+    """Position of a line and column of each difference that is settled among those of the table."""
+    claimed = {
+        (index, column): line.figures[column]
+        for index, line in enumerate(lines)
+        for column in columns
+        if column.is_difference and column in line.figures
+    }
+    return settled(claimed, confidence)
 
 
 def markdown_table(folder: Path) -> str:
@@ -289,7 +304,8 @@ def _baseline_lines(results: Sequence[SuiteResult], columns: Sequence[Column]) -
             for c in columns
         }
         kept = {column: figure for column, figure in figures.items() if figure}
-        lines.append(Line(method, "", "", kept, len(seeds), method in weak))
+        trials = trials_of_baseline(method, results)
+        lines.append(Line(method, "", "", kept, len(seeds), method in weak, trials))
     return lines
 
 
@@ -312,6 +328,7 @@ def _mean(rows: Iterable[ResultRow | None], confidence: float) -> Figure | None:
 
 
 def _cost_cells(line: Line) -> list[Cell]:
+    trials = "-" if line.trials is None else str(line.trials)
     clients, up, down = map(line.mean_cost, ("client_rounds", "bytes_up", "bytes_down"))
     shared, private = map(line.mean_cost, ("shared_client_steps", "private_client_steps"))
     traffic, steps = "-", "-"
@@ -319,7 +336,7 @@ def _cost_cells(line: Line) -> list[Cell]:
         traffic = f"{up / clients / _BYTES_PER_MB:.2f} / {down / clients / _BYTES_PER_MB:.2f}"
     if shared is not None and private is not None:
         steps = f"{shared:,.0f} + {private:,.0f}"
-    return [Cell(traffic), Cell(steps)]
+    return [Cell(trials), Cell(traffic), Cell(steps)]
 
 
 def _line(cells: Sequence[str]) -> str:

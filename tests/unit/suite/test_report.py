@@ -127,6 +127,29 @@ def test_several_seeds_are_one_line_of_means(folder: Path) -> None:
     assert "over users and seeds" in text
 
 
+def test_the_number_of_validation_trials_stands_beside_each_method(folder: Path) -> None:
+    """Three grid values times two weights of the private part; the epochs of a script."""
+    config = {
+        "adapters": {"private": {"enabled": True}},
+        "evaluation": {"confidence": 0.95, "private_weights": [0.5, 1.0]},
+    }
+    baselines = ("popularity", "ease", "ease_markov")
+    rows = [on_test(), *(on_test(method=name, mode="none") for name in baselines)]
+    write(folder, "pfm", rows, config=config)
+    shared = {"adapters": {"private": {"enabled": False}}, "evaluation": config["evaluation"]}
+    write(folder, "s", [on_test(method="s", mode="shared_only")], config=shared, position=1)
+    history = [{"epoch": epoch} for epoch in range(4)]
+    script = [on_test(method=name, mode="none") for name in ("sasrec", "elsewhere")]
+    write(folder, "sasrec", script[:1], script=["x.py"], validation_history=history, position=2)
+    write(folder, "other", script[1:], script=["y.py"], position=3)
+    header, _, *body = table_rows(markdown_table(folder))
+    place = header.index("Validation trials")
+    assert {cells[0]: cells[place] for cells in body} == {
+        "popularity": "1", "ease": "5", "ease_markov": "26", "sasrec": "4", "elsewhere": "-",
+        "pfm": "6", "s": "3",
+    }  # fmt: skip
+
+
 def test_differences_are_bold_where_they_are_settled_among_those_of_the_table(
     folder: Path,
 ) -> None:
