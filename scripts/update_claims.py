@@ -17,9 +17,10 @@ of each. ``make claims`` looks the figures up with
         note: The gain from the private part.
 
 Instead of ``row``, ``path: [costs, bytes_up]`` names a number by its keys; ``per`` (a number or
-a second path) divides it and ``scale`` multiplies it. Over several files, a figure and both ends of
-its interval are means, as in the tables. ``least: ci_low`` takes the row with the lowest lower end
-among the matching rows of all files; a field may then be a pattern such as ``harm_*_decile_*``.
+a second path) divides it and ``scale`` multiplies it. Over several files, a figure is the mean and
+its interval is over users and seeds, as in the tables. ``least: ci_low`` takes the row with the
+lowest lower end among the matching rows of all files; a field may then be a pattern such as
+``harm_*_decile_*``.
 
 Nothing here imports torch.
 """
@@ -39,6 +40,7 @@ import yaml
 
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.cli.start import run_safely
+from pfm_llm.evaluation.significance import over_seeds
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,7 +57,7 @@ class Claim:
     Attributes:
         id: Dotted name, such as ``gain.films.ndcg``.
         value: The figure, a mean over seeds.
-        ci_low: Lower end of its 95 % interval; None for a figure without one.
+        ci_low: Lower end of its 95 % interval, over users and seeds; None for a figure without one.
         ci_high: Upper end of it.
         unit: Such as ``NDCG@10``, ``log-ranks`` or ``MB``.
         bar: The claimed bound, such as ``ci_low > 0``; None without one.
@@ -86,6 +88,13 @@ class _Figure:
     value: float
     ci_low: float | None = None
     ci_high: float | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    value: float
+    ci_low: float
+    ci_high: float
 
 
 def build_claims(root: Path) -> list[Claim]:
@@ -154,7 +163,7 @@ def read_claims(root: Path) -> dict[str, Claim]:
     return {claim.id: claim for claim in rows}
 
 
-def holds(bar: str, figure: "_Figure | Claim") -> bool:
+def holds(bar: str, figure: "_Figure | _Row | Claim") -> bool:
     """Whether a figure meets a bar: ``> 0`` bounds the value, ``ci_low > 0`` the lower end.
 
     Raises:
@@ -184,7 +193,7 @@ def _check(name: str, spec: Mapping[str, Any], contents: Mapping[str, Any]) -> N
         raise DataError(f"claim {name}: source {spec['from']} is unknown or has no files")
 
 
-def _figure(spec: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> _Figure:
+def _figure(spec: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> _Figure | _Row:
     if "path" in spec:
         scale, per = spec.get("scale", 1.0), spec.get("per", 1.0)
         return _Figure(
@@ -199,18 +208,14 @@ def _figure(spec: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> _Fig
     for rows in found:
         if len(set(rows)) != 1:
             raise LookupError(f"{len(rows)} rows instead of one for {spec['row']}")
-    rows = [own[0] for own in found]
-    return _Figure(
-        statistics.fmean(row.value for row in rows),
-        statistics.fmean(row.ci_low for row in rows if row.ci_low is not None),
-        statistics.fmean(row.ci_high for row in rows if row.ci_high is not None),
-    )
+    whole = over_seeds([own[0] for own in found], files[0]["config"]["evaluation"]["confidence"])
+    return _Row(whole.value, whole.low, whole.high)
 
 
-def _rows(file: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[_Figure]:
+def _rows(file: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[_Row]:
     """The figures of all rows and comparisons with the wanted fields."""
     return [
-        _Figure(row["value"], row["ci_low"], row["ci_high"])
+        _Row(row["value"], row["ci_low"], row["ci_high"])
         for row in [*file["rows"], *file.get("comparisons", [])]
         if all(fnmatch.fnmatchcase(str(row[key]), str(value)) for key, value in wanted.items())
     ]

@@ -22,5 +22,12 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--grid", action="store_true", help="choose among several settings on validation"
     )
+    parser.add_argument(
+        "--openings",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="file that counts measurements of test; default: test_openings.json beside --output",
+    )
     parser.add_argument("--output", type=Path, required=True, help="result file (JSON)")
     return parser

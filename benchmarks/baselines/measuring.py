@@ -20,6 +20,12 @@ from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.data.splits import HeldOut, Split
 from pfm_llm.evaluation import metrics, ranking
 from pfm_llm.evaluation.candidates import sample_negatives
+from pfm_llm.evaluation.openings import (
+    OPENINGS,
+    OPENINGS_FILE,
+    count_opening,
+    settings_hash,
+)
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow, write_results
 from pfm_llm.evaluation.tables import terminal_table
@@ -71,16 +77,21 @@ def run(arguments: argparse.Namespace, train: Callable[[ExperimentConfig, Split]
     seed = [] if arguments.seed is None else [f"seed={arguments.seed}"]
     config = load_config(arguments.config, [*arguments.set, *seed])
     processes = start_processes(config.runtime.threads)
-    split = load_corpus(config).split
+    corpus = load_corpus(config)
+    split = corpus.split
     started = time.perf_counter()
     trained = train(config, split)
     seconds = time.perf_counter() - started
+    file = arguments.openings or arguments.output.with_name(OPENINGS_FILE)
+    settings = settings_hash({**trained.settings, "seed": config.seed})
+    opened = count_opening(file, corpus.interactions, split, {trained.method: settings})
     rows, per_user = measure(trained, split, config)
     write_results(
         arguments.output,
         rows,
         {
             **_circumstances(config, processes),
+            OPENINGS: opened,
             "costs": {"training_seconds": seconds},
             "settings": dict(trained.settings),
             "validation_history": [dict(entry) for entry in trained.history],

@@ -71,10 +71,15 @@ class SasRec(nn.Module):
         nn.init.normal_(self.items.weight, std=1 / dim)
         nn.init.normal_(self.positions.weight, std=1 / math.sqrt(dim))
         self.dropout = nn.Dropout(settings.dropout)
+        self.layers = self.make_layers(settings)
+
+    def make_layers(self, settings: Settings) -> nn.Module:
+        """The transformer, from x [windows, T, d] to states of the same shape."""
+        dim = settings.dim
         layer = nn.TransformerEncoderLayer(
             dim, settings.num_heads, dim, settings.dropout, batch_first=True, norm_first=True
         )
-        self.layers = nn.TransformerEncoder(
+        return nn.TransformerEncoder(
             layer, settings.num_layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False
         )
 

@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +33,21 @@ class _Best:
     epoch: int
 
 
-def train(config: ExperimentConfig, split: Split, settings: Sequence[Settings]) -> Trained:
+def train(
+    config: ExperimentConfig,
+    split: Split,
+    settings: Sequence[Settings],
+    method: str = METHOD,
+    network: Callable[[int, Any], SasRec] = SasRec,
+) -> Trained:
     """The best epoch of the best of some settings; ties keep the first.
 
     Args:
         config: Seed and evaluation are read.
         split: Train is trained on, validation chosen on; test is not read.
         settings: At least one.
+        method: The name of the method.
+        network: Makes an untrained network for a number of items and one of the settings.
 
     Raises:
         DataError: No training history has two items.
@@ -50,9 +59,10 @@ def train(config: ExperimentConfig, split: Split, settings: Sequence[Settings]) 
     best: _Best | None = None
     history: list[dict[str, Any]] = []
     total = sum(setting.epochs for setting in settings)
-    with Progress(total, "training SASRec", unit="epochs") as progress:
+    with Progress(total, f"training {method}", unit="epochs") as progress:
         for setting in settings:
-            epochs = train_epochs(histories, len(interactions.catalogue), setting, config.seed)
+            make = functools.partial(network, len(interactions.catalogue), setting)
+            epochs = train_epochs(histories, make, setting, config.seed)
             for epoch, (model, loss) in enumerate(epochs, 1):
                 figures = headline(rank(_Scorer(model), split.validation, negatives))
                 history.append(
@@ -63,7 +73,7 @@ def train(config: ExperimentConfig, split: Split, settings: Sequence[Settings]) 
                 progress.update(loss=loss, ndcg=figures[SELECTED_BY])
     assert best is not None
     return Trained(
-        METHOD,
+        method,
         f"pooled data, {best.epoch} epochs",
         {**dataclasses.asdict(best.settings), "epoch": best.epoch},
         history,
@@ -72,14 +82,14 @@ def train(config: ExperimentConfig, split: Split, settings: Sequence[Settings]) 
 
 
 def train_epochs(
-    histories: Histories, num_items: int, settings: Settings, seed: int
+    histories: Histories, network: Callable[[], SasRec], settings: Settings, seed: int
 ) -> Iterator[tuple[SasRec, float]]:
     """Train from scratch, epoch by epoch.
 
     Args:
         histories: Per user the training item ids, oldest first.
-        num_items: Size of the catalogue.
-        settings: What to train.
+        network: Makes the untrained network.
+        settings: How to train it.
         seed: The experiment's seed.
 
     Yields:
@@ -94,7 +104,7 @@ def train_epochs(
         raise DataError("SASRec: no training history has two items; use a source with longer ones")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "sasrec initial"))
-        model = SasRec(num_items, settings)
+        model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr)
     for epoch in range(1, settings.epochs + 1):
         order = numpy_generator(seed, "sasrec order", epoch).permutation(len(windows))

@@ -12,7 +12,8 @@ events:
 - ``global_temporal``: two cut times for everybody, put so that a share of ``held_out / 2`` of all
   events lies at or after t2, and ``held_out`` at or after t1. Train is t < t1, validation
   t1 <= t < t2, test t >= t2: events that share the time of a cut stay together, on its later
-  side. Users who first appear at or after t1 have no train events.
+  side. Users who first appear at or after t1 train nothing, and are asked at test alone, once
+  they have a history before t2. It needs a clock that users share; see `times.shared_clock`.
 
 With ``keep_ties`` no cut divides a *tie group*: the events of one user that share a timestamp,
 such as a basket, and whose order therefore means nothing. ``leave_last_out`` then holds out the
@@ -47,6 +48,7 @@ from pfm_llm.config.choices import HeldOutSplit, SplitKind
 from pfm_llm.config.data import DataConfig
 from pfm_llm.data.history import History, Query
 from pfm_llm.data.interactions import Catalogue, Interactions
+from pfm_llm.data.times import shared_clock
 
 _MIN_EVENTS = 3
 """One event each for train, validation and test."""
@@ -193,8 +195,8 @@ def split_interactions(interactions: Interactions, config: DataConfig) -> Split:
 
     Raises:
         ConfigError: ``held_out`` is 0 with a rule that needs it.
-        DataError: ``global_temporal`` or ``keep_ties`` without timestamps, too few distinct
-            ones, or no user has a query at validation or at test.
+        DataError: ``global_temporal`` or ``keep_ties`` without timestamps, or with ones that do
+            not serve; or no user has a query at validation or at test.
     """
     if config.split is SplitKind.LEAVE_LAST_OUT:
         cuts = _leave_last_out(interactions)
@@ -268,12 +270,7 @@ def _last_fraction(interactions: Interactions, share: float) -> _Cuts:
 
 
 def _global_temporal(interactions: Interactions, share: float) -> _Cuts:
-    times = interactions.timestamps
-    if times is None:
-        raise DataError(
-            "data.split: global_temporal needs timestamps and the source has none; set "
-            "data.columns.timestamp, or use data.split: leave_last_out or last_fraction"
-        )
+    times = shared_clock(interactions.timestamps, interactions.offsets)
     if len(times) < _MIN_EVENTS:
         raise DataError(
             f"data.split: global_temporal needs {_MIN_EVENTS} interactions at least, "

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
+
+from pfm_llm.base.errors import DataError
+
 Number = int | float
 
 _MAX_INTEGER = 2**63
@@ -28,6 +32,7 @@ _YEAR_FIRST = re.compile(r"^(\d{4})([/.])(\d\d?)\2(\d\d?)(?!\d)")
 _YEAR_LAST = re.compile(r"^(\d\d?)([/.-])(\d\d?)\2(\d{4})(?:(?:,? +|T)(\d\d?)(:.+))?$")
 _NOON = re.compile(r"(?<=\d)(?=[AaPp][Mm]$)")  # before AM or PM without a blank
 _MONTHS = 12
+_FEWEST_USERS = 2
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NANO = 10**9
 _FORMATS = (
@@ -178,6 +183,40 @@ def _are_mixed(units: set[str]) -> bool:
 def _commonest(units: Sequence[str | None]) -> str:
     counts = Counter(unit for unit in units if unit is not None)
     return counts.most_common(1)[0][0] if counts else NUMBERS
+
+
+def shared_clock(times: np.ndarray | None, offsets: np.ndarray) -> np.ndarray:
+    """The times, if they are a clock that all users share and no order within each user.
+
+    They are an order if more than half of the users with two events or more begin at the earliest
+    time of all and count on from it by one. Of a single user nobody can tell.
+
+    Args:
+        times: Ascending within each user, int64 or float64 [num_events]; None: there are none.
+        offsets: Where each user's events begin, and the end, int64 [num_users + 1].
+
+    Raises:
+        DataError: There are none, or they are an order.
+    """
+    if times is None:
+        raise DataError(
+            "data.split: global_temporal needs timestamps and the source has none; set "
+            "data.columns.timestamp, or use data.split: leave_last_out or last_fraction"
+        )
+    lengths = np.diff(offsets)
+    several = lengths > 1
+    if several.sum() < _FEWEST_USERS:
+        return times
+    first, last = times[offsets[:-1][several]], times[offsets[1:][several] - 1]
+    counts_on = (first == first.min()) & (last - first == lengths[several] - 1)
+    if 2 * counts_on.sum() > several.sum():
+        raise DataError(
+            "data.split: global_temporal needs a clock that all users share, and these times are "
+            f"an order within each user: {counts_on.sum():,} of {several.sum():,} users begin at "
+            f"{first.min()} and count on by one; name a column of real times in "
+            "data.columns.timestamp, or use data.split: leave_last_out or last_fraction"
+        )
+    return times
 
 
 def _nanoseconds(text: str, day_first: bool) -> int | None:

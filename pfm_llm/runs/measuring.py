@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,21 @@ import numpy as np
 from pfm_llm.base.progress import Progress
 from pfm_llm.config.choices import Task
 from pfm_llm.config.cut_offs import HEADLINE_K
+from pfm_llm.config.schema import training_hash
 from pfm_llm.config.settings import like_threshold
 from pfm_llm.config.settle import known
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import evaluator, ranking
-from pfm_llm.evaluation.baselines.likes import FittedLikes, fit_like_baselines
+from pfm_llm.evaluation.baselines.likes import (
+    LIKE_RATE,
+    LIKE_RIDGE,
+    FittedLikes,
+    fit_like_baselines,
+)
 from pfm_llm.evaluation.baselines.selection import FittedBaseline, fit_baselines
 from pfm_llm.evaluation.candidates import sample_negatives
 from pfm_llm.evaluation.evaluator import OUR_MODES, EvaluationTask, Measured
+from pfm_llm.evaluation.openings import OPENINGS_FILE, count_opening
 from pfm_llm.evaluation.personality.estimates import user_quality
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow
@@ -120,6 +128,31 @@ def gain_of(measured: Measured, name: str = "log_rank", k: int = HEADLINE_K) -> 
         quality_of(measured, mode, name, k) for mode in (Mode.SHARED_PRIVATE, Mode.SHARED_ONLY)
     )
     return np.subtract(own, shared)
+
+
+def count_test(run: Run, file: Path | None = None) -> dict[str, Any]:
+    """Count a measurement of the test split for a run and its baselines, before it begins.
+
+    Args:
+        run: The run.
+        file: The file of the counts; None: the one beside the run's folder.
+
+    Returns:
+        See `count_opening`; empty on a process that is not the main one.
+
+    Raises:
+        CorruptFileError, StorageError: See `count_opening`.
+    """
+    if not run.processes.is_main:
+        return {}
+    config = run.config
+    baselines = list(config.evaluation.baselines)
+    if baselines and like_threshold(config) is not None:
+        baselines += [LIKE_RATE, LIKE_RIDGE]
+    methods = dict.fromkeys(baselines, "chosen on validation")
+    methods[config.method.value] = training_hash(config)[:16]
+    file = file or run.folders.public.with_name(OPENINGS_FILE)
+    return count_opening(file, run.data.interactions, run.data.split, methods)
 
 
 def fit_run_baselines(run: Run) -> list[FittedBaseline]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pfm_llm.base import files
 from pfm_llm.base.metrics_log import MetricsLog
-from pfm_llm.config.choices import Task
+from pfm_llm.config.choices import HeldOutSplit, Task
 from pfm_llm.config.cut_offs import headline_k
 from pfm_llm.config.settle import known
 from pfm_llm.data.splits import HeldOut
@@ -18,6 +18,7 @@ from pfm_llm.evaluation import comparison, tables
 from pfm_llm.evaluation.baselines.likes import FittedLikes
 from pfm_llm.evaluation.baselines.selection import FittedBaseline
 from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
+from pfm_llm.evaluation.openings import OPENINGS
 from pfm_llm.evaluation.ranked import write_ranked
 from pfm_llm.evaluation.ranking import Ranks
 from pfm_llm.evaluation.results import ResultRow, write_results
@@ -33,6 +34,7 @@ from pfm_llm.runs.folders import (
 )
 from pfm_llm.runs.loss_plot import LossScale, plot_loss
 from pfm_llm.runs.measuring import (
+    count_test,
     evaluation_task,
     fit_run_baselines,
     fit_run_likes,
@@ -69,6 +71,7 @@ def evaluate_and_report(
     splits = [run.data.split.named(name) for name in config.evaluation.splits]
     tasks = [_task(run, trained, held_out, ranked) for held_out in splits]
     others = [comparison.read_references(against, config, one.name) for one in splits]
+    opened = _count_test(run)
     measured = [measure(run, task) for task in tasks]
     with run.processes.together():
         if not run.processes.is_main:
@@ -87,13 +90,20 @@ def evaluate_and_report(
                 _write_ranked(run, ranked, task.held_out, {**fitted, **found.ranks})
         costs = _costs(run, trained, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
-        extra = _extra(run, trained, _settings_of(baselines, likes)) | {"costs": costs}
+        extra = _extra(run, trained, _settings_of(baselines, likes)) | opened | {"costs": costs}
         _write_report(run, rows, {GAINS: gains, COMPARISONS: comparisons}, extra)
         _draw(run, measured[-1])
         exported, folder = exported_of(run, trained), run.folders.shared_adapter
         export_shared_adapter(exported, folder, trained.shared, rows)
         if config.adapters.private.enabled:
             lists.write_lists(run, trained)
+
+
+def _count_test(run: Run) -> dict[str, Any]:
+    """The count of test measurements as an entry of the results; empty without the test split."""
+    if HeldOutSplit.TEST not in run.config.evaluation.splits:
+        return {}
+    return {OPENINGS: count_test(run)}
 
 
 def _task(run: Run, trained: Trained, held_out: HeldOut, ranked: Path | None) -> EvaluationTask:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.evaluation.comparison import OVER
-from pfm_llm.evaluation.personality.estimates import Estimate
 from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.evaluation.significance import over_seeds, settled
 from pfm_llm.protocol.types import Mode
 
 COMPARISONS, GAINS = "comparisons", "gains"
@@ -55,16 +55,21 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         [ResultRow(**row) for row in results.get(key, ())] for key in (GAINS, COMPARISONS)
     )
     lines = []
+    level = results.get("config", {}).get("evaluation", {}).get("confidence", 0.95)
     if gains and not results.get(PRIVATE_WEIGHT):
         lines.append("The private part adds nothing: it is left out, at a weight of 0.")
-    elif gains:
-        lines += [_gain(row) for row in gains]
-    lines += [_comparison(row) for row in comparisons]
+        gains = []
+    claimed = [*gains, *comparisons]
+    sure = settled({row: over_seeds([row], level) for row in claimed}, level)
+    lines += [_gain(row, row in sure) for row in gains]
+    lines += [_comparison(row, row in sure) for row in comparisons]
     if lines:
-        level = results["config"]["evaluation"]["confidence"]
+        corrected = ""
+        if len(claimed) > 1:
+            corrected = f" Better and worse hold after Holm's correction for {len(claimed)} tests."
         lines.append(
             f"These are mean differences over the same users, with {level * 100:g} % intervals; a "
-            "positive one is better for the user."
+            f"positive one is better for the user.{corrected}"
         )
     return lines + _refused(results.get("costs", {}))
 
@@ -111,20 +116,22 @@ def differences_table(rows: Sequence[ResultRow], confidence: float) -> str:
     return "\n".join([*lines, ""])
 
 
-def _gain(row: ResultRow) -> str:
+def _gain(row: ResultRow, is_settled: bool) -> str:
     unit = _UNITS[row.metric].format(percent=100 * math.exp(-row.value), k=row.k)
     verdict = _verdict(
         row,
+        is_settled,
         better="users are served better with it",
         worse="users are served worse with it",
-        unclear="the interval holds 0, so this run does not show whether it helps",
+        unclear="this run does not show whether it helps",
     )
     return f"On {row.split}, the private part adds {_value(row)} {unit}: {verdict}."
 
 
-def _comparison(row: ResultRow) -> str:
+def _comparison(row: ResultRow, is_settled: bool) -> str:
     verdict = _verdict(
         row,
+        is_settled,
         better="does better than",
         worse="does worse than",
         unclear="does not differ clearly from",
@@ -133,11 +140,10 @@ def _comparison(row: ResultRow) -> str:
     return f"On {row.split}, {judged} {verdict} {name}: {_value(row)} NDCG@{row.k}."
 
 
-def _verdict(row: ResultRow, better: str, worse: str, unclear: str) -> str:
-    found = Estimate(row.value, row.ci_low, row.ci_high, row.num_users)
-    if found.is_positive:
-        return better
-    return worse if found.is_negative else unclear
+def _verdict(row: ResultRow, is_settled: bool, better: str, worse: str, unclear: str) -> str:
+    if not is_settled:
+        return unclear
+    return better if row.value > 0 else worse
 
 
 def _value(row: ResultRow) -> str:

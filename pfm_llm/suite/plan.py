@@ -78,7 +78,9 @@ class RunConfig(Settings):
         None, min_length=1, description="for every budget; None: the budget's seeds"
     )
     script: str | None = Field(
-        None, description="called with --config FILE --seed N --output FILE instead of training"
+        None,
+        description="called with --config FILE --seed N --output FILE --openings FILE instead "
+        "of training",
     )
     arguments: tuple[str, ...] = Field((), description="further arguments of the script")
     against: str | None = Field(

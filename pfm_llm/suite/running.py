@@ -27,6 +27,7 @@ from pfm_llm.base.errors import (
 )
 from pfm_llm.base.locks import locked
 from pfm_llm.config.schema import ExperimentConfig, dump_config, read_yaml
+from pfm_llm.evaluation.openings import OPENINGS_FILE
 from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.runs.folders import CONFIG_FILE, ENVIRONMENT_FILE, RESULTS_FILE
 from pfm_llm.suite import records
@@ -46,13 +47,14 @@ class Tools:
     Attributes:
         train: Trains a config and evaluates it on the config's splits. Takes the config and
             whether to resume, returns the run's folder.
-        evaluate: Takes a run's folder and the budget, returns the rows of the final evaluation.
+        evaluate: Takes a run's folder, the budget and the file that counts measurements of test,
+            returns the rows of the final evaluation.
         script: Calls a baseline's script, as `call_script` does.
         compare: Compares two runs, as `adds.adds_rows` does; None: nothing is compared.
     """
 
     train: Callable[[ExperimentConfig, bool], Path]
-    evaluate: Callable[[Path, str], Sequence[ResultRow]]
+    evaluate: Callable[[Path, str, Path], Sequence[ResultRow]]
     script: Callable[..., None] = call_script
     compare: Callable[..., Sequence[ResultRow]] | None = None
 
@@ -113,6 +115,7 @@ class _Runner:
     def __init__(self, plan: Plan, results: Path, tools: Tools, keep: bool, pace: Pace) -> None:
         self._plan, self._results, self._tools = plan, results, tools
         self._keep, self._pace = keep, pace
+        self._openings = results / OPENINGS_FILE
 
     def settle(self, run: SuiteRun) -> str | None:
         """Complete a run; returns the error message if it failed."""
@@ -157,7 +160,7 @@ class _Runner:
         config = found[choice.index].settled(chosen.config)
         files.write_text(chosen.folder / CONFIG_FILE, dump_config(config))
         with self._pace.evaluating(run):
-            rows = self._tools.evaluate(chosen.folder, self._plan.budget)
+            rows = self._tools.evaluate(chosen.folder, self._plan.budget, self._openings)
         rows = [*rows, *self._compared(run, chosen)]
         _, extra = read_results(chosen.folder / RESULTS_FILE)
         extra |= records.result_extra(self._plan, run, choice, found)
@@ -242,7 +245,14 @@ class _Runner:
         script, *further = run.script
         _log.info("calling %s for %s", " ".join(run.script), run.label)
         started = self._pace.now()
-        self._tools.script(Path(script), further, config=config, seed=run.seed, output=output)
+        self._tools.script(
+            Path(script),
+            further,
+            config=config,
+            seed=run.seed,
+            output=output,
+            openings=self._openings,
+        )
         rows, extra = read_results(output)
         record = Record(tuple(rows), None, self._pace.now() - started)
         choice = records.choose(run, [record], self._plan.select)

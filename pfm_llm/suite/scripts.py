@@ -14,7 +14,13 @@ _LINES_KEPT = 5
 
 
 def call_script(
-    script: Path, arguments: Sequence[str], *, config: Path, seed: int, output: Path
+    script: Path,
+    arguments: Sequence[str],
+    *,
+    config: Path,
+    seed: int,
+    output: Path,
+    openings: Path,
 ) -> None:
     """Run a script to its end, and log what it writes to standard error.
 
@@ -24,6 +30,7 @@ def call_script(
         config: A resolved config; the script takes data, split and evaluation from it.
         seed: For all of the script's randomness.
         output: Where the script writes its rows, as `results.write_results` does.
+        openings: Where it counts that it measures test, as `openings.count_opening` does.
 
     Raises:
         ConfigError: There is no such script.
@@ -33,7 +40,8 @@ def call_script(
         raise ConfigError(f"no script at {script}; paths are relative to the current folder")
     output.unlink(missing_ok=True)
     command = [sys.executable, str(script), "--config", str(config)]
-    command += ["--seed", str(seed), "--output", str(output), *arguments]
+    command += ["--seed", str(seed), "--output", str(output), "--openings", str(openings)]
+    command += arguments
     last: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
         assert process.stderr is not None

@@ -41,7 +41,7 @@ def suite(tiny: Tiny, tmp_path: Path) -> Path:
     return path
 
 
-def final(run: Path, budget: str) -> Sequence[ResultRow]:
+def final(run: Path, budget: str, openings: Path) -> Sequence[ResultRow]:
     """Stands for the study: the same run's validation rows, as if they were of test."""
     rows, _ = read_results(run / RESULTS_FILE)
     return [ResultRow(**vars(row) | {"split": "test"}) for row in rows]

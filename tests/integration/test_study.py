@@ -10,7 +10,7 @@ import pytest
 
 from pfm_llm.data.splits import new_items
 from pfm_llm.evaluation.results import ResultRow
-from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.runs.folders import RESULTS_FILE, TABLE_FILE
 from pfm_llm.runs.opening import open_run
 from pfm_llm.runs.study.cold_start import first_events
@@ -42,6 +42,24 @@ def _study(tiny: Tiny, rated: Path, output: Path, **settings: Any) -> tuple[Path
     config = tiny.config(output, data__source=str(rated), **LIKES, **settings)
     run = run_experiment(config)
     return run, study_run(run, "small")
+
+
+def test_each_measurement_of_test_is_counted(tiny: Tiny, rated: Path, tmp_path: Path) -> None:
+    settings = LIKES | {"data__source": str(rated), "evaluation__splits": ["test"]}
+    run = run_experiment(tiny.config(tmp_path, method="pfm", regime="fedsgd", **settings))
+    study_run(run, "small")
+    methods = json.loads((run / RESULTS_FILE).read_text())["test_openings"]["methods"]
+    assert {"pfm", "popularity", "like_rate", "like_ridge"} <= methods.keys()
+    assert {own["times"] for own in methods.values()} == {2}  # at the end of training, and now
+    study_run(run, "small", tmp_path / "elsewhere.json")
+    evaluate_run(run)
+    counted = json.loads((run / RESULTS_FILE).read_text())["test_openings"]["methods"]["pfm"]
+    assert counted == {"times": 3, "times_with_these_settings": 3}
+    # Validation alone opens nothing.
+    config = tiny.config(tmp_path / "other", evaluation__splits=["validation"])
+    folder = run_experiment(config)
+    assert "test_openings" not in json.loads((folder / RESULTS_FILE).read_text())
+    assert not (tmp_path / "other" / "test_openings.json").exists()
 
 
 def test_users_without_a_query_take_no_part(tiny: Tiny, rated: Path, tmp_path: Path) -> None:

@@ -13,7 +13,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.baselines import pfedrec, pfedrec_training, sasrec, sasrec_training
+from benchmarks.baselines import (
+    esasrec,
+    esasrec_model,
+    pfedrec,
+    pfedrec_training,
+    sasrec,
+    sasrec_training,
+)
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.cli.start import run_safely
 from pfm_llm.config.schema import load_config
@@ -25,7 +32,7 @@ from pfm_llm.runs.run import load_corpus
 from tests.support.tiny import Tiny
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"sasrec": sasrec, "pfedrec": pfedrec}
+SCRIPTS = {"sasrec": sasrec, "esasrec": esasrec, "pfedrec": pfedrec}
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +40,7 @@ def small_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs, two rounds."""
     for module, changes in (
         (sasrec_training, {"dim": 8, "epochs": 2}),
+        (esasrec_model, {"dim": 8, "epochs": 2}),
         (pfedrec_training, {"dim": 4, "rounds": 2, "lr_eta": 1.0}),
     ):
         grid: Any = module.GRID
@@ -42,7 +50,8 @@ def small_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(tiny: Tiny, tmp_path: Path, **changes: Any) -> argparse.Namespace:
     config = tiny.config_file(tmp_path / "tiny.yaml", tmp_path / "runs")
-    values = {"config": str(config), "set": [], "seed": None, "grid": False, "negatives": "honest"}
+    values = {"config": str(config), "set": [], "seed": None, "grid": False, "openings": None}
+    values["negatives"] = "honest"
     return argparse.Namespace(**{**values, "output": tmp_path / "out.json", **changes})
 
 
@@ -65,6 +74,10 @@ def test_results_stand_beside_those_of_a_run(
     assert name in results_table(rows, "test")
     assert extra["config"]["data"]["split"] == split
     assert extra["environment"]["seed"] == 3
+    assert extra["test_openings"]["methods"][name] == {
+        "times": 1,
+        "times_with_these_settings": 1,
+    }
     assert len(extra["validation_history"]) == 2
     assert extra["costs"]["training_seconds"] > 0
 
@@ -121,7 +134,7 @@ def test_a_grid_is_chosen_from(name: str, tiny: Tiny, tmp_path: Path) -> None:
     history = extra["validation_history"]
     assert len(history) == 4
     best = max(history, key=lambda entry: entry["ndcg@10"])
-    assert extra["settings"].items() <= {**best, "negatives": "honest"}.items()
+    assert extra["settings"].items() <= {"negatives": "honest", **best}.items()
 
 
 def test_equal_seeds_give_equal_results(tiny: Tiny, tmp_path: Path) -> None:
@@ -131,7 +144,8 @@ def test_equal_seeds_give_equal_results(tiny: Tiny, tmp_path: Path) -> None:
             given = arguments(tiny, tmp_path)
             script.run(given)
             content = json.loads(given.output.read_text())
-            contents.append({k: v for k, v in content.items() if k != "costs"})
+            counted = ("costs", "test_openings")
+            contents.append({k: v for k, v in content.items() if k not in counted})
         assert contents[0] == contents[1]
 
 

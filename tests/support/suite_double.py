@@ -160,8 +160,9 @@ class World:
         self.before(f"{config.name} ended")
         return folder
 
-    def evaluate(self, folder: Path, budget: str) -> list[ResultRow]:
+    def evaluate(self, folder: Path, budget: str, openings: Path) -> list[ResultRow]:
         """Stands for `study.study_run`."""
+        assert openings == self.results / "test_openings.json"
         assert (folder / "results.json").exists()
         self.evaluated.append((folder.name, budget))
         self.before(f"{folder.name} evaluated")
@@ -169,9 +170,17 @@ class World:
         return [row(split="test", value=0.08), popularity(split="test")]
 
     def script(
-        self, script: Path, arguments: Sequence[str], *, config: Path, seed: int, output: Path
+        self,
+        script: Path,
+        arguments: Sequence[str],
+        *,
+        config: Path,
+        seed: int,
+        output: Path,
+        openings: Path,
     ) -> None:
         """Stands for `scripts.call_script`."""
+        assert openings == self.results / "test_openings.json"
         self.started.append((config.name, False))
         rows = [
             row(method="sasrec", mode="none", value=0.12, split=split)

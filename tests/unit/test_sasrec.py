@@ -23,6 +23,10 @@ def model_of(seed=0, **changes):
         return SasRec(NUM_ITEMS, dataclasses.replace(SMALL, **changes)).eval()
 
 
+def epochs_of(histories, settings, seed):
+    return train_epochs(histories, functools.partial(SasRec, NUM_ITEMS, settings), settings, seed)
+
+
 def pairs(history, window):
     return [(items.tolist(), targets.tolist()) for items, targets in cut(np.array(history), window)]
 
@@ -98,7 +102,7 @@ def test_training_drops_out_after_scoring_too():
     for dropout, num_losses in ((0.0, 1), (0.5, 3)):
         settings = dataclasses.replace(still, dropout=dropout)
         losses = []
-        for model, loss in train_epochs(histories, NUM_ITEMS, settings, 0):
+        for model, loss in epochs_of(histories, settings, 0):
             model.score(histories)
             losses.append(round(loss, 5))
         assert len(set(losses)) == num_losses
@@ -120,7 +124,7 @@ def test_epochs_depend_on_the_seed_alone():
 
     def scores(seed, disturb=False):
         before = torch.get_rng_state()
-        for model, _ in train_epochs(histories, NUM_ITEMS, settings, seed):
+        for model, _ in epochs_of(histories, settings, seed):
             newest = model
             if disturb:
                 torch.rand(3)
@@ -160,7 +164,7 @@ def test_the_best_epoch_of_the_best_setting_counts(tiny, tmp_path, monkeypatch):
     assert trained.budget == "pooled data, 2 epochs"
     # What scores is the model of that epoch, untouched by those after it.
     histories = [split.train.interactions.history(user) for user in range(20)]
-    epochs = train_epochs(histories, NUM_ITEMS, SMALL, config.seed)
+    epochs = epochs_of(histories, SMALL, config.seed)
     next(epochs)
     model, _ = next(epochs)
     queries = range(len(split.validation.users))
@@ -170,10 +174,10 @@ def test_the_best_epoch_of_the_best_setting_counts(tiny, tmp_path, monkeypatch):
 
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(DataError, match="no training history has two items"):
-        next(train_epochs([np.array([1]), np.array([], int)], NUM_ITEMS, SMALL, 0))
+        next(epochs_of([np.array([1]), np.array([], int)], SMALL, 0))
     hot = dataclasses.replace(SMALL, lr=float("inf"))
     with pytest.raises(TrainingError, match="epoch 1 is not finite"):
-        next(train_epochs([np.array([1, 2, 3])] * 20, NUM_ITEMS, hot, 0))
+        next(epochs_of([np.array([1, 2, 3])] * 20, hot, 0))
 
 
 def test_the_grid_is_small_and_begins_with_the_default():

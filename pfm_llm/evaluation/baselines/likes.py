@@ -28,6 +28,7 @@ from pfm_llm.data.interactions import Interactions
 from pfm_llm.data.splits import HeldOut, Split
 from pfm_llm.evaluation.metrics import FloatArray, per_user_auc
 
+LIKE_RATE, LIKE_RIDGE = "like_rate", "like_ridge"
 DAMPINGS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
@@ -64,6 +65,11 @@ class FittedLikes:
         return per_user_auc(scores, liked)
 
 
+def num_like_settings() -> dict[str, int]:
+    """Name of each baseline of likes to the number of settings that validation chooses among."""
+    return {LIKE_RATE: len(DAMPINGS), LIKE_RIDGE: len(DAMPINGS) + len(RIDGES)}
+
+
 def fit_like_baselines(
     split: Split, threshold: float, features: npt.NDArray[np.floating]
 ) -> list[FittedLikes]:
@@ -91,9 +97,9 @@ def fit_like_baselines(
 
     # A ridge on no features is the like rate alone.
     nothing, scaled = features[:, :0].astype(np.float64), _standardised(features)
-    rates = [made("like_rate", {"damping": damping}, nothing) for damping in DAMPINGS]
+    rates = [made(LIKE_RATE, {"damping": damping}, nothing) for damping in DAMPINGS]
     rate = max(rates, key=lambda one: one.validation_auc)
-    ridges = (made("like_ridge", {**rate.hyperparameters, "l2": l2}, scaled) for l2 in RIDGES)
+    ridges = (made(LIKE_RIDGE, {**rate.hyperparameters, "l2": l2}, scaled) for l2 in RIDGES)
     return [rate, max(ridges, key=lambda one: one.validation_auc)]
 
 

@@ -109,6 +109,14 @@ def check_baselines(names: Sequence[str], num_users: int, num_items: int) -> Non
         check_size(num_users, num_items)
 
 
+def num_settings(name: BaselineName) -> int:
+    """How many settings validation chooses among; those of its parts included for a mixture."""
+    if name is not BaselineName.EASE_MARKOV:
+        return len([*_grid(name)])
+    parts = (BaselineName.EASE, BaselineName.MARKOV_RECENCY)
+    return len(EASE_WEIGHTS) + sum(map(num_settings, parts))
+
+
 class _Selection:
     """Chooses the setting of each baseline once, even if a mixture uses the baseline too."""
 
@@ -177,7 +185,7 @@ def _num_settings(names: Sequence[BaselineName]) -> int:
     if BaselineName.EASE_MARKOV in wanted:
         wanted |= {BaselineName.EASE, BaselineName.MARKOV_RECENCY}
     mixed = BaselineName.EASE_MARKOV
-    return sum(1 if name is mixed else len([*_grid(name)]) for name in wanted)
+    return sum(1 if name is mixed else num_settings(name) for name in wanted)
 
 
 def _grid(name: BaselineName) -> Iterator[Baseline]:

@@ -13,9 +13,7 @@ import numpy as np
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.cut_offs import HEADLINE_K
 from pfm_llm.evaluation.metrics import FloatArray, IntArray, bootstrap_interval, ndcg, per_user
-
-ROUNDING = 1e-9
-"""Qualities that differ by less count as equal: the order of summation changes them so much."""
+from pfm_llm.evaluation.significance import ROUNDING
 
 _NAME = re.compile(r"[a-z0-9_]+")
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.evaluation.metrics import FloatArray, resampled_means
-from pfm_llm.evaluation.personality.estimates import ROUNDING, Bootstrap, Estimate, estimate
+from pfm_llm.evaluation.personality.estimates import Bootstrap, Estimate, estimate
 from pfm_llm.evaluation.personality.groups import members, slug
+from pfm_llm.evaluation.significance import ROUNDING, holm
 
 MIN_USERS = 10
 """Groups with fewer users are merged."""
@@ -120,33 +121,6 @@ def group_harm(
 def harm_figures(groups: Mapping[str, GroupHarm]) -> dict[str, Estimate]:
     """The groups' mean gains as named figures, ``harm_<grouping>_<label>``; positive is better."""
     return {f"harm_{name}": group.gain for name, group in groups.items()}
-
-
-def holm(p_values: FloatArray) -> FloatArray:
-    """Holm's step-down correction for several tests.
-
-    Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
-    Statistics 6(2), 1979: with p sorted ascending, the i-th of m becomes
-    max over j <= i of min(1, (m - j + 1) p_j). It is valid for dependent tests, such as these: a
-    user is in several groups.
-
-    Args:
-        p_values: float64 [m].
-
-    Returns:
-        float64 [m], in the order given.
-
-    Raises:
-        DataError: One is not in [0, 1].
-    """
-    p_values = np.asarray(p_values, np.float64)
-    if not ((p_values >= 0) & (p_values <= 1)).all():
-        raise DataError("Holm's correction: a p-value is not between 0 and 1")
-    order = np.argsort(p_values, kind="stable")
-    remaining = len(p_values) - np.arange(len(p_values))
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * remaining), 1.0)
-    return adjusted
 
 
 def _gains_by_group(

@@ -8,12 +8,14 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pfm_llm.config.choices import Task
 from pfm_llm.config.cut_offs import headline_k
 from pfm_llm.evaluation import comparison
+from pfm_llm.evaluation.openings import OPENINGS
 from pfm_llm.evaluation.personality.curves import (
     COLD_START,
     MEMORY,
@@ -29,6 +31,7 @@ from pfm_llm.evaluation.results import ResultRow, read_results, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.runs.folders import RESULTS_FILE
 from pfm_llm.runs.measuring import (
+    count_test,
     evaluation_task,
     fit_run_baselines,
     fit_run_likes,
@@ -53,35 +56,37 @@ _MODES = (Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
 _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
 
 
-def study_run(folder: Path, budget: str) -> list[ResultRow]:
+def study_run(folder: Path, budget: str, openings: Path | None = None) -> list[ResultRow]:
     """Measure a finished run on test: ranks, likes, and the personality of a private part.
 
-    The run's ``results.json`` gets three more entries: ``per_user`` with the gain of each user,
-    ``harm`` with the p-values of each group of users (see `harm.group_harm`), and
-    ``private_weight`` with the weight of the private part.
+    The run's ``results.json`` gets ``test_openings`` (see `count_opening`), and with a private part
+    three more entries: ``per_user`` with the gain of each user, ``harm`` with the p-values of each
+    group of users (see `harm.group_harm`), and ``private_weight`` with the weight of that part.
 
     Args:
         folder: The run's folder.
         budget: Label of the budget in the rows.
+        openings: The file that counts measurements of test; None: the one beside the run's folder.
 
     Raises:
         CheckpointError: The run has no committed round.
         BusyError: Another process trains or measures the run.
     """
     with run_in_work(folder) as (run, trained):
+        found: dict[str, Any] = {OPENINGS: count_test(run, openings)}
         study = _Study(run, trained, budget)
         rows = study.test_rows()
         study.keep_qualities(folder)
         if run.config.adapters.private.enabled:
             rows += study.personality_rows()
-            path = folder / RESULTS_FILE
-            kept, extra = read_results(path)
-            extra |= {
+            found |= {
                 "per_user": study.per_user(),
                 "harm": study.harm_tests(),
                 PRIVATE_WEIGHT: trained.private_weight,
             }
-            write_results(path, kept, extra)
+        path = folder / RESULTS_FILE
+        kept, extra = read_results(path)
+        write_results(path, kept, {**extra, **found})
         return rows
 
 

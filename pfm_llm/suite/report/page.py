@@ -2,14 +2,16 @@
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pfm_llm.base import files, templates
 from pfm_llm.config.cut_offs import RANK_LABELS
 from pfm_llm.config.settings import leaves
+from pfm_llm.evaluation.openings import OPENINGS, describe_openings
 from pfm_llm.evaluation.results import AUC
+from pfm_llm.evaluation.significance import settled
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.plan import SelectConfig
 from pfm_llm.suite.report import measures, pictures
@@ -20,6 +22,7 @@ from pfm_llm.suite.report.tables import (
     Column,
     caption,
     columns_of,
+    confidence_of,
     figure_cell,
     mean_figures,
     summary_cells,
@@ -101,6 +104,7 @@ def render(results: Sequence[SuiteResult], drawn: Sequence[Picture]) -> str:
         _modes_table(results),
         *_measure_tables(results),
         _grid_table(results),
+        _openings_table(results),
         _costs_table(results),
         _environment_table(results),
     ]
@@ -145,8 +149,9 @@ def _measure_tables(results: Sequence[SuiteResult]) -> list[Table]:
             if row.metric not in _RANKING:
                 tasks.setdefault(row.metric, {})[row.task] = None
     note = (
-        "Means over users with bootstrap intervals; with several seeds, means of both. Differences "
-        "are in bold where the interval excludes 0, and a positive one is better for the user."
+        "Means over users and seeds, with intervals over both. Differences are in bold where they "
+        "are settled after Holm's correction for those of the table, and a positive one is better "
+        "for the user."
     )
     tables = []
     for heading, metrics in measures.by_group(tasks).items():
@@ -156,11 +161,8 @@ def _measure_tables(results: Sequence[SuiteResult]) -> list[Table]:
             for run, own in by_run(results).items()
             if any(row.metric in metrics for result in own for row in result.own_rows)
         }
-        rows = [
-            _measure_row(named[metric], metric, task, runs.values())
-            for metric in metrics
-            for task in tasks[metric]
-        ]
+        shown = [(named[metric], metric, task) for metric in metrics for task in tasks[metric]]
+        rows = _measure_rows(shown, list(runs.values()))
         meanings = {one.measure.meaning: one.name for one in reversed(named.values())}
         harmed = _harmed(results) if any(m.startswith("harm_") for m in metrics) else []
         tables.append(
@@ -176,12 +178,33 @@ def _measure_tables(results: Sequence[SuiteResult]) -> list[Table]:
     return tables
 
 
-def _measure_row(
-    shown: measures.Shown, metric: str, task: str, runs: Iterable[Sequence[SuiteResult]]
-) -> list[Cell]:
-    column = Column("", metric, (task,), is_difference=shown.measure.is_difference)
-    cells = [figure_cell(mean_figures(own, None, column), column) for own in runs]
-    return [Cell(shown.name), Cell(task.replace("_", " ")), *cells]
+def _measure_rows(
+    shown: Sequence[tuple[measures.Shown, str, str]], runs: Sequence[Sequence[SuiteResult]]
+) -> list[list[Cell]]:
+    """A line for each figure: how it is shown, its metric and its task; a cell for each run."""
+    columns = [
+        Column("", metric, (task,), is_difference=named.measure.is_difference)
+        for named, metric, task in shown
+    ]
+    figures = [[mean_figures(own, None, column) for own in runs] for column in columns]
+    claimed = {
+        (line, run): figure
+        for line, column in enumerate(columns)
+        for run, figure in enumerate(figures[line])
+        if column.is_difference and figure
+    }
+    sure = settled(claimed, confidence_of(runs[0]))
+    return [
+        [
+            Cell(named.name),
+            Cell(task.replace("_", " ")),
+            *(
+                figure_cell(figure, columns[line], is_settled=(line, run) in sure)
+                for run, figure in enumerate(figures[line])
+            ),
+        ]
+        for line, (named, _, task) in enumerate(shown)
+    ]
 
 
 def _harmed(results: Sequence[SuiteResult]) -> list[str]:
@@ -225,6 +248,23 @@ def _grid_table(results: Sequence[SuiteResult]) -> Table:
         header,
         rows,
         num_names=2,
+    )
+
+
+def _openings_table(results: Sequence[SuiteResult]) -> Table:
+    rows = []
+    for result in results:
+        openings = result.extra.get(OPENINGS, {})
+        own = sorted({row.method for row in result.test_rows})
+        if counted := describe_openings(openings, own):
+            rows.append([Cell(result.run), Cell(str(result.seed)), Cell(counted)])
+    return Table(
+        "Measurements of test",
+        "How often the test split of these data had been measured for each method, this result "
+        "included. Results from before there was a count are left out.",
+        ["Run", "Seed", "Times"],
+        rows,
+        num_names=3,
     )
 
 

@@ -1,4 +1,8 @@
-"""The main table of a suite, as cells and as Markdown: a line per method, means over seeds."""
+"""The main table of a suite, as cells and as Markdown: a line per method, means over seeds.
+
+A table claims a difference, in bold, where it is not 0 after Holm's correction for all differences
+of the table (`significance.settled`).
+"""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,29 +11,16 @@ from pathlib import Path
 
 from pfm_llm.config.cut_offs import RANK_LABELS, headline_k
 from pfm_llm.evaluation.results import AUC, AUC_LABEL, ResultRow
+from pfm_llm.evaluation.significance import Figure, over_seeds, settled
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
+from pfm_llm.suite.report.trials import trials_of_baseline, trials_of_run
 
 _NEXT_ITEM, _LIKE = "next_item", "like"
 _POPULARITY, _POOLED = "popularity", "central"
 _LEAKING = "_leaking"
 _BYTES_PER_MB = 1e6
 _QUALITIES = (*RANK_LABELS, AUC)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A value with its interval, means over seeds.
-
-    Attributes:
-        value: The mean over users, and over seeds.
-        low: Lower end of the interval over users; with several seeds the mean of their ends.
-        high: Upper end of it.
-    """
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Column:
         k: Cut-off of the rows; None: any.
         form: Format of a number.
         has_interval: Whether to show the interval.
-        is_difference: Whether bold means that the interval excludes 0; otherwise, the best value.
+        is_difference: Whether bold means that the difference is settled; otherwise, the best value.
     """
 
     heading: str
@@ -97,6 +88,7 @@ class Line:
         figures: Column to figure; columns without a figure are absent.
         num_seeds: Number of seeds of the means.
         did_not_learn: Whether it fails to beat popularity on validation with at least one seed.
+        trials: How many models validation chose among; None where nobody knows.
         results: The results of the run; empty for a baseline.
     """
 
@@ -106,6 +98,7 @@ class Line:
     figures: Mapping[Column, Figure]
     num_seeds: int
     did_not_learn: bool
+    trials: int | None
     results: tuple[SuiteResult, ...] = ()
 
     @property
@@ -154,6 +147,7 @@ def summary_lines(results: Sequence[SuiteResult]) -> list[Line]:
                 figures={column: figure for column, figure in figures.items() if figure},
                 num_seeds=len(own),
                 did_not_learn=any(result.extra.get("did_not_learn") for result in own),
+                trials=trials_of_run(own),
                 results=tuple(own),
             )
         )
@@ -168,10 +162,15 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
     """
     lines = summary_lines(results)
     columns = [c for c in columns_of(results) if any(c in line.figures for line in lines)]
-    interval = f" [{results[0].extra['config']['evaluation']['confidence'] * 100:g} %]"
+    confidence = confidence_of(results)
+    interval = f" [{confidence * 100:g} %]"
     header = ["Method", "Regime"]
     header += [column.heading + (interval if column.has_interval else "") for column in columns]
-    header += ["MB a client and round, up / down", "Client steps, shared + private"]
+    header += [
+        "Validation trials",
+        "MB a client and round, up / down",
+        "Client steps, shared + private",
+    ]
     tops = {
         column: max(
             (
@@ -183,14 +182,31 @@ def summary_cells(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[
         )
         for column in columns
     }
+    sure = _settled(lines, columns, confidence)
     body = []
-    for line in lines:
+    for index, line in enumerate(lines):
         name = line.label + (f", {line.num_seeds} seeds" if line.num_seeds > 1 and line.run else "")
         name += " (did not learn)" if line.did_not_learn else ""
         cells = [Cell(name), Cell(line.regime or "-")]
-        cells += [figure_cell(line.figures.get(column), column, tops[column]) for column in columns]
+        cells += [
+            figure_cell(line.figures.get(column), column, tops[column], (index, column) in sure)
+            for column in columns
+        ]
         body.append([*cells, *_cost_cells(line)])
     return header, body
+
+
+def _settled(
+    lines: Sequence[Line], columns: Sequence[Column], confidence: float
+) -> set[tuple[int, Column]]:
+    """Position of a line and column of each difference that is settled among those of the table."""
+    claimed = {
+        (index, column): line.figures[column]
+        for index, line in enumerate(lines)
+        for column in columns
+        if column.is_difference and column in line.figures
+    }
+    return settled(claimed, confidence)
 
 
 def markdown_table(folder: Path) -> str:
@@ -231,9 +247,9 @@ def caption(results: Sequence[SuiteResult]) -> str:
     text = "whole catalogue ranked"
     if chosen:
         text += ", learning rates chosen on validation"
-    text += ". Best in bold, gains in bold where the interval excludes 0"
+    text += ". Best in bold, gains in bold where they are settled after Holm's correction"
     if len(seeds) > 1:
-        text += "; over several seeds, values and ends of intervals are means"
+        text += "; over several seeds, values are means and intervals are over users and seeds"
     return f"{' · '.join(parts)}; {text}."
 
 
@@ -241,23 +257,31 @@ def mean_figures(
     results: Iterable[SuiteResult], mode: Mode | None, column: Column
 ) -> Figure | None:
     """The mean over results of a figure in one mode (None: any); None if a result lacks it."""
-    return _mean(_found(result.own_rows, column, mode) for result in results)
+    own = list(results)
+    return _mean((_found(result.own_rows, column, mode) for result in own), confidence_of(own))
 
 
-def figure_cell(figure: Figure | None, column: Column, top: str | None = None) -> Cell:
+def confidence_of(results: Sequence[SuiteResult]) -> float:
+    """The coverage of the intervals of a suite's results."""
+    return float(results[0].extra["config"]["evaluation"]["confidence"])
+
+
+def figure_cell(
+    figure: Figure | None, column: Column, top: str | None = None, is_settled: bool = False
+) -> Cell:
     """The cell of a figure, with its interval if the column has one; ``-`` without a figure.
 
     Args:
         figure: The figure.
         column: Its column.
         top: The best value of the column, formatted; it is shown in bold.
+        is_settled: Whether the figure, of a column of differences, is shown in bold.
     """
     if figure is None:
         return Cell("-")
     value, low, high = map(column.form.format, (figure.value, figure.low, figure.high))
-    is_sure = figure.low > 0 or figure.high < 0
     text = f"{value} [{low}, {high}]" if column.has_interval else value
-    return Cell(text, is_sure if column.is_difference else value == top)
+    return Cell(text, is_settled if column.is_difference else value == top)
 
 
 def _baseline_lines(results: Sequence[SuiteResult], columns: Sequence[Column]) -> list[Line]:
@@ -275,9 +299,13 @@ def _baseline_lines(results: Sequence[SuiteResult], columns: Sequence[Column]) -
             found.setdefault(method, {}).setdefault(result.seed, rows)
     lines = []
     for method, seeds in found.items():
-        figures = {c: _mean(_found(rows, c, None) for rows in seeds.values()) for c in columns}
+        figures = {
+            c: _mean((_found(rows, c, None) for rows in seeds.values()), confidence_of(results))
+            for c in columns
+        }
         kept = {column: figure for column, figure in figures.items() if figure}
-        lines.append(Line(method, "", "", kept, len(seeds), method in weak))
+        trials = trials_of_baseline(method, results)
+        lines.append(Line(method, "", "", kept, len(seeds), method in weak, trials))
     return lines
 
 
@@ -291,19 +319,16 @@ def _found(rows: Sequence[ResultRow], column: Column, mode: Mode | None) -> Resu
     return None
 
 
-def _mean(rows: Iterable[ResultRow | None]) -> Figure | None:
+def _mean(rows: Iterable[ResultRow | None], confidence: float) -> Figure | None:
     found = list(rows)
     whole = [row for row in found if row is not None]
     if not whole or len(whole) < len(found):
         return None
-    return Figure(
-        statistics.fmean(row.value for row in whole),
-        statistics.fmean(row.ci_low for row in whole),
-        statistics.fmean(row.ci_high for row in whole),
-    )
+    return over_seeds(whole, confidence)
 
 
 def _cost_cells(line: Line) -> list[Cell]:
+    trials = "-" if line.trials is None else str(line.trials)
     clients, up, down = map(line.mean_cost, ("client_rounds", "bytes_up", "bytes_down"))
     shared, private = map(line.mean_cost, ("shared_client_steps", "private_client_steps"))
     traffic, steps = "-", "-"
@@ -311,7 +336,7 @@ def _cost_cells(line: Line) -> list[Cell]:
         traffic = f"{up / clients / _BYTES_PER_MB:.2f} / {down / clients / _BYTES_PER_MB:.2f}"
     if shared is not None and private is not None:
         steps = f"{shared:,.0f} + {private:,.0f}"
-    return [Cell(traffic), Cell(steps)]
+    return [Cell(trials), Cell(traffic), Cell(steps)]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -301,6 +301,39 @@ def test_global_temporal_without_anything_before_its_first_cut_is_an_error() -> 
         split_interactions(make([[1, 2, 3, 4]], [[5, 5, 5, 9]]), TEMPORAL)
 
 
+def test_global_temporal_refuses_an_order_that_is_no_clock() -> None:
+    histories = [[1, 2, 3, 4], [5, 6, 7], [8, 9, 1]]
+    positions = [[0, 1, 2, 3], [0, 1, 2], [0, 2, 3]]  # one was left out
+    with pytest.raises(DataError, match=r"2 of 3 users begin at 0 and count on by one; name a col"):
+        split_interactions(make(histories, positions), TEMPORAL)
+    for split in (LAST_OUT, FRACTION):
+        split_interactions(make(histories, positions), split)
+    days = [[0, 1, 2, 3], [0, 4, 7], [1, 2, 3]]
+    split_interactions(make(histories, days), TEMPORAL)
+    split_interactions(make(histories[:1], positions[:1]), TEMPORAL)
+
+
+@given(coded_interactions(), SHARES)
+def test_global_temporal_leaves_no_event_out(interactions: Interactions, share: float) -> None:
+    """Each event is a train event, a target, or one of a user without a history before it."""
+    split = try_split(interactions, SplitKind.GLOBAL_TEMPORAL, share)
+    targets = {
+        held_out.name: {int(item) for found in held_out.targets for item in found}
+        for held_out in (split.validation, split.test)
+    }
+    train = set(split.train.interactions.items.tolist())
+    assert not train & targets["validation"]
+    assert not (train | targets["validation"]) & targets["test"]
+    times = dict(zip(interactions.items.tolist(), interactions.timestamps.tolist(), strict=True))
+    left = set(interactions.items.tolist()) - train - targets["validation"] - targets["test"]
+    first_test = min(times[item] for item in targets["test"])
+    for user in range(interactions.num_users):
+        own = interactions.history(user).tolist()
+        for item in left & set(own):
+            cut = first_test if times[item] >= first_test else max(map(times.get, train)) + 1
+            assert not [known for known in own if times[known] < cut]
+
+
 def test_global_temporal_without_timestamps_names_the_remedy() -> None:
     with pytest.raises(DataError, match=r"data\.columns\.timestamp"):
         split_interactions(make([[1, 2, 3, 4]]), TEMPORAL)

@@ -11,7 +11,7 @@ from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.evaluation import metrics
 from pfm_llm.evaluation.personality.estimates import Bootstrap, Estimate, estimate, named_estimates
 from pfm_llm.evaluation.personality.groups import age_band, deciles, members, slug, user_groupings
-from pfm_llm.evaluation.personality.harm import _p_value, group_harm, harm_figures, holm, not_harmed
+from pfm_llm.evaluation.personality.harm import _p_value, group_harm, harm_figures, not_harmed
 
 FEW = Bootstrap(num_resamples=50, confidence=0.9, seed=3)
 NAN = float("nan")
@@ -252,28 +252,3 @@ def test_the_interval_of_a_group_is_that_of_its_members() -> None:
     gain = np.random.default_rng(0).normal(size=20)
     found = group_harm(gain, {"g": ["a", "b"] * 10}, Bootstrap(num_resamples=5000))
     assert found["g_b"].gain == estimate(gain[1::2], Bootstrap(num_resamples=5000))
-
-
-def test_holm_by_hand() -> None:
-    # Sorted .01 .02 .03 .04 times 4, 3, 2, 1: .04 .06 .06 .04, then never falling.
-    assert holm(np.array([0.04, 0.01, 0.03, 0.02])).tolist() == pytest.approx(
-        [0.06, 0.04, 0.06, 0.06]
-    )
-    assert holm(np.array([0.6, 0.7])).tolist() == [1, 1]
-    assert holm(np.zeros(0)).shape == (0,)
-    for bad in (-0.1, 1.1, NAN):
-        with pytest.raises(DataError, match="not between 0 and 1"):
-            holm(np.array([bad]))
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.001, 0.999))
-def test_holm_equals_stepping_down(p_values, level) -> None:
-    """The procedure as it is told: reject the smallest while it is below level / remaining."""
-    rejected = set()
-    for remaining, index in zip(
-        range(len(p_values), 0, -1), np.argsort(p_values, kind="stable"), strict=True
-    ):
-        if p_values[index] * remaining >= level:
-            break
-        rejected.add(int(index))
-    assert set(np.flatnonzero(holm(np.array(p_values)) < level).tolist()) == rejected

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from pfm_llm.base.errors import CorruptFileError, DataError
+from pfm_llm.evaluation.significance import over_seeds
 from scripts.update_claims import Claim, build_claims, claims_text, holds, read_claims
 
 ROOT = Path(__file__).parents[3]
@@ -34,6 +36,7 @@ def repository(root: Path, claim: dict[str, Any], *seeds: list[dict[str, Any]]) 
         content = {
             "rows": rows[:-1],
             "comparisons": rows[-1:],
+            "config": {"evaluation": {"confidence": 0.95}},
             "costs": {"bytes": 6e6, "rounds": 4 * (seed + 1)},
             "environment": {"seed": seed, "git": {"commit": f"{seed}" * 40}},
         }
@@ -65,13 +68,15 @@ def test_every_bar_of_the_committed_claims_holds() -> None:
     assert sum(claim.holds is True for claim in claims) > 10
 
 
-def test_a_figure_is_the_mean_over_seeds_and_so_are_the_ends_of_its_interval(
+def test_a_figure_is_the_mean_over_seeds_with_an_interval_over_users_and_seeds(
     tmp_path: Path,
 ) -> None:
-    """(1 + 2) / 2 = 1.5 in [(0.75 + 1.75) / 2, (1.5 + 2.5) / 2]."""
-    seeds = [[row("other", 9.0), row("gain", 1.0)], [row("gain", 2.0), row("other", 9.0)]]
+    seeds = [[row("other", 9.0), row("gain", 1.9)], [row("gain", 2.0), row("other", 9.0)]]
     claim = only(repository(tmp_path, {"row": {"metric": "gain"}, "bar": "ci_low > 1"}, *seeds))
-    assert (claim.value, claim.ci_low, claim.ci_high) == (1.5, 1.25, 2.0)
+    rows = [SimpleNamespace(**one) for one in (seeds[0][1], seeds[1][0])]
+    whole = over_seeds(rows, 0.95)
+    assert (claim.value, claim.ci_low, claim.ci_high) == (1.95, whole.low, whole.high)
+    assert claim.ci_low < 1.95 - 0.25
     assert claim.holds is True
     assert claim.seeds == (0, 1)
     assert claim.commit == "000000000000, 111111111111"

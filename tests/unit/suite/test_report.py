@@ -11,6 +11,7 @@ import pytest
 
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.evaluation.results import ResultRow, write_results
+from pfm_llm.evaluation.significance import over_seeds
 from pfm_llm.runs import plots
 from pfm_llm.suite.report import measures
 from pfm_llm.suite.report.page import write_report
@@ -112,16 +113,61 @@ def test_a_suite_without_10_among_its_cut_offs_is_shown_at_the_first_one(folder:
 
 
 def test_several_seeds_are_one_line_of_means(folder: Path) -> None:
-    """(0.10 + 0.14) / 2 = 0.12; ends (0.09 + 0.13) / 2 and (0.11 + 0.15) / 2; costs likewise."""
+    """The mean of 0.10 and 0.14 is 0.12, that of 1000 and 3000 steps is 2000."""
     write(folder, "pfm", [on_test(value=0.10)], 0)
     write(folder, "pfm", [on_test(value=0.14)], 1, costs=COSTS | {"shared_client_steps": 3000})
     text = markdown_table(folder)
     (own,) = table_rows(text)[2:]
     assert own[0] == "pfm, 2 seeds"
-    assert own[2] == "**0.1200 [0.1100, 0.1300]**"
+    whole = over_seeds([on_test(value=0.10), on_test(value=0.14)], 0.95)
+    assert own[2] == f"**0.1200 [{whole.low:.4f}, {whole.high:.4f}]**"
+    assert whole.low < 0.11
     assert own[-1] == "2,000 + 2,000"
     assert "seeds 0, 1" in text
-    assert "are means" in text
+    assert "over users and seeds" in text
+
+
+def test_the_number_of_validation_trials_stands_beside_each_method(folder: Path) -> None:
+    """Three grid values times two weights of the private part; the epochs of a script."""
+    config = {
+        "adapters": {"private": {"enabled": True}},
+        "evaluation": {"confidence": 0.95, "private_weights": [0.5, 1.0]},
+    }
+    baselines = ("popularity", "ease", "ease_markov")
+    rows = [on_test(), *(on_test(method=name, mode="none") for name in baselines)]
+    write(folder, "pfm", rows, config=config)
+    shared = {"adapters": {"private": {"enabled": False}}, "evaluation": config["evaluation"]}
+    write(folder, "s", [on_test(method="s", mode="shared_only")], config=shared, position=1)
+    history = [{"epoch": epoch} for epoch in range(4)]
+    script = [on_test(method=name, mode="none") for name in ("sasrec", "elsewhere")]
+    write(folder, "sasrec", script[:1], script=["x.py"], validation_history=history, position=2)
+    write(folder, "other", script[1:], script=["y.py"], position=3)
+    header, _, *body = table_rows(markdown_table(folder))
+    place = header.index("Validation trials")
+    assert {cells[0]: cells[place] for cells in body} == {
+        "popularity": "1", "ease": "5", "ease_markov": "26", "sasrec": "4", "elsewhere": "-",
+        "pfm": "6", "s": "3",
+    }  # fmt: skip
+
+
+def test_differences_are_bold_where_they_are_settled_among_those_of_the_table(
+    folder: Path,
+) -> None:
+    """Each gain is two standard errors from 0: alone it is settled, among three none is."""
+    gain = {"metric": "gain_ndcg", "value": 0.02, "ci_low": 0.0004, "ci_high": 0.0396}
+    write(folder, "a", [on_test(), on_test(**gain)])
+    shown = "+0.0200 [+0.0004, +0.0396]"
+    assert f"**{shown}**" in markdown_table(folder)
+    assert shown in Page(write_report(folder).read_text()).bold
+    for position, name in enumerate("bc", 1):
+        write(folder, name, [on_test(), on_test(**gain)], position=position)
+    text = markdown_table(folder)
+    assert text.count(shown) == 3
+    assert f"**{shown}**" not in text
+    assert shown not in Page(write_report(folder).read_text()).bold
+    sure = gain | {"ci_low": 0.01, "ci_high": 0.03}
+    write(folder, "c", [on_test(), on_test(**sure)], position=2)
+    assert "**+0.0200 [+0.0100, +0.0300]**" in markdown_table(folder)
 
 
 def test_a_figure_that_one_seed_lacks_is_not_a_mean_of_the_others(folder: Path) -> None:

@@ -15,12 +15,12 @@ from tests.support.suite_double import World
 GOOD = """
 import argparse, json, pathlib, sys
 parser = argparse.ArgumentParser()
-for name in ("--config", "--seed", "--output"):
+for name in ("--config", "--seed", "--output", "--openings"):
     parser.add_argument(name, required=True)
 arguments = parser.parse_args()
 print("reading", file=sys.stderr)
 config = pathlib.Path(arguments.config).read_text()
-pathlib.Path(arguments.output).write_text(json.dumps([config, arguments.seed]))
+pathlib.Path(arguments.output).write_text(json.dumps([config, arguments.seed, arguments.openings]))
 """
 
 
@@ -33,13 +33,14 @@ def call(folder: Path, text: str, *arguments: str) -> None:
     script, config = folder / "s.py", folder / "c.yaml"
     script.write_text(text)
     config.write_text("name: x")
-    call_script(script, arguments, config=config, seed=3, output=folder / "out.json")
+    files = {"config": config, "output": folder / "out.json", "openings": Path("o.json")}
+    call_script(script, arguments, seed=3, **files)
 
 
 def test_a_script_gets_config_seed_and_output(tmp_path: Path, caplog) -> None:
     caplog.set_level("INFO")
     call(tmp_path, GOOD)
-    assert (tmp_path / "out.json").read_text() == '["name: x", "3"]'
+    assert (tmp_path / "out.json").read_text() == '["name: x", "3", "o.json"]'
     assert "s: reading" in caplog.text
 
 
@@ -53,7 +54,14 @@ def test_a_script_that_fails_says_why_and_its_old_output_does_not_count(tmp_path
 
 def test_a_missing_script_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no script at"):
-        call_script(tmp_path / "s.py", (), config=tmp_path, seed=0, output=tmp_path / "o")
+        call_script(
+            tmp_path / "s.py",
+            (),
+            config=tmp_path,
+            seed=0,
+            output=tmp_path / "o",
+            openings=tmp_path / "t",
+        )
 
 
 def test_a_stopped_suite_leaves_no_script_running(tmp_path: Path, monkeypatch) -> None:
@@ -119,7 +127,8 @@ def test_further_arguments_reach_the_script(world: World, tmp_path: Path) -> Non
     world.write(runs=[{"name": "s", "script": "s.py", "arguments": ["--grid", "-x"]}])
     assert world.run(script=note) == {}
     assert calls == [(Path("s.py"), ["--grid", "-x"])]
-    with pytest.raises(TrainingError, match=r"said: --config .* --seed 3 --output .* --grid -x$"):
+    said = r"said: --config .* --seed 3 --output .* --openings o\.json --grid -x$"
+    with pytest.raises(TrainingError, match=said):
         call(tmp_path, "import sys\nsys.exit(' '.join(sys.argv[1:]))", "--grid", "-x")
 
 

@@ -26,3 +26,14 @@ def test_committed_results_are_those_of_the_suites_as_they_stand(name: str) -> N
     assert found
     other = {label: s.detail for label, s in found.items() if s.state is not State.DONE}
     assert other.keys() == {label for label in STALE if label in found}, other
+
+
+def test_the_suite_with_one_cut_in_time_differs_from_groceries_by_its_split_alone() -> None:
+    def settings(name: str) -> dict[str, object]:
+        plan = make_plan(find_config(f"suites/{name}"), "full", ["pfm-fedsgd"])
+        tree = plan.runs[0].points[0].config.model_dump(mode="json")
+        return {key: value for key, value in tree.items() if key != "output"}
+
+    timed, usual = settings("groceries_time"), settings("groceries")
+    assert timed.pop("data") | {"split": "leave_last_out"} == usual.pop("data")
+    assert timed == usual
