@@ -143,8 +143,6 @@ def count_test(run: Run, file: Path | None = None) -> dict[str, Any]:
     Raises:
         CorruptFileError, StorageError: See `count_opening`.
     """
-    if not run.processes.is_main:
-        return {}
     config = run.config
     baselines = list(config.evaluation.baselines)
     if baselines and like_threshold(config) is not None:
@@ -152,7 +150,10 @@ def count_test(run: Run, file: Path | None = None) -> dict[str, Any]:
     methods = dict.fromkeys(baselines, "chosen on validation")
     methods[config.method.value] = training_hash(config)[:16]
     file = file or run.folders.public.with_name(OPENINGS_FILE)
-    return count_opening(file, run.data.interactions, run.data.split, methods)
+    with run.processes.together():
+        if not run.processes.is_main:
+            return {}
+        return count_opening(file, run.data.interactions, run.data.split, methods)
 
 
 def fit_run_baselines(run: Run) -> list[FittedBaseline]:
