@@ -72,6 +72,8 @@ class QuestionEncoder:
 
     Attributes:
         answers: The tokens of yes and of no.
+        prompt_hash: Identity of the prompt.
+        settings: As given.
 
     Raises:
         ConfigError: An answer is not a single token.
@@ -87,7 +89,8 @@ class QuestionEncoder:
         max_tokens: int,
     ) -> None:
         self.answers = prompt.answer_tokens(tokenizer)
-        self._settings = settings
+        self.prompt_hash = prompt.content_hash()
+        self.settings = settings
         fields = prompt.fields_of(catalogue)
         cache = assets.cache_dir() / "tokens"
         self._items = _cut(
@@ -139,7 +142,7 @@ class QuestionEncoder:
     def _history(self, query: Query) -> np.ndarray:
         """The tokens before a question."""
         labels = query.history.labels
-        newest = np.flatnonzero(labels != NO_LABEL)[-self._settings.shown_items :]
+        newest = np.flatnonzero(labels != NO_LABEL)[-self.settings.shown_items :]
         tokens = [self._header]
         for heading, label in ((self._liked, 1), (self._disliked, 0)):
             items = query.history.items[newest[labels[newest] == label]]
