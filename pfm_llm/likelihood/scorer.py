@@ -89,7 +89,9 @@ class LikelihoodScorer:
             BackboneError: The language model cannot answer questions.
         """
         backbone, prompt = parts.backbone, load_question(settings.prompt)
-        limit = backbone.max_tokens
+        # A row shows a question the whole history: a layer with a sliding window must see it too.
+        window = getattr(backbone.model.config.get_text_config(), "sliding_window", None)
+        limit = min(backbone.max_tokens, window or backbone.max_tokens)
         encoder = QuestionEncoder(prompt, catalogue, backbone.tokenizer, settings, limit)
         layers = config.adapters.num_layers
         model = LikelihoodModel(backbone, parts.adapter, layers, parts.private, encoder.answers)
