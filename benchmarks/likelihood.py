@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     parser.add_argument("--validation-users", type=int, default=80)
     parser.add_argument("--test-users", type=int, default=150)
-    parser.add_argument("--private-users", type=int, default=50)
-    parser.add_argument("--listed-users", type=int, default=40, help="users of re-ranked lists")
+    parser.add_argument("--private-users", type=int, default=30)
+    parser.add_argument("--listed-users", type=int, default=30, help="users of re-ranked lists")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "likelihood")
     arguments = parser.parse_args()
     from pfm_llm.cli.start import run_safely
@@ -57,35 +57,44 @@ def run(arguments: argparse.Namespace) -> None:
     from benchmarks.likelihood_bench import COHORT, SEEDS, SETTINGS, Bench
     from pfm_llm.config.schema import load_config
     from pfm_llm.config.shipped import find_config
-    from pfm_llm.evaluation.results import write_results
 
     with tempfile.TemporaryDirectory() as folder:
         settings = [*SETTINGS, f"federation.cohort_size={COHORT}", *arguments.settings]
         config = load_config(find_config(arguments.config), settings)
         users = arguments.validation_users, arguments.test_users
         bench = Bench.of(config, Path(folder), *users)
+        _say(f"questions are read: {bench.costs}")
         chosen, grid = choose(bench)
         _say(f"chosen on validation: {chosen}")
         found, trained = measure_shots(bench, chosen)
+        extra: dict[str, Any] = {"grid": grid, "chosen": {str(k): v for k, v in chosen.items()}}
+        write(bench, arguments.out, found, extra)
+        few = arguments.listed_users
+        lists = likelihood_lists.measure(arguments.run, bench.scorer, trained[64, SEEDS[0]], few)
+        bench.costs.update(lists.pop("costs"))
+        write(bench, arguments.out, found, extra | lists)
         private = measure_private(bench, trained, arguments.private_users)
-        shared = trained[64, SEEDS[0]]
-    lists = likelihood_lists.measure(arguments.run, bench.scorer, shared, arguments.listed_users)
-    for seed in SEEDS:
-        extra = {
-            "config": bench.config.model_dump(mode="json"),
-            "questions": bench.settings(),
-            "environment": bench.environment(seed),
-            "grid": grid,
-            "chosen": {str(shots): setting for shots, setting in chosen.items()},
-            "private": private,
-            **lists,
-            "costs": {**lists["costs"], **bench.costs},
-        }
-        write_results(arguments.out / f"films-s{seed}.json", found[seed], extra)
+        write(bench, arguments.out, found, extra | lists | {"private": private})
     for seed, rows in found.items():
         for row in rows:
             figure = f"{row.metric} {row.value:.4f} [{row.ci_low:.4f}, {row.ci_high:.4f}]"
             _say(f"seed {seed}: {row.method}, {row.budget}: {figure}")
+
+
+def write(
+    bench: "Bench", folder: Path, found: "dict[int, list[ResultRow]]", extra: dict[str, Any]
+) -> None:
+    """Write what is measured so far: one file for each seed."""
+    from pfm_llm.evaluation.results import write_results
+
+    for seed, rows in found.items():
+        about = {
+            "config": bench.config.model_dump(mode="json"),
+            "questions": bench.settings(),
+            "environment": bench.environment(seed),
+            "costs": bench.costs,
+        }
+        write_results(folder / f"films-s{seed}.json", rows, about | extra)
 
 
 def choose(bench: "Bench") -> tuple[Chosen, list[dict[str, Any]]]:
