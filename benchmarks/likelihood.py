@@ -146,31 +146,24 @@ def measure_private(
     bench: "Bench", trained: "dict[tuple[int, int], SharedState]", count: int
 ) -> dict[str, Any]:
     """AUC of some test users with and without a private LoRA on their newest training items."""
-    from benchmarks.likelihood_bench import (
-        OWN_QUESTIONS,
-        OWN_STEPS,
-        PRIVATE,
-        SEEDS,
-        ask,
-        make_task,
-        with_settings,
-    )
+    from benchmarks import likelihood_bench as common
     from pfm_llm.evaluation.metrics import per_user_auc
     from pfm_llm.evaluation.personality.estimates import Bootstrap, paired_difference
     from pfm_llm.likelihood.few_shot import newest_questions
     from pfm_llm.model.cohort import Parts
     from pfm_llm.protocol.types import Mode
 
-    few = ask(bench.scorer, bench.test.held_out, count, bench.config)
+    few = common.ask(bench.scorer, bench.test.held_out, count, bench.config)
     train, threshold = bench.data.split.train.interactions, bench.config.data.like_threshold
-    config = with_settings(bench.config, dict(one.split("=") for one in PRIVATE))
-    task = make_task(config, bench.data, bench.folder, bench.task.processes)
+    config = common.with_settings(bench.config, dict(one.split("=") for one in common.PRIVATE))
+    task = common.make_task(config, bench.data, bench.folder, bench.task.processes)
     ids = [f"user-{user}" for user in few.held_out.users]
     own = [
-        newest_questions(train, int(user), threshold, OWN_QUESTIONS) for user in few.held_out.users
+        newest_questions(train, int(user), threshold, common.OWN_QUESTIONS)
+        for user in few.held_out.users
     ]
     trainer = task.trainer({c: task.scorer.encoder.rows(q) for c, q in zip(ids, own, strict=True)})
-    shared = trained[64, SEEDS[0]]
+    shared = trained[64, common.SEEDS[0]]
     private = trainer.personalise(ids, shared)
     stacked = task.scorer.stack(shared, private, len(ids))
     modes = {Mode.SHARED_ONLY: Parts(private_weight=0.0), Mode.SHARED_PRIVATE: Parts()}
@@ -179,8 +172,8 @@ def measure_private(
     gain = paired_difference(aucs[Mode.SHARED_PRIVATE], aucs[Mode.SHARED_ONLY], Bootstrap())
     return {
         "shots": 64,
-        "steps": OWN_STEPS,
-        "questions": OWN_QUESTIONS,
+        "steps": common.OWN_STEPS,
+        "questions": common.OWN_QUESTIONS,
         "auc": {mode.value: float(np.nanmean(own)) for mode, own in aucs.items()},
         "gain_auc": dataclasses.asdict(gain),
     }
