@@ -1,9 +1,11 @@
 """Few-shot training by the federated engine, on a tiny world with ratings."""
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +23,11 @@ from pfm_llm.model.build import build_model
 from pfm_llm.model.cohort import Parts
 from pfm_llm.protocol.types import ClientUpdate, Mode, SharedState, Tensors
 from pfm_llm.runs.run import load_corpus
-from tests.conftest import TinyConfig
+from pfm_llm.text.questions import load_question
+from tests.conftest import TinyConfig, TinyRun
 from tests.support.tiny import NUM_USERS, TITLES, write_interactions
 
+PAGE = Path(__file__).parents[3] / "docs" / "likelihood.md"
 THRESHOLD = 4.0
 PROMPT = """
 name = "tiny"
@@ -232,3 +236,18 @@ def test_users_are_scored_as_if_alone(task: MakeTask, monkeypatch: pytest.Monkey
     for found in (scores(queries), [scores([query])[0] for query in queries]):
         for one, expected in zip(found, together, strict=True):
             np.testing.assert_allclose(one, expected, atol=1e-5)
+
+
+def test_the_example_of_the_docs_runs(
+    task: MakeTask, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, _ = task()
+    prompt = load_question(str(tmp_path / "tiny.v1.toml"))
+    monkeypatch.setattr("pfm_llm.likelihood.scorer.load_question", lambda _: prompt)
+    [code] = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102
+    run = tiny_run(data__source=made.config.data.source)
+    odds = names["would_like"](run, made.initial(), "u3", np.array([4, 9]))
+    assert odds.shape == (2,)
+    assert odds[0] != odds[1]
