@@ -3,7 +3,9 @@
 import functools
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -16,6 +18,7 @@ from pfm_llm.config.settle import known
 from pfm_llm.data.history import History
 from pfm_llm.model.batches import collate, stacked_tensors
 from pfm_llm.model.cohort import CohortModel, Parts
+from pfm_llm.model.private.part import PrivatePart
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.stages import Stages
 from pfm_llm.protocol.transport import as_sent
@@ -49,33 +52,54 @@ def plan_chunks(
     return [tuple(chunk) for chunk in chunks]
 
 
-class LocalTrainer:
-    """Trains chunks of clients. It makes updates, and stores new private states.
+class StepLosses(Protocol):
+    """The losses of some clients at the steps of a round."""
+
+    def __call__(self, step: int, stacked: Tensors, parts: Parts) -> list[torch.Tensor]:
+        """The loss of each client at a step, from the stacked tensors [C, ...]."""
+        ...
+
+
+class StepTrainer(ABC):
+    """Trains chunks of clients by gradient steps. It makes updates, and stores private states.
+
+    A subclass knows what the clients learn from.
 
     Args:
         config: The experiment.
-        model: The many-clients model.
-        histories: The clients' data.
+        private: The private part.
         store: The store of private states; nothing else receives them.
         contract: The tensors that an update may hold.
+        device: The device that computes.
     """
 
     def __init__(
         self,
         config: ExperimentConfig,
-        model: CohortModel,
-        histories: ClientHistories,
+        private: PrivatePart,
         store: PrivateStore,
         contract: UpdateContract,
+        device: torch.device,
     ) -> None:
         self._config = config
-        self._model = model
-        self._histories = histories
         self._store = store
         self._contract = contract
-        self._private = model.objective.private
+        self._private = private
+        self._device = device
         self._local = config.federation.local
         self._most_windows = most_windows(config.data.users_per_client)
+
+    @abstractmethod
+    def _num_examples(self, client_id: str) -> int:
+        """How many examples a client learns from in a round."""
+
+    @abstractmethod
+    def _num_tokens(self, client_id: str, limit: int) -> int:
+        """Padded tokens of a client in a step that reads at most ``limit`` windows."""
+
+    @abstractmethod
+    def _step_losses(self, chunk: Sequence[str], work: LocalWork, round_number: int) -> StepLosses:
+        """The losses of some clients, each with an example, at the steps of a round."""
 
     @functools.cached_property
     def _stages(self) -> Stages:
@@ -87,7 +111,7 @@ class LocalTrainer:
     def chunks(self, cohort: Sequence[str]) -> list[tuple[str, ...]]:
         """The chunks of a cohort; equal on every process."""
         limit = self.round_work().windows_per_step
-        size = functools.partial(self._histories.num_tokens, limit=limit)
+        size = functools.partial(self._num_tokens, limit=limit)
         return plan_chunks(cohort, size, self._config.runtime.tokens_per_chunk)
 
     def train_chunk(self, chunk: Sequence[str], shared: SharedState) -> list[ClientUpdate]:
@@ -101,7 +125,7 @@ class LocalTrainer:
         sent = self._contract.tensors
         if private:
             self._save_private(chunk, new, round_number)
-        counts = [sum(w.num_targets for w in self._histories.windows(c)) for c in chunk]
+        counts = [self._num_examples(client_id) for client_id in chunk]
         return [
             self._contract.build(
                 client_id=client_id,
@@ -134,19 +158,19 @@ class LocalTrainer:
         )
 
     def personalise(self, chunk: Sequence[str], shared: SharedState) -> dict[str, torch.Tensor]:
-        """Fit private parts to a shared state, on training histories only.
+        """Fit private parts that take steps to a shared state, on training examples only.
 
-        A part that takes no steps is fitted by `fit`. The others start from each client's newest
-        private state up to the round of ``shared``. Clients without training windows keep their
-        state.
+        They start from each client's newest private state up to the round of ``shared``. Clients
+        without examples keep their state.
 
         Returns:
-            Stacked private tensors [C, ...]; the store is not changed.
+            Stacked private tensors [C, ...]; none for a part that takes no steps. The store is not
+            changed.
         """
         if not self._private.takes_steps:
-            return self.fit(chunk, shared, [None] * len(chunk))
+            return {}
         private = self._load_private(chunk, shared.round_number)
-        able = [c for c, client_id in enumerate(chunk) if self._histories.windows(client_id)]
+        able = [c for c, client_id in enumerate(chunk) if self._num_examples(client_id)]
         steps = self._local.personalise_steps
         if not steps or not able:
             return private
@@ -164,6 +188,101 @@ class LocalTrainer:
         good = torch.stack([new[name].flatten(1).isfinite().all(1) for name in private]).all(0)
         rows = torch.tensor(able, device=good.device)[good]
         return {n: value.index_copy(0, rows, new[n][good]) for n, value in private.items()}
+
+    def personalise_steps(self, chunk: Sequence[str]) -> int:
+        """Number of private gradient steps of `personalise`, over all clients of the chunk."""
+        if not self._private.takes_steps:
+            return 0
+        able = sum(bool(self._num_examples(client_id)) for client_id in chunk)
+        return self._local.personalise_steps * able
+
+    def _train(
+        self,
+        chunk: Sequence[str],
+        stacked: dict[str, torch.Tensor],
+        work: LocalWork,
+        round_number: int,
+    ) -> tuple[dict[str, torch.Tensor], list[float]]:
+        """Take the planned steps; the new tensors, and the losses of the first shared step."""
+        local, clip = self._local, self._local.max_grad_norm
+        shared_optimizer = StackedOptimizer(local.shared_optimizer, local.shared_lr, clip)
+        private_optimizer = StackedOptimizer(local.private_optimizer, local.private_lr, clip)
+        private_names = [name for name in stacked if name.startswith(PRIVATE_PREFIX)]
+        # Training uses the full private adapter; `adapters.private.weight` applies to serving only.
+        private_on = self._config.adapters.private.enabled
+        parts = Parts(shared_lora=True, private_weight=1.0 if private_on else 0.0)
+        first_losses: list[float] | None = None
+        losses_at = self._step_losses(chunk, work, round_number)
+        for step, (moves_shared, moves_private) in enumerate(work.plan()):
+            shared = _leaves(stacked, self._contract.tensors) if moves_shared else {}
+            private = _leaves(stacked, private_names) if moves_private else {}
+            current = {**stacked, **shared, **private}
+            losses = losses_at(step, current, parts)
+            if moves_shared and first_losses is None:
+                first_losses = [float(loss.detach()) for loss in losses]
+            gradients = torch.autograd.grad(
+                torch.stack(losses).sum(),
+                [*shared.values(), *private.values()],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            stacked |= shared_optimizer.step(shared, gradients[: len(shared)])
+            stacked |= private_optimizer.step(private, gradients[len(shared) :])
+        new = {name: value.detach() for name, value in stacked.items()}
+        return new, first_losses or [math.nan] * len(chunk)
+
+    def _stack_shared(self, shared: SharedState, num_clients: int) -> dict[str, torch.Tensor]:
+        return stacked_tensors(shared.tensors, num_clients, self._device)
+
+    def _load_private(self, chunk: Sequence[str], at_most: int) -> dict[str, torch.Tensor]:
+        states = []
+        for client_id in chunk:
+            state = self._store.load(client_id, at_most=at_most)
+            states.append(state.tensors if state else self._private.initial(client_id))
+        return self._stack_private(states)
+
+    def _stack_private(self, states: Sequence[Tensors]) -> dict[str, torch.Tensor]:
+        device = self._device
+        return {name: torch.stack([s[name] for s in states]).to(device) for name in states[0]}
+
+    def _save_private(self, chunk: Sequence[str], new: Tensors, round_number: int) -> None:
+        names = [name for name in new if name.startswith(PRIVATE_PREFIX)]
+        for c, client_id in enumerate(chunk):
+            tensors = {name: new[name][c].cpu() for name in names}
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                _log.warning("client %s: private step was not finite, kept the old one", client_id)
+                continue
+            self._store.save(PrivateState(client_id, round_number, tensors))
+
+
+class LocalTrainer(StepTrainer):
+    """Trains clients on the windows of their histories.
+
+    Args:
+        config: The experiment.
+        model: The many-clients model.
+        histories: The clients' data.
+        store: The store of private states; nothing else receives them.
+        contract: The tensors that an update may hold.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        model: CohortModel,
+        histories: ClientHistories,
+        store: PrivateStore,
+        contract: UpdateContract,
+    ) -> None:
+        super().__init__(config, model.objective.private, store, contract, model.item_texts.device)
+        self._model = model
+        self._histories = histories
+
+    def personalise(self, chunk: Sequence[str], shared: SharedState) -> dict[str, torch.Tensor]:
+        """See `StepTrainer.personalise`; a part that takes no steps is fitted by `fit`."""
+        if not self._private.takes_steps:
+            return self.fit(chunk, shared, [None] * len(chunk))
+        return super().personalise(chunk, shared)
 
     def fit(
         self, chunk: Sequence[str], shared: SharedState, shown: Sequence[History | None]
@@ -198,7 +317,7 @@ class LocalTrainer:
         states = [histories.trunk_states(chunk[c], later[c]) for c in able]
         batch = collate([windows[c] for c in able], states)
         fitted = self._model.fit(batch, self._stack_shared(shared, len(able)))
-        rows = torch.tensor(able, device=self._model.item_texts.device)
+        rows = torch.tensor(able, device=self._device)
         return {name: value.index_copy(0, rows, fitted[name]) for name, value in private.items()}
 
     def personalise_tokens(self, client_id: str) -> int:
@@ -208,70 +327,19 @@ class LocalTrainer:
         limit = self._local.personalise_windows or self._most_windows
         return self._histories.num_tokens(client_id, limit)
 
-    def personalise_steps(self, chunk: Sequence[str]) -> int:
-        """Number of private gradient steps of `personalise`, over all clients of the chunk."""
-        if not self._private.takes_steps:
-            return 0
-        able = sum(bool(self._histories.windows(client_id)) for client_id in chunk)
-        return self._local.personalise_steps * able
+    def _num_examples(self, client_id: str) -> int:
+        return sum(window.num_targets for window in self._histories.windows(client_id))
 
-    def _train(
-        self,
-        chunk: Sequence[str],
-        stacked: dict[str, torch.Tensor],
-        work: LocalWork,
-        round_number: int,
-    ) -> tuple[dict[str, torch.Tensor], list[float]]:
-        """Take the planned steps; the new tensors, and the losses of the first shared step."""
-        local, clip = self._local, self._local.max_grad_norm
-        shared_optimizer = StackedOptimizer(local.shared_optimizer, local.shared_lr, clip)
-        private_optimizer = StackedOptimizer(local.private_optimizer, local.private_lr, clip)
-        private_names = [name for name in stacked if name.startswith(PRIVATE_PREFIX)]
-        # Training uses the full private adapter; `adapters.private.weight` applies to serving only.
-        private_on = self._config.adapters.private.enabled
-        parts = Parts(shared_lora=True, private_weight=1.0 if private_on else 0.0)
-        first_losses: list[float] | None = None
+    def _num_tokens(self, client_id: str, limit: int) -> int:
+        return self._histories.num_tokens(client_id, limit)
+
+    def _step_losses(self, chunk: Sequence[str], work: LocalWork, round_number: int) -> StepLosses:
         batches = BatchSource(self._config, self._histories, chunk, work, round_number)
-        for step, (moves_shared, moves_private) in enumerate(work.plan()):
-            shared = _leaves(stacked, self._contract.tensors) if moves_shared else {}
-            private = _leaves(stacked, private_names) if moves_private else {}
-            current = {**stacked, **shared, **private}
-            losses = self._model.losses(batches.batch(step), current, parts, batches.dropout(step))
-            if moves_shared and first_losses is None:
-                first_losses = [float(loss.detach()) for loss in losses]
-            gradients = torch.autograd.grad(
-                torch.stack(losses).sum(),
-                [*shared.values(), *private.values()],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            stacked |= shared_optimizer.step(shared, gradients[: len(shared)])
-            stacked |= private_optimizer.step(private, gradients[len(shared) :])
-        new = {name: value.detach() for name, value in stacked.items()}
-        return new, first_losses or [math.nan] * len(chunk)
 
-    def _stack_shared(self, shared: SharedState, num_clients: int) -> dict[str, torch.Tensor]:
-        return stacked_tensors(shared.tensors, num_clients, self._model.item_texts.device)
+        def losses(step: int, stacked: Tensors, parts: Parts) -> list[torch.Tensor]:
+            return self._model.losses(batches.batch(step), stacked, parts, batches.dropout(step))
 
-    def _load_private(self, chunk: Sequence[str], at_most: int) -> dict[str, torch.Tensor]:
-        states = []
-        for client_id in chunk:
-            state = self._store.load(client_id, at_most=at_most)
-            states.append(state.tensors if state else self._private.initial(client_id))
-        return self._stack_private(states)
-
-    def _stack_private(self, states: Sequence[Tensors]) -> dict[str, torch.Tensor]:
-        device = self._model.item_texts.device
-        return {name: torch.stack([s[name] for s in states]).to(device) for name in states[0]}
-
-    def _save_private(self, chunk: Sequence[str], new: Tensors, round_number: int) -> None:
-        names = [name for name in new if name.startswith(PRIVATE_PREFIX)]
-        for c, client_id in enumerate(chunk):
-            tensors = {name: new[name][c].cpu() for name in names}
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                _log.warning("client %s: private step was not finite, kept the old one", client_id)
-                continue
-            self._store.save(PrivateState(client_id, round_number, tensors))
+        return losses
 
 
 def _leaves(stacked: Tensors, names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.client.trainer import LocalTrainer
+from pfm_llm.client.trainer import StepTrainer
 from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.federation.aggregation_error import Factors, aggregation_error, factors_of
 from pfm_llm.protocol.types import SharedState
@@ -66,7 +66,7 @@ class LocalExchange:
     def __init__(
         self,
         server: Server,
-        trainer: LocalTrainer,
+        trainer: StepTrainer,
         store: PrivateStore,
         processes: Processes,
         measure_error: bool = False,

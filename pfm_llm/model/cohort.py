@@ -24,13 +24,12 @@ from pfm_llm.model import head as recommender_head
 from pfm_llm.model.ablation import Sight
 from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.model.head import Normaliser
-from pfm_llm.model.lora import CohortLinear, LoraInput
+from pfm_llm.model.lora import CohortLayers
 from pfm_llm.model.new_items import NEW_BIAS, with_new_biases
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.outputs import Outputs
-from pfm_llm.model.private.part import Factors
 from pfm_llm.model.readout import Readout, read_last_mlp_only
-from pfm_llm.protocol.types import Tensors, lora_name
+from pfm_llm.protocol.types import Tensors
 
 _FACTOR = (".A", ".B")
 
@@ -71,12 +70,7 @@ class CohortModel:
     ) -> None:
         self._top = top
         self._sight = sight or Sight()
-        self._scale = scale
-        self._linears: dict[str, CohortLinear] = {}
-        for name, path in modules.items():
-            linear = CohortLinear(top.get_submodule(path))
-            top.set_submodule(path, linear)
-            self._linears[name] = linear
+        self._layers = CohortLayers(top, modules, scale)
         self._last_mlp = read_last_mlp_only(top)
         device = next(top.parameters()).device
         self._normaliser = normaliser.to(device)
@@ -213,8 +207,7 @@ class CohortModel:
         if self._sight.reading is Reading.ITEMS:
             states = batch.sums(self.item_texts)
         else:
-            for linear in self._linears.values():
-                linear.factors = None
+            self._layers.clear()
             states = self._output_states(batch.trunk, batch)
         return recommender_head.zero_shot_scores(states, self.item_texts)
 
@@ -328,32 +321,10 @@ class CohortModel:
         self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None
     ) -> None:
         """Give every adapted layer the LoRA factors of each row of the batch."""
-        for name, linear in self._linears.items():
-            shared, private = self._factors(name, stacked, parts)
-            active = [factors for factors in (shared, private) if factors is not None]
-            linear.factors = linear.lora_input = None
-            if not active:
-                continue
-            dtype = linear.base.weight.dtype
-            a = torch.cat([a for a, _ in active], 1).to(dtype)
-            b = torch.cat([b for _, b in active], 2).to(dtype)
-            linear.factors = (a[batch.row_clients].mT, b[batch.row_clients].mT)
-            if dropout is not None:
-                both = ((shared, dropout.shared), (private, dropout.private))
-                rates = [rate for factors, rate in both if factors is not None]
-                ranks = [a.shape[1] for a, _ in active]
-                linear.lora_input = LoraInput(dropout, batch, ranks, rates)
-
-    def _factors(
-        self, name: str, stacked: Tensors, parts: Parts
-    ) -> tuple[Factors | None, Factors | None]:
-        """The factors of the shared and of the private adapter, each None where not active."""
-        shared = private = None
-        if parts.shared_lora:
-            shared = stacked[lora_name(name, "A")], stacked[lora_name(name, "B")] * self._scale
-        if parts.private_weight:
-            private = self.objective.private.factors(name, stacked, parts.private_weight)
-        return shared, private
+        private = self.objective.private if parts.private_weight else None
+        self._layers.set_factors(
+            batch, stacked, parts.shared_lora, private, parts.private_weight, dropout
+        )
 
     def _private_heads(
         self, stacked: Tensors, num_clients: int, weight: float

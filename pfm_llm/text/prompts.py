@@ -27,16 +27,15 @@ always the end of its text. The user's state is read there. A control token of t
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
@@ -45,13 +44,12 @@ from pfm_llm.config.model import PositiveCount, Settings
 from pfm_llm.config.text import validated
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.text.details import details
+from pfm_llm.text.templates import placeholders, render
 
 RATING = "rating"
 DETAILS = "details"
 MAX_PROMPT_BYTES = 1 << 16
 """Size limit of a prompt file: a prompt is read by people."""
-
-_TOKEN = re.compile(r"\[\[|\]\]|\{\{|\}\}|\{(?P<field>\w+)\}|[\[\]{}]|[^\[\]{}]+")
 
 
 class _PromptFile(Settings):
@@ -98,12 +96,12 @@ class Prompt:
     @property
     def uses_rating(self) -> bool:
         """Whether an item of a history shows the user's rating."""
-        return RATING in _placeholders(self.item)
+        return RATING in placeholders(self.item)
 
     @property
     def uses_details(self) -> bool:
         """Whether an item shows whatever else describes it."""
-        return DETAILS in _placeholders(self.item) | _placeholders(self.catalogue_item)
+        return DETAILS in placeholders(self.item) | placeholders(self.catalogue_item)
 
     def content_hash(self) -> str:
         """SHA-256, in hex, over everything that the rendered text depends on."""
@@ -116,13 +114,7 @@ class Prompt:
         Raises:
             DataError: A field is missing; the message names it and the available fields.
         """
-        for field in self.fields:
-            if field not in catalogue.fields:
-                raise DataError(
-                    f"prompt {self.key} needs the item field {field!r}; the catalogue has "
-                    f"{', '.join(catalogue.fields)}: add a column of that name to the items, or "
-                    "choose another prompt"
-                )
+        _check_catalogue(self.key, self.fields, catalogue)
 
     def fields_of(self, catalogue: Catalogue) -> list[dict[str, str]]:
         """The fields of every item that the templates use, for `render_item`.
@@ -130,14 +122,7 @@ class Prompt:
         Raises:
             DataError: A field is missing; see `check_fields`.
         """
-        self.check_fields(catalogue)
-        columns = {name: catalogue.fields[name] for name in self.fields}
-        if self.uses_details:
-            columns[DETAILS] = tuple(details(catalogue))
-        return [
-            dict(zip(columns, values, strict=True))
-            for values in zip(*columns.values(), strict=True)
-        ]
+        return item_fields(self.key, self.fields, self.uses_details, catalogue)
 
     def render_item(self, fields: Mapping[str, str], rating: float | None) -> str:
         """The text of one item of a history.
@@ -158,13 +143,36 @@ class Prompt:
         return self._render(self.catalogue_item, fields)
 
     def _render(self, template: str, values: Mapping[str, str]) -> str:
-        text = "".join(part.render(values) for part in _parse(template))
+        text = render(template, values)
         if not text.strip():
             raise DataError(
                 f"prompt {self.key} renders an item with no text ({dict(values)}); give the item "
                 "a title, or choose a prompt whose fields it has"
             )
         return text
+
+
+def item_fields(
+    key: str, fields: Sequence[str], uses_details: bool, catalogue: Catalogue
+) -> list[dict[str, str]]:
+    """The fields of every item that the templates of a prompt use.
+
+    Args:
+        key: The prompt's key, for the message.
+        fields: The item fields of the prompt.
+        uses_details: Whether it shows `DETAILS` too.
+        catalogue: The items.
+
+    Raises:
+        DataError: A field is missing; the message names it and the available fields.
+    """
+    _check_catalogue(key, fields, catalogue)
+    columns = {name: catalogue.fields[name] for name in fields}
+    if uses_details:
+        columns[DETAILS] = tuple(details(catalogue))
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
 
 
 def load_prompt(name_or_path: str) -> Prompt:
@@ -178,15 +186,77 @@ def load_prompt(name_or_path: str) -> Prompt:
         ConfigError: There is no such prompt (the message lists the shipped ones), or the file
             breaks the format (the message names the file and the key).
     """
+    path = find_prompt(name_or_path, "catalogue_item")
+    tree, text = read_prompt_file(path)
+    file = validated(tree, _PromptFile, str(path))
+    values = file.model_dump(exclude={"description", "fields"})
+    prompt = Prompt(**values, fields=tuple(file.fields), toml=text)
+    try:
+        check_plain(file.header, "header")
+        check_fields(file.fields)
+        check_templates(
+            {"item": file.item, "catalogue_item": file.catalogue_item},
+            file.fields,
+            {"item": {RATING, DETAILS}, "catalogue_item": {DETAILS}},
+        )
+        check_name(prompt.key, path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return prompt
+
+
+def find_prompt(name_or_path: str, template: str) -> Path:
+    """The file of a prompt.
+
+    Args:
+        name_or_path: As in `load_prompt`.
+        template: A key that every prompt of the wanted kind has.
+
+    Raises:
+        ConfigError: No prompt of that kind is shipped under the name.
+    """
     if name_or_path.endswith(".toml"):
-        return _read_prompt(Path(name_or_path))
-    shipped = {path.stem: path for path in _prompt_dir().glob("*.toml")}
+        return Path(name_or_path)
+    paths = sorted(_prompt_dir().glob("*.toml"))
+    shipped = {path.stem: path for path in paths if template in read_prompt_file(path)[0]}
     if name_or_path not in shipped:
         raise ConfigError(
-            f"prompt: unknown prompt {name_or_path!r}; there are {', '.join(sorted(shipped))}; "
+            f"prompt: unknown prompt {name_or_path!r}; there are {', '.join(shipped)}; "
             "or give the path of a .toml file"
         )
-    return _read_prompt(shipped[name_or_path])
+    return shipped[name_or_path]
+
+
+def read_prompt_file(path: Path) -> tuple[dict[str, Any], str]:
+    """The keys and the text of a prompt file.
+
+    Raises:
+        ConfigError: It cannot be read, is too large, or is no TOML.
+    """
+    try:
+        with path.open("rb") as opened:
+            content = opened.read(MAX_PROMPT_BYTES + 1)
+        if len(content) > MAX_PROMPT_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_PROMPT_BYTES:,} bytes; no prompt is")
+        text = content.decode()
+        return tomllib.loads(text), text
+    except OSError as error:
+        raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, or brackets without end
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def check_name(key: str, path: Path) -> None:
+    """Check that a prompt's file has its name.
+
+    Raises:
+        ConfigError: It has another one.
+    """
+    if key != path.stem:
+        raise ConfigError(
+            f"name, version: they make {key!r}; call the file {key}.toml, or "
+            "correct them (a changed prompt is a new version)"
+        )
 
 
 def _prompt_dir() -> Path:
@@ -196,113 +266,72 @@ def _prompt_dir() -> Path:
     return packaged if packaged.is_dir() else package.parent / "prompts"
 
 
-def _read_prompt(path: Path) -> Prompt:
-    try:
-        with path.open("rb") as opened:
-            content = opened.read(MAX_PROMPT_BYTES + 1)
-        if len(content) > MAX_PROMPT_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_PROMPT_BYTES:,} bytes; no prompt is")
-        text = content.decode()
-        tree = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"cannot read prompt {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, no TOML, or brackets without end
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    file = validated(tree, _PromptFile, str(path))
-    values = file.model_dump(exclude={"description", "fields"})
-    prompt = Prompt(**values, fields=tuple(file.fields), toml=text)
-    try:
-        _check_plain(file)
-        _check_templates(prompt)
-        if prompt.key != path.stem:
-            raise ConfigError(
-                f"name, version: they make {prompt.key!r}; call the file {prompt.key}.toml, or "
-                "correct them (a changed prompt is a new version)"
-            )
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return prompt
+def check_plain(text: str, key: str) -> None:
+    """Check a text that is no template.
+
+    Raises:
+        ConfigError: It has braces.
+    """
+    if "{" in text or "}" in text:
+        raise ConfigError(f"{key}: is plain text and has no placeholders; remove the braces")
 
 
-def _check_plain(file: _PromptFile) -> None:
-    """Check the texts that are no templates: the header and the names of the fields."""
-    if "{" in file.header or "}" in file.header:
-        raise ConfigError("header: is plain text and has no placeholders; remove the braces")
-    for field in file.fields:
+def check_fields(fields: Sequence[str]) -> None:
+    """Check the names of the item fields of a prompt.
+
+    Raises:
+        ConfigError: A name is wrong, reserved or repeated, or there is none.
+    """
+    for field in fields:
         if not re.fullmatch(r"\w+", field):
             raise ConfigError(f"fields: {field!r} is no field name; use letters, digits and _")
-        if file.fields.count(field) > 1:
+        if fields.count(field) > 1:
             raise ConfigError(f"fields: {field!r} is listed twice; remove one of them")
-    if RATING in file.fields:
+    if RATING in fields:
         raise ConfigError(
             f"fields: {RATING!r} is a field of the interaction; leave it out of fields"
         )
-    if DETAILS in file.fields:
+    if DETAILS in fields:
         raise ConfigError(f"fields: {DETAILS!r} stands for other fields; leave it out of fields")
-    if not file.fields:
+    if not fields:
         raise ConfigError("fields: empty; an item needs at least one field as its text")
 
 
-def _check_templates(prompt: Prompt) -> None:
-    allowed = {
-        "item": {*prompt.fields, RATING, DETAILS},
-        "catalogue_item": {*prompt.fields, DETAILS},
-    }
+def _check_catalogue(key: str, fields: Sequence[str], catalogue: Catalogue) -> None:
+    for field in fields:
+        if field not in catalogue.fields:
+            raise DataError(
+                f"prompt {key} needs the item field {field!r}; the catalogue has "
+                f"{', '.join(catalogue.fields)}: add a column of that name to the items, or "
+                "choose another prompt"
+            )
+
+
+def check_templates(
+    templates: Mapping[str, str], fields: Sequence[str], beside: Mapping[str, Set[str]]
+) -> None:
+    """Check the templates of a prompt.
+
+    Args:
+        templates: By key.
+        fields: The item fields of the prompt.
+        beside: By key the placeholders that a template may have besides them.
+
+    Raises:
+        ConfigError: A template is malformed, has an unknown placeholder or no item field, or a
+            field is in no template.
+    """
     used: set[str] = set()
-    for key, names in allowed.items():
+    for key, template in templates.items():
         try:
-            placeholders = _placeholders(getattr(prompt, key))
+            found = placeholders(template)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from error
-        if unknown := sorted(placeholders - names):
+        if unknown := sorted(found - {*fields, *beside[key]}):
             raise ConfigError(f"{key}: placeholder {{{unknown[0]}}} is not in fields; add it")
-        if not placeholders - {RATING, DETAILS}:
+        if not found - {RATING, DETAILS}:
             raise ConfigError(f"{key}: has no item field, so all items would read alike; add one")
-        used |= placeholders
-    for field in prompt.fields:
+        used |= found
+    for field in fields:
         if field not in used:
             raise ConfigError(f"fields: {field!r} is not used in any template; remove it")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A stretch of a template: pieces of (literal text, False) or (field name, True)."""
-
-    pieces: tuple[tuple[str, bool], ...]
-    optional: bool
-
-    def render(self, values: Mapping[str, str]) -> str:
-        """The text, or nothing for an optional part with an empty placeholder."""
-        if self.optional and not all(values[name] for name, is_field in self.pieces if is_field):
-            return ""
-        return "".join(values[text] if is_field else text for text, is_field in self.pieces)
-
-
-def _placeholders(template: str) -> set[str]:
-    return {text for part in _parse(template) for text, is_field in part.pieces if is_field}
-
-
-@functools.lru_cache(maxsize=64)
-def _parse(template: str) -> list[_Part]:
-    parts: list[_Part] = []
-    pieces: list[tuple[str, bool]] = []
-    inside = False
-    for match in _TOKEN.finditer(template):
-        token = match[0]
-        if match["field"]:
-            pieces.append((match["field"], True))
-        elif token in {"[", "]"}:
-            if inside is (token == "["):
-                raise ConfigError(f"unmatched {token!r}; double it to mean the character")
-            if inside and not any(is_field for _, is_field in pieces):
-                raise ConfigError("an optional part [...] has no placeholder; [[ means a bracket")
-            parts.append(_Part(tuple(pieces), optional=inside))
-            pieces, inside = [], not inside
-        elif token in {"{", "}"}:
-            raise ConfigError(f"unmatched {token!r}; double it to mean the character")
-        else:
-            is_doubled = token in {"[[", "]]", "{{", "}}"}
-            pieces.append((token[0] if is_doubled else token, False))
-    if inside:
-        raise ConfigError("unmatched '['; double it to mean the character")
-    return [*parts, _Part(tuple(pieces), optional=False)]

@@ -19,6 +19,7 @@ LAYERS = [line.split() for line in """
     model
     client
     federation evaluation
+    likelihood
     publish
     runs
     suite

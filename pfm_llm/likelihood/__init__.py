@@ -1,0 +1,1 @@
+"""The likelihood scorer: the language model's own vocabulary says yes or no to an item."""
