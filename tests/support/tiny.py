@@ -56,7 +56,7 @@ class Tiny:
                 "shared": {"rank": 2, "alpha": 4},
                 "private": {"rank": 2, "alpha": 4, "head_rank": 2},
             },
-            "head": {"dim": 8, "id_dim": 4, "dropout": 0.0},
+            "head": {"dim": 8, "id_dim": 4, "dropout": 0.0, "item_dropout": 0.0},
             "federation": {
                 "num_rounds": 4,
                 "cohort_size": 4,

@@ -152,7 +152,7 @@ def shared_tensors(
 ) -> Drawn:
     """The shared tensors of a tiny model before training."""
     sizes = Sizes(HIDDEN, adapter.modules, NUM_ITEMS)
-    head = head or HeadConfig(dim=8, id_dim=4)
+    head = head or HeadConfig(dim=8, id_dim=4, item_dropout=0.0)
     return drawn(parameter_table(config_of(head, adapters, seed=seed), sizes).values())
 
 
@@ -191,7 +191,7 @@ def make_cohort(
             **adapters,
         }
     )
-    head = head or HeadConfig(dim=8, id_dim=4, item_ids=ItemIds.BOTH)
+    head = head or HeadConfig(dim=8, id_dim=4, item_dropout=0.0)
     generator = torch.Generator().manual_seed(9)
     normaliser = Normaliser(
         torch.randn(HIDDEN, generator=generator) * 0.1,

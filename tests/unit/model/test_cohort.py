@@ -31,7 +31,7 @@ from tests.support.tiny_models import (
 TOLERANCE = 1e-5
 EVERYTHING = Parts()
 PLAIN = HeadConfig(dim=8, item_bias=False, item_ids=ItemIds.NONE)
-FULL = HeadConfig(dim=8, id_dim=4, item_ids=ItemIds.BOTH)
+FULL = HeadConfig(dim=8, id_dim=4, item_dropout=0.0)
 
 
 def _assert_close(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -351,7 +351,7 @@ def test_stirring_is_what_makes_these_tests_bite() -> None:
 
 def test_an_item_that_nobody_has_met_is_no_negative() -> None:
     """Its embedding and bias then have no gradient, and the loss is that without it."""
-    cohort = make_cohort(head=HeadConfig(dim=8, id_dim=4))
+    cohort = make_cohort(head=FULL)
     tensors = cohort.client_tensors(1)
     own = {int(item) for window in CLIENT_WINDOWS[1] for item in window.met}
     unmet = next(item for item in range(NUM_ITEMS) if item not in own)
@@ -369,7 +369,7 @@ def test_an_item_that_nobody_has_met_is_no_negative() -> None:
 
 
 def test_what_a_client_has_met_is_a_candidate_before_anybody_has_met_anything() -> None:
-    cohort = make_cohort(head=HeadConfig(dim=8, id_dim=4))
+    cohort = make_cohort(head=FULL)
     tensors = {**cohort.client_tensors(1), "head.item_met": torch.zeros(NUM_ITEMS)}
     stacked = stack([tensors])
     losses = _stacked_losses(cohort, stacked, (1,))
@@ -380,7 +380,7 @@ def test_what_a_client_has_met_is_a_candidate_before_anybody_has_met_anything() 
 
 
 def test_without_a_pass_user_states_are_zero() -> None:
-    cohort = make_cohort(head=HeadConfig(dim=8, id_dim=4))
+    cohort = make_cohort(head=FULL)
     tensors = cohort.client_tensors(1)
     without = {**tensors, "head.state_proj": torch.zeros_like(tensors["head.state_proj"])}
     without |= {name: torch.zeros_like(v) for name, v in tensors.items() if "private.head" in name}
