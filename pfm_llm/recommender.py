@@ -1,5 +1,6 @@
 """One user's recommendations: from a run, or from a published adapter, with a private part."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
-from pfm_llm.evaluation import scoring
 from pfm_llm.evaluation.evaluator import parts_of
+from pfm_llm.evaluation.new_places import NewPlaces
 from pfm_llm.evaluation.results import judged_mode
 from pfm_llm.evaluation.scorer import Scorer
 from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.model.cohort import Parts
+from pfm_llm.model.new_items import unmet_items
 from pfm_llm.protocol.types import PrivateState, SharedState, Tensors
 from pfm_llm.publish import hub
 from pfm_llm.publish.alignment import Alignment, start_from
@@ -182,6 +184,7 @@ class Recommender:
         ratings: Sequence[float] | None = None,
         private: PrivateState | None = None,
         private_weight: float | None = None,
+        new_share: float | None = None,
     ) -> list[Recommendation]:
         """The best items that are not in a history.
 
@@ -194,20 +197,33 @@ class Recommender:
                 whom the recommender is for.
             private_weight: Its weight, 0 (as if there were none) to 1.5; None: as it was set, or
                 chosen, in training.
+            new_share: The share of the places that new items have at least, 0 to 1; None: their
+                share of the candidates. See `new_places`. An item is new when nobody in the
+                federation has met it.
 
         Raises:
             DataError: An item is not in the catalogue, there is no history, or it is empty and the
                 model has nothing to rank by.
+            ConfigError: ``new_share`` is not in [0, 1].
             ArtefactError: The scores are not finite numbers.
         """
-        shown = self._history(history, ratings)
+        places, shown = NewPlaces(new_share), self._history(history, ratings)
         scores = self._scores(shown, private, private_weight)
-        best, values = scoring.top_items(scores, shown.items, k)
+        best, values = places.top_items(scores, shown.items, k, self.is_new)
         titles = self.catalogue.fields["title"]
         return [
             Recommendation(self.catalogue.item_ids[i], titles[i], float(value))
             for i, value in zip(best.tolist(), values, strict=True)
         ]
+
+    @functools.cached_property
+    def is_new(self) -> np.ndarray:
+        """Which items nobody in the federation has met, bool [I].
+
+        Where the model has not learned that, they are the items that it was not trained on.
+        """
+        unmet = unmet_items(self._trained.shared.tensors, self.parts.codes)
+        return np.array([row is None for row in self.alignment.rows]) if unmet is None else unmet
 
     def score(
         self,

@@ -27,6 +27,16 @@ _Compare = Annotated[
 ]
 
 
+_NewShare = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1,
+        help="Share of the places that items have at least which nobody in the federation has "
+        "met; 0: none of their own. Default: their share of the candidates, rounded down.",
+    ),
+]  # fmt: skip
+
+
 def recommend(
     user: Annotated[str | None, typer.Option(help="A user's id in the data of the run.")] = None,
     history: Annotated[
@@ -52,6 +62,7 @@ def recommend(
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="How many items; 10, or 5 with --compare.")
     ] = None,
+    new_share: _NewShare = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Recommend items to a user of a run, or after a history.
@@ -64,11 +75,11 @@ def recommend(
     _check(user, history, adapter, compare)
     logging.getLogger("pfm_llm").setLevel(logging.WARNING)
     if compare:
-        return _compare(options.run_folder(run, runs), user, n, as_json)
+        return _compare(options.run_folder(run, runs), user, n, new_share, as_json)
     source = options.run_folder(run, runs) if adapter is None else adapter
     model = _load(source, user, catalogue, revision, backbone, allow_base_mismatch)
     items = None if history is None else _understood(model, history)
-    _print(model.recommend(items, n or 10), as_json)
+    _print(model.recommend(items, n or 10, new_share=new_share), as_json)
 
 
 def _check(user: str | None, history: str | None, adapter: str | None, compare: bool) -> None:
@@ -84,7 +95,9 @@ def _check(user: str | None, history: str | None, adapter: str | None, compare: 
         raise ConfigError("give --user, or --history, or --compare")
 
 
-def _compare(folder: Path, user: str | None, n: int | None, as_json: bool) -> None:
+def _compare(
+    folder: Path, user: str | None, n: int | None, new_share: float | None, as_json: bool
+) -> None:
     import dataclasses
     import json
 
@@ -94,9 +107,9 @@ def _compare(folder: Path, user: str | None, n: int | None, as_json: bool) -> No
     run, trained, _ = open_to_serve(folder)
     length = n or lists.LENGTH
     if user is not None:
-        found = [lists.compare_lists(run, trained, user, length)]
+        found = [lists.compare_lists(run, trained, user, length, new_share)]
     else:
-        named = lists.compare_examples(run, trained, length)
+        named = lists.compare_examples(run, trained, length, new_share)
         found = [dataclasses.replace(one, user="", newest=()) for one in named]
     if as_json:
         print(json.dumps(lists.lists_tree(found), ensure_ascii=False, indent=2))

@@ -106,6 +106,26 @@ def test_items_follow_their_keys_to_another_catalogue(
     assert torch.isclose(bias[6], model.parts.shared.tensors["head.item_bias"].mean())
 
 
+def test_new_items_get_their_share_of_the_places(run: Path, tiny: Tiny) -> None:
+    extra = ("old moon", "red moon", "blue moon", "new moon")
+    other = from_folder(run / "shared_adapter", tiny, catalogue_of(*range(27), extra=extra))
+    assert other.is_new[27:].all()
+    shares = {share: other.recommend(HISTORY, new_share=share) for share in (None, 0.0, 0.4)}
+    counts = {
+        share: sum(other.is_new[other._index[item.item_id]] for item in items)
+        for share, items in shares.items()
+    }
+    left = len(other.catalogue) - len(HISTORY)
+    assert counts[None] >= 10 * sum(other.is_new) // left >= 1
+    assert counts[0.4] >= 4 > counts[0.0]
+    for items in shares.values():
+        assert len(items) == 10
+        scores = [item.score for item in items]
+        assert scores == sorted(scores, reverse=True)
+    with pytest.raises(ConfigError, match=r"new_share: 2 is no share"):
+        other.recommend(HISTORY, new_share=2)
+
+
 def test_the_whitening_is_never_refitted(model: Recommender, run: Path, tiny: Tiny) -> None:
     other = from_folder(run / "shared_adapter", tiny, catalogue_of(1, 2, 3))
     assert torch.equal(other.parts.normaliser.mean, model.parts.normaliser.mean)
