@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from pfm_llm.model.new_items import unmet_items
 from pfm_llm.protocol.types import PrivateState, SharedState, Tensors
 from pfm_llm.publish import hub
 from pfm_llm.publish.alignment import Alignment, start_from
-from pfm_llm.publish.serving import load_catalogue, serving_config
+from pfm_llm.publish.serving import Bases, load_catalogue, serving_config
 from pfm_llm.runs.folders import CONFIG_FILE
 from pfm_llm.runs.opening import open_to_serve
 from pfm_llm.runs.run import Run, Trained, make_trainer
@@ -104,8 +105,7 @@ class Recommender:
         catalogue: Catalogue | str | None = None,
         *,
         revision: str | None = None,
-        backbone: str | None = None,
-        allow_base_mismatch: bool = False,
+        **bases: Unpack[Bases],
     ) -> "Recommender":
         """Load a run's model, or a published adapter with its base model and a catalogue.
 
@@ -117,9 +117,9 @@ class Recommender:
                 `sources.load_catalogue` takes. None: those it was trained on, where anybody can
                 have them.
             revision: Commit, tag or branch of a Hub id.
-            backbone: Of a published adapter, name, Hub id or folder of the base model; None: as
-                the manifest names it.
-            allow_base_mismatch: Go on although the base weights are others.
+            bases: Of a published adapter, ``backbone`` and ``item_encoder``: names, Hub ids or
+                folders of the models that it stands on, where they are not as the manifest names
+                them; and ``allow_base_mismatch``, to go on with other base weights. See `Bases`.
 
         Returns:
             The recommender. Its ``alignment`` says which items it knows from training.
@@ -133,17 +133,17 @@ class Recommender:
             DataError: The catalogue cannot be had, or the run has no such user.
         """
         if user is not None or (Path(source) / CONFIG_FILE).is_file():
-            if catalogue or revision or backbone or allow_base_mismatch:
+            if catalogue or revision or any(bases.values()):
                 raise ConfigError(
                     f"{source}: a run has a catalogue and a base model of its own; give catalogue, "
-                    "revision, backbone and allow_base_mismatch with a published adapter only"
+                    f"revision, {', '.join(Bases.__annotations__)} with a published adapter only"
                 )
             run, trained, alignment = open_to_serve(Path(source))
             return cls.of_run(run, trained, user, alignment)
         artefact = hub.pull(str(source), revision)
         if not isinstance(catalogue, Catalogue):
             catalogue = load_catalogue(artefact, catalogue)
-        config = serving_config(artefact, backbone, allow_base_mismatch)
+        config = serving_config(artefact, **bases)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ratings = np.empty(0) if artefact.prompt().uses_rating else None
         start, alignment = start_from(artefact, catalogue)
@@ -364,10 +364,11 @@ class Recommender:
         model = self.parts.model
         vector = torch.zeros(1, model.item_texts.shape[1], device=model.item_texts.device)
         scores = model.score_vectors([vector], stacked, parts or Parts())[0].cpu().numpy()
-        if not scores.any():
+        if len(scores) > 1 and not np.ptp(scores):
             raise DataError(
                 "an empty history, and the model has no item biases to rank by; give an item, or "
-                "train with head.item_bias"
+                "train with head.item_bias (and where all items are new to the model, with "
+                "head.item_dropout or head.item_ids: codes)"
             )
         return scores if candidates is None else scores[candidates]
 

@@ -85,13 +85,19 @@ class Start:
             ArtefactError: They are of another encoder.
         """
         if states.encoder_hash != self.item_encoder:
+            whose = (
+                (self.item_encoder, self.normalisers[1].mean),
+                (states.encoder_hash, states.items),
+            )
             theirs, ours = (
-                "the base model" if known is None else f"an encoder of SHA-256 {known[:16]}…"
-                for known in (self.item_encoder, states.encoder_hash)
+                f"{'the base model' if known is None else f'an encoder of SHA-256 {known[:16]}…'} "
+                f"with {vectors.shape[-1]} numbers"
+                for known, vectors in whose
             )
             raise ArtefactError(
                 f"{self.origin} was trained on item vectors of {theirs}, those of items.encoder: "
-                f"{name} are of {ours}; set items.encoder to the adapter's"
+                f"{name} are of {ours}; set items.encoder (item_encoder or --item-encoder where "
+                "you recommend) to the adapter's"
             )
 
     def code_centroids(self, codes: CodesConfig) -> torch.Tensor | None:
