@@ -118,7 +118,7 @@ def build_model(
     sizes = Sizes(backbone.hidden_size, adapter.modules, *states.items.shape)
     private, table = make_private_part(config, sizes), parameter_table(config, sizes)
     shared = start.shared(table, prompt) if start else table.initial_state()
-    normaliser, item_normaliser = start.normalisers if start else _whitenings(states)
+    normaliser, item_normaliser = start.whitenings(states) if start else _whitenings(states)
     texts = item_normaliser(states.items)[:, : config.head.dim].contiguous()
     codes = _codes(config, partial(item_keys, catalogue, prompt), texts, table, start)
     unseen_only = config.federation.local.unseen_only

@@ -38,6 +38,7 @@ class Start:
         settings: The settings that its shapes follow from, for messages, by keys of the config.
         codes: The books of the vectors that its items share; None: each has rows of its own.
         centroids: Those of its books of texts, float32 [T, S, w]; None without any.
+        knows_items: Whether the catalogue has an item that the adapter was trained on.
     """
 
     origin: str
@@ -52,6 +53,16 @@ class Start:
     settings: Mapping[str, Any]
     codes: CodesConfig | None = None
     centroids: torch.Tensor | None = None
+    knows_items: bool = True
+
+    def whitenings(self, states: ItemStates) -> tuple[Normaliser, Normaliser]:
+        """The whitenings of user states and of items, for a catalogue.
+
+        That of items is rescaled for a catalogue of which the adapter knows no item; see
+        `Normaliser.rescaled`. What is trained from there on is published with it.
+        """
+        normaliser, of_items = self.normalisers
+        return normaliser, of_items if self.knows_items else of_items.rescaled(states.items)
 
     def check_base(self, backbone: Backbone, allow_mismatch: bool) -> None:
         """Compare the base model of the adapter with the current backbone.
