@@ -217,8 +217,9 @@ class _Seed:
         """
         from benchmarks.transferring import serving
         from pfm_llm.config.schema import training_hash
+        from pfm_llm.publish.artefact import MANIFEST_FILE
         from pfm_llm.runs.experiment import run_experiment
-        from pfm_llm.runs.folders import RESULTS_FILE
+        from pfm_llm.runs.folders import RunFolders
 
         more: dict[str, Any] = {
             "federation": {"passes": self.passes} if what == "source" else {"num_rounds": ROUNDS},
@@ -229,7 +230,8 @@ class _Seed:
         config = _config("x", world, self.number, self.settings, {**METHODS[method], **more})
         name = f"{method}-{what}-s{self.number}-{training_hash(config)[:8]}"
         run, folder = self.work / "runs" / name, self.work / "published" / name
-        if not (run / RESULTS_FILE).is_file():
+        # The manifest of the final export is the last file of a run.
+        if not (RunFolders.of(run).shared_adapter / MANIFEST_FILE).is_file():
             run_experiment(config.model_copy(update={"name": name}), resume=run.is_dir())
         return folder if folder.is_dir() else serving.published(run, folder)
 
