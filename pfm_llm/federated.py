@@ -116,17 +116,22 @@ class FederatedRecommender:
             evaluate_run(self.run)
         return pd.DataFrame(read_results(path)[0])
 
-    def recommend(self, user: str, k: int = 10) -> list[Recommendation]:
+    def recommend(
+        self, user: str, k: int = 10, *, new_share: float | None = None
+    ) -> list[Recommendation]:
         """The best items that a user has not met, with the user's private part.
 
         Args:
-            user: The external id of a user of the data.
+            user: The external id of a user of the data. ``recommender().recommend([])`` serves
+                somebody of whom nothing is known.
             k: How many.
+            new_share: As in `Recommender.recommend`.
 
         Raises:
             DataError: There is no such user.
+            ConfigError: ``new_share`` is not in [0, 1].
         """
-        return self.recommender(user).recommend(k=k)
+        return self.recommender(user).recommend(k=k, new_share=new_share)
 
     def recommender(self, user: str | None = None) -> Recommender:
         """The trained model, for a user of the data, or for anybody who gives a history.

@@ -1,8 +1,10 @@
 """One user's recommendations: from a run, or from a published adapter, with a private part."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -16,16 +18,17 @@ from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
-from pfm_llm.evaluation import scoring
 from pfm_llm.evaluation.evaluator import parts_of
+from pfm_llm.evaluation.new_places import NewPlaces
 from pfm_llm.evaluation.results import judged_mode
 from pfm_llm.evaluation.scorer import Scorer
 from pfm_llm.model.build import ModelParts, build_model
 from pfm_llm.model.cohort import Parts
+from pfm_llm.model.new_items import unmet_items
 from pfm_llm.protocol.types import PrivateState, SharedState, Tensors
 from pfm_llm.publish import hub
 from pfm_llm.publish.alignment import Alignment, start_from
-from pfm_llm.publish.serving import load_catalogue, serving_config
+from pfm_llm.publish.serving import Bases, load_catalogue, serving_config
 from pfm_llm.runs.folders import CONFIG_FILE
 from pfm_llm.runs.opening import open_to_serve
 from pfm_llm.runs.run import Run, Trained, make_trainer
@@ -102,8 +105,7 @@ class Recommender:
         catalogue: Catalogue | str | None = None,
         *,
         revision: str | None = None,
-        backbone: str | None = None,
-        allow_base_mismatch: bool = False,
+        **bases: Unpack[Bases],
     ) -> "Recommender":
         """Load a run's model, or a published adapter with its base model and a catalogue.
 
@@ -115,9 +117,9 @@ class Recommender:
                 `sources.load_catalogue` takes. None: those it was trained on, where anybody can
                 have them.
             revision: Commit, tag or branch of a Hub id.
-            backbone: Of a published adapter, name, Hub id or folder of the base model; None: as
-                the manifest names it.
-            allow_base_mismatch: Go on although the base weights are others.
+            bases: Of a published adapter, ``backbone`` and ``item_encoder``: names, Hub ids or
+                folders of the models that it stands on, where they are not as the manifest names
+                them; and ``allow_base_mismatch``, to go on with other base weights. See `Bases`.
 
         Returns:
             The recommender. Its ``alignment`` says which items it knows from training.
@@ -131,17 +133,17 @@ class Recommender:
             DataError: The catalogue cannot be had, or the run has no such user.
         """
         if user is not None or (Path(source) / CONFIG_FILE).is_file():
-            if catalogue or revision or backbone or allow_base_mismatch:
+            if catalogue or revision or any(bases.values()):
                 raise ConfigError(
                     f"{source}: a run has a catalogue and a base model of its own; give catalogue, "
-                    "revision, backbone and allow_base_mismatch with a published adapter only"
+                    f"revision, {', '.join(Bases.__annotations__)} with a published adapter only"
                 )
             run, trained, alignment = open_to_serve(Path(source))
             return cls.of_run(run, trained, user, alignment)
         artefact = hub.pull(str(source), revision)
         if not isinstance(catalogue, Catalogue):
             catalogue = load_catalogue(artefact, catalogue)
-        config = serving_config(artefact, backbone, allow_base_mismatch)
+        config = serving_config(artefact, **bases)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         ratings = np.empty(0) if artefact.prompt().uses_rating else None
         start, alignment = start_from(artefact, catalogue)
@@ -182,6 +184,7 @@ class Recommender:
         ratings: Sequence[float] | None = None,
         private: PrivateState | None = None,
         private_weight: float | None = None,
+        new_share: float | None = None,
     ) -> list[Recommendation]:
         """The best items that are not in a history.
 
@@ -194,20 +197,33 @@ class Recommender:
                 whom the recommender is for.
             private_weight: Its weight, 0 (as if there were none) to 1.5; None: as it was set, or
                 chosen, in training.
+            new_share: The share of the places that new items have at least, 0 to 1; None: their
+                share of the candidates. See `new_places`. An item is new when nobody in the
+                federation has met it.
 
         Raises:
             DataError: An item is not in the catalogue, there is no history, or it is empty and the
                 model has nothing to rank by.
+            ConfigError: ``new_share`` is not in [0, 1].
             ArtefactError: The scores are not finite numbers.
         """
-        shown = self._history(history, ratings)
+        places, shown = NewPlaces(new_share), self._history(history, ratings)
         scores = self._scores(shown, private, private_weight)
-        best, values = scoring.top_items(scores, shown.items, k)
+        best, values = places.top_items(scores, shown.items, k, self.is_new)
         titles = self.catalogue.fields["title"]
         return [
             Recommendation(self.catalogue.item_ids[i], titles[i], float(value))
             for i, value in zip(best.tolist(), values, strict=True)
         ]
+
+    @functools.cached_property
+    def is_new(self) -> np.ndarray:
+        """Which items nobody in the federation has met, bool [I].
+
+        Where the model has not learned that, they are the items that it was not trained on.
+        """
+        unmet = unmet_items(self._trained.shared.tensors, self.parts.codes)
+        return np.array([row is None for row in self.alignment.rows]) if unmet is None else unmet
 
     def score(
         self,
@@ -348,10 +364,11 @@ class Recommender:
         model = self.parts.model
         vector = torch.zeros(1, model.item_texts.shape[1], device=model.item_texts.device)
         scores = model.score_vectors([vector], stacked, parts or Parts())[0].cpu().numpy()
-        if not scores.any():
+        if len(scores) > 1 and not np.ptp(scores):
             raise DataError(
                 "an empty history, and the model has no item biases to rank by; give an item, or "
-                "train with head.item_bias"
+                "train with head.item_bias (and where all items are new to the model, with "
+                "head.item_dropout or head.item_ids: codes)"
             )
         return scores if candidates is None else scores[candidates]
 

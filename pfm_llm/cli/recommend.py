@@ -8,14 +8,25 @@ import typer
 from pfm_llm.cli import options
 
 if TYPE_CHECKING:
+    from pfm_llm.publish.serving import Bases
     from pfm_llm.recommender import Recommendation, Recommender
 
 
+_History = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of --user: ids or titles of items, oldest first, with commas; typos in "
+        "titles are forgiven. An empty one is that of somebody of whom nothing is known."
+    ),
+]
 _Catalogue = Annotated[
     str | None, typer.Option(help="File of items, when not those it was trained on.")
 ]
 _Backbone = Annotated[
     str | None, typer.Option(help="Base model, when not as the adapter names it.")
+]
+_ItemEncoder = Annotated[
+    str | None, typer.Option(help="Encoder of item texts, when not as the adapter names it.")
 ]
 _Compare = Annotated[
     bool,
@@ -27,15 +38,19 @@ _Compare = Annotated[
 ]
 
 
+_NewShare = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1,
+        help="Share of the places that items have at least which nobody in the federation has "
+        "met; 0: none of their own. Default: their share of the candidates, rounded down.",
+    ),
+]  # fmt: skip
+
+
 def recommend(
     user: Annotated[str | None, typer.Option(help="A user's id in the data of the run.")] = None,
-    history: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of --user: ids or titles of items, oldest first, with commas; typos in "
-            "titles are forgiven."
-        ),
-    ] = None,
+    history: _History = None,
     run: options.Run = None,
     runs: options.Runs = Path("runs"),
     adapter: Annotated[
@@ -45,6 +60,7 @@ def recommend(
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
     catalogue: _Catalogue = None,
     backbone: _Backbone = None,
+    item_encoder: _ItemEncoder = None,
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Go on with other weights.")
     ] = False,
@@ -52,6 +68,7 @@ def recommend(
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="How many items; 10, or 5 with --compare.")
     ] = None,
+    new_share: _NewShare = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Recommend items to a user of a run, or after a history.
@@ -64,11 +81,16 @@ def recommend(
     _check(user, history, adapter, compare)
     logging.getLogger("pfm_llm").setLevel(logging.WARNING)
     if compare:
-        return _compare(options.run_folder(run, runs), user, n, as_json)
+        return _compare(options.run_folder(run, runs), user, n, new_share, as_json)
     source = options.run_folder(run, runs) if adapter is None else adapter
-    model = _load(source, user, catalogue, revision, backbone, allow_base_mismatch)
+    bases: Bases = {
+        "backbone": backbone,
+        "item_encoder": item_encoder,
+        "allow_base_mismatch": allow_base_mismatch,
+    }
+    model = _load(source, user, catalogue, revision, bases)
     items = None if history is None else _understood(model, history)
-    _print(model.recommend(items, n or 10), as_json)
+    _print(model.recommend(items, n or 10, new_share=new_share), as_json)
 
 
 def _check(user: str | None, history: str | None, adapter: str | None, compare: bool) -> None:
@@ -84,7 +106,9 @@ def _check(user: str | None, history: str | None, adapter: str | None, compare: 
         raise ConfigError("give --user, or --history, or --compare")
 
 
-def _compare(folder: Path, user: str | None, n: int | None, as_json: bool) -> None:
+def _compare(
+    folder: Path, user: str | None, n: int | None, new_share: float | None, as_json: bool
+) -> None:
     import dataclasses
     import json
 
@@ -94,9 +118,9 @@ def _compare(folder: Path, user: str | None, n: int | None, as_json: bool) -> No
     run, trained, _ = open_to_serve(folder)
     length = n or lists.LENGTH
     if user is not None:
-        found = [lists.compare_lists(run, trained, user, length)]
+        found = [lists.compare_lists(run, trained, user, length, new_share)]
     else:
-        named = lists.compare_examples(run, trained, length)
+        named = lists.compare_examples(run, trained, length, new_share)
         found = [dataclasses.replace(one, user="", newest=()) for one in named]
     if as_json:
         print(json.dumps(lists.lists_tree(found), ensure_ascii=False, indent=2))
@@ -109,21 +133,13 @@ def _load(
     user: str | None,
     catalogue: str | None,
     revision: str | None,
-    backbone: str | None,
-    allow_base_mismatch: bool,
+    bases: "Bases",
 ) -> "Recommender":
     import sys
 
     from pfm_llm.recommender import Recommender
 
-    model = Recommender.from_pretrained(
-        source,
-        user,
-        catalogue,
-        revision=revision,
-        backbone=backbone,
-        allow_base_mismatch=allow_base_mismatch,
-    )
+    model = Recommender.from_pretrained(source, user, catalogue, revision=revision, **bases)
     if model.alignment.num_kept < max(len(model.catalogue), model.alignment.num_known):
         print(model.alignment.describe(), file=sys.stderr)
     return model
@@ -138,7 +154,7 @@ def _understood(model: "Recommender", history: str) -> list[str]:
     items = find_items(history, model.catalogue)
     titles = dict(zip(model.catalogue.item_ids, model.catalogue.fields["title"], strict=True))
     named = "; ".join(f"{titles[item]} [{item}]" for item in items)
-    print(f"history: {harmless(named)}", file=sys.stderr)
+    print(f"history: {harmless(named) or 'empty'}", file=sys.stderr)
     return items
 
 

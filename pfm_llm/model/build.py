@@ -113,10 +113,12 @@ def build_model(
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
     states = item_states(config.items, backbone, encoder)
+    if start is not None:
+        start.check_item_encoder(states, config.items.encoder)
     sizes = Sizes(backbone.hidden_size, adapter.modules, *states.items.shape)
     private, table = make_private_part(config, sizes), parameter_table(config, sizes)
     shared = start.shared(table, prompt) if start else table.initial_state()
-    normaliser, item_normaliser = _whitenings(states, config, start)
+    normaliser, item_normaliser = start.whitenings(states) if start else _whitenings(states)
     texts = item_normaliser(states.items)[:, : config.head.dim].contiguous()
     codes = _codes(config, partial(item_keys, catalogue, prompt), texts, table, start)
     unseen_only = config.federation.local.unseen_only
@@ -177,13 +179,8 @@ def _identities(
     }
 
 
-def _whitenings(
-    states: ItemStates, config: ExperimentConfig, start: Start | None
-) -> tuple[Normaliser, Normaliser]:
-    """The whitening of user states, and that of items."""
-    if start is not None:
-        start.check_item_encoder(states, config.items.encoder)
-        return start.normalisers
+def _whitenings(states: ItemStates) -> tuple[Normaliser, Normaliser]:
+    """The whitening of user states, and that of items, fitted to a catalogue."""
     normaliser = fit_normaliser(states.prompt)
     return normaliser, normaliser if states.share_a_space else fit_normaliser(states.items)
 

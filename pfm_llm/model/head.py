@@ -95,6 +95,7 @@ LIKE_BIAS = "head.like_bias"
 
 _BOTH_SIDES = (ItemIds.BOTH, ItemIds.CODES)
 _SHRINKAGE = 0.1
+_PRIOR_STATES = 100
 _MET_STEP = 1e-3
 """Gradient of an entry of ``head.item_met`` at a client that has met the item: small beside those
 of other tensors, so that the norm of an update hardly depends on it."""
@@ -120,6 +121,27 @@ class Normaliser:
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Whiten states [..., d] to float32 [..., d]."""
         return (states.float() - self.mean) @ self.basis
+
+    def rescaled(self, states: torch.Tensor) -> "Normaliser":
+        """The same axes, each with the variance that the states of the fit had there.
+
+        A whitening that is fitted to a few hundred texts takes directions in which these vary by
+        chance for directions of low variance. Other texts vary more in them, and scores would be
+        noise of these directions. Scaling each axis to the statistics of the new domain is
+        adaptive batch normalisation (Li et al. 2016, arXiv 1603.04779). The variance of the new
+        states is shrunk towards that of the fit, as if the fit had brought `_PRIOR_STATES` more.
+
+        Args:
+            states: float32 [I, d], of another catalogue.
+        """
+        # The squared norm of a column is 1 / shrunk, and the shrunk ones have the mean of all.
+        columns = self.basis.double().square().sum(0)
+        shrunk = torch.where(columns > 0, columns.clamp_min(1e-30).reciprocal(), 0.0)
+        fitted = ((shrunk - _SHRINKAGE * shrunk.mean()) / (1 - _SHRINKAGE)).clamp_min(0) * columns
+        found, weight = self(states).double().var(0, correction=0), len(states) + _PRIOR_STATES
+        pooled = (len(states) * found + _PRIOR_STATES * fitted) / weight
+        scale = torch.where(pooled > 0, (fitted / pooled.clamp_min(1e-30)).sqrt(), 1.0)
+        return Normaliser(self.mean.clone(), self.basis * scale.float())
 
     def to(self, device: torch.device) -> "Normaliser":
         """The same on another device."""

@@ -21,11 +21,13 @@ head.new_text         [D]       ``item_dropout``
 
 import math
 
+import numpy as np
 import torch
 
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import learns_met
 from pfm_llm.model import head as recommender_head
+from pfm_llm.model.items.codes import ItemCodes
 from pfm_llm.model.outputs import SharedView
 from pfm_llm.protocol.parameters import Parameter
 from pfm_llm.protocol.types import Tensors
@@ -41,6 +43,20 @@ def new_item_parameters(config: ExperimentConfig) -> list[Parameter]:
     server = config.federation.server
     bias_rate, rate = (r * server.lr_scale for r in (server.lr_item_bias, server.lr_head))
     return [Parameter(NEW_BIAS, (1,), bias_rate), Parameter(NEW_TEXT, (config.head.dim,), rate)]
+
+
+def unmet_items(shared: Tensors, codes: ItemCodes | None) -> np.ndarray | None:
+    """Which items nobody in the federation has met, bool [I]; None where that is not learned.
+
+    Args:
+        shared: The shared tensors.
+        codes: The vectors that items share; None: each item has rows of its own.
+    """
+    if recommender_head.ITEM_MET not in shared:
+        return None
+    own = {recommender_head.ITEM_MET: shared[recommender_head.ITEM_MET]}
+    met = recommender_head.met_items(own if codes is None else codes.expanded(own))
+    return None if met is None else (~met).cpu().numpy()
 
 
 def with_new_biases(own: dict[str, torch.Tensor], texts: torch.Tensor) -> dict[str, torch.Tensor]:

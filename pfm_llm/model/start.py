@@ -38,6 +38,7 @@ class Start:
         settings: The settings that its shapes follow from, for messages, by keys of the config.
         codes: The books of the vectors that its items share; None: each has rows of its own.
         centroids: Those of its books of texts, float32 [T, S, w]; None without any.
+        knows_items: Whether the catalogue has an item that the adapter was trained on.
     """
 
     origin: str
@@ -52,6 +53,16 @@ class Start:
     settings: Mapping[str, Any]
     codes: CodesConfig | None = None
     centroids: torch.Tensor | None = None
+    knows_items: bool = True
+
+    def whitenings(self, states: ItemStates) -> tuple[Normaliser, Normaliser]:
+        """The whitenings of user states and of items, for a catalogue.
+
+        That of items is rescaled for a catalogue of which the adapter knows no item; see
+        `Normaliser.rescaled`. What is trained from there on is published with it.
+        """
+        normaliser, of_items = self.normalisers
+        return normaliser, of_items if self.knows_items else of_items.rescaled(states.items)
 
     def check_base(self, backbone: Backbone, allow_mismatch: bool) -> None:
         """Compare the base model of the adapter with the current backbone.
@@ -85,13 +96,19 @@ class Start:
             ArtefactError: They are of another encoder.
         """
         if states.encoder_hash != self.item_encoder:
+            whose = (
+                (self.item_encoder, self.normalisers[1].mean),
+                (states.encoder_hash, states.items),
+            )
             theirs, ours = (
-                "the base model" if known is None else f"an encoder of SHA-256 {known[:16]}…"
-                for known in (self.item_encoder, states.encoder_hash)
+                f"{'the base model' if known is None else f'an encoder of SHA-256 {known[:16]}…'} "
+                f"with {vectors.shape[-1]} numbers"
+                for known, vectors in whose
             )
             raise ArtefactError(
                 f"{self.origin} was trained on item vectors of {theirs}, those of items.encoder: "
-                f"{name} are of {ours}; set items.encoder to the adapter's"
+                f"{name} are of {ours}; set items.encoder (item_encoder or --item-encoder where "
+                "you recommend) to the adapter's"
             )
 
     def code_centroids(self, codes: CodesConfig) -> torch.Tensor | None:

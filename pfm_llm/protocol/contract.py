@@ -146,7 +146,8 @@ class UpdateContract:
         if update.contract_hash != self.hash():
             raise ContractError(
                 f"client {_show(client)}: built under contract {_show(update.contract_hash)}, not "
-                f"{self.hash()!r}; its backbone, prompt, catalogue or adapter shapes differ"
+                f"{self.hash()!r}; its backbone, prompt, catalogue, codes of items or adapter "
+                "shapes differ; give it the config and the start of this federation"
             )
         if update.round_number != round_number:
             raise ContractError(

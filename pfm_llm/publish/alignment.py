@@ -99,5 +99,6 @@ def start_from(artefact: Artefact, catalogue: Catalogue) -> tuple[Start, Alignme
         settings=manifest.model_dump(mode="json", include={"adapters", "head", "items"}),
         codes=manifest.head.codes,
         centroids=artefact.code_centroids(),
+        knows_items=alignment.num_kept > 0,
     )
     return start, alignment

@@ -1,10 +1,12 @@
 """What a published adapter needs to serve: its items, and the settings of its model."""
 
 from pathlib import Path
+from typing import TypedDict
 
 from pfm_llm.base.errors import ArtefactError, DataError
 from pfm_llm.config.choices import Ablation
 from pfm_llm.config.data import EMBEDDED_SOURCES
+from pfm_llm.config.model import ItemsConfig
 from pfm_llm.config.schema import (
     BackboneConfig,
     ExperimentConfig,
@@ -14,6 +16,7 @@ from pfm_llm.config.schema import (
 from pfm_llm.data import sources
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.backbone import EMBEDDED
+from pfm_llm.model.items.sentence_encoder import EMBEDDED_ENCODERS
 from pfm_llm.publish.artefact import Artefact, prompt_file
 
 
@@ -36,8 +39,26 @@ def load_catalogue(artefact: Artefact, source: str | None) -> Catalogue:
     return sources.load_catalogue(source or trained_on)
 
 
+class Bases(TypedDict, total=False):
+    """The frozen models that a published adapter stands on, where they are on this machine.
+
+    Attributes:
+        backbone: Name, Hub id or folder of the base model; None: as the manifest names it.
+        item_encoder: Name, Hub id or folder of the encoder of item texts; None: as the manifest
+            names it.
+        allow_base_mismatch: Go on although the base weights are others.
+    """
+
+    backbone: str | None
+    item_encoder: str | None
+    allow_base_mismatch: bool
+
+
 def serving_config(
-    artefact: Artefact, backbone: str | None, allow_base_mismatch: bool
+    artefact: Artefact,
+    backbone: str | None = None,
+    item_encoder: str | None = None,
+    allow_base_mismatch: bool = False,
 ) -> ExperimentConfig:
     """The settings under which the adapter's tensors have their meaning.
 
@@ -45,12 +66,13 @@ def serving_config(
 
     Args:
         artefact: The adapter.
-        backbone: Name, Hub id or folder of the base model; None: as the manifest names it.
-        allow_base_mismatch: Go on with other base weights.
+        backbone: See `Bases`.
+        item_encoder: See `Bases`.
+        allow_base_mismatch: See `Bases`.
 
     Raises:
-        ArtefactError: The manifest names a base that is nobody else's, or a path; or the adapter
-            was trained on random weights or shuffled texts.
+        ArtefactError: The manifest names a base or an encoder that is nobody else's, or a path; or
+            the adapter was trained on random weights or shuffled texts.
     """
     manifest = artefact.manifest
     if manifest.ablation in (Ablation.RANDOM_WEIGHTS, Ablation.SHUFFLED_TEXTS):
@@ -75,7 +97,7 @@ def serving_config(
         prompt=str(artefact.folder / prompt_file(manifest.prompt)),
         tasks=manifest.tasks,
         window=manifest.window,
-        items=manifest.items,
+        items=_items(artefact, item_encoder),
         ablation=manifest.ablation,
         adapters=manifest.adapters,
         head=manifest.head,
@@ -83,6 +105,21 @@ def serving_config(
         federation=FederationConfig(cohort_size=1),  # one client: the user
         init_from=InitFromConfig(adapter=artefact.origin, allow_base_mismatch=allow_base_mismatch),
     )
+
+
+def _items(artefact: Artefact, encoder: str | None) -> ItemsConfig:
+    """How items become vectors, with an encoder that can be had on this machine."""
+    items, name = artefact.manifest.items, artefact.manifest.items.encoder
+    if encoder is not None:
+        return items.model_copy(update={"encoder": encoder, "revision": None})
+    if items.is_backbone or name in EMBEDDED_ENCODERS:
+        return items
+    if not _is_portable(name, None) or ("/" not in name and not Path(name).exists()):
+        raise ArtefactError(
+            f"{artefact.origin} was trained with a local encoder of item texts called {name!r}; "
+            "pass item_encoder (--item-encoder): the folder or Hub id of that encoder"
+        )
+    return items
 
 
 def _is_portable(name: str, embedded: str | None) -> bool:

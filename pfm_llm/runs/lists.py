@@ -1,7 +1,8 @@
 """What the private part changes for one user, as lists side by side.
 
 The first list comes from the shared part alone, the second adds the user's own private part, the
-third adds the private part of another user. All continue the user's whole history, as serving does.
+third adds the private part of another user. All continue the user's whole history, and show new
+items, as serving does.
 A list is somebody's: a run keeps those of its example users in its private folder.
 
 The order of the users is by length of history, and by internal id where it is equal. The other
@@ -16,13 +17,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.terminal import fitted, harmless
 from pfm_llm.data.interactions import TITLE
-from pfm_llm.evaluation import scoring
 from pfm_llm.evaluation.evaluator import parts_of
+from pfm_llm.evaluation.new_places import NewPlaces
 from pfm_llm.evaluation.results import judged_mode
+from pfm_llm.model.new_items import unmet_items
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.runs.run import Run, Trained
 
@@ -118,7 +122,9 @@ def example_users(run: Run) -> list[str]:
     return [run.data.interactions.user_ids[order[place]] for place in sorted(places) if order]
 
 
-def compare_lists(run: Run, trained: Trained, user: str, k: int = LENGTH) -> UserLists:
+def compare_lists(
+    run: Run, trained: Trained, user: str, k: int = LENGTH, new_share: float | None = None
+) -> UserLists:
     """The lists of a user.
 
     Args:
@@ -126,16 +132,21 @@ def compare_lists(run: Run, trained: Trained, user: str, k: int = LENGTH) -> Use
         trained: The shared state, and the weight of private parts.
         user: External id.
         k: Items in a list; there are fewer where the history leaves fewer.
+        new_share: The share of the places that new items have at least; see `new_places`.
 
     Raises:
         DataError: The run has no such user, or the user has no history.
+        ConfigError: ``new_share`` is not in [0, 1].
         CorruptFileError: A kept private part is damaged.
     """
-    interactions = run.data.interactions
+    places, interactions = NewPlaces(new_share), run.data.interactions
     number = interactions.user(user)
     history = interactions.history_of(number)
     if not len(history):
         raise DataError(f"user {user!r} has no history to continue")
+    is_new = unmet_items(trained.shared.tensors, run.model.codes)
+    if is_new is None:  # not learned, so no item is known to be new
+        is_new = np.zeros(len(interactions.catalogue), dtype=bool)
     ids, titles = interactions.catalogue.item_ids, interactions.catalogue.fields[TITLE]
     best: dict[str, list[int]] = {}
     for name, private in _parts(run, trained, number).items():
@@ -145,7 +156,7 @@ def compare_lists(run: Run, trained: Trained, user: str, k: int = LENGTH) -> Use
             parts_of([judged_mode(bool(private))], trained.private_weight),
         )
         [row] = scores.values()
-        best[name] = scoring.top_items(row[0], history.items, k)[0].tolist()
+        best[name] = places.top_items(row[0], history.items, k, is_new)[0].tolist()
     lists = {
         name: tuple(Listed(ids[item], titles[item], item not in best["shared"]) for item in items)
         for name, items in best.items()
@@ -154,9 +165,11 @@ def compare_lists(run: Run, trained: Trained, user: str, k: int = LENGTH) -> Use
     return UserLists(user, len(history), newest, lists)
 
 
-def compare_examples(run: Run, trained: Trained, k: int = LENGTH) -> list[UserLists]:
+def compare_examples(
+    run: Run, trained: Trained, k: int = LENGTH, new_share: float | None = None
+) -> list[UserLists]:
     """The lists of `example_users`; see `compare_lists`."""
-    return [compare_lists(run, trained, user, k) for user in example_users(run)]
+    return [compare_lists(run, trained, user, k, new_share) for user in example_users(run)]
 
 
 def lists_tree(lists: Iterable[UserLists]) -> dict[str, object]:

@@ -109,8 +109,8 @@ class HistoryEncoder:
         rating_values: The ratings that histories may show; others are tokenised when they occur.
 
     Raises:
-        DataError: The catalogue lacks a field of the prompt, or a whole window of the longest
-            items does not fit into the context.
+        DataError: The catalogue lacks a field of the prompt, an item has no text, all items have
+            one text, or a whole window of the longest items does not fit into the context.
     """
 
     def __init__(
@@ -126,6 +126,7 @@ class HistoryEncoder:
         self._prompt = prompt
         self._tokenizer = tokenizer
         self._fields = prompt.fields_of(catalogue)
+        self._texts = prompt.catalogue_texts(catalogue)
         self._reads_items = config.reading is Reading.ITEMS
         if self._reads_items and prompt.uses_rating:
             raise DataError(
@@ -165,7 +166,7 @@ class HistoryEncoder:
 
     def catalogue_texts(self) -> list[str]:
         """The text of every item by itself, which becomes its vector."""
-        return [self._prompt.render_catalogue_item(fields) for fields in self._fields]
+        return list(self._texts)
 
     def catalogue_pieces(self, max_tokens: int | None = None) -> list[list[int]]:
         """Token ids of `catalogue_texts`, each of at most ``max_tokens``; see `ItemsConfig`."""

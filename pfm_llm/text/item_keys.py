@@ -13,8 +13,8 @@ def item_keys(catalogue: Catalogue, prompt: Prompt) -> tuple[str, ...]:
     Items of two catalogues are the same if both id and text agree. The texts themselves may be
     protected and are not published.
     """
-    keys = []
-    for item_id, fields in zip(catalogue.item_ids, prompt.fields_of(catalogue), strict=True):
-        text = prompt.render_catalogue_item(fields)
-        keys.append(hashlib.sha256(json.dumps([item_id, text]).encode()).hexdigest()[:32])
-    return tuple(keys)
+    pairs = zip(catalogue.item_ids, prompt.catalogue_texts(catalogue), strict=True)
+    return tuple(
+        hashlib.sha256(json.dumps([item_id, text]).encode()).hexdigest()[:32]
+        for item_id, text in pairs
+    )

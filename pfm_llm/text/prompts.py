@@ -142,6 +142,26 @@ class Prompt:
         """The text of an item by itself; see `render_item`."""
         return self._render(self.catalogue_item, fields)
 
+    def catalogue_texts(self, catalogue: Catalogue) -> list[str]:
+        """The text of every item by itself, in the order of the catalogue.
+
+        Raises:
+            DataError: A field is missing, an item has no text, or several items all have the same.
+        """
+        texts = []
+        for item_id, fields in zip(catalogue.item_ids, self.fields_of(catalogue), strict=True):
+            try:
+                texts.append(self.render_catalogue_item(fields))
+            except DataError as error:
+                raise DataError(f"item {item_id!r}: {error}") from error
+        if len(texts) > 1 and len(set(texts)) == 1:
+            raise DataError(
+                f"all {len(texts):,} items have one text, {texts[0].strip()[:60]!r}, so no text "
+                "tells them apart; name the column of their titles (data.columns.title) or of "
+                "further texts (data.columns.text), or choose a prompt that shows more of them"
+            )
+        return texts
+
     def _render(self, template: str, values: Mapping[str, str]) -> str:
         text = render(template, values)
         if not text.strip():

@@ -1,6 +1,7 @@
 """A published adapter elsewhere: equal scores, other catalogues, other bases, going on."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from pfm_llm.base import files
 from pfm_llm.base.errors import (
@@ -17,10 +19,12 @@ from pfm_llm.base.errors import (
     CorruptFileError,
     DataError,
 )
+from pfm_llm.cli.main import make_app
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.schema import load_config
 from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue
+from pfm_llm.federated import FederatedRecommender
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.publish.artefact import MANIFEST_FILE, read_artefact
@@ -106,6 +110,26 @@ def test_items_follow_their_keys_to_another_catalogue(
     assert torch.isclose(bias[6], model.parts.shared.tensors["head.item_bias"].mean())
 
 
+def test_new_items_get_their_share_of_the_places(run: Path, tiny: Tiny) -> None:
+    extra = ("old moon", "red moon", "blue moon", "new moon")
+    other = from_folder(run / "shared_adapter", tiny, catalogue_of(*range(27), extra=extra))
+    assert other.is_new[27:].all()
+    shares = {share: other.recommend(HISTORY, new_share=share) for share in (None, 0.0, 0.4)}
+    counts = {
+        share: sum(other.is_new[other._index[item.item_id]] for item in items)
+        for share, items in shares.items()
+    }
+    left = len(other.catalogue) - len(HISTORY)
+    assert counts[None] >= 10 * sum(other.is_new) // left >= 1
+    assert counts[0.4] >= 4 > counts[0.0]
+    for items in shares.values():
+        assert len(items) == 10
+        scores = [item.score for item in items]
+        assert scores == sorted(scores, reverse=True)
+    with pytest.raises(ConfigError, match=r"new_share: 2 is no share"):
+        other.recommend(HISTORY, new_share=2)
+
+
 def test_the_whitening_is_never_refitted(model: Recommender, run: Path, tiny: Tiny) -> None:
     other = from_folder(run / "shared_adapter", tiny, catalogue_of(1, 2, 3))
     assert torch.equal(other.parts.normaliser.mean, model.parts.normaliser.mean)
@@ -188,6 +212,32 @@ def test_an_empty_history_recommends_by_the_biases_of_the_items(model: Recommend
         f"i{n}" for n in biases.argsort(descending=True)[:5]
     ]
     np.testing.assert_allclose(model.score([], ["i7", "i2"]), biases[[7, 2]], atol=1e-6)
+
+
+def test_an_empty_history_is_served_by_a_federation_and_on_the_command_line(
+    run: Path, model: Recommender
+) -> None:
+    federation = FederatedRecommender()
+    federation._run = run
+    expected = [item.item_id for item in model.recommend([], k=4)]
+    assert [item.item_id for item in federation.recommender().recommend([], k=4)] == expected
+    words = ["recommend", "--run", str(run), "--history", "", "-n", "4", "--json"]
+    shown = CliRunner().invoke(make_app(), words)
+    assert shown.exit_code == 0, shown.stderr
+    assert [item["item_id"] for item in json.loads(shown.stdout)["items"]] == expected
+    assert "history: empty" in shown.stderr
+
+
+def test_an_empty_history_on_other_items_is_ranked_by_what_texts_are_worth(
+    run: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    others = Catalogue(("a", "b", "c"), {"title": ("old moon", "red star", "big moon")})
+    with pytest.raises(DataError, match=r"all items are new .*with head\.item_dropout"):
+        from_folder(run / "shared_adapter", tiny, others).recommend([])
+    settings = {"method": "pfm", "head__item_dropout": 0.3}
+    learned = run_experiment(tiny.config(tmp_path, **settings))
+    scores = from_folder(learned / "shared_adapter", tiny, others).score([])
+    assert len(set(scores.tolist())) == 3
 
 
 def test_an_empty_history_needs_biases(tiny: Tiny, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from pfm_llm.data.splits import new_items
 from pfm_llm.evaluation.results import ResultRow
+from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from pfm_llm.runs.folders import RESULTS_FILE, TABLE_FILE
 from pfm_llm.runs.opening import open_run
@@ -223,12 +224,12 @@ def test_new_items_are_placed_among_all_and_among_each_other(
     found = {row.metric: row for row in rows if row.metric.startswith("new_items")}
     places = [f"new_items_{place}" for place in ("percentile", "among_new")]
     kinds = ("", "_shared", "_cosine")
-    shares = {"new_items_in_top_ten", "new_items_in_targets"}
+    shares = {f"new_items_in_{name}" for name in ("top_ten", "top_ten_shown", "targets")}
     assert {f"{place}{kind}" for place in places for kind in kinds} | shares <= found.keys()
     assert all(0 <= found[name].value <= 1 for name in (*shares, *places))
     assert -1 <= found["new_items_over_stranger"].value <= 1
 
-    opened, _ = open_run(run)
+    opened, trained = open_run(run)
     held_out = opened.data.split.test
     is_new = np.ones(30, dtype=bool)
     is_new[opened.data.split.train.interactions.items] = False
@@ -236,6 +237,37 @@ def test_new_items_are_placed_among_all_and_among_each_other(
     asked = [is_new[targets].mean() for targets in held_out.targets]
     assert found["new_items_in_targets"].value == pytest.approx(np.mean(asked))
     assert found["new_items_among_new"].num_users == sum(share > 0 for share in asked)
+    assert found["new_items_in_top_ten_shown"].value >= found["new_items_in_top_ten"].value
+    ours = Recommender.of_run(opened, trained)
+    assert (ours.is_new >= is_new).all()  # not every client takes part
+    ours.is_new = is_new
+    changes, ids = [], np.array(opened.data.interactions.catalogue.item_ids)
+    for user, history, targets in zip(
+        held_out.users, held_out.histories, held_out.targets, strict=True
+    ):
+        own = Recommender.of_run(opened, trained, opened.data.interactions.user_ids[user]).owner
+        assert own is not None
+        lists = [
+            [
+                item.item_id
+                for item in ours.recommend(
+                    ids[history].tolist(), private=own.private, new_share=share
+                )
+            ]
+            for share in (None, 0.0)
+        ]
+        shown, plain = (
+            np.mean(
+                [
+                    1 / np.log2(2 + found.index(item)) if item in found else 0
+                    for item in ids[targets].tolist()
+                ]
+            )
+            for found in lists
+        )
+        changes.append(shown - plain)
+    assert found["new_items_shown_ndcg"].value == pytest.approx(np.mean(changes), abs=1e-9)
+    assert any(changes)
     chosen = new_items(opened.data.interactions.catalogue, 0.3)
     assert chosen.sum() == 9
     assert not any(chosen[history].any() for history in held_out.histories)

@@ -11,6 +11,8 @@ figure is better for the user. `named_estimates` joins the figures of a run.
 | integrity | ``integrity_rbo``, ``integrity_rbo_retuned`` |
 | new items | ``new_items``, ``new_items_over_chance``, and ``…_shared``, ``…_own`` |
 | their places | ``new_items_percentile``, ``new_items_among_new``, and ``…_shared``, ``…_cosine`` |
+| in lists | ``new_items_in_top_ten``, and ``…_shown``; ``new_items_shown_ndcg`` |
+| asked for | ``new_items_in_targets`` |
 | memory, cold start | ``memory_<items>``, ``cold_start_<items>``, and ``…_shared``, ``…_own`` |
 | beside none | ``cold_start_<items>_over_none``, and ``…_shared`` |
 """

@@ -76,10 +76,10 @@ def top_share(lists: IntArray, is_new: np.ndarray) -> FloatArray:
     """The share of new items in each list, float64 [Q].
 
     Args:
-        lists: int64 [Q, k], items.
+        lists: int64 [Q, k], items; -1 where the candidates do not fill a list.
         is_new: bool [I].
     """
-    share: FloatArray = is_new[lists].mean(1)
+    share: FloatArray = (is_new[lists] & (lists >= 0)).mean(1)
     return share
 
 

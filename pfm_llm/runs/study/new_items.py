@@ -12,7 +12,8 @@ from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import ranking
 from pfm_llm.evaluation.candidates import PADDING
 from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
-from pfm_llm.evaluation.metrics import per_user
+from pfm_llm.evaluation.metrics import ndcg, per_user
+from pfm_llm.evaluation.new_places import NewPlaces
 from pfm_llm.evaluation.personality.estimates import (
     Bootstrap,
     Estimate,
@@ -39,7 +40,9 @@ def new_items(
     private part, without it (``_shared``), and for the cosine of a text with the mean text of the
     history, which nothing has trained (``_cosine``). ``new_items_over_stranger`` is what is lost
     among the new items when the user is taken for another one, history and private part alike.
-    ``new_items_in_top_ten`` and ``new_items_in_targets`` are the shares of new items in both.
+    ``new_items_in_top_ten`` and ``new_items_in_targets`` are the shares of new items in both, and
+    ``new_items_in_top_ten_shown`` in the top ten under `NewPlaces`. ``new_items_shown_ndcg`` is
+    what that rule changes in the NDCG of a list of ten, over all targets.
 
     Args:
         run: The run.
@@ -62,13 +65,47 @@ def new_items(
     both = only(against_new, Mode.SHARED_PRIVATE, Mode.SHARED_ONLY, depth=_TOP)
     ranks = measure(run, both).ranks
     figures |= _places(run, against_new, (measured.ranks, ranks), is_new, bootstrap)
+    num_new, places = _shown(ranks[Mode.SHARED_PRIVATE], held_out, is_new)
     top = ranks[Mode.SHARED_PRIVATE].lists
     assert top is not None
-    shares = {"in_top_ten": top_share(top, is_new), "in_targets": chosen.astype(np.float64)}
-    return figures | {
-        f"new_items_{name}": estimate(per_user(share, own.users)[0], bootstrap)
-        for name, share in shares.items()
+    per_target = {
+        "in_top_ten": top_share(top, is_new),
+        "in_top_ten_shown": num_new / top.shape[1],
+        "in_targets": chosen.astype(np.float64),
+        "shown_ndcg": ndcg(places, _TOP) - ndcg(own.full, _TOP),
     }
+    return figures | {
+        f"new_items_{name}": estimate(per_user(values, own.users)[0], bootstrap)
+        for name, values in per_target.items()
+    }
+
+
+def _shown(ranks: Ranks, held_out: HeldOut, is_new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Under `NewPlaces`, the number of new items in each list and the place of each target.
+
+    Args:
+        ranks: Of the targets, with lists; the sampled ones are among the other new items.
+        held_out: The queries.
+        is_new: bool [I].
+
+    Returns:
+        Two arrays int64 [T]. A target that is not shown has place 11.
+    """
+    assert ranks.lists is not None
+    rule, chosen = NewPlaces(), is_new[np.concatenate(held_out.targets)]
+    lengths = [len(targets) for targets in held_out.targets]
+    left = [int(is_new.sum() - is_new[np.unique(own)].sum()) for own in held_out.histories]
+    plain = (is_new[ranks.lists] & (ranks.lists != PADDING)).sum(1)
+    candidates = _candidates(held_out, len(is_new))
+    shown = rule.shown(plain, np.repeat(left, lengths), candidates, _TOP)
+    # The user's other targets are not among the negatives; those that are new stand above too.
+    ends = np.cumsum(lengths)
+    above = [
+        (chosen[own] & (ranks.full[own] <= ranks.full[own][:, None])).sum(1) - chosen[own]
+        for own in map(slice, ends - lengths, ends)
+    ]
+    of_new = ranks.sampled + np.concatenate(above)
+    return shown, rule.ranks(ranks.full, of_new, chosen, shown, _TOP)
 
 
 def _places(

@@ -192,6 +192,17 @@ _MEASURES = (
         is_difference=False,
     ),
     Measure(
+        _NEW, "new_items_in_top_ten_shown", "Share of the top ten that is shown",
+        "The same for the list that a user sees: new items have at least the places that their "
+        "share of the candidates gives them, rounded down.",
+        is_difference=False,
+    ),
+    Measure(
+        _NEW, "new_items_shown_ndcg", "What that rule changes in NDCG@10",
+        "The NDCG@10 of the list that a user sees, less that of the plain ranking, over all that "
+        "is asked for.",
+    ),
+    Measure(
         _NEW, "new_items_in_targets", "Share of what is asked for",
         "How many of the held-out items are in no training history.",
         is_difference=False,

@@ -228,3 +228,28 @@ def test_the_term_of_met_items_is_no_loss_and_raises_their_entries() -> None:
     assert float(term) == 0
     (gradient,) = torch.autograd.grad(term, met)
     assert gradient.tolist() == pytest.approx([0, -1e-3, 0, -1e-3])
+
+
+def test_a_whitening_is_rescaled_to_texts_that_it_was_not_fitted_to() -> None:
+    generator = torch.Generator().manual_seed(3)
+    spread = torch.linspace(3, 0.1, 12)
+    fitted, others = (torch.randn(n, 12, generator=generator) * spread for n in (30, 5000))
+    normaliser = fit_normaliser(fitted)
+    white, raw = normaliser.rescaled(others)(others), normaliser(others)
+    ours = normaliser(fitted).var(0)
+    assert (raw.var(0)[-3:] > 1.3 * ours[-3:]).all()
+    torch.testing.assert_close(white.var(0), ours, rtol=0.1, atol=0.01)
+    # The axes stay, and the texts of the fit, or a single other one, change nothing much.
+    assert torch.allclose(torch.nn.functional.cosine_similarity(white, raw, dim=0), torch.ones(12))
+    torch.testing.assert_close(
+        normaliser.rescaled(fitted)(fitted), normaliser(fitted), rtol=0.02, atol=0.02
+    )
+    alone = normaliser.rescaled(others[:1])(others)
+    torch.testing.assert_close(alone, raw, rtol=0.02, atol=0.02)
+
+
+def test_rescaling_a_catalogue_without_variance_stays_finite() -> None:
+    flat = fit_normaliser(torch.ones(4, 3))
+    assert torch.isfinite(flat.rescaled(torch.randn(5, 3))(torch.randn(5, 3))).all()
+    few = fit_normaliser(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)))
+    assert torch.isfinite(few.rescaled(torch.randn(5, 6)).basis).all()
