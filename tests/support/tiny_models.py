@@ -15,7 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pfm_llm.config.choices import ItemIds, Task
+from pfm_llm.config.choices import Task
 from pfm_llm.config.model import AdaptersConfig, HeadConfig
 from pfm_llm.data.history import History
 from pfm_llm.model.backbone import Backbone
