@@ -40,13 +40,13 @@ import yaml
 
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.cli.start import run_safely
-from pfm_llm.evaluation.significance import over_seeds
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 _ID = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 _BAR = re.compile(r"(?:(value|ci_low|ci_high) )?(>=|<=|>|<) (-?\d+(?:\.\d+)?)")
 _KEYS = {"from", "row", "path", "per", "scale", "least", "unit", "bar", "note"}
+_CONFIDENCE = 0.95
 _USUAL = {"split": "test", "candidates": "full"}
 
 
@@ -194,6 +194,8 @@ def _check(name: str, spec: Mapping[str, Any], contents: Mapping[str, Any]) -> N
 
 
 def _figure(spec: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> _Figure | _Row:
+    from pfm_llm.evaluation.personality.significance import over_seeds
+
     if "path" in spec:
         scale, per = spec.get("scale", 1.0), spec.get("per", 1.0)
         return _Figure(
@@ -208,7 +210,9 @@ def _figure(spec: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> _Fig
     for rows in found:
         if len(set(rows)) != 1:
             raise LookupError(f"{len(rows)} rows instead of one for {spec['row']}")
-    whole = over_seeds([own[0] for own in found], files[0]["config"]["evaluation"]["confidence"])
+    evaluation = files[0].get("config", {}).get("evaluation", {})
+    confidence = evaluation.get("confidence", _CONFIDENCE)  # not every benchmark has a config
+    whole = over_seeds([own[0] for own in found], confidence)
     return _Row(whole.value, whole.low, whole.high)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.evaluation.comparison import OVER
+from pfm_llm.evaluation.personality.significance import over_seeds, settled
 from pfm_llm.evaluation.results import ResultRow
-from pfm_llm.evaluation.significance import over_seeds, settled
 from pfm_llm.protocol.types import Mode
 
 COMPARISONS, GAINS = "comparisons", "gains"

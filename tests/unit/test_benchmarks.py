@@ -40,7 +40,7 @@ from tests.support.tables import config_of, drawn
 from tests.support.tiny import Tiny
 
 HIDDEN, ITEMS, LAYERS, ADAPTED = 16, 11, 3, 2
-HEAD = HeadConfig(dim=8, id_dim=4)
+HEAD = HeadConfig(dim=8, id_dim=4, item_dropout=0.0)
 ADAPTERS = AdaptersConfig(
     num_layers=ADAPTED,
     shared=SharedAdapterConfig(rank=3, alpha=6),

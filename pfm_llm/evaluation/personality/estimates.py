@@ -13,7 +13,7 @@ import numpy as np
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.config.cut_offs import HEADLINE_K
 from pfm_llm.evaluation.metrics import FloatArray, IntArray, bootstrap_interval, ndcg, per_user
-from pfm_llm.evaluation.significance import ROUNDING
+from pfm_llm.evaluation.personality.significance import ROUNDING
 
 _NAME = re.compile(r"[a-z0-9_]+")
 

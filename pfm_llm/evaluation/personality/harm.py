@@ -11,7 +11,7 @@ from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.evaluation.metrics import FloatArray, resampled_means
 from pfm_llm.evaluation.personality.estimates import Bootstrap, Estimate, estimate
 from pfm_llm.evaluation.personality.groups import members, slug
-from pfm_llm.evaluation.significance import ROUNDING, holm
+from pfm_llm.evaluation.personality.significance import ROUNDING, holm
 
 MIN_USERS = 10
 """Groups with fewer users are merged."""

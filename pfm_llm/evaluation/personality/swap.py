@@ -5,7 +5,7 @@ import numpy as np
 from pfm_llm.base.errors import DataError
 from pfm_llm.evaluation.metrics import FloatArray
 from pfm_llm.evaluation.personality.estimates import Bootstrap, Estimate, estimate
-from pfm_llm.evaluation.significance import ROUNDING
+from pfm_llm.evaluation.personality.significance import ROUNDING
 
 
 def swap_loss(quality: str, served: FloatArray, bootstrap: Bootstrap) -> dict[str, Estimate]:

@@ -10,8 +10,8 @@ from pfm_llm.base import files, templates
 from pfm_llm.config.cut_offs import RANK_LABELS
 from pfm_llm.config.settings import leaves
 from pfm_llm.evaluation.openings import OPENINGS, describe_openings
+from pfm_llm.evaluation.personality.significance import settled
 from pfm_llm.evaluation.results import AUC
-from pfm_llm.evaluation.significance import settled
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.plan import SelectConfig
 from pfm_llm.suite.report import measures, pictures

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfm_llm.config.cut_offs import RANK_LABELS, headline_k
+from pfm_llm.evaluation.personality.significance import Figure, over_seeds, settled
 from pfm_llm.evaluation.results import AUC, AUC_LABEL, ResultRow
-from pfm_llm.evaluation.significance import Figure, over_seeds, settled
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
 from pfm_llm.suite.report.trials import trials_of_baseline, trials_of_run

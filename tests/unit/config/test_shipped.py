@@ -32,7 +32,13 @@ def equal_to_a_default(settings: dict[str, object]) -> list[str]:
 def test_there_are_configs_and_suites() -> None:
     names = {path.stem for path in CONFIGS}
     assert names == {"quickstart", "ml100k", "games", "groceries"}
-    assert {path.stem for path in SUITES} == {"ml100k", "ml100k_next", "games", "groceries"}
+    assert {path.stem for path in SUITES} == {
+        "ml100k",
+        "ml100k_next",
+        "games",
+        "groceries",
+        "groceries_time",
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

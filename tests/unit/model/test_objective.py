@@ -19,7 +19,7 @@ from pfm_llm.text.encoding import NO_TARGET
 from tests.support.tables import config_of, drawn
 
 ITEMS, HIDDEN, POSITIONS, BEFORE = 17, 12, 10, 3
-HEAD = HeadConfig(dim=8, id_dim=4)
+HEAD = HeadConfig(dim=8, id_dim=4, item_dropout=0.0)
 FITTED = TasteConfig(rank=3, read_rank=0, like_rank=3)
 READ = FITTED.model_copy(update={"read_rank": 5})
 BOTH = (Task.NEXT_ITEM, Task.LIKE)

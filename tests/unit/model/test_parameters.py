@@ -30,7 +30,7 @@ def _config(case: str, optimizer: str = "fedadam") -> ExperimentConfig:
     private: dict[str, Any] = {"rank": 3, "alpha": 4}
     if method != "fedsa_lora":  # it fixes the rank
         private["head_rank"] = 2
-    head: dict[str, Any] = {"dim": 8, "id_dim": 4, "item_context": True}
+    head: dict[str, Any] = {"dim": 8, "id_dim": 4, "item_context": True, "item_dropout": 0.0}
     if method != "pfm_text":  # it has neither
         head |= {"item_bias": True, "item_ids": "both"}
     return parse_config(

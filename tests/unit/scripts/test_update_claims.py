@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pfm_llm.base.errors import CorruptFileError, DataError
-from pfm_llm.evaluation.significance import over_seeds
+from pfm_llm.evaluation.personality.significance import over_seeds
 from scripts.update_claims import Claim, build_claims, claims_text, holds, read_claims
 
 ROOT = Path(__file__).parents[3]

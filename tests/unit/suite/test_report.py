@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pfm_llm.base.errors import CorruptFileError, DataError
+from pfm_llm.evaluation.personality.significance import over_seeds
 from pfm_llm.evaluation.results import ResultRow, write_results
-from pfm_llm.evaluation.significance import over_seeds
 from pfm_llm.runs import plots
 from pfm_llm.suite.report import measures
 from pfm_llm.suite.report.page import write_report

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import DataError
-from pfm_llm.evaluation.significance import Figure, holm, over_seeds, settled
+from pfm_llm.evaluation.personality.significance import Figure, holm, over_seeds, settled
 
 NAN = float("nan")
 Z95 = 1.959964
