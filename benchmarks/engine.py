@@ -38,7 +38,7 @@ _SETTINGS = {
     "window": {"items": 32, "max_windows": 1, "reading": "tokens"},
     "tasks": ["next_item"],
     "method": "custom",
-    "head": {"dropout": 0.0},
+    "head": {"dropout": 0.0, "item_dropout": 0.0},
     "federation": {"local": {"schedule": "alternate", "horizon": 1}},
 }
 _PRIVATE = {"kind": "independent", "rank": 4, "alpha": 8, "head_rank": 4}

@@ -153,7 +153,7 @@ def tiny_bench_config(tiny: Tiny, tmp_path: Path) -> ExperimentConfig:
         data={"source": str(tiny.interactions), "items": str(tiny.items)},
         backbone={"name": str(tiny.model), "dtype": "float32"},
         window={"items": 4, "max_windows": 1, "reading": "tokens"},
-        head={"dim": 8, "id_dim": 4},
+        head={"dim": 8, "id_dim": 4, "item_dropout": 0.0},
     )
 
 

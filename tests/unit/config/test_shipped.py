@@ -38,6 +38,7 @@ def test_there_are_configs_and_suites() -> None:
         "games",
         "groceries",
         "groceries_time",
+        "ml100k_new_items",
     }
 
 
