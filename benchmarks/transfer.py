@@ -23,6 +23,7 @@ head.item_dropout), and with codes. Runs and figures that are there are not made
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,7 @@ class _Seed:
     @classmethod
     def of(cls, arguments: argparse.Namespace, number: int) -> "_Seed":
         from benchmarks.transferring.worlds import World, halves
+        from pfm_llm.base.errors import ConfigError
         from pfm_llm.config.schema import ExperimentConfig
         from pfm_llm.config.text import apply_override
         from pfm_llm.data.sources import load_interactions
@@ -166,6 +168,11 @@ class _Seed:
             for one in arguments.settings:
                 if one.startswith("data."):
                     apply_override(tree, one)
+            if not {"source", "items"} <= tree["data"].keys():
+                raise ConfigError(
+                    "the games are not shipped; name them with --set data.source=FILE and "
+                    "--set data.items=FILE (configs/games.yaml tells where they are from)"
+                )
             target = World(tree["data"], Path(tree["data"]["items"]))
         passes = BUDGETS[arguments.budget]["passes"]
         settings = tuple(one for one in arguments.settings if not one.startswith("data."))
@@ -233,7 +240,11 @@ class _Seed:
         # The manifest of the final export is the last file of a run.
         if not (RunFolders.of(run).shared_adapter / MANIFEST_FILE).is_file():
             run_experiment(config.model_copy(update={"name": name}), resume=run.is_dir())
-        return folder if folder.is_dir() else serving.published(run, folder)
+        if not folder.is_dir():
+            partial = folder.with_name(f"{name}.partial")  # what fails the checks is never served
+            shutil.rmtree(partial, ignore_errors=True)
+            serving.published(run, partial).rename(folder)
+        return folder
 
     def _served(self, folder: Path, what: str, ways: Sequence[str]) -> "Ranks":
         """The ranks of an adapter on the target world, computed where they are not there yet."""

@@ -2,9 +2,11 @@
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pfm_llm.config.methods import Method
+from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
 from pfm_llm.config.text import find_setting, set_setting
 
 CONSTANTS: dict[str, Any] = {
@@ -34,6 +36,15 @@ BEFORE: dict[str, Any] = {
     "federation.local.horizon": 1,
 }
 """Dotted key of a later setting to what was done before it was there."""
+
+
+def load_saved(path: Path) -> ExperimentConfig:
+    """Read the config that a run of this version or of an earlier one has written.
+
+    Raises:
+        ConfigError: See `load_config`.
+    """
+    return parse_config(from_earlier(read_yaml(path)), origin=str(path))
 
 
 def from_earlier(tree: Mapping[str, Any]) -> dict[str, Any]:

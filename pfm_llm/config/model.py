@@ -184,7 +184,8 @@ class HeadConfig(Settings):
     item_dropout: Fraction = Field(
         _ITEM_DROPOUT,
         description="share of the items that a step treats as new, to learn the bias of items that "
-        "nobody has met; where it can have no effect it is 0 unless it is set",
+        "nobody has met; unless it is set, it is 0 where the head leaves it without effect; no "
+        "effect with a median, and where nothing is shared",
     )
     prior_events: Positive | None = Field(
         5.0,

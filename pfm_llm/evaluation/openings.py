@@ -3,7 +3,8 @@
 A test split that is measured many times while settings change is no longer a test. So each
 measurement is counted before it begins, in a file beside the results, and the result says the
 count. A run that is resumed and measured again counts again, and so does one that is stopped
-half-way. A result that is only read counts nothing.
+half-way. A result that is only read counts nothing. Not counted are measurements outside runs,
+suites and trained baselines: those of benchmarks/likelihood.py and benchmarks/transfer.py.
 """
 
 import hashlib

@@ -19,7 +19,8 @@ from pathlib import Path
 from pfm_llm.base.errors import BusyError, CheckpointError, ConfigError
 from pfm_llm.base.files import make_private_dir
 from pfm_llm.base.locks import locked
-from pfm_llm.config.schema import ExperimentConfig, load_config
+from pfm_llm.config.earlier import load_saved
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import changed_settings
 from pfm_llm.config.settle import settle_like
 
@@ -125,7 +126,7 @@ class RunFolders:
         Raises:
             CheckpointError: A setting that training depends on differs.
         """
-        saved = load_config(self.public / CONFIG_FILE)
+        saved = load_saved(self.public / CONFIG_FILE)
         changed = changed_settings(saved, settle_like(config, saved))
         if changed:
             raise CheckpointError(

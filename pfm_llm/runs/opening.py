@@ -22,7 +22,8 @@ from typing import Self
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, CheckpointError, CorruptFileError
 from pfm_llm.base.processes import start_processes
-from pfm_llm.config.schema import ExperimentConfig, load_config
+from pfm_llm.config.earlier import load_saved
+from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.data.interactions import Interactions
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.alignment import Alignment, align_items
@@ -131,7 +132,7 @@ def run_in_work(folder: Path) -> Iterator[tuple[Run, Trained]]:
         ConfigError, CheckpointError: See `open_run`.
     """
     folders = RunFolders.of(find_run(folder, folder.parent))
-    processes = start_processes(load_config(folders.public / CONFIG_FILE).runtime.threads)
+    processes = start_processes(load_saved(folders.public / CONFIG_FILE).runtime.threads)
     with processes.main_holds(folders.in_work()):
         yield open_run(folder)
 
@@ -171,7 +172,7 @@ def corpus_to_resume(config: ExperimentConfig, folders: RunFolders) -> Corpus:
     Raises:
         CheckpointError: Data, items or prompt are not those of the start.
     """
-    started = load_config(folders.public / CONFIG_FILE)
+    started = load_saved(folders.public / CONFIG_FILE)
     # A run that was killed before its first round stands on nothing yet. Changed settings are
     # named one by one once the data are known.
     same_settings = (started.data, started.prompt) == (config.data, config.prompt)
@@ -220,7 +221,7 @@ class _Opening:
                 f"{environment} is missing, so nobody can tell where the run was trained; restore "
                 "it, or train the run again"
             )
-        opening = cls(folders, load_config(folders.public / CONFIG_FILE))
+        opening = cls(folders, load_saved(folders.public / CONFIG_FILE))
         if checkpoint.environment.contract_hash != opening.before.contract_hash:
             raise CheckpointError(
                 f"{folders.server} and {folders.public / TRAINED_ON_FILE} are of two runs; restore "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.base.errors import HubError
-from pfm_llm.config.schema import load_config
+from pfm_llm.config.earlier import load_saved
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.card import shown_name
 from pfm_llm.publish.export import Exported, export_shared_adapter
@@ -36,7 +36,7 @@ def request_of(
     folders = RunFolders.of(find_run(run, run.parent).resolve())
     private_root: Path | None = folders.private
     if not folders.private.is_dir():
-        config = load_config(folders.public / CONFIG_FILE)
+        config = load_saved(folders.public / CONFIG_FILE)
         private_root = folders.private if config.adapters.private.enabled else None
     return PublishRequest(exported or folders.shared_adapter, private_root, repo, **options)
 

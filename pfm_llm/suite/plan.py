@@ -249,7 +249,21 @@ def make_plan(path: Path, budget: str, only: Sequence[str] = ()) -> Plan:
     )
     points = [point.config.name for run in runs for point in run.points]
     _refuse_twice([*points, *(run.label for run in runs if run.key)], f"{path}: run folder")
+    _check_compared(runs, f"{path}, budget {budget}")
     return Plan(suite.name, budget, _settled(suite.select, runs, path), runs)
+
+
+def _check_compared(runs: Sequence[SuiteRun], origin: str) -> None:
+    """Refuse to plan a run without the one that it is compared with."""
+    labels = {run.label for run in runs}
+    for run in runs:
+        for other in filter(None, (run.against, run.beside)):
+            if f"{other}-s{run.seed}" not in labels:
+                raise ConfigError(
+                    f"{origin}: run {run.label} is compared with {other}-s{run.seed}, which is not "
+                    f"planned; add --only {other}, which is not trained again if it has a result, "
+                    "or correct the budget's runs and seeds"
+                )
 
 
 @dataclass(frozen=True)

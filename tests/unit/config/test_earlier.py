@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config.earlier import CONSTANTS, from_earlier
-from pfm_llm.config.schema import ExperimentConfig, parse_config
+from pfm_llm.config.earlier import CONSTANTS, from_earlier, load_saved
+from pfm_llm.config.schema import ExperimentConfig, dump_config, parse_config
 from pfm_llm.config.settings import leaves
 from pfm_llm.config.settle import settle
 from pfm_llm.config.text import set_setting
@@ -30,6 +31,17 @@ def test_no_method_became_custom_and_constants_are_left_out() -> None:
         parse_config({"name": "x", "method": "custom"}), 943
     )
     assert tree == earlier_tree()  # the argument stays
+
+
+def test_a_run_of_an_earlier_version_is_read_with_the_settings_of_its_time(tmp_path: Path) -> None:
+    config = parse_config({"name": "x"})
+    tree = yaml.safe_load(dump_config(config))
+    del tree["head"]["item_dropout"]  # was left out where it was off
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    assert load_saved(path).head.item_dropout == 0
+    path.write_text(dump_config(config))
+    assert load_saved(path) == config
 
 
 def test_another_value_than_the_constant_is_refused() -> None:

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from pfm_llm.base.errors import CheckpointError, DataError, LaunchError, StorageError, TrainingError
+from pfm_llm.base.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LaunchError,
+    StorageError,
+    TrainingError,
+)
 from pfm_llm.base.locks import locked
 from pfm_llm.config.schema import load_config, parse_config
 from pfm_llm.config.settle import settle
@@ -596,7 +603,13 @@ def test_a_run_beside_another_is_compared_the_other_way_round(world: World) -> N
     assert compared == [("b-s0", "a-s0", "beside")]
 
 
-def test_a_comparison_with_a_run_without_a_result_fails(world: World) -> None:
-    world.write(runs=[{"name": "a"}, {"name": "b", "against": "a"}])
-    failed = world.run(only=["b"], compare=lambda *_: [])
-    assert failed == {"b-s0": "b-s0 is compared with a-s0, which has no result; run that"}
+@pytest.mark.parametrize("key", ["against", "beside"])
+def test_a_run_is_not_planned_without_the_one_that_it_is_compared_with(
+    world: World, key: str
+) -> None:
+    world.write(runs=[{"name": "a"}, {"name": "b", key: "a"}])
+    with pytest.raises(ConfigError, match=r"run b-s0 is compared with a-s0.* add --only a"):
+        world.run(only=["b"], compare=lambda *_: [])
+    world.write(runs=[{"name": "a", "seeds": [0]}, {"name": "b", key: "a", "seeds": [0, 1]}])
+    with pytest.raises(ConfigError, match="run b-s1 is compared with a-s1"):
+        world.run(compare=lambda *_: [])
