@@ -136,8 +136,13 @@ def test_clients_clip_and_the_round_tells_of_it(tiny: Tiny, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("split", ["last_fraction", "global_temporal"])
 def test_other_splits(split: str, tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path, data__split=split, data__held_out=0.3, federation__num_rounds=2)
-    run = run_experiment(config)
+    # The events of a user are a minute apart: the tiny data only count them.
+    data = tmp_path / "interactions.csv"
+    header, *lines = Path(tiny.config(tmp_path).data.source).read_text().splitlines()
+    events = (line.rsplit(",", 1) for line in lines)
+    data.write_text("\n".join([header, *(f"{event},{60 * int(at)}" for event, at in events), ""]))
+    settings = {"data__source": str(data), "data__split": split, "data__held_out": 0.3}
+    run = run_experiment(tiny.config(tmp_path, **settings, federation__num_rounds=2))
     rows = results_of(run)["rows"]
     assert {row["protocol"] for row in rows} == {split}
     assert len({row["num_users"] for row in rows}) == 1

@@ -307,8 +307,9 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
     source = random.Random(0)
     store = CheckpointStore(tmp_path / "server")
     size = 20_000  # below what torch would split over threads, which a fork must not
-    committed = 0
-    for _ in range(12):
+    committed = tries = 0
+    while tries < 12 or not committed:  # on a busy machine a child may not come to its first commit
+        tries += 1
         child = os.fork()
         if child == 0:
             round_number = committed
@@ -322,7 +323,6 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
             assert store.rounds()[-1] >= committed
             committed = store.rounds()[-1]
             _assert_whole(store.load(), committed, size)
-    assert committed > 0
 
 
 def test_equal_environments_are_resumable() -> None:
