@@ -213,7 +213,8 @@ def _figure(spec: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> _Fig
     evaluation = files[0].get("config", {}).get("evaluation", {})
     confidence = evaluation.get("confidence", _CONFIDENCE)  # not every benchmark has a config
     whole = over_seeds([own[0] for own in found], confidence)
-    return _Row(whole.value, whole.low, whole.high)
+    # Versions of scipy differ in the last digits.
+    return _Row(*(float(f"{value:.10g}") for value in (whole.value, whole.low, whole.high)))
 
 
 def _rows(file: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[_Row]:
