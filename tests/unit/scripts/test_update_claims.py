@@ -1,5 +1,6 @@
 """Claims are looked up, never typed; their bars are read as they are written."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,14 @@ import yaml
 
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.evaluation.personality.significance import over_seeds
-from scripts.update_claims import Claim, build_claims, claims_text, holds, read_claims
+from scripts.update_claims import (
+    Claim,
+    build_claims,
+    claims_text,
+    holds,
+    is_stale,
+    read_claims,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -57,9 +65,24 @@ def only(root: Path) -> Claim:
 def test_the_committed_claims_are_those_of_the_committed_results() -> None:
     claims = build_claims(ROOT)
     assert len(claims) > 50
-    committed = (ROOT / "results" / "claims.json").read_text()
-    assert committed == claims_text(claims), "results/claims.json is stale; run make claims"
-    assert read_claims(ROOT) == {claim.id: claim for claim in claims}
+    assert not is_stale(ROOT, claims), "results/claims.json is stale; run make claims"
+
+
+def test_claims_are_stale_when_anything_but_the_last_digits_differs(tmp_path: Path) -> None:
+    claims = build_claims(ROOT)[:3]
+    (tmp_path / "results").mkdir()
+
+    def is_stale_after(**changes: Any) -> bool:
+        changed = [dataclasses.replace(claims[0], **changes), *claims[1:]]
+        (tmp_path / "results" / "claims.json").write_text(claims_text(changed))
+        return is_stale(tmp_path, claims)
+
+    value = claims[0].value
+    assert not is_stale_after(value=value * (1 + 1e-12))
+    assert is_stale_after(value=value * (1 + 1e-6))
+    assert is_stale_after(ci_low=None)
+    assert is_stale_after(note="another")
+    assert is_stale(tmp_path, claims[:2])
 
 
 def test_every_bar_of_the_committed_claims_holds() -> None:
