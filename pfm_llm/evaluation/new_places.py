@@ -77,15 +77,14 @@ class NewPlaces:
         Raises:
             DataError: ``k`` is negative, or an item id is outside the catalogue.
         """
-        best, values = scoring.top_items(scores, seen, k)
-        if not is_new.any():
-            return best, values
-        ranked, all_values = scoring.top_items(scores, seen, len(is_new))
+        if k < 0 or not is_new.any():
+            return scoring.top_items(scores, seen, k)
+        ranked, values = scoring.top_items(scores, seen, len(is_new))
         new = is_new[ranked]
         num_new = max(self.count(k, int(new.sum()), len(ranked)), int(new[:k].sum()))
         # Of either kind the best ones, in the order of all.
         kept = np.where(new, np.cumsum(new) <= num_new, np.cumsum(~new) <= k - num_new)
-        return ranked[kept][:k], all_values[kept][:k]
+        return ranked[kept][:k], values[kept][:k]
 
     def ranks(self, full: Ints, of_new: Ints, is_new: np.ndarray, shown: Ints, k: int) -> Ints:
         """The places of targets in the lists that are shown, int64 [T]; k + 1: not shown.

@@ -136,11 +136,12 @@ class Prompt:
             DataError: The text is empty, so there would be no token to read a state from.
         """
         known = rating is not None and not math.isnan(rating)
-        return self._render(self.item, {**fields, RATING: f"{rating:g}" if known else ""})
+        values = {**fields, RATING: f"{rating:g}" if known else ""}
+        return render_text(self.key, self.item, values)
 
     def render_catalogue_item(self, fields: Mapping[str, str]) -> str:
         """The text of an item by itself; see `render_item`."""
-        return self._render(self.catalogue_item, fields)
+        return render_text(self.key, self.catalogue_item, fields)
 
     def catalogue_texts(self, catalogue: Catalogue) -> list[str]:
         """The text of every item by itself, in the order of the catalogue.
@@ -162,14 +163,25 @@ class Prompt:
             )
         return texts
 
-    def _render(self, template: str, values: Mapping[str, str]) -> str:
-        text = render(template, values)
-        if not text.strip():
-            raise DataError(
-                f"prompt {self.key} renders an item with no text ({dict(values)}); give the item "
-                "a title, or choose a prompt whose fields it has"
-            )
-        return text
+
+def render_text(key: str, template: str, values: Mapping[str, str]) -> str:
+    """The text of an item by a template of a prompt.
+
+    Args:
+        key: The prompt's key, for the message.
+        template: The template.
+        values: The value of each placeholder.
+
+    Raises:
+        DataError: The text is empty.
+    """
+    text = render(template, values)
+    if not text.strip():
+        raise DataError(
+            f"prompt {key} renders an item with no text ({dict(values)}); give the item a title, "
+            "or choose a prompt whose fields it has"
+        )
+    return text
 
 
 def item_fields(
@@ -237,14 +249,19 @@ def find_prompt(name_or_path: str, template: str) -> Path:
     """
     if name_or_path.endswith(".toml"):
         return Path(name_or_path)
-    paths = sorted(_prompt_dir().glob("*.toml"))
-    shipped = {path.stem: path for path in paths if template in read_prompt_file(path)[0]}
-    if name_or_path not in shipped:
+    shipped = {path.stem: path for path in sorted(_prompt_dir().glob("*.toml"))}
+
+    def is_wanted(path: Path) -> bool:
+        return template in read_prompt_file(path)[0]
+
+    found = shipped.get(name_or_path)
+    if found is None or not is_wanted(found):
+        names = ", ".join(name for name, path in shipped.items() if is_wanted(path))
         raise ConfigError(
-            f"prompt: unknown prompt {name_or_path!r}; there are {', '.join(shipped)}; "
+            f"prompt: unknown prompt {name_or_path!r}; there are {names}; "
             "or give the path of a .toml file"
         )
-    return shipped[name_or_path]
+    return found
 
 
 def read_prompt_file(path: Path) -> tuple[dict[str, Any], str]:

@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from pfm_llm.base.errors import ConfigError, DataError
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.model import PositiveCount, Settings
 from pfm_llm.config.text import validated
 from pfm_llm.data.interactions import Catalogue
@@ -43,8 +43,9 @@ from pfm_llm.text.prompts import (
     find_prompt,
     item_fields,
     read_prompt_file,
+    render_text,
 )
-from pfm_llm.text.templates import placeholders, render
+from pfm_llm.text.templates import placeholders
 
 WOULD_LIKE = "would_like.v1"
 """The key of the shipped prompt."""
@@ -111,7 +112,7 @@ class QuestionPrompt:
         Raises:
             DataError: The text is empty.
         """
-        return self._render(self.item, fields)
+        return render_text(self.key, self.item, fields)
 
     def render_question(self, fields: Mapping[str, str]) -> str:
         """The question about one item, without the text before the answer.
@@ -119,7 +120,7 @@ class QuestionPrompt:
         Raises:
             DataError: The text is empty.
         """
-        return self._render(self.question, fields)
+        return render_text(self.key, self.question, fields)
 
     def answer_tokens(self, tokenizer: Any) -> tuple[int, int]:
         """The tokens of yes and of no.
@@ -147,15 +148,6 @@ class QuestionPrompt:
                 "other words in a prompt of your own"
             )
         return found[0], found[1]
-
-    def _render(self, template: str, values: Mapping[str, str]) -> str:
-        text = render(template, values)
-        if not text.strip():
-            raise DataError(
-                f"prompt {self.key} renders an item with no text ({dict(values)}); give the item "
-                "a title, or choose a prompt whose fields it has"
-            )
-        return text
 
 
 def load_question(name_or_path: str = WOULD_LIKE) -> QuestionPrompt:
