@@ -24,11 +24,10 @@ from pfm_llm.model import head as recommender_head
 from pfm_llm.model.ablation import Sight
 from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.model.head import Normaliser
-from pfm_llm.model.lora import CohortLayers
+from pfm_llm.model.layers import CohortLayers
 from pfm_llm.model.new_items import NEW_BIAS, with_new_biases
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.outputs import Outputs
-from pfm_llm.model.readout import Readout, read_last_mlp_only
 from pfm_llm.protocol.types import Tensors
 
 _FACTOR = (".A", ".B")
@@ -68,10 +67,8 @@ class CohortModel:
         objective: Objective,
         sight: Sight | None = None,
     ) -> None:
-        self._top = top
         self._sight = sight or Sight()
         self._layers = CohortLayers(top, modules, scale)
-        self._last_mlp = read_last_mlp_only(top)
         device = next(top.parameters()).device
         self._normaliser = normaliser.to(device)
         self.objective = objective.to(device)
@@ -309,13 +306,8 @@ class CohortModel:
         rows, ends = batch.rows[batch.outputs], batch.ends[batch.outputs]
         if not self._sight.has_pass:
             return self._normaliser.mean.new_zeros(len(rows), len(self._normaliser.mean))
-        if self._last_mlp is not None:
-            # Dropout on LoRA inputs is drawn for whole rows, so the last MLP must see whole rows.
-            whole = dropout is not None and bool(dropout.shared or dropout.private)
-            self._last_mlp.readout = None if whole else Readout.of(rows, ends, len(hidden))
         seen = self._sight.arguments(batch)
-        output = self._top(inputs_embeds=hidden, use_cache=False, **seen).last_hidden_state
-        return self._normaliser(output[rows, ends])
+        return self._normaliser(self._layers.states(hidden, (rows, ends), dropout, **seen))
 
     def _set_factors(
         self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None

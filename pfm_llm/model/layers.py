@@ -1,0 +1,160 @@
+"""The adapted layers of the many-clients pass: each row of a batch with its own client's LoRA.
+
+`CohortLinear` takes the place of each adapted linear layer in the top view of the backbone. The
+adapters have PEFT's format in `lora`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pfm_llm.model.batches import Dropout
+from pfm_llm.model.private.part import PrivatePart
+from pfm_llm.model.readout import Readout, read_last_mlp_only
+from pfm_llm.protocol.types import Tensors, lora_name
+
+
+@dataclass(frozen=True)
+class LoraInput:
+    """The product with A of both adapters, with dropout on its input."""
+
+    dropout: Dropout
+    batch: "AdaptedRows"
+    ranks: list[int]
+    rates: list[float]
+
+    def __call__(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """Map x [N, T, in] and A^T [N, in, sum of ranks] to [N, T, sum of ranks]."""
+        parts = zip(a.split(self.ranks, 2), self.rates, strict=True)
+        return torch.cat([torch.bmm(self._dropped(x, rate), part) for part, rate in parts], 2)
+
+    def _dropped(self, x: torch.Tensor, rate: float) -> torch.Tensor:
+        if not rate:
+            return x
+        factors = torch.zeros(x.shape)
+        rows = zip(self.batch.row_clients.tolist(), self.batch.row_lengths.tolist(), strict=True)
+        for row, (client, length) in enumerate(rows):
+            factors[row, :length] = self.dropout.keep((length, x.shape[2]), rate, client)
+        return x * factors.to(x)
+
+
+class CohortLinear(nn.Module):
+    """A frozen linear layer plus a low-rank term that differs from row to row of the batch."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.lora_input: LoraInput | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [N, T, in] to [N, T, out]; ``factors`` are A^T [N, in, r] and B^T [N, r, out]."""
+        output: torch.Tensor = self.base(x)
+        if self.factors is None:
+            return output
+        a, b = self.factors
+        low = torch.bmm(x, a) if self.lora_input is None else self.lora_input(x, a)
+        return torch.baddbmm(output, low, b)
+
+
+class AdaptedRows(Protocol):
+    """The rows of a batch, each of one client."""
+
+    @property
+    def row_clients(self) -> torch.Tensor:
+        """Index of each row's client in the chunk, int64 [N]."""
+        ...
+
+    @property
+    def row_lengths(self) -> torch.Tensor:
+        """Tokens of each row without padding, int64 [N]."""
+        ...
+
+
+class CohortLayers:
+    """The layers of a top view, of which the adapted ones get the LoRA factors of each row.
+
+    Args:
+        top: The top view of the backbone; its adapted linear layers are replaced.
+        modules: Path in the full model to path in ``top`` of each adapted layer.
+        scale: The factor of the shared adapter's product B A.
+    """
+
+    def __init__(self, top: Any, modules: Mapping[str, str], scale: float) -> None:
+        self._top, self._scale = top, scale
+        self._linears: dict[str, CohortLinear] = {}
+        for name, path in modules.items():
+            linear = CohortLinear(top.get_submodule(path))
+            top.set_submodule(path, linear)
+            self._linears[name] = linear
+        self._last_mlp = read_last_mlp_only(top)
+
+    def clear(self) -> None:
+        """Leave the frozen layers alone."""
+        for linear in self._linears.values():
+            linear.factors = linear.lora_input = None
+
+    def set_factors(
+        self,
+        batch: AdaptedRows,
+        stacked: Tensors,
+        shared_lora: bool,
+        private: PrivatePart | None,
+        private_weight: float,
+        dropout: Dropout | None = None,
+    ) -> None:
+        """Give every adapted layer the LoRA factors of each row of the batch.
+
+        Args:
+            batch: The rows.
+            stacked: Every tensor with a leading client dimension [C, ...].
+            shared_lora: Whether the shared LoRA is active.
+            private: The private part; None: it is not active.
+            private_weight: Factor on the private part.
+            dropout: The dropout of a training step.
+        """
+        for name, linear in self._linears.items():
+            shared = own = None
+            if shared_lora:
+                b = stacked[lora_name(name, "B")] * self._scale
+                shared = stacked[lora_name(name, "A")], b
+            if private is not None:
+                own = private.factors(name, stacked, private_weight)
+            active = [factors for factors in (shared, own) if factors is not None]
+            linear.factors = linear.lora_input = None
+            if not active:
+                continue
+            dtype = linear.base.weight.dtype
+            a = torch.cat([a for a, _ in active], 1).to(dtype)
+            b = torch.cat([b for _, b in active], 2).to(dtype)
+            linear.factors = (a[batch.row_clients].mT, b[batch.row_clients].mT)
+            if dropout is not None:
+                both = ((shared, dropout.shared), (own, dropout.private))
+                rates = [rate for factors, rate in both if factors is not None]
+                ranks = [a.shape[1] for a, _ in active]
+                linear.lora_input = LoraInput(dropout, batch, ranks, rates)
+
+    def states(
+        self,
+        hidden: torch.Tensor,
+        where: tuple[torch.Tensor, torch.Tensor],
+        dropout: Dropout | None = None,
+        **sight: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run the top on hidden states [N, T, d]; its normalised states [K, d] where they are read.
+
+        Args:
+            hidden: States below the top, in the backbone's dtype.
+            where: Row and token of each output, int64 [K] both, by row.
+            dropout: That of `set_factors`.
+            sight: Further arguments of a decoder: positions and a mask.
+        """
+        if self._last_mlp is not None:
+            # Dropout on LoRA inputs is drawn for whole rows, so the last MLP must see whole rows.
+            whole = dropout is not None and bool(dropout.shared or dropout.private)
+            self._last_mlp.readout = None if whole else Readout.of(*where, len(hidden))
+        found: torch.Tensor = self._top(inputs_embeds=hidden, use_cache=False, **sight)[0]
+        return found[where]
