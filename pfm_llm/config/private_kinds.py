@@ -32,5 +32,6 @@ PRIVATE_KINDS: dict[str, KindSpec] = {
     "shared_basis": KindSpec(
         "pfm_llm.model.private.lora:SharedBasisLora", schedule=Schedule.ALTERNATE, min_steps=1
     ),
+    "hyper_lora": KindSpec("pfm_llm.model.private.hyper_lora:HyperLora", one_user=True),
     "taste": KindSpec("pfm_llm.model.private.taste:UserEmbedding", one_user=True),
 }

@@ -203,7 +203,7 @@ class LikelihoodModel:
                 batch, stacked, parts.shared_lora, private if weight else None, weight, dropout
             )
         where, sight = (batch.rows, batch.ends), _sight(batch.places, batch.parts)
-        states = self._layers.states(batch.trunk, where, dropout, **sight).float()
+        states = self._layers.states(batch.trunk, where, sight, dropout).float()
         odds = states @ self._direction + self._offset
         return [odds[span] for span in spans(batch.questions_per_client)]
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pfm_llm.model.batches import Dropout
-from pfm_llm.model.private.part import PrivatePart
+from pfm_llm.model.private.part import Factors, PrivatePart
 from pfm_llm.protocol.types import Tensors, lora_name
 
 
@@ -53,10 +53,18 @@ class CohortLinear(nn.Module):
         self.base = base
         self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self.lora_input: LoraInput | None = None
+        self.by_token: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, T, in] to [N, T, out]; ``factors`` are A^T [N, in, r] and B^T [N, r, out]."""
+        """Map x [N, T, in] to [N, T, out].
+
+        ``factors`` are A^T [N, in, r] and B^T [N, r, out]. ``by_token`` are such factors of one
+        more LoRA, and its coefficients [N, T, r], which scale the product with A at each token.
+        """
         output: torch.Tensor = self.base(x)
+        if self.by_token is not None:
+            a, b, coefficients = self.by_token
+            output = torch.baddbmm(output, torch.bmm(x, a) * coefficients, b)
         if self.factors is None:
             return output
         a, b = self.factors
@@ -131,6 +139,43 @@ def read_last_mlp_only(top: nn.Module) -> ReadoutMlp | None:
     return wrapped
 
 
+class SecondRun:
+    """The last layer of a top view and the norm behind it, run once more on the same input.
+
+    Args:
+        top: A decoder with one list of layers and a norm.
+
+    Attributes:
+        keeps: Whether the next run of the top keeps the input of its last layer.
+    """
+
+    def __init__(self, top: nn.Module) -> None:
+        children = dict(top.named_children())
+        layers = next(child for child in children.values() if isinstance(child, nn.ModuleList))
+        self._layer = layers[-1]
+        self._norm = next(m for name, m in children.items() if "norm" in name or name == "ln_f")
+        self._kept: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.keeps = False
+        self._layer.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def __call__(self) -> torch.Tensor:
+        """The states [N, T, d] behind the norm; no gradient reaches the layers below."""
+        assert self._kept is not None
+        (args, options), self._kept, self.keeps = self._kept, None, False
+        found = self._layer(*args, **options)
+        states: torch.Tensor = self._norm(found[0] if isinstance(found, tuple) else found)
+        return states
+
+    def _keep(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if self.keeps:
+            fixed = {name: _fixed(value) for name, value in options.items()}
+            self._kept = tuple(map(_fixed, args)), fixed
+
+
+def _fixed(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
 class AdaptedRows(Protocol):
     """The rows of a batch, each of one client."""
 
@@ -162,6 +207,7 @@ class CohortLayers:
             top.set_submodule(path, linear)
             self._linears[name] = linear
         self._last_mlp = read_last_mlp_only(top)
+        self._again = SecondRun(top)
 
     def clear(self) -> None:
         """Leave the frozen layers alone."""
@@ -212,20 +258,61 @@ class CohortLayers:
         self,
         hidden: torch.Tensor,
         where: tuple[torch.Tensor, torch.Tensor],
+        sight: Mapping[str, torch.Tensor],
         dropout: Dropout | None = None,
-        **sight: torch.Tensor,
+        twice: bool = False,
     ) -> torch.Tensor:
         """Run the top on hidden states [N, T, d]; its normalised states [K, d] where they are read.
 
         Args:
             hidden: States below the top, in the backbone's dtype.
             where: Row and token of each output, int64 [K] both, by row.
-            dropout: That of `set_factors`.
             sight: Further arguments of a decoder: positions and a mask.
+            dropout: That of `set_factors`.
+            twice: Whether `states_by_token` is to follow.
         """
+        self._again.keeps = twice
         if self._last_mlp is not None:
             # Dropout on LoRA inputs is drawn for whole rows, so the last MLP must see whole rows.
             whole = dropout is not None and bool(dropout.shared or dropout.private)
             self._last_mlp.readout = None if whole else Readout.of(*where, len(hidden))
         found: torch.Tensor = self._top(inputs_embeds=hidden, use_cache=False, **sight)[0]
         return found[where]
+
+    def states_by_token(
+        self,
+        batch: AdaptedRows,
+        where: tuple[torch.Tensor, torch.Tensor],
+        lora: Mapping[str, Factors],
+        coefficients: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """The states [K, d] of the last `states`, each with a LoRA of its own in the last layer.
+
+        Only the LoRA and its coefficients get a gradient. A module whose output other tokens read
+        (a key, a value) must not be among the adapted ones: each state would then depend on the
+        coefficients of other tokens too.
+
+        Args:
+            batch: The rows, as in `set_factors`.
+            where: As in `states`.
+            lora: By adapted module A [C, r, in] and B [C, out, r], B times its scale.
+            coefficients: By adapted module the coefficients [K, r] at each output.
+        """
+        shape = len(batch.row_clients), int(batch.row_lengths.max())
+        for name, linear in self._linears.items():
+            linear.lora_input = None  # as in serving, without dropout
+            linear.factors = linear.factors and (
+                linear.factors[0].detach(),
+                linear.factors[1].detach(),
+            )
+            if name in lora:
+                a, b = (factor.to(linear.base.weight.dtype) for factor in lora[name])
+                own = coefficients[name].to(a)
+                laid = own.new_zeros(*shape, own.shape[1]).index_put(where, own)
+                linear.by_token = a[batch.row_clients].mT, b[batch.row_clients].mT, laid
+        if self._last_mlp is not None:
+            self._last_mlp.readout = None
+        found = self._again()[where]
+        for linear in self._linears.values():
+            linear.by_token = None
+        return found

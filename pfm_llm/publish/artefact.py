@@ -36,8 +36,8 @@ import torch
 from pfm_llm.base import files
 from pfm_llm.base.errors import ArtefactError, ConfigError, ContractError, CorruptFileError
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.model.head import Normaliser
 from pfm_llm.model.items.codes import centroid_shape
+from pfm_llm.model.items.whitening import Normaliser
 from pfm_llm.model.lora import names_from_peft
 from pfm_llm.model.parameters import parameter_table
 from pfm_llm.protocol.contract import TensorSpec

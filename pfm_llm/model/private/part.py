@@ -14,6 +14,9 @@ from pfm_llm.model.outputs import SharedView
 from pfm_llm.protocol.parameters import Parameter, Sizes
 from pfm_llm.protocol.types import Tensors
 
+HEAD = "head"
+"""Name of the head's projection of user states among adapted modules."""
+
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A [C, r, in] and B [C, out, r] of one low-rank term, for every client of a chunk."""
 
@@ -65,6 +68,18 @@ class PrivatePart:
     def head_factors(self, stacked: Tensors, weight: float) -> Factors | None:
         """A low-rank term on the head's projection of user states, B times ``weight``, or None."""
         return None
+
+    def lora(self, stacked: Tensors) -> dict[str, Factors]:
+        """By adapted module a LoRA in the last layer whose coefficients `past_lora` reads.
+
+        B is multiplied by its scale. The name `HEAD` stands for the head's projection of user
+        states. It is empty where the kind has none.
+        """
+        return {}
+
+    def past_lora(self, view: SharedView) -> dict[str, torch.Tensor]:
+        """By module of `lora` its coefficients [K, r] at each output, from those before it."""
+        return {}
 
     def past_scores(self, view: SharedView) -> torch.Tensor | None:
         """The scores that the part adds at each output, from the outputs before it alone.
