@@ -20,6 +20,7 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import BackboneError, ConfigError, CorruptFileError
 from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig, SharedAdapterConfig
 from pfm_llm.model.backbone import Backbone
+from pfm_llm.model.private.part import Factors
 from pfm_llm.protocol.types import Group, Tensors, lora_name, of_group
 
 SHARED = "shared"
@@ -107,12 +108,47 @@ class DualAdapter:
             folder: The folder to write; created as needed.
             base_name: Portable name of the base model for ``adapter_config.json``.
         """
-        model = _clone_structure(self._backbone.model)
-        # No private adapter exists in this model, so none can be written by accident.
-        peft_model = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
-        self.load_shared(peft_model, shared)
-        peft_model.peft_config[SHARED].base_model_name_or_path = base_name
         folder.mkdir(parents=True, exist_ok=True)
+        tensors = of_group(shared, Group.LORA)
+        self._export(self._lora_config(self._config.shared), tensors, folder, base_name)
+
+    def export_private(self, lora: Mapping[str, Factors], folder: Path, base_name: str) -> None:
+        """Write a user's private LoRA as a PEFT folder that its owner alone can read.
+
+        PEFT loads it beside the shared adapter. With both active, or joined by
+        ``add_weighted_adapter`` with weights of 1 and ``combination_type="cat"``, the layers give
+        the states that the user is served with.
+
+        Args:
+            lora: By adapted module its factors A [r, in] and B [out, r], B times its scale.
+            folder: The folder to write; created as needed, and made 0700.
+            base_name: As in `export_shared`.
+
+        Raises:
+            ConfigError: There is no LoRA: the private part acts on the head alone.
+        """
+        ranks = {len(a) for a, _ in lora.values()}
+        if len(ranks) != 1:
+            raise ConfigError(
+                "this private part has no LoRA on the layers of the language model; train with "
+                "method: pfm_lora, or another kind of adapters.private that acts on layers"
+            )
+        (rank,) = ranks
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=sorted(lora)
+        )
+        tensors = {
+            lora_name(module, factor): value
+            for module, factors in lora.items()
+            for factor, value in zip("AB", factors, strict=True)
+        }
+        self._export(config, tensors, files.make_private_dir(folder), base_name)
+
+    def _export(self, config: LoraConfig, tensors: Tensors, folder: Path, base_name: str) -> None:
+        """Write one adapter, made in a model in which no other exists, as PEFT writes it."""
+        peft_model = get_peft_model(_clone_structure(self._backbone.model), config, SHARED)
+        self._load(peft_model, SHARED, tensors)
+        peft_model.peft_config[SHARED].base_model_name_or_path = base_name
         scratch = folder / ".peft"  # PEFT writes an adapter x to <dir>/x
         with files.storage_errors(folder), contextlib.ExitStack() as cleanup:
             cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)

@@ -1,11 +1,14 @@
 """A private LoRA that is read off the history: equal in training, in serving and in PEFT."""
 
+import copy
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
-from pfm_llm.base.errors import BackboneError
+from pfm_llm.base.errors import BackboneError, ConfigError
 from pfm_llm.config.choices import ItemIds, Task
 from pfm_llm.config.model import HeadConfig
 from pfm_llm.model.batches import ChunkBatch, collate
@@ -122,6 +125,36 @@ def test_a_served_user_is_scored_as_peft_scores_with_both_adapters() -> None:
     plain = {n: v for n, v in tensors.items() if not n.startswith("private.hyper_lora")}
     without = PeftReference(cohort, plain).scores(window)[-1]
     assert float((scores[0] - without).abs().max()) > 1e-2
+
+
+def test_the_exported_lora_is_plain_peft_and_joins_the_shared_one(tmp_path: Path) -> None:
+    """Loaded by PEFT alone and concatenated, both score as this library serves the user."""
+    cohort = _cohort()
+    tensors = _tensors(cohort, 4)
+    tensors[vector_name(Task.NEXT_ITEM)].zero_()
+    lora = {m: cohort.private.factors(m, tensors, 1.0) for m in cohort.private.lora(tensors)}
+    own = {module: factors for module, factors in lora.items() if factors is not None}
+    cohort.adapter.export_shared(tensors, tmp_path / "shared", "tiny")
+    cohort.adapter.export_private(own, tmp_path / "private", "tiny")
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
+    model = copy.deepcopy(cohort.backbone.model)
+    peft = PeftModel.from_pretrained(model, str(tmp_path / "shared"), adapter_name="shared")
+    peft.load_adapter(str(tmp_path / "private"), adapter_name="private")
+    peft.add_weighted_adapter(["shared", "private"], [1.0, 1.0], "both", combination_type="cat")
+    peft.set_adapter("both")
+    reference = PeftReference(cohort, tensors)
+    reference._model = peft.eval().get_base_model()
+    window = random_window([2, 3, 1], seed=7)
+    scores = cohort.model.scores(_batch(cohort, [[window]], True), stack([tensors]), Parts())
+    torch.testing.assert_close(scores[0], reference.scores(window)[-1], atol=1e-4, rtol=1e-4)
+    peft.set_adapter("shared")
+    assert float((scores[0] - reference.scores(window)[-1]).abs().max()) > 1e-2
+
+
+def test_a_part_without_a_lora_has_none_to_export(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pfm_lora"):
+        _cohort(kind="taste").adapter.export_private({}, tmp_path / "private", "tiny")
+    assert not (tmp_path / "private").exists()
 
 
 def test_the_private_loss_leaves_the_shared_part_as_it_is() -> None:
