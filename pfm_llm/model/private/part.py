@@ -65,6 +65,12 @@ class PrivatePart:
         """The LoRA of an adapted module, B times its scale and ``weight``; None: no LoRA."""
         return None
 
+    def own_lora(self, own: Tensors, weight: float) -> dict[str, Factors]:
+        """By adapted module a client's LoRA, A [r, in] and B [out, r], from its tensors [...]."""
+        stacked = {name: value[None] for name, value in own.items()}
+        found = {module: self.factors(module, stacked, weight) for module in self.sizes.modules}
+        return {module: (one[0][0], one[1][0]) for module, one in found.items() if one}
+
     def head_factors(self, stacked: Tensors, weight: float) -> Factors | None:
         """A low-rank term on the head's projection of user states, B times ``weight``, or None."""
         return None
