@@ -19,6 +19,10 @@ _History = Annotated[
         "titles are forgiven. An empty one is that of somebody of whom nothing is known."
     ),
 ]
+_Adapter = Annotated[
+    str | None,
+    typer.Option(help="Instead of --run: a Hub id, or a folder that was exported or pulled."),
+]
 _Catalogue = Annotated[
     str | None, typer.Option(help="File of items, when not those it was trained on.")
 ]
@@ -62,10 +66,7 @@ def recommend(
     history: _History = None,
     run: options.Run = None,
     runs: options.Runs = Path("runs"),
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="Instead of --run: a Hub id, or a folder that was exported or pulled."),
-    ] = None,
+    adapter: _Adapter = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
     catalogue: _Catalogue = None,
     backbone: _Backbone = None,
@@ -94,11 +95,12 @@ def recommend(
     if compare:
         return _compare(options.run_folder(run, runs), user, n, new_share, as_json)
     source = options.run_folder(run, runs) if adapter is None else adapter
-    model = _load(source, user, catalogue, revision, {
+    bases: Bases = {
         "backbone": backbone,
         "item_encoder": item_encoder,
         "allow_base_mismatch": allow_base_mismatch,
-    })  # fmt: skip
+    }
+    model = _load(source, user, catalogue, revision, bases)
     if export_private is not None:
         model.export_private(export_private)
     items = None if history is None else _understood(model, history)
