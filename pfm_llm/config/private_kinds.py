@@ -4,7 +4,9 @@ A kind is one file in `pfm_llm.model.private`; nothing else in the library knows
 path is text, so that reading a config imports no torch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from pfm_llm.config.choices import Schedule
 
@@ -18,12 +20,16 @@ class KindSpec:
         one_user: Whether a client must be a single user, because the kind reads one history.
         schedule: The only valid training schedule; None: any.
         min_steps: Minimum number of private steps in a round.
+        reads: Groups of settings under ``adapters.private`` that are read beside that of its name.
+        defaults: Defaults of settings under ``adapters.private`` that are its own.
     """
 
     path: str
     one_user: bool = False
     schedule: Schedule | None = None
     min_steps: int = 0
+    reads: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 PRIVATE_KINDS: dict[str, KindSpec] = {
@@ -32,6 +38,11 @@ PRIVATE_KINDS: dict[str, KindSpec] = {
     "shared_basis": KindSpec(
         "pfm_llm.model.private.lora:SharedBasisLora", schedule=Schedule.ALTERNATE, min_steps=1
     ),
-    "hyper_lora": KindSpec("pfm_llm.model.private.hyper_lora:HyperLora", one_user=True),
+    "hyper_lora": KindSpec(
+        "pfm_llm.model.private.hyper_lora:HyperLora",
+        one_user=True,
+        reads=("taste",),
+        defaults={"rank": 16, "alpha": 16},
+    ),
     "taste": KindSpec("pfm_llm.model.private.taste:UserEmbedding", one_user=True),
 }

@@ -357,7 +357,7 @@ def training_hash(config: ExperimentConfig) -> str:
     private = config.adapters.private
     # `weight` acts at serving time. A kind reads its own settings alone; a private part that is
     # disabled reads none.
-    kinds = (kind for kind in PRIVATE_KINDS if kind != private.kind)
+    kinds = {*PRIVATE_KINDS} - {private.kind, *PRIVATE_KINDS[private.kind].reads}
     unread = {*kinds, "weight"} if private.enabled else {*type(private).model_fields} - {"enabled"}
     # A rating that is recognised was null when the first hashes were made.
     columns = config.data.columns

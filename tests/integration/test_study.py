@@ -130,6 +130,8 @@ def test_every_group_has_its_p_values_and_every_auc_its_baselines(
         ("fedsa_lora", {"adapters__private__head_rank": 0}),
         ("fedrep", {}),
         ("pfm_text", {}),
+        ("pfm_lora", {}),
+        ("pfm_lora", {"ablation": "no_pass"}),
     ],
 )
 def test_every_method_runs_and_leaves_untrained_what_it_says(
