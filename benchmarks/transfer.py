@@ -261,8 +261,12 @@ class _Seed:
         """The ranks of an adapter on the target world, computed where they are not there yet."""
         from benchmarks.transferring import serving
         from pfm_llm.base import files
+        from pfm_llm.evaluation.openings import fingerprint
 
-        known = self.data.interactions.content_hash()[:8]
+        interactions = self.data.interactions
+        # The events and the queries; and the texts, which the former does not depend on.
+        split = fingerprint(interactions, self.data.split.test)[:8]
+        known = f"{interactions.content_hash()[:8]}-{split}"
         path = self.work / "served" / f"{folder.name}-on-{known}.json"
         self.methods[name] = folder.name
         if not path.is_file():
