@@ -45,6 +45,10 @@ def main() -> None:
     parser.add_argument("--private-users", type=int, default=30)
     parser.add_argument("--listed-users", type=int, default=30, help="users of re-ranked lists")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "likelihood")
+    parser.add_argument(
+        "--openings", type=Path, default=ROOT / "results" / "test_openings.json", metavar="FILE",
+        help="file that counts measurements of test (default: that of the results)",
+    )  # fmt: skip
     arguments = parser.parse_args()
     from pfm_llm.cli.start import run_safely
 
@@ -62,15 +66,17 @@ def run(arguments: argparse.Namespace) -> None:
         settings = [*SETTINGS, f"federation.cohort_size={COHORT}", *arguments.settings]
         config = load_config(find_config(arguments.config), settings)
         users = arguments.validation_users, arguments.test_users
-        bench = Bench.of(config, Path(folder), *users)
+        bench = Bench.of(config, Path(folder), users, arguments.openings)
         _say(f"questions are read: {bench.costs}")
         chosen, grid = choose(bench)
         _say(f"chosen on validation: {chosen}")
+        count_shots(bench, chosen)
         found, trained = measure_shots(bench, chosen)
         extra: dict[str, Any] = {"grid": grid, "chosen": {str(k): v for k, v in chosen.items()}}
         write(bench, arguments.out, found, extra)
         few = arguments.listed_users
-        lists = likelihood_lists.measure(arguments.run, bench.scorer, trained[64, SEEDS[0]], few)
+        rated = bench.scorer, trained[64, SEEDS[0]]
+        lists = likelihood_lists.measure(arguments.run, *rated, few, arguments.openings)
         bench.costs.update(lists.pop("costs"))
         write(bench, arguments.out, found, extra | lists)
         private = measure_private(bench, trained, arguments.private_users)
@@ -85,6 +91,7 @@ def write(
     bench: "Bench", folder: Path, found: "dict[int, list[ResultRow]]", extra: dict[str, Any]
 ) -> None:
     """Write what is measured so far: one file for each seed."""
+    from pfm_llm.evaluation.openings import OPENINGS
     from pfm_llm.evaluation.results import write_results
 
     for seed, rows in found.items():
@@ -93,6 +100,7 @@ def write(
             "questions": bench.settings(),
             "environment": bench.environment(seed),
             "costs": bench.costs,
+            OPENINGS: bench.openings_of(seed),
         }
         write_results(folder / f"films-s{seed}.json", rows, about | extra)
 
@@ -120,6 +128,17 @@ def choose(bench: "Bench") -> tuple[Chosen, list[dict[str, Any]]]:
         best = max(own_grid, key=lambda one: float(np.mean(one["auc"])))
         chosen[shots] = {"rate": best["rate"], "rounds": best["rounds"]}
     return chosen, grid
+
+
+def count_shots(bench: "Bench", chosen: Chosen) -> None:
+    """Count that `measure_shots` measures test: with each seed, and once for the baselines."""
+    from benchmarks.likelihood_bench import SEEDS
+    from pfm_llm.evaluation.baselines.likes import LIKE_RATE, LIKE_RIDGE
+
+    for seed in SEEDS:
+        bench.count("likelihood", {"chosen": {str(k): v for k, v in chosen.items()}}, seed)
+    for name in (LIKE_RATE, LIKE_RIDGE):
+        bench.count(name, {}, SEEDS[0])
 
 
 def measure_shots(
@@ -153,6 +172,7 @@ def measure_private(
     from pfm_llm.model.cohort import Parts
     from pfm_llm.protocol.types import Mode
 
+    bench.count("likelihood_private", {"shots": 64, "users": count}, common.SEEDS[0])
     few = common.ask(bench.scorer, bench.test.held_out, count, bench.config)
     train, threshold = bench.data.split.train.interactions, bench.config.data.like_threshold
     config = common.with_settings(bench.config, dict(one.split("=") for one in common.PRIVATE))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pfm_llm.config.text import set_setting
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation.evaluator import sample_users
 from pfm_llm.evaluation.metrics import per_user_auc
+from pfm_llm.evaluation.openings import count_opening, counts_of, settings_hash
 from pfm_llm.likelihood.few_shot import FewShotTask, draw_examples
 from pfm_llm.likelihood.questions import QuestionSettings
 from pfm_llm.likelihood.scorer import AskedQuestions, LikelihoodScorer
@@ -83,6 +84,8 @@ class Bench:
         task: A federation on few examples.
         validation, test: The questions of a sample of users of each split.
         costs: Seconds and tokens so far, by name.
+        openings: The file that counts measurements of test.
+        counted: By seed, what was counted: name of each method to a hash of its settings.
         trainers: By seed, local training on the examples of most shots; filled as needed.
     """
 
@@ -93,11 +96,13 @@ class Bench:
     validation: Asked
     test: Asked
     costs: dict[str, float]
+    openings: Path
+    counted: dict[int, dict[str, str]] = field(default_factory=dict)
     trainers: dict[int, QuestionTrainer] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, config: ExperimentConfig, folder: Path, validation_users: int, test_users: int
+        cls, config: ExperimentConfig, folder: Path, users: tuple[int, int], openings: Path
     ) -> "Bench":
         """Load data and model, and read the questions of a sample of users of both splits."""
         processes = start_processes(config.runtime.threads)
@@ -112,9 +117,9 @@ class Bench:
             costs[f"{name}_tokens"] = asked.questions.num_tokens
             return asked
 
-        validation = read(data.split.validation, validation_users)
-        test = read(data.split.test, test_users)
-        return cls(config, data, folder, task, validation, test, costs)
+        validation = read(data.split.validation, users[0])
+        test = read(data.split.test, users[1])
+        return cls(config, data, folder, task, validation, test, costs, openings)
 
     @property
     def scorer(self) -> LikelihoodScorer:
@@ -167,6 +172,23 @@ class Bench:
             self.costs[f"examples_s{seed}_seconds"] = time.perf_counter() - started
             self.costs[f"examples_s{seed}_tokens"] = self.trainers[seed].num_tokens
         return self.trainers[seed]
+
+    def count(self, method: str, settings: Mapping[str, Any], seed: int) -> None:
+        """Count a measurement of test before it is made. A sample of users counts as all of them.
+
+        Args:
+            method: Its name.
+            settings: What it was measured with, besides `settings` and the seed.
+            seed: Of the training.
+        """
+        key = settings_hash({**self.settings(), **settings, "seed": seed})
+        count_opening(self.openings, self.data.interactions, self.data.split, {method: key})
+        self.counted.setdefault(seed, {})[method] = key
+
+    def openings_of(self, seed: int) -> dict[str, Any]:
+        """How often test was measured so far for what was counted with a seed."""
+        counted = self.counted.get(seed, {})
+        return counts_of(self.openings, self.data.interactions, self.data.split, counted)
 
     def settings(self) -> dict[str, Any]:
         """How it was measured."""

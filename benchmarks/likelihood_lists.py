@@ -19,7 +19,7 @@ K = 10
 
 
 def measure(
-    folder: Path, scorer: "LikelihoodScorer", shared: "SharedState", count: int
+    folder: Path, scorer: "LikelihoodScorer", shared: "SharedState", count: int, openings: Path
 ) -> dict[str, Any]:
     """NDCG of re-ranked lists, and seconds and tokens per user of both scorers.
 
@@ -31,8 +31,10 @@ def measure(
         scorer: The likelihood scorer.
         shared: Its shared state.
         count: Users whose lists are re-ranked.
+        openings: The file that counts measurements of test.
     """
     from pfm_llm.evaluation.evaluator import sample_users
+    from pfm_llm.evaluation.openings import OPENINGS, count_opening
     from pfm_llm.runs.opening import run_in_work
 
     with run_in_work(folder) as (run, trained):
@@ -41,12 +43,24 @@ def measure(
         found["validation"], costs = _reranked(run, trained, validation, scorer, shared)
         best = max(WEIGHTS, key=lambda weight: found["validation"][str(weight)]["value"])
         if best:
+            data, methods = run.data, _measured(run, best, count)
+            found[OPENINGS] = count_opening(openings, data.interactions, data.split, methods)
             test = sample_users(run.data.split.test, count, run.config.seed)
             found["test"], costs = _reranked(run, trained, test, scorer, shared)
     return {
         "rerank": {"length": LENGTH, "metric": f"ndcg@{K}", "weight": best, **found},
         "costs": costs,
     }
+
+
+def _measured(run: "Run", weight: float, count: int) -> dict[str, str]:
+    """What is measured on test: the lists as they are, and re-ranked; with their settings."""
+    from pfm_llm.config.schema import training_hash
+    from pfm_llm.evaluation.openings import settings_hash
+
+    own = training_hash(run.config)[:16]
+    settings = {"lists": own, "weight": weight, "users": count, "length": LENGTH}
+    return {run.config.method.value: own, "likelihood_rerank": settings_hash(settings)}
 
 
 def _reranked(

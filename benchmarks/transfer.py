@@ -26,7 +26,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=None, help="default: results/transfer/<target>.json"
     )
+    parser.add_argument(
+        "--openings", type=Path, default=ROOT / "results" / "test_openings.json", metavar="FILE",
+        help="file that counts measurements of test (default: that of the results)",
+    )  # fmt: skip
     arguments = parser.parse_args()
     from pfm_llm.cli.start import run_safely
 
@@ -90,6 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     from benchmarks.transferring import figures
     from pfm_llm.base import files
     from pfm_llm.base.processes import start_processes
+    from pfm_llm.evaluation.openings import OPENINGS
     from pfm_llm.runs.environment import environment
 
     threads = start_processes(None).threads
@@ -114,6 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
         "per_seed": {
             method: [figures.rows(one, _COMPARED) for one in own] for method, own in found.items()
         },
+        OPENINGS: [seed.counts for seed in seeds],
     }
     out = arguments.out or ROOT / "results" / "transfer" / f"{arguments.target}.json"
     files.write_json(out, result)
@@ -141,6 +147,8 @@ class _Seed:
         data: The data of the target world.
         passes: Mean participations of a client of the source world.
         settings: Of all runs, as overrides.
+        openings: The file that counts measurements of test.
+        methods: What is measured on test, by name; with its settings.
     """
 
     number: int
@@ -150,6 +158,8 @@ class _Seed:
     data: "Corpus"
     passes: float
     settings: tuple[str, ...]
+    openings: Path
+    methods: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, number: int) -> "_Seed":
@@ -177,7 +187,7 @@ class _Seed:
         passes = BUDGETS[arguments.budget]["passes"]
         settings = tuple(one for one in arguments.settings if not one.startswith("data."))
         data = load_corpus(_config("target", target, number))
-        return cls(number, work, source, target, data, passes, settings)
+        return cls(number, work, source, target, data, passes, settings, arguments.openings)
 
     @property
     def asked(self) -> "Asked":
@@ -205,10 +215,11 @@ class _Seed:
         found: dict[str, Qualities] = {}
         for name, folder in folders.items():
             ways = (serving.PERSONAL, *((serving.SHARED,) if folder == source else ()))
-            ranks = self._served(folder, f"serving {name} ({method}, seed {self.number})", ways)
+            ranks = self._served(folder, f"{method}_{name}", ways)
             found[name] = figures.qualities(ranks[ways[-1]], asked)
             if folder == source:
                 found[_PERSONAL] = figures.qualities(ranks[serving.PERSONAL], asked)
+        self._count(dict.fromkeys(("popularity", "cosine", "cosine_whitened"), source.name))
         for name, own in serving.yardsticks(source, self.target.items, self.data).items():
             found[name] = figures.qualities(own, asked)
         return {**found, figures.RANDOM: figures.by_chance(asked)}
@@ -246,18 +257,39 @@ class _Seed:
             serving.published(run, partial).rename(folder)
         return folder
 
-    def _served(self, folder: Path, what: str, ways: Sequence[str]) -> "Ranks":
+    def _served(self, folder: Path, name: str, ways: Sequence[str]) -> "Ranks":
         """The ranks of an adapter on the target world, computed where they are not there yet."""
         from benchmarks.transferring import serving
         from pfm_llm.base import files
+        from pfm_llm.evaluation.openings import fingerprint
 
-        known = self.data.interactions.content_hash()[:8]
+        interactions = self.data.interactions
+        # The events and the queries; and the texts, which the former does not depend on.
+        split = fingerprint(interactions, self.data.split.test)[:8]
+        known = f"{interactions.content_hash()[:8]}-{split}"
         path = self.work / "served" / f"{folder.name}-on-{known}.json"
+        self.methods[name] = folder.name
         if not path.is_file():
+            self._count({name: folder.name})
+            what = f"serving {name} (seed {self.number})"
             ranks = serving.served(folder, self.target.items, self.data, what, ways)
             files.write_json(path, ranks)
         found: Ranks = files.read_json(path)
         return found
+
+    def _count(self, methods: Mapping[str, str]) -> None:
+        """Count a measurement of test, before it is made."""
+        from pfm_llm.evaluation.openings import count_opening
+
+        self.methods.update(methods)
+        count_opening(self.openings, self.data.interactions, self.data.split, methods)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """How often test was measured so far; see `openings.counts_of`."""
+        from pfm_llm.evaluation.openings import counts_of
+
+        return counts_of(self.openings, self.data.interactions, self.data.split, self.methods)
 
 
 def _config(

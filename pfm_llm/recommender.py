@@ -173,7 +173,7 @@ class Recommender:
             DataError: The run's data have no such user.
         """
         catalogue = run.data.interactions.catalogue
-        fit = alignment or Alignment(tuple(range(len(catalogue))), len(catalogue))
+        fit = alignment or Alignment.of_equal(len(catalogue))
         owner = None if user is None else _owner(run, trained.shared, user)
         return cls(run.config, run.model, catalogue, trained, fit, owner)
 
@@ -224,7 +224,7 @@ class Recommender:
         Where the model has not learned that, they are the items that it was not trained on.
         """
         unmet = unmet_items(self._trained.shared.tensors, self.parts.codes)
-        return np.array([row is None for row in self.alignment.rows]) if unmet is None else unmet
+        return self.alignment.new_items(unmet)
 
     def score(
         self,

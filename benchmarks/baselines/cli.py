@@ -1,7 +1,15 @@
 """The command line of the trained baselines; nothing heavy is imported before it is read."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.baselines.measuring import Train
+
+Trainer = Callable[[argparse.Namespace], "Train"]
+"""From the options of a baseline to the function that trains it; imports what that needs."""
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -31,3 +39,23 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, help="result file (JSON)")
     return parser
+
+
+def main(parser: argparse.ArgumentParser, trainer: Trainer) -> None:
+    """The command of a baseline.
+
+    Args:
+        parser: From `make_parser`, with what the baseline adds.
+        trainer: Of the baseline.
+    """
+    arguments = parser.parse_args()
+    from pfm_llm.cli.start import run_safely
+
+    run_safely(lambda: run(arguments, trainer), "interrupted; start it again")
+
+
+def run(arguments: argparse.Namespace, trainer: Trainer) -> None:
+    """Train and measure a baseline, write its results and print them; see `measuring.run`."""
+    from benchmarks.baselines import measuring
+
+    print(measuring.run(arguments, trainer(arguments)))

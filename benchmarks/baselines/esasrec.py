@@ -9,28 +9,22 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-if __name__ == "__main__":  # so that `benchmarks` is a package however this is started
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
-
-
-def main() -> None:
-    from benchmarks.baselines.cli import make_parser
-    from pfm_llm.cli.start import run_safely
-
-    arguments = make_parser(__doc__).parse_args()
-    run_safely(functools.partial(run, arguments), "interrupted; start it again")
+if TYPE_CHECKING:
+    from benchmarks.baselines.measuring import Train
 
 
-def run(arguments: argparse.Namespace) -> None:
-    from benchmarks.baselines import measuring
+def trainer(arguments: argparse.Namespace) -> "Train":
     from benchmarks.baselines.esasrec_model import GRID, METHOD, ESasRec
     from benchmarks.baselines.sasrec_training import train
 
     settings = GRID if arguments.grid else GRID[:1]
-    how = functools.partial(train, settings=settings, method=METHOD, network=ESasRec)
-    print(measuring.run(arguments, how))
+    return functools.partial(train, settings=settings, method=METHOD, network=ESasRec)
 
 
 if __name__ == "__main__":
-    main()
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # so that `benchmarks` is a package
+    from benchmarks.baselines import cli
+
+    cli.main(cli.make_parser(__doc__), trainer)

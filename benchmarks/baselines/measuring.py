@@ -61,12 +61,16 @@ class Trained:
     score: Score
 
 
-def run(arguments: argparse.Namespace, train: Callable[[ExperimentConfig, Split], Trained]) -> str:
+Train = Callable[[ExperimentConfig, Split], Trained]
+"""Trains on train and chooses on validation; test is not looked at."""
+
+
+def run(arguments: argparse.Namespace, train: Train) -> str:
     """Train and measure one baseline, and write its results.
 
     Args:
         arguments: From `cli.make_parser`.
-        train: Trains on train and chooses on validation; the test is ranked after it.
+        train: Of the baseline; the test is ranked after it.
 
     Returns:
         The tables of validation and test, for a terminal.

@@ -136,12 +136,12 @@ def _compare(
     from pfm_llm.runs import lists
     from pfm_llm.runs.opening import open_to_serve
 
-    run, trained, _ = open_to_serve(folder)
-    length = n or lists.LENGTH
+    run, trained, alignment = open_to_serve(folder)
+    shown = n or lists.LENGTH, new_share, alignment
     if user is not None:
-        found = [lists.compare_lists(run, trained, user, length, new_share)]
+        found = [lists.compare_lists(run, trained, user, *shown)]
     else:
-        named = lists.compare_examples(run, trained, length, new_share)
+        named = lists.compare_examples(run, trained, *shown)
         found = [dataclasses.replace(one, user="", newest=()) for one in named]
     if as_json:
         print(json.dumps(lists.lists_tree(found), ensure_ascii=False, indent=2))

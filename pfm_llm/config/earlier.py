@@ -48,12 +48,12 @@ def load_saved(path: Path) -> ExperimentConfig:
 
 
 def from_earlier(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a whole config tree of an earlier version to a tree of this one.
+    """Convert a config tree of an earlier version to a tree of this one.
 
     Args:
-        tree: Every setting of its version. A setting of `CONSTANTS` whose value differs from the
-            constant stays in the tree, and validation refuses it. A tree of this version is
-            returned unchanged.
+        tree: Every setting of its version, or all those of some sections. A setting of
+            `CONSTANTS` whose value differs from the constant stays in the tree, and validation
+            refuses it. A whole tree of this version is returned unchanged.
     """
     present = copy.deepcopy(dict(tree))
     if "method" in present and present["method"] is None:

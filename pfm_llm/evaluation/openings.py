@@ -4,7 +4,7 @@ A test split that is measured many times while settings change is no longer a te
 measurement is counted before it begins, in a file beside the results, and the result says the
 count. A run that is resumed and measured again counts again, and so does one that is stopped
 half-way. A result that is only read counts nothing. Not counted are measurements outside runs,
-suites and trained baselines: those of benchmarks/likelihood.py and benchmarks/transfer.py.
+suites, trained baselines and the benchmarks that rank held-out items of test.
 """
 
 import hashlib
@@ -60,14 +60,14 @@ def count_opening(
             own = counts.setdefault(method, {})
             own[settings] = own.get(settings, 0) + 1
         files.write_json(file, tree)
-    found = {
-        method: {
-            "times": sum(counts[method].values()),
-            "times_with_these_settings": counts[method][settings],
-        }
-        for method, settings in methods.items()
-    }
-    return {"split": key, "methods": found}
+    return _figures(key, tree, methods)
+
+
+def counts_of(
+    file: Path, interactions: Interactions, split: Split, methods: Mapping[str, str]
+) -> dict[str, Any]:
+    """As `count_opening`, without counting: the measurements so far, 0 where there was none."""
+    return _figures(fingerprint(interactions, split.test), _read(file), methods)
 
 
 def fingerprint(interactions: Interactions, held_out: HeldOut) -> str:
@@ -97,6 +97,16 @@ def describe_openings(openings: Mapping[str, Any], methods: Iterable[str]) -> st
     """
     counts = openings.get("methods", {})
     return ", ".join(f"{name} {counts[name]['times']}" for name in methods if name in counts)
+
+
+def _figures(key: str, tree: Mapping[str, Any], methods: Mapping[str, str]) -> dict[str, Any]:
+    counts = tree.get(key, {"methods": {}})["methods"]
+    found = {}
+    for method, settings in methods.items():
+        own = counts.get(method, {})
+        with_these = own.get(settings, 0)
+        found[method] = {"times": sum(own.values()), "times_with_these_settings": with_these}
+    return {"split": key, "methods": found}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pfm_llm.data.interactions import Catalogue
@@ -25,10 +26,24 @@ class Alignment:
     rows: tuple[int | None, ...]
     num_known: int
 
+    @classmethod
+    def of_equal(cls, num_items: int) -> "Alignment":
+        """That of an artefact's own catalogue."""
+        return cls(tuple(range(num_items)), num_items)
+
     @property
     def num_kept(self) -> int:
         """Number of items whose parameters are kept."""
         return sum(row is not None for row in self.rows)
+
+    def new_items(self, unmet: np.ndarray | None) -> np.ndarray:
+        """Which items nobody in the federation has met, bool [I].
+
+        Args:
+            unmet: The items that training learned to be so, from `unmet_items`; None: it did not
+                learn that. Then they are the items that the adapter was not trained on.
+        """
+        return np.array([row is None for row in self.rows], dtype=bool) if unmet is None else unmet
 
     def describe(self) -> str:
         """A sentence on the items that are kept, dropped and new."""

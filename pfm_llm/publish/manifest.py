@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError
 from pfm_llm.config.choices import Ablation, Dtype, Task
+from pfm_llm.config.earlier import from_earlier
 from pfm_llm.config.model import (
     AdaptersConfig,
     Count,
@@ -139,12 +140,12 @@ class Manifest(_Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_later_settings(cls, tree: Any) -> Any:
-        """A manifest that was written before ``head.item_dropout`` was there has none."""
+    def _with_settings_of_its_time(cls, tree: Any) -> Any:
+        """A manifest of an earlier version lacks settings of the head, which had no effect then."""
         head = tree.get("head") if isinstance(tree, dict) else None
         if not isinstance(head, dict):
             return tree
-        return {**tree, "head": {"item_dropout": 0.0} | head}
+        return {**tree, "head": from_earlier({"head": head})["head"]}
 
     def to_bytes(self) -> bytes:
         """The bytes of the file, which are hashed, signed and published."""

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.terminal import fitted, harmless
@@ -28,6 +26,7 @@ from pfm_llm.evaluation.new_places import NewPlaces
 from pfm_llm.evaluation.results import judged_mode
 from pfm_llm.model.new_items import unmet_items
 from pfm_llm.protocol.types import Tensors
+from pfm_llm.publish.alignment import Alignment
 from pfm_llm.runs.run import Run, Trained
 
 LISTS_FILE = "lists.json"
@@ -123,7 +122,12 @@ def example_users(run: Run) -> list[str]:
 
 
 def compare_lists(
-    run: Run, trained: Trained, user: str, k: int = LENGTH, new_share: float | None = None
+    run: Run,
+    trained: Trained,
+    user: str,
+    k: int = LENGTH,
+    new_share: float | None = None,
+    alignment: Alignment | None = None,
 ) -> UserLists:
     """The lists of a user.
 
@@ -133,6 +137,7 @@ def compare_lists(
         user: External id.
         k: Items in a list; there are fewer where the history leaves fewer.
         new_share: The share of the places that new items have at least; see `new_places`.
+        alignment: How the items fit those of the training; None: they are the same.
 
     Raises:
         DataError: The run has no such user, or the user has no history.
@@ -144,9 +149,8 @@ def compare_lists(
     history = interactions.history_of(number)
     if not len(history):
         raise DataError(f"user {user!r} has no history to continue")
-    is_new = unmet_items(trained.shared.tensors, run.model.codes)
-    if is_new is None:  # not learned, so no item is known to be new
-        is_new = np.zeros(len(interactions.catalogue), dtype=bool)
+    fit = alignment or Alignment.of_equal(len(interactions.catalogue))
+    is_new = fit.new_items(unmet_items(trained.shared.tensors, run.model.codes))
     ids, titles = interactions.catalogue.item_ids, interactions.catalogue.fields[TITLE]
     best: dict[str, list[int]] = {}
     for name, private in _parts(run, trained, number).items():
@@ -166,10 +170,15 @@ def compare_lists(
 
 
 def compare_examples(
-    run: Run, trained: Trained, k: int = LENGTH, new_share: float | None = None
+    run: Run,
+    trained: Trained,
+    k: int = LENGTH,
+    new_share: float | None = None,
+    alignment: Alignment | None = None,
 ) -> list[UserLists]:
     """The lists of `example_users`; see `compare_lists`."""
-    return [compare_lists(run, trained, user, k, new_share) for user in example_users(run)]
+    users = example_users(run)
+    return [compare_lists(run, trained, user, k, new_share, alignment) for user in users]
 
 
 def lists_tree(lists: Iterable[UserLists]) -> dict[str, object]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm.evaluation.comparison import OVER
-from pfm_llm.evaluation.personality.significance import over_seeds, settled
+from pfm_llm.evaluation.personality.significance import ROUNDING, over_seeds, settled
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.protocol.types import Mode
 
@@ -125,6 +125,7 @@ def _gain(row: ResultRow, is_settled: bool) -> str:
         worse="users are served worse with it",
         unclear="this run does not show whether it helps",
     )
+    verdict += _otherwise(row, is_settled)
     return f"On {row.split}, the private part adds {_value(row)} {unit}: {verdict}."
 
 
@@ -137,13 +138,20 @@ def _comparison(row: ResultRow, is_settled: bool) -> str:
         unclear="does not differ clearly from",
     )
     name, judged = row.metric.removeprefix(OVER), _JUDGED[Mode(row.mode)]
-    return f"On {row.split}, {judged} {verdict} {name}: {_value(row)} NDCG@{row.k}."
+    figure = f"{_value(row)} NDCG@{row.k}{_otherwise(row, is_settled)}"
+    return f"On {row.split}, {judged} {verdict} {name}: {figure}."
 
 
 def _verdict(row: ResultRow, is_settled: bool, better: str, worse: str, unclear: str) -> str:
     if not is_settled:
         return unclear
     return better if row.value > 0 else worse
+
+
+def _otherwise(row: ResultRow, is_settled: bool) -> str:
+    """A remark where the interval, which is not corrected, contradicts the verdict."""
+    leaves_out_zero = row.ci_low > ROUNDING or row.ci_high < -ROUNDING
+    return "" if leaves_out_zero == is_settled else " (the interval alone says otherwise)"
 
 
 def _value(row: ResultRow) -> str:

@@ -35,7 +35,15 @@ from pfm_llm.suite.pace import Pace
 from pfm_llm.suite.plan import BESIDE, Plan, Point, SuiteRun
 from pfm_llm.suite.records import Record
 from pfm_llm.suite.scripts import call_script
-from pfm_llm.suite.status import State, changes, is_recorded, read_tree, status_of
+from pfm_llm.suite.status import (
+    COMPARED,
+    State,
+    changes,
+    figures_hash,
+    is_recorded,
+    read_tree,
+    status_of,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -161,35 +169,45 @@ class _Runner:
         files.write_text(chosen.folder / CONFIG_FILE, dump_config(config))
         with self._pace.evaluating(run):
             rows = self._tools.evaluate(chosen.folder, self._plan.budget, self._openings)
-        rows = [*rows, *self._compared(run, chosen)]
+        differences, others = self._compared(run, chosen)
+        rows = [*rows, *differences]
         _, extra = read_results(chosen.folder / RESULTS_FILE)
+        extra |= {COMPARED: others} if others else {}
         extra |= records.result_extra(self._plan, run, choice, found)
         path = self._plan.result(run, self._results)
         write_results(path, records.merged(rows, found[choice.index].rows), extra)
         self._tidy(run, chosen)
 
-    def _compared(self, run: SuiteRun, chosen: Point) -> list[ResultRow]:
-        """The differences to the runs that it is compared with; empty where there is none."""
+    def _compared(
+        self, run: SuiteRun, chosen: Point
+    ) -> tuple[list[ResultRow], dict[str, dict[str, str]]]:
+        """The differences to the runs that it is compared with, and what these were."""
         compare, budget = self._tools.compare, self._plan.budget
         rows: list[ResultRow] = []
+        others: dict[str, dict[str, str]] = {}
         if compare is None:
-            return rows
+            return rows, others
         if run.against is not None:
-            whole = self._compared_with(run, run.against)
+            whole, others["against"] = self._compared_with(run, run.against)
             rows += compare(whole.folder, chosen.folder, chosen.config, budget)
         if run.beside is not None:
-            other = self._compared_with(run, run.beside)
+            other, others["beside"] = self._compared_with(run, run.beside)
             rows += compare(chosen.folder, other.folder, chosen.config, budget, BESIDE)
-        return rows
+        return rows, others
 
-    def _compared_with(self, run: SuiteRun, name: str) -> Point:
-        """The experiment of the same seed whose figures an earlier run's result holds."""
+    def _compared_with(self, run: SuiteRun, name: str) -> tuple[Point, dict[str, str]]:
+        """The experiment of the same seed whose figures an earlier run's result holds.
+
+        Returns:
+            The experiment; and what `status_of` compares later with the result that is then there.
+        """
         label = f"{name}-s{run.seed}"
         earlier = next((one for one in self._plan.runs if one.label == label), None)
         point = None if earlier is None else self._chosen(earlier)
-        if point is None:
+        if earlier is None or point is None:
             raise DataError(f"{run.label} is compared with {label}, which has no result; run that")
-        return point
+        stored = read_tree(self._plan.result(earlier, self._results)) or {}
+        return point, {"run": label, "figures": figures_hash(stored)}
 
     def _chosen(self, run: SuiteRun) -> Point | None:
         """The experiment whose figures a run's result holds; None without such a result."""

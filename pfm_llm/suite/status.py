@@ -4,8 +4,11 @@ A result is valid as long as the settings that training depends on (`config.trai
 grid, the script and the criterion of choice are unchanged. Settings that follow from the data size
 are derived from the number of clients in the result. A setting that is newer than a result
 counts as its default there, except settings of a private kind, which define how it is fitted.
+A result that holds differences to another run is valid as long as the figures of that run are those
+that it was compared with. Results from before these were noted are taken to be so.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +22,11 @@ from pfm_llm.config.schema import ExperimentConfig, parse_config, training_hash
 from pfm_llm.config.settings import changed_settings
 from pfm_llm.config.settle import settle, settle_like
 from pfm_llm.suite.plan import Plan, Point, SuiteRun
+
+COMPARED = "compared"
+"""The key of a result: for ``against`` and ``beside`` the other run's label and `figures_hash`."""
+_BASELINES = "none"
+"""Their mode; `types.Mode` needs torch."""
 
 
 class State(StrEnum):
@@ -54,7 +62,7 @@ def status_of(plan: Plan, run: SuiteRun, results: Path) -> Status:
     """
     stored = read_tree(plan.result(run, results))
     if stored is not None:
-        reasons = _differences(stored, plan, run)
+        reasons = _differences(stored, plan, run) or _recompared(stored, plan, run, results)
         if reasons:
             return Status(State.STALE, "; ".join(reasons))
         if "failed" in stored:
@@ -161,6 +169,39 @@ def _differences(stored: Mapping[str, Any], plan: Plan, run: SuiteRun) -> list[s
     # The other points differ from this one by the grid's value alone.
     chosen = next((p for p in run.points if p.value == grid.get("chosen")), run.points[0])
     return changes(stored, chosen.config)
+
+
+def figures_hash(stored: Mapping[str, Any]) -> str:
+    """An identity of a result's own figures on test, 16 hex digits: another training has another.
+
+    It depends on the settings of the training, and on NDCG in each mode.
+    """
+    rows = sorted(
+        (row["mode"], row["k"], row["value"])
+        for row in stored.get("rows", ())
+        if (row["split"], row["metric"], row["mode"] == _BASELINES) == ("test", "ndcg", False)
+    )
+    content = json.dumps([stored.get("training_hash"), rows])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _recompared(stored: Mapping[str, Any], plan: Plan, run: SuiteRun, results: Path) -> list[str]:
+    """The comparisons of a result that no longer hold; empty where it does not say with what."""
+    found = []
+    for key, name in (("against", run.against), ("beside", run.beside)):
+        before = stored.get(COMPARED, {}).get(key)
+        if before is None or name is None:
+            continue
+        label = f"{name}-s{run.seed}"
+        other = read_tree(plan.result(run, results).with_name(f"{label}.json"))
+        if before["run"] != label:
+            found.append(f"{key} was {before['run']}, is {label}")
+        elif other and not other.get("failed") and figures_hash(other) != before["figures"]:
+            found.append(
+                f"{label}, with which it is compared, was measured anew since; run the suite to "
+                "compare them anew"
+            )
+    return found
 
 
 def _summary(stored: Mapping[str, Any], plan: Plan) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.baselines import (
+    cli,
     esasrec,
     esasrec_model,
     pfedrec,
@@ -61,7 +62,7 @@ def test_results_stand_beside_those_of_a_run(
     name: str, split: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = arguments(tiny, tmp_path, set=[f"data.split={split}"], seed=3)
-    SCRIPTS[name].run(given)
+    cli.run(given, SCRIPTS[name].trainer)
     assert name in capsys.readouterr().out
     rows, extra = read_results(given.output)
     assert {(row.method, row.mode, row.task, row.protocol) for row in rows} == {
@@ -86,7 +87,7 @@ def test_a_run_is_compared_with_a_baseline_that_was_trained_apart(
     tiny: Tiny, tmp_path: Path
 ) -> None:
     given = arguments(tiny, tmp_path)
-    sasrec.run(given)
+    cli.run(given, sasrec.trainer)
     run = run_experiment(tiny.config(tmp_path / "runs", federation__num_rounds=2))
     evaluate_run(run, [given.output])
     rows, extra = read_results(run / RESULTS_FILE)
@@ -107,7 +108,7 @@ def test_a_run_is_compared_with_a_baseline_that_was_trained_apart(
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_values_per_user_average_to_the_rows(name: str, tiny: Tiny, tmp_path: Path) -> None:
     given = arguments(tiny, tmp_path, set=["data.split=last_fraction"])
-    SCRIPTS[name].run(given)
+    cli.run(given, SCRIPTS[name].trainer)
     rows, extra = read_results(given.output)
     split = load_corpus(load_config(given.config, given.set)).split
     assert max(len(targets) for targets in split.test.targets) > 1
@@ -129,7 +130,7 @@ def test_values_per_user_average_to_the_rows(name: str, tiny: Tiny, tmp_path: Pa
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_grid_is_chosen_from(name: str, tiny: Tiny, tmp_path: Path) -> None:
     given = arguments(tiny, tmp_path, grid=True)
-    SCRIPTS[name].run(given)
+    cli.run(given, SCRIPTS[name].trainer)
     _, extra = read_results(given.output)
     history = extra["validation_history"]
     assert len(history) == 4
@@ -142,7 +143,7 @@ def test_equal_seeds_give_equal_results(tiny: Tiny, tmp_path: Path) -> None:
         contents = []
         for _ in range(2):
             given = arguments(tiny, tmp_path)
-            script.run(given)
+            cli.run(given, script.trainer)
             content = json.loads(given.output.read_text())
             counted = ("costs", "test_openings")
             contents.append({k: v for k, v in content.items() if k not in counted})
@@ -151,7 +152,7 @@ def test_equal_seeds_give_equal_results(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_published_negatives_are_named_as_leaking(tiny: Tiny, tmp_path: Path) -> None:
     given = arguments(tiny, tmp_path, negatives="published")
-    pfedrec.run(given)
+    cli.run(given, pfedrec.trainer)
     rows, extra = read_results(given.output)
     assert {row.method for row in rows} == {"pfedrec_published_leaking"}
     assert extra["settings"]["negatives"] == "published"
@@ -162,9 +163,9 @@ def test_a_wrong_setting_is_one_message(
 ) -> None:
     given = arguments(tiny, tmp_path, set=["data.splitt=x"])
     with pytest.raises(ConfigError):
-        sasrec.run(given)
+        cli.run(given, sasrec.trainer)
     with pytest.raises(SystemExit):
-        run_safely(functools.partial(sasrec.run, given))
+        run_safely(functools.partial(cli.run, given, sasrec.trainer))
     assert "data.splitt" in capsys.readouterr().err
     assert not given.output.exists()
 

@@ -58,22 +58,48 @@ def item_states(config: ItemsConfig, backbone: Backbone, encoder: HistoryEncoder
     Raises:
         BackboneError: The encoder cannot be loaded.
     """
-
-    def of_backbone(pieces: list[list[int]], pooling: Pooling) -> torch.Tensor:
-        parts = (*identity_of(backbone), pooling.value)
-        return kept_states(parts, pieces, lambda: read_texts(backbone, pieces, pooling))
-
     shown = encoder.prompt_pieces()
-    prompt = of_backbone(shown, Pooling.LAST)
+    prompt = backbone_states(backbone, shown)
     if config.is_backbone:
         pieces = encoder.catalogue_pieces(config.max_tokens)
         if pieces == shown and config.pooling is Pooling.LAST:
             return ItemStates(prompt, prompt, None)
-        return ItemStates(of_backbone(pieces, config.pooling), prompt, None)
+        return ItemStates(backbone_states(backbone, pieces, config.pooling), prompt, None)
+    items, identity = sentence_states(config, encoder)
+    return ItemStates(items, prompt, identity)
+
+
+def backbone_states(
+    backbone: Backbone, pieces: list[list[int]], pooling: Pooling = Pooling.LAST
+) -> torch.Tensor:
+    """The backbone's states of some texts, float32 [len(pieces), d], from the cache if it has them.
+
+    Args:
+        backbone: The language model.
+        pieces: Token ids of each text.
+        pooling: How the states of its tokens become one.
+    """
+    parts = (*identity_of(backbone), pooling.value)
+    return kept_states(parts, pieces, lambda: read_texts(backbone, pieces, pooling))
+
+
+def sentence_states(config: ItemsConfig, encoder: HistoryEncoder) -> tuple[torch.Tensor, str]:
+    """The vectors that a sentence encoder makes of the catalogue, from the cache if it has them.
+
+    Args:
+        config: The encoder.
+        encoder: Renders the catalogue.
+
+    Returns:
+        Vectors of unit length, float32 [I, w], and the encoder's identity.
+
+    Raises:
+        BackboneError: The encoder cannot be loaded.
+    """
     sentences, texts = load_sentence_encoder(config), encoder.catalogue_texts()
     parts = (sentences.identity, str(config.max_tokens))
     items = kept_states(parts, texts, lambda: _encode(sentences, texts))
-    return ItemStates(items, prompt, sentences.identity)
+    return items, sentences.identity
 
 
 def identity_of(backbone: Backbone) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from pfm_llm.suite.report import measures, pictures
 from pfm_llm.suite.report.pictures import Picture
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
 from pfm_llm.suite.report.tables import (
+    UNADJUSTED_NOTE,
     Cell,
     Column,
     caption,
@@ -151,7 +152,7 @@ def _measure_tables(results: Sequence[SuiteResult]) -> list[Table]:
     note = (
         "Means over users and seeds, with intervals over both. Differences are in bold where they "
         "are settled after Holm's correction for those of the table, and a positive one is better "
-        "for the user."
+        f"for the user. {UNADJUSTED_NOTE}"
     )
     tables = []
     for heading, metrics in measures.by_group(tasks).items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfm_llm.config.cut_offs import RANK_LABELS, headline_k
-from pfm_llm.evaluation.personality.significance import Figure, over_seeds, settled
+from pfm_llm.evaluation.personality.significance import ROUNDING, Figure, over_seeds, settled
 from pfm_llm.evaluation.results import AUC, AUC_LABEL, ResultRow
 from pfm_llm.protocol.types import Mode
 from pfm_llm.suite.report.reading import SuiteResult, by_run, read_suite
@@ -21,6 +21,13 @@ _POPULARITY, _POOLED = "popularity", "central"
 _LEAKING = "_leaking"
 _BYTES_PER_MB = 1e6
 _QUALITIES = (*RANK_LABELS, AUC)
+
+
+UNADJUSTED = "°"
+UNADJUSTED_NOTE = (
+    f"{UNADJUSTED}: the interval, which is that of this difference alone, and the verdict after "
+    "Holm's correction for all differences of the table disagree; go by the verdict."
+)
 
 
 @dataclass(frozen=True)
@@ -224,6 +231,8 @@ def markdown_table(folder: Path) -> str:
     lines = [_line(header), _line(["---", "---", *["---:"] * (len(header) - 2)])]
     lines += [_line([f"**{c.text}**" if c.is_bold else c.text for c in cells]) for cells in body]
     parts = [caption(results), "\n".join(lines)]
+    if any(cell.text.endswith(UNADJUSTED) for cells in body for cell in cells):
+        parts.append(UNADJUSTED_NOTE)
     failed = [f"{r.run}, seed {r.seed}: {r.failed}" for r in results if r.failed is not None]
     if failed:
         parts.append("Failed: " + "; ".join(text.replace("\n", " ") for text in failed))
@@ -275,13 +284,17 @@ def figure_cell(
         figure: The figure.
         column: Its column.
         top: The best value of the column, formatted; it is shown in bold.
-        is_settled: Whether the figure, of a column of differences, is shown in bold.
+        is_settled: Whether the figure, of a column of differences, is shown in bold. The mark
+            `UNADJUSTED` follows where its interval alone says otherwise.
     """
     if figure is None:
         return Cell("-")
     value, low, high = map(column.form.format, (figure.value, figure.low, figure.high))
     text = f"{value} [{low}, {high}]" if column.has_interval else value
-    return Cell(text, is_settled if column.is_difference else value == top)
+    if not column.is_difference:
+        return Cell(text, value == top)
+    leaves_out_zero = figure.low > ROUNDING or figure.high < -ROUNDING
+    return Cell(text if leaves_out_zero == is_settled else f"{text} {UNADJUSTED}", is_settled)
 
 
 def _baseline_lines(results: Sequence[SuiteResult], columns: Sequence[Column]) -> list[Line]:

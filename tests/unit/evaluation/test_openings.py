@@ -12,6 +12,7 @@ from pfm_llm.data.splits import split_interactions
 from pfm_llm.evaluation.openings import (
     OPENINGS_FILE,
     count_opening,
+    counts_of,
     describe_openings,
     fingerprint,
     settings_hash,
@@ -50,6 +51,18 @@ def test_each_method_has_its_count_and_so_do_its_settings(file: Path) -> None:
     assert counts(file, pfm="b") == {"pfm": (2, 1)}
     assert counts(file, pfm="a") == {"pfm": (3, 2)}
     assert counts(file, popularity="") == {"popularity": (2, 2)}
+
+
+def test_looking_at_the_counts_counts_nothing(file: Path) -> None:
+    methods = {"pfm": "a", "ease": ""}
+    none = {"times": 0, "times_with_these_settings": 0}
+    assert counts_of(file, DATA, SPLIT, methods)["methods"] == dict.fromkeys(methods, none)
+    counts(file, pfm="b")
+    counted = count_opening(file, DATA, SPLIT, {"pfm": "a"})
+    for _ in range(2):
+        found = counts_of(file, DATA, SPLIT, methods)
+        assert found["split"] == counted["split"]
+        assert found["methods"] == {**counted["methods"], "ease": none}
 
 
 def test_another_split_or_other_data_is_counted_apart(file: Path) -> None:

@@ -9,7 +9,9 @@ import torch
 
 from pfm_llm.base.errors import ArtefactError, CorruptFileError
 from pfm_llm.config.choices import Task
+from pfm_llm.config.earlier import BEFORE
 from pfm_llm.config.model import AdaptersConfig, TasteConfig
+from pfm_llm.config.text import find_setting
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.lora import names_from_peft
 from pfm_llm.model.parameters import parameter_table
@@ -54,10 +56,14 @@ def test_manifest_survives_its_own_bytes() -> None:
     assert manifest.to_bytes() == parse(manifest_tree()).to_bytes()
 
 
-def test_a_manifest_without_item_dropout_is_of_an_adapter_without_it() -> None:
+@pytest.mark.parametrize("key", [key for key in BEFORE if key.startswith("head.")])
+def test_a_manifest_without_a_later_setting_is_of_an_adapter_without_it(key: str) -> None:
     tree = manifest_tree()
-    del tree["head"]["item_dropout"]
-    assert parse(tree).head.item_dropout == 0
+    tree["head"]["item_dropout"] = 0.0  # which needs items that were met
+    del tree["head"][key.removeprefix("head.")]
+    found = parse(tree)
+    assert find_setting(found.model_dump(mode="json"), key) == BEFORE[key]
+    assert found.items == parse(manifest_tree()).items  # other sections stay
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.terminal import columns
 from pfm_llm.evaluation import scoring
 from pfm_llm.protocol.types import Mode
+from pfm_llm.publish.alignment import Alignment
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs import lists
 from pfm_llm.runs.lists import Listed, UserLists, compare_lists, example_users
@@ -118,6 +119,26 @@ def test_another_users_list_is_what_that_users_part_gives(tiny_run: TinyRun) -> 
     assert titles(after, "own") == titles(after, "other") == titles(before, "other")
     assert titles(after, "own") != titles(before, "own")
     assert titles(after, "shared") == titles(before, "shared")
+
+
+def test_items_that_came_since_the_training_are_new_where_met_ones_are_not_learned(
+    tiny_run: TinyRun,
+) -> None:
+    run = tiny_run(method="pfm", head__item_met=False)
+    trained = evaluated(run)
+    user, count = run.data.interactions.user_ids[4], len(run.data.interactions.catalogue)
+    plain = titles(compare_lists(run, trained, user, k=6, new_share=0.5), "own")
+    # Of the items that rank last, six came since.
+    ranked = titles(compare_lists(run, trained, user, k=count), "own")
+    late = ranked[-6:]
+    names = run.data.interactions.catalogue.fields["title"]
+    rows = tuple(None if name in late else row for row, name in enumerate(names))
+    alignment = Alignment(rows, count)
+    found = compare_lists(run, trained, user, k=6, new_share=0.5, alignment=alignment)
+    served = Recommender.of_run(run, trained, user, alignment).recommend(k=6, new_share=0.5)
+    assert titles(found, "own") == [item.title for item in served]
+    assert len(set(titles(found, "own")) & set(late)) == 3
+    assert plain == ranked[:6]
 
 
 def test_the_lists_are_those_of_serving(tiny_run: TinyRun) -> None:

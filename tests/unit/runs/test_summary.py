@@ -50,6 +50,7 @@ def test_a_difference_that_would_be_settled_alone_is_not_among_many() -> None:
     *lines, last = summary.findings(results(None, comparisons=rows))
     assert len(lines) == 5
     assert all("does not differ clearly from" in line for line in lines)
+    assert all(line.endswith("(the interval alone says otherwise).") for line in lines)
     assert last.endswith("hold after Holm's correction for 5 tests.")
 
 

@@ -16,7 +16,7 @@ from pfm_llm.runs import plots
 from pfm_llm.suite.report import measures
 from pfm_llm.suite.report.page import write_report
 from pfm_llm.suite.report.reading import read_suite, suite_folders
-from pfm_llm.suite.report.tables import markdown_table
+from pfm_llm.suite.report.tables import UNADJUSTED, UNADJUSTED_NOTE, markdown_table
 from scripts.update_readme import with_fresh_tables
 from tests.support.golden import assert_golden
 from tests.support.suite_double import COSTS, World, popularity, row
@@ -158,11 +158,13 @@ def test_differences_are_bold_where_they_are_settled_among_those_of_the_table(
     write(folder, "a", [on_test(), on_test(**gain)])
     shown = "+0.0200 [+0.0004, +0.0396]"
     assert f"**{shown}**" in markdown_table(folder)
+    assert UNADJUSTED not in markdown_table(folder)
     assert shown in Page(write_report(folder).read_text()).bold
     for position, name in enumerate("bc", 1):
         write(folder, name, [on_test(), on_test(**gain)], position=position)
     text = markdown_table(folder)
-    assert text.count(shown) == 3
+    assert text.count(f"{shown} {UNADJUSTED}") == 3
+    assert text.endswith(UNADJUSTED_NOTE)
     assert f"**{shown}**" not in text
     assert shown not in Page(write_report(folder).read_text()).bold
     sure = gain | {"ci_low": 0.01, "ci_high": 0.03}
