@@ -61,6 +61,10 @@ class HyperLora(UserEmbedding):
     """The kind ``hyper_lora``: a LoRA in the last layer, and the user embedding beside it."""
 
     acts_on_states: ClassVar[bool] = True
+    pieces: ClassVar[Mapping[str, str]] = {
+        "lora": "private.hyper_lora.",
+        "embedding": "private.taste.",
+    }
 
     def __init__(self, config: ExperimentConfig, sizes: Sizes) -> None:
         """See `PrivatePart`.

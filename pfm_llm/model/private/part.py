@@ -4,6 +4,7 @@ A kind is a subclass in its own file and a line in `config.private_kinds`. The s
 the methods that its kind needs. The base class is the private part that does nothing.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -32,10 +33,13 @@ class PrivatePart:
             round to round. Otherwise `fit` computes them from a history.
         acts_on_states: Whether it changes user vectors, which then hold for one private part alone.
         reads_text: Whether `fit` needs user vectors, and so a pass of the language model.
+        pieces: Name of a piece that can be served alone to the prefix of its private tensors; a
+            study measures each. Empty where the part is one piece.
     """
 
     takes_steps: ClassVar[bool] = False
     acts_on_states: ClassVar[bool] = False
+    pieces: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: ExperimentConfig, sizes: Sizes) -> None:
         """Make the private part of an experiment.
