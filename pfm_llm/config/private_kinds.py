@@ -22,6 +22,8 @@ class KindSpec:
         min_steps: Minimum number of private steps in a round.
         reads: Groups of settings under ``adapters.private`` that are read beside that of its name.
         defaults: Defaults of settings under ``adapters.private`` that are its own.
+        fixed: Settings under ``adapters.private`` that have no effect with it, with the one value
+            that they may have.
     """
 
     path: str
@@ -30,6 +32,7 @@ class KindSpec:
     min_steps: int = 0
     reads: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 PRIVATE_KINDS: dict[str, KindSpec] = {
@@ -43,6 +46,7 @@ PRIVATE_KINDS: dict[str, KindSpec] = {
         one_user=True,
         reads=("taste",),
         defaults={"rank": 16, "alpha": 16},
+        fixed={"on_layers": True, "dropout": 0.0},
     ),
     "taste": KindSpec("pfm_llm.model.private.taste:UserEmbedding", one_user=True),
 }

@@ -222,6 +222,9 @@ def _private_problem(config: ExperimentConfig) -> str | None:
         return f"{kind} needs federation.local.schedule: {spec.schedule}"
     if local.private_local_steps < spec.min_steps:
         return f"{kind} needs private_local_steps of at least {spec.min_steps}"
+    for name, value in spec.fixed.items():
+        if getattr(private, name) != value:
+            return f"adapters.private.{name} has no effect with {kind}; leave it out"
     if not private.on_layers and not private.head_rank:
         return "adapters.private: on_layers: false with head_rank: 0 leaves nothing private"
     return None

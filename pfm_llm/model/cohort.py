@@ -70,6 +70,7 @@ class CohortModel:
     ) -> None:
         self._sight = sight or Sight()
         self._layers = CohortLayers(top, modules, scale)
+        self._layers.check_last(objective.private.lora_modules)
         device = next(top.parameters()).device
         self._normaliser = normaliser.to(device)
         self.objective = objective.to(device)
@@ -267,27 +268,17 @@ class CohortModel:
         `CohortLayers.states_by_token`. A user vector is linear in the state, so its context term
         need not be computed again.
         """
-        private, where = self.objective.private, batch.places
-        found = [
-            private.past_lora(SharedView(own, one, self.item_texts))
-            for own, one in zip(owns, read, strict=True)
-        ]
-        coefficients = {name: torch.cat([one[name] for one in found]) for name in lora}
-        moved = (
-            self._normaliser(self._layers.states_by_token(batch, where, lora, coefficients))
-            - states.detach()
-        )
-        return [
-            dataclasses.replace(
-                one,
-                moved=recommender_head.user_vectors(
-                    {name: value.detach() for name, value in own.items()},
-                    moved[span],
-                    batch.num_read[span],
-                ),
-            )
-            for one, own, span in zip(read, owns, spans(batch.outputs_per_client), strict=True)
-        ]
+        private, texts, found = self.objective.private, self.item_texts, []
+        past = [private.past_lora(SharedView(*one, texts)) for one in zip(owns, read, strict=True)]
+        coefficients = {name: torch.cat([one.coefficients[name] for one in past]) for name in lora}
+        again = self._layers.states_by_token(batch, batch.places, lora, coefficients)
+        moved = self._normaliser(again) - states.detach()
+        each = spans(batch.outputs_per_client)
+        for one, own, before, span in zip(read, owns, past, each, strict=True):
+            fixed = {name: value.detach() for name, value in own.items()}
+            after = recommender_head.user_vectors(fixed, moved[span], batch.num_read[span])
+            found.append(dataclasses.replace(one, moved=after, read=before.read))
+        return found
 
     def _slices(self, stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:
         """Per client its slice of every tensor that is no LoRA factor, with a row for each item."""

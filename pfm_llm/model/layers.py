@@ -9,13 +9,15 @@ read tokens, about four fifths of them can be skipped without changing any score
 layers this saves a good part of all work.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from pfm_llm.base.errors import BackboneError
 from pfm_llm.model.batches import Dropout
 from pfm_llm.model.private.part import Factors, PrivatePart
 from pfm_llm.protocol.types import Tensors, lora_name
@@ -143,7 +145,7 @@ class SecondRun:
     """The last layer of a top view and the norm behind it, run once more on the same input.
 
     Args:
-        top: A decoder with one list of layers and a norm.
+        top: A decoder with one list of layers and a norm, as `Backbone.split` makes it.
 
     Attributes:
         keeps: Whether the next run of the top keeps the input of its last layer.
@@ -161,13 +163,14 @@ class SecondRun:
     def __call__(self) -> torch.Tensor:
         """The states [N, T, d] behind the norm; no gradient reaches the layers below."""
         assert self._kept is not None
-        (args, options), self._kept, self.keeps = self._kept, None, False
+        (args, options), self._kept = self._kept, None
         found = self._layer(*args, **options)
         states: torch.Tensor = self._norm(found[0] if isinstance(found, tuple) else found)
         return states
 
     def _keep(self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         if self.keeps:
+            self.keeps = False
             fixed = {name: _fixed(value) for name, value in options.items()}
             self._kept = tuple(map(_fixed, args)), fixed
 
@@ -206,8 +209,27 @@ class CohortLayers:
             linear = CohortLinear(top.get_submodule(path))
             top.set_submodule(path, linear)
             self._linears[name] = linear
+        self._paths = dict(modules)
         self._last_mlp = read_last_mlp_only(top)
-        self._again = SecondRun(top)
+
+    @functools.cached_property
+    def _again(self) -> SecondRun:
+        return SecondRun(self._top)
+
+    def check_last(self, modules: Sequence[str]) -> None:
+        """Check that some adapted modules are of the last layer, as `states_by_token` needs it.
+
+        Raises:
+            BackboneError: A module is not.
+        """
+        layers = (child for child in self._top.children() if isinstance(child, nn.ModuleList))
+        count = len(next(layers, ()))
+        for module in modules:
+            if f".{count - 1}." not in self._paths[module]:
+                raise BackboneError(
+                    f"a LoRA that is read off the past acts in the last layer, and {module} is in "
+                    "another; set adapters.targets: all-linear, or adapters.private.kind: taste"
+                )
 
     def clear(self) -> None:
         """Leave the frozen layers alone."""
@@ -271,7 +293,8 @@ class CohortLayers:
             dropout: That of `set_factors`.
             twice: Whether `states_by_token` is to follow.
         """
-        self._again.keeps = twice
+        if twice:
+            self._again.keeps = True
         if self._last_mlp is not None:
             # Dropout on LoRA inputs is drawn for whole rows, so the last MLP must see whole rows.
             whole = dropout is not None and bool(dropout.shared or dropout.private)
@@ -312,7 +335,8 @@ class CohortLayers:
                 linear.by_token = a[batch.row_clients].mT, b[batch.row_clients].mT, laid
         if self._last_mlp is not None:
             self._last_mlp.readout = None
-        found = self._again()[where]
-        for linear in self._linears.values():
-            linear.by_token = None
-        return found
+        try:
+            return self._again()[where]
+        finally:
+            for linear in self._linears.values():
+                linear.by_token = None

@@ -44,6 +44,7 @@ EXPORTED_SETTINGS = (
 )
 """What ``adapter_config.json`` holds. PEFT refuses a setting that it does not know, so a file with
 every default of a new PEFT cannot be read by an older one. PEFT 0.13 knows all of these."""
+_PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 _Value = TypeVar("_Value")
 _PEFT_PREFIX = "base_model.model."
 _PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -125,8 +126,14 @@ class DualAdapter:
             base_name: As in `export_shared`.
 
         Raises:
-            ConfigError: There is no LoRA: the private part acts on the head alone.
+            ConfigError: There is no LoRA: the private part acts on the head alone. Or the folder
+                holds other files than an adapter's.
         """
+        if other := sorted({path.name for path in folder.glob("*")} - _PEFT_FILES):
+            raise ConfigError(
+                f"{folder} holds {other[0]}, and is to become a folder for its owner alone; give "
+                "a new one, or an empty one"
+            )
         ranks = {len(a) for a, _ in lora.values()}
         if len(ranks) != 1:
             raise ConfigError(

@@ -73,9 +73,10 @@ def aligned_tensors(
     """Shared tensors for another catalogue: rows that belong to items follow their items.
 
     A new item gets the row of each tensor's `Unseen`. Its text alone then decides its rank. Where
-    all items are new, rows of a mean in a basis are drawn around it: equal rows would tell no item
-    from another, and no gradient would reach what weighs them, whose rows are zero. Tensors whose
-    rows items share stay as they are: an item finds its vectors by its codes.
+    all items are new (and there alone: a single known item tells some apart), rows of a mean in a
+    basis are drawn around it: equal rows would tell no item from another, and no gradient would
+    reach what weighs them, whose rows are zero. Tensors whose rows items share stay as they are: an
+    item finds its vectors by its codes.
 
     Args:
         tensors: Shared tensors over the artefact's items.

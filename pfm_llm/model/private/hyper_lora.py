@@ -4,7 +4,9 @@ A private LoRA that takes gradient steps must learn thousands of numbers from on
 events. Here all clients learn the factors A and B of each adapted module, and a user's own LoRA is
 their product with a few coefficients between them::
 
-    h_u = W x + B diag(c_u) A x,    c_u = H phi_u        A [r, in], B [out, r], H [r, q]
+    h_u = W x + s B diag(c_u) A x,    c_u = H phi_u     A [r, in], B [out, r], H [r, q]
+
+with s = alpha / r.
 
 H is shared as well, one for each module. phi_u [q] is the user embedding of `taste`, which is the
 head's private term beside this LoRA. Where items have no IDs, phi_u is such a fading mean of T z_i,
@@ -18,12 +20,13 @@ The adapted modules are the output of the attention and the MLP of the last laye
 token by itself. A state therefore depends on the coefficients at its own token alone. In training
 each position has the coefficients of its own past, and the states of all positions still follow
 from one more run of the last layer. In serving every token has the coefficients of the whole
-history, and the LoRA is an ordinary one of rank r, with the factors A and B diag(c_u).
+history, and the LoRA is an ordinary one of rank r, with the factors A and s B diag(c_u).
 
 The loss is that of `objective`: the shared scores are fixed in it, so A, B and H learn what the
 shared LoRA leaves over.
 """
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
@@ -36,7 +39,7 @@ from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.outputs import SharedView
 from pfm_llm.model.private.lora import random_a
-from pfm_llm.model.private.part import Factors
+from pfm_llm.model.private.part import Factors, PastLora
 from pfm_llm.model.private.taste import (
     READ_EVENTS,
     READ_HALF_LIVES,
@@ -50,6 +53,7 @@ from pfm_llm.protocol.types import Tensors
 _RATE, _RATE_PACES = 3e-3, 1e-2
 _BEHIND = ("o_proj", "dense", "out_proj")
 """Names of the linear layer behind the attention in Llama and its kin, GPT-NeoX and others."""
+_LAYER = re.compile(r"\.([0-9]{1,4})\.")
 LORA = "basis.hyper_lora"
 """Prefix of the shared tensors: ``<module>.A``, ``<module>.B`` and ``<module>.coefficients``."""
 TEXT = f"{LORA}.text"
@@ -74,6 +78,11 @@ class HyperLora(UserEmbedding):
         """
         super().__init__(config, sizes)
         self._modules = by_token(sizes.modules)
+
+    @property
+    def lora_modules(self) -> tuple[str, ...]:
+        """The output of the attention and the MLP of the last layer."""
+        return tuple(self._modules)
 
     def shared_parameters(self) -> list[Parameter]:
         """Factors and H of each adapted module, and what the user embedding needs."""
@@ -106,11 +115,11 @@ class HyperLora(UserEmbedding):
             for module in self._modules
         }
 
-    def past_lora(self, view: SharedView) -> dict[str, torch.Tensor]:
+    def past_lora(self, view: SharedView) -> PastLora:
         """H times the user embedding of each position's past, with its dropout."""
-        own, outputs = view.own, view.outputs
-        read, kept = self._read(view)[outputs.known], outputs.kept_private
-        return self._coefficients(own, read if kept is None else read * kept)
+        read, kept = self._read(view)[view.outputs.known], view.outputs.kept_private
+        coefficients = self._coefficients(view.own, read if kept is None else read * kept)
+        return PastLora(coefficients, read)
 
     def dropout_width(self, own: Tensors) -> int:
         """q, the width of phi_u."""
@@ -119,7 +128,7 @@ class HyperLora(UserEmbedding):
     def factors(self, module: str, stacked: Tensors, weight: float) -> Factors | None:
         """The user's own LoRA: A, and B times the coefficients."""
         own = stacked.get(_own(module))
-        if own is None:
+        if own is None or f"{LORA}.{module}.A" not in stacked:
             return None
         a, b = self.lora(stacked)[module]
         return a, b * own.unsqueeze(-2) * weight
@@ -160,11 +169,12 @@ def by_token(modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int
     Raises:
         BackboneError: There is none.
     """
-    last = max((_layer(name) for name in modules), default=-1)
+    layers = {name: int(match[1]) for name in modules if (match := _LAYER.search(name))}
+    last = max(layers.values(), default=-1)
     found = {
-        name: shape
-        for name, shape in modules.items()
-        if _layer(name) == last and (".mlp." in name or name.rpartition(".")[2] in _BEHIND)
+        name: modules[name]
+        for name, layer in layers.items()
+        if layer == last and (".mlp." in name or name.rpartition(".")[2] in _BEHIND)
     }
     if not found:
         raise BackboneError(
@@ -183,10 +193,6 @@ def _text_parameters(width: int, config: ExperimentConfig) -> list[Parameter]:
         Parameter(_HALF_LIFE, paces, _RATE_PACES, half_lives.log),
         Parameter(_EVENTS, paces, _RATE_PACES, events.log),
     ]
-
-
-def _layer(module: str) -> int:
-    return int(next(part for part in module.split(".") if part.isdigit()))
 
 
 def _normal(shape: tuple[int, int], seed: int, purpose: str) -> torch.Tensor:

@@ -15,9 +15,11 @@ from typing import ClassVar
 import torch
 
 from pfm_llm.base import seeding
-from pfm_llm.model.private.part import HEAD, Factors, PrivatePart
+from pfm_llm.model.private.part import Factors, PrivatePart
 from pfm_llm.protocol.parameters import Parameter
 from pfm_llm.protocol.types import Tensors
+
+HEAD = "head"
 
 
 class IndependentLora(PrivatePart):

@@ -5,6 +5,7 @@ the methods that its kind needs. The base class is the private part that does no
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,11 +16,21 @@ from pfm_llm.model.outputs import SharedView
 from pfm_llm.protocol.parameters import Parameter, Sizes
 from pfm_llm.protocol.types import Tensors
 
-HEAD = "head"
-"""Name of the head's projection of user states among adapted modules."""
-
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A [C, r, in] and B [C, out, r] of one low-rank term, for every client of a chunk."""
+
+
+@dataclass(frozen=True)
+class PastLora:
+    """A LoRA at each of K outputs, read off what came before it.
+
+    Attributes:
+        coefficients: By module float32 [K, r].
+        read: float32 [K, q], the vectors that they follow from, without dropout.
+    """
+
+    coefficients: Mapping[str, torch.Tensor]
+    read: torch.Tensor
 
 
 class PrivatePart:
@@ -53,6 +64,11 @@ class PrivatePart:
         self.sizes = sizes
 
     @property
+    def lora_modules(self) -> tuple[str, ...]:
+        """The modules of `lora`: of the last layer, and read by no other token."""
+        return ()
+
+    @property
     def reads_text(self) -> bool:
         """Whether `fit` needs user vectors."""
         return False
@@ -82,14 +98,14 @@ class PrivatePart:
     def lora(self, stacked: Tensors) -> dict[str, Factors]:
         """By adapted module a LoRA in the last layer whose coefficients `past_lora` reads.
 
-        B is multiplied by its scale. The name `HEAD` stands for the head's projection of user
-        states. It is empty where the kind has none.
+        B is multiplied by its scale. It is empty where the kind has none, and has no other modules
+        than `lora_modules`.
         """
         return {}
 
-    def past_lora(self, view: SharedView) -> dict[str, torch.Tensor]:
-        """By module of `lora` its coefficients [K, r] at each output, from those before it."""
-        return {}
+    def past_lora(self, view: SharedView) -> PastLora:
+        """The coefficients of `lora` at each output, from the outputs before it alone."""
+        raise NotImplementedError(f"{type(self).__name__} has no LoRA that is read off the past")
 
     def past_scores(self, view: SharedView) -> torch.Tensor | None:
         """The scores that the part adds at each output, from the outputs before it alone.

@@ -123,8 +123,9 @@ class UserEmbedding(PrivatePart):
         own, outputs = view.own, view.outputs
         features = item_features(own, Task.NEXT_ITEM, view.texts)
         if self._is_read:
-            read = read_vectors(own, outputs.met)[outputs.known]
-            kept = outputs.kept_private
+            read, kept = outputs.read, outputs.kept_private
+            if read is None:
+                read = read_vectors(own, outputs.met)[outputs.known]
             return (read if kept is None else read * kept) @ features.T
         block = blocks(len(outputs.targets), BLOCK).to(outputs.targets.device)
         past = past_weights(block, half_life(own, Task.NEXT_ITEM))

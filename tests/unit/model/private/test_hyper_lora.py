@@ -1,24 +1,29 @@
 """A private LoRA that is read off the history: equal in training, in serving and in PEFT."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 
 from pfm_llm.base.errors import BackboneError, ConfigError
 from pfm_llm.config.choices import ItemIds, Task
-from pfm_llm.config.model import HeadConfig
+from pfm_llm.config.model import AdaptersConfig, HeadConfig
+from pfm_llm.data.history import History
 from pfm_llm.model.batches import ChunkBatch, collate
 from pfm_llm.model.cohort import Parts
+from pfm_llm.model.layers import SecondRun
 from pfm_llm.model.outputs import SharedView
 from pfm_llm.model.private.hyper_lora import LORA, by_token
-from pfm_llm.model.private.taste import READ_IN, vector_name
+from pfm_llm.model.private.taste import READ_IN, read_vectors, vector_name
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import Window
 from tests.support.peft_reference import PeftReference
+from tests.support.tables import config_of
 from tests.support.tiny_models import (
     ARCHITECTURES,
     CLIENT_WINDOWS,
@@ -85,7 +90,9 @@ def test_a_training_step_moves_each_position_as_serving_with_its_coefficients_do
         row = 0
         for window, count in zip(windows[c], counts, strict=True):
             for t in range(count):
-                own = {f"private.hyper_lora.{m}": v[row].detach() for m, v in past.items()}
+                own = {
+                    f"private.hyper_lora.{m}": v[row].detach() for m, v in past.coefficients.items()
+                }
                 own[vector_name(Task.NEXT_ITEM)] = torch.zeros(8)
                 served = stack([_shared(clients[c]) | own])
                 # A window of the items up to this position, the last of which is read out.
@@ -239,8 +246,92 @@ def test_text_alone_has_a_lora_too() -> None:
     assert all(bool(g.any()) for g in gradients)
 
 
+def test_several_windows_of_one_history_read_the_whole_past(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second window's coefficients follow from the first window's items too."""
+    cohort = _cohort()
+    items = np.array([3, 1, 4, 2, 5, 0, 6, 7, 8], dtype=np.int32)
+    whole = History(items, liked=items % 2 == 1)
+    windows = []
+    for start in (0, 4):
+        one = random_window([2, 1, 2, 1], seed=start)
+        windows.append(dataclasses.replace(one, history=whole, start=start, first_target=start + 1))
+    tensors = _shared(_tensors(cohort, 8))
+    (view,) = _views(cohort, _batch(cohort, [windows]), stack([tensors]), monkeypatch)
+    expected = read_vectors(view.own, torch.from_numpy(items).long())
+    assert view.outputs.read is not None
+    assert view.outputs.known.tolist() == list(range(1, 9))
+    torch.testing.assert_close(view.outputs.read, expected[1:9])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_lora_of_zero_moves_nothing_in_any_type(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort = make_cohort("llama", HEAD, dtype, private=PRIVATE)
+    tensors = _shared(_tensors(cohort, 1))
+    zero = {n: torch.zeros_like(v) if n.endswith(".B") else v for n, v in tensors.items()}
+    shared = {n: v for n, v in tensors.items() if n.startswith("lora.")}
+    batch = _batch(cohort, [list(WINDOWS[0])])
+    (view,) = _views(cohort, batch, stack([{**zero, **shared}]), monkeypatch)
+    assert view.outputs.moved is not None
+    assert not view.outputs.moved.any()
+
+
+def test_an_error_between_the_runs_leaves_nothing_for_the_next_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cohort = _cohort()
+    stacked = stack([_shared(_tensors(cohort, 1))])
+    batch = _batch(cohort, [list(WINDOWS[0])])
+    before = cohort.model.losses(batch, stacked, Parts())[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(SecondRun, "__call__", _fails)
+        with pytest.raises(MemoryError):
+            cohort.model.losses(batch, stacked, Parts())
+    plain = Parts(private_weight=0.0)
+    other = _batch(cohort, [list(WINDOWS[1])])
+    assert cohort.model.losses(other, stacked, plain)[0].isfinite()
+    torch.testing.assert_close(cohort.model.losses(batch, stacked, Parts())[0], before)
+
+
+def _fails(_: SecondRun) -> torch.Tensor:
+    raise MemoryError
+
+
+def test_targets_below_the_last_layer_are_refused() -> None:
+    """They would learn nothing: the last layer alone runs once more."""
+    with pytest.raises(BackboneError, match=r"2\.mlp\.up_proj is in another"):
+        make_cohort("llama", HEAD, targets=["2.mlp.up_proj"], private=PRIVATE)
+
+
+@pytest.mark.parametrize("setting", [{"on_layers": False}, {"dropout": 0.1}])
+def test_a_setting_without_effect_is_refused(setting: dict[str, object]) -> None:
+    adapters = AdaptersConfig.model_validate({"private": {**PRIVATE, **setting}})
+    with pytest.raises(ValueError, match=r"has no effect with adapters\.private\.kind"):
+        config_of(HEAD, adapters)
+
+
+def test_a_folder_with_other_files_is_not_taken_over(tmp_path: Path) -> None:
+    cohort = _cohort()
+    tensors = _tensors(cohort, 4)
+    own = cohort.private.own_lora(tensors, 1.0)
+    (tmp_path / "recommender_head.safetensors").touch()
+    mode = tmp_path.stat().st_mode
+    with pytest.raises(ConfigError, match="recommender_head"):
+        cohort.adapter.export_private(own, tmp_path, "tiny")
+    assert tmp_path.stat().st_mode == mode
+    for _ in range(2):  # an earlier export is replaced
+        cohort.adapter.export_private(own, tmp_path / "mine", "tiny")
+    assert len(list((tmp_path / "mine").iterdir())) >= 2
+
+
 def test_targets_that_other_tokens_read_are_no_place_for_it() -> None:
     with pytest.raises(BackboneError, match=r"adapters\.targets"):
         by_token({"model.layers.3.self_attn.k_proj": (4, 4)})
+    for name in ("model.q_proj", "model.layers.\u00b2.mlp.x", f"model.layers.{'9' * 5000}.mlp.x"):
+        with pytest.raises(BackboneError, match=r"adapters\.targets"):
+            by_token({name: (4, 4)})
     both = {f"model.layers.{i}.mlp.up_proj": (4, 8) for i in (2, 3)}
     assert list(by_token(both)) == ["model.layers.3.mlp.up_proj"]
