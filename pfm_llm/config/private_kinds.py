@@ -20,6 +20,7 @@ class KindSpec:
         one_user: Whether a client must be a single user, because the kind reads one history.
         schedule: The only valid training schedule; None: any.
         min_steps: Minimum number of private steps in a round.
+        runs_again: Number of adapted layers that run once more in a training step.
         reads: Groups of settings under ``adapters.private`` that are read beside that of its name.
         defaults: Defaults of settings under ``adapters.private`` that are its own.
         fixed: Settings under ``adapters.private`` that have no effect with it, with the one value
@@ -30,6 +31,7 @@ class KindSpec:
     one_user: bool = False
     schedule: Schedule | None = None
     min_steps: int = 0
+    runs_again: int = 0
     reads: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -44,6 +46,7 @@ PRIVATE_KINDS: dict[str, KindSpec] = {
     "hyper_lora": KindSpec(
         "pfm_llm.model.private.hyper_lora:HyperLora",
         one_user=True,
+        runs_again=1,
         reads=("taste",),
         defaults={"rank": 16, "alpha": 16},
         fixed={"on_layers": True, "dropout": 0.0},
