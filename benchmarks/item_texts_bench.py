@@ -21,8 +21,8 @@ from pfm_llm.evaluation.metrics import FloatArray
 from pfm_llm.evaluation.personality.estimates import Bootstrap, estimate, user_quality
 from pfm_llm.evaluation.personality.new_items import percentiles
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.head import fit_normaliser
 from pfm_llm.model.items import vectors
+from pfm_llm.model.items.whitening import fit_normaliser
 from pfm_llm.runs.run import Corpus
 from pfm_llm.text.encoding import HistoryEncoder
 from pfm_llm.text.prompts import load_prompt

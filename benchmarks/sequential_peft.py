@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pfm_llm.base import seeding
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.head import Normaliser
+from pfm_llm.model.items.whitening import Normaliser
 from pfm_llm.model.lora import PRIVATE, SHARED, DualAdapter
 from pfm_llm.protocol.types import PRIVATE_PREFIX, Tensors
 from pfm_llm.text.encoding import NO_TARGET, Window

@@ -14,6 +14,7 @@ from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trunk_cache import TrunkStates, trunk_states
 from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.config.settings import with_setting
 from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import Client
@@ -274,17 +275,14 @@ class Recommender:
         if len(shown) < 2 and (private.takes_steps or private.reads_text):
             raise DataError("a history of one item has no next item to learn from; give two")
         store = PrivateStore(Path(folder))
-        histories = ClientHistories(
-            [Client(_ME, (0,))],
-            TrainData(Interactions.of_user(self.catalogue, "me", shown)),
-            self.parts.encoder,
-            self._states,
-        )
-        trainer = make_trainer(self._with_steps(steps), self.parts, histories, store)
-        shared = self._trained.shared
-        fitted = trainer.personalise([_ME], shared)
+        train = TrainData(Interactions.of_user(self.catalogue, "me", shown))
+        histories = ClientHistories([Client(_ME, (0,))], train, self.parts.encoder, self._states)
+        key = "federation.local.personalise_steps"
+        config = self._config if steps is None else with_setting(self._config, key, steps)
+        trainer = make_trainer(config, self.parts, histories, store)
+        fitted = trainer.personalise([_ME], self._trained.shared)
         tensors = {name: value[0].cpu() for name, value in fitted.items()}
-        state = PrivateState(_ME, shared.round_number, tensors)
+        state = PrivateState(_ME, self._trained.shared.round_number, tensors)
         store.save_personalised(state)
         return state
 
@@ -310,6 +308,25 @@ class Recommender:
                 )
             client_id = _ME if _ME in clients else clients[0]
         return None if client_id is None else store.serving(client_id)
+
+    def export_private(self, folder: str | Path, private: PrivateState | None = None) -> None:
+        """Write a private LoRA as a PEFT folder; see `DualAdapter.export_private`.
+
+        Args:
+            folder: The folder to write.
+            private: A private part; None: that of the user whom the recommender is for.
+
+        Raises:
+            DataError: There is no private part.
+            ConfigError: It has no LoRA on the layers of the language model.
+        """
+        private = private or getattr(self.owner, "private", None)
+        if private is None:
+            raise DataError("no private part to export; give one, or load a run with user=")
+        parts, trained = self.parts, self._trained
+        own = {**trained.shared.tensors, **private.tensors}
+        lora = parts.private.own_lora(own, trained.private_weight)
+        parts.adapter.export_private(lora, Path(folder), parts.backbone.portable_name)
 
     def _history(
         self, history: Sequence[str] | None, ratings: Sequence[float] | None = None
@@ -371,14 +388,6 @@ class Recommender:
                 "head.item_dropout or head.item_ids: codes)"
             )
         return scores if candidates is None else scores[candidates]
-
-    def _with_steps(self, steps: int | None) -> ExperimentConfig:
-        if steps is None:
-            return self._config
-        federation = self._config.federation
-        local = federation.local.model_copy(update={"personalise_steps": steps})
-        federation = federation.model_copy(update={"local": local})
-        return self._config.model_copy(update={"federation": federation})
 
 
 def _owner(run: Run, shared: SharedState, user: str) -> Owner:

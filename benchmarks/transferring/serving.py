@@ -13,8 +13,8 @@ from pfm_llm.base.progress import Progress
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import scoring
 from pfm_llm.evaluation.baselines.popularity import Popularity
-from pfm_llm.model.head import fit_normaliser
 from pfm_llm.model.items.vectors import item_states
+from pfm_llm.model.items.whitening import fit_normaliser
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.publish.staging import stage
 from pfm_llm.recommender import Recommender

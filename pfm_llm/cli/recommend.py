@@ -19,6 +19,10 @@ _History = Annotated[
         "titles are forgiven. An empty one is that of somebody of whom nothing is known."
     ),
 ]
+_Adapter = Annotated[
+    str | None,
+    typer.Option(help="Instead of --run: a Hub id, or a folder that was exported or pulled."),
+]
 _Catalogue = Annotated[
     str | None, typer.Option(help="File of items, when not those it was trained on.")
 ]
@@ -48,15 +52,21 @@ _NewShare = Annotated[
 ]  # fmt: skip
 
 
+_ExportPrivate = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Write the user's private LoRA to a folder of PEFT's format, for its owner alone.",
+    ),
+]
+
+
 def recommend(
     user: Annotated[str | None, typer.Option(help="A user's id in the data of the run.")] = None,
     history: _History = None,
     run: options.Run = None,
     runs: options.Runs = Path("runs"),
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="Instead of --run: a Hub id, or a folder that was exported or pulled."),
-    ] = None,
+    adapter: _Adapter = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
     catalogue: _Catalogue = None,
     backbone: _Backbone = None,
@@ -69,6 +79,7 @@ def recommend(
         int | None, typer.Option("-n", min=1, help="How many items; 10, or 5 with --compare.")
     ] = None,
     new_share: _NewShare = None,
+    export_private: _ExportPrivate = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Recommend items to a user of a run, or after a history.
@@ -79,6 +90,7 @@ def recommend(
     import logging
 
     _check(user, history, adapter, compare)
+    _check_export(export_private, user, compare)
     logging.getLogger("pfm_llm").setLevel(logging.WARNING)
     if compare:
         return _compare(options.run_folder(run, runs), user, n, new_share, as_json)
@@ -89,6 +101,8 @@ def recommend(
         "allow_base_mismatch": allow_base_mismatch,
     }
     model = _load(source, user, catalogue, revision, bases)
+    if export_private is not None:
+        model.export_private(export_private)
     items = None if history is None else _understood(model, history)
     _print(model.recommend(items, n or 10, new_share=new_share), as_json)
 
@@ -104,6 +118,13 @@ def _check(user: str | None, history: str | None, adapter: str | None, compare: 
         raise ConfigError("--adapter needs --history: a published adapter knows no users")
     if not compare and (user is None) == (history is None):
         raise ConfigError("give --user, or --history, or --compare")
+
+
+def _check_export(folder: Path | None, user: str | None, compare: bool) -> None:
+    from pfm_llm.base.errors import ConfigError
+
+    if folder is not None and (user is None or compare):
+        raise ConfigError("--export-private writes the private LoRA of --user; give one")
 
 
 def _compare(

@@ -120,6 +120,12 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     head_rank: Rank0 = Field(4, description="rank of the private head term; 0: none")
     weight: float = Field(1.0, ge=0, le=1.5, description="factor of the private part in serving")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults_of_kind(cls, tree: Any) -> Any:
+        spec = PRIVATE_KINDS.get(str(tree.get("kind"))) if isinstance(tree, dict) else None
+        return tree if spec is None else {**spec.defaults, **tree}
+
     @field_validator("kind")
     @classmethod
     def _is_registered(cls, kind: str) -> str:

@@ -4,7 +4,9 @@ A kind is one file in `pfm_llm.model.private`; nothing else in the library knows
 path is text, so that reading a config imports no torch.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from pfm_llm.config.choices import Schedule
 
@@ -18,12 +20,21 @@ class KindSpec:
         one_user: Whether a client must be a single user, because the kind reads one history.
         schedule: The only valid training schedule; None: any.
         min_steps: Minimum number of private steps in a round.
+        runs_again: Number of adapted layers that run once more in a training step.
+        reads: Groups of settings under ``adapters.private`` that are read beside that of its name.
+        defaults: Defaults of settings under ``adapters.private`` that are its own.
+        fixed: Settings under ``adapters.private`` that have no effect with it, with the one value
+            that they may have.
     """
 
     path: str
     one_user: bool = False
     schedule: Schedule | None = None
     min_steps: int = 0
+    runs_again: int = 0
+    reads: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 PRIVATE_KINDS: dict[str, KindSpec] = {
@@ -31,6 +42,14 @@ PRIVATE_KINDS: dict[str, KindSpec] = {
     # Its private part is fitted before the basis takes its gradient.
     "shared_basis": KindSpec(
         "pfm_llm.model.private.lora:SharedBasisLora", schedule=Schedule.ALTERNATE, min_steps=1
+    ),
+    "hyper_lora": KindSpec(
+        "pfm_llm.model.private.hyper_lora:HyperLora",
+        one_user=True,
+        runs_again=1,
+        reads=("taste",),
+        defaults={"rank": 16, "alpha": 16},
+        fixed={"on_layers": True, "dropout": 0.0},
     ),
     "taste": KindSpec("pfm_llm.model.private.taste:UserEmbedding", one_user=True),
 }

@@ -222,6 +222,9 @@ def _private_problem(config: ExperimentConfig) -> str | None:
         return f"{kind} needs federation.local.schedule: {spec.schedule}"
     if local.private_local_steps < spec.min_steps:
         return f"{kind} needs private_local_steps of at least {spec.min_steps}"
+    for name, value in spec.fixed.items():
+        if getattr(private, name) != value:
+            return f"adapters.private.{name} has no effect with {kind}; leave it out"
     if not private.on_layers and not private.head_rank:
         return "adapters.private: on_layers: false with head_rank: 0 leaves nothing private"
     return None
@@ -357,7 +360,7 @@ def training_hash(config: ExperimentConfig) -> str:
     private = config.adapters.private
     # `weight` acts at serving time. A kind reads its own settings alone; a private part that is
     # disabled reads none.
-    kinds = (kind for kind in PRIVATE_KINDS if kind != private.kind)
+    kinds = {*PRIVATE_KINDS} - {private.kind, *PRIVATE_KINDS[private.kind].reads}
     unread = {*kinds, "weight"} if private.enabled else {*type(private).model_fields} - {"enabled"}
     # A rating that is recognised was null when the first hashes were made.
     columns = config.data.columns

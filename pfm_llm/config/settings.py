@@ -1,8 +1,27 @@
 """Functions of a config that several modules need."""
 
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
 from pfm_llm.config.choices import Aggregation, Task
 from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import ExperimentConfig, training_hash
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def with_setting(config: _Model, key: str, value: Any) -> _Model:
+    """A copy in which one setting differs; the value is not validated.
+
+    Args:
+        config: A config, or a group of settings.
+        key: Its dotted key, such as ``output.dir``.
+        value: The new value.
+    """
+    name, _, rest = key.partition(".")
+    new = with_setting(getattr(config, name), rest, value) if rest else value
+    return config.model_copy(update={name: new})
 
 
 def like_threshold(config: ExperimentConfig) -> float | None:

@@ -22,9 +22,9 @@ from pfm_llm.likelihood.questions import QuestionRow, pack
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.batches import Dropout, joined, spans
 from pfm_llm.model.cohort import Parts
-from pfm_llm.model.lora import CohortLayers, DualAdapter
+from pfm_llm.model.layers import CohortLayers
+from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.private.part import PrivatePart
-from pfm_llm.model.readout import Readout, read_last_mlp_only
 from pfm_llm.protocol.types import Tensors
 
 _PADDING = -1
@@ -116,9 +116,8 @@ class LikelihoodModel:
     ) -> None:
         self.private = private
         self.device = backbone.device
-        self._trunk, self._top = backbone.split(num_layers)
-        self._layers = CohortLayers(self._top, adapter.top_paths(), adapter.scale())
-        self._last_mlp = read_last_mlp_only(self._top)
+        self._trunk, top = backbone.split(num_layers)
+        self._layers = CohortLayers(top, adapter.top_paths(), adapter.scale())
         weights, biases = head_rows(backbone, answers)
         self._direction, self._offset = weights[0] - weights[1], biases[0] - biases[1]
         self._check(backbone, answers)
@@ -203,14 +202,8 @@ class LikelihoodModel:
             self._layers.set_factors(
                 batch, stacked, parts.shared_lora, private if weight else None, weight, dropout
             )
-        if self._last_mlp is not None:
-            # Dropout on LoRA inputs is drawn for whole rows, so the last MLP must see whole rows.
-            whole = dropout is not None and bool(dropout.shared or dropout.private)
-            readout = Readout.of(batch.rows, batch.ends, len(batch.trunk))
-            self._last_mlp.readout = None if whole else readout
-        sight = _sight(batch.places, batch.parts)
-        output = self._top(inputs_embeds=batch.trunk, use_cache=False, **sight)
-        states = output.last_hidden_state[batch.rows, batch.ends].float()
+        where, sight = (batch.rows, batch.ends), _sight(batch.places, batch.parts)
+        states = self._layers.states(batch.trunk, where, sight, dropout).float()
         odds = states @ self._direction + self._offset
         return [odds[span] for span in spans(batch.questions_per_client)]
 

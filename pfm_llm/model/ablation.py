@@ -5,9 +5,9 @@ Each is trained like the run that it is compared with, on the same data, head an
 ==================  ===========================================================================
 ablation            difference
 ==================  ===========================================================================
-``no_pass``         user states are zero: no layer reads a history. LoRA, ``head.state_proj``,
-                    ``head.state_log_n`` and ``head.item_ids_in`` have no effect, and are neither
-                    trained nor sent.
+``no_pass``         user states are zero: no layer reads a history. LoRA, shared or private,
+                    ``head.state_proj``, ``head.state_log_n`` and ``head.item_ids_in`` have no
+                    effect, and are neither trained nor sent.
 ``one_item``        at each item the adapted layers read that item alone: they see nothing of the
                     items before it.
 ``no_positions``    to the adapted layers all items stand at one place. They see which items came
@@ -29,7 +29,13 @@ from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.batches import ChunkBatch
 from pfm_llm.text.encoding import HistoryEncoder
 
-_OF_THE_PASS = ("lora.", "head.state_proj", "head.state_log_n", "head.item_ids_in")
+_OF_THE_PASS = (
+    "lora.",
+    "basis.hyper_lora.",
+    "head.state_proj",
+    "head.state_log_n",
+    "head.item_ids_in",
+)
 
 
 def has_pass(config: ExperimentConfig) -> bool:

@@ -56,6 +56,11 @@ class ChunkBatch:
         return len(self.positions_per_client)
 
     @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and token of each output, int64 [K] both, by row."""
+        return self.rows[self.outputs], self.ends[self.outputs]
+
+    @property
     def row_lengths(self) -> torch.Tensor:
         """Tokens of each row without padding, int64 [N]: a row ends with its last item."""
         nothing = torch.zeros_like(self.row_clients)

@@ -21,10 +21,10 @@ from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.ablation import has_pass, sight_of, texts_of
 from pfm_llm.model.backbone import Backbone, load_backbone, with_random_weights
 from pfm_llm.model.cohort import CohortModel
-from pfm_llm.model.head import Normaliser, fit_normaliser
 from pfm_llm.model.items.codes import ItemCodes, make_codes
 from pfm_llm.model.items.reader import Trunk, read_items
 from pfm_llm.model.items.vectors import ItemStates, item_states
+from pfm_llm.model.items.whitening import Normaliser, fit_normaliser
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.parameters import parameter_table

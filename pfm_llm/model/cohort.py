@@ -11,7 +11,7 @@ A test holds that the result equals PEFT with both adapters active, one client a
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,12 @@ from pfm_llm.data.history import History
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.ablation import Sight
 from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
-from pfm_llm.model.head import Normaliser
-from pfm_llm.model.lora import CohortLayers
-from pfm_llm.model.new_items import NEW_BIAS, with_new_biases
+from pfm_llm.model.items.whitening import Normaliser
+from pfm_llm.model.layers import CohortLayers
+from pfm_llm.model.new_items import NEW_BIAS, no_candidates, with_new_biases
 from pfm_llm.model.objective import Objective
-from pfm_llm.model.outputs import Outputs
-from pfm_llm.model.readout import Readout, read_last_mlp_only
+from pfm_llm.model.outputs import Outputs, SharedView
+from pfm_llm.model.private.part import Factors
 from pfm_llm.protocol.types import Tensors
 
 _FACTOR = (".A", ".B")
@@ -68,10 +68,9 @@ class CohortModel:
         objective: Objective,
         sight: Sight | None = None,
     ) -> None:
-        self._top = top
         self._sight = sight or Sight()
         self._layers = CohortLayers(top, modules, scale)
-        self._last_mlp = read_last_mlp_only(top)
+        self._layers.check_last(objective.private.lora_modules)
         device = next(top.parameters()).device
         self._normaliser = normaliser.to(device)
         self.objective = objective.to(device)
@@ -104,14 +103,19 @@ class CohortModel:
         Returns:
             C scalars; each depends only on its own client's slice of ``stacked``.
         """
-        owns, vectors = self._user_vectors(batch, stacked, parts, dropout)
+        personal = bool(parts.private_weight)
+        reads = personal and self._sight.has_pass
+        lora = self.objective.private.lora(stacked) if reads else {}
+        owns, states = self._read(batch, stacked, parts, dropout, twice=bool(lora))
+        vectors = self._vectors(batch, owns, states, self._private_heads(stacked, batch, parts))
         read = self._outputs(batch, vectors, owns)
         if dropout is not None:
             read = [
                 self._with_dropout(one, own, dropout, client)
                 for client, (one, own) in enumerate(zip(read, owns, strict=True))
             ]
-        personal = bool(parts.private_weight)
+        if lora:
+            read = self._moved(batch, owns, states, read, lora)
         return [
             self.objective.loss(own, outputs, personal)
             for own, outputs in zip(owns, read, strict=True)
@@ -212,26 +216,69 @@ class CohortModel:
         return recommender_head.zero_shot_scores(states, self.item_texts)
 
     def _user_vectors(
-        self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None = None
+        self, batch: ChunkBatch, stacked: Tensors, parts: Parts
     ) -> tuple[list[dict[str, torch.Tensor]], list[torch.Tensor]]:
         """Per client its tensors without LoRA factors, and its user vectors [K_c, D]."""
+        owns, states = self._read(batch, stacked, parts)
+        return owns, self._vectors(batch, owns, states, self._private_heads(stacked, batch, parts))
+
+    def _read(
+        self,
+        batch: ChunkBatch,
+        stacked: Tensors,
+        parts: Parts,
+        dropout: Dropout | None = None,
+        twice: bool = False,
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """Per client its tensors without LoRA factors; and the whitened states [K, d] of all."""
         owns = self._slices(stacked, batch.num_clients)
-        private_heads = self._private_heads(stacked, batch.num_clients, parts.private_weight)
-        self._set_factors(batch, stacked, parts, dropout)
-        states = self._output_states(self._with_item_inputs(batch, owns), batch, dropout)
-        vectors = [
-            recommender_head.user_vectors(
-                own, states[span], batch.num_read[span], private_head, context
-            )
-            for own, private_head, span, context in zip(
-                owns,
-                private_heads,
-                spans(batch.outputs_per_client),
-                self._contexts(batch, owns),
-                strict=True,
+        private = self.objective.private if parts.private_weight else None
+        self._layers.set_factors(
+            batch, stacked, parts.shared_lora, private, parts.private_weight, dropout
+        )
+        return owns, self._output_states(self._with_item_inputs(batch, owns), batch, dropout, twice)
+
+    def _vectors(
+        self,
+        batch: ChunkBatch,
+        owns: Sequence[Tensors],
+        states: torch.Tensor,
+        private_heads: Sequence[Factors | None],
+    ) -> list[torch.Tensor]:
+        """Per client its user vectors [K_c, D], from whitened states [K, d]."""
+        clients, contexts = spans(batch.outputs_per_client), self._contexts(batch, owns)
+        return [
+            recommender_head.user_vectors(own, states[at], batch.num_read[at], private, context)
+            for own, at, private, context in zip(
+                owns, clients, private_heads, contexts, strict=True
             )
         ]
-        return owns, vectors
+
+    def _moved(
+        self,
+        batch: ChunkBatch,
+        owns: Sequence[Tensors],
+        states: torch.Tensor,
+        read: Sequence[Outputs],
+        lora: Mapping[str, Factors],
+    ) -> list[Outputs]:
+        """The outputs with what the private LoRA of each position's past does to user vectors.
+
+        The last layer runs once more, with the coefficients of each position; see
+        `CohortLayers.states_by_token`. A user vector is linear in the state, so its context term
+        need not be computed again.
+        """
+        private, texts, found = self.objective.private, self.item_texts, []
+        past = [private.past_lora(SharedView(*one, texts)) for one in zip(owns, read, strict=True)]
+        coefficients = {name: torch.cat([one.coefficients[name] for one in past]) for name in lora}
+        again = self._layers.states_by_token(batch, batch.places, lora, coefficients)
+        moved = self._normaliser(again) - states.detach()
+        each = spans(batch.outputs_per_client)
+        for one, own, before, span in zip(read, owns, past, each, strict=True):
+            fixed = {name: value.detach() for name, value in own.items()}
+            after = recommender_head.user_vectors(fixed, moved[span], batch.num_read[span])
+            found.append(dataclasses.replace(one, moved=after, read=before.read))
+        return found
 
     def _slices(self, stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:
         """Per client its slice of every tensor that is no LoRA factor, with a row for each item."""
@@ -256,7 +303,7 @@ class CohortModel:
                 batch.liked[span],
                 met,
                 batch.known[span],
-                seen=_no_candidates(head, None if seen is None else seen[span], items),
+                seen=no_candidates(head, None if seen is None else seen[span], items),
                 items=items,
                 later=batch.later[span],
             )
@@ -303,34 +350,24 @@ class CohortModel:
         return batch.trunk.index_put((batch.rows, batch.ends), inputs, accumulate=True)
 
     def _output_states(
-        self, hidden: torch.Tensor, batch: ChunkBatch, dropout: Dropout | None = None
+        self,
+        hidden: torch.Tensor,
+        batch: ChunkBatch,
+        dropout: Dropout | None = None,
+        twice: bool = False,
     ) -> torch.Tensor:
         """Run the top on hidden states [N, T, d]; whitened states [K, d] at the outputs."""
-        rows, ends = batch.rows[batch.outputs], batch.ends[batch.outputs]
         if not self._sight.has_pass:
-            return self._normaliser.mean.new_zeros(len(rows), len(self._normaliser.mean))
-        if self._last_mlp is not None:
-            # Dropout on LoRA inputs is drawn for whole rows, so the last MLP must see whole rows.
-            whole = dropout is not None and bool(dropout.shared or dropout.private)
-            self._last_mlp.readout = None if whole else Readout.of(rows, ends, len(hidden))
-        seen = self._sight.arguments(batch)
-        output = self._top(inputs_embeds=hidden, use_cache=False, **seen).last_hidden_state
-        return self._normaliser(output[rows, ends])
-
-    def _set_factors(
-        self, batch: ChunkBatch, stacked: Tensors, parts: Parts, dropout: Dropout | None
-    ) -> None:
-        """Give every adapted layer the LoRA factors of each row of the batch."""
-        private = self.objective.private if parts.private_weight else None
-        self._layers.set_factors(
-            batch, stacked, parts.shared_lora, private, parts.private_weight, dropout
-        )
+            return self._normaliser.mean.new_zeros(len(batch.outputs), len(self._normaliser.mean))
+        sight = self._sight.arguments(batch)
+        return self._normaliser(self._layers.states(hidden, batch.places, sight, dropout, twice))
 
     def _private_heads(
-        self, stacked: Tensors, num_clients: int, weight: float
-    ) -> Sequence[tuple[torch.Tensor, torch.Tensor] | None]:
-        found = self.objective.private.head_factors(stacked, weight) if weight else None
-        return [None] * num_clients if found is None else list(zip(*found, strict=True))
+        self, stacked: Tensors, batch: ChunkBatch, parts: Parts
+    ) -> Sequence[Factors | None]:
+        weight, private = parts.private_weight, self.objective.private
+        found = private.head_factors(stacked, weight) if weight else None
+        return [None] * batch.num_clients if found is None else list(zip(*found, strict=True))
 
     def _with_dropout(
         self, outputs: Outputs, own: Tensors, dropout: Dropout, client: int
@@ -351,20 +388,3 @@ class CohortModel:
             shown = dropout.keep((self.num_items,), dropout.items, client)
             hidden = (shown == 0).nonzero()[:, 0].to(outputs.targets.device)
         return dataclasses.replace(outputs, kept=kept, kept_private=kept_private, hidden=hidden)
-
-
-def _no_candidates(
-    head: Tensors, seen: torch.Tensor | None, own: torch.Tensor | None
-) -> torch.Tensor | None:
-    """The items that are no candidates at each output, bool [K, I] or [I]; None: all are.
-
-    Args:
-        head: One client's head parameters.
-        seen: bool [K, I], the items that the client has met before each output.
-        own: int64 [M], its items, which somebody has met; None where that is not learned.
-    """
-    met = recommender_head.met_items(head)
-    if met is None or own is None:
-        return seen
-    unmet = ~met.index_fill(0, own, True)
-    return unmet if seen is None else seen | unmet

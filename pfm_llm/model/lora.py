@@ -1,9 +1,8 @@
-"""Shared and private LoRA on one backbone: creation, the PEFT format, and the many-clients layer.
+"""Shared and private LoRA on one backbone, in PEFT's format: creation, export, names.
 
 This is the only module that imports ``peft``. Both adapters are plain LoRA on
 ``AutoModelForCausalLM``, made from `peft.LoraConfig`. They are trained in the many-clients pass
-(`cohort`), in which `CohortLinear` takes the place of each adapted layer, and exported as an
-ordinary PEFT folder.
+(`cohort`, `layers`), and exported as an ordinary PEFT folder.
 """
 
 import contextlib
@@ -11,11 +10,9 @@ import copy
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
@@ -23,8 +20,7 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import BackboneError, ConfigError, CorruptFileError
 from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig, SharedAdapterConfig
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.batches import Dropout
-from pfm_llm.model.private.part import PrivatePart
+from pfm_llm.model.private.part import Factors
 from pfm_llm.protocol.types import Group, Tensors, lora_name, of_group
 
 SHARED = "shared"
@@ -48,6 +44,7 @@ EXPORTED_SETTINGS = (
 )
 """What ``adapter_config.json`` holds. PEFT refuses a setting that it does not know, so a file with
 every default of a new PEFT cannot be read by an older one. PEFT 0.13 knows all of these."""
+_PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 _Value = TypeVar("_Value")
 _PEFT_PREFIX = "base_model.model."
 _PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -112,12 +109,53 @@ class DualAdapter:
             folder: The folder to write; created as needed.
             base_name: Portable name of the base model for ``adapter_config.json``.
         """
-        model = _clone_structure(self._backbone.model)
-        # No private adapter exists in this model, so none can be written by accident.
-        peft_model = get_peft_model(model, self._lora_config(self._config.shared), SHARED)
-        self.load_shared(peft_model, shared)
-        peft_model.peft_config[SHARED].base_model_name_or_path = base_name
         folder.mkdir(parents=True, exist_ok=True)
+        tensors = of_group(shared, Group.LORA)
+        self._export(self._lora_config(self._config.shared), tensors, folder, base_name)
+
+    def export_private(self, lora: Mapping[str, Factors], folder: Path, base_name: str) -> None:
+        """Write a user's private LoRA as a PEFT folder that its owner alone can read.
+
+        PEFT loads it beside the shared adapter. With both active, or joined by
+        ``add_weighted_adapter`` with weights of 1 and ``combination_type="cat"``, the layers give
+        the states that the user is served with.
+
+        Args:
+            lora: By adapted module its factors A [r, in] and B [out, r], B times its scale.
+            folder: The folder to write; created as needed, and made 0700.
+            base_name: As in `export_shared`.
+
+        Raises:
+            ConfigError: There is no LoRA: the private part acts on the head alone. Or the folder
+                holds other files than an adapter's.
+        """
+        if other := sorted({path.name for path in folder.glob("*")} - _PEFT_FILES):
+            raise ConfigError(
+                f"{folder} holds {other[0]}, and is to become a folder for its owner alone; give "
+                "a new one, or an empty one"
+            )
+        ranks = {len(a) for a, _ in lora.values()}
+        if len(ranks) != 1:
+            raise ConfigError(
+                "this private part has no LoRA on the layers of the language model; train with "
+                "method: pfm_lora, or another kind of adapters.private that acts on layers"
+            )
+        (rank,) = ranks
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules=sorted(lora)
+        )
+        tensors = {
+            lora_name(module, factor): value
+            for module, factors in lora.items()
+            for factor, value in zip("AB", factors, strict=True)
+        }
+        self._export(config, tensors, files.make_private_dir(folder), base_name)
+
+    def _export(self, config: LoraConfig, tensors: Tensors, folder: Path, base_name: str) -> None:
+        """Write one adapter, made in a model in which no other exists, as PEFT writes it."""
+        peft_model = get_peft_model(_clone_structure(self._backbone.model), config, SHARED)
+        self._load(peft_model, SHARED, tensors)
+        peft_model.peft_config[SHARED].base_model_name_or_path = base_name
         scratch = folder / ".peft"  # PEFT writes an adapter x to <dir>/x
         with files.storage_errors(folder), contextlib.ExitStack() as cleanup:
             cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
@@ -253,123 +291,3 @@ def _clone_structure(model: Any) -> Any:
     """New modules around the same tensors, so that PEFT can replace layers in the copy."""
     shared: Mapping[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, dict(shared))
-
-
-@dataclass(frozen=True)
-class LoraInput:
-    """The product with A of both adapters, with dropout on its input."""
-
-    dropout: Dropout
-    batch: "AdaptedRows"
-    ranks: list[int]
-    rates: list[float]
-
-    def __call__(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        """Map x [N, T, in] and A^T [N, in, sum of ranks] to [N, T, sum of ranks]."""
-        parts = zip(a.split(self.ranks, 2), self.rates, strict=True)
-        return torch.cat([torch.bmm(self._dropped(x, rate), part) for part, rate in parts], 2)
-
-    def _dropped(self, x: torch.Tensor, rate: float) -> torch.Tensor:
-        if not rate:
-            return x
-        factors = torch.zeros(x.shape)
-        rows = zip(self.batch.row_clients.tolist(), self.batch.row_lengths.tolist(), strict=True)
-        for row, (client, length) in enumerate(rows):
-            factors[row, :length] = self.dropout.keep((length, x.shape[2]), rate, client)
-        return x * factors.to(x)
-
-
-class CohortLinear(nn.Module):
-    """A frozen linear layer plus a low-rank term that differs from row to row of the batch."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.lora_input: LoraInput | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [N, T, in] to [N, T, out]; ``factors`` are A^T [N, in, r] and B^T [N, r, out]."""
-        output: torch.Tensor = self.base(x)
-        if self.factors is None:
-            return output
-        a, b = self.factors
-        low = torch.bmm(x, a) if self.lora_input is None else self.lora_input(x, a)
-        return torch.baddbmm(output, low, b)
-
-
-class AdaptedRows(Protocol):
-    """The rows of a batch, each of one client."""
-
-    @property
-    def row_clients(self) -> torch.Tensor:
-        """Index of each row's client in the chunk, int64 [N]."""
-        ...
-
-    @property
-    def row_lengths(self) -> torch.Tensor:
-        """Tokens of each row without padding, int64 [N]."""
-        ...
-
-
-class CohortLayers:
-    """The adapted layers of a top view, which get the LoRA factors of each row of a batch.
-
-    Args:
-        top: The top view of the backbone; its adapted linear layers are replaced.
-        modules: Path in the full model to path in ``top`` of each adapted layer.
-        scale: The factor of the shared adapter's product B A.
-    """
-
-    def __init__(self, top: Any, modules: Mapping[str, str], scale: float) -> None:
-        self._scale = scale
-        self._linears: dict[str, CohortLinear] = {}
-        for name, path in modules.items():
-            linear = CohortLinear(top.get_submodule(path))
-            top.set_submodule(path, linear)
-            self._linears[name] = linear
-
-    def clear(self) -> None:
-        """Leave the frozen layers alone."""
-        for linear in self._linears.values():
-            linear.factors = linear.lora_input = None
-
-    def set_factors(
-        self,
-        batch: AdaptedRows,
-        stacked: Tensors,
-        shared_lora: bool,
-        private: PrivatePart | None,
-        private_weight: float,
-        dropout: Dropout | None = None,
-    ) -> None:
-        """Give every adapted layer the LoRA factors of each row of the batch.
-
-        Args:
-            batch: The rows.
-            stacked: Every tensor with a leading client dimension [C, ...].
-            shared_lora: Whether the shared LoRA is active.
-            private: The private part; None: it is not active.
-            private_weight: Factor on the private part.
-            dropout: The dropout of a training step.
-        """
-        for name, linear in self._linears.items():
-            shared = own = None
-            if shared_lora:
-                b = stacked[lora_name(name, "B")] * self._scale
-                shared = stacked[lora_name(name, "A")], b
-            if private is not None:
-                own = private.factors(name, stacked, private_weight)
-            active = [factors for factors in (shared, own) if factors is not None]
-            linear.factors = linear.lora_input = None
-            if not active:
-                continue
-            dtype = linear.base.weight.dtype
-            a = torch.cat([a for a, _ in active], 1).to(dtype)
-            b = torch.cat([b for _, b in active], 2).to(dtype)
-            linear.factors = (a[batch.row_clients].mT, b[batch.row_clients].mT)
-            if dropout is not None:
-                both = ((shared, dropout.shared), (own, dropout.private))
-                rates = [rate for factors, rate in both if factors is not None]
-                ranks = [a.shape[1] for a, _ in active]
-                linear.lora_input = LoraInput(dropout, batch, ranks, rates)

@@ -91,3 +91,20 @@ def scores_with_hidden(view: SharedView, hidden: torch.Tensor) -> torch.Tensor:
 def _biases(own: Tensors, texts: torch.Tensor) -> torch.Tensor:
     """The biases [I] that items of these texts [I, D] have as long as nobody has met them."""
     return texts @ own[NEW_TEXT] / math.sqrt(texts.shape[1]) + own[NEW_BIAS]
+
+
+def no_candidates(
+    head: Tensors, seen: torch.Tensor | None, own: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The items that are no candidates at each output, bool [K, I] or [I]; None: all are.
+
+    Args:
+        head: One client's head parameters.
+        seen: bool [K, I], the items that the client has met before each output.
+        own: int64 [M], its items, which somebody has met; None where that is not learned.
+    """
+    met = recommender_head.met_items(head)
+    if met is None or own is None:
+        return seen
+    unmet = ~met.index_fill(0, own, True)
+    return unmet if seen is None else seen | unmet

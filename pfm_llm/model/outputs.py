@@ -28,6 +28,10 @@ class Outputs:
             items are candidates.
         items: int64 [M], the distinct items of all histories of the client, or None.
         hidden: int64 [N], the items that this step treats as new, or None.
+        moved: float32 [K, D], the user vectors with a private LoRA of each position's past, as in
+            serving, less those without; or None.
+        read: float32 [K, r], the private vectors of each position's past, where they are known; or
+            None.
     """
 
     vectors: torch.Tensor
@@ -41,6 +45,8 @@ class Outputs:
     items: torch.Tensor | None = None
     later: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+    moved: torch.Tensor | None = None
+    read: torch.Tensor | None = None
 
     @classmethod
     def of_history(cls, items: torch.Tensor, liked: torch.Tensor) -> "Outputs":

@@ -12,8 +12,8 @@ import yaml
 from pfm_llm.base.errors import ArtefactError
 from pfm_llm.config.model import CodesConfig
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.head import Normaliser
 from pfm_llm.model.items.vectors import ItemStates
+from pfm_llm.model.items.whitening import Normaliser
 from pfm_llm.protocol.parameters import Parameter, ParameterTable
 from pfm_llm.protocol.types import Group, SharedState, Tensors, of_group
 from pfm_llm.text.prompts import Prompt

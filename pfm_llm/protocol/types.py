@@ -15,8 +15,9 @@ name                   shape                                lives in
 =====================  ===================================  ==========================
 
 The private parts of all clients use the tensors ``basis.…``: for the kind ``taste`` the item
-features of a user embedding (``basis.taste.…``), for the kind ``shared_basis`` the factors A of
-clients with private factors B (``basis.<module>.A``).
+features of a user embedding (``basis.taste.…``), for ``hyper_lora`` also the factors of a LoRA
+(``basis.hyper_lora.…``), and for ``shared_basis`` the factors A of clients with private factors B
+(``basis.<module>.A``).
 
 ``<module>`` is the module's path in ``AutoModelForCausalLM``, such as
 ``model.layers.26.self_attn.q_proj``. All are float32 on the CPU between rounds.

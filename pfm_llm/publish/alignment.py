@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pfm_llm.base import seeding
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.start import Start
 from pfm_llm.protocol.parameters import ParameterTable, Unseen
-from pfm_llm.protocol.types import Tensors
+from pfm_llm.protocol.types import Group, Tensors, in_group
 from pfm_llm.publish.artefact import Artefact
 from pfm_llm.text.item_keys import item_keys
 
@@ -71,8 +72,11 @@ def aligned_tensors(
 ) -> dict[str, torch.Tensor]:
     """Shared tensors for another catalogue: rows that belong to items follow their items.
 
-    A new item gets the row of each tensor's `Unseen`. Its text alone then decides its rank. Tensors
-    whose rows items share stay as they are: an item finds its vectors by its codes.
+    A new item gets the row of each tensor's `Unseen`. Its text alone then decides its rank. Where
+    all items are new (and there alone: a single known item tells some apart), rows of a mean in a
+    basis are drawn around it: equal rows would tell no item from another, and no gradient would
+    reach what weighs them, whose rows are zero. Tensors whose rows items share stay as they are: an
+    item finds its vectors by its codes.
 
     Args:
         tensors: Shared tensors over the artefact's items.
@@ -87,6 +91,9 @@ def aligned_tensors(
         old, unseen = tensors[name], table[name].unseen
         default = old.mean(0) if unseen is Unseen.MEAN else torch.zeros(old.shape[1:])
         new = default.expand(len(rows), *old.shape[1:]).clone()
+        if alignment.num_kept == 0 and default.any() and in_group(name, Group.BASIS):
+            noise = torch.randn(new.shape, generator=seeding.generator(0, f"alignment/{name}"))
+            new += noise * old.std(0, correction=0)
         new[rows >= 0] = old[rows[rows >= 0]]
         aligned[name] = new
     return aligned

@@ -12,7 +12,7 @@ file                                  holds
 ``adapter_model.safetensors``         PEFT's: the shared LoRA
 ``recommender_head.safetensors``      the head, the catalogue's whitening, and with codes of texts
                                       their centroids
-``private_basis.safetensors``         with ``shared_basis`` or ``taste``: the basis of all
+``private_basis.safetensors``         what private parts are made with: the basis of all
 ``item_keys.json``                    a key per item, to align what belongs to items
 ``prompts/<key>.toml``                the prompt
 ``training_config.yaml``              the resolved config, paths reduced to names
@@ -34,10 +34,16 @@ from typing import Any
 import torch
 
 from pfm_llm.base import files
-from pfm_llm.base.errors import ArtefactError, ConfigError, ContractError, CorruptFileError
+from pfm_llm.base.errors import (
+    ArtefactError,
+    BackboneError,
+    ConfigError,
+    ContractError,
+    CorruptFileError,
+)
 from pfm_llm.config.schema import ExperimentConfig
-from pfm_llm.model.head import Normaliser
 from pfm_llm.model.items.codes import centroid_shape
+from pfm_llm.model.items.whitening import Normaliser
 from pfm_llm.model.lora import names_from_peft
 from pfm_llm.model.parameters import parameter_table
 from pfm_llm.protocol.contract import TensorSpec
@@ -252,7 +258,7 @@ class Artefact:
         )
         try:
             return parameter_table(config, sizes)
-        except (ConfigError, ContractError) as error:
+        except (BackboneError, ConfigError, ContractError) as error:
             raise ArtefactError(
                 f"{self.origin}: no model has the settings of its manifest: {error}"
             ) from error

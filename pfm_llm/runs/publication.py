@@ -7,6 +7,7 @@ from typing import Any
 
 from pfm_llm.base.errors import HubError
 from pfm_llm.config.earlier import load_saved
+from pfm_llm.config.settings import with_setting
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.card import shown_name
 from pfm_llm.publish.export import Exported, export_shared_adapter
@@ -53,9 +54,7 @@ def exported_of(run: Run, trained: Trained) -> Exported:
             revision=started.revision,
         )
         parents = (origin,)
-    private = config.adapters.private.model_copy(update={"weight": trained.private_weight})
-    adapters = config.adapters.model_copy(update={"private": private})
-    recorded = config.model_copy(update={"adapters": adapters})
+    recorded = with_setting(config, "adapters.private.weight", trained.private_weight)
     return Exported(recorded, run.model, run.data.interactions.catalogue, parents)
 
 

@@ -193,7 +193,7 @@ def _write_report(
 def _loss_scale(run: Run) -> LossScale:
     config, clients = run.config, len(run.clients.histories.trainable)
     private = run.model.model.objective.private
-    adds_scores = config.adapters.private.enabled and not private.acts_on_states
+    adds_scores = config.adapters.private.enabled and not private.takes_steps
     return LossScale(
         num_items=run.model.model.num_items,
         num_terms=1 + adds_scores,

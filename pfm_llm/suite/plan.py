@@ -20,6 +20,7 @@ from pfm_llm.config.cut_offs import RANK_LABELS, headline_k
 from pfm_llm.config.methods import SPECS, Method
 from pfm_llm.config.model import Settings
 from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
+from pfm_llm.config.settings import with_setting
 from pfm_llm.config.text import set_setting, validated
 
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
@@ -323,9 +324,7 @@ def _config(source: _Source, run: RunConfig, name: str, own: Mapping[str, Any]) 
             set_setting(tree, key, copy.deepcopy(value))
     config = parse_config(tree, origin)
     folder = Path(config.output.dir) / f"{suite.name}-{source.budget}"
-    config = config.model_copy(
-        update={"output": config.output.model_copy(update={"dir": str(folder)})}
-    )
+    config = with_setting(config, "output.dir", str(folder))
     if config.push_to_hub is not None:
         raise ConfigError(f"{origin}: push_to_hub: a suite publishes nothing; remove it")
     if run.script is None and POPULARITY not in config.evaluation.baselines:

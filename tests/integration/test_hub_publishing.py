@@ -288,7 +288,7 @@ def test_a_run_without_private_adapters_needs_no_private_store(
     assert "private_basis.safetensors" not in on_hub(logged_in)
 
 
-@pytest.mark.parametrize("kind", ["shared_basis", "taste"])
+@pytest.mark.parametrize("kind", ["shared_basis", "taste", "hyper_lora"])
 def test_a_basis_is_published(kind: str, tiny: Tiny, tmp_path: Path, logged_in: HubDouble) -> None:
     run = run_experiment(tiny.config(tmp_path / "runs", adapters__private__kind=kind))
     publish(request_of(run, REPO))

@@ -96,6 +96,23 @@ def test_ours_is_measured_in_every_way(tiny: Tiny, rated: Path, tmp_path: Path) 
     assert len(gains["gain_auc"]) == by_name["like", "gain_auc"].num_users
 
 
+def test_pieces_of_a_private_part_and_the_mean_of_all_are_served_too(
+    tiny: Tiny, rated: Path, tmp_path: Path
+) -> None:
+    _, rows = _study(tiny, rated, tmp_path / "lora", method="pfm_lora")
+    found = {r.metric: r for r in rows if (r.mode, r.task) == ("shared_private", "next_item")}
+    for name in ("log_rank", "ndcg"):
+        own, mean = found[f"own_over_mean_{name}"].value, found[f"mean_over_shared_{name}"].value
+        assert own + mean == pytest.approx(found[f"gain_{name}"].value, abs=1e-12)
+        assert f"lora_alone_{name}" in found  # too small to reorder anything in so few rounds
+    assert found["embedding_alone_log_rank"].value != 0
+    assert found["own_over_mean_log_rank"].value != 0
+    _, rows = _study(tiny, rated, tmp_path / "fedrep", method="fedrep")
+    kinds = {row.metric.rpartition("_")[0] for row in rows}
+    # Factors of users' own LoRAs have no common basis in which a mean would be a user's.
+    assert not {"own_over_mean_log", "lora_alone_log", "own_over_mean"} & kinds
+
+
 def test_every_group_has_its_p_values_and_every_auc_its_baselines(
     tiny: Tiny, rated: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +147,8 @@ def test_every_group_has_its_p_values_and_every_auc_its_baselines(
         ("fedsa_lora", {"adapters__private__head_rank": 0}),
         ("fedrep", {}),
         ("pfm_text", {}),
+        ("pfm_lora", {}),
+        ("pfm_lora", {"ablation": "no_pass"}),
     ],
 )
 def test_every_method_runs_and_leaves_untrained_what_it_says(

@@ -17,15 +17,8 @@ from pfm_llm.config.model import (
     SharedAdapterConfig,
     WindowConfig,
 )
-from pfm_llm.model.head import (
-    ITEM_BIAS,
-    ITEM_IDS,
-    ITEM_IDS_OUT,
-    ITEM_PROJ,
-    STATE_LOG_N,
-    STATE_PROJ,
-    Normaliser,
-)
+from pfm_llm.model.head import ITEM_BIAS, ITEM_IDS, ITEM_IDS_OUT, ITEM_PROJ, STATE_LOG_N, STATE_PROJ
+from pfm_llm.model.items.whitening import Normaliser
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,

@@ -20,7 +20,8 @@ from pfm_llm.config.model import AdaptersConfig, HeadConfig
 from pfm_llm.data.history import History
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.cohort import CohortModel
-from pfm_llm.model.head import ITEM_MET, Normaliser
+from pfm_llm.model.head import ITEM_MET
+from pfm_llm.model.items.whitening import Normaliser
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.parameters import parameter_table

@@ -30,6 +30,7 @@ from pfm_llm.model import head
 from pfm_llm.model.backbone import Backbone
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import CohortModel, Parts
+from pfm_llm.model.items.whitening import fit_normaliser
 from pfm_llm.model.lora import DualAdapter
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.parameters import parameter_table
@@ -103,7 +104,7 @@ def test_the_reference_computes_what_the_many_clients_pass_computes(
     ]
     tensors = [make_tensors(adapter, client) for client in range(3)]
     states = torch.randn(ITEMS, HIDDEN, generator=torch.Generator().manual_seed(1))
-    normaliser = head.fit_normaliser(states)
+    normaliser = fit_normaliser(states)
     texts = normaliser(states)[:, : HEAD.dim]
     trunk, top = backbone.split(adapted)
     hidden = [
@@ -134,7 +135,7 @@ def test_the_reference_computes_what_the_many_clients_pass_computes(
 def test_the_reference_carries_nothing_from_one_client_to_the_next(backbone: Backbone) -> None:
     adapter = DualAdapter(backbone, ADAPTERS)
     states = torch.randn(ITEMS, HIDDEN, generator=torch.Generator().manual_seed(1))
-    normaliser = head.fit_normaliser(states)
+    normaliser = fit_normaliser(states)
     texts = normaliser(states)[:, : HEAD.dim]
     reference = SequentialPeft(backbone, adapter, normaliser, texts, unseen_only=True)
     window, own = make_window(0, [2, 5]), make_tensors(adapter, 0)

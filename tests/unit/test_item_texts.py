@@ -11,7 +11,7 @@ import torch
 from benchmarks import item_texts
 from benchmarks import item_texts_bench as bench
 from benchmarks.item_texts_bench import Kind, Setting
-from pfm_llm.model.head import fit_normaliser
+from pfm_llm.model.items.whitening import fit_normaliser
 from pfm_llm.runs.run import load_corpus
 from tests.support.tiny import NUM_USERS, TITLES, Tiny, write_encoder
 

@@ -26,6 +26,7 @@ class Method(StrEnum):
     FEDSA_LORA = "fedsa_lora"
     FEDREP = "fedrep"
     PFM = "pfm"
+    PFM_LORA = "pfm_lora"
     PFM_TEXT = "pfm_text"
     CUSTOM = "custom"
 

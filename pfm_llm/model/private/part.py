@@ -4,6 +4,8 @@ A kind is a subclass in its own file and a line in `config.private_kinds`. The s
 the methods that its kind needs. The base class is the private part that does nothing.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,6 +20,19 @@ Factors = tuple[torch.Tensor, torch.Tensor]
 """A [C, r, in] and B [C, out, r] of one low-rank term, for every client of a chunk."""
 
 
+@dataclass(frozen=True)
+class PastLora:
+    """A LoRA at each of K outputs, read off what came before it.
+
+    Attributes:
+        coefficients: By module float32 [K, r].
+        read: float32 [K, q], the vectors that they follow from, without dropout.
+    """
+
+    coefficients: Mapping[str, torch.Tensor]
+    read: torch.Tensor
+
+
 class PrivatePart:
     """A private part; this base class is the empty one.
 
@@ -29,10 +44,13 @@ class PrivatePart:
             round to round. Otherwise `fit` computes them from a history.
         acts_on_states: Whether it changes user vectors, which then hold for one private part alone.
         reads_text: Whether `fit` needs user vectors, and so a pass of the language model.
+        pieces: Name of a piece that can be served alone to the prefix of its private tensors; a
+            study measures each. Empty where the part is one piece.
     """
 
     takes_steps: ClassVar[bool] = False
     acts_on_states: ClassVar[bool] = False
+    pieces: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: ExperimentConfig, sizes: Sizes) -> None:
         """Make the private part of an experiment.
@@ -44,6 +62,11 @@ class PrivatePart:
         self.config = config
         self.settings = config.adapters.private
         self.sizes = sizes
+
+    @property
+    def lora_modules(self) -> tuple[str, ...]:
+        """The modules of `lora`: of the last layer, and read by no other token."""
+        return ()
 
     @property
     def reads_text(self) -> bool:
@@ -62,9 +85,27 @@ class PrivatePart:
         """The LoRA of an adapted module, B times its scale and ``weight``; None: no LoRA."""
         return None
 
+    def own_lora(self, own: Tensors, weight: float) -> dict[str, Factors]:
+        """By adapted module a client's LoRA, A [r, in] and B [out, r], from its tensors [...]."""
+        stacked = {name: value[None] for name, value in own.items()}
+        found = {module: self.factors(module, stacked, weight) for module in self.sizes.modules}
+        return {module: (one[0][0], one[1][0]) for module, one in found.items() if one}
+
     def head_factors(self, stacked: Tensors, weight: float) -> Factors | None:
         """A low-rank term on the head's projection of user states, B times ``weight``, or None."""
         return None
+
+    def lora(self, stacked: Tensors) -> dict[str, Factors]:
+        """By adapted module a LoRA in the last layer whose coefficients `past_lora` reads.
+
+        B is multiplied by its scale. It is empty where the kind has none, and has no other modules
+        than `lora_modules`.
+        """
+        return {}
+
+    def past_lora(self, view: SharedView) -> PastLora:
+        """The coefficients of `lora` at each output, from the outputs before it alone."""
+        raise NotImplementedError(f"{type(self).__name__} has no LoRA that is read off the past")
 
     def past_scores(self, view: SharedView) -> torch.Tensor | None:
         """The scores that the part adds at each output, from the outputs before it alone.

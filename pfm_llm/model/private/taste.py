@@ -56,8 +56,8 @@ BLOCK = 8
 """Positions that one fitted vector predicts at once in training."""
 _PRECISION = 30.0
 _HALF_LIFE, _HALF_LIFE_LIKE = 20.0, 100.0
-_READ_EVENTS = 5.0
-_READ_HALF_LIVES = (4.0, 15.0, 60.0, 240.0)
+READ_EVENTS = 5.0
+READ_HALF_LIVES = (4.0, 15.0, 60.0, 240.0)
 """Before training: lambda; h in events, of the next item and of likes, which drift slowly; n."""
 _RATE, _RATE_ITEMS = 1e-2, 3e-2
 _RATE_LIKE, _RATE_LIKE_ITEMS = 3e-3, 1e-2
@@ -123,8 +123,9 @@ class UserEmbedding(PrivatePart):
         own, outputs = view.own, view.outputs
         features = item_features(own, Task.NEXT_ITEM, view.texts)
         if self._is_read:
-            read = read_vectors(own, outputs.met)[outputs.known]
-            kept = outputs.kept_private
+            read, kept = outputs.read, outputs.kept_private
+            if read is None:
+                read = read_vectors(own, outputs.met)[outputs.known]
             return (read if kept is None else read * kept) @ features.T
         block = blocks(len(outputs.targets), BLOCK).to(outputs.targets.device)
         past = past_weights(block, half_life(own, Task.NEXT_ITEM))
@@ -207,8 +208,8 @@ def basis_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
 
 def _read_basis(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
     rank = config.adapters.private.taste.read_rank
-    shape, paces = (sizes.num_items, rank), (len(_READ_HALF_LIVES),)
-    events, half_lives = torch.full(paces, _READ_EVENTS), torch.tensor(_READ_HALF_LIVES)
+    shape, paces = (sizes.num_items, rank), (len(READ_HALF_LIVES),)
+    events, half_lives = torch.full(paces, READ_EVENTS), torch.tensor(READ_HALF_LIVES)
 
     def draw() -> torch.Tensor:
         generator = seeding.generator(config.seed, f"taste/{Task.NEXT_ITEM}")
@@ -304,11 +305,27 @@ def read_vectors(shared: Tensors, items: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 [K + 1, r]: row t has the items before t, the last row all of them.
     """
-    paces, priors = half_life(shared, Task.NEXT_ITEM), shared[READ_PRIOR].exp()
-    each = torch.arange(len(items), device=items.device)
-    parts = F.embedding(items, shared[READ_IN]).tensor_split(len(paces), dim=1)
+    embeddings = F.embedding(items, shared[READ_IN])
+    return fading_means(embeddings, half_life(shared, Task.NEXT_ITEM), shared[READ_PRIOR].exp())
+
+
+def fading_means(
+    embeddings: torch.Tensor, half_lives: torch.Tensor, priors: torch.Tensor
+) -> torch.Tensor:
+    """Means of every past of a history, in which older items have less weight.
+
+    Args:
+        embeddings: float32 [K, r], of the items of the history, oldest first.
+        half_lives: float32 [P], in items; each is that of a P-th of the r numbers.
+        priors: float32 [P], n of each, in items: w of weight count w / (w + n).
+
+    Returns:
+        float32 [K + 1, r], see `read_vectors`.
+    """
+    each = torch.arange(len(embeddings), device=embeddings.device)
+    parts = embeddings.tensor_split(len(half_lives), dim=1)
     read = []
-    for part, pace, prior in zip(parts, paces, priors, strict=True):
+    for part, pace, prior in zip(parts, half_lives, priors, strict=True):
         weights = past_weights(each, pace)
         read.append(weights @ part / (weights.sum(1, keepdim=True) + prior))
     return torch.cat(read, 1)

@@ -43,7 +43,7 @@ class Shape:
         computed: Bytes of a number in the compute dtype.
         hidden: Width of a hidden state.
         inner: Width of an MLP.
-        num_top: Adapted layers.
+        num_top: Adapted layers that a training step runs, once more where one runs again.
         table: Bytes of the shared tensors, in float32.
         of_codes: Numbers that are summed up for each item from vectors that items share.
         num_items: Items of the catalogue.

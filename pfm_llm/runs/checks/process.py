@@ -10,6 +10,7 @@ import torch
 
 from pfm_llm.client.histories import most_windows
 from pfm_llm.config.choices import Reading
+from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settle import known
 from pfm_llm.data.partition import partition
@@ -48,7 +49,7 @@ def shape_of(config: ExperimentConfig, data: Corpus) -> Shape:
         computed=resolve_dtype(config.backbone.dtype, torch.device("cpu")).itemsize,
         hidden=backbone.hidden_size,
         inner=getattr(text, "intermediate_size", None) or 4 * backbone.hidden_size,
-        num_top=config.adapters.num_layers,
+        num_top=config.adapters.num_layers + _runs_again(config),
         table=table.held_bytes,
         of_codes=sum(math.prod(table[name].shape[1:]) for name in table.per_code),
         num_items=num_items,
@@ -88,3 +89,8 @@ def held_memory() -> int:
 def free_memory() -> int:
     """Bytes that a process on this machine can still get without swapping."""
     return int(psutil.virtual_memory().available)
+
+
+def _runs_again(config: ExperimentConfig) -> int:
+    private = config.adapters.private
+    return PRIVATE_KINDS[private.kind].runs_again if private.enabled else 0

@@ -46,6 +46,7 @@ from pfm_llm.runs.opening import run_in_work
 from pfm_llm.runs.run import Run, Trained
 from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
 from pfm_llm.runs.study.new_items import new_items
+from pfm_llm.runs.study.pieces import controls
 from pfm_llm.runs.study.qualities import write_qualities
 from pfm_llm.runs.study.served import Served
 from pfm_llm.runs.summary import PRIVATE_WEIGHT
@@ -143,6 +144,7 @@ class _Study:
             harm_figures(self._groups),
             not_harmed(gain_of(self._test), self._bootstrap),
             self._strangers(("log_rank",), {"log_rank": ""}),
+            self._controls(),
             self._integrity(),
             self._memory(),
             self._cold_start(),
@@ -207,6 +209,15 @@ class _Study:
                 identification(served[name], self._bootstrap, called)
                 for name, called in told_by.items()
             ),
+        )
+
+    def _controls(self) -> dict[str, Estimate]:
+        """What is personal in a private part, where the tensors of users can be averaged."""
+        private = self._run.model.private
+        if private.takes_steps:
+            return {}
+        return controls(
+            self._served, self._task, self._test, private.pieces, self._bootstrap, self._k
         )
 
     def _memory(self) -> dict[str, Estimate]:

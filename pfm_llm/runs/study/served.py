@@ -1,7 +1,7 @@
 """Measuring a run with given private parts: stored ones, strangers' or older ones."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from pfm_llm.base.seeding import numpy_generator
 from pfm_llm.evaluation import evaluator, scoring
 from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
 from pfm_llm.evaluation.scorer import UserVectors
-from pfm_llm.protocol.types import Mode, SharedState
+from pfm_llm.protocol.types import Mode, SharedState, Tensors
 from pfm_llm.runs.measuring import only, quality_of
 from pfm_llm.runs.run import Run
 
@@ -69,6 +69,27 @@ class Served:
         same = {name: name for name in self._run.clients.histories.clients}
         chunks = _shown(self._chunks(task), description)
         return self._measure(task, same, {}, chunks)
+
+    def changed(
+        self, task: EvaluationTask, change: Callable[[Tensors], Tensors], description: str
+    ) -> Measured:
+        """Measure, with each client's own stored private part after a change.
+
+        Args:
+            task: The queries, the modes and the states.
+            change: Maps stacked private tensors [C, ...] to what is served.
+            description: Text of the progress bar.
+        """
+        rank, parts = self._run.evaluator.rank_chunk, []
+        for chunk in _shown(self._chunks(task), description):
+            parts.append(rank(chunk, task, change(self._kept(chunk)), None))
+        return evaluator.combine(parts)
+
+    def mean_part(self) -> dict[str, torch.Tensor]:
+        """The mean over the evaluated clients of their stored private tensors."""
+        task, client_of = self._task, self._run.clients.histories.client_of
+        names = sorted({client_of(int(user)) for user in task.held_out.users})
+        return {name: value.mean(0) for name, value in self._kept(names).items()}
 
     def _measure(
         self,

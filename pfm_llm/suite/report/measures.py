@@ -105,6 +105,18 @@ _MEASURES = (
         is_difference=False,
     ),
     Measure(
+        _OWN, f"own_over_mean_{_QUALITY}", "Own part less the mean of all, in {quality}",
+        "How much better a user's own private part serves than the mean of all users' parts.",
+    ),
+    Measure(
+        _OWN, f"mean_over_shared_{_QUALITY}", "Mean of all parts less none, in {quality}",
+        "How much the mean of all users' private parts adds, which has nothing of a user's own.",
+    ),
+    Measure(
+        _OWN, f"(?P<piece>lora|embedding)_alone_{_QUALITY}", "{piece} alone, gain in {quality}",
+        "How much one piece of the private part adds to the shared part without the other.",
+    ),
+    Measure(
         _STABLE, "integrity_rbo", "Overlap after a new shared part",
         "How much of a user's list stays when a new shared part arrives; 1 is all of it.",
         is_difference=False,

@@ -12,7 +12,7 @@ from pfm_llm.config.model import HeadConfig
 from pfm_llm.model.ablation import Sight
 from pfm_llm.model.batches import ChunkBatch, Dropout, collate
 from pfm_llm.model.cohort import CohortModel, Parts
-from pfm_llm.model.lora import CohortLinear
+from pfm_llm.model.layers import CohortLinear
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import Window
 from tests.support.peft_reference import PeftReference

@@ -9,9 +9,7 @@ from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import ItemIds
 from pfm_llm.config.model import HeadConfig
 from pfm_llm.model.head import (
-    Normaliser,
     context_vectors,
-    fit_normaliser,
     head_parameters,
     item_inputs,
     met_items,
@@ -21,6 +19,7 @@ from pfm_llm.model.head import (
     with_met_rows,
     zero_shot_scores,
 )
+from pfm_llm.model.items.whitening import Normaliser, fit_normaliser
 from pfm_llm.protocol.parameters import Sizes
 from tests.support.tables import Drawn, config_of, drawn
 

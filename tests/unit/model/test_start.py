@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pfm_llm.base.errors import ArtefactError
-from pfm_llm.model.head import Normaliser
+from pfm_llm.model.items.whitening import Normaliser
 from pfm_llm.model.start import Start
 from pfm_llm.protocol.parameters import ParameterTable
 from pfm_llm.protocol.types import Tensors

@@ -10,7 +10,7 @@ import torch
 from pfm_llm.base.errors import ArtefactError, CorruptFileError
 from pfm_llm.config.choices import Task
 from pfm_llm.config.earlier import BEFORE
-from pfm_llm.config.model import AdaptersConfig, TasteConfig
+from pfm_llm.config.model import AdaptersConfig, HeadConfig, TasteConfig
 from pfm_llm.config.text import find_setting
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.lora import names_from_peft
@@ -139,6 +139,25 @@ def test_rows_follow_their_items() -> None:
     likes = aligned["basis.taste.like.items"].tolist()
     assert likes == [[[9.0, 10.0], [11.0, 12.0]], [[0.0, 0.0]] * 2, [[1.0, 2.0], [3.0, 4.0]]]
     assert torch.equal(aligned["head.state_proj"], torch.eye(3))
+
+
+def test_where_all_items_are_new_a_private_basis_can_still_learn() -> None:
+    """Else all rows were equal, and those that weigh them zero: no gradient would change either."""
+    rows = torch.arange(12.0).view(3, 4)
+    read_in, read_out = "basis.taste.next_item.read_in", "basis.taste.next_item.read_out"
+    tensors = {read_in: rows.clone(), read_out: rows.clone(), "head.item_ids": rows.clone()}
+    head = HeadConfig(dim=8, id_dim=4, item_dropout=0.0)
+    table = parameter_table(config_of(head, taste=TasteConfig(read_rank=4)), Sizes(32, {}, 3))
+    strangers = align_items(["a", "b", "c"], ["x", "y"])
+    aligned = aligned_tensors(tensors, strangers, table)
+    assert not aligned[read_in].any()  # so that the private part adds nothing until it is trained
+    assert not aligned["head.item_ids"].any()
+    assert not torch.equal(*aligned[read_out])
+    read = aligned[read_in].requires_grad_()
+    loss = (read.sum(0) @ aligned[read_out].T).log_softmax(0)[0]
+    assert torch.autograd.grad(loss, read)[0].any()
+    again = aligned_tensors(tensors, strangers, table)
+    assert torch.equal(again[read_out], aligned[read_out])
 
 
 def test_equal_catalogues_change_nothing() -> None:

@@ -205,6 +205,7 @@ def test_the_formulas_are_those_of_the_head() -> None:
     import torch
 
     from pfm_llm.model import head as ours
+    from pfm_llm.model.items.whitening import Normaliser
     from pfm_llm.protocol.parameters import Sizes
 
     settings = ExperimentConfig(name="x", head={"dim": 4, "id_dim": 3})
@@ -213,7 +214,7 @@ def test_the_formulas_are_those_of_the_head() -> None:
         one.name: torch.randn(one.shape, generator=generator)
         for one in ours.head_parameters(settings, Sizes(6, {}, 5))
     }
-    normaliser = ours.Normaliser(
+    normaliser = Normaliser(
         torch.randn(6, generator=generator), torch.randn(6, 6, generator=generator)
     )
     x, t = torch.randn(6, generator=generator), torch.randn(5, 6, generator=generator)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from pfm_llm.model.readout import Readout, ReadoutMlp, read_last_mlp_only
+from pfm_llm.model.layers import Readout, ReadoutMlp, read_last_mlp_only
 
 
 class Counting(nn.Module):

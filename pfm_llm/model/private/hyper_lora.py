@@ -1,0 +1,204 @@
+"""A private LoRA that is read off the history, in factors that everybody learns.
+
+A private LoRA that takes gradient steps must learn thousands of numbers from one user's hundred
+events. Here all clients learn the factors A and B of each adapted module, and a user's own LoRA is
+their product with a few coefficients between them::
+
+    h_u = W x + s B diag(c_u) A x,    c_u = H phi_u     A [r, in], B [out, r], H [r, q]
+
+with s = alpha / r.
+
+H is shared as well, one for each module. phi_u [q] is the user embedding of `taste`, which is the
+head's private term beside this LoRA. Where items have no IDs, phi_u is such a fading mean of T z_i,
+where z_i are the whitened texts of the items, with T, half-lives and priors of its own. The private
+part thus follows from the history and from the shared state: no step is taken at home, a new shared
+state makes nothing stale, and an empty history gives no LoRA. A network that computes the weights
+of another is a hypernetwork (Ha, Dai and Le 2017, ICLR, arXiv 1609.09106); HyperLoRA (Lv et al.
+2024, Findings of EMNLP) computes those of a LoRA.
+
+The adapted modules are the output of the attention and the MLP of the last layer, which map each
+token by itself. A state therefore depends on the coefficients at its own token alone. In training
+each position has the coefficients of its own past, and the states of all positions still follow
+from one more run of the last layer. In serving every token has the coefficients of the whole
+history, and the LoRA is an ordinary one of rank r, with the factors A and s B diag(c_u).
+
+The loss is that of `objective`: the shared scores are fixed in it, so A, B and H learn what the
+shared LoRA leaves over.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from pfm_llm.base import seeding
+from pfm_llm.base.errors import BackboneError
+from pfm_llm.config.schema import ExperimentConfig
+from pfm_llm.model import head as recommender_head
+from pfm_llm.model.outputs import SharedView
+from pfm_llm.model.private.lora import random_a
+from pfm_llm.model.private.part import Factors, PastLora
+from pfm_llm.model.private.taste import (
+    READ_EVENTS,
+    READ_HALF_LIVES,
+    UserEmbedding,
+    fading_means,
+    read_vectors,
+)
+from pfm_llm.protocol.parameters import Parameter, Sizes
+from pfm_llm.protocol.types import Tensors
+
+_RATE, _RATE_PACES = 3e-3, 1e-2
+_BEHIND = ("o_proj", "dense", "out_proj")
+"""Names of the linear layer behind the attention in Llama and its kin, GPT-NeoX and others."""
+_LAYER = re.compile(r"\.([0-9]{1,4})\.")
+LORA = "basis.hyper_lora"
+"""Prefix of the shared tensors: ``<module>.A``, ``<module>.B`` and ``<module>.coefficients``."""
+TEXT = f"{LORA}.text"
+"""Name of T, [q, D], where items have no IDs."""
+_HALF_LIFE, _EVENTS = f"{LORA}.log_half_life", f"{LORA}.log_events"
+
+
+class HyperLora(UserEmbedding):
+    """The kind ``hyper_lora``: a LoRA in the last layer, and the user embedding beside it."""
+
+    acts_on_states: ClassVar[bool] = True
+    pieces: ClassVar[Mapping[str, str]] = {
+        "lora": "private.hyper_lora.",
+        "embedding": "private.taste.",
+    }
+
+    def __init__(self, config: ExperimentConfig, sizes: Sizes) -> None:
+        """See `PrivatePart`.
+
+        Raises:
+            BackboneError: The last layer has no adapted module that maps each token by itself.
+        """
+        super().__init__(config, sizes)
+        self._modules = by_token(sizes.modules)
+
+    @property
+    def lora_modules(self) -> tuple[str, ...]:
+        """The output of the attention and the MLP of the last layer."""
+        return tuple(self._modules)
+
+    def shared_parameters(self) -> list[Parameter]:
+        """Factors and H of each adapted module, and what the user embedding needs."""
+        rank, seed = self.settings.rank, self.config.seed
+        width = self.dropout_width({})
+        found = super().shared_parameters()
+        if not self._is_read:
+            found += _text_parameters(width, self.config)
+        for module, (fan_in, fan_out) in self._modules.items():
+            key = f"{LORA}.{module}"
+            draw_a = partial(random_a, rank, fan_in, seed, key)
+            draw_h = partial(_normal, (rank, width), seed, f"{key}.coefficients")
+            found += [
+                Parameter(f"{key}.A", (rank, fan_in), _RATE, draw_a),
+                Parameter(f"{key}.B", (fan_out, rank), _RATE),
+                Parameter(f"{key}.coefficients", (rank, width), _RATE, draw_h),
+            ]
+        return found
+
+    def initial(self, client_id: str) -> dict[str, torch.Tensor]:
+        """Coefficients and vectors of zero, the same for every client."""
+        own = {_own(module): torch.zeros(self.settings.rank) for module in self._modules}
+        return super().initial(client_id) | own
+
+    def lora(self, stacked: Tensors) -> dict[str, Factors]:
+        """See `PrivatePart.lora`."""
+        scale = self.settings.scale
+        return {
+            module: (stacked[f"{LORA}.{module}.A"], stacked[f"{LORA}.{module}.B"] * scale)
+            for module in self._modules
+        }
+
+    def past_lora(self, view: SharedView) -> PastLora:
+        """H times the user embedding of each position's past, with its dropout."""
+        read, kept = self._read(view)[view.outputs.known], view.outputs.kept_private
+        coefficients = self._coefficients(view.own, read if kept is None else read * kept)
+        return PastLora(coefficients, read)
+
+    def dropout_width(self, own: Tensors) -> int:
+        """q, the width of phi_u."""
+        return self.settings.taste.read_rank or self.settings.taste.rank
+
+    def factors(self, module: str, stacked: Tensors, weight: float) -> Factors | None:
+        """The user's own LoRA: A, and B times the coefficients."""
+        own = stacked.get(_own(module))
+        if own is None or f"{LORA}.{module}.A" not in stacked:
+            return None
+        a, b = self.lora(stacked)[module]
+        return a, b * own.unsqueeze(-2) * weight
+
+    def past_scores(self, view: SharedView) -> torch.Tensor:
+        """The scores that the moved user vectors add, and those of the user embedding, [K, I]."""
+        scores, moved = super().past_scores(view), view.outputs.moved
+        if moved is None:  # no layer reads a history
+            return scores
+        fixed = {name: value.detach() for name, value in view.own.items()}
+        return scores + recommender_head.added_scores(fixed, moved, view.texts)
+
+    def fit(self, view: SharedView) -> dict[str, torch.Tensor]:
+        """The user embedding of the whole history, and the coefficients that follow from it."""
+        own = self._coefficients(view.own, self._read(view)[-1])
+        return super().fit(view) | {_own(module): value for module, value in own.items()}
+
+    def _read(self, view: SharedView) -> torch.Tensor:
+        """Phi of every past, float32 [K + 1, q]; see `taste.fading_means`."""
+        own, met = view.own, view.outputs.met
+        if self._is_read:
+            return read_vectors(own, met)
+        return fading_means(
+            view.texts[met] @ own[TEXT].T, own[_HALF_LIFE].exp(), own[_EVENTS].exp()
+        )
+
+    def _coefficients(self, own: Tensors, read: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By module its coefficients [..., r] for user embeddings [..., q]."""
+        return {m: read @ own[f"{LORA}.{m}.coefficients"].T for m in self._modules}
+
+
+def by_token(modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The modules of the last adapted layer whose output no other token reads.
+
+    Args:
+        modules: Path in the model to (in, out) of each adapted layer.
+
+    Raises:
+        BackboneError: There is none.
+    """
+    layers = {name: int(match[1]) for name in modules if (match := _LAYER.search(name))}
+    last = max(layers.values(), default=-1)
+    found = {
+        name: modules[name]
+        for name, layer in layers.items()
+        if layer == last and (".mlp." in name or name.rpartition(".")[2] in _BEHIND)
+    }
+    if not found:
+        raise BackboneError(
+            "adapters.private.kind: hyper_lora adapts the MLP and the output of the attention, and "
+            f"finds none of them among {', '.join(modules) or 'no modules'}; set adapters.targets: "
+            "all-linear, or adapters.private.kind: taste"
+        )
+    return found
+
+
+def _text_parameters(width: int, config: ExperimentConfig) -> list[Parameter]:
+    shape, paces = (width, config.head.dim), (len(READ_HALF_LIVES),)
+    half_lives, events = torch.tensor(READ_HALF_LIVES), torch.full(paces, READ_EVENTS)
+    return [
+        Parameter(TEXT, shape, _RATE, partial(_normal, shape, config.seed, TEXT)),
+        Parameter(_HALF_LIFE, paces, _RATE_PACES, half_lives.log),
+        Parameter(_EVENTS, paces, _RATE_PACES, events.log),
+    ]
+
+
+def _normal(shape: tuple[int, int], seed: int, purpose: str) -> torch.Tensor:
+    generator = seeding.generator(seed, purpose)
+    return torch.randn(shape, generator=generator) / shape[1] ** 0.5
+
+
+def _own(module: str) -> str:
+    return f"private.hyper_lora.{module}"

@@ -1,0 +1,72 @@
+"""Controls of what is personal: one piece of a private part alone, and the mean of all users'.
+
+The private part of a *mean user* is the mean of all users' private tensors. It is read by the same
+shared features and has nothing of the user's own. What a user's own part has more is personal; what
+the mean has more than the shared part is what these features add for everybody.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
+from pfm_llm.evaluation.personality.estimates import (
+    RANK_QUALITIES,
+    Bootstrap,
+    Estimate,
+    paired_difference,
+)
+from pfm_llm.protocol.types import Mode, Tensors
+from pfm_llm.runs.measuring import only, quality_of
+from pfm_llm.runs.study.served import Served
+
+
+def controls(
+    served: Served,
+    task: EvaluationTask,
+    found: Measured,
+    pieces: Mapping[str, str],
+    bootstrap: Bootstrap,
+    k: int,
+) -> dict[str, Estimate]:
+    """Differences of the qualities log-rank and NDCG, paired over users.
+
+    Args:
+        served: Serves users with given private parts.
+        task: The queries, with the shared part alone and with the private part.
+        found: What `measure` found for the task.
+        pieces: See `PrivatePart.pieces`.
+        bootstrap: The settings of the intervals.
+        k: Cut-off of the NDCG.
+
+    Returns:
+        ``own_over_mean_<quality>`` and ``mean_over_shared_<quality>``, and for each piece
+        ``<piece>_alone_<quality>``: what the piece adds to the shared part without the others.
+    """
+    with_private = only(task, Mode.SHARED_PRIVATE, liked=None)
+    mean = served.mean_part()
+
+    def like_everybody(own: Tensors) -> Tensors:
+        return {name: mean[name].expand(value.shape) for name, value in own.items()}
+
+    everybody = served.changed(with_private, like_everybody, "serving a mean user's part")
+    alone = {
+        piece: served.changed(with_private, partial(_only, prefix), f"serving {piece} alone")
+        for piece, prefix in pieces.items()
+    }
+    estimates = {}
+    for name in RANK_QUALITIES:
+        shared = quality_of(found, Mode.SHARED_ONLY, name, k)
+        own = quality_of(found, Mode.SHARED_PRIVATE, name, k)
+        of_mean = quality_of(everybody, Mode.SHARED_PRIVATE, name, k)
+        estimates[f"own_over_mean_{name}"] = paired_difference(own, of_mean, bootstrap)
+        estimates[f"mean_over_shared_{name}"] = paired_difference(of_mean, shared, bootstrap)
+        for piece, measured in alone.items():
+            piece_quality = quality_of(measured, Mode.SHARED_PRIVATE, name, k)
+            estimates[f"{piece}_alone_{name}"] = paired_difference(piece_quality, shared, bootstrap)
+    return estimates
+
+
+def _only(prefix: str, own: Tensors) -> dict[str, torch.Tensor]:
+    return {n: v if n.startswith(prefix) else torch.zeros_like(v) for n, v in own.items()}

@@ -1,0 +1,95 @@
+"""A user's own LoRA, read off their history in a federated run, and exported for them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from pfm_llm.cli.main import make_app
+from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.model.private.hyper_lora import LORA
+from pfm_llm.recommender import Recommender
+from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.opening import open_run
+from tests.support.tiny import Tiny
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("private_lora")
+    return run_experiment(tiny.config(output, method="pfm_lora"))
+
+
+def _recommend(*arguments: object) -> tuple[int, str]:
+    found = CliRunner().invoke(make_app(), ["recommend", *map(str, arguments)])
+    return found.exit_code, found.output + str(found.exception or "")
+
+
+def test_a_users_lora_follows_from_history_and_shared_state_alone(
+    run: Path, tmp_path: Path
+) -> None:
+    """Its owner's exported folder has the shared factors, scaled by what the client keeps."""
+    opened, trained = open_run(run)
+    user = opened.data.interactions.user_ids[0]
+    private = PrivateStore(RunFolders.of(run).private).load_personalised(f"user-{user}")
+    assert private is not None
+    folder = tmp_path / "mine"
+    code, output = _recommend("--run", run, "--user", user, "--export-private", folder)
+    assert code == 0, output
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["r"] == settings["lora_alpha"] == opened.config.adapters.private.rank
+    written = load_file(folder / "adapter_model.safetensors")
+    shared, scale = trained.shared.tensors, opened.config.adapters.private.scale
+    scale *= trained.private_weight
+    modules = settings["target_modules"]
+    assert len(written) == 2 * len(modules) >= 8
+    for module in modules:
+        own = private.tensors[f"private.hyper_lora.{module}"]
+        a, b = (written[f"base_model.model.{module}.lora_{factor}.weight"] for factor in "AB")
+        assert own.any()
+        assert torch.equal(a, shared[f"{LORA}.{module}.A"])
+        torch.testing.assert_close(b, shared[f"{LORA}.{module}.B"] * own * scale)
+
+
+def test_the_lora_alone_changes_what_its_owner_is_shown(run: Path) -> None:
+    opened, _ = open_run(run)
+    model = Recommender.from_pretrained(run, opened.data.interactions.user_ids[0])
+    assert model.owner is not None
+    private = model.owner.private
+    assert private is not None
+    kept = {
+        name: torch.zeros_like(value) if name.startswith("private.taste") else value
+        for name, value in private.tensors.items()
+    }
+    with_lora = model.score(private=dataclasses.replace(private, tensors=kept))
+    without = model.score(private_weight=0.0)
+    assert abs(with_lora - without).max() > 0
+
+
+def test_an_empty_history_has_no_lora(run: Path, tmp_path: Path) -> None:
+    opened, _ = open_run(run)
+    model = Recommender.from_pretrained(run, opened.data.interactions.user_ids[0])
+    first = opened.data.interactions.catalogue.item_ids[0]
+    state = model.personalise([first], tmp_path / "private")
+    assert any(value.any() for name, value in state.tensors.items() if "hyper_lora" in name)
+    initial = opened.model.private.initial("user-me")
+    assert initial.keys() == state.tensors.keys()
+    assert not any(value.any() for value in initial.values())
+
+
+def test_what_has_no_lora_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    run = run_experiment(tiny.config(tmp_path / "runs", method="pfm"))
+    user = open_run(run)[0].data.interactions.user_ids[0]
+    code, output = _recommend("--run", run, "--user", user, "--export-private", tmp_path / "mine")
+    assert code != 0
+    assert "no LoRA on the layers" in output
+    assert "pfm_lora" in output
+    code, output = _recommend("--run", run, "--compare", "--export-private", tmp_path / "mine")
+    assert code != 0
+    assert "--user" in output
+    assert not (tmp_path / "mine").exists()
