@@ -25,7 +25,7 @@ from pfm_llm.model.ablation import Sight
 from pfm_llm.model.batches import ChunkBatch, Dropout, joined, spans
 from pfm_llm.model.items.whitening import Normaliser
 from pfm_llm.model.layers import CohortLayers
-from pfm_llm.model.new_items import NEW_BIAS, no_candidates, with_new_biases
+from pfm_llm.model.new_items import NEW_BIAS, excluded_items, with_new_biases
 from pfm_llm.model.objective import Objective
 from pfm_llm.model.outputs import Outputs, SharedView
 from pfm_llm.model.private.part import Factors
@@ -303,7 +303,7 @@ class CohortModel:
                 batch.liked[span],
                 met,
                 batch.known[span],
-                seen=no_candidates(head, None if seen is None else seen[span], items),
+                seen=excluded_items(head, None if seen is None else seen[span], items),
                 items=items,
                 later=batch.later[span],
             )

@@ -93,7 +93,7 @@ def _biases(own: Tensors, texts: torch.Tensor) -> torch.Tensor:
     return texts @ own[NEW_TEXT] / math.sqrt(texts.shape[1]) + own[NEW_BIAS]
 
 
-def no_candidates(
+def excluded_items(
     head: Tensors, seen: torch.Tensor | None, own: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The items that are no candidates at each output, bool [K, I] or [I]; None: all are.

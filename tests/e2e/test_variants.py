@@ -61,7 +61,7 @@ def test_every_schedule_kind_and_server_optimizer(
         adapters__private__kind=kind,
         federation__server__optimizer=optimizer.value,
     )
-    part = make_private_part(config, Sizes(8, {"model.layers.0": (8, 8)}, num_items=1))
+    part = make_private_part(config, Sizes(8, {"model.layers.0.mlp.up_proj": (8, 8)}, num_items=1))
     run = run_experiment(config)
     assert all(np.isfinite(record["loss"]) for record in metrics_of(run))
     assert modes(run) == {"zero_shot", "shared_only", "private_only", "shared_private"}

@@ -82,12 +82,16 @@ class Served:
         """
         rank, parts = self._run.evaluator.rank_chunk, []
         for chunk in _shown(self._chunks(task), description):
-            parts.append(rank(chunk, task, change(self._kept(chunk)), None))
+            # Without a private mode, no private state is stored.
+            private = change(self._kept(chunk)) if task.uses_private else {}
+            parts.append(rank(chunk, task, private, None))
         return evaluator.combine(parts)
 
     def mean_part(self) -> dict[str, torch.Tensor]:
-        """The mean over the evaluated clients of their stored private tensors."""
+        """The mean over the evaluated clients of their stored private tensors, if there are any."""
         task, client_of = self._task, self._run.clients.histories.client_of
+        if not task.uses_private:
+            return {}
         names = sorted({client_of(int(user)) for user in task.held_out.users})
         return {name: value.mean(0) for name, value in self._kept(names).items()}
 
