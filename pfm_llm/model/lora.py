@@ -126,8 +126,8 @@ class DualAdapter:
             base_name: As in `export_shared`.
 
         Raises:
-            ConfigError: There is no LoRA: the private part acts on the head alone. Or the folder
-                holds other files than an adapter's.
+            ConfigError: There is no LoRA, since the private part acts on the head alone; or it is
+                zero; or the folder holds other files than an adapter's.
         """
         if other := sorted({path.name for path in folder.glob("*")} - _PEFT_FILES):
             raise ConfigError(
@@ -139,6 +139,11 @@ class DualAdapter:
             raise ConfigError(
                 "this private part has no LoRA on the layers of the language model; train with "
                 "method: pfm_lora, or another kind of adapters.private that acts on layers"
+            )
+        if not any(bool(b.any()) for _, b in lora.values()):
+            raise ConfigError(
+                "this private LoRA is zero: its history is empty, or validation gave private parts "
+                "a weight of 0; there is nothing to export"
             )
         (rank,) = ranks
         config = LoraConfig(

@@ -164,6 +164,14 @@ def test_a_part_without_a_lora_has_none_to_export(tmp_path: Path) -> None:
     assert not (tmp_path / "private").exists()
 
 
+def test_a_lora_of_zero_is_not_exported(tmp_path: Path) -> None:
+    cohort = _cohort()
+    own = cohort.private.own_lora(_tensors(cohort, 4), 0.0)
+    with pytest.raises(ConfigError, match="weight of 0"):
+        cohort.adapter.export_private(own, tmp_path / "private", "tiny")
+    assert not (tmp_path / "private").exists()
+
+
 def test_the_private_loss_leaves_the_shared_part_as_it_is() -> None:
     """Every shared tensor has the gradient that it has without any private part."""
     cohort = _cohort()
