@@ -89,8 +89,7 @@ def recommend(
     """
     import logging
 
-    _check(user, history, adapter, compare)
-    _check_export(export_private, user, compare)
+    _check(user, history, adapter, compare, export_private)
     logging.getLogger("pfm_llm").setLevel(logging.WARNING)
     if compare:
         return _compare(options.run_folder(run, runs), user, n, new_share, as_json)
@@ -107,7 +106,9 @@ def recommend(
     _print(model.recommend(items, n or 10, new_share=new_share), as_json)
 
 
-def _check(user: str | None, history: str | None, adapter: str | None, compare: bool) -> None:
+def _check(
+    user: str | None, history: str | None, adapter: str | None, compare: bool, export: Path | None
+) -> None:
     from pfm_llm.base.errors import ConfigError
 
     if compare and (history is not None or adapter is not None):
@@ -118,12 +119,7 @@ def _check(user: str | None, history: str | None, adapter: str | None, compare: 
         raise ConfigError("--adapter needs --history: a published adapter knows no users")
     if not compare and (user is None) == (history is None):
         raise ConfigError("give --user, or --history, or --compare")
-
-
-def _check_export(folder: Path | None, user: str | None, compare: bool) -> None:
-    from pfm_llm.base.errors import ConfigError
-
-    if folder is not None and (user is None or compare):
+    if export is not None and (user is None or compare):
         raise ConfigError("--export-private writes the private LoRA of --user; give one")
 
 

@@ -126,18 +126,24 @@ class ReadoutMlp(nn.Module):
         return torch.zeros_like(x).scatter_add(1, where, read)
 
 
+def layers_of(top: nn.Module) -> nn.ModuleList:
+    """The list of layers of a decoder; empty where it has none."""
+    lists = (child for child in top.children() if isinstance(child, nn.ModuleList))
+    return next(lists, nn.ModuleList())
+
+
 def read_last_mlp_only(top: nn.Module) -> ReadoutMlp | None:
     """Replace the MLP of the top's last layer; None when the architecture has none by that name.
 
     Args:
         top: A decoder with one list of layers.
     """
-    layers = next((m for m in top.children() if isinstance(m, nn.ModuleList)), None)
-    mlp = getattr(layers[-1], "mlp", None) if layers else None
-    if layers is None or not isinstance(mlp, nn.Module):
+    last = next(reversed(layers_of(top)), None)
+    mlp = getattr(last, "mlp", None)
+    if last is None or not isinstance(mlp, nn.Module):
         return None
     wrapped = ReadoutMlp(mlp)
-    layers[-1].mlp = wrapped
+    last.mlp = wrapped
     return wrapped
 
 
@@ -152,10 +158,9 @@ class SecondRun:
     """
 
     def __init__(self, top: nn.Module) -> None:
-        children = dict(top.named_children())
-        layers = next(child for child in children.values() if isinstance(child, nn.ModuleList))
-        self._layer = layers[-1]
-        self._norm = next(m for name, m in children.items() if "norm" in name or name == "ln_f")
+        children = top.named_children()
+        self._layer = layers_of(top)[-1]
+        self._norm = next(m for name, m in children if "norm" in name or name == "ln_f")
         self._kept: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.keeps = False
         self._layer.register_forward_pre_hook(self._keep, with_kwargs=True)
@@ -222,8 +227,7 @@ class CohortLayers:
         Raises:
             BackboneError: A module is not.
         """
-        layers = (child for child in self._top.children() if isinstance(child, nn.ModuleList))
-        count = len(next(layers, ()))
+        count = len(layers_of(self._top))
         for module in modules:
             if f".{count - 1}." not in self._paths[module]:
                 raise BackboneError(

@@ -107,6 +107,13 @@ def test_pieces_of_a_private_part_and_the_mean_of_all_are_served_too(
         assert f"lora_alone_{name}" in found  # too small to reorder anything in so few rounds
     assert found["embedding_alone_log_rank"].value != 0
     assert found["own_over_mean_log_rank"].value != 0
+    _, rows = _study(tiny, rated, tmp_path / "pfm", method="pfm")  # reuses the user vectors
+    of_pfm = {
+        r.metric: r.value for r in rows if (r.mode, r.task) == ("shared_private", "next_item")
+    }
+    parts = of_pfm["own_over_mean_log_rank"] + of_pfm["mean_over_shared_log_rank"]
+    assert parts == pytest.approx(of_pfm["gain_log_rank"], abs=1e-12)
+    assert of_pfm["own_over_mean_log_rank"] != 0
     _, rows = _study(tiny, rated, tmp_path / "fedrep", method="fedrep")
     kinds = {row.metric.rpartition("_")[0] for row in rows}
     # Factors of users' own LoRAs have no common basis in which a mean would be a user's.

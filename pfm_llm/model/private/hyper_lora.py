@@ -41,16 +41,15 @@ from pfm_llm.model.outputs import SharedView
 from pfm_llm.model.private.lora import random_a
 from pfm_llm.model.private.part import Factors, PastLora
 from pfm_llm.model.private.taste import (
-    READ_EVENTS,
-    READ_HALF_LIVES,
     UserEmbedding,
     fading_means,
+    pace_parameters,
     read_vectors,
 )
 from pfm_llm.protocol.parameters import Parameter, Sizes
 from pfm_llm.protocol.types import Tensors
 
-_RATE, _RATE_PACES = 3e-3, 1e-2
+_RATE = 3e-3
 _BEHIND = ("o_proj", "dense", "out_proj")
 """Names of the linear layer behind the attention in Llama and its kin, GPT-NeoX and others."""
 _LAYER = re.compile(r"\.([0-9]{1,4})\.")
@@ -109,11 +108,7 @@ class HyperLora(UserEmbedding):
 
     def lora(self, stacked: Tensors) -> dict[str, Factors]:
         """See `PrivatePart.lora`."""
-        scale = self.settings.scale
-        return {
-            module: (stacked[f"{LORA}.{module}.A"], stacked[f"{LORA}.{module}.B"] * scale)
-            for module in self._modules
-        }
+        return {module: self._term(module, stacked) for module in self._modules}
 
     def past_lora(self, view: SharedView) -> PastLora:
         """H times the user embedding of each position's past, with its dropout."""
@@ -130,7 +125,7 @@ class HyperLora(UserEmbedding):
         own = stacked.get(_own(module))
         if own is None or f"{LORA}.{module}.A" not in stacked:
             return None
-        a, b = self.lora(stacked)[module]
+        a, b = self._term(module, stacked)
         return a, b * own.unsqueeze(-2) * weight
 
     def past_scores(self, view: SharedView) -> torch.Tensor:
@@ -154,6 +149,11 @@ class HyperLora(UserEmbedding):
         return fading_means(
             view.texts[met] @ own[TEXT].T, own[_HALF_LIFE].exp(), own[_EVENTS].exp()
         )
+
+    def _term(self, module: str, stacked: Tensors) -> Factors:
+        """A, and B times its scale, of one module."""
+        key = f"{LORA}.{module}"
+        return stacked[f"{key}.A"], stacked[f"{key}.B"] * self.settings.scale
 
     def _coefficients(self, own: Tensors, read: torch.Tensor) -> dict[str, torch.Tensor]:
         """By module its coefficients [..., r] for user embeddings [..., q]."""
@@ -186,13 +186,9 @@ def by_token(modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int
 
 
 def _text_parameters(width: int, config: ExperimentConfig) -> list[Parameter]:
-    shape, paces = (width, config.head.dim), (len(READ_HALF_LIVES),)
-    half_lives, events = torch.tensor(READ_HALF_LIVES), torch.full(paces, READ_EVENTS)
-    return [
-        Parameter(TEXT, shape, _RATE, partial(_normal, shape, config.seed, TEXT)),
-        Parameter(_HALF_LIFE, paces, _RATE_PACES, half_lives.log),
-        Parameter(_EVENTS, paces, _RATE_PACES, events.log),
-    ]
+    shape = (width, config.head.dim)
+    text = Parameter(TEXT, shape, _RATE, partial(_normal, shape, config.seed, TEXT))
+    return [text, *pace_parameters(_EVENTS, _HALF_LIFE)]
 
 
 def _normal(shape: tuple[int, int], seed: int, purpose: str) -> torch.Tensor:

@@ -56,8 +56,8 @@ BLOCK = 8
 """Positions that one fitted vector predicts at once in training."""
 _PRECISION = 30.0
 _HALF_LIFE, _HALF_LIFE_LIKE = 20.0, 100.0
-READ_EVENTS = 5.0
-READ_HALF_LIVES = (4.0, 15.0, 60.0, 240.0)
+_READ_EVENTS = 5.0
+_READ_HALF_LIVES = (4.0, 15.0, 60.0, 240.0)
 """Before training: lambda; h in events, of the next item and of likes, which drift slowly; n."""
 _RATE, _RATE_ITEMS = 1e-2, 3e-2
 _RATE_LIKE, _RATE_LIKE_ITEMS = 3e-3, 1e-2
@@ -208,8 +208,7 @@ def basis_parameters(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
 
 def _read_basis(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
     rank = config.adapters.private.taste.read_rank
-    shape, paces = (sizes.num_items, rank), (len(READ_HALF_LIVES),)
-    events, half_lives = torch.full(paces, READ_EVENTS), torch.tensor(READ_HALF_LIVES)
+    shape = (sizes.num_items, rank)
 
     def draw() -> torch.Tensor:
         generator = seeding.generator(config.seed, f"taste/{Task.NEXT_ITEM}")
@@ -218,8 +217,16 @@ def _read_basis(config: ExperimentConfig, sizes: Sizes) -> list[Parameter]:
     return [
         Parameter(READ_IN, shape, _RATE_ITEMS, draw, per_item=True),
         Parameter(READ_OUT, shape, _RATE_ITEMS, per_item=True, unseen=Unseen.MEAN),
-        Parameter(READ_PRIOR, paces, _RATE, events.log),
-        Parameter(half_life_name(Task.NEXT_ITEM), paces, _RATE, half_lives.log),
+        *pace_parameters(READ_PRIOR, half_life_name(Task.NEXT_ITEM)),
+    ]
+
+
+def pace_parameters(priors: str, half_lives: str) -> list[Parameter]:
+    """The logarithms of n and of h of `fading_means`, under these names."""
+    paces = torch.tensor(_READ_HALF_LIVES)
+    return [
+        Parameter(priors, tuple(paces.shape), _RATE, torch.full_like(paces, _READ_EVENTS).log),
+        Parameter(half_lives, tuple(paces.shape), _RATE, paces.log),
     ]
 
 

@@ -29,6 +29,7 @@ class Served:
 
     def __init__(self, run: Run, task: EvaluationTask) -> None:
         self._run, self._task = run, task
+        self._known: UserVectors = {}  # of the task's queries and its shared state
 
     @functools.cached_property
     def by_strangers(self) -> dict[str, np.ndarray]:
@@ -38,8 +39,7 @@ class Served:
             ``log_rank``. With the task ``like`` also ``auc``, ``log_likelihood``, and ``joint``:
             the log-likelihood of an event, that is, of the item and of the like together.
         """
-        task, client_of = self._task, self._run.clients.histories.client_of
-        names = sorted({client_of(int(user)) for user in task.held_out.users})
+        task, names = self._task, self._evaluated
         generator = numpy_generator(self._run.config.seed, "strangers")
         # With rotations of one random order, every private part serves equally often.
         order = [names[i] for i in generator.permutation(len(names))]
@@ -48,13 +48,12 @@ class Served:
         shifts = 1 + generator.choice(len(order) - 1, count, replace=False)
         both = only(task, Mode.SHARED_PRIVATE)
         served = []
-        known: UserVectors = {}
         chunks = self._chunks(both)
         show = Progress(1 + len(shifts), "serving strangers' adapters", True, unit="passes")
         with show as progress:
             for shift in (0, *shifts.tolist()):
                 lender = {name: order[(place[name] + shift) % len(order)] for name in names}
-                found = self._measure(both, lender, known, chunks)
+                found = self._measure(both, lender, self._known, chunks)
                 served.append(_qualities(found))
                 progress.update(1)
         return {name: np.stack([one[name] for one in served], 1) for name in served[0]}
@@ -66,9 +65,7 @@ class Served:
             task: The queries, the modes and the states.
             description: Text of the progress bar.
         """
-        same = {name: name for name in self._run.clients.histories.clients}
-        chunks = _shown(self._chunks(task), description)
-        return self._measure(task, same, {}, chunks)
+        return self._measure(task, self._owners, {}, _shown(self._chunks(task), description))
 
     def changed(
         self, task: EvaluationTask, change: Callable[[Tensors], Tensors], description: str
@@ -76,24 +73,29 @@ class Served:
         """Measure, with each client's own stored private part after a change.
 
         Args:
-            task: The queries, the modes and the states.
+            task: The queries and the shared state of this object's task, in some modes.
             change: Maps stacked private tensors [C, ...] to what is served.
             description: Text of the progress bar.
         """
-        rank, parts = self._run.evaluator.rank_chunk, []
-        for chunk in _shown(self._chunks(task), description):
-            # Without a private mode, no private state is stored.
-            private = change(self._kept(chunk)) if task.uses_private else {}
-            parts.append(rank(chunk, task, private, None))
-        return evaluator.combine(parts)
+        chunks = _shown(self._chunks(task), description)
+        return self._measure(task, self._owners, self._known, chunks, change)
 
     def mean_part(self) -> dict[str, torch.Tensor]:
         """The mean over the evaluated clients of their stored private tensors, if there are any."""
-        task, client_of = self._task, self._run.clients.histories.client_of
-        if not task.uses_private:
+        if not self._task.uses_private:
             return {}
-        names = sorted({client_of(int(user)) for user in task.held_out.users})
-        return {name: value.mean(0) for name, value in self._kept(names).items()}
+        return {name: value.mean(0) for name, value in self._kept(self._evaluated).items()}
+
+    @property
+    def _evaluated(self) -> list[str]:
+        """The clients that have a query, sorted."""
+        client_of = self._run.clients.histories.client_of
+        return sorted({client_of(int(user)) for user in self._task.held_out.users})
+
+    @property
+    def _owners(self) -> Mapping[str, str]:
+        """Every client as its own lender."""
+        return {name: name for name in self._run.clients.histories.clients}
 
     def _measure(
         self,
@@ -101,13 +103,14 @@ class Served:
         lender: Mapping[str, str],
         known: UserVectors,
         chunks: Iterable[tuple[str, ...]],
+        change: Callable[[Tensors], Tensors] = dict,
     ) -> Measured:
-        """Measure each client with the private part of its lender; ``known``: see `measure`."""
+        """Measure each client with the changed part of its lender; ``known``: see `measure`."""
         rank, parts = self._run.evaluator.rank_chunk, []
         for chunk in chunks:
             # Without a private mode, no private state is stored.
-            private = self._kept([lender[c] for c in chunk]) if task.uses_private else {}
-            parts.append(rank(chunk, task, private, known))
+            kept = self._kept([lender[c] for c in chunk]) if task.uses_private else {}
+            parts.append(rank(chunk, task, change(kept), known))
         return evaluator.combine(parts)
 
     def _chunks(self, task: EvaluationTask) -> Sequence[tuple[str, ...]]:
