@@ -1,5 +1,6 @@
 """What all tests share: a cache folder of the session's own, no Hub, and a tiny experiment."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,15 @@ def _users_cache(request: pytest.FixtureRequest, session_cache: Path) -> Iterato
             else:
                 patch.setenv(_CACHE, _OUTER_CACHE)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _same_logging() -> Iterator[None]:
+    """A command sets the level of the library's messages; no test sees that of another."""
+    logger = logging.getLogger("pfm_llm")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
