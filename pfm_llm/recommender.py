@@ -323,10 +323,8 @@ class Recommender:
         private = private or getattr(self.owner, "private", None)
         if private is None:
             raise DataError("no private part to export; give one, or load a run with user=")
-        parts, trained = self.parts, self._trained
-        own = {**trained.shared.tensors, **private.tensors}
-        lora = parts.private.own_lora(own, trained.private_weight)
-        parts.adapter.export_private(lora, Path(folder), parts.backbone.portable_name)
+        own = {**self._trained.shared.tensors, **private.tensors}
+        self.parts.export_private(own, self._trained.private_weight, Path(folder))
 
     def _history(
         self, history: Sequence[str] | None, ratings: Sequence[float] | None = None

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from pfm_llm.model.private import PrivatePart, make_private_part
 from pfm_llm.model.start import Start
 from pfm_llm.protocol.contract import UpdateContract
 from pfm_llm.protocol.parameters import ParameterTable, Sizes
-from pfm_llm.protocol.types import SharedState
+from pfm_llm.protocol.types import SharedState, Tensors
 from pfm_llm.text.encoding import HistoryEncoder
 from pfm_llm.text.item_keys import item_keys
 from pfm_llm.text.prompts import Prompt, load_prompt
@@ -81,6 +82,22 @@ class ModelParts:
     def private(self) -> PrivatePart:
         """The kind of private part."""
         return self.model.objective.private
+
+    def export_private(self, own: Tensors, weight: float, folder: Path) -> None:
+        """Write one client's private LoRA as a PEFT folder; see `DualAdapter.export_private`.
+
+        Args:
+            own: The client's shared and private tensors.
+            weight: Factor on the private part.
+            folder: The folder to write.
+
+        Raises:
+            ConfigError: See `DualAdapter.export_private`.
+        """
+        (rows,) = self.model.slices({name: value[None] for name, value in own.items()}, 1)
+        output = self.private.output_lora(rows, self.model.item_texts, weight)
+        lora = self.private.own_lora(own, weight)
+        self.adapter.export_private(lora, folder, self.backbone.portable_name, output)
 
 
 def build_model(

@@ -149,7 +149,7 @@ class CohortModel:
             )
             for own in histories
         ]
-        return self._fitted(self._slices(stacked, len(histories)), outputs)
+        return self._fitted(self.slices(stacked, len(histories)), outputs)
 
     def _fitted(
         self, owns: Sequence[Tensors], outputs: Sequence[Outputs]
@@ -175,10 +175,10 @@ class CohortModel:
     ) -> torch.Tensor:
         """Scores [K, I] of the catalogue for user vectors from `user_vectors`, float32."""
         found = []
-        for own, states in zip(self._slices(stacked, len(vectors)), vectors, strict=True):
+        for own, states in zip(self.slices(stacked, len(vectors)), vectors, strict=True):
             own = with_new_biases(own, self.item_texts)
             scores = recommender_head.score_items(own, states, self.item_texts)
-            found.append(self._with_private(scores, own, Task.NEXT_ITEM, parts))
+            found.append(self._with_private(scores, own, Task.NEXT_ITEM, parts, states))
         return torch.cat(found)
 
     @torch.no_grad()
@@ -188,17 +188,23 @@ class CohortModel:
         They depend on no user vector. Only the private part makes them differ between clients.
         """
         found = []
-        for own in self._slices(stacked, len(stacked[recommender_head.LIKE_TEXT])):
+        for own in self.slices(stacked, len(stacked[recommender_head.LIKE_TEXT])):
             logits = recommender_head.like_logits(own, self.item_texts)
             found.append(self._with_private(logits, own, Task.LIKE, parts))
         return torch.stack(found)
 
     def _with_private(
-        self, scores: torch.Tensor, own: Tensors, task: Task, parts: Parts
+        self,
+        scores: torch.Tensor,
+        own: Tensors,
+        task: Task,
+        parts: Parts,
+        vectors: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Scores [..., I] with those that the private part adds."""
-        private, weight = self.objective.private, parts.private_weight
-        added = private.added_scores(own, task, self.item_texts, weight) if weight else None
+        if not (weight := parts.private_weight):
+            return scores
+        added = self.objective.private.added_scores(own, task, self.item_texts, weight, vectors)
         return scores if added is None else scores + added
 
     @torch.no_grad()
@@ -231,7 +237,7 @@ class CohortModel:
         twice: bool = False,
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """Per client its tensors without LoRA factors; and the whitened states [K, d] of all."""
-        owns = self._slices(stacked, batch.num_clients)
+        owns = self.slices(stacked, batch.num_clients)
         private = self.objective.private if parts.private_weight else None
         self._layers.set_factors(
             batch, stacked, parts.shared_lora, private, parts.private_weight, dropout
@@ -280,7 +286,7 @@ class CohortModel:
             found.append(dataclasses.replace(one, moved=after, read=before.read))
         return found
 
-    def _slices(self, stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:
+    def slices(self, stacked: Tensors, num_clients: int) -> list[dict[str, torch.Tensor]]:
         """Per client its slice of every tensor that is no LoRA factor, with a row for each item."""
         # unbind instead of indexing: its backward is one stack, not C scatters into zeros.
         slices = {n: v.unbind(0) for n, v in stacked.items() if not n.endswith(_FACTOR)}

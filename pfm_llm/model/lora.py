@@ -20,7 +20,7 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import BackboneError, ConfigError, CorruptFileError
 from pfm_llm.config.model import AdaptersConfig, LoraAdapterConfig, SharedAdapterConfig
 from pfm_llm.model.backbone import Backbone
-from pfm_llm.model.private.part import Factors
+from pfm_llm.model.private.part import Factors, OutputLora
 from pfm_llm.protocol.types import Group, Tensors, lora_name, of_group
 
 SHARED = "shared"
@@ -44,7 +44,9 @@ EXPORTED_SETTINGS = (
 )
 """What ``adapter_config.json`` holds. PEFT refuses a setting that it does not know, so a file with
 every default of a new PEFT cannot be read by an older one. PEFT 0.13 knows all of these."""
-_PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+OUTPUT_FILE = "output_lora.safetensors"
+"""In the folder of a private LoRA, the one on the layer that gives scores."""
+_PRIVATE_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", OUTPUT_FILE}
 _Value = TypeVar("_Value")
 _PEFT_PREFIX = "base_model.model."
 _PEFT_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -113,7 +115,13 @@ class DualAdapter:
         tensors = of_group(shared, Group.LORA)
         self._export(self._lora_config(self._config.shared), tensors, folder, base_name)
 
-    def export_private(self, lora: Mapping[str, Factors], folder: Path, base_name: str) -> None:
+    def export_private(
+        self,
+        lora: Mapping[str, Factors],
+        folder: Path,
+        base_name: str,
+        output: OutputLora | None = None,
+    ) -> None:
         """Write a user's private LoRA as a PEFT folder that its owner alone can read.
 
         PEFT loads it beside the shared adapter. With both active, or joined by
@@ -124,12 +132,15 @@ class DualAdapter:
             lora: By adapted module its factors A [r, in] and B [out, r], B times its scale.
             folder: The folder to write; created as needed, and made 0700.
             base_name: As in `export_shared`.
+            output: A LoRA on the layer that turns user vectors into scores, written beside it
+                under PEFT's names of the three tensors (``lora_bias``). The layer is no part of the
+                base model.
 
         Raises:
             ConfigError: There is no LoRA, since the private part acts on the head alone; or it is
                 zero; or the folder holds other files than an adapter's.
         """
-        if other := sorted({path.name for path in folder.glob("*")} - _PEFT_FILES):
+        if other := sorted({path.name for path in folder.glob("*")} - _PRIVATE_FILES):
             raise ConfigError(
                 f"{folder} holds {other[0]}, and is to become a folder for its owner alone; give "
                 "a new one, or an empty one"
@@ -155,6 +166,10 @@ class DualAdapter:
             for factor, value in zip("AB", factors, strict=True)
         }
         self._export(config, tensors, files.make_private_dir(folder), base_name)
+        if output is not None:
+            named = zip(("lora_A.weight", "lora_B.weight", "lora_B.bias"), output, strict=True)
+            given = {name: value for name, value in named if value is not None}
+            files.write_tensors(folder / OUTPUT_FILE, given)
 
     def _export(self, config: LoraConfig, tensors: Tensors, folder: Path, base_name: str) -> None:
         """Write one adapter, made in a model in which no other exists, as PEFT writes it."""

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from pfm_llm.cli.main import make_app
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.model.private.hyper_lora import LORA
+from pfm_llm.model.lora import OUTPUT_FILE
+from pfm_llm.model.private.hyper_lora import LORA, OUTPUT, OUTPUT_OWN
+from pfm_llm.model.private.taste import READ_OUT
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RunFolders
@@ -54,6 +56,11 @@ def test_a_users_lora_follows_from_history_and_shared_state_alone(
         assert own.any()
         assert torch.equal(a, shared[f"{LORA}.{module}.A"])
         torch.testing.assert_close(b, shared[f"{LORA}.{module}.B"] * own * scale)
+    output, weight = load_file(folder / OUTPUT_FILE), trained.private_weight
+    assert torch.equal(output["lora_A.weight"], shared[OUTPUT])
+    of_scores = shared[READ_OUT] * private.tensors[OUTPUT_OWN] * weight
+    torch.testing.assert_close(output["lora_B.weight"], of_scores)
+    torch.testing.assert_close(output["lora_B.bias"], of_scores.sum(1))
 
 
 def test_the_lora_alone_changes_what_its_owner_is_shown(run: Path) -> None:

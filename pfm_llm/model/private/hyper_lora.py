@@ -6,11 +6,16 @@ their product with a few coefficients between them::
 
     h_u = W x + s B diag(c_u) A x,    c_u = H phi_u     A [r, in], B [out, r], H [r, q]
 
-with s = alpha / r.
+with s = alpha / r. H is shared as well, one for each module. phi_u [q] is the user embedding of
+`taste`. The layer that turns a user vector u [D] into scores of the items has such a LoRA too::
 
-H is shared as well, one for each module. phi_u [q] is the user embedding of `taste`, which is the
-head's private term beside this LoRA. Where items have no IDs, phi_u is such a fading mean of T z_i,
-where z_i are the whitened texts of the items, with T, half-lives and priors of its own. The private
+    scores_u = W u + V diag(phi_u) A u + V phi_u     A [q, D], V [I, q]
+
+V are the item features of the user embedding, whose own term is the bias of this LoRA: the
+embedding says what a user likes, and the LoRA how this changes with what they have met last.
+
+Where items have no IDs, phi_u is a fading mean of T z_i, where z_i are the whitened texts of the
+items, with T, half-lives and priors of its own; V is then another map of the texts. The private
 part thus follows from the history and from the shared state: no step is taken at home, a new shared
 state makes nothing stale, and an empty history gives no LoRA. A network that computes the weights
 of another is a hypernetwork (Ha, Dai and Le 2017, ICLR, arXiv 1609.09106); HyperLoRA (Lv et al.
@@ -35,12 +40,14 @@ import torch
 
 from pfm_llm.base import seeding
 from pfm_llm.base.errors import BackboneError
+from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.outputs import SharedView
 from pfm_llm.model.private.lora import random_a
-from pfm_llm.model.private.part import Factors, PastLora
+from pfm_llm.model.private.part import Factors, OutputLora, PastLora
 from pfm_llm.model.private.taste import (
+    READ_OUT,
     UserEmbedding,
     fading_means,
     pace_parameters,
@@ -55,13 +62,19 @@ _BEHIND = ("o_proj", "dense", "out_proj")
 _LAYER = re.compile(r"\.([0-9]{1,4})\.")
 LORA = "basis.hyper_lora"
 """Prefix of the shared tensors: ``<module>.A``, ``<module>.B`` and ``<module>.coefficients``."""
+OUTPUT = f"{LORA}.output"
+"""Name of the A of the layer that gives scores, [q, D]."""
+OUTPUT_TEXT = f"{LORA}.output_text"
+"""Name of the map [q, D] from texts to V, where items have no IDs."""
+OUTPUT_OWN = "private.hyper_lora.output"
+"""Name of the client's coefficients of that layer, [q]: its phi."""
 TEXT = f"{LORA}.text"
 """Name of T, [q, D], where items have no IDs."""
 _HALF_LIFE, _EVENTS = f"{LORA}.log_half_life", f"{LORA}.log_events"
 
 
 class HyperLora(UserEmbedding):
-    """The kind ``hyper_lora``: a LoRA in the last layer, and the user embedding beside it."""
+    """The kind ``hyper_lora``: LoRA in the last layer and on the scores, and a user embedding."""
 
     acts_on_states: ClassVar[bool] = True
     pieces: ClassVar[Mapping[str, str]] = {
@@ -88,6 +101,7 @@ class HyperLora(UserEmbedding):
         rank, seed = self.settings.rank, self.config.seed
         width = self.dropout_width({})
         found = super().shared_parameters()
+        found.append(Parameter(OUTPUT, (width, self.config.head.dim), _RATE))
         if not self._is_read:
             found += _text_parameters(width, self.config)
         for module, (fan_in, fan_out) in self._modules.items():
@@ -104,6 +118,7 @@ class HyperLora(UserEmbedding):
     def initial(self, client_id: str) -> dict[str, torch.Tensor]:
         """Coefficients and vectors of zero, the same for every client."""
         own = {_own(module): torch.zeros(self.settings.rank) for module in self._modules}
+        own[OUTPUT_OWN] = torch.zeros(self.dropout_width({}))
         return super().initial(client_id) | own
 
     def lora(self, stacked: Tensors) -> dict[str, Factors]:
@@ -112,9 +127,8 @@ class HyperLora(UserEmbedding):
 
     def past_lora(self, view: SharedView) -> PastLora:
         """H times the user embedding of each position's past, with its dropout."""
-        read, kept = self._read(view)[view.outputs.known], view.outputs.kept_private
-        coefficients = self._coefficients(view.own, read if kept is None else read * kept)
-        return PastLora(coefficients, read)
+        read = self._read(view)[view.outputs.known]
+        return PastLora(self._coefficients(view.own, _dropped(read, view)), read)
 
     def dropout_width(self, own: Tensors) -> int:
         """q, the width of phi_u."""
@@ -129,16 +143,45 @@ class HyperLora(UserEmbedding):
         return a, b * own.unsqueeze(-2) * weight
 
     def past_scores(self, view: SharedView) -> torch.Tensor:
-        """The scores that the moved user vectors add, and those of the user embedding, [K, I]."""
-        scores, moved = super().past_scores(view), view.outputs.moved
-        if moved is None:  # no layer reads a history
+        """The scores of the user embedding and of both LoRAs, [K, I]."""
+        scores, outputs = super().past_scores(view), view.outputs
+        vectors = outputs.vectors.detach()
+        if outputs.moved is not None:
+            fixed = {name: value.detach() for name, value in view.own.items()}
+            scores = scores + recommender_head.added_scores(fixed, outputs.moved, view.texts)
+            vectors = vectors + outputs.moved
+        read = self._read(view)[outputs.known] if outputs.read is None else outputs.read
+        return scores + _output_scores(view.own, _dropped(read, view), vectors, view.texts)
+
+    def added_scores(
+        self,
+        own: Tensors,
+        task: Task,
+        texts: torch.Tensor,
+        weight: float,
+        vectors: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """The scores of the user embedding, and of the LoRA of the layer that gives scores."""
+        scores = super().added_scores(own, task, texts, weight)
+        coefficients = own.get(OUTPUT_OWN)
+        if vectors is None or coefficients is None:
             return scores
-        fixed = {name: value.detach() for name, value in view.own.items()}
-        return scores + recommender_head.added_scores(fixed, moved, view.texts)
+        added = _output_scores(own, coefficients * weight, vectors, texts)
+        return added if scores is None else scores + added
+
+    def output_lora(self, own: Tensors, texts: torch.Tensor, weight: float) -> OutputLora | None:
+        """See `PrivatePart.output_lora`; the bias is the user embedding's term."""
+        coefficients = own.get(OUTPUT_OWN)
+        if coefficients is None:
+            return None
+        bias = super().added_scores(own, Task.NEXT_ITEM, texts, weight)
+        features = _features(own, texts)
+        return own[OUTPUT], features * (coefficients * weight), bias
 
     def fit(self, view: SharedView) -> dict[str, torch.Tensor]:
         """The user embedding of the whole history, and the coefficients that follow from it."""
-        own = self._coefficients(view.own, self._read(view)[-1])
+        read = self._read(view)[-1]
+        own = self._coefficients(view.own, read) | {"output": read}
         return super().fit(view) | {_own(module): value for module, value in own.items()}
 
     def _read(self, view: SharedView) -> torch.Tensor:
@@ -187,8 +230,29 @@ def by_token(modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int
 
 def _text_parameters(width: int, config: ExperimentConfig) -> list[Parameter]:
     shape = (width, config.head.dim)
-    text = Parameter(TEXT, shape, _RATE, partial(_normal, shape, config.seed, TEXT))
-    return [text, *pace_parameters(_EVENTS, _HALF_LIFE)]
+    texts = [
+        Parameter(name, shape, _RATE, partial(_normal, shape, config.seed, name))
+        for name in (TEXT, OUTPUT_TEXT)
+    ]
+    return [*texts, *pace_parameters(_EVENTS, _HALF_LIFE)]
+
+
+def _dropped(read: torch.Tensor, view: SharedView) -> torch.Tensor:
+    """Phi [K, q] with the dropout of this step."""
+    kept = view.outputs.kept_private
+    return read if kept is None else read * kept
+
+
+def _output_scores(
+    own: Tensors, coefficients: torch.Tensor, vectors: torch.Tensor, texts: torch.Tensor
+) -> torch.Tensor:
+    """Scores [K, I] of V diag(c) A for coefficients [K, q] or [q] and user vectors [K, D]."""
+    return (coefficients * (vectors @ own[OUTPUT].T)) @ _features(own, texts).T
+
+
+def _features(own: Tensors, texts: torch.Tensor) -> torch.Tensor:
+    """V, float32 [I, q]."""
+    return own[READ_OUT] if READ_OUT in own else texts @ own[OUTPUT_TEXT].T
 
 
 def _normal(shape: tuple[int, int], seed: int, purpose: str) -> torch.Tensor:

@@ -19,6 +19,9 @@ from pfm_llm.protocol.types import Tensors
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A [C, r, in] and B [C, out, r] of one low-rank term, for every client of a chunk."""
 
+OutputLora = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""A [q, D], B [I, q] and a bias [I] of a LoRA on the layer that turns user vectors into scores."""
+
 
 @dataclass(frozen=True)
 class PastLora:
@@ -133,7 +136,12 @@ class PrivatePart:
         raise NotImplementedError(f"{type(self).__name__} takes gradient steps; it has no fit")
 
     def added_scores(
-        self, own: Tensors, task: Task, texts: torch.Tensor, weight: float
+        self,
+        own: Tensors,
+        task: Task,
+        texts: torch.Tensor,
+        weight: float,
+        vectors: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """The scores that are added for the whole catalogue when a user is served.
 
@@ -142,9 +150,19 @@ class PrivatePart:
             task: The next item, or likes.
             texts: float32 [I, D], whitened texts of the catalogue.
             weight: Factor on the private part.
+            vectors: float32 [K, D], the user vectors of the next item; None for likes.
 
         Returns:
-            float32 [I], or None where the part adds nothing.
+            float32 [I], or [K, I] where they depend on user vectors; None where the part adds
+            nothing.
+        """
+        return None
+
+    def output_lora(self, own: Tensors, texts: torch.Tensor, weight: float) -> OutputLora | None:
+        """What `added_scores` adds for the next item, as a LoRA of one client; None: no LoRA.
+
+        ``vectors @ A.T @ B.T + bias`` are the added scores. The arguments are those of
+        `added_scores`.
         """
         return None
 

@@ -169,7 +169,12 @@ class UserEmbedding(PrivatePart):
         return vectors
 
     def added_scores(
-        self, own: Tensors, task: Task, texts: torch.Tensor, weight: float
+        self,
+        own: Tensors,
+        task: Task,
+        texts: torch.Tensor,
+        weight: float,
+        vectors: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """The client's vector times the features of the catalogue."""
         vector = own.get(vector_name(task))

@@ -18,8 +18,8 @@ from pfm_llm.model.batches import ChunkBatch, collate
 from pfm_llm.model.cohort import Parts
 from pfm_llm.model.layers import SecondRun
 from pfm_llm.model.outputs import SharedView
-from pfm_llm.model.private.hyper_lora import LORA, by_token
-from pfm_llm.model.private.taste import READ_IN, read_vectors, vector_name
+from pfm_llm.model.private.hyper_lora import LORA, OUTPUT, OUTPUT_OWN, by_token
+from pfm_llm.model.private.taste import READ_IN, UserEmbedding, read_vectors, vector_name
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.text.encoding import Window
 from tests.support.peft_reference import PeftReference
@@ -48,6 +48,11 @@ def _tensors(cohort: TinyCohort, seed: int) -> dict[str, torch.Tensor]:
     """Shared and private tensors of a client, all away from zero."""
     shared = {p.name: p.initial() for p in cohort.private.shared_parameters()}
     return cohort.client_tensors(seed) | stirred(shared, seed)
+
+
+def _without_scores(tensors: Tensors) -> None:
+    for name in (vector_name(Task.NEXT_ITEM), OUTPUT_OWN):
+        tensors[name].zero_()
 
 
 def _shared(tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -109,6 +114,51 @@ def test_a_training_step_moves_each_position_as_serving_with_its_coefficients_do
     assert compared == sum(batch.outputs_per_client)
 
 
+@pytest.mark.parametrize("item_ids", [ItemIds.BOTH, ItemIds.NONE])
+def test_a_training_step_scores_each_position_as_a_user_of_that_past_is_served(
+    item_ids: ItemIds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The LoRA in the layers, that of the scores and the embedding, all together."""
+    head = HEAD.model_copy(update={"item_ids": item_ids})
+    cohort = make_cohort("llama", head, private=PRIVATE)
+    tensors, window = _tensors(cohort, 2), WINDOWS[0][0]
+    shared = stack([_shared(tensors)])
+    scores_of_past = cohort.private.past_scores
+    (view,) = _views(cohort, _batch(cohort, [[window]]), shared, monkeypatch)
+    trained = scores_of_past(view)
+    if item_ids is ItemIds.NONE:  # that embedding is fitted to blocks of positions, not read
+        trained = trained - UserEmbedding.past_scores(cohort.private, view)  # type: ignore[arg-type]
+    past = cohort.private.past_lora(view)
+    for t, read in enumerate(past.read):
+        own = {f"private.hyper_lora.{m}": v[t] for m, v in past.coefficients.items()}
+        own |= {OUTPUT_OWN: read, vector_name(Task.NEXT_ITEM): read}
+        if item_ids is ItemIds.NONE:
+            own[vector_name(Task.NEXT_ITEM)] = torch.zeros(16)
+        served = stack([_shared(tensors) | own])
+        asked = _batch(cohort, [[_cut(window, t + 1)]], last_only=True)
+        both, alone = (
+            cohort.model.scores(asked, served, Parts(private_weight=weight))[0]
+            for weight in (1.0, 0.0)
+        )
+        torch.testing.assert_close(trained[t].detach(), both - alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("item_ids", [ItemIds.BOTH, ItemIds.NONE])
+def test_the_scores_of_a_private_part_are_a_linear_layer_of_low_rank(item_ids: ItemIds) -> None:
+    cohort = make_cohort("llama", HEAD.model_copy(update={"item_ids": item_ids}), private=PRIVATE)
+    tensors, texts = _tensors(cohort, 3), cohort.model.item_texts
+    vectors = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    for weight in (1.0, 0.3):
+        lora = cohort.private.output_lora(tensors, texts, weight)
+        assert lora is not None
+        a, b, bias = lora
+        assert bias is not None
+        added = cohort.private.added_scores(tensors, Task.NEXT_ITEM, texts, weight, vectors)
+        assert added is not None
+        torch.testing.assert_close(added, vectors @ a.T @ b.T + bias)
+        assert float((added - bias).abs().max()) > 1e-3
+
+
 def _cut(window: Window, items: int) -> Window:
     """The first items of a window."""
     ends = window.item_ends[:items]
@@ -124,7 +174,7 @@ def _cut(window: Window, items: int) -> Window:
 def test_a_served_user_is_scored_as_peft_scores_with_both_adapters() -> None:
     cohort = _cohort()
     tensors = _tensors(cohort, 4)
-    tensors[vector_name(Task.NEXT_ITEM)].zero_()  # the reference knows the LoRA, not the embedding
+    _without_scores(tensors)  # the reference knows the LoRA in the layers alone
     window = random_window([2, 3, 1], seed=7)
     scores = cohort.model.scores(_batch(cohort, [[window]], True), stack([tensors]), Parts())
     expected = PeftReference(cohort, tensors).scores(window)[-1]
@@ -138,7 +188,7 @@ def test_the_exported_lora_is_plain_peft_and_joins_the_shared_one(tmp_path: Path
     """Loaded by PEFT alone and concatenated, both score as this library serves the user."""
     cohort = _cohort()
     tensors = _tensors(cohort, 4)
-    tensors[vector_name(Task.NEXT_ITEM)].zero_()
+    _without_scores(tensors)
     lora = {m: cohort.private.factors(m, tensors, 1.0) for m in cohort.private.lora(tensors)}
     own = {module: factors for module, factors in lora.items() if factors is not None}
     cohort.adapter.export_shared(tensors, tmp_path / "shared", "tiny")
@@ -218,7 +268,8 @@ def test_the_coefficients_are_h_times_the_user_embedding_and_none_without_a_hist
         torch.testing.assert_close(fitted[f"private.hyper_lora.{module}"], h @ vector)
     assert all(not value.any() for value in empty.values())
     assert fitted.keys() == empty.keys() == cohort.private.initial("anybody").keys()
-    assert sum(value.numel() for value in fitted.values()) == 8 + 4 * 3
+    assert torch.equal(fitted[OUTPUT_OWN], vector)
+    assert sum(value.numel() for value in fitted.values()) == 8 + 8 + 4 * 3
 
 
 def _fit(
@@ -229,7 +280,7 @@ def _fit(
     return {name: value[0] for name, value in fitted.items()}
 
 
-def test_shared_tensors_are_those_of_a_taste_and_three_a_module() -> None:
+def test_shared_tensors_are_those_of_a_taste_three_a_module_and_one_of_the_scores() -> None:
     cohort, taste = _cohort(), _cohort(kind="taste")
     names = {p.name for p in cohort.private.shared_parameters()}
     of_taste = {p.name for p in taste.private.shared_parameters()}
@@ -238,7 +289,7 @@ def test_shared_tensors_are_those_of_a_taste_and_three_a_module() -> None:
         f"{LORA}.model.layers.3.{module}.{factor}"
         for module in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
         for factor in ("A", "B", "coefficients")
-    }
+    } | {OUTPUT}
     assert of_taste <= names
 
 
