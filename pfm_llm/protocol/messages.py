@@ -212,7 +212,6 @@ class EvaluateRequest(Message):
         modes: The modes to measure; none: only count the training interactions of each item.
         ks: Lengths of the lists.
         private_weight: Factor on the private part.
-        max_users: Measure a fixed random sample of at most so many users; None: all.
         tensors: The shared tensors of the contract, as they are sent, each as ``shared/<name>``;
             and ``counts`` [I], the interactions of each item over all nodes, where popularity is
             to be measured beside.
@@ -224,7 +223,6 @@ class EvaluateRequest(Message):
     modes: tuple[Mode, ...] = ()
     ks: tuple[_Positive, ...] = (10,)
     private_weight: float = Field(1.0, ge=0, le=1.5)
-    max_users: _Positive | None = None
 
 
 class Figure(_Part):

@@ -17,6 +17,7 @@ from pfm_llm.config.model import CodesConfig
 from pfm_llm.model.items.codes import ItemCodes
 from pfm_llm.model.items.vectors import ItemStates
 from pfm_llm.model.items.whitening import Normaliser
+from pfm_llm.protocol.contract import TensorSpec
 from pfm_llm.protocol.types import Tensors
 
 _MEAN, _BASIS = "whitening.mean", "whitening.basis"
@@ -93,10 +94,11 @@ class FittedTexts:
         pairs = (self.normaliser, states.prompt), (self.item_normaliser, states.items)
         for normaliser, own in pairs:
             width = own.shape[-1]
-            if normaliser.mean.shape != (width,) or normaliser.basis.shape != (width, width):
+            found = [TensorSpec.of(tensor) for tensor in (normaliser.mean, normaliser.basis)]
+            if found != [TensorSpec((width,)), TensorSpec((width, width))]:
                 raise ArtefactError(
-                    f"the whitening is of states with {len(normaliser.mean)} numbers and those "
-                    f"here have {width}; use the backbone and the items.encoder of the server"
+                    f"the whitening is {found[0]} and {found[1]}, and states have {width} numbers "
+                    "here; use the backbone and the items.encoder of the server"
                 )
         return self.normaliser, self.item_normaliser
 
