@@ -117,8 +117,8 @@ def build_model(
     prompt = _load_prompt(config.prompt, ratings)
     backbone = _load_backbone(config, device, start)
     values = () if ratings is None else tuple(np.unique(ratings).tolist())
-    read, limit = texts_of(config, catalogue), backbone.max_tokens
-    encoder = HistoryEncoder(prompt, read, backbone.tokenizer, config.window, limit, values)
+    read, reader = texts_of(config, catalogue), (backbone.tokenizer, config.window)
+    encoder = HistoryEncoder(prompt, read, *reader, backbone.max_tokens, values)
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
     states = item_states(config.items, backbone, encoder)
@@ -127,13 +127,11 @@ def build_model(
     sizes = Sizes(backbone.hidden_size, adapter.modules, *states.items.shape)
     private, table = make_private_part(config, sizes), parameter_table(config, sizes)
     shared = start.shared(table, prompt) if start else table.initial_state()
-    source = fitted or start
-    normaliser, item_normaliser = source.whitenings(states) if source else _whitenings(states)
+    normaliser, item_normaliser = _whitenings(states, fitted or start)
     texts = item_normaliser(states.items)[:, : config.head.dim].contiguous()
-    codes = _codes(config, partial(item_keys, catalogue, prompt), texts, table, source)
-    unseen_only = config.federation.local.unseen_only
-    objective = Objective(texts, config.tasks, private, unseen_only, codes)
-    layers = adapter.top_paths(), adapter.scale()
+    codes = _codes(config, partial(item_keys, catalogue, prompt), texts, table, fitted or start)
+    local, layers = config.federation.local, (adapter.top_paths(), adapter.scale())
+    objective = Objective(texts, config.tasks, private, local.unseen_only, codes)
     return ModelParts(
         backbone=backbone,
         trunk=_trunk(config, trunk, backbone, encoder),
@@ -190,8 +188,12 @@ def _identities(
     }
 
 
-def _whitenings(states: ItemStates) -> tuple[Normaliser, Normaliser]:
-    """The whitening of user states, and that of items, fitted to a catalogue."""
+def _whitenings(
+    states: ItemStates, source: FittedTexts | Start | None
+) -> tuple[Normaliser, Normaliser]:
+    """The whitening of user states, and that of items: given, or fitted to a catalogue."""
+    if source is not None:
+        return source.whitenings(states)
     normaliser = fit_normaliser(states.prompt)
     return normaliser, normaliser if states.share_a_space else fit_normaliser(states.items)
 

@@ -17,7 +17,7 @@ from pfm_llm.protocol.refusals import NodeRefusal
 
 _SLOTS, _ASKED, _LEFT = "slots.json", "asked.json", "left.json"
 _NOBODY = ""
-_Kept = TypeVar("_Kept", list, dict)
+_Kept = TypeVar("_Kept", list[str], dict[str, str])
 
 
 class Slots:
