@@ -51,7 +51,7 @@ class NodeProcess:
             )
 
     def wait(self) -> None:
-        for _ in range(900):
+        for _ in range(3000):  # a busy machine takes minutes to import torch
             with contextlib.suppress(NodeError):
                 self.client.call("about")
                 return
