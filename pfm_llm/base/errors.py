@@ -77,3 +77,19 @@ class HubError(PfmError):
 
 class LaunchError(PfmError):
     """Processes that were started in a way that would silently mislead."""
+
+
+class NodeRefused(PfmError):
+    """A node that refuses a call.
+
+    Attributes:
+        code: One of `protocol.refusals.NodeRefusal`. It alone leaves the node; the message stays.
+    """
+
+    def __init__(self, code: str, message: str = "") -> None:
+        super().__init__(message or f"the node refused the call: {code}")
+        self.code = code
+
+
+class NodeError(PfmError):
+    """A node that cannot be reached, or that does not answer as a node does."""

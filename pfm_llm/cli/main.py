@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pfm_llm import __version__
-from pfm_llm.cli import config, data, versions
+from pfm_llm.cli import config, data, node, versions
 from pfm_llm.cli.evaluate import evaluate
 from pfm_llm.cli.options import ManyValues
 from pfm_llm.cli.push import push
@@ -31,7 +31,8 @@ def make_app() -> typer.Typer:
     app.command("recommend")(_safe(recommend))
     app.command("push")(_safe(push))
     app.command("suite", cls=ManyValues)(_safe(suite, again))
-    for name, module in {"versions": versions, "config": config, "data": data}.items():
+    groups = {"versions": versions, "config": config, "data": data, "node": node}
+    for name, module in groups.items():
         group = _group(module.HELP)
         group.callback()(lambda: None)  # a group even of a single command
         for command, function in module.COMMANDS.items():

@@ -1,5 +1,8 @@
 """Functions of a config that several modules need."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -7,8 +10,55 @@ from pydantic import BaseModel
 from pfm_llm.config.choices import Aggregation, Task
 from pfm_llm.config.methods import SPECS
 from pfm_llm.config.schema import ExperimentConfig, training_hash
+from pfm_llm.config.settle import FOLLOWING
+from pfm_llm.config.text import find_setting, set_setting
 
 _Model = TypeVar("_Model", bound=BaseModel)
+
+_SERVERS = (
+    *("name", "seed", "prompt", "method", "regime", "tasks", "backbone", "items", "ablation"),
+    *("window", "adapters", "head", "federation"),
+)
+_SERVERS_OF_DATA = (
+    *("repeats", "split", "held_out", "hold_out_items", "keep_ties", "like_threshold"),
+    *("min_interactions", "users_per_client"),
+)
+_NODES_OF_BACKBONE = "dtype"
+"""What follows from a machine: a federation warns where it differs, and goes on."""
+
+
+def settings_of_server(config: ExperimentConfig) -> dict[str, Any]:
+    """The settings that a server decides for all nodes, as JSON values.
+
+    What follows from the number of clients is not among them, since nobody knows it before the
+    nodes have counted theirs. The other settings are each node's own: its data, folders, machine.
+    """
+    tree = config.model_dump(mode="json")
+    found = {name: tree[name] for name in _SERVERS if name in tree}
+    found["data"] = {name: tree["data"][name] for name in _SERVERS_OF_DATA if name in tree["data"]}
+    found["backbone"] = {k: v for k, v in found["backbone"].items() if k != _NODES_OF_BACKBONE}
+    for key in FOLLOWING:
+        if find_setting(found, key) is not None:
+            set_setting(found, key, None)
+    return found
+
+
+def are_of_server(settings: Mapping[str, Any]) -> bool:
+    """Whether a tree of settings has only such as a server decides; values are not looked at."""
+    data, backbone = settings.get("data", {}), settings.get("backbone", {})
+    return (
+        settings.keys() <= {*_SERVERS, "data"}
+        and isinstance(data, Mapping)
+        and data.keys() <= set(_SERVERS_OF_DATA)
+        and isinstance(backbone, Mapping)
+        and _NODES_OF_BACKBONE not in backbone
+    )
+
+
+def settings_hash(config: ExperimentConfig) -> str:
+    """SHA-256, in hex, over `settings_of_server`."""
+    text = json.dumps(settings_of_server(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def with_setting(config: _Model, key: str, value: Any) -> _Model:

@@ -2,7 +2,7 @@
 
 A new model fits its whitening on the catalogue and draws its shared state. A model that starts from
 a published adapter takes both from the adapter: the whitening is never refitted, and the rows of
-items follow their items by key.
+items follow their items by key. A node takes whitening and codes from its server.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from pfm_llm.model.ablation import has_pass, sight_of, texts_of
 from pfm_llm.model.backbone import Backbone, load_backbone, with_random_weights
 from pfm_llm.model.cohort import CohortModel
 from pfm_llm.model.items.codes import ItemCodes, make_codes
+from pfm_llm.model.items.fitted import FittedTexts
 from pfm_llm.model.items.reader import Trunk, read_items
 from pfm_llm.model.items.vectors import ItemStates, item_states
 from pfm_llm.model.items.whitening import Normaliser, fit_normaliser
@@ -79,6 +80,11 @@ class ModelParts:
         return self.model.objective.codes
 
     @property
+    def fitted(self) -> FittedTexts:
+        """What was fitted to the catalogue's texts."""
+        return FittedTexts.of(self.normaliser, self.item_normaliser, self.codes)
+
+    @property
     def private(self) -> PrivatePart:
         """The kind of private part."""
         return self.model.objective.private
@@ -106,6 +112,7 @@ def build_model(
     ratings: np.ndarray | None,
     device: torch.device,
     start: Start | None = None,
+    fitted: FittedTexts | None = None,
 ) -> ModelParts:
     """Build a model and connect its parts.
 
@@ -115,18 +122,20 @@ def build_model(
         ratings: Every rating that a history may show; None when the data has no ratings.
         device: The device to compute on.
         start: A published adapter to continue from.
+        fitted: Whitening and codes that another machine has fitted to the same texts; None: those
+            of ``start``, or fitted now.
 
     Raises:
         DataError: The prompt needs a field that the data lacks, or a window exceeds the context.
         BackboneError: The model cannot be loaded or adapted.
         ArtefactError: The adapter belongs to another base, or its shapes or codes differ from the
-            config.
+            config; or what was fitted is of other texts.
     """
     prompt = _load_prompt(config.prompt, ratings)
     backbone = _load_backbone(config, device, start)
     values = () if ratings is None else tuple(np.unique(ratings).tolist())
-    read, limit = texts_of(config, catalogue), backbone.max_tokens
-    encoder = HistoryEncoder(prompt, read, backbone.tokenizer, config.window, limit, values)
+    read, reader = texts_of(config, catalogue), (backbone.tokenizer, config.window)
+    encoder = HistoryEncoder(prompt, read, *reader, backbone.max_tokens, values)
     adapter = DualAdapter(backbone, config.adapters)
     trunk, top = backbone.split(config.adapters.num_layers)
     states = item_states(config.items, backbone, encoder)
@@ -135,12 +144,11 @@ def build_model(
     sizes = Sizes(backbone.hidden_size, adapter.modules, *states.items.shape)
     private, table = make_private_part(config, sizes), parameter_table(config, sizes)
     shared = start.shared(table, prompt) if start else table.initial_state()
-    normaliser, item_normaliser = start.whitenings(states) if start else _whitenings(states)
+    normaliser, item_normaliser = _whitenings(states, fitted or start)
     texts = item_normaliser(states.items)[:, : config.head.dim].contiguous()
-    codes = _codes(config, partial(item_keys, catalogue, prompt), texts, table, start)
-    unseen_only = config.federation.local.unseen_only
-    objective = Objective(texts, config.tasks, private, unseen_only, codes)
-    layers = adapter.top_paths(), adapter.scale()
+    codes = _codes(config, partial(item_keys, catalogue, prompt), texts, table, fitted or start)
+    local, layers = config.federation.local, (adapter.top_paths(), adapter.scale())
+    objective = Objective(texts, config.tasks, private, local.unseen_only, codes)
     return ModelParts(
         backbone=backbone,
         trunk=_trunk(config, trunk, backbone, encoder),
@@ -173,13 +181,14 @@ def _codes(
     keys: Callable[[], Sequence[str]],
     texts: torch.Tensor,
     table: ParameterTable,
-    start: Start | None,
+    source: FittedTexts | Start | None,
 ) -> ItemCodes | None:
     """The vectors that items share, where they do; nothing else here needs the keys."""
     if config.head.codes is None:
         return None
-    centroids = start.code_centroids(config.head.codes) if start else None
-    return make_codes(config.head.codes, keys(), texts, centroids, table.per_code)
+    centroids = source.code_centroids(config.head.codes) if source else None
+    chosen = source.text_codes if isinstance(source, FittedTexts) else None
+    return make_codes(config.head.codes, keys(), texts, centroids, table.per_code, chosen)
 
 
 def _identities(
@@ -196,8 +205,12 @@ def _identities(
     }
 
 
-def _whitenings(states: ItemStates) -> tuple[Normaliser, Normaliser]:
-    """The whitening of user states, and that of items, fitted to a catalogue."""
+def _whitenings(
+    states: ItemStates, source: FittedTexts | Start | None
+) -> tuple[Normaliser, Normaliser]:
+    """The whitening of user states, and that of items: given, or fitted to a catalogue."""
+    if source is not None:
+        return source.whitenings(states)
     normaliser = fit_normaliser(states.prompt)
     return normaliser, normaliser if states.share_a_space else fit_normaliser(states.items)
 

@@ -19,6 +19,7 @@ from pfm_llm.protocol.types import (
     PRIVATE_PREFIX,
     ClientUpdate,
     Group,
+    NodeUpdate,
     Refusal,
     Tensors,
     in_group,
@@ -141,6 +142,39 @@ class UpdateContract:
             )
         client = update.client_id
         _check_field(client, "client_id", client, str)
+        self._check_origin(client, update, round_number)
+        _check_numbers(client, update.num_examples, update.loss)
+        self._check_tensors(client, update.delta)
+
+    def check_sum(self, update: NodeUpdate, round_number: int, num_asked: int) -> None:
+        """Check the sum of a node on arrival.
+
+        Args:
+            update: The sum, which may be malformed in any way.
+            round_number: The current round.
+            num_asked: How many clients of the node were asked.
+
+        Raises:
+            ContractError: As in `check`, or the sum is over more clients than were asked.
+        """
+        if type(update) is not NodeUpdate:
+            raise ContractError(
+                f"a {type(update).__name__} arrived in place of a sum", Refusal.MALFORMED
+            )
+        node = update.node_id
+        _check_field(node, "node_id", node, str)
+        self._check_origin(node, update, round_number)
+        _check_numbers(node, update.num_examples, update.loss)
+        _check_field(node, "num_clients", update.num_clients, int)
+        if not 0 < update.num_clients <= num_asked:
+            raise _malformed(
+                node, f"a sum over {_show(update.num_clients)} clients, {num_asked} were asked"
+            )
+        self._check_tensors(node, update.delta)
+
+    def _check_origin(
+        self, client: str, update: ClientUpdate | NodeUpdate, round_number: int
+    ) -> None:
         _check_field(client, "round_number", update.round_number, int)
         _check_field(client, "contract_hash", update.contract_hash, str)
         if update.contract_hash != self.hash():
@@ -155,10 +189,11 @@ class UpdateContract:
                 f"but round {round_number} is under way",
                 Refusal.ROUND,
             )
-        _check_numbers(client, update.num_examples, update.loss)
-        self._check_names(client, update.delta)
+
+    def _check_tensors(self, client: str, delta: Any) -> None:
+        self._check_names(client, delta)
         for name, spec in self.tensors.items():
-            tensor = update.delta[name]
+            tensor = delta[name]
             _check_spec(client, name, tensor, spec)
             _check_plain(client, name, tensor)
             if not bool(torch.isfinite(tensor).all()):

@@ -148,3 +148,27 @@ class ClientUpdate:
     num_examples: int
     loss: float
     delta: Tensors
+
+
+@dataclass(frozen=True)
+class NodeUpdate:
+    """The message of a node: the weighted sum of its clients' changes, and three numbers.
+
+    Attributes:
+        node_id: The sender.
+        round_number: The round of the training, from 1.
+        contract_hash: Hash of the update contract.
+        num_clients: How many clients are in the sum.
+        num_examples: Their next-item predictions in the training.
+        loss: Their weighted mean training loss (nats) before the first step.
+        delta: The sum over clients of weight times new minus received value, of each shared tensor;
+            `server.aggregation.update_weight` says the weight.
+    """
+
+    node_id: str
+    round_number: int
+    contract_hash: str
+    num_clients: int
+    num_examples: int
+    loss: float
+    delta: Tensors

@@ -22,6 +22,7 @@ from pfm_llm.data.splits import Split, TrainData, split_interactions
 from pfm_llm.evaluation.evaluator import Evaluator
 from pfm_llm.evaluation.scorer import Scorer
 from pfm_llm.model.build import ModelParts, build_model
+from pfm_llm.model.items.fitted import FittedTexts
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.alignment import start_from
 from pfm_llm.publish.artefact import Artefact
@@ -183,6 +184,7 @@ def assemble(
     folders: RunFolders,
     processes: Processes,
     artefact: Artefact | None = None,
+    fitted: FittedTexts | None = None,
 ) -> Run:
     """Make and connect the objects of an experiment.
 
@@ -192,6 +194,7 @@ def assemble(
         folders: The folders for private states and caches.
         processes: The processes of the run, which know the device.
         artefact: A published adapter to start from; None: a new model.
+        fitted: Whitening and codes that a server gives; None: see `build_model`.
 
     Raises:
         DataError: The prompt needs a field that the data lacks, or a window exceeds the context.
@@ -201,7 +204,7 @@ def assemble(
     interactions = data.interactions
     catalogue = interactions.catalogue
     start = start_from(artefact, catalogue)[0] if artefact else None
-    model = build_model(config, catalogue, interactions.ratings, processes.device, start)
+    model = build_model(config, catalogue, interactions.ratings, processes.device, start, fitted)
     clients = make_clients(
         config,
         model,

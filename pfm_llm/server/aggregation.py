@@ -6,7 +6,7 @@ This module handles no data of clients and no private states.
 import abc
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -14,7 +14,7 @@ import torch
 
 from pfm_llm.base.errors import ContractError, TrainingError
 from pfm_llm.config.choices import Aggregation, Weighting
-from pfm_llm.protocol.types import ClientUpdate, Refusal, Tensors
+from pfm_llm.protocol.types import ClientUpdate, NodeUpdate, Refusal, Tensors
 
 
 @dataclass
@@ -22,7 +22,9 @@ class Tally:
     """The clients of the updates in an aggregator, and sums over them.
 
     Attributes:
-        client_ids: The clients whose updates were added, in order.
+        client_ids: The clients whose updates were added, in order; with a sum of a node all that
+            were asked for it.
+        num_updates: How many updates were added; a sum counts its clients.
         refusals: What was wrong with each refused update; the texts name clients.
         reasons: How many were refused for each `Refusal`.
         total_weight: The sum of the weights of the added updates.
@@ -34,6 +36,7 @@ class Tally:
     """
 
     client_ids: list[str] = field(default_factory=list)
+    num_updates: int = 0
     refusals: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     total_weight: float = 0.0
@@ -44,14 +47,9 @@ class Tally:
     clipped: int = 0
 
     @property
-    def num_updates(self) -> int:
-        """How many updates were added."""
-        return len(self.client_ids)
-
-    @property
     def loss(self) -> float | None:
         """Their weighted mean loss (nats); None when nothing was added."""
-        return self.weighted_loss / self.total_weight if self.client_ids else None
+        return self.weighted_loss / self.total_weight if self.num_updates else None
 
     def note(self, noted: Mapping[str, float]) -> None:
         """Keep the numbers that the stages noted for one update."""
@@ -61,6 +59,7 @@ class Tally:
     def merge(self, other: "Tally") -> None:
         """Add the counts of another tally."""
         self.client_ids += other.client_ids
+        self.num_updates += other.num_updates
         self.refusals += other.refusals
         self.reasons += other.reasons
         self.total_weight += other.total_weight
@@ -127,6 +126,7 @@ class Aggregator(abc.ABC):
         self._take(update.delta, weight)
         own = Tally(
             client_ids=[update.client_id],
+            num_updates=1,
             total_weight=weight,
             weighted_loss=weight * update.loss,
             num_examples=update.num_examples,
@@ -162,7 +162,7 @@ class Aggregator(abc.ABC):
         Raises:
             TrainingError: Nothing was added.
         """
-        if not self.tally.client_ids:
+        if not self.tally.num_updates:
             raise TrainingError("no update was accepted in this round: nothing can be aggregated")
         return self._combine()
 
@@ -185,6 +185,33 @@ class WeightedMean(Aggregator):
     clients, chunks and processes. Equal updates aggregate to exactly themselves. A single client
     can move the mean arbitrarily far.
     """
+
+    def add_sum(self, update: NodeUpdate, weight: float, client_ids: Sequence[str]) -> None:
+        """Add the sum of a node.
+
+        Args:
+            update: Already checked against the contract.
+            weight: The sum of the weights of its clients, above 0.
+            client_ids: The clients that were asked; at least as many as are in the sum.
+
+        Raises:
+            ContractError: A client was added already, or the tensors differ from those before.
+                Nothing is changed.
+        """
+        self._check_joinable(list(client_ids), update.delta)
+        self._take(update.delta, 1.0)
+        own = Tally(
+            client_ids=list(client_ids),
+            num_updates=update.num_clients,
+            total_weight=weight,
+            weighted_loss=weight * update.loss,
+            num_examples=update.num_examples,
+        )
+        self.tally.merge(own)
+
+    def summed(self) -> dict[str, torch.Tensor]:
+        """The weighted sum of all updates so far, float64, not to be changed."""
+        return self._held[0] if self._held else {}
 
     def _take(self, tensors: Tensors, weight: float) -> None:
         if not self._held:

@@ -8,7 +8,7 @@ killed at any moment therefore leaves either the old round or the new one, compl
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -43,6 +43,9 @@ class RunEnvironment:
         threads: Threads of each process.
         num_processes: Number of processes that share the cohort.
         tokens_per_chunk: The bound that defines the chunks.
+        population: Name of each node to its number of clients. It is fixed when the run begins:
+            cohorts follow from it, and a node that is away later does not change them. Empty where
+            all clients are in this process.
     """
 
     config_hash: str
@@ -53,6 +56,7 @@ class RunEnvironment:
     threads: int
     num_processes: int
     tokens_per_chunk: int
+    population: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def here(

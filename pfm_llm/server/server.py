@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 import torch
 
 from pfm_llm.base.errors import CheckpointError, ContractError
+from pfm_llm.config.choices import Weighting
 from pfm_llm.config.schema import FederationConfig
 from pfm_llm.config.settle import known
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
 from pfm_llm.protocol.parameters import ParameterTable
 from pfm_llm.protocol.stages import Stages
 from pfm_llm.protocol.transport import as_received, broadcast
-from pfm_llm.protocol.types import ClientUpdate, Refusal, SharedState, Tensors
-from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, update_weight
+from pfm_llm.protocol.types import ClientUpdate, NodeUpdate, Refusal, SharedState, Tensors
+from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, WeightedMean, update_weight
 from pfm_llm.server.norm_bound import NormBound
 from pfm_llm.server.participation import select_cohort
 from pfm_llm.server.step import OptimizerState, ServerStep
@@ -183,9 +184,56 @@ class Server:
         updates.tally.clipped += bounded is not delta
         return True
 
+    def receive_sum(self, updates: Aggregator, update: NodeUpdate, asked: Sequence[str]) -> bool:
+        """Check the sum of a node's updates. Add it to the others, or refuse and count it.
+
+        Stages and the bound on norms see the node's mean, as they see an update: it is no longer
+        than the longest update in it. What one client of the node did cannot be told.
+
+        Args:
+            updates: The updates of the round so far.
+            update: The sum that arrived, which may be malformed in any way.
+            asked: The clients of the node that were asked. Each that is not in the sum counts as a
+                client without an answer.
+
+        Returns:
+            Whether it was accepted.
+        """
+        round_number = self.round_under_way
+        try:
+            if not isinstance(updates, WeightedMean):
+                raise ContractError("a sum of updates cannot be part of a median")
+            self.contract.check_sum(update, round_number, len(asked))
+            if others := set(asked).difference(self.select_cohort(round_number)):
+                raise ContractError(f"client {min(others)!r:.80} was not asked", Refusal.COHORT)
+            weight = self._weight_of_sum(update)
+            mean = {n: (t.double() / weight).float() for n, t in update.delta.items()}
+            delta, noted = self._stages.on_server(mean, update.node_id, round_number)
+            examples = max(1, update.num_examples // update.num_clients)
+            bounded, sizes = self._bound.bounded(update.node_id, delta, examples)
+            whole = as_received(update.delta)
+            if bounded is not mean:
+                whole = {name: tensor.double() * weight for name, tensor in bounded.items()}
+            updates.add_sum(dataclasses.replace(update, delta=whole), weight, asked)
+        except ContractError as error:
+            _LOG.warning("round %d: refused a sum: %s", round_number, error)
+            for _ in asked:
+                updates.refuse(str(error), error.reason)
+            return False
+        for _ in range(len(asked) - update.num_clients):
+            updates.refuse(f"node {update.node_id!r:.80}: a client gave no update")
+        updates.tally.note(noted)
+        updates.tally.sizes.append(sizes)
+        updates.tally.clipped += bounded is not delta
+        return True
+
     def weight_of(self, update: ClientUpdate) -> float:
         """The weight of an update; see `aggregation.update_weight`."""
         return update_weight(self._config.server.weighting, update.num_examples)
+
+    def _weight_of_sum(self, update: NodeUpdate) -> float:
+        is_uniform = self._config.server.weighting is Weighting.UNIFORM
+        return float(update.num_clients if is_uniform else update.num_examples)
 
     def aggregate(self, updates: Aggregator) -> RoundSummary:
         """Step from the round's updates to the next shared state.

@@ -17,9 +17,9 @@ MODULES = sorted(
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 HEAVY = ("torch", "transformers", "numpy", "datasets", "pandas")
 COMMANDS = (
-    *("", "train", "evaluate", "recommend", "push", "suite", "versions", "config", "data"),
+    *("", "train", "evaluate", "recommend", "push", "suite", "versions", "config", "data", "node"),
     *(f"versions {name}" for name in ("list", "diff", "verify", "rollback", "keygen", "pull")),
-    *("config show", "config list", "data check"),
+    *("config show", "config list", "data check", "node serve", "node about", "node forget"),
 )
 
 

@@ -22,6 +22,7 @@ LAYERS = [line.split() for line in """
     likelihood
     publish
     runs
+    node
     suite
     recommender
     federated

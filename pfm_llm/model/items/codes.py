@@ -144,6 +144,7 @@ def make_codes(
     texts: torch.Tensor,
     centroids: torch.Tensor | None = None,
     names: tuple[str, ...] = (),
+    text_codes: torch.Tensor | None = None,
 ) -> ItemCodes:
     """The codes of a catalogue.
 
@@ -153,10 +154,12 @@ def make_codes(
         texts: float32 [I, D], whitened.
         centroids: Those of the adapter to start from; None: they are fitted to the texts.
         names: The tensors with a row for each code vector.
+        text_codes: The codes of the texts, int64 [I, T], where another machine has chosen them;
+            None: they follow from the texts here.
 
     Raises:
         DataError: A book of texts has more vectors than the catalogue has different texts.
-        ArtefactError: The centroids are of other books, or of texts of another width.
+        ArtefactError: The centroids or the codes are of other books, or of texts of another width.
     """
     texts = texts.detach().cpu()[:, :TEXT_DIM].double()
     if centroids is None:
@@ -167,7 +170,10 @@ def make_codes(
             f"{texts.shape[1]} dimensions needs {list(wanted)}; set head.codes, head.dim and "
             "items.encoder as the adapter has them"
         )
-    of_text = _text_codes(texts, centroids, config)
+    if text_codes is None:
+        of_text = _text_codes(texts, centroids, config)
+    else:
+        of_text = _checked(text_codes, len(texts), config)
     drawn = _drawn(keys, config.hash_books + MET_BOOKS)
     of_key, of_met = drawn[:, : config.hash_books], drawn[:, config.hash_books :]
     hashed = _in_books(of_key, config.hash_size, config.text_books * config.text_size)
@@ -249,3 +255,16 @@ def _text_codes(texts: torch.Tensor, centroids: torch.Tensor, config: CodesConfi
         rest = rest - book.double()[nearest]
         codes.append(nearest[:, None] + number * config.text_size)
     return torch.cat(codes, 1)
+
+
+def _checked(given: torch.Tensor, num_items: int, config: CodesConfig) -> torch.Tensor:
+    """Codes of texts that another machine has chosen, each of them in its book."""
+    first = torch.arange(config.text_books) * config.text_size
+    fits = given.dtype == torch.int64 and given.shape == (num_items, config.text_books)
+    if not fits or not bool(((given >= first) & (given < first + config.text_size)).all()):
+        raise ArtefactError(
+            f"the given codes of texts are not {config.text_books} places in the books of "
+            f"head.codes for each of {num_items} items; take those of a server that has the same "
+            "config and catalogue"
+        )
+    return given
