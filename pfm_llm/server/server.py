@@ -172,7 +172,8 @@ class Server:
                     f"client {client!r:.80} is not in the cohort of round {round_number}",
                     Refusal.COHORT,
                 )
-            delta, noted = self._stages.on_server(as_received(update.delta), client, round_number)
+            arrived = as_received(self._in_order(update.delta))
+            delta, noted = self._stages.on_server(arrived, client, round_number)
             bounded, sizes = self._bound.bounded(client, delta, update.num_examples)
             updates.add(dataclasses.replace(update, delta=bounded), self.weight_of(update))
         except ContractError as error:
@@ -207,11 +208,11 @@ class Server:
             if others := set(asked).difference(self.select_cohort(round_number)):
                 raise ContractError(f"client {min(others)!r:.80} was not asked", Refusal.COHORT)
             weight = self._weight_of_sum(update)
-            mean = {n: (t.double() / weight).float() for n, t in update.delta.items()}
+            whole = as_received(self._in_order(update.delta))
+            mean = {n: (t.double() / weight).float() for n, t in whole.items()}
             delta, noted = self._stages.on_server(mean, update.node_id, round_number)
             examples = max(1, update.num_examples // update.num_clients)
             bounded, sizes = self._bound.bounded(update.node_id, delta, examples)
-            whole = as_received(update.delta)
             if bounded is not mean:
                 whole = {name: tensor.double() * weight for name, tensor in bounded.items()}
             updates.add_sum(dataclasses.replace(update, delta=whole), weight, asked)
@@ -230,6 +231,10 @@ class Server:
     def weight_of(self, update: ClientUpdate) -> float:
         """The weight of an update; see `aggregation.update_weight`."""
         return update_weight(self._config.server.weighting, update.num_examples)
+
+    def _in_order(self, delta: Tensors) -> Tensors:
+        """The tensors in the order of the contract, by which sizes are told apart."""
+        return {name: delta[name] for name in self.contract.tensors}
 
     def _weight_of_sum(self, update: NodeUpdate) -> float:
         is_uniform = self._config.server.weighting is Weighting.UNIFORM
