@@ -186,6 +186,19 @@ class WeightedMean(Aggregator):
     can move the mean arbitrarily far.
     """
 
+    @classmethod
+    def of_sum(cls, sums: Tensors, tally: Tally) -> Self:
+        """A mean of updates of which only the sum is known.
+
+        Args:
+            sums: The sum of weight times update, float64.
+            tally: Who is in it, and what their weights, losses and examples add up to.
+        """
+        mean = cls()
+        mean._held.append(dict(sums))
+        mean.tally = tally
+        return mean
+
     def _take(self, tensors: Tensors, weight: float) -> None:
         if not self._held:
             zeros = {n: torch.zeros(t.shape, dtype=torch.float64) for n, t in tensors.items()}
