@@ -10,7 +10,7 @@ from pfm_llm.protocol.masks.agreement import (
     Draw,
     Identity,
     KeyPair,
-    derived,
+    channel,
     opened,
     own_mask,
     pair_mask,
@@ -55,7 +55,7 @@ class MaskedClient:
         self._seed = draw(KEY_BYTES)
         self._done = "nothing"
         self._roster: dict[str, Advertisement] = {}
-        self._agreed: dict[str, bytes] = {}  # with each other client, to seal shares
+        self._channels: dict[str, bytes] = {}  # the key that each other client shares with it
         self._digest = b""
         self._graph: Graph = {}
         self._own_shares = b""
@@ -101,8 +101,9 @@ class MaskedClient:
             if other == self._id:
                 self._own_shares = content
                 continue
-            self._agreed[other] = self._seal.agree(self._roster[other].seal_key)
-            sent[other] = sealed(self._channel(other, self._id, other), content)
+            secret = self._seal.agree(self._roster[other].seal_key)
+            self._channels[other] = channel(self._session.context, secret, self._id, other)
+            sent[other] = sealed(self._channels[other], content, self._id, other)
         return sent
 
     def mask(self, received: Mapping[str, bytes], words: Words) -> Words:
@@ -222,15 +223,10 @@ class MaskedClient:
                 )
         session.check_enough(ids, "advertised keys")
 
-    def _channel(self, other: str, sender: str, receiver: str) -> bytes:
-        """The key of what goes from one client to another; this one is one of them."""
-        return derived(self._agreed[other], "shares", self._session.context, sender, receiver)
-
     def _shares_of(self, owner: str) -> tuple[int, int]:
         """This client's shares of somebody's seed and mask key."""
         content = self._own_shares
         if owner != self._id:
-            key = self._channel(owner, owner, self._id)
-            content = opened(key, self._received[owner], owner)
+            content = opened(self._channels[owner], self._received[owner], owner, self._id)
         size = shares.SHARE_BYTES
         return int.from_bytes(content[:size], "big"), int.from_bytes(content[size:], "big")

@@ -14,7 +14,7 @@ from pfm_llm.protocol.masks.messages import (
     Reveal,
     roster_digest,
 )
-from pfm_llm.protocol.masks.neighbours import mask_graph
+from pfm_llm.protocol.masks.neighbours import Graph, mask_graph
 from pfm_llm.protocol.masks.shares import joined, weights_at_zero
 from pfm_llm.protocol.masks.words import FixedPoint, MaskedSum, add_masks, are_words, no_words
 from pfm_llm.protocol.types import Refusal
@@ -43,6 +43,7 @@ class MaskedRound:
         self.fixed_point = fixed_point
         self._cohort = frozenset(cohort)
         self._roster: dict[str, Advertisement] = {}
+        self._graph: Graph = {}
         self._sharers: frozenset[str] = frozenset()
         self._survivors: set[str] = set()
         self._sum = no_words(fixed_point.num_words)
@@ -64,7 +65,10 @@ class MaskedRound:
             if one.client_id in self._cohort and one.is_genuine(self.session)
         }
         self.session.check_enough(self._roster, "advertised keys")
-        return list(self._roster.values())
+        roster = list(self._roster.values())
+        beacon = roster_digest(self.session, roster)
+        self._graph = mask_graph(list(self._roster), self.session.num_neighbours, beacon)
+        return roster
 
     def deliver(self, sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
         """Sort sealed shares by receiver.
@@ -173,13 +177,11 @@ class MaskedRound:
         pair = None if key is None else KeyPair(key)
         if pair is None or pair.public != self._roster[vanished].mask_key:
             raise _unfit(vanished)
-        digest = roster_digest(self.session, list(self._roster.values()))
-        graph = mask_graph(list(self._roster), self.session.num_neighbours, digest)
         masks = []
-        for other in sorted(graph[vanished] & self._survivors):
+        for other in sorted(self._graph[vanished] & self._survivors):
             secret = pair.agree(self._roster[other].mask_key)
-            key_, sign = pair_mask(self.session.context, secret, other, vanished)
-            masks.append((key_, -sign))
+            stream, sign = pair_mask(self.session.context, secret, other, vanished)
+            masks.append((stream, -sign))
         return masks
 
 

@@ -5,6 +5,8 @@ one client sends to another through the server, and Ed25519 (RFC 8032) signs.
 """
 
 import functools
+import hashlib
+import struct
 from collections.abc import Callable
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -25,7 +27,7 @@ Identity = Ed25519PrivateKey
 Draw = Callable[[int], bytes]
 """So many random bytes that nobody else knows, as `secrets.token_bytes` gives them."""
 
-_NONCE = bytes(12)
+_NONCE_BYTES = 12
 _NUM_REMEMBERED = 4096
 
 
@@ -58,16 +60,15 @@ class KeyPair:
 
 
 def packed(*parts: bytes | str) -> bytes:
-    """The parts as one text that no other parts have: each with its length in front."""
+    """The parts as one text that no other parts have: their number and lengths, then themselves."""
     encoded = [part.encode() if isinstance(part, str) else part for part in parts]
-    return b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
+    lengths = struct.pack(f">{len(encoded) + 1}I", len(encoded), *map(len, encoded))
+    return b"".join((lengths, *encoded))
 
 
 def digest(*parts: bytes | str) -> bytes:
     """SHA-256 over `packed` parts."""
-    hasher = hashes.Hash(hashes.SHA256())
-    hasher.update(packed(*parts))
-    return hasher.finalize()
+    return hashlib.sha256(packed(*parts)).digest()
 
 
 def derived(secret: bytes, use: str, *parts: bytes | str) -> bytes:
@@ -87,24 +88,34 @@ def pair_mask(context: bytes, secret: bytes, own: str, other: str) -> tuple[byte
     return derived(secret, "pair mask", context, first, second), 1 if own == first else -1
 
 
-def sealed(key: bytes, content: bytes) -> bytes:
-    """Encrypt and authenticate; a key seals one message only, so the nonce may be fixed."""
-    return AESGCM(key).encrypt(_NONCE, content, None)
+def channel(context: bytes, secret: bytes, own: str, other: str) -> bytes:
+    """The key of what two clients send each other, from what they agree on."""
+    return derived(secret, "channel", context, *sorted((own, other)))
 
 
-def opened(key: bytes, message: bytes, sender: str) -> bytes:
-    """What was `sealed`.
+def sealed(key: bytes, content: bytes, sender: str, receiver: str) -> bytes:
+    """Encrypt and authenticate; each of two clients seals one message with their `channel`."""
+    return AESGCM(key).encrypt(_nonce(sender, receiver), content, None)
+
+
+def opened(key: bytes, message: bytes, sender: str, receiver: str) -> bytes:
+    """What ``sender`` has `sealed` for ``receiver``.
 
     Raises:
-        MaskError: The message was changed, or sealed with another key.
+        MaskError: The message was changed, or sealed with another key or by another client.
     """
     try:
-        return AESGCM(key).decrypt(_NONCE, message, None)
+        return AESGCM(key).decrypt(_nonce(sender, receiver), message, None)
     except InvalidTag as error:
         raise MaskError(
             f"the shares from client {sender!r:.80} were changed on their way, or belong to "
             "another round"
         ) from error
+
+
+def _nonce(sender: str, receiver: str) -> bytes:
+    """One for each direction; a key is for the two messages of a pair in one round."""
+    return int(sender > receiver).to_bytes(_NONCE_BYTES, "big")
 
 
 @functools.lru_cache(maxsize=_NUM_REMEMBERED)

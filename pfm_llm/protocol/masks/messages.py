@@ -67,7 +67,7 @@ class Advertisement:
         client_id: The sender.
         seal_key: X25519, 32 bytes; others seal shares with it.
         mask_key: X25519, 32 bytes; others mask with it.
-        signature: Ed25519 over these and the session's context, 64 bytes.
+        signature: Ed25519 over these and the session's context.
     """
 
     client_id: str
@@ -135,7 +135,7 @@ def confirmation(roster: bytes, sharers: Iterable[str], survivors: Iterable[str]
         sharers: The clients that shared their secrets.
         survivors: Those of them whose words arrived.
     """
-    return packed("confirm", roster, packed(*sorted(sharers)), packed(*sorted(survivors)))
+    return digest("confirm", roster, packed(*sorted(sharers)), packed(*sorted(survivors)))
 
 
 def _advertised(session: MaskSession, client_id: str, seal_key: bytes, mask_key: bytes) -> bytes:

@@ -14,7 +14,9 @@ others has no neighbour left among them is at most
 with k neighbours, for clients that the graph does not depend on; larger groups come out far less
 often. `usual_number` keeps that below 2^-12 where a third is gone and a tenth colludes. `reaches`
 is what clients check before they let the server take masks off. So a graph that dropouts alone cut
-in two costs the round and tells nothing.
+in two, real ones or such that the server claims, costs the round and tells nothing. A server with
+colluding clients could claim that the honest neighbours of one client are gone: only if all mask
+with all, nothing is to be had by that.
 """
 
 import math

@@ -30,8 +30,8 @@ def split(secret: bytes, threshold: int, count: int, draw: Draw) -> list[int]:
     for place in range(1, count + 1):
         value = 0
         for coefficient in coefficients:
-            value = (value * place + coefficient) % PRIME
-        shares.append(value)
+            value = value * place + coefficient
+        shares.append(value % PRIME)
     return shares
 
 

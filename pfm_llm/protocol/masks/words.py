@@ -83,26 +83,27 @@ class FixedPoint:
         """The words of an update that fits the contract, uint32 [num_words].
 
         Raises:
-            ContractError: It is not finite, or longer than the bound: nobody can see that later.
+            ContractError: It is not finite, or a number is beyond the bound: nobody could see that
+                later.
         """
+        examples = min(update.num_examples, self.most_examples)
+        weight = examples / self.most_examples if self.by_examples else 1.0
         flat = torch.cat([update.delta[name].flatten() for name in self.specs])
-        norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
-        if not (math.isfinite(norm) and math.isfinite(update.loss)):
+        low, high = map(float, torch.aminmax(flat.mul_(weight * self.scale).round_()))
+        if not (math.isfinite(low) and math.isfinite(high) and math.isfinite(update.loss)):
             raise ContractError(
                 f"client {update.client_id!r:.80}: its update is not finite, so it sends none",
                 Refusal.NOT_FINITE,
             )
-        if norm > self.norm:
+        if max(-low, high) > round(self.norm * self.scale):
             raise ContractError(
-                f"client {update.client_id!r:.80}: its update has norm {norm:.3g} after the "
-                f"stages, beyond the bound {self.norm:g} of clip, so it sends none",
+                f"client {update.client_id!r:.80}: a number of its update is beyond the bound "
+                f"{self.norm:g} of clip after all stages, so it sends none",
                 Refusal.TOO_LARGE,
             )
-        examples = min(update.num_examples, self.most_examples)
-        weight = examples / self.most_examples if self.by_examples else 1.0
         loss = weight * max(-_MOST_LOSS, min(update.loss, _MOST_LOSS))
         integers = np.empty(self.num_words, np.int32)
-        torch.from_numpy(integers[:-2]).copy_(flat.mul_(weight * self.scale).round_())
+        torch.from_numpy(integers[:-2]).copy_(flat)
         integers[-2:] = examples, round(loss * self._power_of_two(_MOST_LOSS))
         return integers.view(np.uint32)
 

@@ -2,10 +2,14 @@
 
 import dataclasses
 import hashlib
+import hmac
+import struct
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -28,9 +32,9 @@ from tests.support.masks import (
 SIZE = 8  # words of `Play`
 
 # Of the first run that was checked: whoever changes these speaks another protocol.
-ADVERTISED = "5a7b17cae955e19f7d882d679a6de2bcd01bfc3592dba1977c230533ba4a70d6"
-SEALED = "1060e60783d36f733c84f5d97b233a7b5c1b6778b999d1d5bb584208315a4e5e"
-MASKED = "cce2f2e70a0143c0dd3f997dc3fc1575f7d32363b2f549f368bcbaf565ffe1b4"
+ADVERTISED = "bfc2fa4194a96f5ace45747b70a37f6c7d2019dc7c759f28cc9dd34880bf2ac1"
+SEALED = "4d416d668c10ac8ccb54be0281ee5f2ab83d9b4c734bb23c3d0c0569d3055157"
+MASKED = "9ce8d777422ec0e84bd3a8391e22ba490155075f0a9fec7cdb1f96b3ac5a5a27"
 REVEALED = "2aa7599a6e8875940fefbb0ead974a22ce304e502bac5d2e4f46104ac1a99c17"
 
 
@@ -125,6 +129,37 @@ def test_vector_of_a_round() -> None:
     reveals = play.reveals(play.server.close())
     assert hashlib.sha256(str(reveals[0].seeds["user-1"]).encode()).hexdigest() == REVEALED
     assert play.server.unmask(reveals).tolist() == [6 * n for n in range(SIZE)]
+
+
+def test_a_message_is_what_the_protocol_says() -> None:
+    """Spelled out with the primitives alone: X25519, HMAC, AES of a counter."""
+
+    def text(*parts: bytes) -> bytes:
+        return struct.pack(f">{len(parts) + 1}I", len(parts), *map(len, parts)) + b"".join(parts)
+
+    about = text(b"pfm_llm masks 1", CONTRACT.encode(), b"1", b"4", b"12")
+    context = hashlib.sha256(about).digest()
+
+    def stream(secret: bytes, *use: bytes) -> Words:
+        extracted = hmac.digest(bytes(32), secret, "sha256")
+        key = hmac.digest(extracted, text(b"pfm_llm masks", *use) + b"\x01", "sha256")
+        blocks = b"".join(n.to_bytes(16, "big") for n in range(SIZE // 4))
+        mask = Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(blocks)
+        return np.frombuffer(mask, "<u4")
+
+    draws = {c: drawing(c) for c in clients_of(4)}
+    drawn = {c: [draw(32) for _ in range(3)] for c, draw in draws.items()}  # two keys and a seed
+    keys = {c: X25519PrivateKey.from_private_bytes(own[1]) for c, own in drawn.items()}
+    own, words = "user-1", np.arange(SIZE, dtype=np.uint32)
+    expected = words + stream(drawn[own][2], b"own mask", context, own.encode())
+    for other in ("user-0", "user-2", "user-3"):
+        secret = keys[own].exchange(keys[other].public_key())
+        pair = [client_id.encode() for client_id in sorted((own, other))]
+        mask = stream(secret, b"pair mask", context, *pair)
+        expected = expected + mask if own < other else expected - mask
+    play = Play(session_of(4))
+    play.share()
+    assert np.array_equal(play.message(own, words).words, expected)
 
 
 def uniform(words: Words) -> float:
