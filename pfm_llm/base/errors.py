@@ -55,6 +55,10 @@ class ContractError(PfmError):
         self.reason = reason
 
 
+class MaskError(PfmError):
+    """A round under masks that cannot be trusted, or whose masks cannot be taken off."""
+
+
 class TrainingError(PfmError):
     """Training that cannot go on, for example on a loss that is not finite."""
 

@@ -40,7 +40,7 @@ from pfm_llm.config.model import (
 )
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.running import CacheConfig, OutputConfig, PushToHubConfig, RuntimeConfig
-from pfm_llm.config.stages import StageConfig, stages_problem
+from pfm_llm.config.stages import Masks, StageConfig, masks_problem, stages_problem
 from pfm_llm.config.text import apply_override, validated
 
 _FEDAVG_STEPS = 4
@@ -122,6 +122,22 @@ class FederationConfig(Settings):
     stages: tuple[StageConfig, ...] = Field(
         (), description="stages that each update passes, in order, such as [{clip: {norm: 1.0}}]"
     )
+    masks: Masks = Field(
+        None,
+        description="mask updates, so that the server learns their sum alone; true: with defaults",
+        exclude_if=lambda value: value is None,
+    )
+    simulated_dropouts: Fraction = Field(
+        0.0,
+        description="share of each cohort that does not answer, in a simulation",
+        exclude_if=lambda value: not value,
+    )
+
+    @model_validator(mode="after")
+    def _can_be_masked(self) -> "FederationConfig":
+        if self.masks is not None and (problem := masks_problem(self)):
+            raise ValueError(problem)
+        return self
 
 
 class EvaluationConfig(Settings):
@@ -275,6 +291,8 @@ def _aggregation_problem(config: ExperimentConfig) -> str | None:
 
 def _work_problem(config: ExperimentConfig) -> str | None:
     local = config.federation.local
+    if SPECS[config.method].shares_nothing and config.federation.masks is not None:
+        return f"method: {config.method} sends no update to mask; leave federation.masks out"
     if SPECS[config.method].shares_nothing and (
         config.regime is Regime.FEDAVG or local.shared_local_steps > local.private_local_steps
     ):

@@ -7,11 +7,13 @@ or at the other end of a network.
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import StepTrainer
 from pfm_llm.client.trunk_cache import TrunkCache
 from pfm_llm.federation.aggregation_error import Factors, aggregation_error, factors_of
+from pfm_llm.federation.masked_cohort import MaskedCohort
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.server.aggregation import Aggregator
 from pfm_llm.server.server import Server
@@ -60,7 +62,8 @@ class LocalExchange:
     """All clients on this machine: each process trains its chunks in the many-clients pass.
 
     The updates are merged in the order of the chunks, so the number of processes does not change
-    the result.
+    the result. With ``federation.masks`` each client masks its update, and the server's side only
+    learns the sum; see `masked_cohort`.
     """
 
     def __init__(
@@ -82,13 +85,23 @@ class LocalExchange:
             measure_error: Whether to measure `aggregation_error`, which keeps the LoRA factors of
                 a whole cohort in memory.
             cache: The cache of the clients' trunk states, whose work is put on record.
+
+        Raises:
+            ConfigError: The aggregation error is to be measured under masks.
         """
+        if measure_error and server.is_masked:
+            raise ConfigError(
+                "the aggregation error needs single updates, which federation.masks hides; "
+                "measure it in a run without masks"
+            )
         self._server = server
+        self._masked = MaskedCohort(server, processes) if server.is_masked else None
         self._trainer = trainer
         self._store = store
         self._processes = processes
         self._measure_error = measure_error
-        self._cache = cache
+        clocks = {"trunk_seconds": cache, "mask_seconds": self._masked}
+        self._clocks = {name: clock for name, clock in clocks.items() if clock is not None}
         self._diagnostics: dict[str, float] = {}
 
     def train(self, cohort: Sequence[str], shared: SharedState) -> Aggregator:
@@ -97,26 +110,25 @@ class LocalExchange:
         Raises:
             PfmError: A client could not be trained or stored, on every process.
         """
-        before = self._cache.seconds if self._cache else 0.0
-        with self._processes.together():
-            pieces = [
-                (index, self._train_chunk(chunk, shared))
-                for index, chunk in self._processes.share(self._trainer.chunks(cohort))
-            ]
-        total = self._server.new_aggregator()
-        clients: list[tuple[float, Factors]] = []
-        for received, factors in self._processes.gather(pieces):
-            total.merge(received)
-            clients += factors
-        error = aggregation_error(clients)
-        self._diagnostics = {} if error is None else {"aggregation_error": error}
-        if self._cache:
-            self._diagnostics["trunk_seconds"] = self._cache.seconds - before
+        before = {name: clock.seconds for name, clock in self._clocks.items()}
+        self._diagnostics = {}
+        absent = sorted(self._server.simulated_dropouts(shared.round_number + 1))
+        chunks = self._trainer.chunks([c for c in cohort if c not in absent])
+        if self._masked is None:
+            total = self._train_in_the_clear(chunks, shared)
+            for client_id in absent:
+                total.refuse(f"client {client_id!r:.80}: no answer")
+        else:
+            total = self._masked.train(
+                absent, chunks, lambda chunk: self._trainer.train_chunk(chunk, shared)
+            )
+        for name, clock in self._clocks.items():
+            self._diagnostics[name] = clock.seconds - before[name]
         return total
 
     @property
     def diagnostics(self) -> Mapping[str, float]:
-        """The aggregation error of the last round and the seconds of the trunk, if measured."""
+        """The aggregation error of the last round, if measured; seconds of trunk and masks."""
         return self._diagnostics
 
     def prune(self, oldest_commit: int) -> None:
@@ -126,6 +138,24 @@ class LocalExchange:
     def discard_newer(self, round_number: int) -> int:
         """See `Exchange.discard_newer`."""
         return self._store.discard_newer(round_number)
+
+    def _train_in_the_clear(
+        self, chunks: Sequence[Sequence[str]], shared: SharedState
+    ) -> Aggregator:
+        with self._processes.together():
+            pieces = [
+                (index, self._train_chunk(chunk, shared))
+                for index, chunk in self._processes.share(chunks)
+            ]
+        total = self._server.new_aggregator()
+        clients: list[tuple[float, Factors]] = []
+        for received, factors in self._processes.gather(pieces):
+            total.merge(received)
+            clients += factors
+        error = aggregation_error(clients)
+        if error is not None:
+            self._diagnostics["aggregation_error"] = error
+        return total
 
     def _train_chunk(
         self, chunk: Sequence[str], shared: SharedState

@@ -124,6 +124,8 @@ class Refusal(StrEnum):
     """It is far larger than the updates before it; see `server.norm_bound`."""
     STAGE = "stage"
     """A stage of ``federation.stages`` refused it."""
+    MASKED = "masked"
+    """The masks of its round could not be taken off."""
     NO_ANSWER = "no_answer"
     """Nothing arrived."""
 

@@ -114,7 +114,8 @@ def make_federation(run: Run) -> Federation:
     )
     server, clients, settings = run.new_server(), run.clients, config.federation.server
     averages = settings.optimizer is not ServerOptimizer.FEDADAM
-    measure_error = averages and settings.aggregator is Aggregation.MEAN
+    sees_updates = settings.aggregator is Aggregation.MEAN and not server.is_masked
+    measure_error = averages and sees_updates
     return Federation(
         config=config,
         server=server,

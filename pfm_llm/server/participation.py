@@ -6,6 +6,7 @@ leave some users out for many rounds. A resumed run needs no random state.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,6 +57,22 @@ def select_cohort(
             :missing
         ]
     return tuple(clients[index] for index in picked)
+
+
+def simulated_dropouts(
+    cohort: Sequence[str], share: float, seed: int, round_number: int
+) -> frozenset[str]:
+    """The clients of a cohort that do not answer in a simulation.
+
+    Args:
+        cohort: The clients that are asked.
+        share: Their share, rounded down to whole clients.
+        seed: The experiment's seed.
+        round_number: The round, from 1.
+    """
+    order = torch.randperm(len(cohort), generator=generator(seed, "dropouts", round_number))
+    count = math.floor(share * len(cohort))
+    return frozenset(cohort[int(index)] for index in order[:count])
 
 
 def _pass_order(num_clients: int, cohort_size: int, seed: int, pass_number: int) -> list[int]:

@@ -8,18 +8,22 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pfm_llm.base.errors import CheckpointError, ContractError
+from pfm_llm.base.errors import CheckpointError, ConfigError, ContractError
 from pfm_llm.config.choices import Weighting
 from pfm_llm.config.schema import FederationConfig
 from pfm_llm.config.settle import known
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
+from pfm_llm.protocol.masks.messages import MaskSession
+from pfm_llm.protocol.masks.neighbours import usual_number
+from pfm_llm.protocol.masks.words import FixedPoint
 from pfm_llm.protocol.parameters import ParameterTable
 from pfm_llm.protocol.stages import Stages
 from pfm_llm.protocol.transport import as_received, broadcast
 from pfm_llm.protocol.types import ClientUpdate, NodeUpdate, Refusal, SharedState, Tensors
 from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, WeightedMean, update_weight
+from pfm_llm.server.masked_round import MaskedRound
 from pfm_llm.server.norm_bound import NormBound
-from pfm_llm.server.participation import select_cohort
+from pfm_llm.server.participation import select_cohort, simulated_dropouts
 from pfm_llm.server.step import OptimizerState, ServerStep
 
 _LOG = logging.getLogger(__name__)
@@ -87,6 +91,7 @@ class Server:
 
         Raises:
             ContractError: The contract or the shared state does not fit the table.
+            ConfigError: A stage cannot do its work under masks.
         """
         if difference := _difference(contract.tensors, table.sent):
             raise ContractError(
@@ -109,6 +114,8 @@ class Server:
         self._optimizer = self._step.initial_state(self._trained())
         stages = [stage.choice for stage in config.stages]
         self._stages = Stages(stages, seed, known(config.cohort_size))
+        if config.masks is not None:
+            self._stages.check_masked()
         self._bound = NormBound(contract.tensors, config.local)
         self._cohort: tuple[int, tuple[str, ...]] = (0, ())
 
@@ -148,6 +155,45 @@ class Server:
             cohort = select_cohort(self._client_ids, size, self._seed, round_number)
             self._cohort = (round_number, cohort)
         return self._cohort[1]
+
+    def simulated_dropouts(self, round_number: int) -> frozenset[str]:
+        """The clients of a round that do not answer in a simulation."""
+        cohort, share = self.select_cohort(round_number), self._config.simulated_dropouts
+        return simulated_dropouts(cohort, share, self._seed, round_number)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether updates travel under masks; see `new_masked_round`."""
+        return self._config.masks is not None
+
+    def new_masked_round(self, verify_keys: Mapping[str, bytes]) -> MaskedRound:
+        """The server's side of the current round, under masks.
+
+        Args:
+            verify_keys: Client to its Ed25519 public key. Clients have these from elsewhere.
+
+        Raises:
+            ConfigError: Updates travel in the clear.
+        """
+        masks, size = self._config.masks, known(self._config.cohort_size)
+        if masks is None:
+            raise ConfigError("updates travel in the clear; set federation.masks: true")
+        [norm] = [stage.clip.norm for stage in self._config.stages if stage.clip is not None]
+        session = MaskSession(
+            contract_hash=self.contract.hash(),
+            round_number=self.round_under_way,
+            cohort_size=size,
+            num_neighbours=masks.neighbours or usual_number(size),
+            verify_keys=verify_keys,
+        )
+        fixed_point = FixedPoint(
+            specs=self.contract.tensors,
+            norm=norm,
+            cohort_size=size,
+            most_examples=masks.max_examples,
+            by_examples=self._config.server.weighting is Weighting.NUM_EXAMPLES,
+        )
+        return MaskedRound(session, self.select_cohort(self.round_under_way), fixed_point)
 
     def new_aggregator(self) -> Aggregator:
         """An empty aggregator of the kind that the config names, for a chunk or a round."""
@@ -260,7 +306,8 @@ class Server:
         if tally.num_updates:
             aggregate = self._stages.on_aggregate(updates.result(), round_number)
             stepped, self._optimizer = self._step.step(self._trained(), aggregate, self._optimizer)
-            self._bound.learn(tally.sizes)
+            if tally.sizes:  # under masks nobody knows the size of an update
+                self._bound.learn(tally.sizes)
             tensors = {**tensors, **stepped.tensors}
         self._shared = SharedState(tensors, round_number)
         return RoundSummary(

@@ -107,6 +107,17 @@ def test_no_private_tensor_leaves_by_default(
     assert not list((tmp_path / "tiny.private").rglob("trunk"))
 
 
+def test_no_private_tensor_leaves_under_masks(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor in what is masked: whatever is in it, the sum shows."""
+    masks = {"federation__masks": True, "federation__stages": [{"clip": {"norm": 4.0}}]}
+    with watched(tiny.config(tmp_path, **SETTINGS, **masks), monkeypatch) as watch:
+        assert watch.found == {}
+        assert watch.searches == list(range(1, ROUNDS + 1))
+        assert {"update", "masked update", "gather"} <= watch.searched
+
+
 def test_every_boundary_was_searched(watch: Watch) -> None:
     files_wanted = {
         "config.yaml",

@@ -115,6 +115,22 @@ def test_median_of_clipped_updates_on_two_processes_equals_that_on_one(
     assert len(noted[0]["clip"]) == 8
 
 
+@pytest.mark.slow
+def test_updates_under_masks_on_two_processes_equal_those_on_one(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Two of eight clients vanish; each process plays some of the others, and unmasks by itself."""
+    masks = {
+        "federation__masks": True,
+        "federation__stages": [{"clip": {"norm": 4.0}}],
+        "federation__simulated_dropouts": 0.3,
+    }
+    both = drive(tiny, tmp_path, {**SETTINGS, **masks})
+    test_aggregated_update_on_two_processes_equals_that_on_one(both)
+    assert [found(both, i, n)["num_updates"] for i, n in ((0, 1), (0, 2), (1, 2))] == [6, 6, 6]
+    assert min(found(both, i, 2)["own_chunks"] for i in (0, 1)) >= 1
+
+
 @pytest.mark.parametrize("what", ["disk_full_at_commit", "disk_full_at_private_save"])
 def test_full_disk_on_one_process_is_an_error_on_all(what: str, driven: dict[int, Path]) -> None:
     # With one that raises and one that waits, the driver would have run into its time limit.

@@ -15,9 +15,11 @@ from pfm_llm.federation import rounds
 from pfm_llm.model.private import PrivatePart
 from pfm_llm.model.private.lora import IndependentLora
 from pfm_llm.model.private.taste import UserEmbedding
+from pfm_llm.protocol.masks.words import FixedPoint
 from pfm_llm.protocol.types import PrivateState
 from pfm_llm.runs import experiment
 from pfm_llm.runs.folders import RunFolders
+from pfm_llm.server.masked_round import MaskedRound
 from pfm_llm.server.server import Server
 from tests.support.leaks import Hunt, files_below
 
@@ -73,6 +75,8 @@ class Watch(logging.Handler):
 
         before(Processes, "gather", lambda _, pieces: self._pass("gather", pieces))
         before(Server, "receive", lambda _, total, update: self._pass("update", update))
+        before(FixedPoint, "encode", lambda _, update: self._pass("update", update))
+        before(MaskedRound, "add", lambda _, update: self._pass("masked update", update))
         for module in (rounds, experiment):
             before(module, "log_to_trackers", lambda _, values, step: self._pass("tracker", values))
         before(PrivateStore, "save", lambda _, state: self._learn(state))

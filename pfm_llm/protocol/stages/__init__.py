@@ -6,7 +6,7 @@ A new stage is a file beside this one, its settings in `config.stages`, and a li
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pfm_llm.base.errors import ContractError
+from pfm_llm.base.errors import ConfigError, ContractError
 from pfm_llm.protocol.stages.clip import Clip
 from pfm_llm.protocol.stages.stage import StageContext, UpdateStage
 from pfm_llm.protocol.types import Refusal, Tensors
@@ -36,6 +36,16 @@ class Stages:
         self._stages = {name: STAGES[name](**settings) for name, settings in chosen}
         self._seed = seed
         self._cohort_size = cohort_size
+
+    def check_masked(self) -> None:
+        """Raise `ConfigError` if a stage has to see single updates, which masks hide."""
+        for name, stage in self._stages.items():
+            looks = getattr(type(stage), "on_server", None) is not UpdateStage.on_server
+            if looks and not stage.works_masked:
+                raise ConfigError(
+                    f"federation.stages: {name} looks at single updates at the server, and "
+                    "federation.masks hides them; leave one of the two out"
+                )
 
     def on_client(self, delta: Tensors, client_id: str, round_number: int) -> Tensors:
         """Apply all stages to a client's update before it is sent."""

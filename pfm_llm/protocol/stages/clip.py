@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -24,13 +25,15 @@ class Clip(UpdateStage):
     it covers a · b + c + … numbers (arXiv 1710.06963, "flat clipping"; arXiv 1911.07963 uses it as
     a defence). The client clips its update, and the server clips every arriving update again. The
     server does not change a single bit of an honest update, as long as it is sent in float32;
-    ``federation.transport: bfloat16`` rounds it after the client has clipped.
+    ``federation.transport: bfloat16`` rounds it after the client has clipped. Under masks the
+    server sees the length of the sum alone.
 
     Attributes:
         norm: The bound C, above 0.
     """
 
     norm: float
+    works_masked: ClassVar[bool] = True
 
     def on_client(self, delta: Tensors, context: StageContext) -> Tensors:
         """Clip the update. One that is not finite stays unchanged; the server refuses it."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from pfm_llm.protocol.types import Tensors
 
@@ -29,7 +29,13 @@ class UpdateStage(Protocol):
 
     A stage keeps no state between calls, because a resumed run only has the context. Every hook
     returns new tensors with the same names, shapes and dtypes, and does not change its arguments.
+
+    Attributes:
+        works_masked: Whether the stage does without `on_server`, which sees no single update under
+            ``federation.masks``. A stage without that hook does.
     """
+
+    works_masked: ClassVar[bool] = False
 
     def on_client(self, delta: Tensors, context: StageContext) -> Tensors:
         """Change an update at its client, before the message is built.

@@ -8,6 +8,7 @@ import yaml
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.choices import Aggregation
 from pfm_llm.config.schema import dump_config, parse_config, training_hash
+from pfm_llm.config.settle import settle
 
 
 def federation(**settings: Any) -> dict[str, Any]:
@@ -62,3 +63,66 @@ def test_a_median_takes_no_weights() -> None:
     weighted = {"aggregator": "median", "weighting": "num_examples"}
     with pytest.raises(ConfigError, match=r"median counts every client once; set .*uniform"):
         parse_config(federation(server=weighted))
+
+
+CLIP = [{"clip": {"norm": 1.0}}]
+
+
+def test_masks_are_read_written_back_and_off_by_default() -> None:
+    plain, masked = (parse_config(federation(stages=CLIP, masks=value)) for value in (False, True))
+    assert plain == parse_config(federation(stages=CLIP))
+    assert "masks" not in dump_config(plain)
+    assert masked == parse_config(federation(stages=CLIP, masks={}))
+    assert parse_config(yaml.safe_load(dump_config(masked))) == masked
+    given = parse_config(federation(stages=CLIP, masks={"neighbours": 20})).federation.masks
+    assert given is not None
+    assert (given.neighbours, given.max_examples) == (20, 10_000)
+    assert training_hash(masked) != training_hash(plain)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stages": []}, r"from a bound of each update; add a stage.*\{clip: \{norm: 1\.0\}\}"),
+        (
+            {"server": {"aggregator": "median"}},
+            "a sum alone, and the median needs single updates; set .*aggregator: mean",
+        ),
+        ({"transport": "bfloat16"}, r"words of 32 bits; set federation\.transport: float32"),
+        ({"cohort_size": 2}, "at least 3 clients in a cohort: .* raise federation.cohort_size"),
+        ({"cohort_size": 1}, "at least 3 clients in a cohort"),
+        ({"simulated_dropouts": 0.34}, "at most a third drops out; lower simulated_dropouts"),
+        ({"masks": {"neighbours": 7}}, r"masks\.neighbours: .*greater than or equal to 8"),
+        ({"masks": {"max_examples": 0}}, r"masks\.max_examples: .*greater than or equal to 1"),
+        (
+            {"masks": {"max_examples": 2**30}, "cohort_size": 64},
+            "overflow; set masks.max_examples to at most 33554431",
+        ),
+        (
+            {"stages": [{"clip": {"norm": 1e9}}]},
+            r"round to steps of about 3\.7 with .*norm 1e\+09; set a norm near the median norm",
+        ),
+        ({"stages": [{"clip": {"norm": 1e-30}}]}, "set a norm near the median norm"),
+    ],
+)
+def test_what_cannot_work_under_masks_is_refused_with_the_reason(
+    settings: dict[str, Any], message: str
+) -> None:
+    tree = {"masks": True, "stages": CLIP, "cohort_size": 8} | settings
+    with pytest.raises(ConfigError, match=message):
+        parse_config(federation(**tree))
+    del tree["masks"]
+    if "masks" not in settings:
+        parse_config(federation(**tree))  # each is fine in the clear
+
+
+def test_a_cohort_that_turns_out_too_small_for_masks_is_refused() -> None:
+    config = parse_config(federation(masks=True, stages=CLIP))
+    assert settle(config, 3).federation.cohort_size == 3
+    with pytest.raises(ConfigError, match="at least 3 clients in a cohort"):
+        settle(config, 2)
+
+
+def test_a_method_that_sends_nothing_has_nothing_to_mask() -> None:
+    with pytest.raises(ConfigError, match="method: local_only sends no update to mask"):
+        parse_config({**federation(masks=True, stages=CLIP), "method": "local_only"})

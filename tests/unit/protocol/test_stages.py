@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.base.seeding import generator
 from pfm_llm.config.stages import ClipConfig, StageConfig
 from pfm_llm.protocol import stages
@@ -155,3 +156,10 @@ def test_every_stage_of_the_config_has_its_class() -> None:
     assert STAGES.keys() == StageConfig.model_fields.keys()
     name, settings = StageConfig(clip=ClipConfig(norm=2.0)).choice
     assert STAGES[name](**settings) == Clip(2.0)
+
+
+@pytest.mark.usefixtures("own_stages")
+def test_under_masks_no_stage_may_look_at_single_updates() -> None:
+    Stages([("clip", {"norm": 1.0}), ("noise", {})], 0, 8).check_masked()
+    with pytest.raises(ConfigError, match="stages: first looks at single updates at the server"):
+        Stages([("clip", {"norm": 1.0}), ("first", {})], 0, 8).check_masked()

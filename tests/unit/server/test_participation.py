@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.server.participation import select_cohort
+from pfm_llm.server.participation import select_cohort, simulated_dropouts
 
 
 def _clients(count: int) -> list[str]:
@@ -95,3 +95,13 @@ def test_impossible_cohorts_are_config_errors(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         select_cohort(clients, cohort_size, 0, round_number)
+
+
+def test_simulated_dropouts_are_that_many_of_the_cohort_and_others_in_each_round() -> None:
+    cohort = _clients(64)
+    found = [simulated_dropouts(cohort, 0.3, 0, number) for number in range(1, 6)]
+    assert [len(gone) for gone in found] == [19] * 5
+    assert all(gone <= set(cohort) for gone in found)
+    assert len(set(found)) == 5
+    assert simulated_dropouts(cohort, 0.3, 0, 3) == found[2]
+    assert simulated_dropouts(cohort, 0.0, 0, 1) == frozenset()
