@@ -2,17 +2,18 @@
 
 A tensor counts as found when a file holds eight consecutive numbers of it, at any place of the file
 and of the tensor. Eight numbers with a zero among them, or with fewer than `MIN_DISTINCT` different
-values, prove nothing and are ignored.
+values, prove nothing and are ignored. Products of private tensors with shared ones (`products`) are
+looked for by a few runs of each, which any whole product holds.
 
-The files are indexed once; the private states are read one at a time and looked up in the index.
-Memory is about 50 bytes for each byte of the files, plus one state.
+The files are indexed once; the private states are read in batches and looked up in the index.
+Memory is about 50 bytes for each byte of the files, plus a batch.
 """
 
 import base64
 import binascii
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from pfm_llm.base.errors import StorageError
 from pfm_llm.protocol.types import PrivateState
+from pfm_llm.publish.products import RUN, Products
 
-RUN = 8
 MIN_DISTINCT = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TEXT = "text"
+PRODUCT = "product as "
 
 _KEY_BYTES = 8
 _GAP = bytes(RUN * _KEY_BYTES)
@@ -36,6 +38,7 @@ _NUM_PAIRS = 1 << 20
 _PAIR_FACTOR = 2063
 _HEX = re.compile(r"(?:[0-9a-fA-F]{2}){16,}")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{20,}={0,2}")
+_BATCH = 1 << 17
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -47,7 +50,8 @@ class Finding:
         file: Path in the searched folder.
         client_id: The client whose tensor it is.
         tensor: Its name in the private state.
-        dtype: Its form in the file, such as ``bfloat16``; ``text`` for decimal numbers.
+        dtype: Its form in the file, such as ``bfloat16``; ``text`` for decimal numbers; after
+            `PRODUCT` where a product of it is there.
     """
 
     file: str
@@ -56,12 +60,15 @@ class Finding:
     dtype: str
 
 
-def find_private(folder: Path, states: Iterable[PrivateState]) -> list[Finding]:
+def find_private(
+    folder: Path, states: Iterable[PrivateState], products: Products | None = None
+) -> list[Finding]:
     """Search all files below a folder for tensors of private states.
 
     Args:
         folder: The folder to publish.
         states: Private states of any clients and versions; each is read once.
+        products: The products to look for too; None: none.
 
     Returns:
         The findings, sorted; one for each file, client, tensor and form.
@@ -76,30 +83,122 @@ def find_private(folder: Path, states: Iterable[PrivateState]) -> list[Finding]:
                 contents[path.relative_to(folder).as_posix()] = path.read_bytes()
             except OSError as error:
                 raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    return find_private_in(contents, states)
+    return find_private_in(contents, states, products)
 
 
-def find_private_in(contents: Mapping[str, bytes], states: Iterable[PrivateState]) -> list[Finding]:
+def find_private_in(
+    contents: Mapping[str, bytes],
+    states: Iterable[PrivateState],
+    products: Products | None = None,
+) -> list[Finding]:
     """`find_private` in files whose contents are given by name."""
-    raw, spelt = _ByteIndex(contents), _NumberIndex(contents)
+    index = _Index(contents, products is not None)
     found: set[Finding] = set()
-    for state in states:
-        for name, numbers in _rows(state):
-            in_form = {TEXT: spelt.find(numbers.numpy())}
-            for dtype in DTYPES:
-                bits = numbers.to(dtype).view(torch.uint8).numpy().view(f"u{dtype.itemsize}")
-                in_form[str(dtype).removeprefix("torch.")] = raw.find(bits)
-            for form, names in in_form.items():
-                found |= {Finding(file, state.client_id, name, form) for file in names}
+    for batch in _batches(states):
+        found |= _found(batch, _layouts, index.find)
+        if products is not None:
+            found |= _found(batch, products.runs, index.find_products, PRODUCT)
     return sorted(found)
 
 
-def _rows(state: PrivateState) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and numbers, float32 [n], of each tensor: as it is and, if a matrix, transposed."""
-    for name, tensor in state.tensors.items():
-        value = tensor.detach().cpu().float()
-        for layout in (value, value.T) if value.dim() == 2 else (value,):
-            yield name, layout.reshape(-1)
+def _batches(states: Iterable[PrivateState]) -> Iterator[list[PrivateState]]:
+    """The states in batches of about `_BATCH` numbers."""
+    batch, size = [], 0
+    for state in states:
+        batch.append(state)
+        size += sum(tensor.numel() for tensor in state.tensors.values())
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _found(
+    states: Iterable[PrivateState],
+    numbers_of: Callable[[torch.Tensor], torch.Tensor],
+    find: Callable[[torch.Tensor], dict[str, set[str]]],
+    prefix: str = "",
+) -> set[Finding]:
+    """What is found of some states.
+
+    Args:
+        states: Private states.
+        numbers_of: From a private tensor to the numbers to look for.
+        find: From numbers to the names of files, by form.
+        prefix: Of the forms in the findings.
+    """
+    numbers = [
+        (state.client_id, name, numbers_of(tensor).reshape(-1))
+        for state in states
+        for name, tensor in state.tensors.items()
+    ]
+    gap = torch.zeros(RUN)  # no stretch with a zero is looked for
+    joined = torch.cat([gap, *(piece for *_, one in numbers for piece in (one, gap))])
+    if not any(find(joined).values()):
+        return set()  # nearly always, and one look for all of them is the fastest
+    return {
+        Finding(file, client_id, name, prefix + form)
+        for client_id, name, one in numbers
+        for form, names in find(one).items()
+        for file in names
+    }
+
+
+def _layouts(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a tensor, float32: as they are and, if it is a matrix, transposed."""
+    value = tensor.detach().cpu().float()
+    if value.dim() != 2:
+        return value.reshape(-1)
+    return torch.cat([value.reshape(-1), torch.zeros(RUN), value.T.reshape(-1)])
+
+
+class _Index:
+    """Some contents, indexed for each form of numbers.
+
+    The order of its factors decides the last bits of a product, and the order of its terms those of
+    a sum. So products in single and double precision are compared by the upper halves of float32,
+    which hold sign, exponent and seven bits. A number near the end of such an interval may fall
+    into the next one; other runs of the product are found then. In half precision the last bits of
+    float32 hardly ever show.
+    """
+
+    def __init__(self, contents: Mapping[str, bytes], with_products: bool) -> None:
+        views = {name: list(_views(content)) for name, content in contents.items()}
+        self._spelt, self._raw = _NumberIndex(contents), _ByteIndex(views)
+        self._halves = {
+            dtype: _ByteIndex({name: _halves(of, dtype) for name, of in views.items()}, every=2)
+            for dtype in (torch.float32, torch.float64)
+            if with_products
+        }
+
+    def find(self, numbers: torch.Tensor) -> dict[str, set[str]]:
+        """By form the names of the contents that hold a stretch of numbers [n]."""
+        return self._find(numbers, {})
+
+    def find_products(self, numbers: torch.Tensor) -> dict[str, set[str]]:
+        """`find` for products, whatever the order in which they were rounded."""
+        return self._find(numbers, self._halves)
+
+    def _find(
+        self, numbers: torch.Tensor, halves: Mapping[torch.dtype, "_ByteIndex"]
+    ) -> dict[str, set[str]]:
+        single = numbers.float().numpy()
+        found = {TEXT: self._spelt.find(single)}
+        for dtype in DTYPES:
+            bits = numbers.to(dtype).view(torch.uint8).numpy().view(f"u{dtype.itemsize}")
+            found[str(dtype).removeprefix("torch.")] = (
+                halves[dtype].find(_buckets(single)) if dtype in halves else self._raw.find(bits)
+            )
+        return found
+
+
+def _halves(views: Iterable[bytes], dtype: torch.dtype) -> Iterator[bytes]:
+    """The upper halves of the numbers at every offset of some contents, as float32."""
+    for view in views:
+        for offset in range(size := dtype.itemsize):
+            whole = view[offset : len(view) - (len(view) - offset) % size]
+            with np.errstate(all="ignore"):  # most of them are no numbers
+                yield _buckets(np.frombuffer(whole, f"<f{size}").astype(np.float32)).tobytes()
 
 
 class _ByteIndex:
@@ -112,13 +211,14 @@ class _ByteIndex:
     stretches around it are searched for.
     """
 
-    def __init__(self, contents: Mapping[str, bytes]) -> None:
+    def __init__(self, views: Mapping[str, Iterable[bytes]], every: int = 1) -> None:
+        """Index the views of each content, at offsets that are multiples of ``every``."""
         # The gaps of zeros keep a stretch from reaching from one piece into the next.
         self._contents = {
-            name: b"".join(view + _GAP for view in _views(content))
-            for name, content in contents.items()
+            name: b"".join(view + _GAP for view in of_one) for name, of_one in views.items()
         }
-        self._keys = np.sort(np.concatenate([_keys(_GAP), *map(_keys, self._contents.values())]))
+        keys = [_keys(content)[::every] for content in (_GAP, *self._contents.values())]
+        self._keys = np.sort(np.concatenate(keys))
 
     def find(self, numbers: np.ndarray) -> set[str]:
         """Names of the contents that hold a stretch of numbers.
@@ -132,13 +232,20 @@ class _ByteIndex:
         step = RUN - per_key + 1
         keys = _joined(sliding_window_view(numbers, per_key)[::step])
         order = np.argsort(keys)  # sorted keys are looked up several times faster
-        there = np.searchsorted(self._keys, keys[order]).clip(max=len(self._keys) - 1)
-        places = step * order[self._keys[there] == keys[order]]
+        places = step * order[self._knows(keys[order])]
         starts = np.unique(places[:, None] - np.arange(step))
         starts = starts[(starts >= 0) & (starts <= len(numbers) - RUN)]
         stretches = sliding_window_view(numbers, RUN)[starts]
         stretches = stretches[_is_telling(stretches)]
+        for end in (slice(per_key), slice(-per_key, None)):
+            stretches = stretches[self._knows(_joined(stretches[:, end]))]
         return {name for name in self._contents if len(stretches) and self._has(name, stretches)}
+
+    def _knows(self, keys: np.ndarray) -> np.ndarray:
+        """Which keys are in the index."""
+        there = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        known: np.ndarray = self._keys[there] == keys
+        return known
 
     def _has(self, name: str, stretches: np.ndarray) -> bool:
         """Whether a content holds one of the stretches [n, RUN]."""

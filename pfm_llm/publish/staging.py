@@ -1,10 +1,12 @@
 """The checked copy of a folder before it is published.
 
 `stage` copies the files that the manifest lists into a new folder, checks the content of each
-file, and searches all of them for every private tensor of the run. A private adapter has the format
-and the names of a shared one, so only a comparison of the numbers can find it.
+file, and searches all of them for every private tensor of the run, and for what private tensors
+make of shared ones. A private adapter has the format and the names of a shared one, so only a
+comparison of the numbers can find it.
 """
 
+import contextlib
 import os
 import re
 from collections import defaultdict
@@ -13,12 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pfm_llm.base import files
-from pfm_llm.base.errors import ArtefactError, PrivateLeakError
+from pfm_llm.base.errors import ArtefactError, CorruptFileError, PrivateLeakError
 from pfm_llm.base.progress import Progress
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.protocol.types import PrivateState
+from pfm_llm.protocol.types import Group, PrivateState, of_group
 from pfm_llm.publish.artefact import (
     ADAPTER_CONFIG_FILE,
+    BASIS_FILE,
     CARD_FILE,
     ITEM_KEYS_FILE,
     MANIFEST_FILE,
@@ -32,6 +35,9 @@ from pfm_llm.publish.artefact import (
 from pfm_llm.publish.foreign import ForeignFolder, texts
 from pfm_llm.publish.leak_search import find_private
 from pfm_llm.publish.manifest import Manifest
+from pfm_llm.publish.products import Products
+from pfm_llm.server.checkpoint import SERVER_FOLDER, CheckpointStore
+from pfm_llm.server.server import shared_tensors
 
 _T = TypeVar("_T")
 _AGAIN = "export the run again (`pfm evaluate`)"
@@ -65,7 +71,8 @@ def stage(exported: Path, into: Path, private_root: Path | None) -> Artefact:
         PrivateLeakError: A private tensor is in a file.
         ArtefactError: ``exported`` is no shared adapter or holds a file that does not belong in
             one, or there is no private store.
-        CorruptFileError: A file does not match the manifest, or a private state is damaged.
+        CorruptFileError: A file does not match the manifest, or a private state or the server's
+            checkpoint is damaged.
         StorageError: A file cannot be read or written.
     """
     if private_root is not None and not private_root.is_dir():
@@ -190,7 +197,8 @@ def _distinct(kind: type[_T], value: Any) -> set[_T] | None:
 
 def _search(folder: Path, private_root: Path, origin: Path) -> None:
     clients: dict[str, set[str]] = defaultdict(set)
-    for finding in find_private(folder, _states(PrivateStore(private_root))):
+    products = _products(folder, private_root)
+    for finding in find_private(folder, _states(PrivateStore(private_root)), products):
         clients[finding.file].add(finding.client_id)
     if clients:
         found = ", ".join(
@@ -200,6 +208,25 @@ def _search(folder: Path, private_root: Path, origin: Path) -> None:
             f"{origin} holds private tensors ({found}); {_NOTHING_SENT}, and the folder is not "
             f"to be shared in any other way. Delete it and {_AGAIN}"
         )
+
+
+def _products(folder: Path, private_root: Path) -> Products:
+    """The products of private tensors with the basis of the folder, and with that of the run.
+
+    Where a product stands in the place of a factor, the run alone still has the factor.
+    """
+    source, shared, scales = ForeignFolder(folder, str(folder)), [], []
+    # A folder may be damaged, or none of ours. The search goes on, and other checks say so.
+    with contextlib.suppress(ArtefactError, CorruptFileError):
+        shared.append(source.tensors(BASIS_FILE))
+    with contextlib.suppress(CorruptFileError):
+        content = source.read(MANIFEST_FILE, size_limit(MANIFEST_FILE))
+        private = Manifest.from_bytes(content, MANIFEST_FILE).adapters.private
+        scales = [private.scale, private.scale * private.weight]
+    checkpoint = CheckpointStore(private_root / SERVER_FOLDER).load()
+    if checkpoint is not None:
+        shared.append(of_group(shared_tensors(checkpoint.tensors), Group.BASIS))
+    return Products(shared, scales)
 
 
 def _states(store: PrivateStore) -> Iterator[PrivateState]:

@@ -23,6 +23,7 @@ from pfm_llm.config.earlier import load_saved
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import changed_settings
 from pfm_llm.config.settle import settle_like
+from pfm_llm.server.checkpoint import SERVER_FOLDER
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -30,7 +31,7 @@ METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
 
-_LOCK, _SERVER = "run.lock", "server"
+_LOCK = "run.lock"
 _MOST_NAMED = 10
 _TRAIN_FIRST = "run `pfm train` first"
 
@@ -55,7 +56,7 @@ class RunFolders:
     @property
     def server(self) -> Path:
         """The server's checkpoints."""
-        return self.private / _SERVER
+        return self.private / SERVER_FOLDER
 
     @property
     def shared_adapter(self) -> Path:
@@ -140,7 +141,7 @@ class RunFolders:
         Raises:
             CheckpointError: It is such a run; the message says how to mend it.
         """
-        former = self.public / _SERVER
+        former = self.public / SERVER_FOLDER
         if former.exists() and not self.server.exists():
             raise CheckpointError(
                 f"{former} belongs into the run's private folder, since the checkpoints tell which "

@@ -25,6 +25,8 @@ from pfm_llm.base.files import (
 )
 from pfm_llm.protocol.types import Tensors
 
+SERVER_FOLDER = "server"
+"""The folder of the checkpoints, in the private folder of a run."""
 _COMMIT_FILE = "commit.json"
 NUM_KEPT = 2
 """The number of committed rounds that are kept."""

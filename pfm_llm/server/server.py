@@ -360,12 +360,21 @@ class Server:
                 "resume with the config, and the version of pfm_llm, that it was written under"
             )
         shared, first, second = (
-            {n.removeprefix(prefix): t.clone() for n, t in tensors.items() if n.startswith(prefix)}
+            {name: tensor.clone() for name, tensor in _behind(prefix, tensors).items()}
             for prefix in _PREFIXES
         )
         self._shared = SharedState(shared, round_number)
         self._optimizer = OptimizerState(int(tensors[_STEP]), first, second)
         self._bound.state = tensors[_SIZES]
+
+
+def shared_tensors(state: Tensors) -> dict[str, torch.Tensor]:
+    """The shared tensors in a checkpoint's tensors, those of `Server.state_tensors`."""
+    return _behind(_PREFIXES[0], state)
+
+
+def _behind(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _specs(tensors: Tensors) -> dict[str, TensorSpec]:

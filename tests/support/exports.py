@@ -103,7 +103,7 @@ def some_a(state: PrivateState) -> torch.Tensor:
 
 def numbers_as(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     """A tensor's bytes in a dtype."""
-    return tensor.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.to(dtype).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def put_into(target: torch.Tensor, content: bytes) -> None:
