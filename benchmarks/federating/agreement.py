@@ -76,7 +76,7 @@ def _whole_run(run: Path, silos: Silos) -> Run:
 
 def _users_of(silos: Silos) -> dict[str, str]:
     """Slot to client: what only the nodes know."""
-    found = {}
+    found: dict[str, str] = {}
     for node in silos.nodes:
         [path] = (silos.folder / f"{node}.private" / "federations").glob("*/slots.json")
         ids = slots_of({node: len(clients := json.loads(path.read_text()))})

@@ -4,6 +4,7 @@ It imports no flwr: it starts Flower's commands, which lie beside the Python tha
 """
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -122,7 +123,7 @@ class Lab:
             self._start(f"{node}.worker", words)
         for site in self._sites.values():
             client = NodeClient(load_site(site).socket_path, timeout=_START_SECONDS)
-            self._wait(lambda client=client: _answers(client), f"the worker of {site}")
+            self._wait(functools.partial(_answers, client), f"the worker of {site}")
 
     def _start_superlink(self) -> None:
         keys, home = self._keys, self._folder / "flower"
