@@ -41,6 +41,7 @@ class NodeProcess:
         self.start()
 
     def start(self) -> None:
+        """Start the process; `wait` until it listens."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "pfm_llm.cli", "node", "serve", str(self._site)],
@@ -48,7 +49,9 @@ class NodeProcess:
                 stdout=log,
                 stderr=log,
             )
-        for _ in range(600):
+
+    def wait(self) -> None:
+        for _ in range(3000):  # a busy machine takes minutes to import torch
             with contextlib.suppress(NodeError):
                 self.client.call("about")
                 return
@@ -73,6 +76,8 @@ def nodes(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
     try:
         for node in NODES:
             found[node] = NodeProcess(tiny, folder, node)
+        for process in found.values():
+            process.wait()
         yield found
     finally:
         for node in found.values():
@@ -99,6 +104,7 @@ def test_a_killed_node_costs_its_clients_of_that_round_and_keeps_their_private_p
             assert killed.end(signal.SIGKILL) == -signal.SIGKILL
         if round_number == 2:
             killed.start()
+            killed.wait()
             kept = killed.store
             assert [kept.versions(client) for client in kept.client_ids()] == [(1,)] * 8
 
