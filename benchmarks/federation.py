@@ -131,12 +131,13 @@ def summary(result: dict[str, Any]) -> str:
         f"rounds: {seconds} s; the whole run {result['run_seconds']:.0f} s with workers up",
         f"update of the last round against one process: {result['update_relative_difference']:.1e}",
     ]
-    lines += [
-        f"{row['mode']:<15} {row['metric']}@{row['k']} {row['value']:.4f} "
-        f"[{row['ci_low']:.4f}, {row['ci_high']:.4f}] on {row['split']}, {row['num_users']} users"
-        for row in result["rows"]
-        if row["metric"] == "ndcg"
-    ]
+    for row in result["rows"]:
+        name = row["method"] if row["mode"] == "none" else row["mode"]
+        if row["metric"] == "ndcg":
+            lines.append(
+                f"{name:<15} ndcg@{row['k']} {row['value']:.4f} [{row['ci_low']:.4f}, "
+                f"{row['ci_high']:.4f}] on {row['split']}, {row['num_users']} users"
+            )
     return "\n".join(lines)
 
 

@@ -50,6 +50,9 @@ class Lab:
         keys: Keys of the server and of each site.
         sites: Name of each node to its ``site.yaml``.
 
+    Attributes:
+        variables: The environment of all processes.
+
     Example:
         >>> with Lab(folder, keys, sites) as lab:  # doctest: +SKIP
         ...     lab.run("server.yaml", print)
@@ -60,11 +63,11 @@ class Lab:
         self._port = _free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._family: set[psutil.Process] = set()
-        self._variables = {**os.environ, **_VARIABLES, "FLWR_HOME": str(folder / "flower")}
+        self.variables = {**os.environ, **_VARIABLES, "FLWR_HOME": str(folder / "flower")}
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._variables["PYTHONPATH"] = os.pathsep.join(path)
+        self.variables["PYTHONPATH"] = os.pathsep.join(path)
         # Flower's commands start each other by name.
-        self._variables["PATH"] = os.pathsep.join([str(_BIN), os.environ.get("PATH", "")])
+        self.variables["PATH"] = os.pathsep.join([str(_BIN), os.environ.get("PATH", "")])
 
     def __enter__(self) -> Self:
         try:
@@ -100,6 +103,19 @@ class Lab:
             self._check_alive()
         if status != "finished:completed":
             raise LaunchError(f"the run ended as {status}; see {self._log('run')}")
+
+    def supernode(self, node: str, socket_path: Path) -> list[str]:
+        """The command of a SuperNode.
+
+        Args:
+            node: Whose key it authenticates itself with.
+            socket_path: The socket of its worker.
+        """
+        words = [str(_BIN / "flower-supernode"), "--superlink", f"127.0.0.1:{self._port}"]
+        words += ["--root-certificates", str(self._keys.root)]
+        words += ["--auth-supernode-private-key", str(self._keys.private(node))]
+        words += ["--host", "127.0.0.1", "--port", str(_free_port())]
+        return [*words, "--node-config", f"socket={json.dumps(str(socket_path))}"]
 
     def stop(self) -> None:
         """End every process that this lab has started, and what these have started."""
@@ -140,24 +156,18 @@ class Lab:
         self._wait(lambda: _listens(self._port), "the SuperLink")
 
     def _start_supernodes(self) -> None:
-        keys = self._keys
         for node, site in self._sites.items():
-            public = str(keys.public(node))
+            public = str(self._keys.public(node))
             register = ("supernode", "register", public, _CONNECTION, "--name", node)
             self._flwr(*register, "--format", "json")
-            words = [str(_BIN / "flower-supernode"), "--superlink", f"127.0.0.1:{self._port}"]
-            words += ["--root-certificates", str(keys.root)]
-            words += ["--auth-supernode-private-key", str(keys.private(node))]
-            words += ["--host", "127.0.0.1", "--port", str(_free_port())]
-            words += ["--node-config", f"socket={json.dumps(str(load_site(site).socket_path))}"]
-            self._start(f"{node}.supernode", words)
+            self._start(f"{node}.supernode", self.supernode(node, load_site(site).socket_path))
 
     def _start(self, name: str, words: list[str]) -> None:
         with self._log(name).open("ab") as log:
             # In a session of its own: Ctrl-C reaches this process alone, which ends the others.
             self._processes[name] = subprocess.Popen(
                 words,
-                env=self._variables,
+                env=self.variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -170,7 +180,7 @@ class Lab:
         """The status of a run whose log has ended; the log is copied to ``run.log``."""
         follow = [str(_BIN / "flwr"), "log", number, _CONNECTION, "--stream"]
         with self._log("run").open("ab") as log:
-            stream = subprocess.Popen(follow, env=self._variables, stdout=log, stderr=log)
+            stream = subprocess.Popen(follow, env=self.variables, stdout=log, stderr=log)
         try:
             while stream.poll() is None:
                 on_wait()
@@ -186,7 +196,7 @@ class Lab:
     def _flwr(self, *words: str) -> dict[str, Any]:
         """A command of ``flwr``, whose answer is JSON."""
         done = subprocess.run(
-            [str(_BIN / "flwr"), *words], env=self._variables, capture_output=True, text=True
+            [str(_BIN / "flwr"), *words], env=self.variables, capture_output=True, text=True
         )
         with contextlib.suppress(ValueError):
             found = json.loads(done.stdout)

@@ -1,8 +1,11 @@
 """Flower with real processes: TLS, node authentication, three workers, and a run of two rounds."""
 
+import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -27,6 +30,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not flower_is_installed(), reason="the extra [flower] is not installed"),
 ]
+STRANGER = "n04"
+"""It has a key that nobody has registered."""
 STATES = ("shared/", "first/")
 SETTINGS = {
     "method": "pfm",
@@ -59,9 +64,23 @@ def test_two_rounds_over_flower_are_those_of_one_process(
         evaluation__splits=["test"],
         **SETTINGS,
     )
-    with Lab(folder, make_authority(folder / "keys", NODES), sites) as lab:
+    keys = make_authority(folder / "keys", (*NODES, STRANGER))
+    with Lab(folder, keys, sites) as lab:
+        words = lab.supernode(STRANGER, folder / "s")
+        refused = subprocess.run(
+            words, env=lab.variables, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert refused.returncode != 0
+        assert "authenti" in (refused.stdout + refused.stderr).lower()
         lab.run(config, lambda: None, 600.0)
-    assert not (folder / "pids.json").exists()
+        started = json.loads((folder / "pids.json").read_text())
+    assert started.keys() >= {"superlink", *(f"{node}.worker" for node in NODES)}
+    assert not any(psutil.pid_exists(pid) for pid in started.values())
+    for log in (
+        "superlink.log",
+        "run.log",
+    ):  # what the server's side writes names no file of a node
+        assert not any(f"{node}.private" in (folder / log).read_text() for node in NODES)
     run = folder / "runs" / "tiny"
     records = MetricsLog(run / METRICS_FILE).read()
     assert [(one["round"], one["nodes"], one["refused"]) for one in records] == [
