@@ -7,6 +7,7 @@ FUZZ ?= 100000
 BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST_STAMP := .venv-lowest/.installed
+FLOWER_STAMP := .venv-flower/.installed
 # The tests of a file run in one process, which makes what they share once; the long files come first.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 DOCS_STAMP := .venv/.docs
@@ -17,10 +18,10 @@ LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lowest fuzz kills check lint format bench suite claims table docs clean
+.PHONY: help install demo test lowest federation flower fuzz kills check lint format bench suite claims table docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## build .venv with the exact versions of constraints.txt
 
@@ -49,6 +50,19 @@ $(LOWEST_STAMP): pyproject.toml constraints-lowest.txt
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt "$(TORCH_LOWEST)"
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
+	@touch $@
+
+federation: $(FLOWER_STAMP) ## run a federation on Flower: TLS, three nodes on this machine, real users
+	OMP_NUM_THREADS=1 .venv-flower/bin/python benchmarks/federation.py
+
+flower: $(FLOWER_STAMP) ## run the tests that need Flower
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-flower/bin/python -m pytest -n 2 $(BY_FILE) \
+		tests/unit/flower tests/unit/test_layers.py tests/unit/test_imports.py tests/integration/test_flower.py
+
+$(FLOWER_STAMP): pyproject.toml constraints-flower.txt
+	test -x .venv-flower/bin/python || $(PYTHON) -m venv .venv-flower
+	.venv-flower/bin/python -m pip install --quiet -c constraints-flower.txt "$(TORCH)"
+	.venv-flower/bin/python -m pip install --quiet -c constraints-flower.txt -e ".[test,flower]"
 	@touch $@
 
 fuzz: install ## try 100,000 hostile updates and 10,000 folders; an hour. Results go to results/faults

@@ -1,5 +1,6 @@
 """Nodes of the tiny world: its users divided over three sites."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,13 @@ def federation(
 def shared_of(found: Federation) -> Mapping[str, torch.Tensor]:
     """The shared tensors at a federation's server."""
     return found.server.shared.tensors
+
+
+def users_of(folder: Path) -> dict[str, str]:
+    """Slot to client, as the nodes' secret files have it."""
+    found = {}
+    for node in NODES:
+        [path] = (folder / f"{node}.private" / "federations").glob("*/slots.json")
+        for slot, client in enumerate(json.loads(path.read_text())):
+            found[f"{node}/{slot:05d}"] = client
+    return found

@@ -20,6 +20,8 @@ FOR_TESTS = {
     canonicalize_name(found.name): found
     for found in map(Requirement, PROJECT["optional-dependencies"]["test"])
 }
+OPTIONAL = {"flwr"}
+"""In the extra [flower]: `tests/unit/test_layers.py` says who may import it."""
 PACKAGE_OF = {"yaml": "pyyaml"}
 USED_BY_NAME = {
     "gguf": "transformers reads the embedded base model with it",
@@ -52,11 +54,23 @@ def pinned(name: str) -> dict[str, Version]:
 def test_what_the_library_imports_is_declared() -> None:
     found = imported()
     assert len(found) > 15
-    assert {name: path for name, path in found.items() if name not in DECLARED} == {}
+    assert {name: path for name, path in found.items() if name not in DECLARED}.keys() == OPTIONAL
 
 
 def test_what_is_declared_is_used() -> None:
     assert DECLARED.keys() - imported().keys() == USED_BY_NAME.keys()
+
+
+def test_flower_changes_five_pins_and_adds_its_own() -> None:
+    (flower,) = map(Requirement, PROJECT["optional-dependencies"]["flower"])
+    usual, own = pinned("constraints.txt"), pinned("constraints-flower.txt")
+    assert flower.name == "flwr"
+    assert own["flwr"] in flower.specifier
+    moved = {name for name in usual if own[name] != usual[name]}
+    assert moved == {"packaging", "protobuf", "rich", "typer", "virtualenv"}
+    app = tomllib.loads((ROOT / "flower_app" / "pyproject.toml").read_text())["project"]
+    assert [str(flower)] == [str(Requirement(one)) for one in app["dependencies"]]
+    assert all(own[name] in found.specifier for name, found in DECLARED.items())
 
 
 @pytest.mark.parametrize("name", sorted(DECLARED))

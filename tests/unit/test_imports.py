@@ -1,6 +1,6 @@
 """Importing is safe and quick: nothing happens at import, and help costs no torch."""
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "pfm_llm").rglob("*.py")
+    if importlib.util.find_spec("flwr") or "from flwr" not in path.read_text()
 )
+"""All but those that import Flower where it is not installed."""
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 HEAVY = ("torch", "transformers", "numpy", "datasets", "pandas")
 COMMANDS = (

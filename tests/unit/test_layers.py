@@ -27,9 +27,11 @@ LAYERS = [line.split() for line in """
     recommender
     federated
     cli
+    flower
 """.strip().splitlines()]  # fmt: skip
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 SERVER_MAY_IMPORT = {"base", "protocol", "config", "server"}
+USERS_OF_FLOWER = {"client_app", "link", "server_app", "wire"}
 MAX_ROOMS, MAX_FILES = 20, 15
 MAX_LINES, MAX_BODY, MAX_PARAMETERS = 400, 40, 6
 CODE = ("pfm_llm", "scripts", "benchmarks", "examples")
@@ -167,6 +169,24 @@ def test_modules_have_no_import_loops() -> None:
 
 def test_only_lora_imports_peft() -> None:
     assert users_of(PACKAGE, "peft") == {"model.lora"}
+
+
+def test_only_the_transport_imports_flower() -> None:
+    assert users_of(PACKAGE, "flwr") == {f"flower.{name}" for name in USERS_OF_FLOWER}
+
+
+def test_what_runs_for_each_message_of_flower_imports_bytes_alone() -> None:
+    """`flower.client_app` and `flower.wire` reach neither torch nor what imports it."""
+    graph = module_imports(PACKAGE)
+    waiting, reached = ["flower.client_app"], set()
+    while waiting:
+        name = waiting.pop()
+        ours = {n.removeprefix("pfm_llm.") for n in graph[name] if n.startswith("pfm_llm.")}
+        reached.add(name)
+        waiting += sorted((ours & graph.keys()) - reached)
+    assert "node.client" in reached
+    libraries = {n.split(".")[0] for name in reached for n in graph[name]} - {"pfm_llm"}
+    assert libraries - sys.stdlib_module_names == {"flwr"}
 
 
 def test_files_and_functions_stay_small() -> None:

@@ -1,22 +1,24 @@
 """Rounds with three nodes are the rounds of one process that has all data."""
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from benchmarks.federating.agreement import difference, in_one_process
 from pfm_llm.base.processes import Processes
 from pfm_llm.federation.rounds import resume_from, run_rounds
 from pfm_llm.node.link import LocalLink
 from pfm_llm.node.worker import Worker
-from pfm_llm.protocol.types import SharedState
-from pfm_llm.runs.run import Run
-from pfm_llm.server.aggregation import WeightedMean, update_weight
 from tests.conftest import TinyRun
-from tests.support.nodes import NODES, federation, make_site, shared_of, side_of
+from tests.support.nodes import (
+    NODES,
+    federation,
+    make_site,
+    shared_of,
+    side_of,
+    users_of,
+)
 from tests.support.tiny import Tiny
 
 
@@ -24,34 +26,7 @@ def workers(tiny: Tiny, folder: Path, processes: Processes, **site: Any) -> dict
     return {n: Worker(make_site(tiny, folder, n, **site), processes) for n in NODES}
 
 
-def users_of(folder: Path) -> dict[str, str]:
-    """Slot to client, as the nodes' secret files have it."""
-    found = {}
-    for node in NODES:
-        [path] = (folder / f"{node}.private" / "federations").glob("*/slots.json")
-        for slot, client in enumerate(json.loads(path.read_text())):
-            found[f"{node}/{slot:05d}"] = client
-    return found
-
-
 ALONE = {"tokens_per_chunk": 1}  # a client a chunk: the same products in one process and in three
-
-
-def in_one_process(run: Run, cohort: Sequence[str], shared: SharedState) -> WeightedMean:
-    """The round of some clients of one process. No bound on norms acts on it; one on means may."""
-    trainer, total = run.clients.trainer, WeightedMean()
-    for chunk in trainer.chunks(cohort):
-        for update in trainer.train_chunk(chunk, shared):
-            weight = update_weight(run.config.federation.server.weighting, update.num_examples)
-            total.add(update, weight)
-    return total
-
-
-def difference(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
-    """Of all numbers together, relative to the norm of all."""
-    assert one.keys() == other.keys()
-    own, whole = (torch.cat([t[name].flatten().double() for name in one]) for t in (one, other))
-    return float((own - whole).norm() / whole.norm())
 
 
 SETTINGS: list[dict[str, Any]] = [
