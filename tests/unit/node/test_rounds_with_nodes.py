@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.federating.agreement import difference, in_one_process
 from pfm_llm.base.processes import Processes
