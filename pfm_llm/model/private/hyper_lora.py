@@ -134,7 +134,7 @@ class HyperLora(UserEmbedding):
         if moved is None:  # no layer reads a history
             return scores
         fixed = {name: value.detach() for name, value in view.own.items()}
-        return scores + recommender_head.added_scores(fixed, moved, view.texts)
+        return scores + recommender_head.inner_products(fixed, moved, view.texts)
 
     def fit(self, view: SharedView) -> dict[str, torch.Tensor]:
         """The user embedding of the whole history, and the coefficients that follow from it."""
