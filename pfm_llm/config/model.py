@@ -20,6 +20,8 @@ Rank0 = Annotated[int, Field(ge=0, le=_LARGEST_RANK)]
 BACKBONE_ENCODER = "backbone"
 DETAILED_TOKENS = 64
 _ITEM_DROPOUT = 0.1
+_RANK = "columns of B and rows of A; set alone, it leaves alpha as it is"
+_ALPHA = "the product B A counts alpha / rank"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -68,10 +70,14 @@ class ItemsConfig(Settings):
 
 
 class LoraAdapterConfig(Settings):
-    """One LoRA adapter."""
+    """One LoRA adapter.
 
-    rank: Rank = 8
-    alpha: PositiveCount = 16
+    ``rank`` and ``alpha`` are set each by itself, as in PEFT. Where ``rank`` alone is set,
+    ``alpha`` stays, so a larger rank has a smaller scale.
+    """
+
+    rank: Rank = Field(8, description=_RANK)
+    alpha: PositiveCount = Field(16, description=_ALPHA)
     dropout: Fraction = 0.0
 
     @property
@@ -111,8 +117,8 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     """The adapter that never leaves its client."""
 
     enabled: bool = True
-    rank: Rank = 4
-    alpha: PositiveCount = 8
+    rank: Rank = Field(4, description=f"{_RANK}; with kind hyper_lora 16 unless it is set")
+    alpha: PositiveCount = Field(8, description=f"{_ALPHA}; with kind hyper_lora 16 unless set")
     kind: str = Field("taste", description="one of config/private_kinds.py")
     options: dict[str, Any] = Field({}, description="settings of a kind that reads its own")
     on_layers: bool = Field(True, description="false: on the head alone (not of kind taste)")

@@ -22,7 +22,8 @@ class KindSpec:
         min_steps: Minimum number of private steps in a round.
         runs_again: Number of adapted layers that run once more in a training step.
         reads: Groups of settings under ``adapters.private`` that are read beside that of its name.
-        defaults: Defaults of settings under ``adapters.private`` that are its own.
+        defaults: Defaults of settings under ``adapters.private`` that are its own. Each stands by
+            itself: a config that sets ``rank`` alone keeps this ``alpha``.
         fixed: Settings under ``adapters.private`` that have no effect with it, with the one value
             that they may have.
     """

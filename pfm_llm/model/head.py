@@ -294,12 +294,12 @@ def score_items(head: Tensors, vectors: torch.Tensor, item_texts: torch.Tensor) 
     Returns:
         float32 [P, I].
     """
-    scores = added_scores(head, vectors, item_texts)
+    scores = inner_products(head, vectors, item_texts)
     return scores + head[ITEM_BIAS] if ITEM_BIAS in head else scores
 
 
-def added_scores(head: Tensors, vectors: torch.Tensor, item_texts: torch.Tensor) -> torch.Tensor:
-    """The part of `score_items` that is linear in the user vectors, float32 [P, I]."""
+def inner_products(head: Tensors, vectors: torch.Tensor, item_texts: torch.Tensor) -> torch.Tensor:
+    """`score_items` without the item bias, float32 [P, I]: linear in the user vectors."""
     scores = (vectors @ head[ITEM_PROJ]) @ item_texts.T
     if ITEM_IDS in head:
         scores = scores + (vectors @ head[ITEM_IDS_OUT]) @ head[ITEM_IDS].T

@@ -148,7 +148,7 @@ class HyperLora(UserEmbedding):
         vectors = outputs.vectors.detach()
         if outputs.moved is not None:
             fixed = {name: value.detach() for name, value in view.own.items()}
-            scores = scores + recommender_head.added_scores(fixed, outputs.moved, view.texts)
+            scores = scores + recommender_head.inner_products(fixed, outputs.moved, view.texts)
             vectors = vectors + outputs.moved
         read = self._read(view)[outputs.known] if outputs.read is None else outputs.read
         return scores + _output_scores(view.own, _dropped(read, view), vectors, view.texts)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from pfm_llm.base.errors import ConfigError, PfmError
 from pfm_llm.config.choices import Dtype, Schedule
+from pfm_llm.config.model import PrivateAdapterConfig
 from pfm_llm.config.schema import (
     ExperimentConfig,
     dump_config,
@@ -128,6 +129,23 @@ def test_shared_basis_needs_a_private_step() -> None:
     with pytest.raises(ConfigError, match="private_local_steps of at least 1"):
         parse_config(private(kind="shared_basis") | {"federation": federation})
     parse_config(private() | {"federation": federation})
+
+
+@pytest.mark.parametrize(
+    ("settings", "alpha", "scale"),
+    [
+        ({"kind": "hyper_lora"}, 16, 1.0),
+        ({"kind": "hyper_lora", "rank": 32}, 16, 0.5),
+        ({"kind": "hyper_lora", "alpha": 32}, 32, 2.0),
+        ({"kind": "independent", "rank": 16}, 8, 0.5),
+    ],
+)
+def test_a_rank_that_is_set_alone_leaves_alpha(
+    settings: dict[str, Any], alpha: int, scale: float
+) -> None:
+    """As in PEFT; the defaults of a kind are no exception."""
+    private = PrivateAdapterConfig.model_validate(settings)
+    assert (private.alpha, private.scale) == (alpha, scale)
 
 
 @pytest.mark.parametrize(
