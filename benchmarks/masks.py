@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--cohort", type=int, default=64, help="clients in a round")
     parser.add_argument("--dropouts", type=float, default=1 / 3, help="share that vanishes")
     parser.add_argument("--norm", type=float, default=4.0, help="bound of an update")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=None, help="default: results/masks/<name>.json")
     arguments = parser.parse_args()

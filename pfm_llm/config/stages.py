@@ -32,7 +32,7 @@ class MasksConfig(Settings):
         None,
         ge=8,
         le=_LARGEST_SUM,
-        description="other clients with which a client masks; None: 12, and more in cohorts "
+        description="other clients with which a client masks; None: 10, and more in cohorts "
         "beyond 64. See pfm_llm/protocol/masks/neighbours.py",
     )
     max_examples: PositiveCount = Field(

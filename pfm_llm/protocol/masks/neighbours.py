@@ -12,11 +12,12 @@ others has no neighbour left among them is at most
     (n - g) C(g, k) / C(n - 1, k)
 
 with k neighbours, for clients that the graph does not depend on; larger groups come out far less
-often. `usual_number` keeps that below 2^-12 where a third is gone and a tenth colludes. `reaches`
-is what clients check before they let the server take masks off. So a graph that dropouts alone cut
-in two, real ones or such that the server claims, costs the round and tells nothing. A server with
-colluding clients could claim that the honest neighbours of one client are gone: only if all mask
-with all, nothing is to be had by that.
+often. `usual_number` keeps that below 2^-8 where a third is gone and a tenth colludes; with 64
+clients it is then below 2^-15 where a fifth is gone and a tenth colludes. `reaches` is what clients
+check before they let the server take masks off. So a graph that dropouts alone cut in two, real
+ones or such that the server claims, costs the round and tells nothing. A server with colluding
+clients could claim that the honest neighbours of one client are gone: only if all mask with all,
+nothing is to be had by that.
 """
 
 import math
@@ -28,12 +29,12 @@ Graph = Mapping[str, frozenset[str]]
 """Client to its neighbours."""
 
 
-_FEWEST = 12
-_RISK = 2.0**-12
+_FEWEST = 10
+_RISK = 2.0**-8
 
 
 def usual_number(cohort_size: int) -> int:
-    """The number of neighbours that is enough for a cohort, and at least 12."""
+    """The number of neighbours that is enough for a cohort, and at least 10."""
     gone = cohort_size // 3 + cohort_size // 10
 
     def risk(number: int) -> float:

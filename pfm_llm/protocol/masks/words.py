@@ -162,15 +162,17 @@ def no_words(count: int) -> Words:
 def add_masks(words: Words, masks: Sequence[tuple[bytes, int]]) -> None:
     """Add streams of uniform words, modulo 2^32 and in place.
 
-    A stream is AES-256 in counter mode over zeros (NIST SP 800-38A), from counter 0.
+    A stream is AES-256 in counter mode over zeros, from the counter 2: what AES-256-GCM makes of
+    zeros with the nonce 0 (NIST SP 800-38D), without its tag. OpenSSL's GCM uses wider instructions
+    than its plain counter mode and is a fifth faster, tag and all.
 
     Args:
         words: uint32 [N].
         masks: For each stream its key, of 32 bytes that are used for nothing else, and its sign: 1,
             or -1 to subtract it.
     """
-    counter = modes.CTR(bytes(16))
-    streams = [(Cipher(algorithms.AES(key), counter).encryptor(), sign) for key, sign in masks]
+    mode = modes.GCM(bytes(12))
+    streams = [(Cipher(algorithms.AES(key), mode).encryptor(), sign) for key, sign in masks]
     zeros = bytes(_BLOCK * WORD_BYTES)
     buffer = bytearray(len(zeros) + 15)  # as `update_into` wants it
     stream_words = np.frombuffer(buffer, "<u4", _BLOCK)
