@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from examples.plain_peft import user_state
 from pfm_llm.base import files
 from pfm_llm.base.errors import ConfigError
+from pfm_llm.base.terminal import columns
 from pfm_llm.cli.ending import print_ending
 from pfm_llm.config.schema import load_config, training_hash
 from pfm_llm.model.batches import collate
@@ -26,6 +27,8 @@ from pfm_llm.model.head import context_vectors, score_items, user_vectors
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.runs import summary
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
+from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.lists import LISTS_FILE, MARK, read_lists
 from pfm_llm.runs.opening import open_run
 from pfm_llm.runs.run import load_corpus
 from tests.support.leaks import files_below
@@ -416,18 +419,23 @@ def test_the_gain_of_the_private_part_is_paired_and_beside_the_rows(finished: Pa
     assert "| test | ndcg_over_ease |" in table
 
 
-def test_a_run_ends_with_what_it_found_and_how_to_see_more(
+def test_a_run_ends_with_what_it_found_and_with_lists_that_fill_one_screen(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate_run(copied)
     print_ending(copied)
-    said = capsys.readouterr().out.splitlines()
+    *said, screen = capsys.readouterr().out.split("\nLists of three users; ")
+    kept = read_lists(RunFolders.of(copied).private / LISTS_FILE)
+    assert screen == "\n\n".join([MARK, *(one.text() for one in kept)]) + "\n"
+    assert screen.count("\nUser u") == len(kept) == 3
+    assert screen.count("\n") < 30
+    assert max(map(columns, screen.splitlines())) <= 100
+    lines = said[0].splitlines()
     found = summary.of_run(copied, results_of(copied))
-    assert said[-2 - len(found) : -2] == found
-    assert len([line for line in said if line.startswith("User u")]) == 3
-    assert [line for line in said if "the private part adds" in line]
+    assert lines[-2 - len(found) : -2] == found
+    assert [line for line in lines if "the private part adds" in line]
     for name in BASELINES:
-        assert [line for line in said if f"than {name}:" in line or f"from {name}:" in line]
+        assert [line for line in lines if f"than {name}:" in line or f"from {name}:" in line]
     assert found[-2].endswith(f"pfm recommend --run {copied} --user ID --compare")
 
 
