@@ -37,6 +37,12 @@ BEFORE: dict[str, Any] = {
 }
 """Dotted key of a later setting to what was done before it was there."""
 
+_METHODS = {
+    ("pfm", "taste"): Method.PFM_EMBEDDING,
+    ("pfm_lora", "hyper_lora"): Method.PFM,
+}
+"""A former name of a method, with its private kind, to the present name."""
+
 
 def load_saved(path: Path) -> ExperimentConfig:
     """Read the config that a run of this version or of an earlier one has written.
@@ -58,6 +64,9 @@ def from_earlier(tree: Mapping[str, Any]) -> dict[str, Any]:
     present = copy.deepcopy(dict(tree))
     if "method" in present and present["method"] is None:
         present["method"] = Method.CUSTOM.value
+    named = (present.get("method"), find_setting(present, "adapters.private.kind"))
+    if named in _METHODS:
+        present["method"] = _METHODS[named].value
     for key, value in CONSTANTS.items():
         if find_setting(present, key) == value:
             parent, _, last = key.rpartition(".")

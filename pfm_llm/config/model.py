@@ -20,6 +20,7 @@ Rank0 = Annotated[int, Field(ge=0, le=_LARGEST_RANK)]
 BACKBONE_ENCODER = "backbone"
 DETAILED_TOKENS = 64
 _ITEM_DROPOUT = 0.1
+_KIND = "hyper_lora"
 _RANK = "columns of B and rows of A; set alone, it leaves alpha as it is"
 _ALPHA = "the product B A counts alpha / rank"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -119,7 +120,7 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     enabled: bool = True
     rank: Rank = Field(4, description=f"{_RANK}; with kind hyper_lora 16 unless it is set")
     alpha: PositiveCount = Field(8, description=f"{_ALPHA}; with kind hyper_lora 16 unless set")
-    kind: str = Field("taste", description="one of config/private_kinds.py")
+    kind: str = Field(_KIND, description="one of config/private_kinds.py")
     options: dict[str, Any] = Field({}, description="settings of a kind that reads its own")
     on_layers: bool = Field(True, description="false: on the head alone (not of kind taste)")
     taste: TasteConfig = TasteConfig()
@@ -129,7 +130,9 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     @model_validator(mode="before")
     @classmethod
     def _with_defaults_of_kind(cls, tree: Any) -> Any:
-        spec = PRIVATE_KINDS.get(str(tree.get("kind"))) if isinstance(tree, dict) else None
+        if not isinstance(tree, dict):
+            return tree
+        spec = PRIVATE_KINDS.get(str(tree.get("kind", _KIND)))
         return tree if spec is None else {**spec.defaults, **tree}
 
     @field_validator("kind")

@@ -14,6 +14,9 @@ from pfm_llm.protocol.types import Mode
 FULL, SAMPLED = "full", "sampled"
 """The candidates of a ranking: the whole catalogue, or a target and sampled negatives."""
 
+SHARED_WITH = "shared_"
+"""The prefix of a row's mode where the shared part scores with one piece of the private part."""
+
 AUC, AUC_LABEL = "auc", "Like AUC"
 
 
@@ -23,7 +26,7 @@ class ResultRow:
 
     Attributes:
         method: One of `methods.Method`, or a baseline such as ``popularity``.
-        mode: A value of `types.Mode`; ``none`` for a baseline.
+        mode: A value of `types.Mode`, ``none`` for a baseline; or `SHARED_WITH` and a piece.
         task: The prediction task, such as ``next_item``.
         protocol: The rule for held-out interactions, such as ``leave_last_out``.
         budget: The budget of the method, in words or figures.
@@ -60,8 +63,8 @@ class ResultRow:
 
     def __post_init__(self) -> None:
         what = f"result {self.method}/{self.mode} {self.metric}@{self.k}"
-        if self.mode not in list(Mode):
-            raise DataError(f"{what}: unknown mode; valid: {', '.join(Mode)}")
+        if self.mode not in list(Mode) and not self.mode.startswith(SHARED_WITH):
+            raise DataError(f"{what}: unknown mode; valid: {', '.join(Mode)}, {SHARED_WITH}PIECE")
         if not all(map(math.isfinite, (self.value, self.ci_low, self.ci_high))):
             raise DataError(
                 f"{what}: {self.value} [{self.ci_low}, {self.ci_high}] over {self.num_users} "

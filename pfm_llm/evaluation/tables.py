@@ -140,8 +140,9 @@ def _grid(
                     "make the table from the rows of one evaluation"
                 )
             cells[column] = row
-    modes = list(Mode)
-    order = sorted(lines, key=lambda key: (key[1] != Mode.NONE, modes.index(Mode(key[1]))))
+    places = {mode.value: place for place, mode in enumerate(Mode)}
+    pieces = places[Mode.SHARED_PRIVATE] - 0.5  # one piece of the private part, before the whole
+    order = sorted(lines, key=lambda key: (key[1] != Mode.NONE, places.get(key[1], pieces)))
     tops = {
         column: max(_figure(cells[column]) for cells in lines.values() if column in cells)
         for column in columns

@@ -5,9 +5,9 @@ Each is trained like the run that it is compared with, on the same data, head an
 ==================  ===========================================================================
 ablation            difference
 ==================  ===========================================================================
-``no_pass``         user states are zero: no layer reads a history. LoRA, shared or private,
-                    ``head.state_proj``, ``head.state_log_n`` and ``head.item_ids_in`` have no
-                    effect, and are neither trained nor sent.
+``no_pass``         user states are zero: no layer reads a history. LoRA on layers, shared or
+                    private, ``head.state_proj``, ``head.state_log_n`` and ``head.item_ids_in``
+                    have no effect, and are neither trained nor sent.
 ``one_item``        at each item the adapted layers read that item alone: they see nothing of the
                     items before it.
 ``no_positions``    to the adapted layers all items stand at one place. They see which items came
@@ -18,6 +18,7 @@ ablation            difference
 """
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
@@ -30,8 +31,8 @@ from pfm_llm.model.batches import ChunkBatch
 from pfm_llm.text.encoding import HistoryEncoder
 
 _OF_THE_PASS = (
-    "lora.",
-    "basis.hyper_lora.",
+    "lora.*",
+    "basis.hyper_lora.*.*",  # of a module; that of the layer of scores has a name of one word
     "head.state_proj",
     "head.state_log_n",
     "head.item_ids_in",
@@ -45,7 +46,7 @@ def has_pass(config: ExperimentConfig) -> bool:
 
 def is_trained(config: ExperimentConfig, name: str) -> bool:
     """Whether a shared tensor has an effect, so that it is to be trained and sent."""
-    return has_pass(config) or not name.startswith(_OF_THE_PASS)
+    return has_pass(config) or not any(fnmatchcase(name, of) for of in _OF_THE_PASS)
 
 
 def texts_of(config: ExperimentConfig, catalogue: Catalogue) -> Catalogue:

@@ -232,7 +232,7 @@ class CohortLayers:
             if f".{count - 1}." not in self._paths[module]:
                 raise BackboneError(
                     f"a LoRA that is read off the past acts in the last layer, and {module} is in "
-                    "another; set adapters.targets: all-linear, or adapters.private.kind: taste"
+                    "another; set adapters.targets: all-linear, or method: pfm_embedding"
                 )
 
     def clear(self) -> None:

@@ -149,7 +149,7 @@ class DualAdapter:
         if len(ranks) != 1:
             raise ConfigError(
                 "this private part has no LoRA on the layers of the language model; train with "
-                "method: pfm_lora, or another kind of adapters.private that acts on layers"
+                "method: pfm, or another kind of adapters.private that acts on layers"
             )
         if not any(bool(b.any()) for _, b in lora.values()):
             raise ConfigError(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -194,14 +195,9 @@ def rows_of(
     likes: Sequence[FittedLikes] = (),
 ) -> list[ResultRow]:
     """Rows for ``results.json``: those of the baselines, and those of every measured mode."""
-    config = run.config
-    held_out, round_number = task.held_out, task.shared.round_number
-    cohort = known(config.federation.cohort_size)
-    circumstances = functools.partial(
-        ResultRow, protocol=config.data.split.value, split=held_out.name, seed=config.seed
-    )
+    config, held_out = run.config, task.held_out
     rows: list[ResultRow] = []
-    pooled = functools.partial(circumstances, mode=Mode.NONE.value, budget=_POOLED)
+    pooled = functools.partial(_row(run, task), mode=Mode.NONE.value, budget=_POOLED)
     for name, ranks in baselines.items():
         describe = functools.partial(pooled, method=name, task=Task.NEXT_ITEM.value)
         rows += ranking.result_rows(ranks, describe, config.evaluation, config.seed)
@@ -210,19 +206,46 @@ def rows_of(
             like = functools.partial(pooled, method=fitted.name, task=Task.LIKE.value)
             aucs = fitted.aucs(held_out, task.liked)
             rows.append(ranking.auc_row(aucs, like, config.evaluation, config.seed))
-    for mode, ranks in measured.ranks.items():
-        trained = mode is not Mode.ZERO_SHOT
+    return rows + mode_rows(run, task, measured.ranks, measured.aucs)
+
+
+def mode_rows(
+    run: Run,
+    task: EvaluationTask,
+    ranks: Mapping[Any, Ranks],
+    aucs: Mapping[Any, np.ndarray] = MappingProxyType({}),
+) -> list[ResultRow]:
+    """Rows of our model, by what scores.
+
+    Args:
+        run: The run.
+        task: The queries and the shared state.
+        ranks: Mode, or another name of what scores, to its ranks.
+        aucs: The same to the AUC of each user, float64 [U], where likes were asked for.
+    """
+    config, rows = run.config, []
+    cohort = known(config.federation.cohort_size)
+    for mode, own in ranks.items():
+        trained = mode != Mode.ZERO_SHOT
+        budget = f"{task.shared.round_number} rounds x {cohort} clients"
         describe = functools.partial(
-            circumstances,
+            _row(run, task),
             method=config.method.value,
-            mode=mode.value,
-            budget=f"{round_number} rounds x {cohort} clients" if trained else "no training",
+            mode=str(mode),
+            budget=budget if trained else "no training",
             regime=(config.regime or "") if trained else "",
         )
         next_item = functools.partial(describe, task=Task.NEXT_ITEM.value)
-        rows += ranking.result_rows(ranks, next_item, config.evaluation, config.seed)
-        if mode in measured.aucs:
+        rows += ranking.result_rows(own, next_item, config.evaluation, config.seed)
+        if mode in aucs:
             like = functools.partial(describe, task=Task.LIKE.value)
-            aucs = measured.aucs[mode]
-            rows.append(ranking.auc_row(aucs, like, config.evaluation, config.seed))
+            rows.append(ranking.auc_row(aucs[mode], like, config.evaluation, config.seed))
     return rows
+
+
+def _row(run: Run, task: EvaluationTask) -> functools.partial[ResultRow]:
+    """A row with the circumstances that all rows of a task share."""
+    config, split = run.config, task.held_out.name
+    return functools.partial(
+        ResultRow, protocol=config.data.split.value, split=split, seed=config.seed
+    )

@@ -21,7 +21,7 @@ from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
 from pfm_llm.evaluation.openings import OPENINGS
 from pfm_llm.evaluation.ranked import write_ranked
 from pfm_llm.evaluation.ranking import Ranks
-from pfm_llm.evaluation.results import ResultRow, write_results
+from pfm_llm.evaluation.results import SHARED_WITH, ResultRow, write_results
 from pfm_llm.protocol.types import Mode
 from pfm_llm.publish.export import PLOTS_FOLDER, export_shared_adapter
 from pfm_llm.runs import lists, plots, summary
@@ -40,11 +40,14 @@ from pfm_llm.runs.measuring import (
     fit_run_likes,
     gain_of,
     measure,
+    mode_rows,
     rank_baselines,
     rows_of,
 )
 from pfm_llm.runs.publication import exported_of
 from pfm_llm.runs.run import Run, Trained
+from pfm_llm.runs.study.pieces import serve_pieces
+from pfm_llm.runs.study.served import Served
 from pfm_llm.runs.summary import COMPARISONS, GAINS, PRIVATE_WEIGHT
 
 _log = logging.getLogger(__name__)
@@ -82,7 +85,7 @@ def evaluate_and_report(
         baselines, likes = fit_run_baselines(run), fit_run_likes(run)
         for task, found, other in zip(tasks, measured, others, strict=True):
             split, fitted = task.held_out.name, rank_baselines(baselines, task)
-            rows += rows_of(run, task, found, fitted, likes)
+            rows += rows_of(run, task, found, fitted, likes) + _piece_rows(run, task)
             gains += comparison.gain_rows(config, split, found.ranks, found.aucs)
             references = comparison.ranked_references(fitted, k) + other
             comparisons += comparison.rows_over(config, split, found.ranks, references)
@@ -110,6 +113,18 @@ def _task(run: Run, trained: Trained, held_out: HeldOut, ranked: Path | None) ->
     """Every mode on a split; its lists hold what the longest cut-off reads."""
     task = evaluation_task(run, trained, held_out, keep=True)
     return dataclasses.replace(task, depth=max(run.config.evaluation.ks)) if ranked else task
+
+
+def _piece_rows(run: Run, task: EvaluationTask) -> list[ResultRow]:
+    """Rows of the shared part with one piece of the private part, where it has several.
+
+    Their mode is `SHARED_WITH` and the name of the piece.
+    """
+    if not task.uses_private:
+        return []
+    found = serve_pieces(Served(run, task), task, run.model.private.pieces)
+    ranks = {f"{SHARED_WITH}{name}": own.ranks[Mode.SHARED_PRIVATE] for name, own in found.items()}
+    return mode_rows(run, task, ranks)
 
 
 def _write_ranked(run: Run, folder: Path, held_out: HeldOut, ranks: Mapping[Any, Ranks]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.earlier import from_earlier
+from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.schema import ExperimentConfig, parse_config, training_hash
 from pfm_llm.config.settings import changed_settings
 from pfm_llm.config.settle import settle, settle_like
@@ -25,6 +26,8 @@ from pfm_llm.suite.plan import Plan, Point, SuiteRun
 
 COMPARED = "compared"
 """The key of a result: for ``against`` and ``beside`` the other run's label and `figures_hash`."""
+_OF_SCRIPTS = ("data.", "seed ", "tasks ")
+"""The settings that the model of a script depends on, as `changed_settings` writes them."""
 _BASELINES = "none"
 """Their mode; `types.Mode` needs torch."""
 
@@ -109,7 +112,9 @@ def changes(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
         return ["its config has settings that this version does not know"]
     num_clients = _num_clients(stored)  # None: a script's, which trains a model of its own
     settled = settle_like(config, old) if num_clients is None else settle(config, num_clients)
-    return changed_settings(old, settled) + _gained(stored, config)
+    found = changed_settings(old, settled) + _gained(stored, config)
+    # A script's model has none of our model's settings.
+    return [text for text in found if text.startswith(_OF_SCRIPTS) or not stored.get("script")]
 
 
 def _num_clients(stored: Mapping[str, Any]) -> int | None:
@@ -124,14 +129,15 @@ def _num_clients(stored: Mapping[str, Any]) -> int | None:
 def _gained(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
     """Settings of the private kind that an earlier run lacks; without them, the kind differed."""
     private = config.adapters.private
-    if not private.enabled or stored.get("script"):  # a script's model has no private part
+    if not private.enabled:
         return []
-    before = stored["config"].get("adapters", {}).get("private", {}).get(private.kind, {})
-    now = private.model_dump().get(private.kind, {})
+    before = stored["config"].get("adapters", {}).get("private", {})
+    now = private.model_dump()
     return [
-        f"adapters.private.{private.kind}.{name} did not exist"
-        for name, value in now.items()
-        if name not in before and value is not None  # None has the effect of no setting
+        f"adapters.private.{group}.{name} did not exist"
+        for group in (private.kind, *PRIVATE_KINDS[private.kind].reads)
+        for name, value in now.get(group, {}).items()
+        if name not in before.get(group, {}) and value is not None  # None: as without the setting
     ]
 
 

@@ -11,12 +11,16 @@ from typer.testing import CliRunner
 
 from pfm_llm.cli.main import make_app
 from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.evaluation.evaluator import combine
+from pfm_llm.evaluation.results import FULL
 from pfm_llm.model.lora import OUTPUT_FILE
 from pfm_llm.model.private.hyper_lora import LORA, OUTPUT, OUTPUT_OWN
 from pfm_llm.model.private.taste import READ_OUT
+from pfm_llm.protocol.types import Mode
 from pfm_llm.recommender import Recommender
 from pfm_llm.runs.experiment import run_experiment
-from pfm_llm.runs.folders import RunFolders
+from pfm_llm.runs.folders import RESULTS_FILE, RunFolders
+from pfm_llm.runs.measuring import evaluation_task, measure, quality_of
 from pfm_llm.runs.opening import open_run
 from tests.support.tiny import Tiny
 
@@ -24,7 +28,7 @@ from tests.support.tiny import Tiny
 @pytest.fixture(scope="module")
 def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("private_lora")
-    return run_experiment(tiny.config(output, method="pfm_lora"))
+    return run_experiment(tiny.config(output, method="pfm"))
 
 
 def _recommend(*arguments: object) -> tuple[int, str]:
@@ -89,13 +93,48 @@ def test_an_empty_history_has_no_lora(run: Path, tmp_path: Path) -> None:
     assert not any(value.any() for value in initial.values())
 
 
+def test_a_run_reports_each_piece_of_its_private_part(
+    run: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    """With the shared part and without the other piece."""
+    results = json.loads((run / RESULTS_FILE).read_text())["rows"]
+    reported = {
+        row["mode"]: row["value"]
+        for row in results
+        if (row["split"], row["metric"], row["k"]) == ("test", "ndcg", 10)
+        and row["candidates"] == FULL
+    }
+    opened, trained = open_run(run)
+    task = evaluation_task(
+        opened, trained, opened.data.split.test, [Mode.SHARED_PRIVATE], keep=True
+    )
+    measure(opened, task)
+    store = opened.clients.store
+    for piece, other in (("lora", "taste"), ("embedding", "hyper_lora")):
+        measured = []
+        for user in task.held_out.users:
+            client = f"user-{opened.data.interactions.user_ids[user]}"
+            whole = store.load_personalised(client)
+            assert whole is not None
+            left = {n: v for n, v in whole.tensors.items() if f"private.{other}." not in n}
+            assert len(left) < len(whole.tensors)
+            stacked = {n: v[None] for n, v in left.items()}
+            measured.append(opened.evaluator.rank_chunk((client,), task, stacked))
+        quality = quality_of(combine(measured), Mode.SHARED_PRIVATE, "ndcg", 10)
+        assert reported[f"shared_{piece}"] == pytest.approx(quality.mean(), abs=1e-9)
+    alone = run_experiment(tiny.config(tmp_path, method="pfm_embedding"))
+    modes = {row["mode"] for row in json.loads((alone / RESULTS_FILE).read_text())["rows"]}
+    assert modes >= {"shared_private"}
+    assert not modes & {"shared_lora", "shared_embedding"}
+
+
 def test_what_has_no_lora_says_so(tiny: Tiny, tmp_path: Path) -> None:
-    run = run_experiment(tiny.config(tmp_path / "runs", method="pfm"))
+    run = run_experiment(tiny.config(tmp_path / "runs", method="pfm_embedding"))
     user = open_run(run)[0].data.interactions.user_ids[0]
     code, output = _recommend("--run", run, "--user", user, "--export-private", tmp_path / "mine")
     assert code != 0
     assert "no LoRA on the layers" in output
-    assert "pfm_lora" in output
+    assert "method: pfm," in output
     code, output = _recommend("--run", run, "--compare", "--export-private", tmp_path / "mine")
     assert code != 0
     assert "--user" in output

@@ -42,7 +42,7 @@ def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_experiment(
         tiny.config(
             tmp_path_factory.mktemp("products"),
-            method="pfm_lora",
+            method="pfm",
             **{f"adapters__private__{key}": value for key, value in settings.items()},
         )
     )

@@ -99,7 +99,7 @@ def test_ours_is_measured_in_every_way(tiny: Tiny, rated: Path, tmp_path: Path) 
 def test_pieces_of_a_private_part_and_the_mean_of_all_are_served_too(
     tiny: Tiny, rated: Path, tmp_path: Path
 ) -> None:
-    _, rows = _study(tiny, rated, tmp_path / "lora", method="pfm_lora")
+    _, rows = _study(tiny, rated, tmp_path / "lora", method="pfm")
     found = {r.metric: r for r in rows if (r.mode, r.task) == ("shared_private", "next_item")}
     for name in ("log_rank", "ndcg"):
         own, mean = found[f"own_over_mean_{name}"].value, found[f"mean_over_shared_{name}"].value
@@ -107,13 +107,15 @@ def test_pieces_of_a_private_part_and_the_mean_of_all_are_served_too(
         assert f"lora_alone_{name}" in found  # too small to reorder anything in so few rounds
     assert found["embedding_alone_log_rank"].value != 0
     assert found["own_over_mean_log_rank"].value != 0
-    _, rows = _study(tiny, rated, tmp_path / "pfm", method="pfm")  # reuses the user vectors
-    of_pfm = {
+    _, rows = _study(
+        tiny, rated, tmp_path / "embedding", method="pfm_embedding"
+    )  # reuses the user vectors
+    of_embedding = {
         r.metric: r.value for r in rows if (r.mode, r.task) == ("shared_private", "next_item")
     }
-    parts = of_pfm["own_over_mean_log_rank"] + of_pfm["mean_over_shared_log_rank"]
-    assert parts == pytest.approx(of_pfm["gain_log_rank"], abs=1e-12)
-    assert of_pfm["own_over_mean_log_rank"] != 0
+    parts = of_embedding["own_over_mean_log_rank"] + of_embedding["mean_over_shared_log_rank"]
+    assert parts == pytest.approx(of_embedding["gain_log_rank"], abs=1e-12)
+    assert of_embedding["own_over_mean_log_rank"] != 0
     _, rows = _study(tiny, rated, tmp_path / "fedrep", method="fedrep")
     kinds = {row.metric.rpartition("_")[0] for row in rows}
     # Factors of users' own LoRAs have no common basis in which a mean would be a user's.
@@ -154,8 +156,9 @@ def test_every_group_has_its_p_values_and_every_auc_its_baselines(
         ("fedsa_lora", {"adapters__private__head_rank": 0}),
         ("fedrep", {}),
         ("pfm_text", {}),
-        ("pfm_lora", {}),
-        ("pfm_lora", {"ablation": "no_pass"}),
+        ("pfm_embedding", {}),
+        ("pfm", {}),
+        ("pfm", {"ablation": "no_pass"}),
     ],
 )
 def test_every_method_runs_and_leaves_untrained_what_it_says(

@@ -26,7 +26,7 @@ class Method(StrEnum):
     FEDSA_LORA = "fedsa_lora"
     FEDREP = "fedrep"
     PFM = "pfm"
-    PFM_LORA = "pfm_lora"
+    PFM_EMBEDDING = "pfm_embedding"
     PFM_TEXT = "pfm_text"
     CUSTOM = "custom"
 

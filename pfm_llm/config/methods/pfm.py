@@ -1,22 +1,19 @@
-"""Our method: a shared LoRA, and user embeddings at home over features that all clients train.
+"""Our method: a shared LoRA that the server merges, and a private LoRA that stays at home.
 
 ::
 
-    score_u,i = score_i(n) + phi_u . b_i,    phi_u = sum_t w_t a_{y_t} / (n_0 + sum_t w_t)
-    like_u,i  = like_i + mean_m psi_u,m . (T_m z_i + G_m e_i + f_m,i)
+    h_u = (W + s B A + B_p diag(c_u) A_p) x,    c_u = H phi_u        (a layer of the model)
+    score_u,i = score_i(n) + v_i . (diag(phi_u) A_s n + phi_u)       (the layer of scores)
+    phi_u = sum_t w_t a_{y_t} / (n_0 + sum_t w_t)
 
-The private part of a user consists of the embeddings phi_u and psi_u,m, a few numbers per task.
-phi_u is a weighted mean over the whole history, in which older items have less weight; the prompt
-only shows the newest items. Each psi_u,m is fitted to the user's own likes with a Gaussian prior,
-by two Newton steps. The features a, b, f, T and G, the priors and the half-lives form the shared
-basis, which is aggregated like the shared LoRA. In training, each event is predicted from the
-earlier events only. The basis therefore learns to predict a user's later events from the earlier
-ones. `taste.py` has the equations.
+The second line is a LoRA too: v_i are the columns of its B, phi_u is private, and its bias is the
+user embedding of `pfm_embedding`, which is this method without the LoRAs. A user's private part is
+phi_u with what follows from it: a few numbers, read off the whole history at home. It is exported
+there as an ordinary LoRA. A_p, B_p, H, A_s and the features a, v are learned by all clients and
+aggregated like the shared LoRA. In training, each event is predicted from the earlier events only.
 
-phi_u is a factored item model, FISM (Kabbur, Ning and Karypis 2013, KDD, equation 4). The psi_u,m
-follow CAVIA (Zintgraf et al. 2019, ICML, arXiv 1810.03642, equations 2 and 3): context parameters
-that are fitted anew for every task, in a model that is trained for this fit. Here one client is one
-task.
+The idea of two adapters is that of arXiv 2506.11563. `hyper_lora.py` has all equations and the
+papers that they follow.
 """
 
 from pfm_llm.config.methods.spec import MethodSpec
@@ -24,6 +21,6 @@ from pfm_llm.config.methods.spec import MethodSpec
 SPEC = MethodSpec(
     settings={
         "adapters.private.enabled": True,
-        "adapters.private.kind": "taste",
+        "adapters.private.kind": "hyper_lora",
     }
 )

@@ -105,7 +105,8 @@ def over_seeds(found: Sequence[Measured], confidence: float) -> Figure:
     spread = math.hypot(error, math.sqrt(of_seeds))
     if of_seeds == 0:
         return Figure(value, value - below, value + above, _p_value(value, spread, _MOST_DF))
-    df = min(spread**4 * (len(values) - 1) / of_seeds**2, _MOST_DF)
+    ratio = min(spread**2 / of_seeds, _MOST_DF)  # before its square, where it may be huge
+    df = min(ratio**2 * (len(values) - 1), _MOST_DF)
     half = spread * float(special.stdtrit(df, level))
     if error > 0:
         wider = half / (error * normal)

@@ -223,7 +223,7 @@ def by_token(modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int
         raise BackboneError(
             "adapters.private.kind: hyper_lora adapts the MLP and the output of the attention, and "
             f"finds none of them among {', '.join(modules) or 'no modules'}; set adapters.targets: "
-            "all-linear, or adapters.private.kind: taste"
+            "all-linear, or method: pfm_embedding"
         )
     return found
 

@@ -51,10 +51,7 @@ def controls(
         return {name: mean[name].expand(value.shape) for name, value in own.items()}
 
     everybody = served.changed(with_private, like_everybody, "serving a mean user's part")
-    alone = {
-        piece: served.changed(with_private, partial(_only, prefix), f"serving {piece} alone")
-        for piece, prefix in pieces.items()
-    }
+    alone = serve_pieces(served, task, pieces)
     estimates = {}
     for name in RANK_QUALITIES:
         shared = quality_of(found, Mode.SHARED_ONLY, name, k)
@@ -66,6 +63,26 @@ def controls(
             piece_quality = quality_of(measured, Mode.SHARED_PRIVATE, name, k)
             estimates[f"{piece}_alone_{name}"] = paired_difference(piece_quality, shared, bootstrap)
     return estimates
+
+
+def serve_pieces(
+    served: Served, task: EvaluationTask, pieces: Mapping[str, str]
+) -> dict[str, Measured]:
+    """Serve the users of a task with the shared part and one piece of their private parts.
+
+    Args:
+        served: Serves users with given private parts.
+        task: The queries, with the private part.
+        pieces: See `PrivatePart.pieces`.
+
+    Returns:
+        Piece to what was measured, in the mode ``shared_private``.
+    """
+    with_private = only(task, Mode.SHARED_PRIVATE, liked=None)
+    return {
+        piece: served.changed(with_private, partial(_only, prefix), f"serving {piece} alone")
+        for piece, prefix in pieces.items()
+    }
 
 
 def _only(prefix: str, own: Tensors) -> dict[str, torch.Tensor]:

@@ -43,6 +43,7 @@ def test_every_method_has_a_file_of_its_name_with_its_equation() -> None:
         (Method.FEDSA_LORA, SHARED_NAMES[:2]),
         (Method.FEDREP, SHARED_NAMES[2:3]),
         (Method.PFM, ()),
+        (Method.PFM_EMBEDDING, ()),
         (Method.PFM_TEXT, ()),
         (Method.CUSTOM, ()),
     ],
@@ -71,7 +72,7 @@ def test_a_setting_that_contradicts_the_method_is_an_error() -> None:
 
 def test_without_a_method_it_is_ours() -> None:
     assert parse_config(_tree()) == parse_config(_tree(method="pfm"))
-    with pytest.raises(ConfigError, match=r"pfm fixes adapters\.private\.kind: taste"):
+    with pytest.raises(ConfigError, match=r"pfm fixes adapters\.private\.kind: hyper_lora"):
         parse_config(_tree(adapters={"private": {"kind": "independent"}}))
 
 
@@ -107,9 +108,11 @@ def test_an_unknown_method_names_the_valid_ones() -> None:
         parse_config(_tree(method="fedit"))
 
 
-def test_ours_has_a_taste_vector_and_text_alone_has_no_item_parameters() -> None:
-    ours = parse_config(_tree(method="pfm"))
-    assert ours.adapters.private.kind == "taste"
+def test_ours_has_a_private_lora_and_text_alone_has_no_item_parameters() -> None:
+    ours = parse_config(_tree(method="pfm")).adapters.private
+    assert (ours.kind, ours.rank, ours.alpha) == ("hyper_lora", 16, 16)
+    embedding = parse_config(_tree(method="pfm_embedding")).adapters.private
+    assert (embedding.kind, embedding.rank, embedding.alpha) == ("taste", 4, 8)
     text = parse_config(_tree(method="pfm_text"))
     assert (text.head.item_ids, text.head.item_bias) == ("none", False)
 

@@ -33,7 +33,7 @@ def private(**values: Any) -> dict[str, Any]:
 def test_a_name_is_enough_and_defaults_are_typed() -> None:
     config = parse_config({"name": "x"})
     assert config.backbone.dtype is Dtype.AUTO
-    assert config.adapters.private.kind == "taste"
+    assert config.adapters.private.kind == "hyper_lora"
     assert config.evaluation.ks == (5, 10, 20)
 
 
@@ -84,7 +84,10 @@ def test_dump_and_load_give_an_equal_config(
         ),
         ({"data": {"columns": {"zzz": 1}}}, r"unknown key data\.columns\.zzz; valid here: user, "),
         ({"data": {"split": "random"}}, r"data\.split: .*'leave_last_out'"),
-        ({"data": {"users_per_client": 2}}, r"taste reads one user's history.* set method: custom"),
+        (
+            {"data": {"users_per_client": 2}},
+            r"hyper_lora reads one user's history.* set method: custom",
+        ),
         ({"method": None}, r"method: .*'pfm'.*'custom'"),
         ({"window": {"items": 0}}, r"window\.items: .*greater than or equal to 1"),
         ({"adapters": {"private": {"weight": 1.6}}}, r"adapters\.private\.weight: .*1\.5"),

@@ -21,7 +21,8 @@ SAYS_WHAT_IT_IS = {"data.source", "method"}
 
 
 def equal_to_a_default(settings: dict[str, object]) -> list[str]:
-    defaults = leaves(parse_config({"name": "x"}).model_dump(mode="json"))
+    method = {key: value for key, value in settings.items() if key == "method"}
+    defaults = leaves(parse_config({"name": "x", **method}).model_dump(mode="json"))
     return [
         key
         for key, value in settings.items()

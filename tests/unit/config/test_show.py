@@ -34,7 +34,7 @@ def test_each_line_says_where_its_value_is_from(path: Path) -> None:
     assert line(text, "min_interactions") == "min_interactions: 3 # default"
     assert line(text, "seed") == "seed: 3 # --set"
     assert line(text, "lr_head") == "lr_head: 0.5 # --set"
-    assert line(text, "kind") == "kind: taste # method pfm"
+    assert line(text, "kind") == "kind: hyper_lora # method pfm"
     assert line(text, "ks") == "ks: [5, 10, 20] # default"
     assert line(text, "num_rounds") == "num_rounds: null # follows from the number of clients"
 

@@ -412,7 +412,7 @@ def test_a_history_has_all_events_each_with_its_own_label(tiny_run: TinyRun) -> 
 def test_user_vectors_are_read_out_once_for_all_taste_vectors(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tiny_run(method="pfm")
+    run = tiny_run(method="pfm_embedding")
     task = _task(run, [Mode.SHARED_ONLY, Mode.SHARED_PRIVATE])
     chunk = run.clients.histories.trainable[:2]
     evaluator, model = run.evaluator, run.model.model

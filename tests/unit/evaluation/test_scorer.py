@@ -41,7 +41,7 @@ def test_candidates_are_columns_of_the_catalogue(tiny_run: TinyRun) -> None:
 
 
 def test_known_vectors_belong_to_clients_and_to_the_shared_lora(tiny_run: TinyRun) -> None:
-    run = tiny_run(method="pfm")
+    run = tiny_run(method="pfm_embedding")
     known: UserVectors = {}
     stacked = run.scorer.stack(run.model.shared, {}, 2)
     run.scorer.score(HISTORIES, stacked, parts_of([Mode.SHARED_ONLY], 1.0), known=known)

@@ -31,11 +31,11 @@ def server_side(tiny: Tiny, tiny_config: TinyConfig) -> Any:
     "settings",
     [
         {"method": "pfm"},
-        {"method": "pfm_lora"},
+        {"method": "pfm_embedding"},
         {"method": "ffa_lora"},
         {"method": "pfm", **CODES},
     ],
-    ids=["pfm", "pfm_lora", "ffa_lora", "codes"],
+    ids=["pfm", "pfm_embedding", "ffa_lora", "codes"],
 )
 def test_the_server_needs_no_interaction_to_know_its_state(
     tiny_run: TinyRun, server_side: Any, settings: dict[str, Any]

@@ -25,17 +25,21 @@ def config(what: Ablation, **settings: Any) -> ExperimentConfig:
 
 
 def test_without_a_pass_what_only_it_uses_is_neither_trained_nor_sent() -> None:
-    sizes = Sizes(300, {"layers.29.q_proj": (300, 300)}, 7)
+    sizes = Sizes(300, {"layers.29.o_proj": (300, 300)}, 7)
     whole = parameter_table(config(Ablation.NONE), sizes)
     without = parameter_table(config(Ablation.NO_PASS), sizes)
     assert without.specs == whole.specs
     assert whole.sent.keys() - without.sent.keys() == {
-        "lora.layers.29.q_proj.A",
-        "lora.layers.29.q_proj.B",
+        "lora.layers.29.o_proj.A",
+        "lora.layers.29.o_proj.B",
+        "basis.hyper_lora.layers.29.o_proj.A",
+        "basis.hyper_lora.layers.29.o_proj.B",
+        "basis.hyper_lora.layers.29.o_proj.coefficients",
         "head.state_proj",
         "head.state_log_n",
         "head.item_ids_in",
     }
+    assert "basis.hyper_lora.output" in without.sent  # scores follow from the context too
 
 
 @pytest.mark.parametrize("what", Ablation)

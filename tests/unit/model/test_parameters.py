@@ -14,6 +14,7 @@ from pfm_llm.config.methods import SPECS, Method
 from pfm_llm.config.model import AdaptersConfig, HeadConfig
 from pfm_llm.config.schema import ExperimentConfig, parse_config
 from pfm_llm.model.parameters import parameter_table
+from pfm_llm.model.private.hyper_lora import by_token
 from pfm_llm.protocol.contract import TensorSpec
 from pfm_llm.protocol.parameters import Sizes, Unseen
 from pfm_llm.protocol.types import Group, of_group
@@ -114,6 +115,8 @@ def test_equal_seeds_draw_equal_bits() -> None:
         "basis.taste.next_item.read_in",
         "basis.taste.like.text",
         "basis.taste.like.ids",
+        *(f"basis.hyper_lora.{module}.A" for module in by_token(SIZES.modules)),
+        *(f"basis.hyper_lora.{module}.coefficients" for module in by_token(SIZES.modules)),
     }
     assert all(torch.equal(one.initial(), again[name].initial()) for name, one in first.items())
 
@@ -131,7 +134,7 @@ from pfm_llm.server.server import Server
 
 federation = {"num_rounds": 2, "cohort_size": 2, "server": {"warmup_rounds": 0}}
 config = parse_config({"name": "far", "method": "pfm", "federation": federation})
-table = parameter_table(config, Sizes(576, {"layers.29.q_proj": (576, 576)}, 7))
+table = parameter_table(config, Sizes(576, {"layers.29.o_proj": (576, 576)}, 7))
 contract = table.contract(backbone_hash="b", prompt_hash="p", catalogue_hash="c")
 server = Server(table, contract, ["a", "b"], config.federation, config.seed)
 before, total = server.shared, WeightedMean()

@@ -9,8 +9,6 @@ from pfm_llm.suite.plan import load_suite, make_plan
 from pfm_llm.suite.status import State, status_of
 
 RESULTS = Path(__file__).parents[3] / "results"
-STALE = {"ml100k-next/full/sasrec-s0", "ml100k-next/full/esasrec-s0"}
-"""Run with earlier settings of our model in their configs, which a script's model does not have."""
 
 
 @pytest.mark.parametrize(
@@ -26,13 +24,12 @@ def test_committed_results_are_those_of_the_suites_as_they_stand(name: str) -> N
         if plan.result(run, RESULTS).exists()
     }
     assert found
-    other = {label: s.detail for label, s in found.items() if s.state is not State.DONE}
-    assert other.keys() == {label for label in STALE if label in found}, other
+    assert {label: s.detail for label, s in found.items() if s.state is not State.DONE} == {}
 
 
 def test_the_suite_with_one_cut_in_time_differs_from_groceries_by_its_split_alone() -> None:
     def settings(name: str) -> dict[str, object]:
-        plan = make_plan(find_config(f"suites/{name}"), "full", ["pfm-fedsgd"])
+        plan = make_plan(find_config(f"suites/{name}"), "full", ["shared_only-fedsgd"])
         tree = plan.runs[0].points[0].config.model_dump(mode="json")
         return {key: value for key, value in tree.items() if key != "output"}
 

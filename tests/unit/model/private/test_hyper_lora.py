@@ -209,7 +209,7 @@ def test_the_exported_lora_is_plain_peft_and_joins_the_shared_one(tmp_path: Path
 
 
 def test_a_part_without_a_lora_has_none_to_export(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="pfm_lora"):
+    with pytest.raises(ConfigError, match="method: pfm,"):
         _cohort(kind="taste").adapter.export_private({}, tmp_path / "private", "tiny")
     assert not (tmp_path / "private").exists()
 
