@@ -97,15 +97,25 @@ def test_ours_is_measured_in_every_way(tiny: Tiny, rated: Path, tmp_path: Path) 
 
 
 def test_pieces_of_a_private_part_and_the_mean_of_all_are_served_too(
-    tiny: Tiny, rated: Path, tmp_path: Path
+    tiny: Tiny, rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, rows = _study(tiny, rated, tmp_path / "lora", method="pfm")
+    monkeypatch.setattr("pfm_llm.runs.study.run.MANY", 2)
+    _, rows = _study(tiny, rated, tmp_path / "lora", method="pfm", window__items=8)
     found = {r.metric: r for r in rows if (r.mode, r.task) == ("shared_private", "next_item")}
     for name in ("log_rank", "ndcg"):
         own, mean = found[f"own_over_mean_{name}"].value, found[f"mean_over_shared_{name}"].value
         assert own + mean == pytest.approx(found[f"gain_{name}"].value, abs=1e-12)
         assert f"lora_alone_{name}" in found  # too small to reorder anything in so few rounds
     assert found["embedding_alone_log_rank"].value != 0
+    assert 0 < found["identification_2"].num_users <= found["identification"].num_users
+    # Prompts of four items: the pieces are those of the whole history.
+    assert found["memory_4"].value == pytest.approx(
+        found["memory_4_own"].value - found["memory_4_shared"].value
+    )
+    assert {"memory_ndcg_4", "lora_alone_log_rank_4", "lora_alone_ndcg_4"} <= found.keys()
+    assert found["embedding_alone_log_rank_4"].value not in (
+        0, found["embedding_alone_log_rank"].value
+    )  # fmt: skip
     assert found["own_over_mean_log_rank"].value != 0
     _, rows = _study(
         tiny, rated, tmp_path / "embedding", method="pfm_embedding"

@@ -63,6 +63,30 @@ def curve_figures(
     return figures
 
 
+def over_longer(
+    own: Mapping[int, FloatArray], shared: Mapping[int, FloatArray], bootstrap: Bootstrap
+) -> dict[str, Estimate]:
+    """Few items in the prompt with the private part, beside more of them without it.
+
+    Definition: the mean over users of the quality with the fewest items and the private part, less
+    that with more items and the shared part alone. Above 0, the private part is worth more than
+    the items that the prompt does not show.
+
+    Args:
+        own: As in `curve_figures`.
+        shared: Likewise.
+        bootstrap: The settings of the intervals.
+
+    Returns:
+        By ascending number ``memory_<fewest>_over_<number>``.
+    """
+    fewest, *longer = sorted(own)
+    return {
+        f"{MEMORY}_{fewest}_over_{items}": paired_difference(own[fewest], shared[items], bootstrap)
+        for items in longer
+    }
+
+
 def over_none(
     own: Mapping[int, FloatArray], shared: Mapping[int, FloatArray], bootstrap: Bootstrap
 ) -> dict[str, Estimate]:

@@ -51,7 +51,6 @@ def controls(
         return {name: mean[name].expand(value.shape) for name, value in own.items()}
 
     everybody = served.changed(with_private, like_everybody, "serving a mean user's part")
-    alone = serve_pieces(served, task, pieces)
     estimates = {}
     for name in RANK_QUALITIES:
         shared = quality_of(found, Mode.SHARED_ONLY, name, k)
@@ -59,10 +58,32 @@ def controls(
         of_mean = quality_of(everybody, Mode.SHARED_PRIVATE, name, k)
         estimates[f"own_over_mean_{name}"] = paired_difference(own, of_mean, bootstrap)
         estimates[f"mean_over_shared_{name}"] = paired_difference(of_mean, shared, bootstrap)
-        for piece, measured in alone.items():
-            piece_quality = quality_of(measured, Mode.SHARED_PRIVATE, name, k)
-            estimates[f"{piece}_alone_{name}"] = paired_difference(piece_quality, shared, bootstrap)
-    return estimates
+    return estimates | pieces_alone(serve_pieces(served, task, pieces), found, bootstrap, k)
+
+
+def pieces_alone(
+    alone: Mapping[str, Measured], found: Measured, bootstrap: Bootstrap, k: int
+) -> dict[str, Estimate]:
+    """What each piece adds to the shared part without the others, paired over users.
+
+    Args:
+        alone: What `serve_pieces` found.
+        found: What was found for the same queries in the mode ``shared_only``.
+        bootstrap: The settings of the intervals.
+        k: Cut-off of the NDCG.
+
+    Returns:
+        ``<piece>_alone_<quality>`` for the qualities log-rank and NDCG.
+    """
+    return {
+        f"{piece}_alone_{name}": paired_difference(
+            quality_of(measured, Mode.SHARED_PRIVATE, name, k),
+            quality_of(found, Mode.SHARED_ONLY, name, k),
+            bootstrap,
+        )
+        for name in RANK_QUALITIES
+        for piece, measured in alone.items()
+    }
 
 
 def serve_pieces(

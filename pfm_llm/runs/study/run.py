@@ -15,11 +15,13 @@ import numpy as np
 from pfm_llm.config.choices import Task
 from pfm_llm.config.cut_offs import headline_k
 from pfm_llm.evaluation import comparison
+from pfm_llm.evaluation.evaluator import Measured
 from pfm_llm.evaluation.openings import OPENINGS
 from pfm_llm.evaluation.personality.curves import (
     COLD_START,
     MEMORY,
     curve_figures,
+    over_longer,
     over_none,
 )
 from pfm_llm.evaluation.personality.estimates import Estimate, align, named_estimates
@@ -46,13 +48,15 @@ from pfm_llm.runs.opening import run_in_work
 from pfm_llm.runs.run import Run, Trained
 from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
 from pfm_llm.runs.study.new_items import new_items
-from pfm_llm.runs.study.pieces import controls
+from pfm_llm.runs.study.pieces import controls, pieces_alone, serve_pieces
 from pfm_llm.runs.study.qualities import write_qualities
 from pfm_llm.runs.study.served import Served
 from pfm_llm.runs.summary import PRIVATE_WEIGHT
 
 WINDOWS = (32, 16, 8, 4)
 GIVEN = (0, 1, 2, 5, 10)
+MANY = 20
+"""Held-out events that tell more surely whose a private part is."""
 _MODES = (Mode.SHARED_ONLY, Mode.PRIVATE_ONLY, Mode.SHARED_PRIVATE)
 _SERVED = (Mode.SHARED_ONLY, Mode.SHARED_PRIVATE)
 
@@ -205,11 +209,22 @@ class _Study:
             return {}
         return named_estimates(
             *(swap_loss(name, served[name], self._bootstrap) for name in lost),
-            *(
-                identification(served[name], self._bootstrap, called)
-                for name, called in told_by.items()
-            ),
+            *(self._identified(served[name], called) for name, called in told_by.items()),
         )
+
+    def _identified(self, served: np.ndarray, called: str) -> dict[str, Estimate]:
+        """Identification of all users, and of those with `MANY` held-out events.
+
+        Args:
+            served: float64 [U, 1 + S]; see `identification`.
+            called: The quality's name in the figures.
+        """
+        found = identification(served, self._bootstrap, called)
+        events = np.array([len(targets) for targets in self._task.held_out.targets])
+        many = served[(events >= MANY) & ~np.isnan(served).any(axis=1)]
+        if not len(many):
+            return found
+        return found | identification(many, self._bootstrap, f"{called}_{MANY}".lstrip("_"))
 
     def _controls(self) -> dict[str, Estimate]:
         """What is personal in a private part, where the tensors of users can be averaged."""
@@ -222,17 +237,37 @@ class _Study:
 
     def _memory(self) -> dict[str, Estimate]:
         """Quality when the queries show fewer of the newest items, with the same private part."""
-        own: dict[int, np.ndarray] = {}
-        shared: dict[int, np.ndarray] = {}
+        found: dict[int, Measured] = {}
         longest = self._run.config.window.items
         for items in (w for w in WINDOWS if w <= longest):
-            found = self._test
-            if items != longest:
-                task = only(self._task, *_SERVED, window_items=items, liked=None)
-                found = self._served.by_owners(task, f"prompts of {items} items")
-            own[items] = quality_of(found, Mode.SHARED_PRIVATE)
-            shared[items] = quality_of(found, Mode.SHARED_ONLY)
-        return curve_figures(MEMORY, own, shared, self._bootstrap)
+            task = only(self._task, *_SERVED, window_items=items, liked=None)
+            found[items] = (
+                self._served.by_owners(task, f"prompts of {items} items")
+                if items != longest
+                else self._test
+            )
+        if not found:
+            return {}
+
+
+        def curve(mode: Mode, name: str) -> dict[int, np.ndarray]:
+            return {items: quality_of(one, mode, name, self._k) for items, one in found.items()}
+
+        own, shared = (curve(mode, "log_rank") for mode in reversed(_SERVED))
+        own_ndcg, shared_ndcg = (curve(mode, "ndcg") for mode in reversed(_SERVED))
+        return named_estimates(
+            curve_figures(MEMORY, own, shared, self._bootstrap),
+            curve_figures(f"{MEMORY}_ndcg", own_ndcg, shared_ndcg, self._bootstrap),
+            over_longer(own, shared, self._bootstrap),
+            self._pieces_alone(min(found), found[min(found)]),
+        )
+
+    def _pieces_alone(self, items: int, found: Measured) -> dict[str, Estimate]:
+        """What each piece of the private part adds where prompts show so many items."""
+        task = only(self._task, *_SERVED, window_items=items, liked=None)
+        pieces = serve_pieces(self._served, task, self._run.model.private.pieces)
+        alone = pieces_alone(pieces, found, self._bootstrap, self._k)
+        return {f"{name}_{items}": value for name, value in alone.items()}
 
     def _cold_start(self) -> dict[str, Estimate]:
         """Quality for users with only a few known interactions."""

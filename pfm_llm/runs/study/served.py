@@ -74,11 +74,13 @@ class Served:
 
         Args:
             task: The queries and the shared state of this object's task, in some modes.
+                Prompts may show another number of items.
             change: Maps stacked private tensors [C, ...] to what is served.
             description: Text of the progress bar.
         """
         chunks = _shown(self._chunks(task), description)
-        return self._measure(task, self._owners, self._known, chunks, change)
+        known = self._known if task.window_items == self._task.window_items else {}
+        return self._measure(task, self._owners, known, chunks, change)
 
     def mean_part(self) -> dict[str, torch.Tensor]:
         """The mean over the evaluated clients of their stored private tensors, if there are any."""

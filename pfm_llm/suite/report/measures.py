@@ -117,6 +117,16 @@ _MEASURES = (
         "How much one piece of the private part adds to the shared part without the other.",
     ),
     Measure(
+        _MEMORY, f"(?P<piece>lora|embedding)_alone_{_QUALITY}_(?P<count>[0-9]+)",
+        "{count} items: {piece} alone, gain in {quality}",
+        "How much one piece of the private part adds when the prompt shows so many items.",
+    ),
+    Measure(
+        _MEMORY, "memory_(?P<count>[0-9]+)_over_(?P<longer>[0-9]+)",
+        "{count} items with the private part less {longer} without: log-rank",
+        "Whether the private part is worth more than the items that the prompt does not show.",
+    ),
+    Measure(
         _STABLE, "integrity_rbo", "Overlap after a new shared part",
         "How much of a user's list stays when a new shared part arrives; 1 is all of it.",
         is_difference=False,

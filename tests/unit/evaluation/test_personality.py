@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.evaluation import metrics
-from pfm_llm.evaluation.personality.curves import MEMORY, curve_figures, over_none
+from pfm_llm.evaluation.personality.curves import MEMORY, curve_figures, over_longer, over_none
 from pfm_llm.evaluation.personality.estimates import (
     RANK_QUALITIES,
     Bootstrap,
@@ -307,6 +307,16 @@ def test_figures_are_merged_under_names_of_their_own() -> None:
     for name in ("gain_over_Shared", "a b", "", "ü"):
         with pytest.raises(DataError, match="a-z, 0-9 and _"):
             named_estimates({name: a})
+
+
+def test_few_items_with_the_private_part_beside_more_without() -> None:
+    own = {16: np.array([3.0, 4.0]), 4: np.array([1.0, 2.0]), 8: np.array([2.0, 2.0])}
+    shared = {16: np.array([1.0, 0.0]), 4: np.array([0.0, 0.0]), 8: np.array([3.0, 2.0])}
+    found = over_longer(own, shared, FEW)
+    assert {name: figure.value for name, figure in found.items()} == {
+        "memory_4_over_8": -1.0,
+        "memory_4_over_16": 1.0,
+    }
 
 
 def test_what_is_known_is_worth_what_it_adds_to_nothing() -> None:

@@ -416,6 +416,9 @@ def test_every_measure_of_the_committed_results_has_a_plain_name_and_a_meaning()
         one = measures.shown(metric)
         assert "_" not in one.name
         assert one.measure.meaning.endswith(".")
+    assert measures.shown("lora_alone_ndcg_4").name == "4 items: lora alone, gain in NDCG"
+    longer = measures.shown("memory_4_over_16").name
+    assert longer == "4 items with the private part less 16 without: log-rank"
     assert measures.shown("memory_ndcg_8_own").name == "8 items: NDCG, with the private part"
     assert measures.shown("a_new_one").name == "a_new_one"
     assert list(measures.by_group(["a_new_one", "not_harmed", "gain_ndcg"])) == [
