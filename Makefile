@@ -83,8 +83,9 @@ format: install ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## race the stacked engine against one client at a time
+bench: install ## race the stacked engine against one client at a time, and rounds of methods
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/rounds.py
 
 suite: install ## compare methods on MovieLens-100K, small budget; goes on where it stopped
 	$(LAUNCH) scripts/benchmark.py --suite configs/suites/ml100k.yaml --budget small

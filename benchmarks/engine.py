@@ -179,9 +179,9 @@ def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]
     return found
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any], unit: str = UNIT) -> str:
     """The result for a terminal."""
-    lines = [f"{'case':<20} {'min':>8} {'median':>8}  {UNIT}"]
+    lines = [f"{'case':<20} {'min':>8} {'median':>8}  {unit}"]
     for row in result["rows"]:
         lines.append(f"{row['case']:<20} {row['min']:>8.2f} {row['median']:>8.2f}")
     for name, ratio in result["ratios"].items():
