@@ -15,7 +15,7 @@ Each user's last event is ranked among all items that the user has not met. Meas
 - popularity, which counts events of the other catalogue; cosine, of the vectors of the texts; and
   the mean of a random order.
 
-Three methods are compared: by text alone (pfm_text), with a row for each item (pfm, with
+Three methods are compared: by text alone (pfm_text), with a row for each item (pfm_embedding, with
 head.item_dropout), and with codes. Runs and figures that are there are not made again.
 
     python benchmarks/transfer.py films --budget full
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "text": {"method": "pfm_text"},
-    "rows": {"method": "pfm", "head": {"item_dropout": 0.1}},
-    "codes": {"method": "pfm", "head": {"item_ids": "codes"}},
+    "rows": {"method": "pfm_embedding", "head": {"item_dropout": 0.1}},
+    "codes": {"method": "pfm_embedding", "head": {"item_ids": "codes"}},
 }
 BUDGETS: Mapping[str, Mapping[str, Any]] = {
     "small": {"passes": 0.3, "seeds": 1},
