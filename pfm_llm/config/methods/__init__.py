@@ -56,9 +56,11 @@ def with_method(tree: dict[str, Any], origin: str) -> dict[str, Any]:
     for key, value in SPECS[method].settings.items():
         found = find_setting(tree, key)
         if found is not None and found != value:
+            others = [other for other, spec in SPECS.items() if spec.settings.get(key) == found]
+            fixed_by = f" ({found} is fixed by {', '.join(others)})" if others else ""
             raise ConfigError(
                 f"{origin}: method {method} fixes {key}: {value}, but the config says {found}; "
-                "leave it out, or set method: custom, which fixes nothing"
+                f"leave it out, or set method: custom, which fixes nothing{fixed_by}"
             )
         set_setting(tree, key, value)
     return tree

@@ -76,6 +76,12 @@ def test_without_a_method_it_is_ours() -> None:
         parse_config(_tree(adapters={"private": {"kind": "independent"}}))
 
 
+def test_a_method_that_fixes_what_the_config_says_is_named() -> None:
+    """As where a config of before says what `pfm` was."""
+    with pytest.raises(ConfigError, match=r"taste is fixed by pfm_embedding, pfm_text"):
+        parse_config(_tree(method="pfm", adapters={"private": {"kind": "taste"}}))
+
+
 def test_custom_fixes_nothing_and_starts_from_the_same_settings() -> None:
     private = {"kind": "independent", "enabled": True}
     config = parse_config(_tree(method="custom", adapters={"private": private}))
