@@ -155,8 +155,10 @@ class EvaluationConfig(Settings):
     max_users: PositiveCount | None = Field(
         300, description="a fixed random sample of users for the validations during training"
     )
-    private_weights: tuple[Annotated[float, Field(ge=0, le=1.5)], ...] = Field(
-        (), description="adapters.private.weight is chosen from these, on validation"
+    private_weights: tuple[Annotated[float, Field(ge=0, le=1.5)], ...] | None = Field(
+        None,
+        description="adapters.private.weight is chosen from these, on validation; None: from 0 to 1 "
+        "in steps of .25, where the private part is read off the history and that weight is 1",
     )
     baselines: tuple[str, ...] = ("popularity", "ease", "markov_recency")
     splits: tuple[HeldOutSplit, ...] = Field(

@@ -1,9 +1,9 @@
 """The weight of the private part, chosen on validation at the end of a run.
 
 A private part that helps in one domain can harm in another, for example if most items occur once.
-With ``evaluation.private_weights`` a run chooses the given weight with the best mean log-rank over
-the validation users. If 0 is among them, the shared part alone is a possible choice. The test split
-has no influence.
+So a run chooses the weight with the best mean log-rank over the validation users, among those of
+``evaluation.private_weights``. With 0 among them, as by default, the shared part alone is a possible
+choice. The test split has no influence.
 """
 
 import dataclasses
@@ -22,14 +22,17 @@ from pfm_llm.runs.run import Run, Trained
 WEIGHT_FILE = "private_weight.json"
 """File in a run's public folder: the chosen weight, its round, and the gain of each weight."""
 
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""What a run chooses from unless it is told."""
+
 _log = logging.getLogger(__name__)
 
 
 def choose_weight(run: Run, shared: SharedState) -> Trained:
     """A shared state with the private weight that is best on validation.
 
-    An earlier choice stays valid for the same round and the same weights. Without
-    ``evaluation.private_weights`` or without validation queries, the weight is that of the config.
+    An earlier choice stays valid for the same round and the same weights. Without weights to choose
+    from, or without validation queries, the weight is that of the config.
 
     Args:
         run: The run. The choice is kept in its public folder.
@@ -38,8 +41,7 @@ def choose_weight(run: Run, shared: SharedState) -> Trained:
     Raises:
         CorruptFileError: The kept choice cannot be read.
     """
-    config = run.config
-    weights = config.evaluation.private_weights if config.adapters.private.enabled else ()
+    weights = _weights(run)
     if not weights or not len(run.data.split.validation.users):
         return run.as_set(shared)
     path = run.folders.public / WEIGHT_FILE
@@ -54,6 +56,16 @@ def choose_weight(run: Run, shared: SharedState) -> Trained:
             _log.info("private part counts %g, chosen on validation", weight)
         run.processes.wait()
     return Trained(shared, weight)
+
+
+def _weights(run: Run) -> Collection[float]:
+    """What to choose from. A part that takes steps would be trained anew for each weight."""
+    private, given = run.config.adapters.private, run.config.evaluation.private_weights
+    if not private.enabled:
+        return ()
+    if given is not None:
+        return given
+    return () if run.model.private.takes_steps or private.weight != 1 else WEIGHTS
 
 
 def _kept(path: Path, round_number: int, weights: Collection[float]) -> float | None:

@@ -92,11 +92,22 @@ def test_a_damaged_choice_is_refused_by_name(run: Path) -> None:
             evaluate_run(run)
 
 
-def test_nothing_is_chosen_unless_asked_for(tiny: Tiny, tmp_path: Path) -> None:
-    without = run_experiment(tiny.config(tmp_path, method="pfm"))
-    shared = run_experiment(
-        tiny.config(tmp_path / "b", method="shared_only", evaluation__private_weights=WEIGHTS)
-    )
-    for run in (without, shared):
+def test_a_run_that_is_not_told_chooses_and_one_that_is_told_does_not(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    chosen = run_experiment(tiny.config(tmp_path / "a", method="pfm_embedding"))
+    asked = json.loads((chosen / WEIGHT_FILE).read_text())["gain_log_rank"]
+    assert [float(weight) for weight in asked] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    fixed: dict[str, object] = {"adapters__private__weight": 0.5}
+    fully: dict[str, object] = {"evaluation__private_weights": []}
+    for number, (settings, weight) in enumerate([(fixed, 0.5), (fully, 1.0)]):
+        run = run_experiment(
+            tiny.config(tmp_path / f"b{number}", method="pfm_embedding", **settings)
+        )
         assert not (run / WEIGHT_FILE).exists()
-        assert weight_of(run) == 1.0
+        assert weight_of(run) == weight
+    # A part that takes steps would be trained anew for each weight; and one has none to weigh.
+    for method in ("fedrep", "shared_only"):
+        other = run_experiment(tiny.config(tmp_path / method, method=method))
+        assert not (other / WEIGHT_FILE).exists()
+        assert weight_of(other) == 1.0
