@@ -100,7 +100,7 @@ def test_a_round_without_an_answer_releases_noise_and_counts() -> None:
     assert (server.num_steps, mechanism_of(server).num_releases) == (1, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=10, max_size=10),
     others=st.lists(st.floats(-5, 5, width=32), min_size=3, max_size=3),
