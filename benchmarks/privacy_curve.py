@@ -3,7 +3,8 @@
 For each table of items (``rows``: a row for each item, ``codes``: vectors that items share) and
 each ε, runs differ in cohort, rounds, bound of an update, learning rates and participation.
 Validation chooses among them by NDCG@10; the last film of each user, the test split, is measured
-once, for the chosen ones alone. ε of infinity is the same federation with the same bound and without noise.
+once, for the chosen ones alone. ε of infinity is the same federation with the same bound and no
+noise.
 
 ``kept`` compares with ε of infinity of the same table: the share of its NDCG@10, and of what its
 mean log rank gains over popularity.
