@@ -1,5 +1,6 @@
 """``federation.privacy``: what is refused and why, and what stays as it was without it."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config.schema import dump_config, parse_config, training_hash
 from pfm_llm.config.settings import settings_hash
+from pfm_llm.config.text import set_setting
 
 PRIVATE: dict[str, Any] = {
     "name": "private",
@@ -19,15 +21,10 @@ PRIVATE: dict[str, Any] = {
 
 
 def tree_of(**settings: Any) -> dict[str, Any]:
-    """`PRIVATE` with dotted keys, ``__`` for each dot, set to other values; None takes one out."""
-    tree = {k: dict(v) if isinstance(v, dict) else v for k, v in PRIVATE.items()}
-    tree["federation"]["privacy"] = dict(PRIVATE["federation"]["privacy"])
+    """`PRIVATE` with dotted keys, ``__`` for each dot, set to other values."""
+    tree = copy.deepcopy(PRIVATE)
     for key, value in settings.items():
-        *parents, last = key.split("__")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
+        set_setting(tree, key.replace("__", "."), value)
     return tree
 
 
