@@ -48,6 +48,10 @@ def count_in_place_of_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
     def most(epsilon: float, noise_multiplier: float, rate: float | None, delta: float) -> int:
         return int(epsilon)
 
+    def noise(epsilon: float, count: int, rate: float | None, delta: float) -> float:
+        return count / epsilon
+
     monkeypatch.setattr(mechanism, "epsilon_of", epsilon)
+    monkeypatch.setattr(mechanism, "noise_multiplier_for", noise)
     monkeypatch.setattr(mechanism, "most_within", most)
     monkeypatch.setattr(mechanism, "accountant_name", lambda: "a count")

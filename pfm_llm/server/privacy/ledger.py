@@ -21,12 +21,14 @@ class Ledger:
         path: Its file; None where another process writes it.
         noise_multiplier: The noise of each release.
         secret: The key by which cohorts are drawn, if they are.
+        schedule: Hash of what decides who takes part; see `PrivateMean.schedule`.
         releases: How often each round was released, from round 1.
     """
 
     path: Path | None
     noise_multiplier: float
     secret: bytes
+    schedule: str
     releases: list[int] = field(default_factory=list)
 
     @property
@@ -47,7 +49,8 @@ class Ledger:
             releases = [int(number) for number in found["releases"]]
             if len(secret) != KEY_BYTES or min(releases, default=1) < 0:
                 raise ValueError("a value is out of range")
-            return cls(path, float(found["noise_multiplier"]), secret, releases)
+            noise, schedule = float(found["noise_multiplier"]), str(found["schedule"])
+            return cls(path, noise, secret, schedule, releases)
         except FileNotFoundError:
             return None
         except (StorageError, OSError, LookupError, TypeError, ValueError) as error:
@@ -74,6 +77,7 @@ class Ledger:
         tree = {
             "noise_multiplier": self.noise_multiplier,
             "secret": self.secret.hex(),
+            "schedule": self.schedule,
             "releases": self.releases,
         }
         write_json(self.path, tree)

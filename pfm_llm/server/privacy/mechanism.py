@@ -17,7 +17,10 @@ independently of all else. Then all rounds are composed, each amplified by sampl
 is released again, after a crash, is counted again, for those who are in it.
 """
 
+import bisect
 import dataclasses
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -137,6 +140,13 @@ class PrivateMean:
         is_poisson = self._settings.participation is Participation.POISSON
         return self._cohort_size / len(self._client_ids) if is_poisson else None
 
+    @property
+    def schedule(self) -> str:
+        """SHA-256, in hex, over all that decides who takes part in a round, but the secret."""
+        participation = self._settings.participation.value
+        decides = [self._client_ids, self._cohort_size, self._seed, participation]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
     def new_ledger(self, secret: bytes) -> Ledger:
         """The ledger of a run that has released nothing, without a file.
 
@@ -151,7 +161,7 @@ class PrivateMean:
         if noise is None:
             count, epsilon = self._count([1] * self._planned), settings.epsilon or 0.0
             noise = noise_multiplier_for(epsilon, count, self.rate, settings.delta)
-        return Ledger(None, noise, secret)
+        return Ledger(None, noise, secret, self.schedule)
 
     def start(self, ledger: Ledger, key: bytes) -> None:
         """Go on with a ledger.
@@ -161,8 +171,14 @@ class PrivateMean:
             key: Fresh secret bytes for the noise, equal on every process of the server.
 
         Raises:
-            CheckpointError: The ledger knows of fewer releases than the checkpoint.
+            CheckpointError: The ledger knows of fewer releases than the checkpoint, or is of
+                other clients or cohorts.
         """
+        if ledger.schedule != self.schedule:
+            raise CheckpointError(
+                "the ledger of privacy is of other clients or cohorts, so what it says does not "
+                "fit; start a new run"
+            )
         if ledger.total < self.committed:
             raise CheckpointError(
                 f"the ledger of privacy knows of {ledger.total} releases and the checkpoint of "
@@ -191,7 +207,7 @@ class PrivateMean:
             return self._planned
         most = most_within(budget, noise, self.rate, delta)
         rounds = range(first_round, self._planned + 1)
-        return max((r for r in rounds if count_until(r) <= most), default=first_round - 1)
+        return first_round - 1 + bisect.bisect_right(rounds, most, key=count_until)
 
     def charge(self, round_number: int) -> None:
         """Pay for the release of a round, before `release`.

@@ -290,7 +290,7 @@ def test_a_stream_is_aes_in_counter_mode_and_even() -> None:
 def test_a_ledger_comes_back_as_it_was_and_is_its_owner_s_alone(tmp_path: Path) -> None:
     path = tmp_path / "server" / "privacy.json"
     assert Ledger.read(path) is None
-    ledger = Ledger(path, 1.25, SECRET)
+    ledger = Ledger(path, 1.25, SECRET, "who")
     for round_number in (1, 2, 4, 2):
         ledger.charge(round_number)
     found = Ledger.read(path)
@@ -304,7 +304,7 @@ def test_a_ledger_comes_back_as_it_was_and_is_its_owner_s_alone(tmp_path: Path) 
 )
 def test_a_damaged_ledger_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "privacy.json"
-    Ledger(path, 1.0, SECRET, [1]).write()
+    Ledger(path, 1.0, SECRET, "who", [1]).write()
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CorruptFileError, match=r"privacy\.json is damaged.*restore it"):
         Ledger.read(path)
@@ -318,8 +318,21 @@ def test_a_ledger_that_lags_behind_the_checkpoint_is_refused() -> None:
     later.load_state_tensors(server.state_tensors(), 3)
     mechanism = mechanism_of(later)
     with pytest.raises(CheckpointError, match="knows of 2 releases and the checkpoint of 3"):
-        mechanism.start(Ledger(None, 1.0, SECRET, [1, 1]), KEY)
-    mechanism.start(Ledger(None, 1.0, SECRET, [1, 1, 1]), KEY)
+        mechanism.start(Ledger(None, 1.0, SECRET, mechanism.schedule, [1, 1]), KEY)
+    mechanism.start(Ledger(None, 1.0, SECRET, mechanism.schedule, [1, 1, 1]), KEY)
+
+
+def test_a_ledger_of_other_clients_is_refused() -> None:
+    ledger = PrivateMean(private_federation(), CLIENTS, seed=0).new_ledger(SECRET)
+    PrivateMean(private_federation(), CLIENTS[::-1], seed=0).start(ledger, KEY)
+    for other in (
+        PrivateMean(private_federation(), CLIENTS[1:], seed=0),
+        PrivateMean(private_federation(), CLIENTS, seed=1),
+        PrivateMean(private_federation(cohort_size=5), CLIENTS, seed=0),
+        PrivateMean(private_federation(participation="poisson"), CLIENTS, seed=0),
+    ):
+        with pytest.raises(CheckpointError, match="of other clients or cohorts"):
+            other.start(ledger, KEY)
 
 
 def test_what_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
