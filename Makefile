@@ -8,6 +8,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST_STAMP := .venv-lowest/.installed
 FLOWER_STAMP := .venv-flower/.installed
+DP_STAMP := .venv-dp/.installed
 # The tests of a file run in one process, which makes what they share once; the long files come first.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 DOCS_STAMP := .venv/.docs
@@ -18,7 +19,7 @@ LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lowest federation flower fuzz kills check lint format bench suite claims table docs clean
+.PHONY: help install demo test lowest federation flower privacy fuzz kills check lint format bench suite claims table docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +64,16 @@ $(FLOWER_STAMP): pyproject.toml constraints-flower.txt
 	test -x .venv-flower/bin/python || $(PYTHON) -m venv .venv-flower
 	.venv-flower/bin/python -m pip install --quiet -c constraints-flower.txt "$(TORCH)"
 	.venv-flower/bin/python -m pip install --quiet -c constraints-flower.txt -e ".[test,flower]"
+	@touch $@
+
+privacy: $(DP_STAMP) ## run the tests that need dp-accounting
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-dp/bin/python -m pytest -n 2 $(BY_FILE) \
+		tests/unit/server tests/unit/federation tests/integration/test_privacy.py
+
+$(DP_STAMP): pyproject.toml constraints-dp.txt
+	test -x .venv-dp/bin/python || $(PYTHON) -m venv .venv-dp
+	.venv-dp/bin/python -m pip install --quiet -c constraints-dp.txt "$(TORCH)"
+	.venv-dp/bin/python -m pip install --quiet -c constraints-dp.txt -e ".[test,dp]"
 	@touch $@
 
 fuzz: install ## try 100,000 hostile updates and 10,000 folders; an hour. Results go to results/faults

@@ -98,6 +98,13 @@ class Aggregation(StrEnum):
     MEDIAN = "median"
 
 
+class Participation(StrEnum):
+    """Who takes part in a round under differential privacy; see `server.privacy`."""
+
+    PASSES = "passes"
+    POISSON = "poisson"
+
+
 class ServerOptimizer(StrEnum):
     """How the server steps with the aggregated update; see `server.step`."""
 

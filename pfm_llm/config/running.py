@@ -1,8 +1,38 @@
-"""Settings of the machine and of files. None of them changes the trained tensors."""
+"""Settings of measures, of the machine and of files. None of them changes the trained tensors."""
+
+from typing import Annotated
 
 from pydantic import Field
 
-from pfm_llm.config.model import Count, NonNegative, PositiveCount, Settings
+from pfm_llm.config.choices import HeldOutSplit
+from pfm_llm.config.model import Count, Fraction, NonNegative, PositiveCount, Settings
+
+
+class EvaluationConfig(Settings):
+    """The measures, and when they are taken."""
+
+    every: Count | None = Field(
+        None,
+        description="rounds between validations; 0: validate at the end only; None: a quarter of "
+        "the rounds, at most 100",
+    )
+    ks: tuple[PositiveCount, ...] = (5, 10, 20)
+    num_negatives: PositiveCount = 99
+    bootstrap: PositiveCount = Field(1000, description="bootstrap resamples for the intervals")
+    confidence: Fraction = 0.95
+    max_users: PositiveCount | None = Field(
+        300, description="a fixed random sample of users for the validations during training"
+    )
+    private_weights: tuple[Annotated[float, Field(ge=0, le=1.5)], ...] | None = Field(
+        None,
+        description="adapters.private.weight is chosen from these, on validation; None: from 0 to "
+        "1 in steps of .25, where the private part is read off the history, that weight is 1 and "
+        "federation.privacy is off",
+    )
+    baselines: tuple[str, ...] = ("popularity", "ease", "markov_recency")
+    splits: tuple[HeldOutSplit, ...] = Field(
+        (HeldOutSplit.TEST,), description="splits in the final results"
+    )
 
 
 class CacheConfig(Settings):

@@ -3,7 +3,7 @@
 import hashlib
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 from pydantic import Field, model_validator
@@ -13,7 +13,6 @@ from pfm_llm.config.choices import (
     Ablation,
     Aggregation,
     Dtype,
-    HeldOutSplit,
     LearningRateSchedule,
     LocalOptimizer,
     Regime,
@@ -39,8 +38,21 @@ from pfm_llm.config.model import (
     WindowConfig,
 )
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
-from pfm_llm.config.running import CacheConfig, OutputConfig, PushToHubConfig, RuntimeConfig
-from pfm_llm.config.stages import Masks, StageConfig, masks_problem, stages_problem
+from pfm_llm.config.running import (
+    CacheConfig,
+    EvaluationConfig,
+    OutputConfig,
+    PushToHubConfig,
+    RuntimeConfig,
+)
+from pfm_llm.config.stages import (
+    Masks,
+    PrivacyConfig,
+    StageConfig,
+    masks_problem,
+    privacy_problem,
+    stages_problem,
+)
 from pfm_llm.config.text import apply_override, validated
 
 _FEDAVG_STEPS = 4
@@ -127,6 +139,11 @@ class FederationConfig(Settings):
         description="mask updates, so that the server learns their sum alone; true: with defaults",
         exclude_if=lambda value: value is None,
     )
+    privacy: PrivacyConfig | None = Field(
+        None,
+        description="differential privacy of users, accounted for the whole run",
+        exclude_if=lambda value: value is None,
+    )
     simulated_dropouts: Fraction = Field(
         0.0,
         description="share of each cohort that does not answer, in a simulation",
@@ -138,32 +155,6 @@ class FederationConfig(Settings):
         if self.masks is not None and (problem := masks_problem(self)):
             raise ValueError(problem)
         return self
-
-
-class EvaluationConfig(Settings):
-    """The measures, and when they are taken."""
-
-    every: Count | None = Field(
-        None,
-        description="rounds between validations; 0: validate at the end only; None: a quarter of "
-        "the rounds, at most 100",
-    )
-    ks: tuple[PositiveCount, ...] = (5, 10, 20)
-    num_negatives: PositiveCount = 99
-    bootstrap: PositiveCount = Field(1000, description="bootstrap resamples for the intervals")
-    confidence: Fraction = 0.95
-    max_users: PositiveCount | None = Field(
-        300, description="a fixed random sample of users for the validations during training"
-    )
-    private_weights: tuple[Annotated[float, Field(ge=0, le=1.5)], ...] | None = Field(
-        None,
-        description="adapters.private.weight is chosen from these, on validation; None: from 0 to 1 "
-        "in steps of .25, where the private part is read off the history and that weight is 1",
-    )
-    baselines: tuple[str, ...] = ("popularity", "ease", "markov_recency")
-    splits: tuple[HeldOutSplit, ...] = Field(
-        (HeldOutSplit.TEST,), description="splits in the final results"
-    )
 
 
 class InitFromConfig(Settings):
@@ -219,6 +210,7 @@ class ExperimentConfig(Settings):
             _regime_problem(self),
             _aggregation_problem(self),
             _work_problem(self),
+            privacy_problem(self),
             _output_problem(self),
         ):
             if problem is not None:
@@ -393,6 +385,9 @@ def training_hash(config: ExperimentConfig) -> str:
     # Hashes that were made before it was there stay as they are while it is off.
     if not config.head.item_dropout:
         elsewhere["head"] = {"item_dropout": True}
-    if config.federation.num_rounds is not None:
-        elsewhere["federation"] = {"passes": True}
+    unused = {"passes": True} if config.federation.num_rounds is not None else {}
+    # A larger budget lets a run go on, and changes no round.
+    budget = {"privacy": {"max_epsilon": True}} if config.federation.privacy else {}
+    if unused or budget:
+        elsewhere["federation"] = {**unused, **budget}
     return hashlib.sha256(config.model_dump_json(exclude=elsewhere).encode()).hexdigest()

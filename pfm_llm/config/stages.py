@@ -1,18 +1,20 @@
-"""Settings of what an update passes on its way: the stages in `protocol.stages`, and masks."""
+"""Settings of what updates pass on their way: the stages in `protocol.stages`, masks, noise."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pfm_llm.config.choices import Aggregation, Transport
-from pfm_llm.config.model import PositiveCount, Settings
+from pfm_llm.config.choices import Aggregation, Participation, SplitKind, Transport, Weighting
+from pfm_llm.config.methods import SPECS
+from pfm_llm.config.model import Positive, PositiveCount, Settings
 
 _FEWEST_MASKED = 3
 _LARGEST_SUM = 2**31 - 1
 _COARSEST = 1e-4
 """The largest rounding under masks: `head.item_met`, the finest tensor, has steps of 1e-3."""
 _SHORTEST = 1e-20
+_POISSON = Participation.POISSON
 
 
 class ClipConfig(Settings):
@@ -46,6 +48,38 @@ def _switched(value: Any) -> Any:
 
 Masks = Annotated[MasksConfig | None, BeforeValidator(_switched)]
 """The settings, true for the defaults, or false."""
+
+
+class PrivacyConfig(Settings):
+    """Differential privacy of users, by noise on the sum of a round; see `server.privacy`."""
+
+    epsilon: Positive | None = Field(
+        None, description="ε of the whole run: the noise follows from it, and it is the budget"
+    )
+    noise_multiplier: Positive | None = Field(
+        None, description="in place of epsilon: standard deviation of the noise, over clip's norm"
+    )
+    max_epsilon: Positive | None = Field(
+        None, description="with noise_multiplier: the run ends before the round that exceeds it"
+    )
+    delta: float = Field(gt=0, lt=1, description="δ of the whole run, below 1 over the users")
+    participation: Participation = Field(
+        Participation.PASSES,
+        description="passes: each user equally often; poisson: each by a secret draw in each round",
+    )
+
+    @model_validator(mode="after")
+    def _has_one_noise(self) -> Self:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("set one of epsilon and noise_multiplier; the noise follows from it")
+        if self.epsilon is not None and self.max_epsilon is not None:
+            raise ValueError("epsilon is the budget already; leave max_epsilon out")
+        return self
+
+    @property
+    def budget(self) -> float | None:
+        """The largest ε that the run may reach; None: there is no bound."""
+        return self.max_epsilon if self.epsilon is None else self.epsilon
 
 
 class StageConfig(Settings):
@@ -120,3 +154,44 @@ def masks_problem(federation: Any) -> str | None:
             f"{norms[0]:g}; set a norm near the median norm of the updates"
         )
     return None
+
+
+def privacy_problem(config: Any) -> str | None:
+    """What keeps an `ExperimentConfig` from being differentially private, or None."""
+    federation, data = config.federation, config.data
+    if federation.privacy is None:
+        return None
+    stages, is_poisson = federation.stages, federation.privacy.participation is _POISSON
+    problems = {
+        "protects a user, and here a client has several; set data.users_per_client: 1": (
+            data.users_per_client > 1
+        ),
+        f"has nothing to protect with method: {config.method}, which sends no update; leave it "
+        "out": SPECS[config.method].shares_nothing,
+        "bounds what a user adds to a sum; set federation.server.aggregator: mean": (
+            federation.server.aggregator is not Aggregation.MEAN
+        ),
+        "counts every user once; set federation.server.weighting: uniform": (
+            federation.server.weighting is not Weighting.UNIFORM
+        ),
+        "needs sums that are exact; set federation.transport: float32": (
+            federation.transport is not Transport.FLOAT32
+        ),
+        "needs updates of bounded length; end federation.stages with a clip, such as "
+        "[{clip: {norm: 1.0}}]": not stages or stages[-1].clip is None,
+        "with participation: poisson has cohorts of no fixed size, which masks need; set "
+        "participation: passes, or leave federation.masks out": (
+            is_poisson and federation.masks is not None
+        ),
+        "makes head.item_met noise, so that it no longer says what somebody has met; set "
+        "head.item_met: false": config.head.item_met,
+        "would not cover a weight chosen on users' events; leave evaluation.private_weights "
+        "empty and set adapters.private.weight": bool(config.evaluation.private_weights),
+        "needs what a user trains on to follow from that user alone; set data.split: "
+        "leave_last_out or last_fraction": data.split is SplitKind.GLOBAL_TEMPORAL,
+        "needs a catalogue that follows from no user; set data.met_items_only: false": (
+            data.met_items_only
+        ),
+    }
+    found = next((text for text, is_met in problems.items() if is_met), None)
+    return found and f"federation.privacy {found}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.config.cut_offs import HEADLINE_K, RANK_LABELS
-from pfm_llm.config.schema import EvaluationConfig
+from pfm_llm.config.running import EvaluationConfig
 from pfm_llm.data.splits import HeldOut
 from pfm_llm.evaluation import metrics, scoring
 from pfm_llm.evaluation.baselines.selection import FittedBaseline

@@ -15,9 +15,12 @@ from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settle import known
 from pfm_llm.federation.exchange import Exchange
 from pfm_llm.federation.forecast import Forecast
+from pfm_llm.federation.privacy import last_admitted, open_ledger
 from pfm_llm.server.aggregation import Aggregator
 from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment, check_resumable
-from pfm_llm.server.server import RoundSummary, Server
+from pfm_llm.server.privacy.mechanism import as_figures
+from pfm_llm.server.round_summary import RoundSummary
+from pfm_llm.server.server import Server
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ def run_rounds(
     validate: Validate,
     on_commit: OnCommit = lambda _: None,
 ) -> None:
-    """Run rounds ``first_round`` to the last one.
+    """Run rounds ``first_round`` to the last one, or to the last one that the budget admits.
 
     Args:
         federation: The objects of the loop.
@@ -72,9 +75,11 @@ def run_rounds(
         TrainingError: In a round, a client gave neither an update nor a refusal, or the step was
             not finite; or no update was usable in many rounds in a row, or in most rounds of the
             run. The round does not count; all committed rounds stay.
+        ConfigError: The budget of ``federation.privacy`` admits no round.
+        CheckpointError: The ledger of privacy does not fit the commit point.
     """
     config, server = federation.config, federation.server
-    last_round, every = known(config.federation.num_rounds), known(config.evaluation.every)
+    last_round, every = _last_round(federation, first_round), known(config.evaluation.every)
     commit_every = known(config.output.checkpoint_every)
     progress = Progress(
         last_round,
@@ -94,13 +99,17 @@ def run_rounds(
             _check_complete(updates, cohort, round_number)
             num_empty = 0 if updates.tally.num_updates else num_empty + 1
             _check_usable(server, updates, num_empty, last_round)
+            _charge(federation, round_number)
             summary = server.aggregate(updates)
             record = _record(federation, summary, time.perf_counter() - started)
+            commits = round_number % commit_every == 0 or round_number == last_round
+            if commits and server.privacy is not None:
+                record["privacy"] = as_figures(server.privacy.spent())
             if every and round_number % every == 0 and round_number < last_round:
                 record["validation"] = validate()
             left = forecast.add(record["seconds"], record.get("trunk_seconds", 0.0))
             _report(federation, record, progress, left)
-            if round_number % commit_every == 0 or round_number == last_round:
+            if commits:
                 commit(federation, round_number)
                 on_commit(round_number)
 
@@ -118,6 +127,28 @@ def commit(federation: Federation, round_number: int) -> None:
                 round_number, federation.server.state_tensors(), federation.environment
             )
             federation.exchange.prune(min(federation.checkpoints.rounds()))
+
+
+def _last_round(federation: Federation, first_round: int) -> int:
+    """The last round of the run; the ledger of privacy is open from here on."""
+    server, planned = federation.server, known(federation.config.federation.num_rounds)
+    open_ledger(server, federation.checkpoints, federation.processes)
+    if server.privacy is None:
+        return planned
+    last_round = last_admitted(server.privacy, first_round)
+    if last_round < planned:
+        _log.warning(
+            "the budget of federation.privacy ends this run after round %d of %d",
+            *(last_round, planned),
+        )
+    return last_round
+
+
+def _charge(federation: Federation, round_number: int) -> None:
+    """Pay for a release before it is made."""
+    if federation.server.privacy is not None:
+        with federation.processes.together():
+            federation.server.privacy.charge(round_number)
 
 
 def _check_complete(updates: Aggregator, cohort: Sequence[str], round_number: int) -> None:

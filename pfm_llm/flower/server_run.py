@@ -28,10 +28,12 @@ from pfm_llm.federation.figures import (
     evaluation_of,
 )
 from pfm_llm.federation.nodes import Link, NodesOptions, federation_of_nodes
+from pfm_llm.federation.privacy import spent_of
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.federation.server_side import ServerSide, assemble_server
 from pfm_llm.protocol.types import Mode, SharedState
 from pfm_llm.publish.export import Exported, export_shared_adapter
+from pfm_llm.runs import summary
 from pfm_llm.runs.environment import environment
 from pfm_llm.runs.folders import (
     CONFIG_FILE,
@@ -142,10 +144,12 @@ def _report(
         differences[split.value] = paired
     if not rows:
         _log.warning("every node withholds its figures: the run has no results")
+    spent = spent_of(federation.server, federation.checkpoints)
     extra: Mapping[str, Any] = {
         DIFFERENCES: differences,
         "config": config.model_dump(mode="json"),
         "environment": files.read_json(folders.public / ENVIRONMENT_FILE),
+        **summary.as_entry(spent),
     }
     write_results(folders.public / RESULTS_FILE, rows, extra)
     evaluated = config.evaluation
@@ -154,7 +158,7 @@ def _report(
         for split in evaluated.splits
     ]
     files.write_text(folders.public / TABLE_FILE, "\n".join(texts))
-    exported = Exported(config, side.model, items)
+    exported = Exported(config, side.model, items, privacy=spent)
     export_shared_adapter(exported, folders.shared_adapter, shared, rows)
 
 

@@ -6,6 +6,7 @@ names `NO_REPO`, which `addressed_card` replaces.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pfm_llm.evaluation.results import AUC, AUC_LABEL, FULL, SAMPLED, ResultRow
 from pfm_llm.evaluation.tables import results_table
 from pfm_llm.model.items.codes import TEXT_DIM
 from pfm_llm.protocol.types import Mode
+from pfm_llm.server.privacy.mechanism import Spent
 
 NO_REPO = "path/to/this/folder"
 """Stands in a card for the repository's name."""
@@ -38,8 +40,8 @@ _TAGS = (
     "federated-learning",
     "recommender-system",
     "sequential-recommendation",
-    "no-differential-privacy",
 )
+_PRIVATE_TAG, _NOT_PRIVATE_TAG = "differential-privacy", "no-differential-privacy"
 _LABELS = {**RANK_LABELS, AUC: AUC_LABEL}
 _SETTINGS = {
     "federation.num_rounds": "Rounds planned",
@@ -74,13 +76,27 @@ _PLOT_TITLES = {
 }
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a card tells of the training and its results.
+
+    Attributes:
+        rows: Result rows of any method, mode and split; empty before the first evaluation.
+        plots: The plots in the folder, such as ``plots/loss.png``.
+        privacy: What the training has spent; None: there was no noise.
+    """
+
+    rows: Sequence[ResultRow] = ()
+    plots: Sequence[str] = ()
+    privacy: Spent | None = None
+
+
 def model_card(
     config: ExperimentConfig,
     base_model: str,
     prompt: str,
     rounds: int,
-    rows: Sequence[ResultRow] = (),
-    plots: Sequence[str] = (),
+    shown: Shown = Shown(),
 ) -> str:
     """The card: YAML front matter with a model index, then Markdown.
 
@@ -91,9 +107,9 @@ def model_card(
         base_model: Hub id of the backbone, or a local folder (then only its name is shown).
         prompt: Prompt key, such as ``next_item.v1``.
         rounds: Number of trained rounds.
-        rows: Result rows of any method, mode and split; empty before the first evaluation.
-        plots: The plots in the folder, such as ``plots/loss.png``.
+        shown: Results, plots and privacy.
     """
+    rows, plots = shown.rows, shown.plots
     source, dataset = config.data.source, shown_name(config.data.source)
     settings = [(label, attrgetter(key)(config)) for key, label in _SETTINGS.items()]
     body = templates.render(
@@ -115,6 +131,7 @@ def model_card(
         version=__version__,
         plots=[(_PLOT_TITLES.get(Path(p).name, Path(p).stem), p) for p in plots],
         settings=[(label, value) for label, value in settings if value is not None],
+        privacy=shown.privacy,
         started_from=config.init_from and shown_name(config.init_from.adapter),
         is_on_hub=_is_hub_id(base_model),
         is_embedded_base=config.backbone.name == _EMBEDDED_BASE,
@@ -122,7 +139,7 @@ def model_card(
         is_movielens="movielens" in dataset.lower() or dataset.lower().startswith("ml-"),
         has_paths=_is_path(source) or _is_path(base_model),
     )
-    matter = _front_matter(config, base_model, rows)
+    matter = _front_matter(config, base_model, shown)
     front = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n{body}"
 
@@ -152,19 +169,19 @@ def addressed_card(card: str, repo: str) -> str:
     return card.replace(NO_REPO, repo)
 
 
-def _front_matter(config: ExperimentConfig, base: str, rows: Sequence[ResultRow]) -> dict[str, Any]:
+def _front_matter(config: ExperimentConfig, base: str, shown: Shown) -> dict[str, Any]:
     dataset = shown_name(config.data.source)
     front: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter"} if _is_hub_id(base) else {}),
         "library_name": "peft",
         "license": _LICENSE,
         "pipeline_tag": _PIPELINE_TAG,
-        "tags": list(_TAGS),
+        "tags": [*_TAGS, _PRIVATE_TAG if shown.privacy else _NOT_PRIVATE_TAG],
         "datasets": [dataset],
     }
     metrics = [
         _index_entry(row, config.evaluation.confidence)
-        for row in rows
+        for row in shown.rows
         if (row.mode, row.split) == (Mode.SHARED_ONLY, "test")
     ]
     if metrics:  # the Hub refuses an index without results

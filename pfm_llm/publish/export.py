@@ -3,6 +3,7 @@
 The files follow an allow-list. This module has no access to private data.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from pfm_llm import __version__
 from pfm_llm.base import files
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.base.terminal import harmless
 from pfm_llm.config.model import HeadConfig
 from pfm_llm.config.schema import ExperimentConfig, dump_config
@@ -32,8 +34,9 @@ from pfm_llm.publish.artefact import (
     prompt_file,
     write_head,
 )
-from pfm_llm.publish.card import model_card, shown_name
-from pfm_llm.publish.manifest import FORMAT, Base, Manifest, Metric, Parent
+from pfm_llm.publish.card import Shown, model_card, shown_name
+from pfm_llm.publish.manifest import FORMAT, Base, Manifest, Metric, Parent, Privacy
+from pfm_llm.server.privacy.mechanism import Spent
 from pfm_llm.text.item_keys import item_keys
 
 PLOTS_FOLDER = "plots"
@@ -48,12 +51,14 @@ class Exported:
         parts: The model.
         catalogue: Its items.
         parents: The adapter that the training started from; empty for a new model.
+        privacy: What the training has spent; None: there was no noise.
     """
 
     config: ExperimentConfig
     parts: ModelParts
     catalogue: Catalogue
     parents: tuple[Parent, ...] = ()
+    privacy: Spent | None = None
 
 
 def export_shared_adapter(
@@ -64,13 +69,24 @@ def export_shared_adapter(
 ) -> None:
     """Write the shared adapter's folder; files of an earlier export are replaced.
 
+    Under privacy the folder has neither results nor plots: they tell of users without noise.
+
     Args:
         what: Config, model and catalogue.
         folder: The folder to write; the plots of its parent folder are copied into it.
         shared: The shared state.
         rows: Results for manifest and card; empty before the evaluation.
+
+    Raises:
+        ConfigError: It is not known what the training has spent under privacy.
     """
     parts, config = what.parts, what.config
+    if config.federation.privacy is not None and what.privacy is None:
+        raise ConfigError(
+            f"{config.name}: its ledger of privacy, privacy.json, is missing, so nobody knows what "
+            "the training has spent; restore it beside the checkpoints"
+        )
+    rows = () if what.privacy else rows
     parts.adapter.export_shared(shared.tensors, folder, parts.backbone.portable_name)
     head = of_group(shared.tensors, Group.HEAD)
     centroids = None if parts.codes is None else parts.codes.centroids
@@ -85,14 +101,14 @@ def export_shared_adapter(
     }
     for name, text in texts.items():
         files.write_text(folder / name, text)
-    plots = _copy_plots(folder.parent / PLOTS_FOLDER, folder)
+    plots = _copy_plots(folder.parent / PLOTS_FOLDER, folder, with_any=what.privacy is None)
     names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, *([BASIS_FILE] if basis else ())]
     names += [*texts, *plots]
     hashes = {name: files.sha256_of(folder / name) for name in names}
     manifest = _manifest(what, shared.round_number, rows, hashes)
     files.write_bytes(folder / MANIFEST_FILE, manifest.to_bytes())
     base, prompt = parts.backbone.portable_name, parts.prompt.key
-    card = model_card(config, base, prompt, shared.round_number, rows, plots)
+    card = model_card(config, base, prompt, shared.round_number, Shown(rows, plots, what.privacy))
     files.write_text(folder / CARD_FILE, card)
 
 
@@ -121,11 +137,11 @@ def _shown(names: Any) -> Any:
     return shown_name(names) if isinstance(names, str) else [_shown(name) for name in names]
 
 
-def _copy_plots(source: Path, folder: Path) -> list[str]:
-    """Copy the run's plots into the folder; return their names in it."""
+def _copy_plots(source: Path, folder: Path, with_any: bool) -> list[str]:
+    """Copy the run's plots, if any are wanted, into the folder; return their names in it."""
     shutil.rmtree(folder / PLOTS_FOLDER, ignore_errors=True)
     names = []
-    for plot in sorted(source.glob("*.png")):
+    for plot in sorted(source.glob("*.png")) if with_any else ():
         names.append(f"{PLOTS_FOLDER}/{plot.name}")
         files.write_bytes(folder / names[-1], plot.read_bytes())
     return names
@@ -164,6 +180,7 @@ def _manifest(
         contract_sha256=parts.contract.hash(),
         parents=what.parents,
         metrics=_metrics(rows),
+        privacy=what.privacy and Privacy(**dataclasses.asdict(what.privacy)),
         files=hashes,
     )
 

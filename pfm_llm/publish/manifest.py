@@ -87,6 +87,39 @@ class Metric(_Part):
     ci_high: float
 
 
+class Privacy(_Part):
+    """The differential privacy of a user in all that the training released.
+
+    Two data sets are neighbours if they differ in what one user gives: its updates, or nothing in
+    their place. An adapter that the training started from is not covered.
+
+    Attributes:
+        epsilon, delta: What the whole run has spent.
+        noise_multiplier: Standard deviation of the noise over the bound of what a user gives.
+        clip_norm: The bound of a user's update.
+        participation: ``passes``: every user equally often, by a public schedule, so that nothing
+            is amplified; ``poisson``: by a secret draw in each round.
+        cohort_size: Clients of a round; with ``poisson`` their expected number.
+        num_clients: All clients; their number counts as public.
+        releases: Rounds that were released, each as often as it was.
+        planned_rounds: The rounds that the config asked for.
+        budget: The largest ε that the run was to reach; None: there was no bound.
+        accountant: The library that computed ε.
+    """
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    clip_norm: float
+    participation: Literal["passes", "poisson"]
+    cohort_size: PositiveCount
+    num_clients: PositiveCount
+    releases: Count
+    planned_rounds: PositiveCount
+    budget: float | None
+    accountant: str
+
+
 class Manifest(_Part):
     """``pfm_manifest.json``.
 
@@ -111,7 +144,9 @@ class Manifest(_Part):
         num_items: Size of the catalogue.
         contract_sha256: Hash of the federation's update contract.
         parents: The predecessors; empty for a first version.
-        metrics: Figures of the evaluation; empty before the first evaluation.
+        metrics: Figures of the evaluation; empty before the first evaluation, and under privacy,
+            which does not cover them.
+        privacy: The differential privacy of the training; None: there is none.
         files: Name to SHA-256 of every listed file.
     """
 
@@ -136,6 +171,7 @@ class Manifest(_Part):
     contract_sha256: str
     parents: tuple[Parent, ...] = ()
     metrics: tuple[Metric, ...] = ()
+    privacy: Privacy | None = Field(None, exclude_if=lambda value: value is None)
     files: dict[str, str]
 
     @model_validator(mode="before")

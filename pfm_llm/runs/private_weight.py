@@ -65,7 +65,10 @@ def _weights(run: Run) -> Collection[float]:
         return ()
     if given is not None:
         return given
-    return () if run.model.private.takes_steps or private.weight != 1 else WEIGHTS
+    # What is chosen on users' events is not covered by a guarantee of privacy.
+    is_private = run.config.federation.privacy is not None
+    chooses = not (is_private or run.model.private.takes_steps or private.weight != 1)
+    return WEIGHTS if chooses else ()
 
 
 def _kept(path: Path, round_number: int, weights: Collection[float]) -> float | None:

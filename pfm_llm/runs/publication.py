@@ -8,6 +8,7 @@ from typing import Any
 from pfm_llm.base.errors import HubError
 from pfm_llm.config.earlier import load_saved
 from pfm_llm.config.settings import with_setting
+from pfm_llm.federation.privacy import spent_of
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.publish.card import shown_name
 from pfm_llm.publish.export import Exported, export_shared_adapter
@@ -55,7 +56,9 @@ def exported_of(run: Run, trained: Trained) -> Exported:
         )
         parents = (origin,)
     recorded = with_setting(config, "adapters.private.weight", trained.private_weight)
-    return Exported(recorded, run.model, run.data.interactions.catalogue, parents)
+    is_private = config.federation.privacy is not None
+    spent = spent_of(run.new_server(), run.checkpoints) if is_private else None
+    return Exported(recorded, run.model, run.data.interactions.catalogue, parents, spent)
 
 
 def push_when_due(run: Run, shared: SharedState) -> None:

@@ -93,10 +93,12 @@ def evaluate_and_report(
                 _write_ranked(run, ranked, task.held_out, {**fitted, **found.ranks})
         costs = _costs(run, trained, measured[0], training_seconds)
         costs["evaluation_seconds"] = time.perf_counter() - started
+        exported = exported_of(run, trained)
         extra = _extra(run, trained, _settings_of(baselines, likes)) | opened | {"costs": costs}
+        extra |= summary.as_entry(exported.privacy)
         _write_report(run, rows, {GAINS: gains, COMPARISONS: comparisons}, extra)
         _draw(run, measured[-1])
-        exported, folder = exported_of(run, trained), run.folders.shared_adapter
+        folder = run.folders.shared_adapter
         export_shared_adapter(exported, folder, trained.shared, rows)
         if config.adapters.private.enabled:
             lists.write_lists(run, trained)

@@ -1,5 +1,6 @@
 """The findings of a run in sentences: the gain of its private part, and comparisons."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,12 +11,16 @@ from pfm_llm.evaluation.comparison import OVER
 from pfm_llm.evaluation.personality.significance import ROUNDING, over_seeds, settled
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.protocol.types import Mode
+from pfm_llm.server.privacy.mechanism import Spent
 
 COMPARISONS, GAINS = "comparisons", "gains"
 """Keys of ``results.json``: rows of differences, see `comparison.rows_over` and `gain_rows`."""
 
 PRIVATE_WEIGHT = "private_weight"
 """Key of ``results.json``: the weight of the private part; absent without a private part."""
+
+_PRIVACY = "privacy"
+"""Key of ``results.json``: the fields of `Spent`; absent without ``federation.privacy``."""
 
 _UNITS = {
     "gain_log_rank": "log-rank (a held-out item stands at {percent:.0f} % of its former rank)",
@@ -71,7 +76,13 @@ def findings(results: Mapping[str, Any]) -> list[str]:
             f"These are mean differences over the same users, with {level * 100:g} % intervals; a "
             f"positive one is better for the user.{corrected}"
         )
-    return lines + _refused(results.get("costs", {}))
+    costs = results.get("costs", {})
+    return lines + _spent(results.get(_PRIVACY), costs) + _refused(costs)
+
+
+def as_entry(spent: Spent | None) -> dict[str, Any]:
+    """What a run has spent, as an entry of ``results.json``; empty without a guarantee."""
+    return {} if spent is None else {_PRIVACY: dataclasses.asdict(spent)}
 
 
 def refused_by_reason(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -80,6 +91,23 @@ def refused_by_reason(records: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     for record in records:
         total.update(record.get("refused_by_reason", {}))
     return dict(total)
+
+
+def _spent(privacy: Mapping[str, Any] | None, costs: Mapping[str, Any]) -> list[str]:
+    """A line about the privacy of users, and one if the budget ended the run."""
+    if privacy is None:
+        return []
+    lines = [
+        f"The shared part is ({privacy['epsilon']:.3g}, {privacy['delta']:.3g})-differentially "
+        "private for each user; the figures here are not."
+    ]
+    rounds, planned = costs.get("rounds", 0), privacy["planned_rounds"]
+    if privacy["budget"] is not None and rounds < planned:
+        lines.append(
+            f"The budget of ε, {privacy['budget']:g}, ended the run after {rounds} of {planned} "
+            "rounds."
+        )
+    return lines
 
 
 def _refused(costs: Mapping[str, Any]) -> list[str]:

@@ -1,1 +1,4 @@
-"""The server. This package imports base, protocol, config and torch, and nothing else."""
+"""The server. This package imports base, protocol, config and torch.
+
+`server.privacy` also needs a cipher, the normal distribution, and the optional `dp-accounting`.
+"""

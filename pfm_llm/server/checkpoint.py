@@ -28,6 +28,7 @@ from pfm_llm.protocol.types import Tensors
 SERVER_FOLDER = "server"
 """The folder of the checkpoints, in the private folder of a run."""
 _COMMIT_FILE = "commit.json"
+_LEDGER_FILE = "privacy.json"
 NUM_KEPT = 2
 """The number of committed rounds that are kept."""
 
@@ -128,6 +129,11 @@ class CheckpointStore:
     def __init__(self, directory: Path) -> None:
         """Open a folder, such as ``runs/<name>.private/server``; the first `save` makes it."""
         self._directory = directory
+
+    @property
+    def ledger_path(self) -> Path:
+        """The file of the run's ledger of privacy, which no commit and no rollback changes."""
+        return self._directory / _LEDGER_FILE
 
     def rounds(self) -> tuple[int, ...]:
         """The committed rounds that are kept, oldest first; the last is the commit point.

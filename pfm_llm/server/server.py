@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
@@ -12,6 +11,7 @@ from pfm_llm.base.errors import CheckpointError, ConfigError, ContractError
 from pfm_llm.config.choices import Weighting
 from pfm_llm.config.schema import FederationConfig
 from pfm_llm.config.settle import known
+from pfm_llm.config.stages import MasksConfig
 from pfm_llm.protocol.contract import TensorSpec, UpdateContract
 from pfm_llm.protocol.masks.messages import MaskSession
 from pfm_llm.protocol.masks.neighbours import usual_number
@@ -24,6 +24,8 @@ from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, WeightedMean, up
 from pfm_llm.server.masked_round import MaskedRound
 from pfm_llm.server.norm_bound import NormBound
 from pfm_llm.server.participation import select_cohort, simulated_dropouts
+from pfm_llm.server.privacy.mechanism import PrivateMean
+from pfm_llm.server.round_summary import RoundSummary
 from pfm_llm.server.step import OptimizerState, ServerStep
 
 _LOG = logging.getLogger(__name__)
@@ -31,35 +33,7 @@ _PREFIXES = ("shared/", "first/", "second/")
 """Of the shared tensors and of the optimizer's two moments, in a checkpoint."""
 _STEP = "optimizer/step"
 _SIZES = "norm_bound/sizes"
-
-
-@dataclass(frozen=True)
-class RoundSummary:
-    """The server's figures of a round, after its step.
-
-    Attributes:
-        round_number: The round, from 1.
-        num_updates: Number of accepted updates.
-        refusals: What was wrong with each refused update; the texts name clients.
-        refused_by_reason: How many were refused for each `Refusal`.
-        num_clipped: Number of accepted updates that were scaled down; see `NormBound`.
-        num_examples: Training examples of the accepted updates.
-        loss: Their weighted mean loss (nats) before local training; None without any.
-        update_norm: Euclidean norm of the aggregated update; 0 without any.
-        lr_factor: The factor of the learning-rate schedule in this round.
-        stages: Name of each update stage to the figures of its ``summary``.
-    """
-
-    round_number: int
-    num_updates: int
-    refusals: tuple[str, ...]
-    refused_by_reason: Mapping[str, int]
-    num_clipped: int
-    num_examples: int
-    loss: float | None
-    update_norm: float
-    lr_factor: float
-    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+_RELEASES = "privacy/releases"
 
 
 class Server:
@@ -68,6 +42,7 @@ class Server:
     Attributes:
         table: The shared tensors.
         contract: The contract of updates.
+        privacy: Puts noise on the mean of a round; None: there is none.
     """
 
     def __init__(
@@ -91,7 +66,7 @@ class Server:
 
         Raises:
             ContractError: The contract or the shared state does not fit the table.
-            ConfigError: A stage cannot do its work under masks.
+            ConfigError: A stage cannot do its work under masks, or δ is too large for the clients.
         """
         if difference := _difference(contract.tensors, table.sent):
             raise ContractError(
@@ -117,6 +92,9 @@ class Server:
         if config.masks is not None:
             self._stages.check_masked()
         self._bound = NormBound(contract.tensors, config.local)
+        self.privacy: PrivateMean | None = None
+        if config.privacy is not None:
+            self.privacy = PrivateMean(config, self._client_ids, seed, self._mask_rounding())
         self._cohort: tuple[int, tuple[str, ...]] = (0, ())
 
     @property
@@ -145,14 +123,16 @@ class Server:
         return self._optimizer.step
 
     def select_cohort(self, round_number: int) -> tuple[str, ...]:
-        """The clients of a round, a function of (seed, round) alone.
+        """The clients of a round, a function of (seed, round) alone, or a secret draw.
 
         Raises:
             ConfigError: The cohort is larger than the number of clients.
         """
         if self._cohort[0] != round_number:
-            size = known(self._config.cohort_size)
-            cohort = select_cohort(self._client_ids, size, self._seed, round_number)
+            cohort = self.privacy.drawn_cohort(round_number) if self.privacy else None
+            if cohort is None:
+                size = known(self._config.cohort_size)
+                cohort = select_cohort(self._client_ids, size, self._seed, round_number)
             self._cohort = (round_number, cohort)
         return self._cohort[1]
 
@@ -178,7 +158,6 @@ class Server:
         masks, size = self._config.masks, known(self._config.cohort_size)
         if masks is None:
             raise ConfigError("updates travel in the clear; set federation.masks: true")
-        [norm] = [stage.clip.norm for stage in self._config.stages if stage.clip is not None]
         session = MaskSession(
             contract_hash=self.contract.hash(),
             round_number=self.round_under_way,
@@ -186,14 +165,24 @@ class Server:
             num_neighbours=masks.neighbours or usual_number(size),
             verify_keys=verify_keys,
         )
-        fixed_point = FixedPoint(
+        cohort = self.select_cohort(self.round_under_way)
+        return MaskedRound(session, cohort, self._fixed_point(masks))
+
+    def _fixed_point(self, masks: MasksConfig) -> FixedPoint:
+        [norm] = [stage.clip.norm for stage in self._config.stages if stage.clip is not None]
+        return FixedPoint(
             specs=self.contract.tensors,
             norm=norm,
-            cohort_size=size,
+            cohort_size=known(self._config.cohort_size),
             most_examples=masks.max_examples,
             by_examples=self._config.server.weighting is Weighting.NUM_EXAMPLES,
         )
-        return MaskedRound(session, self.select_cohort(self.round_under_way), fixed_point)
+
+    def _mask_rounding(self) -> float:
+        """How far the words of masks may move an update: half a step in each number."""
+        masks = self._config.masks
+        fixed_point = None if masks is None else self._fixed_point(masks)
+        return 0.0 if fixed_point is None else fixed_point.largest_rounding
 
     def new_aggregator(self) -> Aggregator:
         """An empty aggregator of the kind that the config names, for a chunk or a round."""
@@ -220,14 +209,14 @@ class Server:
                 )
             arrived = as_received(self._in_order(update.delta))
             delta, noted = self._stages.on_server(arrived, client, round_number)
-            bounded, sizes = self._bound.bounded(client, delta, update.num_examples)
+            bounded, sizes = self._bounded(client, delta, update.num_examples)
             updates.add(dataclasses.replace(update, delta=bounded), self.weight_of(update))
         except ContractError as error:
             _LOG.warning("round %d: refused an update: %s", round_number, error)
             updates.refuse(str(error), error.reason)
             return False
         updates.tally.note(noted)
-        updates.tally.sizes.append(sizes)
+        updates.tally.sizes += sizes
         updates.tally.clipped += bounded is not delta
         return True
 
@@ -258,7 +247,7 @@ class Server:
             mean = {n: (t.double() / weight).float() for n, t in whole.items()}
             delta, noted = self._stages.on_server(mean, update.node_id, round_number)
             examples = max(1, update.num_examples // update.num_clients)
-            bounded, sizes = self._bound.bounded(update.node_id, delta, examples)
+            bounded, sizes = self._bounded(update.node_id, delta, examples)
             if bounded is not mean:
                 whole = {name: tensor.double() * weight for name, tensor in bounded.items()}
             updates.add_sum(dataclasses.replace(update, delta=whole), weight, asked)
@@ -270,9 +259,21 @@ class Server:
         for _ in range(len(asked) - update.num_clients):
             updates.refuse(f"node {update.node_id!r:.80}: a client gave no update")
         updates.tally.note(noted)
-        updates.tally.sizes.append(sizes)
+        updates.tally.sizes += sizes
         updates.tally.clipped += bounded is not delta
         return True
+
+    def _bounded(
+        self, sender: str, delta: Tensors, num_examples: int
+    ) -> tuple[Tensors, list[torch.Tensor]]:
+        """An update within its bounds, and its sizes, from which `NormBound` learns.
+
+        Under privacy nothing is learned: what becomes of an update must not follow from others.
+        """
+        if self.privacy is not None:
+            return self.privacy.bounded(sender, delta), []
+        bounded, sizes = self._bound.bounded(sender, delta, num_examples)
+        return bounded, [sizes]
 
     def weight_of(self, update: ClientUpdate) -> float:
         """The weight of an update; see `aggregation.update_weight`."""
@@ -290,21 +291,22 @@ class Server:
         """Step from the round's updates to the next shared state.
 
         Without any accepted update the round counts, and shared tensors, moments and the norm bound
-        stay as they were.
+        stay as they were. Under privacy there is a step in any case: it is not told who answered.
 
         Args:
             updates: The updates of the whole cohort.
 
         Raises:
             ContractError: The updates hold other tensors than the shared state.
-            TrainingError: The step led to values that are not finite. After either error the
-                shared state and the round are unchanged.
+            TrainingError: The step led to values that are not finite, or the round was not paid
+                for (`PrivateMean.charge`). After any error the shared state and the round are
+                unchanged.
         """
         round_number, tally = self.round_under_way, updates.tally
         tensors = self._shared.tensors
         aggregate: Tensors = {}
-        if tally.num_updates:
-            aggregate = self._stages.on_aggregate(updates.result(), round_number)
+        if tally.num_updates or self.privacy is not None:
+            aggregate = self._stages.on_aggregate(self._mean(updates), round_number)
             stepped, self._optimizer = self._step.step(self._trained(), aggregate, self._optimizer)
             if tally.sizes:  # under masks nobody knows the size of an update
                 self._bound.learn(tally.sizes)
@@ -325,6 +327,12 @@ class Server:
             stages=self._stages.summary(tally.noted),
         )
 
+    def _mean(self, updates: Aggregator) -> Tensors:
+        """The aggregate of a round, under noise where there is any."""
+        if self.privacy is None:
+            return updates.result()
+        return self.privacy.release(updates, self.contract.tensors, self.round_under_way)
+
     def _trained(self) -> SharedState:
         """The part of the shared state that the contract lists."""
         trained = {name: self._shared.tensors[name] for name in self.contract.tensors}
@@ -339,6 +347,8 @@ class Server:
             for prefix, group in zip(_PREFIXES, groups, strict=True)
             for name, tensor in group.items()
         }
+        if self.privacy is not None:
+            tensors[_RELEASES] = torch.tensor(self.privacy.num_releases)
         return {**tensors, _STEP: torch.tensor(optimizer.step), _SIZES: self._bound.state}
 
     def load_state_tensors(self, tensors: Tensors, round_number: int) -> None:
@@ -366,6 +376,8 @@ class Server:
         self._shared = SharedState(shared, round_number)
         self._optimizer = OptimizerState(int(tensors[_STEP]), first, second)
         self._bound.state = tensors[_SIZES]
+        if self.privacy is not None:
+            self.privacy.committed = int(tensors[_RELEASES])
 
 
 def shared_tensors(state: Tensors) -> dict[str, torch.Tensor]:

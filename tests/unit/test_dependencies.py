@@ -20,8 +20,8 @@ FOR_TESTS = {
     canonicalize_name(found.name): found
     for found in map(Requirement, PROJECT["optional-dependencies"]["test"])
 }
-OPTIONAL = {"flwr"}
-"""In the extra [flower]: `tests/unit/test_layers.py` says who may import it."""
+OPTIONAL = {"flwr", "dp-accounting"}
+"""In the extras [flower] and [dp]: `tests/unit/test_layers.py` says who may import them."""
 PACKAGE_OF = {"yaml": "pyyaml"}
 USED_BY_NAME = {
     "gguf": "transformers reads the embedded base model with it",
@@ -71,6 +71,14 @@ def test_flower_changes_five_pins_and_adds_its_own() -> None:
     app = tomllib.loads((ROOT / "flower_app" / "pyproject.toml").read_text())["project"]
     assert [str(flower)] == [str(Requirement(one)) for one in app["dependencies"]]
     assert all(own[name] in found.specifier for name, found in DECLARED.items())
+
+
+def test_privacy_changes_one_pin_and_adds_its_own() -> None:
+    (library,) = map(Requirement, PROJECT["optional-dependencies"]["dp"])
+    usual, own = pinned("constraints.txt"), pinned("constraints-dp.txt")
+    assert own.keys() - usual.keys() == {"dp-accounting", "dm-tree", "wrapt"}
+    assert own["dp-accounting"] in library.specifier
+    assert {name for name in usual if own[name] != usual[name]} == {"attrs"}
 
 
 @pytest.mark.parametrize("name", sorted(DECLARED))

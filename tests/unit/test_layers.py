@@ -32,6 +32,7 @@ LAYERS = [line.split() for line in """
 HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 SERVER_MAY_IMPORT = {"base", "protocol", "config", "server"}
 USERS_OF_FLOWER = {"client_app", "link", "server_app", "wire"}
+LIBRARIES_OF_PRIVACY = {"cryptography", "dp_accounting", "numpy", "scipy"}
 MAX_ROOMS, MAX_FILES = 20, 15
 MAX_LINES, MAX_BODY, MAX_PARAMETERS = 400, 40, 6
 CODE = ("pfm_llm", "scripts", "benchmarks", "examples")
@@ -147,16 +148,20 @@ def test_no_room_is_crowded() -> None:
 
 def test_the_server_imports_nothing_of_the_clients() -> None:
     """Nor a model: what a server knows is the contract, the table and the config."""
-    names = {
-        name
-        for module, found in module_imports(PACKAGE).items()
-        if room(module) == "server"
-        for name in found
-    }
+    graph = module_imports(PACKAGE)
+    server = {module: found for module, found in graph.items() if room(module) == "server"}
+    names = {name for found in server.values() for name in found}
     ours = {room(name) for name in names if name.startswith("pfm_llm.")}
     assert ours <= SERVER_MAY_IMPORT
     libraries = {name.split(".")[0] for name in names} - {"pfm_llm"} - sys.stdlib_module_names
-    assert libraries == {"torch"}
+    assert libraries == {"torch", *LIBRARIES_OF_PRIVACY}
+    for library in LIBRARIES_OF_PRIVACY:
+        using = {m for m, found in server.items() if library in {n.split(".")[0] for n in found}}
+        assert all(module.startswith("server.privacy.") for module in using)
+
+
+def test_only_the_accounting_imports_its_library() -> None:
+    assert users_of(PACKAGE, "dp_accounting") == {"server.privacy.accounting"}
 
 
 def test_modules_have_no_import_loops() -> None:

@@ -79,6 +79,11 @@ class FixedPoint:
         """The factor s."""
         return self._power_of_two(self.norm)
 
+    @property
+    def largest_rounding(self) -> float:
+        """The largest norm by which rounding moves an update that counts 1."""
+        return 0.5 / self.scale * math.sqrt(self._num_numbers)
+
     def encode(self, update: ClientUpdate) -> Words:
         """The words of an update that fits the contract, uint32 [num_words].
 

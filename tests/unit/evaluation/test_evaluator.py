@@ -12,7 +12,7 @@ import torch
 from pfm_llm.base.errors import DataError
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.config.choices import Task
-from pfm_llm.config.schema import EvaluationConfig
+from pfm_llm.config.running import EvaluationConfig
 from pfm_llm.data.history import NO_LABEL, History
 from pfm_llm.data.splits import HeldOut, TrainData
 from pfm_llm.evaluation import evaluator, ranking, scoring

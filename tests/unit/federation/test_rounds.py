@@ -66,7 +66,12 @@ class ToyExchange:
 
 def federation_of(folder: Path, **settings: Any) -> tuple[Federation, ToyExchange]:
     tree = {"num_rounds": 4, "cohort_size": 4, **settings}
-    given = {"name": "toy", "federation": tree, "output": {"checkpoint_every": 2}}
+    given = {
+        "name": "toy",
+        "head": {"item_met": False, "item_dropout": 0.0},
+        "federation": tree,
+        "output": {"checkpoint_every": 2},
+    }
     config = settle(parse_config(given), len(CLIENTS))
     table = table_of({"lora.m.A": torch.zeros(2, 3), "head.item_bias": torch.zeros(4)})
     contract = table.contract(backbone_hash="b", prompt_hash="p", catalogue_hash="c")

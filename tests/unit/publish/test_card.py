@@ -11,8 +11,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from pfm_llm import __version__
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.evaluation.results import ResultRow
-from pfm_llm.publish.card import _SETTINGS, NO_REPO, addressed_card, model_card
+from pfm_llm.publish.card import _SETTINGS, NO_REPO, Shown, addressed_card, model_card
 from tests.support.golden import assert_golden
+from tests.support.privacy import SPENT
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -58,13 +59,13 @@ SCORES = [
 ]
 
 
-def card_of(base_model: str = BASE, rows=SCORES, plots=(), **sections: Any) -> str:
+def card_of(base_model: str = BASE, rows=SCORES, plots=(), privacy=None, **sections: Any) -> str:
     """The card of `CONFIG` with other sections, or with other values in a section."""
     tree = dict(CONFIG)
     for name, value in sections.items():
         tree[name] = tree.get(name, {}) | value if isinstance(value, dict) else value
     config = ExperimentConfig.model_validate(tree)
-    return model_card(config, base_model, "next_item.v1", 150, rows, plots)
+    return model_card(config, base_model, "next_item.v1", 150, Shown(rows, plots, privacy))
 
 
 def front_matter(card: str) -> dict:
@@ -294,3 +295,22 @@ def test_local_paths_are_not_published(path) -> None:
 
 def test_braces_in_what_is_told_stay_as_they_are() -> None:
     assert "from_pretrained('{x}')" in card_of("/models/{x}")
+
+
+def test_a_card_says_what_is_private_and_against_whom() -> None:
+    card = card_of(rows=(), privacy=SPENT)
+    assert "(ε, δ) = (7.95, 1e-05) over the whole training" in card
+    assert "norm\n  0.5," in card
+    assert "Gaussian noise of 1.201 times that on the sum of each of 80 rounds" in card
+    assert "sampling amplifies nothing" in card
+    assert "It does not hold against the\n  server" in card
+    assert "Figures that were measured on users are not covered" in card
+    assert "No differential privacy" not in card
+    assert front_matter(card)["tags"][-1] == "differential-privacy"
+    assert front_matter(card_of())["tags"][-1] == "no-differential-privacy"
+
+
+def test_a_card_says_that_what_a_private_training_started_from_is_not_covered() -> None:
+    started = card_of(rows=(), privacy=SPENT, init_from={"adapter": "someone/else"})
+    assert "is not covered: what it tells of its own users" in started
+    assert "is not covered: what" not in card_of(rows=(), privacy=SPENT)

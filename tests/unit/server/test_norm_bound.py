@@ -15,7 +15,8 @@ from pfm_llm.config.schema import FederationConfig, LocalConfig, ServerConfig
 from pfm_llm.config.stages import ClipConfig, StageConfig
 from pfm_llm.protocol.types import ClientUpdate
 from pfm_llm.server.norm_bound import NormBound
-from pfm_llm.server.server import RoundSummary, Server
+from pfm_llm.server.round_summary import RoundSummary
+from pfm_llm.server.server import Server
 from tests.support.tables import table_of
 
 CLIENTS = tuple("abcdefgh")
