@@ -194,9 +194,13 @@ class UpdateContract:
         self._check_names(client, delta)
         for name, spec in self.tensors.items():
             tensor = delta[name]
-            _check_spec(client, name, tensor, spec)
-            _check_plain(client, name, tensor)
-            if not bool(torch.isfinite(tensor).all()):
+            try:
+                _check_spec(client, name, tensor, spec)
+                _check_plain(client, name, tensor)
+                is_finite = bool(torch.isfinite(tensor).all())
+            except RuntimeError as error:  # of a tensor from inside torch.func.vmap
+                raise _malformed(client, f"{name} is a tensor that cannot be read") from error
+            if not is_finite:
                 raise ContractError(
                     f"client {_show(client)}: {name} holds values that are not finite; "
                     "its training diverged (lower federation.local.shared_lr)",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +18,14 @@ from pfm_llm.protocol.masks.words import FixedPoint
 from pfm_llm.protocol.parameters import ParameterTable
 from pfm_llm.protocol.stages import Stages
 from pfm_llm.protocol.transport import as_received, broadcast
-from pfm_llm.protocol.types import ClientUpdate, NodeUpdate, Refusal, SharedState, Tensors
+from pfm_llm.protocol.types import (
+    ClientUpdate,
+    NodeUpdate,
+    Refusal,
+    SharedState,
+    Tensors,
+    euclidean_norm,
+)
 from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, WeightedMean, update_weight
 from pfm_llm.server.masked_round import MaskedRound
 from pfm_llm.server.norm_bound import NormBound
@@ -46,6 +52,7 @@ class RoundSummary:
         num_examples: Training examples of the accepted updates.
         loss: Their weighted mean loss (nats) before local training; None without any.
         update_norm: Euclidean norm of the aggregated update; 0 without any.
+        norm_quantiles: Quantiles of the norms of the updates that arrived; see `Tally`.
         lr_factor: The factor of the learning-rate schedule in this round.
         stages: Name of each update stage to the figures of its ``summary``.
     """
@@ -58,6 +65,7 @@ class RoundSummary:
     num_examples: int
     loss: float | None
     update_norm: float
+    norm_quantiles: Mapping[str, float]
     lr_factor: float
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -197,7 +205,8 @@ class Server:
 
     def new_aggregator(self) -> Aggregator:
         """An empty aggregator of the kind that the config names, for a chunk or a round."""
-        return AGGREGATORS[self._config.server.aggregator]()
+        settings = self._config.server
+        return AGGREGATORS[settings.aggregator].of(settings)
 
     def receive(self, updates: Aggregator, update: ClientUpdate) -> bool:
         """Check one update and bound its norm. Add it to the others, or refuse and count it.
@@ -219,6 +228,7 @@ class Server:
                     Refusal.COHORT,
                 )
             arrived = as_received(self._in_order(update.delta))
+            updates.tally.norms.append(euclidean_norm(arrived))
             delta, noted = self._stages.on_server(arrived, client, round_number)
             bounded, sizes = self._bound.bounded(client, delta, update.num_examples)
             updates.add(dataclasses.replace(update, delta=bounded), self.weight_of(update))
@@ -249,13 +259,14 @@ class Server:
         round_number = self.round_under_way
         try:
             if not isinstance(updates, WeightedMean):
-                raise ContractError("a sum of updates cannot be part of a median")
+                raise ContractError("a sum of updates can be part of a mean alone")
             self.contract.check_sum(update, round_number, len(asked))
             if others := set(asked).difference(self.select_cohort(round_number)):
                 raise ContractError(f"client {min(others)!r:.80} was not asked", Refusal.COHORT)
             weight = self._weight_of_sum(update)
             whole = as_received(self._in_order(update.delta))
             mean = {n: (t.double() / weight).float() for n, t in whole.items()}
+            updates.tally.norms.append(euclidean_norm(mean))
             delta, noted = self._stages.on_server(mean, update.node_id, round_number)
             examples = max(1, update.num_examples // update.num_clients)
             bounded, sizes = self._bound.bounded(update.node_id, delta, examples)
@@ -318,9 +329,8 @@ class Server:
             num_clipped=tally.clipped,
             num_examples=tally.num_examples,
             loss=tally.loss,
-            update_norm=math.hypot(
-                *(float(torch.linalg.vector_norm(t)) for t in aggregate.values())
-            ),
+            update_norm=euclidean_norm(aggregate),
+            norm_quantiles=tally.norm_quantiles,
             lr_factor=self._step.lr_factor(round_number),
             stages=self._stages.summary(tally.noted),
         )
