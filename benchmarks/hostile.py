@@ -71,6 +71,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--openings", type=Path, default=ROOT / "results" / "test_openings.json", metavar="FILE",
+        help="file that counts measurements of test (default: that of the results)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -78,10 +82,6 @@ def main() -> None:
         help="a setting of all runs",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "hostile" / "films.json")
-    parser.add_argument(
-        "--openings", type=Path, default=ROOT / "results" / "test_openings.json", metavar="FILE",
-        help="file that counts measurements of test (default: that of the results)",
-    )  # fmt: skip
     arguments = parser.parse_args()
     from pfm_llm.cli.start import run_safely
 
@@ -156,18 +156,11 @@ def run(arguments: argparse.Namespace) -> None:
     from benchmarks.attacking.arena import Defence
     from pfm_llm.base import files
     from pfm_llm.base.processes import start_processes
-    from pfm_llm.runs.environment import environment
 
     processes = start_processes(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         ring = assembled(arguments, Path(folder), processes)
-        here = environment(
-            seed=arguments.seed,
-            dtype=str(ring.run.model.backbone.dtype).removeprefix("torch."),
-            threads=processes.threads,
-            num_processes=processes.count,
-            device=processes.device.type,
-        )  # now, since it names the commit of the code that is running
+        here = environment_of(ring)  # now: it names the commit of the code that runs
         plain = ring.match(NOTHING, Defence({}, bounded=False), NOBODY, 0.0)
         median = plain.outcome.norms["median"]
         norm, share, tried = chosen(ring, median)
@@ -177,7 +170,7 @@ def run(arguments: argparse.Namespace) -> None:
             for name, defence in defences.items()
             for attack in ATTACKS
         }
-        result = {
+        result: dict[str, Any] = {
             "rows": rows_of(ring, played, measured_on_test(ring, played, arguments.openings)),
             "matches": [described(pair, match) for pair, match in played.items()],
             "chosen": {"clip_norm": norm, "trim_share": share, "on_validation": tried},
@@ -192,6 +185,20 @@ def run(arguments: argparse.Namespace) -> None:
         }
     files.write_json(arguments.out, result)
     print(table(result["rows"]))
+
+
+def environment_of(ring: Ring) -> dict[str, Any]:
+    """Versions, machine, seed and commit."""
+    from pfm_llm.runs.environment import environment
+
+    run = ring.run
+    return environment(
+        seed=run.config.seed,
+        dtype=str(run.model.backbone.dtype).removeprefix("torch."),
+        threads=run.processes.threads,
+        num_processes=run.processes.count,
+        device=run.processes.device.type,
+    )
 
 
 def assembled(arguments: argparse.Namespace, folder: Path, processes: "Processes") -> Ring:
