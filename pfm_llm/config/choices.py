@@ -96,6 +96,7 @@ class Aggregation(StrEnum):
 
     MEAN = "mean"
     MEDIAN = "median"
+    TRIMMED_MEAN = "trimmed_mean"
 
 
 class Participation(StrEnum):

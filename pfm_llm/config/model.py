@@ -194,13 +194,14 @@ class HeadConfig(Settings):
     item_met: bool = Field(
         True,
         description="learn which items somebody has met; others are no negatives in training, and "
-        "have no embedding; no effect with a median, and where nothing is shared",
+        "have no embedding; no effect with other aggregates than the mean, and where nothing is "
+        "shared",
     )
     item_dropout: Fraction = Field(
         _ITEM_DROPOUT,
         description="share of the items that a step treats as new, to learn the bias of items that "
         "nobody has met; unless it is set, it is 0 where the head leaves it without effect; no "
-        "effect with a median, and where nothing is shared",
+        "effect with other aggregates than the mean, and where nothing is shared",
     )
     prior_events: Positive | None = Field(
         5.0,

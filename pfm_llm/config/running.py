@@ -1,4 +1,4 @@
-"""Settings of measures, of the machine and of files. None of them changes the trained tensors."""
+"""Settings of measures, of the machine and of files, and of where a run starts from."""
 
 from typing import Annotated
 
@@ -67,4 +67,14 @@ class OutputConfig(Settings):
     dir: str = Field("runs", description="holds <name>/ and, apart from it, <name>.private/")
     checkpoint_every: PositiveCount | None = Field(
         None, description="rounds between commits; None: a sixth of the rounds, at most 50"
+    )
+
+
+class InitFromConfig(Settings):
+    """A published adapter to start from."""
+
+    adapter: str = Field(description="Hub id, or a folder that was exported or pulled")
+    revision: str | None = Field(None, description="commit, tag or branch of a Hub id")
+    allow_base_mismatch: bool = Field(
+        False, description="accept an adapter that was trained on other base weights"
     )

@@ -41,6 +41,7 @@ from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.running import (
     CacheConfig,
     EvaluationConfig,
+    InitFromConfig,
     OutputConfig,
     PushToHubConfig,
     RuntimeConfig,
@@ -57,6 +58,7 @@ from pfm_llm.config.text import apply_override, validated
 
 _FEDAVG_STEPS = 4
 """Minimum local steps of fedavg: with fewer, the local models hardly differ."""
+_TRIM_SHARE = 0.2
 
 
 class BackboneConfig(Settings):
@@ -97,7 +99,17 @@ class ServerConfig(Settings):
 
     optimizer: ServerOptimizer = ServerOptimizer.FEDADAM
     weighting: Weighting = Weighting.UNIFORM
-    aggregator: Aggregation = Field(Aggregation.MEAN, description="median: per coordinate")
+    aggregator: Aggregation = Field(
+        Aggregation.MEAN, description="median and trimmed_mean are of each number on its own"
+    )
+    # Not dumped at its default: hashes of earlier settings stay as they are.
+    trim_share: float = Field(
+        _TRIM_SHARE,
+        ge=0,
+        lt=0.5,
+        description="share that a trimmed_mean leaves out at each end",
+        exclude_if=lambda value: value == _TRIM_SHARE,
+    )
     lr_lora: Positive = 1e-3
     lr_head: Positive = 3e-3
     lr_item_ids: Positive = 3e-2
@@ -155,16 +167,6 @@ class FederationConfig(Settings):
         if self.masks is not None and (problem := masks_problem(self)):
             raise ValueError(problem)
         return self
-
-
-class InitFromConfig(Settings):
-    """A published adapter to start from."""
-
-    adapter: str = Field(description="Hub id, or a folder that was exported or pulled")
-    revision: str | None = Field(None, description="commit, tag or branch of a Hub id")
-    allow_base_mismatch: bool = Field(
-        False, description="accept an adapter that was trained on other base weights"
-    )
 
 
 class ExperimentConfig(Settings):
@@ -275,9 +277,9 @@ def _regime_problem(config: ExperimentConfig) -> str | None:
 
 def _aggregation_problem(config: ExperimentConfig) -> str | None:
     server = config.federation.server
-    if server.aggregator is Aggregation.MEDIAN and server.weighting is not Weighting.UNIFORM:
+    if server.aggregator is not Aggregation.MEAN and server.weighting is not Weighting.UNIFORM:
         return (
-            "federation.server.aggregator: median counts every client once; set "
+            f"federation.server.aggregator: {server.aggregator} counts every client once; set "
             "federation.server.weighting: uniform"
         )
     return stages_problem(config.federation.stages)

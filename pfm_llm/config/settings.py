@@ -109,6 +109,6 @@ def leaves(tree: object, key: str = "") -> dict[str, object]:
 
 
 def learns_met(config: ExperimentConfig) -> bool:
-    """Whether ``head.item_met`` has an effect: a median hides which items few clients have met."""
+    """Whether ``head.item_met`` has an effect: only a mean shows what few have met."""
     is_sum = config.federation.server.aggregator is Aggregation.MEAN
     return config.head.item_met and is_sum and not SPECS[config.method].shares_nothing

@@ -204,7 +204,11 @@ def _record(federation: Federation, summary: RoundSummary, seconds: float) -> di
         "aggregated_norm": summary.update_norm,
         **federation.exchange.diagnostics,
     }
-    by_name = {"refused_by_reason": summary.refused_by_reason, "stages": summary.stages}
+    by_name = {
+        "refused_by_reason": summary.refused_by_reason,
+        "update_norms": summary.norm_quantiles,
+        "stages": summary.stages,
+    }
     return record | {name: figures for name, figures in by_name.items() if figures}
 
 

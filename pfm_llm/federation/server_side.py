@@ -134,6 +134,7 @@ def _pooled_problem(config: ExperimentConfig) -> str | None:
         )
     if config.data.met_items_only:
         return "data.met_items_only needs to know what all users met; set it to false"
-    if config.federation.server.aggregator is Aggregation.MEDIAN:
-        return "federation.server.aggregator: median needs single updates; set it to mean"
+    aggregator = config.federation.server.aggregator
+    if aggregator is not Aggregation.MEAN:
+        return f"federation.server.aggregator: {aggregator} needs single updates; set it to mean"
     return None

@@ -194,9 +194,13 @@ class UpdateContract:
         self._check_names(client, delta)
         for name, spec in self.tensors.items():
             tensor = delta[name]
-            _check_spec(client, name, tensor, spec)
-            _check_plain(client, name, tensor)
-            if not bool(torch.isfinite(tensor).all()):
+            try:
+                _check_spec(client, name, tensor, spec)
+                _check_plain(client, name, tensor)
+                is_finite = bool(torch.isfinite(tensor).all())
+            except RuntimeError as error:  # of a tensor from inside torch.func.vmap
+                raise _malformed(client, f"{name} is a tensor that cannot be read") from error
+            if not is_finite:
                 raise ContractError(
                     f"client {_show(client)}: {name} holds values that are not finite; "
                     "its training diverged (lower federation.local.shared_lr)",
@@ -313,3 +317,18 @@ def _show_names(names: Iterable[Any]) -> str:
     shown = ", ".join(ordered[:_SHOWN_NAMES])
     more = len(ordered) - _SHOWN_NAMES
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def specs_of(tensors: Tensors) -> dict[str, TensorSpec]:
+    """Name to shape and dtype of each tensor."""
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+
+
+def first_difference(
+    found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]
+) -> str | None:
+    """The first name, in order, with another shape or dtype than expected; None: there is none."""
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            return f"{name} is {found.get(name, 'absent')}, must be {expected.get(name, 'absent')}"
+    return None

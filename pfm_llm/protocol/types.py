@@ -23,6 +23,7 @@ features of a user embedding (``basis.taste.…``), for ``hyper_lora`` also the 
 ``model.layers.26.self_attn.q_proj``. All are float32 on the CPU between rounds.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -64,6 +65,12 @@ def lora_modules(names: Iterable[str]) -> list[str]:
     """The modules that have a shared LoRA among the given tensor names, in order."""
     factors = [name for name in names if in_group(name, Group.LORA) and name.endswith(".A")]
     return [name.removeprefix(f"{Group.LORA}.").removesuffix(".A") for name in factors]
+
+
+def euclidean_norm(tensors: Tensors) -> float:
+    """The Euclidean norm over all numbers of all tensors, in float64."""
+    norms = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors.values())
+    return math.hypot(*map(float, norms))
 
 
 class Mode(StrEnum):

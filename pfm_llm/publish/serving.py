@@ -7,12 +7,8 @@ from pfm_llm.base.errors import ArtefactError, DataError
 from pfm_llm.config.choices import Ablation
 from pfm_llm.config.data import EMBEDDED_SOURCES
 from pfm_llm.config.model import ItemsConfig
-from pfm_llm.config.schema import (
-    BackboneConfig,
-    ExperimentConfig,
-    FederationConfig,
-    InitFromConfig,
-)
+from pfm_llm.config.running import InitFromConfig
+from pfm_llm.config.schema import BackboneConfig, ExperimentConfig, FederationConfig
 from pfm_llm.data import sources
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.model.backbone import EMBEDDED

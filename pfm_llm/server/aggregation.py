@@ -6,7 +6,7 @@ This module handles no data of clients and no private states.
 import abc
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -14,7 +14,13 @@ import torch
 
 from pfm_llm.base.errors import ContractError, TrainingError
 from pfm_llm.config.choices import Aggregation, Weighting
+from pfm_llm.config.schema import ServerConfig
 from pfm_llm.protocol.types import ClientUpdate, NodeUpdate, Refusal, Tensors
+
+_LEVELS = torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
+_LEVEL_NAMES = ("p10", "median", "p90", "largest")
+_ROUNDING = 1e-9
+"""A product of a share and a count that is this little above an integer counts as the integer."""
 
 
 @dataclass
@@ -31,6 +37,8 @@ class Tally:
         weighted_loss: The sum of their losses (nats), each times its weight.
         num_examples: The sum of their examples.
         noted: Name of a stage to the number that it noted for each update, in order.
+        norms: The Euclidean norm of each update that fits the contract, as it arrived. It is here
+            also if the update was then refused for its length.
         sizes: The sizes of each added update; see `NormBound`.
         clipped: How many of the added updates `NormBound` scaled down.
     """
@@ -43,6 +51,7 @@ class Tally:
     weighted_loss: float = 0.0
     num_examples: int = 0
     noted: dict[str, list[float]] = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)
     sizes: list[torch.Tensor] = field(default_factory=list)
     clipped: int = 0
 
@@ -50,6 +59,17 @@ class Tally:
     def loss(self) -> float | None:
         """Their weighted mean loss (nats); None when nothing was added."""
         return self.weighted_loss / self.total_weight if self.num_updates else None
+
+    @property
+    def norm_quantiles(self) -> dict[str, float]:
+        """Tenth, half and nine tenths of the norms lie below these; and the largest norm.
+
+        Neighbours are interpolated linearly. Empty where no norm is known.
+        """
+        if not self.norms:
+            return {}
+        found = torch.tensor(self.norms, dtype=torch.float64).quantile(_LEVELS)
+        return dict(zip(_LEVEL_NAMES, found.tolist(), strict=True))
 
     def note(self, noted: Mapping[str, float]) -> None:
         """Keep the numbers that the stages noted for one update."""
@@ -67,6 +87,7 @@ class Tally:
         self.num_examples += other.num_examples
         for name, figures in other.noted.items():
             self.noted.setdefault(name, []).extend(figures)
+        self.norms += other.norms
         self.sizes += other.sizes
         self.clipped += other.clipped
 
@@ -93,6 +114,11 @@ class Aggregator(abc.ABC):
         self.tally = Tally()
         # Sums or single updates, as the subclass needs; all have names and shapes of an update.
         self._held: list[dict[str, torch.Tensor]] = []
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> Self:
+        """An empty aggregator with the settings of a server."""
+        return cls()
 
     @abc.abstractmethod
     def _take(self, tensors: Tensors, weight: float) -> None:
@@ -225,7 +251,38 @@ class WeightedMean(Aggregator):
         return {name: (held / total).to(torch.float32) for name, held in self._held[0].items()}
 
 
-class CoordinateMedian(Aggregator):
+class OrderStatistic(Aggregator):
+    """Combines the values of each number on its own, from the smallest to the largest.
+
+    A weight is the client's own claim (its number of examples), so a client with a large claim
+    would form a majority. Therefore weights have no effect, and config validation requires
+    ``weighting: uniform``.
+
+    All updates of a round are kept, 4 bytes per number and client; the mean keeps 8 bytes per
+    number. If most clients do not change a number, the middle of its changes is 0. A table with a
+    row per item therefore learns less about rare items than with the mean.
+    """
+
+    @abc.abstractmethod
+    def _of_ordered(self, ordered: torch.Tensor) -> torch.Tensor:
+        """The aggregate of a tensor, float64 of its shape.
+
+        Args:
+            ordered: [clients, ...], of each number the clients' values in ascending order.
+        """
+
+    def _take(self, tensors: Tensors, weight: float) -> None:
+        self._held.append({n: t.detach().to("cpu", copy=True) for n, t in tensors.items()})
+
+    def _combine(self) -> dict[str, torch.Tensor]:
+        combined = {}
+        for name in self._held[0]:
+            ordered = torch.stack([held[name] for held in self._held]).sort(dim=0).values
+            combined[name] = self._of_ordered(ordered).to(torch.float32)
+        return combined
+
+
+class CoordinateMedian(OrderStatistic):
     """The median over clients, of each number on its own.
 
         Δ̃[j] = median { Δ_u[j] : u in the cohort }   (Yin et al. 2018, arXiv 1803.01498, option I)
@@ -233,32 +290,47 @@ class CoordinateMedian(Aggregator):
     For an even number of clients it is the mean of the two middle values, computed in float64. As
     long as fewer than half of the clients are hostile, each number stays within the range of the
     honest values.
-
-    The median is unweighted. A weight is the client's own claim (its number of examples), so a
-    client with a large claim would form a majority. Config validation requires
-    ``weighting: uniform``.
-
-    The median keeps all updates of a round, 4 bytes per number and client; the mean keeps 8 bytes
-    per number. If most clients do not change a number, its median change is 0. A table with a row
-    per item therefore learns less about rare items than with the mean.
     """
 
-    def _take(self, tensors: Tensors, weight: float) -> None:
-        self._held.append({n: t.detach().to("cpu", copy=True) for n, t in tensors.items()})
-
-    def _combine(self) -> dict[str, torch.Tensor]:
-        return {name: self._median(name) for name in self._held[0]}
-
-    def _median(self, name: str) -> torch.Tensor:
-        ordered = torch.stack([held[name] for held in self._held]).sort(dim=0).values
+    def _of_ordered(self, ordered: torch.Tensor) -> torch.Tensor:
         count = len(ordered)
         low, high = ordered[(count - 1) // 2], ordered[count // 2]
-        return ((low.double() + high.double()) / 2).to(torch.float32)
+        return (low.double() + high.double()) / 2
 
 
-AGGREGATORS: Mapping[Aggregation, Callable[[], Aggregator]] = {
+class TrimmedMean(OrderStatistic):
+    """The mean of each number without its largest and its smallest values.
+
+        Δ̃[j] = mean of the middle n - 2 ⌈β n⌉ of { Δ_u[j] : u in the cohort of n }
+                                                   (Yin et al. 2018, arXiv 1803.01498, option II)
+
+    As long as at most a share β of the clients is hostile, each number stays within the range of
+    the honest values. The paper leaves out β n values at each end; this rounds up, and leaves at
+    least one value, or two of an even number.
+
+    Args:
+        share: β, from 0 to below 0.5.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self._share = share
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> Self:
+        """An empty one with the share ``trim_share`` of a server."""
+        return cls(config.trim_share)
+
+    def _of_ordered(self, ordered: torch.Tensor) -> torch.Tensor:
+        count = len(ordered)
+        cut = min(math.ceil(self._share * count - _ROUNDING), (count - 1) // 2)
+        return ordered[cut : count - cut].double().mean(dim=0)
+
+
+AGGREGATORS: Mapping[Aggregation, type[Aggregator]] = {
     Aggregation.MEAN: WeightedMean,
     Aggregation.MEDIAN: CoordinateMedian,
+    Aggregation.TRIMMED_MEAN: TrimmedMean,
 }
 """The choices of ``federation.server.aggregator``."""
 

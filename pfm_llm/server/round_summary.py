@@ -17,6 +17,8 @@ class RoundSummary:
         num_examples: Training examples of the accepted updates.
         loss: Their weighted mean loss (nats) before local training; None without any.
         update_norm: Euclidean norm of the aggregated update; 0 without any.
+        norm_quantiles: Quantiles of the norms of the updates that arrived; see `Tally`. Empty under
+            privacy, which does not cover them.
         lr_factor: The factor of the learning-rate schedule in this round.
         stages: Name of each update stage to the figures of its ``summary``.
     """
@@ -29,5 +31,6 @@ class RoundSummary:
     num_examples: int
     loss: float | None
     update_norm: float
+    norm_quantiles: Mapping[str, float]
     lr_factor: float
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

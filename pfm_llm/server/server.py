@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,14 +11,21 @@ from pfm_llm.config.choices import Weighting
 from pfm_llm.config.schema import FederationConfig
 from pfm_llm.config.settle import known
 from pfm_llm.config.stages import MasksConfig
-from pfm_llm.protocol.contract import TensorSpec, UpdateContract
+from pfm_llm.protocol.contract import UpdateContract, first_difference, specs_of
 from pfm_llm.protocol.masks.messages import MaskSession
 from pfm_llm.protocol.masks.neighbours import usual_number
 from pfm_llm.protocol.masks.words import FixedPoint
 from pfm_llm.protocol.parameters import ParameterTable
 from pfm_llm.protocol.stages import Stages
 from pfm_llm.protocol.transport import as_received, broadcast
-from pfm_llm.protocol.types import ClientUpdate, NodeUpdate, Refusal, SharedState, Tensors
+from pfm_llm.protocol.types import (
+    ClientUpdate,
+    NodeUpdate,
+    Refusal,
+    SharedState,
+    Tensors,
+    euclidean_norm,
+)
 from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, WeightedMean, update_weight
 from pfm_llm.server.masked_round import MaskedRound
 from pfm_llm.server.norm_bound import NormBound
@@ -68,13 +74,13 @@ class Server:
             ContractError: The contract or the shared state does not fit the table.
             ConfigError: A stage cannot do its work under masks, or δ is too large for the clients.
         """
-        if difference := _difference(contract.tensors, table.sent):
+        if difference := first_difference(contract.tensors, table.sent):
             raise ContractError(
                 f"the contract does not fit the table of shared tensors: {difference}; "
                 "make it with ParameterTable.contract"
             )
         self._shared = table.initial_state() if shared is None else shared
-        if difference := _difference(_specs(self._shared.tensors), table.specs):
+        if difference := first_difference(specs_of(self._shared.tensors), table.specs):
             raise ContractError(
                 "the shared state to start from does not fit the table of shared tensors: "
                 f"{difference}; start from a state with the same settings"
@@ -186,7 +192,8 @@ class Server:
 
     def new_aggregator(self) -> Aggregator:
         """An empty aggregator of the kind that the config names, for a chunk or a round."""
-        return AGGREGATORS[self._config.server.aggregator]()
+        settings = self._config.server
+        return AGGREGATORS[settings.aggregator].of(settings)
 
     def receive(self, updates: Aggregator, update: ClientUpdate) -> bool:
         """Check one update and bound its norm. Add it to the others, or refuse and count it.
@@ -208,6 +215,7 @@ class Server:
                     Refusal.COHORT,
                 )
             arrived = as_received(self._in_order(update.delta))
+            updates.tally.norms.append(euclidean_norm(arrived))
             delta, noted = self._stages.on_server(arrived, client, round_number)
             bounded, sizes = self._bounded(client, delta, update.num_examples)
             updates.add(dataclasses.replace(update, delta=bounded), self.weight_of(update))
@@ -238,13 +246,14 @@ class Server:
         round_number = self.round_under_way
         try:
             if not isinstance(updates, WeightedMean):
-                raise ContractError("a sum of updates cannot be part of a median")
+                raise ContractError("a sum of updates can be part of a mean alone")
             self.contract.check_sum(update, round_number, len(asked))
             if others := set(asked).difference(self.select_cohort(round_number)):
                 raise ContractError(f"client {min(others)!r:.80} was not asked", Refusal.COHORT)
             weight = self._weight_of_sum(update)
             whole = as_received(self._in_order(update.delta))
             mean = {n: (t.double() / weight).float() for n, t in whole.items()}
+            updates.tally.norms.append(euclidean_norm(mean))
             delta, noted = self._stages.on_server(mean, update.node_id, round_number)
             examples = max(1, update.num_examples // update.num_clients)
             bounded, sizes = self._bounded(update.node_id, delta, examples)
@@ -320,9 +329,8 @@ class Server:
             num_clipped=tally.clipped,
             num_examples=tally.num_examples,
             loss=tally.loss,
-            update_norm=math.hypot(
-                *(float(torch.linalg.vector_norm(t)) for t in aggregate.values())
-            ),
+            update_norm=euclidean_norm(aggregate),
+            norm_quantiles={} if self.privacy is not None else tally.norm_quantiles,
             lr_factor=self._step.lr_factor(round_number),
             stages=self._stages.summary(tally.noted),
         )
@@ -364,7 +372,7 @@ class Server:
         """
         present = self.state_tensors()
         tensors = {_SIZES: torch.zeros_like(present[_SIZES]), **tensors}
-        if difference := _difference(_specs(tensors), _specs(present)):
+        if difference := first_difference(specs_of(tensors), specs_of(present)):
             raise CheckpointError(
                 f"the checkpoint is of another model or server optimizer: {difference}; "
                 "resume with the config, and the version of pfm_llm, that it was written under"
@@ -387,14 +395,3 @@ def shared_tensors(state: Tensors) -> dict[str, torch.Tensor]:
 
 def _behind(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _specs(tensors: Tensors) -> dict[str, TensorSpec]:
-    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-
-
-def _difference(found: dict[str, TensorSpec], expected: dict[str, TensorSpec]) -> str | None:
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            return f"{name} is {found.get(name, 'absent')}, must be {expected.get(name, 'absent')}"
-    return None

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from pfm_llm.protocol.stages.stage import StageContext, UpdateStage
-from pfm_llm.protocol.types import Tensors
+from pfm_llm.protocol.types import Tensors, euclidean_norm
 
 _MARGIN = 1e-6
 """A clipped update is this share below the bound, so that rounding cannot lift it above."""
@@ -37,11 +35,11 @@ class Clip(UpdateStage):
 
     def on_client(self, delta: Tensors, context: StageContext) -> Tensors:
         """Clip the update. One that is not finite stays unchanged; the server refuses it."""
-        return self._clipped(delta, _norm(delta))
+        return self._clipped(delta, euclidean_norm(delta))
 
     def on_server(self, delta: Tensors, context: StageContext) -> tuple[Tensors, float | None]:
         """Clip the update, and note its norm before clipping."""
-        norm = _norm(delta)
+        norm = euclidean_norm(delta)
         return self._clipped(delta, norm), norm
 
     def summary(self, noted: Sequence[float]) -> Mapping[str, float]:
@@ -60,8 +58,3 @@ class Clip(UpdateStage):
             return delta
         scale = self.norm / norm * (1 - _MARGIN)  # may be too small for float32
         return {name: (tensor.double() * scale).to(tensor.dtype) for name, tensor in delta.items()}
-
-
-def _norm(tensors: Tensors) -> float:
-    norms = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors.values())
-    return math.hypot(*map(float, norms))

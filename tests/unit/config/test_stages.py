@@ -55,13 +55,29 @@ def test_the_aggregator_is_the_mean_or_what_is_named() -> None:
     assert parse_config(federation()).federation.server.aggregator is Aggregation.MEAN
     named = parse_config(federation(server={"aggregator": "median"}))
     assert named.federation.server.aggregator is Aggregation.MEDIAN
-    with pytest.raises(ConfigError, match=r"server\.aggregator: .*'mean' or 'median'"):
+    with pytest.raises(ConfigError, match=r"server\.aggregator: .*'mean', 'median' or"):
         parse_config(federation(server={"aggregator": "krum"}))
 
 
-def test_a_median_takes_no_weights() -> None:
-    weighted = {"aggregator": "median", "weighting": "num_examples"}
-    with pytest.raises(ConfigError, match=r"median counts every client once; set .*uniform"):
+@pytest.mark.parametrize("share", [-0.1, 0.5, 1])
+def test_the_share_of_a_trimmed_mean_leaves_something(share: float) -> None:
+    trimmed = {"aggregator": "trimmed_mean", "trim_share": share}
+    with pytest.raises(ConfigError, match=r"federation\.server\.trim_share: "):
+        parse_config(federation(server=trimmed))
+
+
+def test_the_share_of_a_trimmed_mean_is_dumped_and_hashed_where_it_is_another() -> None:
+    plain = parse_config(federation(server={"aggregator": "trimmed_mean"}))
+    other = parse_config(federation(server={"aggregator": "trimmed_mean", "trim_share": 0.3}))
+    assert "trim_share" not in dump_config(plain)
+    assert parse_config(yaml.safe_load(dump_config(other))) == other
+    assert training_hash(other) != training_hash(plain)
+
+
+@pytest.mark.parametrize("aggregator", ["median", "trimmed_mean"])
+def test_what_orders_values_takes_no_weights(aggregator: str) -> None:
+    weighted = {"aggregator": aggregator, "weighting": "num_examples"}
+    with pytest.raises(ConfigError, match=rf"{aggregator} counts every client once; set .*uniform"):
         parse_config(federation(server=weighted))
 
 

@@ -227,6 +227,18 @@ def _without_memory() -> torch.Tensor:
     return tensor
 
 
+def _from_inside_vmap() -> torch.Tensor:
+    """A tensor that looks like any other until it is read."""
+    seen: list[torch.Tensor] = []
+
+    def function(value: torch.Tensor) -> torch.Tensor:
+        seen.append(value)
+        return value.sum()
+
+    torch.func.vmap(function)(torch.ones(2, 4))
+    return seen[0]
+
+
 class _Subclass(torch.Tensor):
     """A tensor of another type, whose answers are its own."""
 
@@ -244,11 +256,16 @@ class _Subclass(torch.Tensor):
         (lambda: torch.nn.Parameter(torch.ones(4)), "is not a dense tensor"),
         (lambda: torch.ones(4).as_subclass(_Subclass), "is not a dense tensor"),
         (lambda: torch.ones(4, dtype=torch.complex64), "is complex64"),
+        (lambda: torch.ones(4, dtype=torch.complex64).conj(), "is complex64"),
+        (lambda: (1j * torch.ones(4)).conj().imag, "is a view with another layout of memory"),
         (lambda: torch.ones(4, dtype=torch.float8_e4m3fn), "is float8_e4m3fn"),
+        (lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "is qint8"),
+        (_from_inside_vmap, "is a tensor that cannot be read"),
         (lambda: torch.tensor(1.0), r"is float32\[\]"),
         (lambda: np.ones(4, dtype=np.float32), "is not a dense tensor"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
 def test_tensors_that_build_cannot_have_made_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ContractError, match=rf"'u1': head\.item_bias {message}") as raised:
         _contract().check(_update(delta=_tensors() | {"head.item_bias": make()}), 5)

@@ -1,6 +1,7 @@
 """Aggregation and the server's step, against arithmetic, float64 brute force and torch.optim."""
 
 import collections
+import functools
 import itertools
 import math
 import pickle
@@ -21,6 +22,7 @@ from pfm_llm.server.aggregation import (
     AGGREGATORS,
     Aggregator,
     CoordinateMedian,
+    TrimmedMean,
     WeightedMean,
     update_weight,
 )
@@ -29,7 +31,8 @@ from pfm_llm.server.step import ServerStep
 _NAMES = ("lora.m.A", "basis.m.A", "head.user.weight", "head.item_ids.weight", "head.item_bias")
 
 Kind = Callable[[], Aggregator]
-every_kind = pytest.mark.parametrize("kind", list(AGGREGATORS.values()))
+EMPTY = [functools.partial(kind.of, ServerConfig()) for kind in AGGREGATORS.values()]
+every_kind = pytest.mark.parametrize("kind", EMPTY, ids=AGGREGATORS)
 
 
 def _random(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -84,6 +87,57 @@ def test_median_is_the_middle_or_the_mean_of_the_two_in_the_middle() -> None:
     assert three.result()["lora.A"].tolist() == [2.0, 8.0]
     four = _sum(updates, [1.0] * 4, CoordinateMedian)
     assert four.result()["lora.A"].tolist() == [(2 + 4) / 2, (-7 + 8) / 2]
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "cut"),
+    # 0.07 · 100 is a little more than 7 in floating point.
+    [
+        (0.0, 5, 0),
+        (0.2, 5, 1),
+        (0.2, 6, 2),
+        (0.2, 10, 2),
+        (0.07, 100, 7),
+        (0.4, 2, 0),
+        (0.49, 3, 1),
+    ],
+)
+def test_a_trimmed_mean_leaves_out_the_share_at_each_end(
+    share: float, count: int, cut: int
+) -> None:
+    values = [float(v) for v in (np.arange(count) - 1) ** 3]
+    updates = [_update(str(v), {"lora.A": torch.tensor([v])}) for v in reversed(values)]
+    total = _sum(updates, [1.0] * count, functools.partial(TrimmedMean, share))
+    expected = np.float32(np.mean(values[cut : count - cut]))
+    assert total.result()["lora.A"].item() == expected
+
+
+@settings(deadline=None)
+@given(data=st.data(), count=st.integers(1, 9), percent=st.integers(0, 49))
+def test_a_trimmed_mean_is_brute_force_whatever_the_order_grouping_and_weights(
+    data: st.DataObject, count: int, percent: int
+) -> None:
+    deltas = [_random(index, 10.0**index) for index in range(count)]
+    weights = [float(index % 3 + 1) for index in range(count)]
+    cut = min(-(-percent * count // 100), (count - 1) // 2)
+    kind = functools.partial(TrimmedMean, percent / 100)
+    for name, found in _in_chunks(kind, deltas, weights, data).items():
+        stacked = np.sort(np.stack([delta[name].double().numpy() for delta in deltas]), axis=0)
+        expected = stacked[cut : count - cut].mean(axis=0).astype(np.float32)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("hostile", [-1e25, -3.0, 3.0, 1e25])
+def test_a_fifth_of_hostile_clients_cannot_leave_the_range_of_the_others(hostile: float) -> None:
+    honest = [_random(seed) for seed in range(8)]
+    updates = [_update(str(index), delta) for index, delta in enumerate(honest)]
+    wrong = {name: torch.full((3, 2), hostile) for name in _NAMES}
+    updates += [_update(f"hostile {index}", wrong) for index in range(2)]
+    found = _sum(updates, [1.0] * 10, functools.partial(TrimmedMean, 0.2)).result()
+    for name in _NAMES:
+        values = torch.stack([delta[name] for delta in honest])
+        assert (values.min(dim=0).values <= found[name]).all()
+        assert (found[name] <= values.max(dim=0).values).all()
 
 
 def test_weightings() -> None:
@@ -187,9 +241,11 @@ def test_merge_counts_updates_examples_refusals_and_notes(kind: Kind) -> None:
     first = _sum([_update("a", _random(0), num_examples=2, loss=1.0)], [2.0], kind)
     first.refuse("client 'x': too late")
     first.tally.note({"clip": 0.5})
+    first.tally.norms.append(4.0)
     second = _sum([_update("b", _random(1), num_examples=5, loss=8.0)], [5.0], kind)
     second.refuse("client 'y': NaN")
     second.tally.note({"clip": 2.0})
+    second.tally.norms += [3.0, 1.0]
     first.merge(second)
     first.merge(kind())
     assert first.tally.client_ids == ["a", "b"]
@@ -198,6 +254,11 @@ def test_merge_counts_updates_examples_refusals_and_notes(kind: Kind) -> None:
     assert first.tally.refusals == ["client 'x': too late", "client 'y': NaN"]
     assert first.tally.noted == {"clip": [0.5, 2.0]}
     assert second.tally.noted == {"clip": [2.0]}
+    assert first.tally.norms == [4.0, 3.0, 1.0]
+    assert first.tally.norm_quantiles == pytest.approx(
+        {"p10": 1.4, "median": 3.0, "p90": 3.8, "largest": 4.0}
+    )
+    assert kind().tally.norm_quantiles == {}
 
 
 @every_kind

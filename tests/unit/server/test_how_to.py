@@ -32,13 +32,13 @@ def example(name: str) -> Any:
     return names[name]
 
 
-def test_the_trimmed_mean_leaves_out_the_extremes() -> None:
-    trimmed: Aggregator = example("TrimmedMean")()
+def test_the_winsorised_mean_draws_the_extremes_in() -> None:
+    drawn_in: Aggregator = example("WinsorisedMean")()
     for number, value in enumerate([-1e9, *range(1, 9), 1e9]):
         delta = {"lora.m.A": torch.tensor([float(value)])}
-        trimmed.add(ClientUpdate(str(number), 1, "hash", 1, 0.0, delta), 1.0)
-    # Of ten values one at each end goes: the mean of 1 … 8.
-    assert trimmed.result()["lora.m.A"].item() == 4.5
+        drawn_in.add(ClientUpdate(str(number), 1, "hash", 1, 0.0, delta), 1.0)
+    # Of ten values one at each end counts as its neighbour: the mean of 1, 1 … 8, 8.
+    assert drawn_in.result()["lora.m.A"].item() == 4.5
 
 
 def test_the_refusing_stage_costs_the_long_update_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,12 @@ def test_what_is_not_sent_stays_as_it_was() -> None:
 
 def test_the_config_names_the_aggregator() -> None:
     assert type(_server().new_aggregator()) is WeightedMean
+    trimmed = _server(aggregator=Aggregation.TRIMMED_MEAN, trim_share=0.3).new_aggregator()
+    for client_id, value in zip(_CLIENTS, (1.0, 2.0, 4.0, 80.0), strict=True):
+        delta = {"head.item_bias": torch.tensor([value])}
+        trimmed.add(ClientUpdate(client_id, 1, "hash", 1, 0.0, delta), 1.0)
+    # 0.3 of four clients is more than one: the two in the middle would be left, as by the median.
+    assert trimmed.result()["head.item_bias"].tolist() == [3.0]
     server = _server(aggregator=Aggregation.MEDIAN)
     total = server.new_aggregator()
     for client_id, value in zip(_CLIENTS, (1.0, 2.0, 4.0, 80.0), strict=True):
@@ -239,11 +245,14 @@ def test_the_config_names_the_aggregator() -> None:
     [
         pytest.param(lambda: torch.zeros(4, device="meta"), id="meta"),
         pytest.param(lambda: torch.zeros(4).to_sparse(), id="sparse"),
+        pytest.param(lambda: torch.zeros(2, 2).to_sparse_csr(), id="rows"),
+        pytest.param(lambda: torch.zeros(4).to_mkldnn(), id="of one library"),
         pytest.param(lambda: _nested(layout=torch.strided), id="nested"),
         pytest.param(lambda: _nested(layout=torch.jagged), id="jagged"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 def test_tensors_without_plain_values_are_refused(make: Callable[[], torch.Tensor]) -> None:
     server, total = _server(), WeightedMean()
     update = _update(server, "a", 1.0)
@@ -298,6 +307,29 @@ def test_updates_within_the_bound_are_aggregated_as_without_the_stage() -> None:
     _play(clipping, range(1, 4))
     expected, found = plain.state_tensors(), clipping.state_tensors()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_norms_of_all_that_arrived_are_on_record() -> None:
+    """Also of an update that was clipped, and of one that was refused for its length."""
+    server = _clipping(norm=0.4)
+    total = server.new_aggregator()
+    for client_id, value in zip(_CLIENTS, (0.01, 0.02, 0.03, 1e5), strict=True):
+        server.receive(total, _update(server, client_id, value))
+    found = server.aggregate(total).norm_quantiles
+    assert found == pytest.approx(
+        {
+            "p10": math.sqrt(10) * 0.013,
+            "median": math.sqrt(10) * 0.025,
+            "p90": math.sqrt(10) * (0.03 + 0.7 * (1e5 - 0.03)),
+            "largest": math.sqrt(10) * 1e5,
+        }
+    )
+    plain = _server()
+    total = plain.new_aggregator()
+    assert plain.aggregate(total).norm_quantiles == {}
+    assert not plain.receive(total, _update(plain, "a", 1e5, 2))
+    assert total.tally.refusals
+    assert total.tally.norm_quantiles["largest"] == pytest.approx(math.sqrt(10) * 1e5)
 
 
 def test_no_stages_no_figures() -> None:

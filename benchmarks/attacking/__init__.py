@@ -1,0 +1,1 @@
+"""What `benchmarks/hostile.py` is made of: attacks on a federation, and rounds under attack."""
