@@ -40,7 +40,13 @@ from pfm_llm.config.model import (
 )
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.running import CacheConfig, OutputConfig, PushToHubConfig, RuntimeConfig
-from pfm_llm.config.stages import Masks, StageConfig, masks_problem, stages_problem
+from pfm_llm.config.stages import (
+    Masks,
+    StageConfig,
+    aggregation_problem,
+    masks_problem,
+    stages_problem,
+)
 from pfm_llm.config.text import apply_override, validated
 
 _FEDAVG_STEPS = 4
@@ -226,7 +232,8 @@ class ExperimentConfig(Settings):
             _private_problem(self),
             _task_problem(self),
             _regime_problem(self),
-            _aggregation_problem(self),
+            aggregation_problem(self.federation.server),
+            stages_problem(self.federation.stages),
             _work_problem(self),
             _output_problem(self),
         ):
@@ -288,16 +295,6 @@ def _regime_problem(config: ExperimentConfig) -> str | None:
             "and federation.server.optimizer: average or fedavgm"
         )
     return None
-
-
-def _aggregation_problem(config: ExperimentConfig) -> str | None:
-    server = config.federation.server
-    if server.aggregator is not Aggregation.MEAN and server.weighting is not Weighting.UNIFORM:
-        return (
-            f"federation.server.aggregator: {server.aggregator} counts every client once; set "
-            "federation.server.weighting: uniform"
-        )
-    return stages_problem(config.federation.stages)
 
 
 def _work_problem(config: ExperimentConfig) -> str | None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pfm_llm.config.choices import Aggregation, Transport
+from pfm_llm.config.choices import Aggregation, Transport, Weighting
 from pfm_llm.config.model import PositiveCount, Settings
 
 _FEWEST_MASKED = 3
@@ -85,6 +85,16 @@ def stages_problem(stages: tuple[StageConfig, ...]) -> str | None:
     names = [stage.choice[0] for stage in stages]
     twice = sorted({name for name in names if names.count(name) > 1})
     return f"federation.stages: {twice[0]} is listed more than once" if twice else None
+
+
+def aggregation_problem(server: Any) -> str | None:
+    """What keeps the server of a `ServerConfig` from aggregating as it says, or None."""
+    if server.aggregator is not Aggregation.MEAN and server.weighting is not Weighting.UNIFORM:
+        return (
+            f"federation.server.aggregator: {server.aggregator} counts every client once; set "
+            "federation.server.weighting: uniform"
+        )
+    return None
 
 
 def masks_problem(federation: Any) -> str | None:
