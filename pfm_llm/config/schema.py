@@ -40,13 +40,7 @@ from pfm_llm.config.model import (
 )
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.running import CacheConfig, OutputConfig, PushToHubConfig, RuntimeConfig
-from pfm_llm.config.stages import (
-    Masks,
-    StageConfig,
-    aggregation_problem,
-    masks_problem,
-    stages_problem,
-)
+from pfm_llm.config.stages import Masks, StageConfig, aggregation_problem, masks_problem
 from pfm_llm.config.text import apply_override, validated
 
 _FEDAVG_STEPS = 4
@@ -232,8 +226,7 @@ class ExperimentConfig(Settings):
             _private_problem(self),
             _task_problem(self),
             _regime_problem(self),
-            aggregation_problem(self.federation.server),
-            stages_problem(self.federation.stages),
+            aggregation_problem(self.federation),
             _work_problem(self),
             _output_problem(self),
         ):
