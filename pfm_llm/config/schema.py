@@ -50,9 +50,9 @@ from pfm_llm.config.stages import (
     Masks,
     PrivacyConfig,
     StageConfig,
+    aggregation_problem,
     masks_problem,
     privacy_problem,
-    stages_problem,
 )
 from pfm_llm.config.text import apply_override, validated
 
@@ -210,7 +210,7 @@ class ExperimentConfig(Settings):
             _private_problem(self),
             _task_problem(self),
             _regime_problem(self),
-            _aggregation_problem(self),
+            aggregation_problem(self.federation),
             _work_problem(self),
             privacy_problem(self),
             _output_problem(self),
@@ -273,16 +273,6 @@ def _regime_problem(config: ExperimentConfig) -> str | None:
             "and federation.server.optimizer: average or fedavgm"
         )
     return None
-
-
-def _aggregation_problem(config: ExperimentConfig) -> str | None:
-    server = config.federation.server
-    if server.aggregator is not Aggregation.MEAN and server.weighting is not Weighting.UNIFORM:
-        return (
-            f"federation.server.aggregator: {server.aggregator} counts every client once; set "
-            "federation.server.weighting: uniform"
-        )
-    return stages_problem(config.federation.stages)
 
 
 def _work_problem(config: ExperimentConfig) -> str | None:

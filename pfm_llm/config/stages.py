@@ -114,9 +114,15 @@ class StageConfig(Settings):
         return name, getattr(self, name).model_dump()
 
 
-def stages_problem(stages: tuple[StageConfig, ...]) -> str | None:
-    """The problem of the list as a whole, or None."""
-    names = [stage.choice[0] for stage in stages]
+def aggregation_problem(federation: Any) -> str | None:
+    """What keeps the updates of a `FederationConfig` from being aggregated, or None."""
+    server = federation.server
+    if server.aggregator is not Aggregation.MEAN and server.weighting is not Weighting.UNIFORM:
+        return (
+            f"federation.server.aggregator: {server.aggregator} counts every client once; set "
+            "federation.server.weighting: uniform"
+        )
+    names = [stage.choice[0] for stage in federation.stages]
     twice = sorted({name for name in names if names.count(name) > 1})
     return f"federation.stages: {twice[0]} is listed more than once" if twice else None
 
