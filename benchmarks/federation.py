@@ -23,6 +23,8 @@ if __name__ == "__main__":
 
 NODES = ("n01", "n02", "n03")
 _TIMEOUT = 600.0
+_NORM = 4.0
+"""Bound of an update under masks, as in `benchmarks/masks.py`."""
 
 
 def main() -> None:
@@ -32,12 +34,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="at least 2")
     parser.add_argument("--cohort", type=int, default=64, help="clients of a round, at all nodes")
     parser.add_argument(
+        "--masks", action="store_true", help="what leaves a node is a sum under masks"
+    )
+    parser.add_argument(
         "--folder",
         type=Path,
         default=ROOT / "runs" / "federation",
         help="keys, data, logs, runs; made anew",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "results/federation/loopback.json")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="default: results/federation/loopback[_masks].json"
+    )
     arguments = parser.parse_args()
     if arguments.rounds < 2 or arguments.cohort < 1:
         parser.error("--rounds must be at least 2 and --cohort at least 1")
@@ -53,7 +60,7 @@ def federate(arguments: argparse.Namespace) -> None:
         LaunchError: Flower is not installed, or a process or the run has failed.
     """
     from benchmarks.federating.agreement import difference_of_last_round
-    from benchmarks.federating.authority import make_authority
+    from benchmarks.federating.authority import make_authority, masks_sections
     from benchmarks.federating.lab import Lab, flower_is_installed
     from benchmarks.federating.silos import write_silos
     from pfm_llm.base import assets, files
@@ -71,8 +78,12 @@ def federate(arguments: argparse.Namespace) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     files.make_private_dir(folder)
     silos = write_silos(folder, NODES)
-    sites = {node: silos.write_site(node, threads=1) for node in NODES}
-    config = _write_config(folder, silos.items, arguments.rounds, arguments.cohort)
+    sections: dict[str, dict[str, Any]] = {node: {"threads": 1} for node in NODES}
+    if arguments.masks:
+        for node, section in masks_sections({node: silos.private(node) for node in NODES}).items():
+            sections[node] |= {"masks": section}
+    sites = {node: silos.write_site(node, **own) for node, own in sections.items()}
+    config = _write_config(folder, silos.items, arguments)
     run = folder / "runs" / "federation"
     load, started = os.getloadavg()[0], time.perf_counter()
     print(f"starting a SuperLink, and a worker and a SuperNode for each of {', '.join(NODES)} …")
@@ -89,7 +100,8 @@ def federate(arguments: argparse.Namespace) -> None:
         "update_relative_difference": difference_of_last_round(run, silos),
         "load_average": {"at_start": load, "at_end": os.getloadavg()[0]},
     }
-    files.write_json(arguments.out, result)
+    name = "loopback_masks.json" if arguments.masks else "loopback.json"
+    files.write_json(arguments.out or ROOT / "results/federation" / name, result)
     print(summary(result))
 
 
@@ -141,11 +153,14 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write_config(folder: Path, items: Path, rounds: int, cohort: int) -> Path:
+def _write_config(folder: Path, items: Path, arguments: argparse.Namespace) -> Path:
+    federation: dict[str, Any] = {"num_rounds": arguments.rounds, "cohort_size": arguments.cohort}
+    if arguments.masks:
+        federation |= {"masks": True, "stages": [{"clip": {"norm": _NORM}}]}
     tree = {
         "name": "federation",
         "data": {"items": str(items)},
-        "federation": {"num_rounds": rounds, "cohort_size": cohort},
+        "federation": federation,
         # Three rounds choose nothing, and test is not opened for them.
         "evaluation": {"every": 0, "splits": ["validation"]},
         "runtime": {"threads": 1},

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pfm_llm.base.files import make_private_dir
+from benchmarks.federating.authority import masks_sections
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
 from pfm_llm.config.text import validated
@@ -16,11 +16,9 @@ from pfm_llm.federation.nodes import Answer, Link, NodesOptions, federation_of_n
 from pfm_llm.federation.rounds import Federation
 from pfm_llm.federation.server_side import ServerSide, assemble_server
 from pfm_llm.node.link import LocalLink
-from pfm_llm.node.masking import KEY_FILE
 from pfm_llm.node.site import SiteConfig
 from pfm_llm.node.worker import Worker
 from pfm_llm.protocol.messages import Message
-from pfm_llm.publish.signing import load_key, new_key
 from pfm_llm.server.checkpoint import CheckpointStore
 from tests.support.tiny import Tiny, random_histories, write_interactions
 
@@ -83,6 +81,7 @@ class Watched(LocalLink):
     """Notes what passes, and loses the answers that a test wants lost.
 
     Attributes:
+        workers: Name of a node to its worker.
         passed: Call, node, request and answer of all that was asked.
         lost: Call and node whose request never arrives.
         change: Bends an answer.
@@ -90,6 +89,7 @@ class Watched(LocalLink):
 
     def __init__(self, workers: Mapping[str, Worker]) -> None:
         super().__init__(workers)
+        self.workers = self._workers
         self.passed: list[tuple[str, str, Message, Answer]] = []
         self.lost: set[tuple[str, str]] = set()
         self.change: Callable[[str, str, Answer], Answer] = lambda call, node, answer: answer
@@ -118,13 +118,4 @@ def users_of(folder: Path) -> dict[str, str]:
 
 def masks_of(folder: Path, nodes: Sequence[str] = NODES) -> dict[str, dict[str, Any]]:
     """Node to its section ``masks``, with the keys of all others; each key is made once."""
-    keys = {}
-    for node in nodes:
-        path = folder / f"{node}.private" / KEY_FILE
-        if not path.exists():
-            new_key(make_private_dir(path.parent) / KEY_FILE)
-        keys[node] = load_key(path).public_key().public_bytes_raw().hex()
-    return {
-        node: {"name": node, "peers": {n: key for n, key in keys.items() if n != node}}
-        for node in nodes
-    }
+    return masks_sections({node: folder / f"{node}.private" for node in nodes})

@@ -164,7 +164,7 @@ def test_a_node_that_is_restarted_within_a_round_has_dropped_out_of_it(
 
     def restart(call: str, node: str, answer: Any) -> Any:
         if (call, node) == ("share", "n02"):
-            link._workers["n02"] = start("n02")
+            link.workers["n02"] = start("n02")
         return answer
 
     link.change = restart
@@ -211,7 +211,7 @@ def test_clients_without_an_update_are_left_out_and_too_few_are_refused(
     assert masked.tally.num_updates == COHORT - 2
     assert dict(masked.tally.reasons) == {"no_answer": 2}
     assert link.answers("mask")["n01"].num_clients == 6
-    link._workers["n01"] = start("n01", min_users_per_sum=7)
+    link.workers["n01"] = start("n01", min_users_per_sum=7)
     masked = first_round(found)
     assert dict(masked.tally.reasons) == {NodeRefusal.TOO_FEW: 8}
 
