@@ -1,7 +1,8 @@
 """What a node refuses in rounds under masks, and what keeps a run under masks from beginning."""
 
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pfm_llm.base.processes import Processes
 from pfm_llm.config.text import validated
 from pfm_llm.federation.masked_nodes import check_keys
 from pfm_llm.federation.nodes import NodesOptions
+from pfm_llm.federation.rounds import Federation
 from pfm_llm.federation.server_side import ServerSide
 from pfm_llm.node.masking import KEY_FILE
 from pfm_llm.node.site import SiteConfig
@@ -22,6 +24,7 @@ from pfm_llm.protocol.mask_messages import AdvertiseRequest, MaskReply
 from pfm_llm.protocol.messages import AboutReply, AboutRequest, MaskKeys, Message, TrainRequest
 from pfm_llm.protocol.refusals import NodeRefusal
 from pfm_llm.protocol.transport import as_sent
+from pfm_llm.server.aggregation import Aggregator
 from tests.support.nodes import NODES, Watched, federation, make_site, masks_of, side_of, site_tree
 from tests.support.tiny import Tiny
 
@@ -52,17 +55,64 @@ def start(tiny: Tiny, tmp_path: Path, one_process: Processes) -> Callable[..., W
     return make
 
 
+@dataclass
+class Play:
+    """Three nodes that have played a round, which can be played again.
+
+    Attributes:
+        folder: Their files.
+        link: Reaches them.
+        found: The loop.
+        asked: Step to what n01 was asked.
+    """
+
+    folder: Path
+    link: Watched
+    found: Federation
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    def train(self) -> Aggregator:
+        server = self.found.server
+        return self.found.exchange.train(server.select_cohort(1), server.broadcast)
+
+    def begin(self, done: int) -> dict[str, Any]:
+        """The requests of a new round of which n01 has taken so many steps."""
+        link, fresh = self.link, dict(self.asked)
+        adverts = link.ask("advertise", dict.fromkeys(NODES, fresh["advertise"]))
+        roster = tuple(adverts[node].keys for node in NODES)  # type: ignore[union-attr]
+        fresh["share"] = fresh["share"].model_copy(update={"roster": roster})
+        if done > 1:
+            sealed: Any = link.ask("share", dict.fromkeys(NODES, fresh["share"]))
+            received = {node: sealed[node].sealed["n01"] for node in NODES[1:]}
+            fresh["mask"] = fresh["mask"].model_copy(update={"received": received})
+        for step in STEPS[2:done]:
+            link.ask(step, {"n01": fresh[step]})
+        return fresh
+
+
+@pytest.fixture(scope="module")
+def played(
+    tiny: Tiny,
+    side: ServerSide,
+    one_process: Processes,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Play:
+    folder = tmp_path_factory.mktemp("nodes")
+    masks = masks_of(folder)
+    sites = {node: make_site(tiny, folder, node, masks=masks[node]) for node in NODES}
+    link = Watched({node: Worker(site, one_process) for node, site in sites.items()})
+    play = Play(folder, link, federation(side, link, folder / "run", one_process))
+    assert play.train().tally.num_updates == 24
+    play.asked = {call: request for call, node, request, _ in link.passed if node == "n01"}
+    return play
+
+
 @pytest.fixture
-def play(
-    start: Callable[..., Worker], side: ServerSide, tmp_path: Path, one_process: Processes
-) -> tuple[Watched, dict[str, Message]]:
-    """Three nodes, and the requests of a whole round that n01 was asked."""
-    link = Watched({node: start(node) for node in NODES})
-    found = federation(side, link, tmp_path / "run", one_process)
-    found.exchange.train(found.server.select_cohort(1), found.server.broadcast)
-    asked = {call: request for call, node, request, _ in link.passed if node == "n01"}
-    link.passed.clear()
-    return link, asked
+def play(played: Play) -> Iterator[Play]:
+    played.link.passed.clear()
+    change = played.link.change
+    yield played
+    played.link.change = change
 
 
 def refused(act: Callable[[], object]) -> str:
@@ -140,102 +190,61 @@ def test_a_server_that_has_not_set_masks_gets_none(start: Any, tiny: Tiny, tmp_p
     assert refused(lambda: worker.advertise(advertise_request(clear))) == NodeRefusal.MASKS
 
 
-def test_steps_come_once_and_in_order(play: tuple[Watched, dict[str, Message]]) -> None:
-    link, asked = play
-    worker = link.workers["n01"]
+def test_steps_come_once_and_in_order(play: Play) -> None:
+    worker = play.link.workers["n01"]
+    play.train()
     for step in STEPS[1:]:  # the round has ended, and its secrets are forgotten
-        assert refused(lambda step=step: call(worker, step, asked[step])) == NodeRefusal.MASKS
+        assert refused(lambda s=step: call(worker, s, play.asked[s])) == NodeRefusal.MASKS
     for done in range(1, 5):
-        # A round with the same messages up to a step, and then one that is not the next.
         for wrong in [step for step in STEPS[1:] if step != STEPS[done]]:
-            requests = dict.fromkeys(NODES, asked["advertise"])
-            adverts = link.ask("advertise", requests)
-            fresh = begun(link, asked, adverts, done)
+            fresh = play.begin(done)
             assert refused(lambda s=wrong, r=fresh: call(worker, s, r[s])) == NodeRefusal.MASKS
 
 
-def begun(link: Watched, asked: dict[str, Any], adverts: Any, done: int) -> dict[str, Any]:
-    """The requests of a round of which the first steps are done, for n01."""
-    fresh = dict(asked)
-    roster = tuple(adverts[node].keys for node in NODES)
-    fresh["share"] = asked["share"].model_copy(update={"roster": roster})
-    if done > 1:
-        sealed = link.ask("share", dict.fromkeys(NODES, fresh["share"]))
-        received = {node: sealed[node].sealed["n01"] for node in NODES[1:]}
-        fresh["mask"] = asked["mask"].model_copy(update={"received": received})
-    if done > 2:
-        link.ask("mask", {"n01": fresh["mask"]})
-    if done > 3:
-        link.ask("confirm", {"n01": fresh["confirm"]})
-    return fresh
-
-
 @pytest.mark.parametrize("step", STEPS[1:])
-def test_a_step_of_another_round_or_federation_is_refused(
-    play: tuple[Watched, dict[str, Message]], step: str
-) -> None:
-    link, asked = play
-    worker = link.workers["n01"]
-    worker.advertise(asked["advertise"])  # type: ignore[arg-type]
-    later = asked[step].model_copy(update={"round_number": 2})
+def test_a_step_of_another_round_or_federation_is_refused(play: Play, step: str) -> None:
+    worker = play.link.workers["n01"]
+    asked = play.begin(1)[step]
+    later = asked.model_copy(update={"round_number": 2})
     assert refused(lambda: call(worker, step, later)) == NodeRefusal.MASKS
-    other = asked[step].model_copy(update={"agreement": "0" * 64})
+    other = asked.model_copy(update={"agreement": "0" * 64})
     code = NodeRefusal.AGREEMENT if step == "mask" else NodeRefusal.MASKS
     assert refused(lambda: call(worker, step, other)) == code
 
 
-def test_another_invitation_ends_the_round_under_way(
-    play: tuple[Watched, dict[str, Message]], side: ServerSide
-) -> None:
-    link, asked = play
-    adverts = link.ask("advertise", dict.fromkeys(NODES, asked["advertise"]))
-    fresh = begun(link, asked, adverts, 1)
-    link.workers["n01"].about(AboutRequest())  # which only tells
-    assert link.workers["n01"].share(fresh["share"]).sealed.keys() == {"n02", "n03"}
-    link.workers["n01"].about(side.invitation)
-    assert refused(lambda: link.workers["n01"].mask(fresh["mask"])) == NodeRefusal.MASKS
+def test_another_invitation_ends_the_round_under_way(play: Play, side: ServerSide) -> None:
+    fresh, worker = play.begin(1), play.link.workers["n01"]
+    worker.about(AboutRequest())  # which only tells
+    assert worker.share(fresh["share"]).sealed.keys() == {"n02", "n03"}
+    worker.about(side.invitation)
+    assert refused(lambda: worker.mask(fresh["mask"])) == NodeRefusal.MASKS
 
 
-def test_nobody_trains_for_a_step_out_of_order(
-    play: tuple[Watched, dict[str, Message]], tmp_path: Path
-) -> None:
-    link, asked = play
-    worker = link.workers["n01"]
-    worker.advertise(asked["advertise"])  # type: ignore[arg-type]
-    [path] = (tmp_path / "n01.private" / "federations").glob("*/asked.json")
+def test_nobody_trains_for_a_step_out_of_order(play: Play) -> None:
+    fresh = play.begin(1)
+    [path] = (play.folder / "n01.private" / "federations").glob("*/asked.json")
     before = path.read_bytes()
-    wrong = asked["mask"].model_copy(update={"slots": (0,)})
-    assert refused(lambda: call(worker, "mask", wrong)) == NodeRefusal.MASKS
+    asked = fresh["mask"].model_copy(update={"slots": (0,), "round_number": 9})
+    play.link.workers["n01"].advertise(fresh["advertise"].model_copy(update={"round_number": 9}))
+    assert refused(lambda: play.link.workers["n01"].mask(asked)) == NodeRefusal.MASKS
     assert path.read_bytes() == before
 
 
-def test_two_rounds_for_other_slots_are_refused_under_masks_too(
-    play: tuple[Watched, dict[str, Message]],
-) -> None:
-    link, asked = play
-    adverts = link.ask("advertise", dict.fromkeys(NODES, asked["advertise"]))
-    fresh = begun(link, asked, adverts, 2)
-    fewer = fresh["mask"].model_copy(update={"slots": (0, 1)})
-    assert refused(lambda: call(link.workers["n01"], "mask", fewer)) == NodeRefusal.ROUND
+def test_two_sums_of_a_round_over_other_clients_are_refused_under_masks_too(play: Play) -> None:
+    fewer = play.begin(2)["mask"].model_copy(update={"slots": (0, 1)})
+    assert refused(lambda: play.link.workers["n01"].mask(fewer)) == NodeRefusal.ROUND
 
 
-def test_a_server_that_swaps_a_key_or_denies_a_node_gets_nothing(
-    play: tuple[Watched, dict[str, Message]],
-) -> None:
-    link, asked = play
-    worker = link.workers["n01"]
-    adverts = link.ask("advertise", dict.fromkeys(NODES, asked["advertise"]))
-    fresh = begun(link, asked, adverts, 1)
-    first, second, third = fresh["share"].roster
-    swapped = second.model_copy(update={"mask_key": third.mask_key})
-    stranger = second.model_copy(update={"node": "n04"})
-    for roster in ((first, swapped, third), (first, stranger, third)):
+def test_a_server_that_swaps_a_key_or_denies_a_node_gets_nothing(play: Play) -> None:
+    worker = play.link.workers["n01"]
+    for bend in ("mask_key", "node"):
+        fresh = play.begin(1)
+        first, second, third = fresh["share"].roster
+        other = {"mask_key": third.mask_key, "node": "n04"}[bend]
+        roster = (first, second.model_copy(update={bend: other}), third)
         asking = fresh["share"].model_copy(update={"roster": roster})
-        worker.advertise(asked["advertise"])  # type: ignore[arg-type]
         assert refused(lambda asking=asking: worker.share(asking)) == NodeRefusal.PEERS
-    adverts = link.ask("advertise", dict.fromkeys(NODES, asked["advertise"]))
-    fresh = begun(link, asked, adverts, 3)
-    without = fresh["confirm"].model_copy(update={"survivors": ("n02", "n03")})
+    without = play.begin(3)["confirm"].model_copy(update={"survivors": ("n02", "n03")})
     assert refused(lambda: worker.confirm(without)) == NodeRefusal.MASKS
 
 
@@ -300,31 +309,15 @@ def test_a_run_that_cannot_be_masked_does_not_begin(
     assert {name for name, *_ in link.passed} == {"about"}
 
 
-def test_a_cohort_at_two_nodes_is_not_masked(
-    play: tuple[Watched, dict[str, Message]],
-    side: ServerSide,
-    tmp_path: Path,
-    one_process: Processes,
-) -> None:
-    link, _ = play
-    found = federation(side, link, tmp_path / "again", one_process)
-    link.passed.clear()
+def test_a_cohort_at_two_nodes_is_not_masked(play: Play) -> None:
+    cohort, shared = ["n01/00000", "n02/00000", "n02/00001"], play.found.server.broadcast
     with pytest.raises(TrainingError, match=r"its clients are at 2 nodes.*raise federation\.coh"):
-        found.exchange.train(["n01/00000", "n02/00000", "n02/00001"], found.server.broadcast)
-    assert link.passed == []
+        play.found.exchange.train(cohort, shared)
+    assert play.link.passed == []
 
 
 @pytest.mark.parametrize("bend", ["fewer words", "floats", "more tensors", "more clients", "round"])
-def test_what_is_no_answer_of_a_node_costs_its_clients_alone(
-    play: tuple[Watched, dict[str, Message]],
-    side: ServerSide,
-    tmp_path: Path,
-    one_process: Processes,
-    bend: str,
-) -> None:
-    link, _ = play
-    found = federation(side, link, tmp_path / "again", one_process)
-
+def test_what_is_no_answer_of_a_node_costs_its_clients_alone(play: Play, bend: str) -> None:
     def bent(step: str, node: str, answer: Any) -> Any:
         if (step, node) != ("mask", "n02"):
             return answer
@@ -339,8 +332,8 @@ def test_what_is_no_answer_of_a_node_costs_its_clients_alone(
         }
         return answer.model_copy(update=changes[bend])
 
-    link.change = bent
-    total = found.exchange.train(found.server.select_cohort(1), found.server.broadcast)
+    play.link.change = bent
+    total = play.train()
     reason = "round" if bend == "round" else "malformed"
     assert dict(total.tally.reasons) == {reason: 8}
     assert total.tally.num_updates == 16
