@@ -143,6 +143,9 @@ def advertise_request(side: ServerSide) -> AdvertiseRequest:
 def test_a_key_is_made_at_the_first_start_and_only_its_owner_can_read_it(
     tiny: Tiny, tmp_path: Path, one_process: Processes
 ) -> None:
+    none = Worker(make_site(tiny, tmp_path, "n02"), one_process)
+    assert none.about(AboutRequest()).masks is None
+    assert not (tmp_path / "n02.private" / KEY_FILE).exists()
     site = make_site(tiny, tmp_path, "n01", masks={"name": "n01"})
     told = [Worker(site, one_process).about(AboutRequest()).masks for _ in range(2)]
     assert told[0] == told[1]
@@ -154,9 +157,6 @@ def test_a_key_is_made_at_the_first_start_and_only_its_owner_can_read_it(
     path.chmod(0o644)
     with pytest.raises(StorageError, match="can be read or written by others"):
         Worker(site, one_process)
-    none = Worker(make_site(tiny, tmp_path, "n02"), one_process)
-    assert none.about(AboutRequest()).masks is None
-    assert not (tmp_path / "n02.private" / KEY_FILE).exists()
 
 
 @pytest.mark.parametrize("masks", [None, {"peers": {}}, {"peers": {"n02": "0" * 64}}])
