@@ -13,13 +13,16 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # so that `benchmarks` is a package however this is started
+
+if TYPE_CHECKING:
+    from benchmarks.federating.silos import Silos
 
 NODES = ("n01", "n02", "n03")
 _TIMEOUT = 600.0
@@ -46,6 +49,8 @@ def main() -> None:
         "--out", type=Path, default=None, help="default: results/federation/loopback[_masks].json"
     )
     arguments = parser.parse_args()
+    name = "loopback_masks.json" if arguments.masks else "loopback.json"
+    arguments.out = arguments.out or ROOT / "results/federation" / name
     if arguments.rounds < 2 or arguments.cohort < 1:
         parser.error("--rounds must be at least 2 and --cohort at least 1")
     from pfm_llm.cli.start import run_safely
@@ -60,7 +65,7 @@ def federate(arguments: argparse.Namespace) -> None:
         LaunchError: Flower is not installed, or a process or the run has failed.
     """
     from benchmarks.federating.agreement import difference_of_last_round
-    from benchmarks.federating.authority import make_authority, masks_sections
+    from benchmarks.federating.authority import make_authority
     from benchmarks.federating.lab import Lab, flower_is_installed
     from benchmarks.federating.silos import write_silos
     from pfm_llm.base import assets, files
@@ -78,11 +83,7 @@ def federate(arguments: argparse.Namespace) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     files.make_private_dir(folder)
     silos = write_silos(folder, NODES)
-    sections: dict[str, dict[str, Any]] = {node: {"threads": 1} for node in NODES}
-    if arguments.masks:
-        for node, section in masks_sections({node: silos.private(node) for node in NODES}).items():
-            sections[node] |= {"masks": section}
-    sites = {node: silos.write_site(node, **own) for node, own in sections.items()}
+    sites = _write_sites(silos, arguments.masks)
     config = _write_config(folder, silos.items, arguments)
     run = folder / "runs" / "federation"
     load, started = os.getloadavg()[0], time.perf_counter()
@@ -100,8 +101,7 @@ def federate(arguments: argparse.Namespace) -> None:
         "update_relative_difference": difference_of_last_round(run, silos),
         "load_average": {"at_start": load, "at_end": os.getloadavg()[0]},
     }
-    name = "loopback_masks.json" if arguments.masks else "loopback.json"
-    files.write_json(arguments.out or ROOT / "results/federation" / name, result)
+    files.write_json(arguments.out, result)
     print(summary(result))
 
 
@@ -151,6 +151,17 @@ def summary(result: dict[str, Any]) -> str:
                 f"{row['ci_high']:.4f}] on {row['split']}, {row['num_users']} users"
             )
     return "\n".join(lines)
+
+
+def _write_sites(silos: "Silos", masks: bool) -> dict[str, Path]:
+    """The ``site.yaml`` of each node."""
+    from benchmarks.federating.authority import masks_sections
+
+    known: dict[str, dict[str, Any]] = {node: {} for node in NODES}
+    if masks:
+        found = masks_sections({node: silos.private(node) for node in NODES})
+        known = {node: {"masks": section} for node, section in found.items()}
+    return {node: silos.write_site(node, threads=1, **more) for node, more in known.items()}
 
 
 def _write_config(folder: Path, items: Path, arguments: argparse.Namespace) -> Path:

@@ -11,19 +11,7 @@ from typing import Any, TypeVar
 from pfm_llm.base.errors import ConfigError, ContractError, NodeError, NodeRefused
 from pfm_llm.config.schema import FederationConfig
 from pfm_llm.config.stages import FEWEST_MASKED, masks_problem
-from pfm_llm.protocol.mask_messages import (
-    Advertised,
-    AdvertiseReply,
-    AdvertiseRequest,
-    ConfirmReply,
-    ConfirmRequest,
-    MaskReply,
-    MaskRequest,
-    RevealReply,
-    RevealRequest,
-    ShareReply,
-    ShareRequest,
-)
+from pfm_llm.protocol import mask_messages as steps
 from pfm_llm.protocol.messages import AboutReply, MaskKeys, Message, TrainRequest
 from pfm_llm.protocol.refusals import NodeRefusal
 from pfm_llm.protocol.types import Refusal
@@ -139,22 +127,22 @@ class MaskedNodes:
         """What was wrong with nodes, for messages."""
         return [f"node {node!r:.80}: {why}" for node, (why, _) in self._problems.items()]
 
-    def _opened(self, nodes: Sequence[str]) -> tuple[MaskedRound, tuple[Advertised, ...]]:
+    def _opened(self, nodes: Sequence[str]) -> tuple[MaskedRound, tuple[steps.Advertised, ...]]:
         """The round, and the keys of the nodes that are in it."""
-        request = AdvertiseRequest(**self._head, num_nodes=len(nodes))
-        replies = self._answers("advertise", dict.fromkeys(nodes, request), AdvertiseReply)
+        request = steps.AdvertiseRequest(**self._head, num_nodes=len(nodes))
+        replies = self._answers("advertise", dict.fromkeys(nodes, request), steps.AdvertiseReply)
         keys = {node: reply.signed_by for node, reply in replies.items()}
         masked = self._server.new_masked_round(keys, nodes)
         own = [r.keys.value for node, r in replies.items() if r.keys.node == node]
-        return masked, tuple(map(Advertised.of, masked.open(own)))
+        return masked, tuple(map(steps.Advertised.of, masked.open(own)))
 
     def _shared(
-        self, masked: MaskedRound, roster: tuple[Advertised, ...]
+        self, masked: MaskedRound, roster: tuple[steps.Advertised, ...]
     ) -> dict[str, dict[str, bytes]]:
         """Receiver to sender to sealed shares."""
-        request = ShareRequest(**self._head, roster=roster)
+        request = steps.ShareRequest(**self._head, roster=roster)
         nodes = [one.node for one in roster]
-        replies = self._answers("share", dict.fromkeys(nodes, request), ShareReply)
+        replies = self._answers("share", dict.fromkeys(nodes, request), steps.ShareReply)
         return masked.deliver({node: reply.sealed for node, reply in replies.items()})
 
     def _add_all(
@@ -166,11 +154,11 @@ class MaskedNodes:
     ) -> dict[str, int]:
         """Add the words of the nodes; how many clients are in those of each."""
         asked = {
-            node: MaskRequest(**dict(requests[node]), received=own)
+            node: steps.MaskRequest(**dict(requests[node]), received=own)
             for node, own in received.items()
         }
         counts = {}
-        for node, reply in self._answers("mask", asked, MaskReply).items():
+        for node, reply in self._answers("mask", asked, steps.MaskReply).items():
             try:
                 if reply.num_clients > len(slots[node]):
                     raise NodeRefused(NodeRefusal.MALFORMED)
@@ -182,12 +170,12 @@ class MaskedNodes:
                 self._note(node, str(error), error.reason)
         return counts
 
-    def _revealed(self, survivors: Sequence[str]) -> dict[str, RevealReply]:
-        confirm = ConfirmRequest(**self._head, survivors=tuple(survivors))
-        signed = self._answers("confirm", dict.fromkeys(survivors, confirm), ConfirmReply)
+    def _revealed(self, survivors: Sequence[str]) -> dict[str, steps.RevealReply]:
+        confirm = steps.ConfirmRequest(**self._head, survivors=tuple(survivors))
+        signed = self._answers("confirm", dict.fromkeys(survivors, confirm), steps.ConfirmReply)
         signatures = {node: reply.signature for node, reply in signed.items()}
-        reveal = RevealRequest(**self._head, signatures=signatures)
-        return self._answers("reveal", dict.fromkeys(signed, reveal), RevealReply)
+        reveal = steps.RevealRequest(**self._head, signatures=signatures)
+        return self._answers("reveal", dict.fromkeys(signed, reveal), steps.RevealReply)
 
     def _answers(
         self, call: str, requests: Mapping[str, Message], kind: type[_Reply]

@@ -17,19 +17,8 @@ from pfm_llm.node.masking import Masking, summed
 from pfm_llm.node.membership import Membership, federations, join
 from pfm_llm.node.site import SiteConfig
 from pfm_llm.node.slots import Left, Slots
+from pfm_llm.protocol import mask_messages as steps
 from pfm_llm.protocol.calls import CALLS
-from pfm_llm.protocol.mask_messages import (
-    AdvertiseReply,
-    AdvertiseRequest,
-    ConfirmReply,
-    ConfirmRequest,
-    MaskReply,
-    MaskRequest,
-    RevealReply,
-    RevealRequest,
-    ShareReply,
-    ShareRequest,
-)
 from pfm_llm.protocol.messages import (
     AboutReply,
     AboutRequest,
@@ -153,7 +142,7 @@ class Worker:
             self._check_enough(member, [update.client_id for update in updates])
             return _sum(member, updates)
 
-    def advertise(self, request: AdvertiseRequest) -> AdvertiseReply:
+    def advertise(self, request: steps.AdvertiseRequest) -> steps.AdvertiseReply:
         """Begin a round under masks: the node's new keys, signed.
 
         Raises:
@@ -162,12 +151,12 @@ class Worker:
         with self._lock:
             return self._masking.advertise(request, self._member_of(request.agreement))
 
-    def share(self, request: ShareRequest) -> ShareReply:
+    def share(self, request: steps.ShareRequest) -> steps.ShareReply:
         """See `Masking.share`."""
         with self._lock:
             return self._masking.share(request)
 
-    def mask(self, request: MaskRequest) -> MaskReply:
+    def mask(self, request: steps.MaskRequest) -> steps.MaskReply:
         """As `train`, for a sum that leaves under masks.
 
         Raises:
@@ -182,12 +171,12 @@ class Worker:
             self._check_enough(member, clients)
             return self._masking.mask(request, words, len(clients))
 
-    def confirm(self, request: ConfirmRequest) -> ConfirmReply:
+    def confirm(self, request: steps.ConfirmRequest) -> steps.ConfirmReply:
         """See `Masking.confirm`."""
         with self._lock:
             return self._masking.confirm(request)
 
-    def reveal(self, request: RevealRequest) -> RevealReply:
+    def reveal(self, request: steps.RevealRequest) -> steps.RevealReply:
         """See `Masking.reveal`."""
         with self._lock:
             return self._masking.reveal(request)

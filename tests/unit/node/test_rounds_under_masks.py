@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from pfm_llm.base.errors import TrainingError
 from pfm_llm.base.processes import Processes
@@ -20,11 +19,13 @@ from pfm_llm.node import worker
 from pfm_llm.node.link import LocalLink
 from pfm_llm.node.masking import KEY_FILE, summed
 from pfm_llm.node.worker import Worker
+from pfm_llm.protocol.masks.words import Words
 from pfm_llm.protocol.messages import Message, encode
 from pfm_llm.protocol.refusals import NodeRefusal
 from pfm_llm.protocol.types import ClientUpdate, SharedState
 from pfm_llm.publish.signing import load_key
 from pfm_llm.server.aggregation import Aggregator
+from tests.support.masks import uniform
 from tests.support.nodes import (
     NODES,
     Watched,
@@ -216,23 +217,14 @@ def test_clients_without_an_update_are_left_out_and_too_few_are_refused(
     assert dict(masked.tally.reasons) == {NodeRefusal.TOO_FEW: 8}
 
 
-def uniform(words: torch.Tensor) -> float:
-    """P of chi-squared that the bytes of words are uniform, each of the four by itself."""
-    own = words.numpy().view(np.uint8).reshape(-1, 4)
-    counts = np.stack([np.bincount(own[:, place], minlength=256) for place in range(4)])
-    expected = len(own) / 256
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    return float(stats.chi2.sf(statistic, 4 * 255))
-
-
 def test_what_leaves_a_node_is_uniform_words_keys_and_one_number(
     link: Watched, begin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain: list[torch.Tensor] = []  # in the order of the nodes
+    plain: list[Words] = []  # in the order of the nodes
 
     def watched(*args: Any) -> Any:
         words, clients = summed(*args)
-        plain.append(torch.from_numpy(words.view(np.int32).copy()))
+        plain.append(words.copy())
         return words, clients
 
     monkeypatch.setattr(worker, "summed", watched)
@@ -245,13 +237,14 @@ def test_what_leaves_a_node_is_uniform_words_keys_and_one_number(
             "contract_hash": reply.contract_hash,
             "num_clients": 8,
         }
-        words = reply.tensors["words"]
+        words = reply.update(node).words
         assert uniform(own) < 1e-9  # which the test tells from uniform
-        assert 1e-4 < uniform(words) < 1 - 1e-4, node
-        assert float((words == own).double().mean()) < 1e-3
-    whole = torch.stack([reply.tensors["words"] for reply in replies.values()]).sum(0)
-    assert uniform(whole.int()) > 1e-4  # with the seeds of the nodes, which they reveal at the end
-    assert uniform(torch.stack(plain).sum(0).int()) < 1e-9
+        assert 1e-9 < uniform(words) < 1 - 1e-9
+        assert float((words == own).mean()) < 1e-3
+    whole = [reply.update(node).words for node, reply in replies.items()]
+    # With the seeds of the nodes, which they reveal at the end.
+    assert uniform(np.sum(whole, 0, dtype=np.uint32)) > 1e-9
+    assert uniform(np.sum(plain, 0, dtype=np.uint32)) < 1e-9
     answers = [answer for *_, answer in link.passed if isinstance(answer, Message)]
     everything = b"".join(b"".join(encode(answer)) for answer in answers)
     assert str(tmp_path).encode() not in everything
