@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -21,8 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # so that `benchmarks` is a package however this is started
 
+if TYPE_CHECKING:
+    from benchmarks.federating.silos import Silos
+
 NODES = ("n01", "n02", "n03")
 _TIMEOUT = 600.0
+_NORM = 4.0
+"""Bound of an update under masks, as in `benchmarks/masks.py`."""
 
 
 def main() -> None:
@@ -32,13 +37,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="at least 2")
     parser.add_argument("--cohort", type=int, default=64, help="clients of a round, at all nodes")
     parser.add_argument(
+        "--masks", action="store_true", help="what leaves a node is a sum under masks"
+    )
+    parser.add_argument(
         "--folder",
         type=Path,
         default=ROOT / "runs" / "federation",
         help="keys, data, logs, runs; made anew",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "results/federation/loopback.json")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="default: results/federation/loopback[_masks].json"
+    )
     arguments = parser.parse_args()
+    name = "loopback_masks.json" if arguments.masks else "loopback.json"
+    arguments.out = arguments.out or ROOT / "results/federation" / name
     if arguments.rounds < 2 or arguments.cohort < 1:
         parser.error("--rounds must be at least 2 and --cohort at least 1")
     from pfm_llm.cli.start import run_safely
@@ -71,8 +83,8 @@ def federate(arguments: argparse.Namespace) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     files.make_private_dir(folder)
     silos = write_silos(folder, NODES)
-    sites = {node: silos.write_site(node, threads=1) for node in NODES}
-    config = _write_config(folder, silos.items, arguments.rounds, arguments.cohort)
+    sites = _write_sites(silos, arguments.masks)
+    config = _write_config(folder, silos.items, arguments)
     run = folder / "runs" / "federation"
     load, started = os.getloadavg()[0], time.perf_counter()
     print(f"starting a SuperLink, and a worker and a SuperNode for each of {', '.join(NODES)} …")
@@ -141,11 +153,25 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write_config(folder: Path, items: Path, rounds: int, cohort: int) -> Path:
+def _write_sites(silos: "Silos", masks: bool) -> dict[str, Path]:
+    """The ``site.yaml`` of each node."""
+    from benchmarks.federating.authority import masks_sections
+
+    known: dict[str, dict[str, Any]] = {node: {} for node in NODES}
+    if masks:
+        found = masks_sections({node: silos.private(node) for node in NODES})
+        known = {node: {"masks": section} for node, section in found.items()}
+    return {node: silos.write_site(node, threads=1, **more) for node, more in known.items()}
+
+
+def _write_config(folder: Path, items: Path, arguments: argparse.Namespace) -> Path:
+    federation: dict[str, Any] = {"num_rounds": arguments.rounds, "cohort_size": arguments.cohort}
+    if arguments.masks:
+        federation |= {"masks": True, "stages": [{"clip": {"norm": _NORM}}]}
     tree = {
         "name": "federation",
         "data": {"items": str(items)},
-        "federation": {"num_rounds": rounds, "cohort_size": cohort},
+        "federation": federation,
         # Three rounds choose nothing, and test is not opened for them.
         "evaluation": {"every": 0, "splits": ["validation"]},
         "runtime": {"threads": 1},

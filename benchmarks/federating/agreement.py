@@ -78,7 +78,7 @@ def _users_of(silos: Silos) -> dict[str, str]:
     """Slot to client: what only the nodes know."""
     found: dict[str, str] = {}
     for node in silos.nodes:
-        [path] = (silos.folder / f"{node}.private" / "federations").glob("*/slots.json")
+        [path] = (silos.private(node) / "federations").glob("*/slots.json")
         ids = slots_of({node: len(clients := json.loads(path.read_text()))})
         found |= dict(zip(ids, clients, strict=True))
     return found

@@ -5,9 +5,10 @@ They are for loopback and last a few days. In production, use those of your orga
 
 import datetime
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -15,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from pfm_llm.base.files import make_private_dir, write_bytes
+from pfm_llm.node.masking import KEY_FILE
+from pfm_llm.publish.signing import load_key, new_key
 
 _LIFETIME = datetime.timedelta(days=7)
 
@@ -51,6 +54,27 @@ class Authority:
     def public(self, node: str) -> Path:
         """The public key of a node, which the server's operator registers."""
         return self.folder / f"{node}.pub"
+
+
+def masks_sections(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """What each node's ``site.yaml`` says of masks; owners would exchange the keys in person.
+
+    Args:
+        folders: Name of each node to its private folder, where its key is made unless it is there.
+
+    Returns:
+        Node to its section ``masks``, with the keys of all others.
+    """
+    keys = {}
+    for node, folder in folders.items():
+        path = make_private_dir(folder) / KEY_FILE
+        if not path.exists():
+            new_key(path)
+        keys[node] = load_key(path).public_key().public_bytes_raw().hex()
+    return {
+        node: {"name": node, "peers": {n: key for n, key in keys.items() if n != node}}
+        for node in folders
+    }
 
 
 def make_authority(folder: Path, nodes: Sequence[str]) -> Authority:

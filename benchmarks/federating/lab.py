@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,6 +49,7 @@ class Lab:
         folder: Logs, ids of processes, Flower's own files. It must be private.
         keys: Keys of the server and of each site.
         sites: Name of each node to its ``site.yaml``.
+        may_end: Processes that may end before the others, such as ``n03.worker``.
 
     Attributes:
         variables: The environment of all processes.
@@ -58,8 +59,15 @@ class Lab:
         ...     lab.run("server.yaml", print)
     """
 
-    def __init__(self, folder: Path, keys: Authority, sites: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keys: Authority,
+        sites: Mapping[str, Path],
+        may_end: Collection[str] = (),
+    ) -> None:
         self._folder, self._keys, self._sites = folder, keys, dict(sites)
+        self._may_end = frozenset(may_end)
         self._port = _free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._family: set[psutil.Process] = set()
@@ -117,6 +125,15 @@ class Lab:
         words += ["--host", "127.0.0.1", "--port", str(_free_port())]
         return [*words, "--node-config", f"socket={json.dumps(str(socket_path))}"]
 
+    def worker(self, node: str, site: Path) -> list[str]:
+        """The command of a worker.
+
+        Args:
+            node: Its node.
+            site: The node's ``site.yaml``.
+        """
+        return [sys.executable, "-m", "pfm_llm.cli", "node", "serve", str(site)]
+
     def stop(self) -> None:
         """End every process that this lab has started, and what these have started."""
         self._remember_families()
@@ -135,8 +152,7 @@ class Lab:
 
     def _start_workers(self) -> None:
         for node, site in self._sites.items():
-            words = [sys.executable, "-m", "pfm_llm.cli", "node", "serve", str(site)]
-            self._start(f"{node}.worker", words)
+            self._start(f"{node}.worker", self.worker(node, site))
         for site in self._sites.values():
             client = NodeClient(load_site(site).socket_path, timeout=_START_SECONDS)
             self._wait(functools.partial(_answers, client), f"the worker of {site}")
@@ -223,7 +239,7 @@ class Lab:
     def _check_alive(self) -> None:
         self._remember_families()
         for name, process in self._processes.items():
-            if process.poll() is not None:
+            if name not in self._may_end and process.poll() is not None:
                 raise LaunchError(f"{name} has ended; see {self._log(name)}")
 
     def _log(self, name: str) -> Path:

@@ -41,6 +41,10 @@ class Silos:
         """The interactions of a node's users."""
         return self.folder / f"{node}.csv"
 
+    def private(self, node: str) -> Path:
+        """A node's private folder."""
+        return self.folder / f"{node}.private"
+
     def write_site(self, node: str, **settings: Any) -> Path:
         """Write a node's ``site.yaml``.
 
@@ -50,7 +54,7 @@ class Silos:
         """
         tree = {
             "data": {"source": str(self.of(node)), "items": str(self.items)},
-            "folder": str(self.folder / f"{node}.private"),
+            "folder": str(self.private(node)),
             "socket": {"path": str(self.folder / f"{node}.socket" / "s")},
             **settings,
         }

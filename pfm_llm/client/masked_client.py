@@ -62,6 +62,16 @@ class MaskedClient:
         self._received: dict[str, bytes] = {}
         self._survivors: frozenset[str] = frozenset()
 
+    @property
+    def client_id(self) -> str:
+        """Its id."""
+        return self._id
+
+    @property
+    def last_step(self) -> str:
+        """The name of the method that was called last; ``nothing`` before the first."""
+        return self._done
+
     def advertise(self) -> Advertisement:
         """The client's two public keys of the round, signed."""
         self._take_step("advertise", after="nothing")

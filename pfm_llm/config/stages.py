@@ -9,7 +9,8 @@ from pfm_llm.config.choices import Aggregation, Participation, SplitKind, Transp
 from pfm_llm.config.methods import SPECS
 from pfm_llm.config.model import Positive, PositiveCount, Settings
 
-_FEWEST_MASKED = 3
+FEWEST_MASKED = 3
+"""Parties of a round under masks: in a sum of two, each reads the other's update."""
 _LARGEST_SUM = 2**31 - 1
 _COARSEST = 1e-4
 """The largest rounding under masks: `head.item_met`, the finest tensor, has steps of 1e-3."""
@@ -137,9 +138,9 @@ def masks_problem(federation: Any) -> str | None:
         )
     if federation.transport is not Transport.FLOAT32:
         return "masks need words of 32 bits; set federation.transport: float32"
-    if cohort_size is not None and cohort_size < _FEWEST_MASKED:
+    if cohort_size is not None and cohort_size < FEWEST_MASKED:
         return (
-            f"masks need at least {_FEWEST_MASKED} clients in a cohort: in a sum of two each reads "
+            f"masks need at least {FEWEST_MASKED} clients in a cohort: in a sum of two each reads "
             "the other's update; raise federation.cohort_size"
         )
     if 3 * federation.simulated_dropouts > 1:

@@ -16,8 +16,8 @@ from pfm_llm.base.processes import Processes
 from pfm_llm.client.masked_client import MaskedClient
 from pfm_llm.protocol.masks.agreement import Identity
 from pfm_llm.protocol.masks.messages import MaskedUpdate
-from pfm_llm.protocol.types import ClientUpdate, NodeUpdate, Refusal
-from pfm_llm.server.aggregation import Aggregator, WeightedMean
+from pfm_llm.protocol.types import ClientUpdate, Refusal
+from pfm_llm.server.aggregation import Aggregator
 from pfm_llm.server.masked_round import MaskedRound
 from pfm_llm.server.server import Server
 
@@ -138,17 +138,7 @@ class MaskedCohort:
         signed = self._each(left, lambda player: player.confirm(survivors))
         reveals = self._each(left, lambda player: player.reveal(signed))
         found = masked.unmask(reveals.values())
-        assert isinstance(updates, WeightedMean)  # the config admits no other under masks
-        whole = NodeUpdate(
-            node_id="masks",
-            round_number=self._server.round_under_way,
-            contract_hash=self._server.contract.hash(),
-            num_clients=len(survivors),
-            num_examples=found.num_examples,
-            loss=found.weighted_loss / found.weight,
-            delta=found.tensors,
-        )
-        updates.add_sum(whole, found.weight, survivors)
+        self._server.receive_masked(updates, found, len(survivors), survivors)
 
     def _each(self, players: Players, act: Callable[[MaskedClient], T]) -> dict[str, T]:
         """The messages of all clients, of every process."""

@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pfm_llm.base.errors import NodeError, NodeRefused, TrainingError
+from pfm_llm.base.errors import ContractError, MaskError, NodeError, NodeRefused, TrainingError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
 from pfm_llm.config.schema import training_hash
 from pfm_llm.config.settle import known, settle
+from pfm_llm.config.stages import FEWEST_MASKED
+from pfm_llm.federation.masked_nodes import MaskedNodes, check_keys, check_masked
 from pfm_llm.federation.rounds import Federation
 from pfm_llm.federation.server_side import ServerSide
 from pfm_llm.protocol.messages import AboutReply, Message, TrainReply, TrainRequest
@@ -30,6 +32,8 @@ from pfm_llm.server.server import Server
 _log = logging.getLogger(__name__)
 _INVITED_AGAIN = (NodeRefusal.NOT_READY, NodeRefusal.AGREEMENT)
 """What a node says that was restarted, or has taken part in another federation meanwhile."""
+_BEGINNINGS = ("train", "advertise")
+"""Calls that a node can answer which has just been invited."""
 
 Answer = Message | NodeRefused
 
@@ -46,7 +50,7 @@ class Link(Protocol):
         """Send each node its request, all at once, and wait for the answers.
 
         Args:
-            call: A key of `messages.CALLS`.
+            call: A key of `protocol.calls.CALLS`.
             requests: Node to request.
 
         Returns:
@@ -80,7 +84,7 @@ def slots_of(population: Mapping[str, int]) -> list[str]:
     return [slot_id(node, slot) for node, count in population.items() for slot in range(count)]
 
 
-def meet(side: ServerSide, link: Link, nodes: Sequence[str]) -> dict[str, int]:
+def meet(side: ServerSide, link: Link, nodes: Sequence[str]) -> dict[str, AboutReply]:
     """Invite nodes to a federation.
 
     Args:
@@ -89,9 +93,9 @@ def meet(side: ServerSide, link: Link, nodes: Sequence[str]) -> dict[str, int]:
         nodes: Some of the link's.
 
     Returns:
-        Node to its number of clients, for each node that takes part.
+        Node to what it tells of itself, for each node that takes part.
     """
-    population = {}
+    found = {}
     answers = link.ask("about", dict.fromkeys(nodes, side.invitation))
     for node in nodes:
         answer = answers.get(node)
@@ -106,8 +110,8 @@ def meet(side: ServerSide, link: Link, nodes: Sequence[str]) -> dict[str, int]:
                     "node %s computes in %s, the server in %s: its updates are a little noisier",
                     *(node, answer.dtype, side.dtype),
                 )
-            population[node] = answer.num_clients
-    return population
+            found[node] = answer
+    return found
 
 
 def federation_of_nodes(
@@ -132,20 +136,16 @@ def federation_of_nodes(
         options: How rounds go.
 
     Raises:
-        NodeError: Before the first commit, a node does not answer or does not agree.
+        NodeError: Before the first commit, a node does not answer or does not agree; or, under
+            masks, does not know the keys of the others.
+        ConfigError: Rounds with these nodes cannot be masked, and are to be.
         CheckpointError, CorruptFileError: The commit point cannot be read.
     """
     committed = checkpoints.load()
-    if committed is None:
-        population = meet(side, link, link.nodes)
-        if missing := sorted(set(link.nodes) - population.keys()):
-            raise NodeError(
-                f"{', '.join(missing)} cannot take part, the warnings above say why; the nodes of "
-                "a run are fixed when it begins: mend these, or leave them out"
-            )
-    else:
-        population = dict(committed.environment.population)
+    population = dict(committed.environment.population) if committed else _count(side, link)
     config = settle(side.config, sum(population.values()))
+    if config.federation.masks is not None:
+        check_masked(config.federation, list(population), options.single)
     server = side.new_server(slots_of(population), config)
     environment = RunEnvironment.here(
         config_hash=training_hash(config),
@@ -160,6 +160,19 @@ def federation_of_nodes(
     exchange = NodesExchange(side, server, link, cohort_size, options)
     exchange.discard_newer(committed.round_number if committed else 0)
     return Federation(config, server, exchange, checkpoints, environment, metrics_log, processes)
+
+
+def _count(side: ServerSide, link: Link) -> dict[str, int]:
+    """The clients of each node of a new run."""
+    replies = meet(side, link, link.nodes)
+    if missing := sorted(set(link.nodes) - replies.keys()):
+        raise NodeError(
+            f"{', '.join(missing)} cannot take part, the warnings above say why; the nodes of "
+            "a run are fixed when it begins: mend these, or leave them out"
+        )
+    if side.config.federation.masks is not None:
+        check_keys(replies)
+    return {node: reply.num_clients for node, reply in replies.items()}
 
 
 class NodesExchange:
@@ -190,17 +203,35 @@ class NodesExchange:
         self._diagnostics: dict[str, float] = {}
 
     def train(self, cohort: Sequence[str], shared: SharedState) -> Aggregator:
-        """See `Exchange.train`. Nodes that do not answer are asked once more below the quorum.
+        """See `Exchange.train`.
+
+        In the clear, nodes that do not answer are asked once more below the quorum. Under masks no
+        node is asked twice: its secrets are for one sum.
 
         Raises:
-            TrainingError: Too few clients are in the round.
+            TrainingError: Too few clients are in the round, or its masks do not come off.
         """
-        total = self._server.new_aggregator()
-        waiting: dict[str, dict[int, str]] = {}
+        asked: dict[str, dict[int, str]] = {}
         for client_id in cohort:
             node, _, slot = client_id.rpartition("/")
-            waiting.setdefault(node, {})[int(slot)] = client_id
-        num_asked, needed = len(waiting), math.ceil(self._options.quorum * len(cohort))
+            asked.setdefault(node, {})[int(slot)] = client_id
+        needed = math.ceil(self._options.quorum * len(cohort))
+        if self._server.is_masked:
+            total = self._train_masked(asked, shared)
+        else:
+            total = self._train_clear(asked, shared, needed)
+        if (num_updates := total.tally.num_updates) < needed:
+            raise _lost(
+                shared,
+                f"{num_updates} of {len(cohort)} clients are in it, {needed} are needed",
+                total.tally.refusals,
+            )
+        return total
+
+    def _train_clear(
+        self, asked: Mapping[str, dict[int, str]], shared: SharedState, needed: int
+    ) -> Aggregator:
+        total, waiting = self._server.new_aggregator(), dict(asked)
         for _ in range(2):
             self._ask(waiting, shared, total)
             if total.tally.num_updates >= needed or not waiting:
@@ -208,24 +239,41 @@ class NodesExchange:
         for node, slots in waiting.items():
             for _ in slots:
                 total.refuse(f"node {node!r}: no answer")
-        if total.tally.num_updates < needed:
-            raise TrainingError(
-                f"round {shared.round_number + 1}: {total.tally.num_updates} of {len(cohort)} "
-                f"clients are in it, {needed} are needed ({'; '.join(total.tally.refusals[:3])}). "
-                "The round does not count; see to the nodes and continue from the last commit"
-            )
-        size = self._side.model.table.num_bytes
-        num_sent = total.tally.num_updates if self._options.single else num_asked - len(waiting)
+        size, num_nodes = self._side.model.table.num_bytes, len(asked) - len(waiting)
+        num_sent = total.tally.num_updates if self._options.single else num_nodes
         self._diagnostics = {
-            "nodes": num_asked - len(waiting),
+            "nodes": num_nodes,
             "bytes_up": size * num_sent,
-            "bytes_down": size * num_asked,
+            "bytes_down": size * len(asked),
+        }
+        return total
+
+    def _train_masked(self, asked: Mapping[str, dict[int, str]], shared: SharedState) -> Aggregator:
+        total = self._server.new_aggregator()
+        if len(asked) < FEWEST_MASKED:
+            what = f"its clients are at {len(asked)} nodes, and masks need {FEWEST_MASKED}"
+            raise _lost(shared, what, ["raise federation.cohort_size"])
+        masked = MaskedNodes(self._server, self._agreement, self._answers)
+        requests = {node: self._request(node, slots, shared) for node, slots in asked.items()}
+        try:
+            masked.train(requests, asked, total)
+        except (MaskError, ContractError) as error:
+            raise _lost(shared, str(error), masked.problems) from error
+        for node in masked.survivors:
+            self._discard.pop(node, None)
+        self._diagnostics = {
+            "nodes": len(masked.survivors),
+            "bytes_up": masked.bytes_up,
+            "bytes_down": masked.bytes_down,
         }
         return total
 
     @property
     def diagnostics(self) -> Mapping[str, float]:
-        """How many nodes answered in the last round, and the bytes: a sum is one message."""
+        """How many nodes are in the last round, and the bytes: a sum is one message.
+
+        Under masks the bytes are those of all steps, of every node that was asked.
+        """
         return self._diagnostics
 
     def prune(self, oldest_commit: int) -> None:
@@ -242,18 +290,23 @@ class NodesExchange:
     ) -> None:
         """Ask the waiting nodes, and take in what they send; who has answered waits no more."""
         requests = {node: self._request(node, slots, shared) for node, slots in waiting.items()}
-        answers = dict(self._link.ask("train", requests))
+        answers = self._answers("train", requests)
+        for node in [node for node in requests if node in answers]:
+            self._take(node, waiting.pop(node), answers[node], total)
+
+    def _answers(self, call: str, requests: Mapping[str, Message]) -> Mapping[str, Answer]:
+        """Ask nodes; who was restarted is invited again, and asked again if the call allows it."""
+        answers = dict(self._link.ask(call, requests))
         again = [
             node
             for node, answer in answers.items()
             if isinstance(answer, NodeRefused) and answer.code in _INVITED_AGAIN
         ]
-        if again:
+        if again and call in _BEGINNINGS:
             _log.info("inviting again: %s", ", ".join(again))
             back = meet(self._side, self._link, again)
-            answers |= self._link.ask("train", {node: requests[node] for node in back})
-        for node in [node for node in requests if node in answers]:
-            self._take(node, waiting.pop(node), answers[node], total)
+            answers |= self._link.ask(call, {node: requests[node] for node in back})
+        return answers
 
     def _request(self, node: str, slots: Mapping[int, str], shared: SharedState) -> TrainRequest:
         return TrainRequest(
@@ -289,3 +342,11 @@ class NodesExchange:
                 total.refuse(f"node {node!r}: {refused.code}", refused.code)
             return
         self._discard.pop(node, None)
+
+
+def _lost(shared: SharedState, what: str, examples: Sequence[str]) -> TrainingError:
+    why = f" ({'; '.join(examples[:3])})" if examples else ""
+    return TrainingError(
+        f"round {shared.round_number + 1}: {what}{why}. The round does not count; see to the nodes "
+        "and continue from the last commit"
+    )

@@ -1,9 +1,10 @@
-"""The ClientApp: three calls, each handed to the worker of the node as bytes.
+"""The ClientApp: each call of `wire.MESSAGE_TYPES` is handed to the node's worker as bytes.
 
 The process imports flwr, numpy and the client of the worker's socket. The owner of the node names
 the socket: ``flower-supernode --node-config 'socket="/run/pfm-node/node.sock"'``.
 """
 
+import functools
 import logging
 
 from flwr.app import Context, Message, RecordDict
@@ -17,24 +18,6 @@ from pfm_llm.protocol.refusals import NodeRefusal
 _log = logging.getLogger(__name__)
 
 app = ClientApp()
-
-
-@app.query()
-def about(message: Message, context: Context) -> Message:
-    """The call ``about``."""
-    return answer("about", message, context)
-
-
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """The call ``train``."""
-    return answer("train", message, context)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """The call ``evaluate``."""
-    return answer("evaluate", message, context)
 
 
 def answer(call: str, message: Message, context: Context) -> Message:
@@ -72,3 +55,13 @@ def _socket_of(context: Context) -> str:
             "--node-config 'socket=\"/path/to/node.sock\"'"
         )
     return socket
+
+
+def _register(call: str, message_type: str) -> None:
+    category, _, action = message_type.partition(".")
+    decorator = getattr(app, category)
+    (decorator(action) if action else decorator())(functools.partial(answer, call))
+
+
+for _call, _type in wire.MESSAGE_TYPES.items():
+    _register(_call, _type)

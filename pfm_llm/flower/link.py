@@ -11,7 +11,8 @@ from pfm_llm.base.errors import NodeError, NodeRefused
 from pfm_llm.federation.nodes import Answer
 from pfm_llm.flower import wire
 from pfm_llm.node.client import MAX_BODY
-from pfm_llm.protocol.messages import CALLS, Message, decode, encode
+from pfm_llm.protocol.calls import CALLS
+from pfm_llm.protocol.messages import Message, decode, encode
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25

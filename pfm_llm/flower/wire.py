@@ -13,7 +13,16 @@ from pfm_llm.node.client import MAX_BODY
 from pfm_llm.node.frames import MAX_HEADER
 from pfm_llm.protocol.refusals import NodeRefusal
 
-MESSAGE_TYPES = {"about": "query", "train": "train", "evaluate": "evaluate"}
+MESSAGE_TYPES = {
+    "about": "query",
+    "train": "train",
+    "evaluate": "evaluate",
+    "advertise": "query.advertise",
+    "share": "query.share",
+    "mask": "train.mask",
+    "confirm": "query.confirm",
+    "reveal": "query.reveal",
+}
 """Call to Flower's type of message. The call ``forget`` is for the node's owner alone."""
 
 _RECORD, _BODY = "pfm", "body"

@@ -1,4 +1,4 @@
-"""A node: a resident worker that holds the data of some clients, and answers four calls.
+"""A node: a resident worker that holds the data of some clients, and answers calls.
 
 It holds the backbone, the data, the private store and the caches. An engine of federations, such as
 Flower, reaches none of them. `pfm_llm.node.client` and `pfm_llm.node.frames` import neither torch

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -14,8 +14,12 @@ from pfm_llm.config.running import CacheConfig
 from pfm_llm.config.schema import ExperimentConfig, parse_config, read_yaml
 from pfm_llm.config.settings import are_of_server, settings_hash
 from pfm_llm.config.text import validated
+from pfm_llm.protocol.messages import MOST_NODES
 from pfm_llm.protocol.refusals import NodeRefusal
 
+NodeName = Annotated[str, Field(min_length=1, max_length=100)]
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""An Ed25519 key in hexadecimal."""
 FEWEST_USERS_OF_FIGURE = 20
 _OWN_DATA = {"source", "items", "hub", "columns", "reading", "day_first", "max_users"} | {
     "max_bad_rows"
@@ -54,6 +58,32 @@ class SocketConfig(Settings):
     )
 
 
+class MasksConfig(Settings):
+    """Who the node is in rounds under masks, and whom it knows."""
+
+    name: NodeName = Field(description="the node's name, as the server and the other nodes know it")
+    peers: dict[NodeName, PublicKey] = Field(
+        {},
+        max_length=MOST_NODES,
+        description="name of each other node to its key, as its owner has told; `pfm node about` "
+        "prints a node's own",
+    )
+    required: bool = Field(True, description="whether a sum in the clear is refused")
+
+    @model_validator(mode="after")
+    def _are_others(self) -> Self:
+        if self.name in self.peers:
+            raise ValueError(f"masks.peers holds {self.name}, which is this node; leave it out")
+        if len(set(self.peers.values())) < len(self.peers):
+            raise ValueError("masks.peers: two nodes have one key; ask their owners for theirs")
+        return self
+
+    @property
+    def keys(self) -> dict[str, bytes]:
+        """Name of each peer to its key, 32 bytes."""
+        return {name: bytes.fromhex(key) for name, key in self.peers.items()}
+
+
 class SiteConfig(Settings):
     """A node."""
 
@@ -63,6 +93,9 @@ class SiteConfig(Settings):
     folder: str = Field(description="the node's private folder: private parts, slots, caches")
     socket: SocketConfig = SocketConfig()
     allow: AllowConfig = AllowConfig()
+    masks: MasksConfig | None = Field(
+        None, description="rounds under masks with other nodes; None: this node takes part in none"
+    )
     min_users_per_sum: PositiveCount = Field(
         5, description="users in a sum of updates; a sum over fewer is refused"
     )

@@ -1,4 +1,4 @@
-"""The worker of a node: four calls on what it holds. Sums, codes and counts leave it, no texts."""
+"""The worker of a node: calls on what it holds. Sums, codes and counts leave it, and no texts."""
 
 import dataclasses
 import logging
@@ -13,11 +13,13 @@ from pfm_llm.base.processes import Processes
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.federation.server_side import dtype_of
 from pfm_llm.node.figures import counts_of, figures_of
+from pfm_llm.node.masking import Masking, summed
 from pfm_llm.node.membership import Membership, federations, join
 from pfm_llm.node.site import SiteConfig
 from pfm_llm.node.slots import Left, Slots
+from pfm_llm.protocol import mask_messages as steps
+from pfm_llm.protocol.calls import CALLS
 from pfm_llm.protocol.messages import (
-    CALLS,
     AboutReply,
     AboutRequest,
     Agreed,
@@ -48,13 +50,14 @@ class Worker:
         processes: This process, alone.
 
     Raises:
-        StorageError: The node's folder cannot be made or read.
+        StorageError: The node's folder, or its key for masks, cannot be made or read.
     """
 
     def __init__(self, site: SiteConfig, processes: Processes) -> None:
         self._site = site
         self._processes = processes
         self._left = Left(make_private_dir(site.root))
+        self._masking = Masking(site)
         self._member: Membership | None = None
         self._lock = threading.Lock()
 
@@ -62,7 +65,7 @@ class Worker:
         """Answer a call in bytes, whatever they are.
 
         Args:
-            call: A key of `messages.CALLS`.
+            call: A key of `protocol.calls.CALLS`.
             header: JSON of the request.
             body: Its tensors.
 
@@ -74,14 +77,9 @@ class Worker:
         """
         if call not in CALLS:
             raise NodeRefused(NodeRefusal.UNKNOWN_CALL, f"there is no call {call!r:.80}")
-        calls: Mapping[str, Callable[[Any], Message]] = {
-            "about": self.about,
-            "train": self.train,
-            "evaluate": self.evaluate,
-            "forget": self.forget,
-        }
+        act: Callable[[Any], Message] = getattr(self, call)  # each is a method of this name
         try:
-            return encode(calls[call](decode(CALLS[call][0], header, body)))
+            return encode(act(decode(CALLS[call][0], header, body)))
         except NodeRefused:
             raise
         except StorageError as error:
@@ -101,6 +99,7 @@ class Worker:
         """
         with self._lock:
             if request.settings is not None:
+                self._masking.drop()
                 self._member = join(self._site, request, self._processes, self._left)
             member, site = self._member, self._site
             known: dict[str, Any] = {}
@@ -117,6 +116,7 @@ class Worker:
                 version=__version__,
                 min_users=site.min_users_per_sum,
                 single_updates=site.allow.single_updates,
+                masks=self._masking.keys,
                 **known,
             )
 
@@ -126,34 +126,60 @@ class Worker:
         Private states that are trained are in the store when this returns.
 
         Raises:
-            NodeRefused: The node is in another federation; the owner does not allow it; a slot does
-                not exist; the round was asked for other slots; or too few users are left.
+            NodeRefused: The node is in another federation; the owner does not allow it, or only
+                under masks; a slot does not exist; the round was asked for other slots; or too few
+                users are left.
             StorageError: A private state cannot be read or written.
         """
         with self._lock:
             member = self._member_of(request.agreement)
             if request.single and not self._site.allow.single_updates:
                 raise NodeRefused(NodeRefusal.NOT_ALLOWED, "allow.single_updates is false")
-            asked = member.slots.clients(request.slots)
-            shared = member.shared(request.tensors, request.round_number - 1)
-            if not request.single:
-                self._check_enough(member, list(asked))
-            member.asked.ask(request.round_number, request.slots)
-            store = member.run.clients.store
-            if request.discard_newer is not None:
-                store.discard_newer(request.discard_newer)
-            store.prune(request.oldest_commit)
-            trainer = member.trainer(request.cohort_size)
-            updates = [
-                update
-                for chunk in trainer.chunks(list(asked))
-                for update in trainer.train_chunk(chunk, shared)
-                if _is_usable(member, update, request.round_number)
-            ]
+            self._masking.check_clear()
+            updates = self._trained(member, request)
             if request.single:
-                return _each(updates, asked)
+                return _each(updates, member.slots.clients(request.slots))
             self._check_enough(member, [update.client_id for update in updates])
             return _sum(member, updates)
+
+    def advertise(self, request: steps.AdvertiseRequest) -> steps.AdvertiseReply:
+        """Begin a round under masks: the node's new keys, signed.
+
+        Raises:
+            NodeRefused: The node is in another federation; or see `Masking.advertise`.
+        """
+        with self._lock:
+            return self._masking.advertise(request, self._member_of(request.agreement))
+
+    def share(self, request: steps.ShareRequest) -> steps.ShareReply:
+        """See `Masking.share`."""
+        with self._lock:
+            return self._masking.share(request)
+
+    def mask(self, request: steps.MaskRequest) -> steps.MaskReply:
+        """As `train`, for a sum that leaves under masks.
+
+        Raises:
+            NodeRefused: As `train`; or the step is out of order.
+            StorageError: A private state cannot be read or written.
+        """
+        with self._lock:
+            member = self._member_of(request.agreement)
+            self._masking.check_may_mask(request)
+            updates = self._trained(member, request)
+            words, clients = summed(member, updates, request.cohort_size)
+            self._check_enough(member, clients)
+            return self._masking.mask(request, words, len(clients))
+
+    def confirm(self, request: steps.ConfirmRequest) -> steps.ConfirmReply:
+        """See `Masking.confirm`."""
+        with self._lock:
+            return self._masking.confirm(request)
+
+    def reveal(self, request: steps.RevealRequest) -> steps.RevealReply:
+        """See `Masking.reveal`."""
+        with self._lock:
+            return self._masking.reveal(request)
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
         """Measure a shared state on held-out items, or count training interactions.
@@ -198,6 +224,25 @@ class Worker:
                 # Trunk states lie apart from the private states where cache.dir is set.
                 PrivateStore(member.run.clients.cache.root.parent).forget(client)
             return ForgetReply()
+
+    def _trained(self, member: Membership, request: TrainRequest) -> list[ClientUpdate]:
+        """The usable updates of the clients that were asked, whose private states are stored."""
+        asked = list(member.slots.clients(request.slots))
+        shared = member.shared(request.tensors, request.round_number - 1)
+        if not request.single:
+            self._check_enough(member, asked)
+        member.asked.ask(request.round_number, request.slots)
+        store = member.run.clients.store
+        if request.discard_newer is not None:
+            store.discard_newer(request.discard_newer)
+        store.prune(request.oldest_commit)
+        trainer = member.trainer(request.cohort_size)
+        return [
+            update
+            for chunk in trainer.chunks(asked)
+            for update in trainer.train_chunk(chunk, shared)
+            if _is_usable(member, update, request.round_number)
+        ]
 
     def _member_of(self, agreement: str | None) -> Membership:
         if self._member is None:

@@ -1,4 +1,4 @@
-"""The four calls of a node as values, and their bytes: JSON for a header, safetensors for tensors.
+"""The calls of a node as values, and their bytes: JSON for a header, safetensors for tensors.
 
 Nothing is pickled, so what arrives is data and never code. Numbers must be finite, keys known and
 types exact; whatever else arrives is refused as malformed. No message has a field for a private
@@ -23,19 +23,30 @@ PROTOCOL = 1
 """The version of these messages."""
 
 MOST_SLOTS = 1_000_000
-_Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
-_Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
 _Slot = Annotated[int, Field(ge=0, lt=MOST_SLOTS)]
-_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_Word = Annotated[str, Field(max_length=100)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Word = Annotated[str, Field(max_length=100)]
+Key = Annotated[bytes, Field(min_length=32, max_length=32)]
+MOST_NODES = 1000
 _Message = TypeVar("_Message", bound="Message")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+class Part(BaseModel):
+    """A strict model: keys known, types exact, numbers finite; bytes are hexadecimal in JSON."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        ser_json_bytes="hex",
+        val_json_bytes="hex",
+    )
 
 
-class Message(_Part):
+class Message(Part):
     """A request to a node, or its answer.
 
     Attributes:
@@ -47,17 +58,33 @@ class Message(_Part):
     tensors: dict[str, torch.Tensor] = Field(default={}, exclude=True)
 
 
-class Agreed(_Part):
+class Agreed(Part):
     """The hashes of an `Agreement`."""
 
-    contract: _Hash
-    tensors: _Hash
-    settings: _Hash
+    contract: Hash
+    tensors: Hash
+    settings: Hash
 
     @property
     def value(self) -> Agreement:
         """The agreement."""
         return Agreement(self.contract, self.tensors, self.settings)
+
+
+class MaskKeys(Part):
+    """The long-term keys (Ed25519, public) with which nodes sign their part of masked rounds.
+
+    Attributes:
+        name: The node's name for the other nodes.
+        key: Its own.
+        peers: Name of each other node that it knows to its key.
+        required: Whether its owner lets sums leave under masks alone.
+    """
+
+    name: Word
+    key: Key
+    peers: dict[Word, Key] = Field(max_length=MOST_NODES)
+    required: bool
 
 
 class AboutRequest(Message):
@@ -81,14 +108,16 @@ class AboutReply(Message):
         agreed: The hashes of the federation that it takes part in; None: none.
         num_clients: How many clients it has for it; their slots are 0 to this number.
         dtype: The dtype in which its backbone computes there.
+        masks: Its keys for rounds under masks; None: its owner has not set ``masks``.
     """
 
-    version: _Word
-    min_users: _Positive
+    version: Word
+    min_users: Positive
     single_updates: bool
     agreed: Agreed | None = None
-    num_clients: _Count = 0
-    dtype: _Word = ""
+    num_clients: Count = 0
+    dtype: Word = ""
+    masks: MaskKeys | None = None
 
 
 class TrainRequest(Message):
@@ -105,16 +134,16 @@ class TrainRequest(Message):
         tensors: The shared tensors of the contract, as they are sent.
     """
 
-    agreement: _Hash
-    round_number: _Positive
+    agreement: Hash
+    round_number: Positive
     slots: tuple[_Slot, ...] = Field(min_length=1)
-    cohort_size: _Positive
+    cohort_size: Positive
     single: bool = False
-    oldest_commit: _Count = 0
-    discard_newer: _Count | None = None
+    oldest_commit: Count = 0
+    discard_newer: Count | None = None
 
 
-class UpdateHead(_Part):
+class UpdateHead(Part):
     """The numbers of an update, or of a sum of updates.
 
     Attributes:
@@ -125,8 +154,8 @@ class UpdateHead(_Part):
     """
 
     slot: _Slot | None
-    num_clients: _Positive
-    num_examples: _Positive
+    num_clients: Positive
+    num_examples: Positive
     loss: float
 
 
@@ -140,8 +169,8 @@ class TrainReply(Message):
         tensors: The weighted sum of the changes, or each client's change.
     """
 
-    round_number: _Positive
-    contract_hash: _Hash
+    round_number: Positive
+    contract_hash: Hash
     updates: tuple[UpdateHead, ...] = Field(min_length=1)
 
     def deltas(self) -> list[dict[str, torch.Tensor]]:
@@ -217,15 +246,15 @@ class EvaluateRequest(Message):
             to be measured beside.
     """
 
-    agreement: _Hash
-    round_number: _Count
+    agreement: Hash
+    round_number: Count
     split: Annotated[str, Field(pattern=r"^(validation|test)$")] = "validation"
     modes: tuple[Mode, ...] = ()
-    ks: tuple[_Positive, ...] = (10,)
+    ks: tuple[Positive, ...] = (10,)
     private_weight: float = Field(1.0, ge=0, le=1.5)
 
 
-class Figure(_Part):
+class Figure(Part):
     """Sums over the users of a node. They are withheld where there are too few.
 
     Attributes:
@@ -237,12 +266,12 @@ class Figure(_Part):
         num_users: Number of users.
     """
 
-    name: _Word
-    metric: _Word
-    k: _Positive
+    name: Word
+    metric: Word
+    k: Positive
     total: float
     squares: float = Field(ge=0)
-    num_users: _Positive
+    num_users: Positive
 
 
 class EvaluateReply(Message):
@@ -255,7 +284,7 @@ class EvaluateReply(Message):
     """
 
     figures: tuple[Figure, ...] = ()
-    num_users: _Count = 0
+    num_users: Count = 0
 
 
 class ForgetRequest(Message):
@@ -270,15 +299,6 @@ class ForgetRequest(Message):
 
 class ForgetReply(Message):
     """It is the same whether there was such a user or not."""
-
-
-CALLS: dict[str, tuple[type[Message], type[Message]]] = {
-    "about": (AboutRequest, AboutReply),
-    "train": (TrainRequest, TrainReply),
-    "evaluate": (EvaluateRequest, EvaluateReply),
-    "forget": (ForgetRequest, ForgetReply),
-}
-"""Name of a call to the types of its request and answer."""
 
 
 def encode(message: Message) -> tuple[bytes, bytes]:

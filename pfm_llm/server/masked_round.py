@@ -5,7 +5,12 @@ What is here never holds an update of a single client without its masks.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from pfm_llm.base.errors import ContractError, MaskError
+from pfm_llm.base.errors import ConfigError, ContractError, MaskError
+from pfm_llm.config.choices import Weighting
+from pfm_llm.config.schema import FederationConfig
+from pfm_llm.config.settle import known
+from pfm_llm.config.stages import MasksConfig
+from pfm_llm.protocol.contract import TensorSpec
 from pfm_llm.protocol.masks.agreement import KeyPair, own_mask, pair_mask
 from pfm_llm.protocol.masks.messages import (
     Advertisement,
@@ -14,13 +19,68 @@ from pfm_llm.protocol.masks.messages import (
     Reveal,
     roster_digest,
 )
-from pfm_llm.protocol.masks.neighbours import Graph, mask_graph
+from pfm_llm.protocol.masks.neighbours import Graph, mask_graph, usual_number
 from pfm_llm.protocol.masks.shares import joined, weights_at_zero
 from pfm_llm.protocol.masks.words import FixedPoint, MaskedSum, add_masks, are_words, no_words
 from pfm_llm.protocol.types import Refusal
 
 Mask = tuple[bytes, int]
 """The key of a stream, and its sign."""
+
+
+def new_session(
+    config: FederationConfig,
+    contract_hash: str,
+    round_number: int,
+    size: int,
+    verify_keys: Mapping[str, bytes],
+) -> MaskSession:
+    """A round under masks, as both sides have it.
+
+    Args:
+        config: It has ``masks``.
+        contract_hash: Hash of the update contract.
+        round_number: The round, from 1.
+        size: How many clients, or nodes, are asked.
+        verify_keys: Each of them to its Ed25519 public key.
+
+    Raises:
+        ConfigError: Updates travel in the clear.
+    """
+    neighbours = _masks(config).neighbours or usual_number(size)
+    return MaskSession(contract_hash, round_number, size, neighbours, verify_keys)
+
+
+def new_fixed_point(
+    config: FederationConfig, specs: Mapping[str, TensorSpec], cohort_size: int
+) -> FixedPoint:
+    """How updates travel in a round under masks.
+
+    Args:
+        config: It has ``masks`` and a stage ``clip``.
+        specs: The tensors of an update.
+        cohort_size: How many updates are in the sum at most.
+
+    Raises:
+        ConfigError: Updates travel in the clear.
+    """
+    most_examples = _masks(config).max_examples
+    [norm] = [stage.clip.norm for stage in config.stages if stage.clip is not None]
+    by_examples = config.server.weighting is Weighting.NUM_EXAMPLES
+    return FixedPoint(specs, norm, cohort_size, most_examples, by_examples)
+
+
+def mask_rounding(config: FederationConfig, specs: Mapping[str, TensorSpec]) -> float:
+    """How far the words of masks may move an update: half a step in each number; 0 without masks."""
+    if config.masks is None:
+        return 0.0
+    return new_fixed_point(config, specs, known(config.cohort_size)).largest_rounding
+
+
+def _masks(config: FederationConfig) -> MasksConfig:
+    if config.masks is None:
+        raise ConfigError("updates travel in the clear; set federation.masks: true")
+    return config.masks
 
 
 class MaskedRound:
@@ -136,11 +196,12 @@ class MaskedRound:
         self.session.check_enough(self._survivors, "sent their words")
         return tuple(sorted(self._survivors))
 
-    def unmask(self, reveals: Iterable[Reveal]) -> MaskedSum:
+    def unmask(self, reveals: Iterable[Reveal], num_updates: int | None = None) -> MaskedSum:
         """The sum of the updates of all survivors.
 
         Args:
             reveals: The last messages of the clients; not all survivors need to send one.
+            num_updates: How many updates are in the words of all survivors; None: one each.
 
         Raises:
             MaskError: Too few clients have revealed shares, or these do not fit together.
@@ -160,7 +221,7 @@ class MaskedRound:
             key = joined([one.keys[client] for one in usable], weights)
             masks += self._pair_masks(client, key)
         add_masks(self._sum, masks)
-        return self.fixed_point.decode(self._sum, len(self._survivors))
+        return self.fixed_point.decode(self._sum, num_updates or len(self._survivors))
 
     def _is_complete(self, reveal: Reveal) -> bool:
         vanished = self._sharers - self._survivors

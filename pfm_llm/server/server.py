@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from pfm_llm.base.errors import CheckpointError, ConfigError, ContractError
+from pfm_llm.base.errors import CheckpointError, ContractError
 from pfm_llm.config.choices import Weighting
 from pfm_llm.config.schema import FederationConfig
 from pfm_llm.config.settle import known
-from pfm_llm.config.stages import MasksConfig
 from pfm_llm.protocol.contract import UpdateContract, first_difference, specs_of
-from pfm_llm.protocol.masks.messages import MaskSession
-from pfm_llm.protocol.masks.neighbours import usual_number
-from pfm_llm.protocol.masks.words import FixedPoint
+from pfm_llm.protocol.masks.words import MaskedSum
 from pfm_llm.protocol.parameters import ParameterTable
 from pfm_llm.protocol.stages import Stages
 from pfm_llm.protocol.transport import as_received, broadcast
@@ -27,7 +24,12 @@ from pfm_llm.protocol.types import (
     euclidean_norm,
 )
 from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, WeightedMean, update_weight
-from pfm_llm.server.masked_round import MaskedRound
+from pfm_llm.server.masked_round import (
+    MaskedRound,
+    mask_rounding,
+    new_fixed_point,
+    new_session,
+)
 from pfm_llm.server.norm_bound import NormBound
 from pfm_llm.server.participation import select_cohort, simulated_dropouts
 from pfm_llm.server.privacy.mechanism import PrivateMean
@@ -100,7 +102,9 @@ class Server:
         self._bound = NormBound(contract.tensors, config.local)
         self.privacy: PrivateMean | None = None
         if config.privacy is not None:
-            self.privacy = PrivateMean(config, self._client_ids, seed, self._mask_rounding())
+            self.privacy = PrivateMean(
+                config, self._client_ids, seed, mask_rounding(config, contract.tensors)
+            )
         self._cohort: tuple[int, tuple[str, ...]] = (0, ())
 
     @property
@@ -152,43 +156,48 @@ class Server:
         """Whether updates travel under masks; see `new_masked_round`."""
         return self._config.masks is not None
 
-    def new_masked_round(self, verify_keys: Mapping[str, bytes]) -> MaskedRound:
+    def new_masked_round(
+        self, verify_keys: Mapping[str, bytes], nodes: Sequence[str] | None = None
+    ) -> MaskedRound:
         """The server's side of the current round, under masks.
 
         Args:
-            verify_keys: Client to its Ed25519 public key. Clients have these from elsewhere.
+            verify_keys: Each that masks to its Ed25519 public key; they have these from elsewhere.
+            nodes: Nodes that mask the sums of their clients; None: the clients of the cohort mask.
 
         Raises:
             ConfigError: Updates travel in the clear.
         """
-        masks, size = self._config.masks, known(self._config.cohort_size)
-        if masks is None:
-            raise ConfigError("updates travel in the clear; set federation.masks: true")
-        session = MaskSession(
-            contract_hash=self.contract.hash(),
+        cohort, number = self.select_cohort(self.round_under_way), self.round_under_way
+        players = cohort if nodes is None else nodes
+        return MaskedRound(
+            new_session(self._config, self.contract.hash(), number, len(players), verify_keys),
+            players,
+            new_fixed_point(self._config, self.contract.tensors, len(cohort)),
+        )
+
+    def receive_masked(
+        self, updates: Aggregator, found: MaskedSum, num_updates: int, client_ids: Sequence[str]
+    ) -> None:
+        """Add what came out of a round under masks.
+
+        Args:
+            updates: The updates of the round so far.
+            found: The sum. No stage and no bound on norms sees it: `FixedPoint` has judged it.
+            num_updates: How many updates are in it.
+            client_ids: The clients that were asked for it; at least as many.
+        """
+        assert isinstance(updates, WeightedMean)  # the config admits no other under masks
+        whole = NodeUpdate(
+            node_id="masks",
             round_number=self.round_under_way,
-            cohort_size=size,
-            num_neighbours=masks.neighbours or usual_number(size),
-            verify_keys=verify_keys,
+            contract_hash=self.contract.hash(),
+            num_clients=num_updates,
+            num_examples=found.num_examples,
+            loss=found.weighted_loss / found.weight,
+            delta=found.tensors,
         )
-        cohort = self.select_cohort(self.round_under_way)
-        return MaskedRound(session, cohort, self._fixed_point(masks))
-
-    def _fixed_point(self, masks: MasksConfig) -> FixedPoint:
-        [norm] = [stage.clip.norm for stage in self._config.stages if stage.clip is not None]
-        return FixedPoint(
-            specs=self.contract.tensors,
-            norm=norm,
-            cohort_size=known(self._config.cohort_size),
-            most_examples=masks.max_examples,
-            by_examples=self._config.server.weighting is Weighting.NUM_EXAMPLES,
-        )
-
-    def _mask_rounding(self) -> float:
-        """How far the words of masks may move an update: half a step in each number."""
-        masks = self._config.masks
-        fixed_point = None if masks is None else self._fixed_point(masks)
-        return 0.0 if fixed_point is None else fixed_point.largest_rounding
+        updates.add_sum(whole, found.weight, client_ids)
 
     def new_aggregator(self) -> Aggregator:
         """An empty aggregator of the kind that the config names, for a chunk or a round."""

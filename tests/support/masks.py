@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy import stats
 
 from pfm_llm.client.masked_client import MaskedClient
 from pfm_llm.protocol.contract import TensorSpec
@@ -111,3 +112,12 @@ def random_words(count: int, size: int, seed: int = 0) -> dict[str, Words]:
     source = np.random.default_rng(seed)
     ids = clients_of(count)
     return {c: source.integers(0, 2**32, size, dtype=np.uint32) for c in ids}
+
+
+def uniform(words: Words) -> float:
+    """P of chi-squared that the bytes of words are uniform, each of the four by itself."""
+    own = words.view(np.uint8).reshape(-1, 4)
+    counts = np.stack([np.bincount(own[:, place], minlength=256) for place in range(4)])
+    expected = len(words) / 256
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return float(stats.chi2.sf(statistic, 4 * 255))

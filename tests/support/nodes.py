@@ -1,20 +1,24 @@
 """Nodes of the tiny world: its users divided over three sites."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.federating.authority import masks_sections
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
 from pfm_llm.config.text import validated
 from pfm_llm.data.sources import load_catalogue
-from pfm_llm.federation.nodes import Link, NodesOptions, federation_of_nodes
+from pfm_llm.federation.nodes import Answer, Link, NodesOptions, federation_of_nodes
 from pfm_llm.federation.rounds import Federation
 from pfm_llm.federation.server_side import ServerSide, assemble_server
+from pfm_llm.node.link import LocalLink
 from pfm_llm.node.site import SiteConfig
+from pfm_llm.node.worker import Worker
+from pfm_llm.protocol.messages import Message
 from pfm_llm.server.checkpoint import CheckpointStore
 from tests.support.tiny import Tiny, random_histories, write_interactions
 
@@ -73,6 +77,35 @@ def shared_of(found: Federation) -> Mapping[str, torch.Tensor]:
     return found.server.shared.tensors
 
 
+class Watched(LocalLink):
+    """Notes what passes, and loses the answers that a test wants lost.
+
+    Attributes:
+        workers: Name of a node to its worker.
+        passed: Call, node, request and answer of all that was asked.
+        lost: Call and node whose request never arrives.
+        change: Bends an answer.
+    """
+
+    def __init__(self, workers: Mapping[str, Worker]) -> None:
+        super().__init__(workers)
+        self.workers = self._workers
+        self.passed: list[tuple[str, str, Message, Answer]] = []
+        self.lost: set[tuple[str, str]] = set()
+        self.change: Callable[[str, str, Answer], Answer] = lambda call, node, answer: answer
+
+    def ask(self, call: str, requests: Mapping[str, Message]) -> Mapping[str, Answer]:
+        arrive = {n: request for n, request in requests.items() if (call, n) not in self.lost}
+        answers = super().ask(call, arrive)
+        answers = {node: self.change(call, node, answer) for node, answer in answers.items()}
+        self.passed += [(call, node, requests[node], answers[node]) for node in answers]
+        return answers
+
+    def answers(self, call: str) -> dict[str, Any]:
+        """Node to its last answer to a call."""
+        return {node: answer for name, node, _, answer in self.passed if name == call}
+
+
 def users_of(folder: Path) -> dict[str, str]:
     """Slot to client, as the nodes' secret files have it."""
     found = {}
@@ -81,3 +114,8 @@ def users_of(folder: Path) -> dict[str, str]:
         for slot, client in enumerate(json.loads(path.read_text())):
             found[f"{node}/{slot:05d}"] = client
     return found
+
+
+def masks_of(folder: Path, nodes: Sequence[str] = NODES) -> dict[str, dict[str, Any]]:
+    """Node to its section ``masks``, with the keys of all others; each key is made once."""
+    return masks_sections({node: folder / f"{node}.private" for node in nodes})

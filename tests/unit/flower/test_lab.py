@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from benchmarks import federation
 from benchmarks.federating import silos
-from benchmarks.federating.authority import Authority, make_authority
+from benchmarks.federating.authority import Authority, make_authority, masks_sections
 from benchmarks.federating.lab import Lab
 from pfm_llm.base.errors import LaunchError
 from pfm_llm.base.metrics_log import MetricsLog
@@ -129,6 +129,29 @@ def test_a_process_that_ends_early_is_named_with_its_log(
     with pytest.raises(LaunchError, match=r"superlink has ended; see .*superlink\.log"):
         Lab(tmp_path, Authority(tmp_path), {}).__enter__()
     assert "no such option" in (tmp_path / "superlink.log").read_text()
+
+
+def test_a_process_may_end_early_where_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lab, "_start_superlink", lambda self: None)
+    with Lab(tmp_path, Authority(tmp_path), {}, may_end=["n03.worker"]) as lab:
+        for name in ("n03.worker", "n02.worker"):
+            lab._start(name, [sys.executable, "-c", "pass"])
+            lab._processes[name].wait()
+            if name == "n03.worker":
+                lab._check_alive()
+        with pytest.raises(LaunchError, match=r"n02\.worker has ended"):
+            lab._check_alive()
+
+
+def test_what_each_site_says_of_masks_names_the_keys_of_the_others(tmp_path: Path) -> None:
+    folders = {node: tmp_path / node for node in ("n01", "n02", "n03")}
+    found = masks_sections(folders)
+    assert found == masks_sections(folders)  # a key is made once
+    keys = [found["n02"]["peers"]["n01"], found["n01"]["peers"]["n02"]]
+    assert found["n03"] == {"name": "n03", "peers": {"n01": keys[0], "n02": keys[1]}}
+    assert len(set(keys)) == 2
 
 
 def test_a_round_is_one_line_and_is_shown_once(

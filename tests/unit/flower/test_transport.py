@@ -19,6 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from pfm_llm.base.errors import ConfigError, NodeError, NodeRefused
 from pfm_llm.flower import client_app, server_app, wire
 from pfm_llm.flower.link import FlowerLink
+from pfm_llm.protocol.calls import CALLS
 from pfm_llm.protocol.messages import AboutReply, AboutRequest, ForgetRequest, encode
 from pfm_llm.protocol.refusals import NodeRefusal
 
@@ -33,8 +34,8 @@ def context(**node_config: Any) -> Context:
     return Context(1, 1, node_config, RecordDict(), {})
 
 
-def request(content: RecordDict, ttl: float = 5.0) -> Message:
-    metadata = Metadata(1, "m1", 0, 7, "", "", 0.0, ttl, "train")
+def request(content: RecordDict, ttl: float = 5.0, kind: str = "train") -> Message:
+    metadata = Metadata(1, "m1", 0, 7, "", "", 0.0, ttl, kind)
     return Message(metadata=metadata, content=content)  # type: ignore[call-overload]
 
 
@@ -102,17 +103,25 @@ def _fake_client(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_fake_client")
 def test_the_client_app_hands_bytes_to_the_worker_and_no_text_of_an_error_back() -> None:
     asked = request(wire.pack(b"{}", b"abc"))
-    answer = client_app.train(asked, context(socket="works"))
+    answer = client_app.app(asked, context(socket="works"))
     assert wire.unpack(answer.content) == (b"train 5 {}", b"cba")
     for socket, code in (("refuses", NodeRefusal.ROUND), ("broken", NodeRefusal.FAILED)):
-        content = client_app.about(asked, context(socket=socket)).content
+        content = client_app.answer("about", asked, context(socket=socket)).content
         assert content == wire.pack_refusal(code)
     for config in ({"socket": "away"}, {}):
-        content = client_app.evaluate(asked, context(**config)).content
+        content = client_app.answer("evaluate", asked, context(**config)).content
         assert content == wire.pack_no_worker()
-    assert client_app.train(request(RecordDict()), context(socket="works")).content == (
+    assert client_app.app(request(RecordDict()), context(socket="works")).content == (
         wire.pack_refusal(NodeRefusal.MALFORMED)
     )
+
+
+@pytest.mark.usefixtures("_fake_client")
+@pytest.mark.parametrize("call", sorted(CALLS.keys() - {"forget"}))
+def test_every_call_but_to_forget_passes(call: str) -> None:
+    asked = request(wire.pack(b"{}", b"abc"), kind=wire.MESSAGE_TYPES[call])
+    answer = client_app.app(asked, context(socket="works"))
+    assert wire.unpack(answer.content) == (f"{call} 5 {{}}".encode(), b"cba")
 
 
 def test_the_client_app_imports_neither_torch_nor_transformers() -> None:

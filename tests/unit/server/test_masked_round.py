@@ -12,7 +12,6 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from pfm_llm.base.errors import ContractError, MaskError
 from pfm_llm.client.masked_client import MaskedClient
@@ -27,6 +26,7 @@ from tests.support.masks import (
     identity,
     random_words,
     session_of,
+    uniform,
 )
 
 SIZE = 8  # words of `Play`
@@ -160,15 +160,6 @@ def test_a_message_is_what_the_protocol_says() -> None:
     play = Play(session_of(4))
     play.share()
     assert np.array_equal(play.message(own, words).words, expected)
-
-
-def uniform(words: Words) -> float:
-    """P of chi-squared that the bytes of words are uniform, each of the four by itself."""
-    own = words.view(np.uint8).reshape(-1, 4)
-    counts = np.stack([np.bincount(own[:, place], minlength=256) for place in range(4)])
-    expected = len(words) / 256
-    statistic = float(((counts - expected) ** 2 / expected).sum())
-    return float(stats.chi2.sf(statistic, 4 * 255))
 
 
 def test_a_single_message_is_uniform_whatever_it_says() -> None:
