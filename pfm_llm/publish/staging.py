@@ -37,7 +37,7 @@ from pfm_llm.publish.leak_search import find_private
 from pfm_llm.publish.manifest import Manifest
 from pfm_llm.publish.products import Products
 from pfm_llm.server.checkpoint import SERVER_FOLDER, CheckpointStore
-from pfm_llm.server.server import shared_tensors
+from pfm_llm.server.state_names import shared_tensors
 
 _T = TypeVar("_T")
 _AGAIN = "export the run again (`pfm evaluate`)"

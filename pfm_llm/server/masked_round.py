@@ -71,7 +71,7 @@ def new_fixed_point(
 
 
 def mask_rounding(config: FederationConfig, specs: Mapping[str, TensorSpec]) -> float:
-    """How far the words of masks may move an update: half a step in each number; 0 without masks."""
+    """How far masks may move an update, by half a step in each number; 0 without masks."""
     if config.masks is None:
         return 0.0
     return new_fixed_point(config, specs, known(config.cohort_size)).largest_rounding

@@ -34,11 +34,10 @@ from pfm_llm.server.norm_bound import NormBound
 from pfm_llm.server.participation import select_cohort, simulated_dropouts
 from pfm_llm.server.privacy.mechanism import PrivateMean
 from pfm_llm.server.round_summary import RoundSummary
+from pfm_llm.server.state_names import PREFIXES, behind
 from pfm_llm.server.step import OptimizerState, ServerStep
 
 _LOG = logging.getLogger(__name__)
-_PREFIXES = ("shared/", "first/", "second/")
-"""Of the shared tensors and of the optimizer's two moments, in a checkpoint."""
 _STEP = "optimizer/step"
 _SIZES = "norm_bound/sizes"
 _RELEASES = "privacy/releases"
@@ -361,7 +360,7 @@ class Server:
         groups = (self._shared.tensors, optimizer.first, optimizer.second)
         tensors = {
             prefix + name: tensor
-            for prefix, group in zip(_PREFIXES, groups, strict=True)
+            for prefix, group in zip(PREFIXES, groups, strict=True)
             for name, tensor in group.items()
         }
         if self.privacy is not None:
@@ -387,20 +386,11 @@ class Server:
                 "resume with the config, and the version of pfm_llm, that it was written under"
             )
         shared, first, second = (
-            {name: tensor.clone() for name, tensor in _behind(prefix, tensors).items()}
-            for prefix in _PREFIXES
+            {name: tensor.clone() for name, tensor in behind(prefix, tensors).items()}
+            for prefix in PREFIXES
         )
         self._shared = SharedState(shared, round_number)
         self._optimizer = OptimizerState(int(tensors[_STEP]), first, second)
         self._bound.state = tensors[_SIZES]
         if self.privacy is not None:
             self.privacy.committed = int(tensors[_RELEASES])
-
-
-def shared_tensors(state: Tensors) -> dict[str, torch.Tensor]:
-    """The shared tensors in a checkpoint's tensors, those of `Server.state_tensors`."""
-    return _behind(_PREFIXES[0], state)
-
-
-def _behind(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
