@@ -108,9 +108,9 @@ def test_the_private_kind_sends_gradients_to_its_basis_alone(
     assert [name for name in none if not torch.equal(own[name], none[name])] == []
 
 
-def test_the_aggregation_leaves_out_what_is_extreme(made: dict[str, Any]) -> None:
-    """Of the changes 0 to 8 and 1000, a tenth at each end goes: the mean of 1 to 8 is 4.5."""
-    aggregator = made["TrimmedMean"]()
+def test_the_aggregation_draws_in_what_is_extreme(made: dict[str, Any]) -> None:
+    """Of 0 to 8 and 1000, a tenth at each end counts as its neighbour: the mean is 4.5."""
+    aggregator = made["WinsorisedMean"]()
     for value in [*range(9), 1000]:
         aggregator._take({"head.x": torch.tensor([float(value)])}, 1.0)
     assert aggregator._combine()["head.x"].tolist() == [4.5]
