@@ -16,8 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from pfm_llm.base.files import make_private_dir, write_bytes
-from pfm_llm.node.masking import KEY_FILE
-from pfm_llm.publish.signing import load_key, new_key
+from pfm_llm.node.masking import own_key
 
 _LIFETIME = datetime.timedelta(days=7)
 
@@ -65,12 +64,10 @@ def masks_sections(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     Returns:
         Node to its section ``masks``, with the keys of all others.
     """
-    keys = {}
-    for node, folder in folders.items():
-        path = make_private_dir(folder) / KEY_FILE
-        if not path.exists():
-            new_key(path)
-        keys[node] = load_key(path).public_key().public_bytes_raw().hex()
+    keys = {
+        node: own_key(make_private_dir(folder)).public_key().public_bytes_raw().hex()
+        for node, folder in folders.items()
+    }
     return {
         node: {"name": node, "peers": {n: key for n, key in keys.items() if n != node}}
         for node in folders

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from pfm_llm.base.errors import ContractError, MaskError, NodeRefused
 from pfm_llm.client.masked_client import MaskedClient
@@ -27,6 +28,7 @@ from pfm_llm.protocol.mask_messages import (
     ShareRequest,
     Step,
 )
+from pfm_llm.protocol.masks.agreement import Identity
 from pfm_llm.protocol.masks.messages import MaskedUpdate, MaskSession
 from pfm_llm.protocol.masks.words import Words, no_words
 from pfm_llm.protocol.messages import MaskKeys
@@ -49,6 +51,18 @@ class _Round:
     player: MaskedClient
 
 
+def own_key(folder: Path) -> Identity:
+    """The long-term key of the node with this private folder, made where there is none.
+
+    Raises:
+        StorageError: It cannot be made or read.
+    """
+    path = folder / KEY_FILE
+    if not path.exists():
+        new_key(path)
+    return load_key(path)
+
+
 class Masking:
     """Answers the steps of rounds under masks, of one round at a time.
 
@@ -64,10 +78,7 @@ class Masking:
         self._round: _Round | None = None
         if self._site is None:
             return
-        path = site.root / KEY_FILE
-        if not path.exists():
-            new_key(path)
-        self._identity = load_key(path)
+        self._identity = own_key(site.root)
         _log.info("masks: this node is %s, with the key %s", self._site.name, self._public.hex())
 
     @property

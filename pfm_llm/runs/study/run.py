@@ -240,15 +240,12 @@ class _Study:
         found: dict[int, Measured] = {}
         longest = self._run.config.window.items
         for items in (w for w in WINDOWS if w <= longest):
-            task = only(self._task, *_SERVED, window_items=items, liked=None)
-            found[items] = (
-                self._served.by_owners(task, f"prompts of {items} items")
-                if items != longest
-                else self._test
-            )
+            found[items] = self._test
+            if items != longest:
+                task = only(self._task, *_SERVED, window_items=items, liked=None)
+                found[items] = self._served.by_owners(task, f"prompts of {items} items")
         if not found:
             return {}
-
 
         def curve(mode: Mode, name: str) -> dict[int, np.ndarray]:
             return {items: quality_of(one, mode, name, self._k) for items, one in found.items()}
