@@ -92,28 +92,17 @@ def rounds_of(
     from pfm_llm.federation.exchange import LocalExchange
     from pfm_llm.runs.folders import RunFolders
     from pfm_llm.runs.run import assemble, load_corpus, settled
-    from pfm_llm.server.server import Server
 
     config = load_config(find_config(arguments.config), [*sets, f"output.dir={folder}"])
     data = load_corpus(config)
     made = assemble(settled(config, data), data, RunFolders.of(folder / "run"), processes)
-    clients, model = made.clients, made.model
-    server = Server(
-        model.table,
-        model.contract,
-        clients.histories.trainable,
-        made.config.federation,
-        made.config.seed,
-        model.shared,
-    )
+    server, clients = made.new_server(), made.clients
     exchange = LocalExchange(server, clients.trainer, clients.store, processes)
-    done = 0
 
     def train() -> None:
-        nonlocal done
         for _ in range(arguments.rounds):
-            done += 1
-            server.aggregate(exchange.train(server.select_cohort(done), server.broadcast))
+            cohort = server.select_cohort(server.round_under_way)
+            server.aggregate(exchange.train(cohort, server.broadcast))
 
     return train
 
