@@ -2,8 +2,8 @@
 
 A private part that helps in one domain can harm in another, for example if most items occur once.
 So a run chooses the weight with the best mean log-rank over the validation users, among those of
-``evaluation.private_weights``. With 0 among them, as by default, the shared part alone is a possible
-choice. The test split has no influence.
+``evaluation.private_weights``. With 0 among them, as by default, the shared part alone is a
+possible choice. The test split has no influence.
 """
 
 import dataclasses
