@@ -278,6 +278,8 @@ class Recommender:
         train = TrainData(Interactions.of_user(self.catalogue, "me", shown))
         histories = ClientHistories([Client(_ME, (0,))], train, self.parts.encoder, self._states)
         key = "federation.local.personalise_steps"
+        if private.coefficients:
+            key = "adapters.private.steps"
         config = self._config if steps is None else with_setting(self._config, key, steps)
         trainer = make_trainer(config, self.parts, histories, store)
         fitted = trainer.personalise([_ME], self._trained.shared)

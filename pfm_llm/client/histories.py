@@ -119,6 +119,19 @@ class ClientHistories:
         states = self._states(self.windows(client_id), client_id)
         return states + [self._states([window], client_id)[0] for window in later]
 
+    def newest(
+        self, client_id: str, history: History, num_known: int = 0
+    ) -> tuple[tuple[Window, ...], list[torch.Tensor]]:
+        """The newest windows of a client's history, at most `MOST_WINDOWS`, and their trunk states.
+
+        Args:
+            client_id: The client, whose private folder keeps the states.
+            history: A stretch of its history, from the first item on.
+            num_known: Number of first items that are no targets.
+        """
+        windows = self._encoder.training_windows(history, num_known)[-MOST_WINDOWS:]
+        return windows, self._states(windows, client_id)
+
     def num_tokens(self, client_id: str, limit: int | None = None) -> int:
         """Padded tokens of at most ``limit`` windows of a client: number times longest."""
         windows = self.windows(client_id)

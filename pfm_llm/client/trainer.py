@@ -11,6 +11,7 @@ import torch
 
 from pfm_llm.client.histories import BatchSource, ClientHistories, LocalWork, most_windows
 from pfm_llm.client.local_steps import StackedOptimizer
+from pfm_llm.client.private_steps import PrivateSteps
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.choices import Schedule
 from pfm_llm.config.schema import ExperimentConfig
@@ -190,11 +191,11 @@ class StepTrainer(ABC):
         return {n: value.index_copy(0, rows, new[n][good]) for n, value in private.items()}
 
     def personalise_steps(self, chunk: Sequence[str]) -> int:
-        """Number of private gradient steps of `personalise`, over all clients of the chunk."""
-        if not self._private.takes_steps:
-            return 0
+        """The most private gradient steps of `personalise`, over all clients of the chunk."""
         able = sum(bool(self._num_examples(client_id)) for client_id in chunk)
-        return self._local.personalise_steps * able
+        if self._private.takes_steps:
+            return self._local.personalise_steps * able
+        return 2 * self._config.adapters.private.steps * able  # before and after the guard
 
     def _train(
         self,
@@ -277,6 +278,7 @@ class LocalTrainer(StepTrainer):
         super().__init__(config, model.objective.private, store, contract, model.item_texts.device)
         self._model = model
         self._histories = histories
+        self._steps = PrivateSteps(config, model, histories)
 
     def personalise(self, chunk: Sequence[str], shared: SharedState) -> dict[str, torch.Tensor]:
         """See `StepTrainer.personalise`; a part that takes no steps is fitted by `fit`."""
@@ -301,10 +303,19 @@ class LocalTrainer(StepTrainer):
         Raises:
             DataError: A history does not begin with the training history.
         """
+        found = self._read(chunk, shared, shown)
+        if self._config.adapters.private.steps:
+            found = self._steps(chunk, self._whole(chunk, shown), shared, found)
+        return found
+
+    def _read(
+        self, chunk: Sequence[str], shared: SharedState, shown: Sequence[History | None]
+    ) -> dict[str, torch.Tensor]:
+        """`fit` before any step."""
         histories = self._histories
         if not self._private.reads_text:
-            whole = [histories.history(c, given) for c, given in zip(chunk, shown, strict=True)]
-            return self._model.fit_without_text(whole, self._stack_shared(shared, len(chunk)))
+            stacked = self._stack_shared(shared, len(chunk))
+            return self._model.fit_without_text(self._whole(chunk, shown), stacked)
         private = self._stack_private([self._private.initial(client_id) for client_id in chunk])
         later = [
             () if given is None else histories.later_windows(client_id, given)
@@ -320,11 +331,17 @@ class LocalTrainer(StepTrainer):
         rows = torch.tensor(able, device=self._device)
         return {name: value.index_copy(0, rows, fitted[name]) for name, value in private.items()}
 
+    def _whole(self, chunk: Sequence[str], shown: Sequence[History | None]) -> list[History]:
+        pairs = zip(chunk, shown, strict=True)
+        return [self._histories.history(client_id, given) for client_id, given in pairs]
+
     def personalise_tokens(self, client_id: str) -> int:
         """Padded tokens of one client in one step of `personalise`."""
-        if not (self._private.takes_steps or self._private.reads_text):
+        steps = self._config.adapters.private.steps
+        if not (self._private.takes_steps or self._private.reads_text or steps):
             return 0
-        limit = self._local.personalise_windows or self._most_windows
+        limit = None if steps else self._local.personalise_windows
+        limit = limit or self._most_windows
         return self._histories.num_tokens(client_id, limit)
 
     def _num_examples(self, client_id: str) -> int:

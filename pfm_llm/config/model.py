@@ -123,6 +123,13 @@ class PrivateAdapterConfig(LoraAdapterConfig):
     kind: str = Field(_KIND, description="one of config/private_kinds.py")
     options: dict[str, Any] = Field({}, description="settings of a kind that reads its own")
     on_layers: bool = Field(True, description="false: on the head alone (not of kind taste)")
+    # Not dumped while it is 0: hashes of earlier settings stay as they are.
+    steps: Count = Field(
+        0,
+        description="gradient steps at home on a LoRA that was read off the history, kept where "
+        "the user's own past says that they help; see client/private_steps.py",
+        exclude_if=lambda value: not value,
+    )
     taste: TasteConfig = TasteConfig()
     head_rank: Rank0 = Field(4, description="rank of the private head term; 0: none")
     weight: float = Field(1.0, ge=0, le=1.5, description="factor of the private part in serving")

@@ -39,10 +39,13 @@ class KindSpec:
 
 
 PRIVATE_KINDS: dict[str, KindSpec] = {
-    "independent": KindSpec("pfm_llm.model.private.lora:IndependentLora"),
+    "independent": KindSpec("pfm_llm.model.private.lora:IndependentLora", fixed={"steps": 0}),
     # Its private part is fitted before the basis takes its gradient.
     "shared_basis": KindSpec(
-        "pfm_llm.model.private.lora:SharedBasisLora", schedule=Schedule.ALTERNATE, min_steps=1
+        "pfm_llm.model.private.lora:SharedBasisLora",
+        schedule=Schedule.ALTERNATE,
+        min_steps=1,
+        fixed={"steps": 0},
     ),
     "hyper_lora": KindSpec(
         "pfm_llm.model.private.hyper_lora:HyperLora",
@@ -52,5 +55,7 @@ PRIVATE_KINDS: dict[str, KindSpec] = {
         defaults={"rank": 16, "alpha": 16},
         fixed={"on_layers": True, "dropout": 0.0},
     ),
-    "taste": KindSpec("pfm_llm.model.private.taste:UserEmbedding", one_user=True),
+    "taste": KindSpec(
+        "pfm_llm.model.private.taste:UserEmbedding", one_user=True, fixed={"steps": 0}
+    ),
 }

@@ -11,12 +11,11 @@ A test holds that the result equals PEFT with both adapters active, one client a
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from pfm_llm.config.choices import Reading, Task
 from pfm_llm.data.history import History
@@ -32,6 +31,8 @@ from pfm_llm.model.private.part import Factors
 from pfm_llm.protocol.types import Tensors
 
 _FACTOR = (".A", ".B")
+PrivateLosses = Callable[[Tensors], list[torch.Tensor]]
+"""The private loss of each client; see `CohortModel.private_losses`."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,46 @@ class CohortModel:
         vectors = self._vectors(batch, owns, states, self._private_heads(stacked, batch, parts))
         read = self._outputs(batch, vectors, owns)
         if dropout is not None:
-            read = [
-                self._with_dropout(one, own, dropout, client)
-                for client, (one, own) in enumerate(zip(read, owns, strict=True))
-            ]
+            width = self.objective.private.dropout_width(owns[0])
+            num_items = self.num_items if NEW_BIAS in owns[0] else 0
+            read = [one.with_dropout(dropout, c, width, num_items) for c, one in enumerate(read)]
         if lora:
             read = self._moved(batch, owns, states, read, lora)
         return [
             self.objective.loss(own, outputs, personal)
             for own, outputs in zip(owns, read, strict=True)
         ]
+
+    def private_losses(self, batch: ChunkBatch, stacked: Tensors) -> PrivateLosses:
+        """The private loss of each client, as a function of a change of its own LoRA.
+
+        Args:
+            batch: The windows, collated to train.
+            stacked: The shared tensors, with a leading client dimension.
+
+        Returns:
+            A function of changes [C, n] by the names of `PrivatePart.coefficients`, which are added
+            to the coefficients at every position. It gives C scalars (nats), each of its own
+            client's change alone; see `Objective.private_loss`. It is valid until the model's next
+            pass.
+        """
+        lora = self.objective.private.lora(stacked) if self._sight.has_pass else {}
+        off = Parts(private_weight=0.0)
+        with torch.no_grad():
+            owns, states = self._read(batch, stacked, off, twice=bool(lora))
+            vectors = self._vectors(batch, owns, states, [None] * batch.num_clients)
+            read = self._outputs(batch, vectors, owns)
+
+        def losses(changes: Tensors) -> list[torch.Tensor]:
+            found = [
+                dataclasses.replace(one, steps={name: value[c] for name, value in changes.items()})
+                for c, one in enumerate(read)
+            ]
+            if lora:
+                found = self._moved(batch, owns, states, found, lora)
+            return [self.objective.private_loss(*one) for one in zip(owns, found, strict=True)]
+
+        return losses
 
     @torch.no_grad()
     def fit(self, batch: ChunkBatch, stacked: Tensors) -> dict[str, torch.Tensor]:
@@ -129,8 +160,7 @@ class CohortModel:
             batch: The clients' whole histories, collated to train.
             stacked: The shared tensors, with a leading client dimension.
         """
-        parts = Parts(shared_lora=True, private_weight=0.0)
-        owns, vectors = self._user_vectors(batch, stacked, parts)
+        owns, vectors = self._user_vectors(batch, stacked, Parts(private_weight=0.0))
         return self._fitted(owns, self._outputs(batch, vectors, owns))
 
     @torch.no_grad()
@@ -330,17 +360,11 @@ class CohortModel:
         found: list[torch.Tensor | None] = []
         pairs = zip(spans(batch.positions_per_client), spans(batch.outputs_per_client), strict=True)
         for head, (positions, outputs) in zip(heads, pairs, strict=True):
-            # A client's positions are flat, one window after another. A context depends on the
-            # items before it in the window, so each window becomes a row of a rectangle.
             _, lengths = batch.rows[positions].unique_consecutive(return_counts=True)
             windows = batch.items[positions].split(lengths.tolist())
-            items = nn.utils.rnn.pad_sequence(windows, batch_first=True)
-            context = recommender_head.context_vectors(head, items, self.item_texts)
-            assert context is not None
-            # The mask drops the padding, which restores the flat order of positions. The indices
-            # in `batch.outputs` count over all clients, so the client's start is subtracted.
-            is_item = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
-            found.append(context[is_item][batch.outputs[outputs] - positions.start])
+            context = recommender_head.window_contexts(head, windows, self.item_texts)
+            # The indices in `batch.outputs` count over all clients.
+            found.append(context[batch.outputs[outputs] - positions.start])
         return found
 
     def _with_item_inputs(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> torch.Tensor:
@@ -374,23 +398,3 @@ class CohortModel:
         weight, private = parts.private_weight, self.objective.private
         found = private.head_factors(stacked, weight) if weight else None
         return [None] * batch.num_clients if found is None else list(zip(*found, strict=True))
-
-    def _with_dropout(
-        self, outputs: Outputs, own: Tensors, dropout: Dropout, client: int
-    ) -> Outputs:
-        """A client's outputs with the dropout factors of this step."""
-
-        def keep(width: int, rate: float) -> torch.Tensor | None:
-            if not width or not rate:
-                return None
-            shape = (len(outputs.targets), width)
-            return dropout.keep(shape, rate, client).to(outputs.vectors)
-
-        kept = keep(outputs.vectors.shape[1], dropout.head)
-        kept_private = keep(self.objective.private.dropout_width(own), dropout.taste)
-        hidden = None
-        if NEW_BIAS in own:
-            # Drawn last: without hidden items, the other draws are the same.
-            shown = dropout.keep((self.num_items,), dropout.items, client)
-            hidden = (shown == 0).nonzero()[:, 0].to(outputs.targets.device)
-        return dataclasses.replace(outputs, kept=kept, kept_private=kept_private, hidden=hidden)

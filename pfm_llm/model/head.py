@@ -62,11 +62,13 @@ head.like_bias        [I]       task ``like`` and ``item_bias``
 ====================  ========  ===========================
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pfm_llm.base import seeding
 from pfm_llm.base.errors import ConfigError
@@ -251,6 +253,24 @@ def context_vectors(
         weights = weights * trust(place[:, None] + 1, head[CONTEXT_LOG_N][:, None, None])
     summed = torch.einsum("kls,nsw->nlkw", weights, read).flatten(2)
     return summed @ head[CONTEXT_PROJ].T
+
+
+def window_contexts(
+    head: Tensors, windows: Sequence[torch.Tensor], item_texts: torch.Tensor
+) -> torch.Tensor:
+    """`context_vectors` at every position of some windows, float32 [P, D], one after another.
+
+    Args:
+        head: One client's head parameters, with ``item_context``.
+        windows: int64 [L] each, oldest item first; P items in all.
+        item_texts: float32 [I, D], whitened.
+    """
+    # A context depends on the items before it in the window, so each is a row of a rectangle.
+    items = nn.utils.rnn.pad_sequence(list(windows), batch_first=True)
+    context = context_vectors(head, items, item_texts)
+    assert context is not None
+    lengths = torch.tensor([len(window) for window in windows], device=items.device)
+    return context[torch.arange(items.shape[1], device=items.device) < lengths[:, None]]
 
 
 def user_vectors(

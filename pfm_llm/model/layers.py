@@ -10,7 +10,7 @@ layers this saves a good part of all work.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -148,7 +148,7 @@ def read_last_mlp_only(top: nn.Module) -> ReadoutMlp | None:
 
 
 class SecondRun:
-    """The last layer of a top view and the norm behind it, run once more on the same input.
+    """The last layer of a top view and the norm behind it, run again on the same input.
 
     Args:
         top: A decoder with one list of layers and a norm, as `Backbone.split` makes it.
@@ -168,7 +168,7 @@ class SecondRun:
     def __call__(self) -> torch.Tensor:
         """The states [N, T, d] behind the norm; no gradient reaches the layers below."""
         assert self._kept is not None
-        (args, options), self._kept = self._kept, None
+        args, options = self._kept
         found = self._layer(*args, **options)
         states: torch.Tensor = self._norm(found[0] if isinstance(found, tuple) else found)
         return states
@@ -221,7 +221,7 @@ class CohortLayers:
     def _again(self) -> SecondRun:
         return SecondRun(self._top)
 
-    def check_last(self, modules: Sequence[str]) -> None:
+    def check_last(self, modules: Iterable[str]) -> None:
         """Check that some adapted modules are of the last layer, as `states_by_token` needs it.
 
         Raises:

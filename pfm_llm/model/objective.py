@@ -77,9 +77,9 @@ class Objective:
         """
         view = SharedView(own, outputs, self.item_texts)
         loss = self._items_ahead(view.scores, outputs)
-        added = self.private.past_scores(view) if personal else None
-        if added is not None:
-            loss = loss + self._items_ahead(view.fixed_scores + added, outputs)
+        private = self._private_loss(view) if personal else None
+        if private is not None:
+            loss = loss + private
         if recommender_head.ITEM_MET in own and outputs.items is not None:
             loss = loss + recommender_head.met_term(own, outputs.items)
         if outputs.hidden is not None:
@@ -88,6 +88,16 @@ class Objective:
         if Task.LIKE in self.tasks:
             loss = loss + self._like_loss(view, personal)
         return loss
+
+    def private_loss(self, own: Tensors, outputs: Outputs) -> torch.Tensor:
+        """The term of `loss` that trains what the private part adds to scores (nats), a scalar."""
+        found = self._private_loss(SharedView(own, outputs, self.item_texts))
+        assert found is not None, "the private part adds to scores"
+        return found
+
+    def _private_loss(self, view: SharedView) -> torch.Tensor | None:
+        added = self.private.past_scores(view)
+        return None if added is None else self._items_ahead(view.fixed_scores + added, view.outputs)
 
     @torch.no_grad()
     def fit(self, own: Tensors, outputs: Outputs) -> dict[str, torch.Tensor]:

@@ -1,12 +1,14 @@
 """The outputs of one client's windows, and the scores that the shared part gives them."""
 
+import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from pfm_llm.data.history import NO_LABEL
 from pfm_llm.model import head as recommender_head
+from pfm_llm.model.batches import Dropout
 from pfm_llm.protocol.types import Tensors
 
 
@@ -32,6 +34,8 @@ class Outputs:
             serving, less those without; or None.
         read: float32 [K, r], the private vectors of each position's past, where they are known; or
             None.
+        steps: By the names of `PrivatePart.coefficients`, what the client's own steps add at every
+            position, float32 [n].
     """
 
     vectors: torch.Tensor
@@ -47,6 +51,7 @@ class Outputs:
     hidden: torch.Tensor | None = None
     moved: torch.Tensor | None = None
     read: torch.Tensor | None = None
+    steps: Tensors = field(default_factory=dict)
 
     @classmethod
     def of_history(cls, items: torch.Tensor, liked: torch.Tensor) -> "Outputs":
@@ -58,6 +63,32 @@ class Outputs:
         """
         place = torch.arange(len(items), device=items.device)
         return cls(torch.empty(0), items, liked, items, place)
+
+    def with_dropout(
+        self, dropout: Dropout, client: int, private_width: int, num_items: int
+    ) -> "Outputs":
+        """The same outputs with the dropout factors of a training step.
+
+        Args:
+            dropout: The dropout of the step.
+            client: Index of the client in the chunk.
+            private_width: Width r of the private vectors with dropout; 0: they have none.
+            num_items: I, where the step treats some items as new; 0: it does not.
+        """
+
+        def keep(width: int, rate: float) -> torch.Tensor | None:
+            if not width or not rate:
+                return None
+            return dropout.keep((len(self.targets), width), rate, client).to(self.vectors)
+
+        kept = keep(self.vectors.shape[1], dropout.head)
+        kept_private = keep(private_width, dropout.taste)
+        hidden = None
+        if num_items:
+            # Drawn last: without hidden items, the other draws are the same.
+            shown = dropout.keep((num_items,), dropout.items, client)
+            hidden = (shown == 0).nonzero()[:, 0].to(self.targets.device)
+        return dataclasses.replace(self, kept=kept, kept_private=kept_private, hidden=hidden)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from pfm_llm.cli.main import make_app
+from pfm_llm.client import private_steps
 from pfm_llm.client.private_store import PrivateStore
+from pfm_llm.config.settings import with_setting
 from pfm_llm.evaluation.evaluator import combine
 from pfm_llm.evaluation.results import FULL
 from pfm_llm.model.lora import OUTPUT_FILE
@@ -22,6 +25,7 @@ from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.folders import RESULTS_FILE, RunFolders
 from pfm_llm.runs.measuring import evaluation_task, measure, quality_of
 from pfm_llm.runs.opening import open_run
+from pfm_llm.runs.run import make_trainer
 from tests.support.tiny import Tiny
 
 
@@ -65,6 +69,57 @@ def test_a_users_lora_follows_from_history_and_shared_state_alone(
     of_scores = shared[READ_OUT] * private.tensors[OUTPUT_OWN] * weight
     torch.testing.assert_close(output["lora_B.weight"], of_scores)
     torch.testing.assert_close(output["lora_B.bias"], of_scores.sum(1))
+
+
+def test_a_user_keeps_and_exports_the_lora_after_the_private_steps(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private_steps, "RATE", 1e4)  # four rounds leave a LoRA of small factors
+    run = run_experiment(
+        tiny.config(
+            tmp_path,
+            method="pfm",
+            adapters__private__steps=4,
+            evaluation__splits=["validation"],
+        )
+    )
+    opened, trained = open_run(run)
+    store, histories = opened.clients.store, opened.clients.histories
+    chunk = list(histories.clients)
+    without = make_trainer(
+        with_setting(opened.config, "adapters.private.steps", 0), opened.model, histories, store
+    )
+    read = without.fit(chunk, trained.shared, [None] * len(chunk))
+    lora = [name for name in read if name.startswith("private.hyper_lora.")]
+    kept = {c: state.tensors for c in chunk if (state := store.load_personalised(c)) is not None}
+    stepped = [
+        any(not torch.allclose(kept[client_id][name], read[name][c], atol=1e-7) for name in lora)
+        for c, client_id in enumerate(chunk)
+    ]
+    assert len(chunk) > sum(stepped) > 0
+    client_id = chunk[stepped.index(True)]
+    model = Recommender.of_run(opened, trained, client_id.removeprefix("user-"))
+    model.export_private(tmp_path / "mine")
+    written = load_file(tmp_path / "mine" / "adapter_model.safetensors")
+    scale = opened.config.adapters.private.scale * trained.private_weight
+    for name in set(lora) - {OUTPUT_OWN}:
+        module = name.removeprefix("private.hyper_lora.")
+        b = trained.shared.tensors[f"{LORA}.{module}.B"] * kept[client_id][name] * scale
+        torch.testing.assert_close(written[f"base_model.model.{module}.lora_B.weight"], b)
+    of_scores = load_file(tmp_path / "mine" / OUTPUT_FILE)["lora_B.weight"]
+    own = kept[client_id][OUTPUT_OWN] * trained.private_weight
+    torch.testing.assert_close(of_scores, trained.shared.tensors[READ_OUT] * own)
+    # One who personalises the adapter at home takes the same steps.
+    items = opened.data.interactions.catalogue.item_ids
+    history = [items[i] for i in histories.history(client_id).items]
+    for steps, expected in ((None, kept[client_id]), (0, _row(read, chunk.index(client_id)))):
+        found = model.personalise(history, tmp_path / "private", steps=steps).tensors
+        for name in lora:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-3)
+
+
+def _row(stacked: Mapping[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    return {name: value[row] for name, value in stacked.items()}
 
 
 def test_the_lora_alone_changes_what_its_owner_is_shown(run: Path) -> None:

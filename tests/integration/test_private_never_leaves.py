@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from pfm_llm.base import files
+from pfm_llm.client import private_steps
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.client.trainer import LocalTrainer
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
@@ -85,9 +86,13 @@ def run_folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def watch(tiny: Tiny, kind: str, run_folder: Path) -> Iterator[Watch]:
-    config = tiny.config(run_folder.parent, adapters__private__kind=kind, **SETTINGS)
-    with pytest.MonkeyPatch.context() as patch, watched(config, patch) as watch:
-        yield watch
+    # A private LoRA that is read off the history is trained at home as well.
+    steps = {"adapters__private__steps": 3} if kind == "hyper_lora" else {}
+    config = tiny.config(run_folder.parent, adapters__private__kind=kind, **SETTINGS, **steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(private_steps, "RATE", 1e4)  # few rounds leave a LoRA of small factors
+        with watched(config, patch) as watch:
+            yield watch
 
 
 def test_no_private_tensor_is_in_anything_that_leaves_a_client(watch: Watch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pfm_llm.client import private_steps
 from pfm_llm.data.splits import new_items
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.recommender import Recommender
@@ -26,6 +27,9 @@ LIKES: dict[str, Any] = {
     "evaluation__splits": ["validation"],
     "federation__num_rounds": 4,
 }
+
+OWN = ("shared_private", "next_item")
+"""Mode and task of what a private part is worth for the next item."""
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,7 @@ def test_pieces_of_a_private_part_and_the_mean_of_all_are_served_too(
 ) -> None:
     monkeypatch.setattr("pfm_llm.runs.study.run.MANY", 2)
     _, rows = _study(tiny, rated, tmp_path / "lora", method="pfm", window__items=8)
-    found = {r.metric: r for r in rows if (r.mode, r.task) == ("shared_private", "next_item")}
+    found = {r.metric: r for r in rows if (r.mode, r.task) == OWN}
     for name in ("log_rank", "ndcg"):
         own, mean = found[f"own_over_mean_{name}"].value, found[f"mean_over_shared_{name}"].value
         assert own + mean == pytest.approx(found[f"gain_{name}"].value, abs=1e-12)
@@ -117,12 +121,11 @@ def test_pieces_of_a_private_part_and_the_mean_of_all_are_served_too(
         0, found["embedding_alone_log_rank"].value
     )  # fmt: skip
     assert found["own_over_mean_log_rank"].value != 0
+    assert "steps_over_read_log_rank" not in found
     _, rows = _study(
         tiny, rated, tmp_path / "embedding", method="pfm_embedding"
     )  # reuses the user vectors
-    of_embedding = {
-        r.metric: r.value for r in rows if (r.mode, r.task) == ("shared_private", "next_item")
-    }
+    of_embedding = {r.metric: r.value for r in rows if (r.mode, r.task) == OWN}
     parts = of_embedding["own_over_mean_log_rank"] + of_embedding["mean_over_shared_log_rank"]
     assert parts == pytest.approx(of_embedding["gain_log_rank"], abs=1e-12)
     assert of_embedding["own_over_mean_log_rank"] != 0
@@ -130,6 +133,25 @@ def test_pieces_of_a_private_part_and_the_mean_of_all_are_served_too(
     kinds = {row.metric.rpartition("_")[0] for row in rows}
     # Factors of users' own LoRAs have no common basis in which a mean would be a user's.
     assert not {"own_over_mean_log", "lora_alone_log", "own_over_mean"} & kinds
+
+
+def test_private_steps_are_compared_with_what_was_read(
+    tiny: Tiny, rated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they add is the gain with them less the gain without, over the same users."""
+    monkeypatch.setattr(private_steps, "RATE", 1e8)  # so few rounds leave a LoRA of small factors
+    monkeypatch.setattr(private_steps, "LEAST_EVENTS", 4)
+    gains, added = [], {}
+    for steps in (0, 4):
+        _, rows = _study(
+            tiny, rated, tmp_path / str(steps), method="pfm", adapters__private__steps=steps
+        )
+        found = {r.metric: r.value for r in rows if (r.mode, r.task) == OWN}
+        gains.append([found["gain_log_rank"], found["gain_ndcg"]])
+        added = {name: value for name, value in found.items() if name.startswith("steps_over")}
+    differences = dict(zip(("log_rank", "ndcg"), np.subtract(gains[1], gains[0]), strict=True))
+    assert added == {f"steps_over_read_{q}": pytest.approx(v) for q, v in differences.items()}
+    assert added["steps_over_read_log_rank"] != 0
 
 
 def test_every_group_has_its_p_values_and_every_auc_its_baselines(

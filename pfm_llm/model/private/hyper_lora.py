@@ -16,10 +16,11 @@ embedding says what a user likes, and the LoRA how this changes with what they h
 
 Where items have no IDs, phi_u is a fading mean of T z_i, where z_i are the whitened texts of the
 items, with T, half-lives and priors of its own; V is then another map of the texts. The private
-part thus follows from the history and from the shared state: no step is taken at home, a new shared
-state makes nothing stale, and an empty history gives no LoRA. A network that computes the weights
-of another is a hypernetwork (Ha, Dai and Le 2017, ICLR, arXiv 1609.09106); HyperLoRA (Lv et al.
-2024, Findings of EMNLP) computes those of a LoRA.
+part thus follows from the history and the shared state: a new shared state makes nothing stale,
+and an empty history gives no LoRA. No step need be taken at home; with ``adapters.private.steps``
+the client refines its coefficients (`pfm_llm.client.private_steps`). A network that computes the
+weights of another is a hypernetwork (Ha, Dai and Le 2017, ICLR, arXiv 1609.09106); HyperLoRA (Lv et
+al. 2024, Findings of EMNLP) computes those of a LoRA.
 
 The adapted modules are the output of the attention and the MLP of the last layer, which map each
 token by itself. A state therefore depends on the coefficients at its own token alone. In training
@@ -43,6 +44,7 @@ from pfm_llm.base.errors import BackboneError
 from pfm_llm.config.choices import Task
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model import head as recommender_head
+from pfm_llm.model.ablation import has_pass
 from pfm_llm.model.outputs import SharedView
 from pfm_llm.model.private.lora import random_a
 from pfm_llm.model.private.part import Factors, OutputLora, PastLora
@@ -92,9 +94,15 @@ class HyperLora(UserEmbedding):
         self._modules = by_token(sizes.modules)
 
     @property
-    def lora_modules(self) -> tuple[str, ...]:
-        """The output of the attention and the MLP of the last layer."""
-        return tuple(self._modules)
+    def lora_modules(self) -> Mapping[str, str]:
+        """The output of the attention and the MLP of the last layer; none without a pass."""
+        modules = self._modules if has_pass(self.config) else ()
+        return {module: _own(module) for module in modules}
+
+    @property
+    def coefficients(self) -> tuple[str, ...]:
+        """Those of the modules, and of the layer that gives scores."""
+        return *self.lora_modules.values(), OUTPUT_OWN
 
     def shared_parameters(self) -> list[Parameter]:
         """Factors and H of each adapted module, and what the user embedding needs."""
@@ -126,9 +134,10 @@ class HyperLora(UserEmbedding):
         return {module: self._term(module, stacked) for module in self._modules}
 
     def past_lora(self, view: SharedView) -> PastLora:
-        """H times the user embedding of each position's past, with its dropout."""
-        read = self._read(view)[view.outputs.known]
-        return PastLora(self._coefficients(view.own, _dropped(read, view)), read)
+        """H times the user embedding of each position's past, with its dropout, and the steps."""
+        read, steps = self._read(view)[view.outputs.known], view.outputs.steps
+        past = self._coefficients(view.own, _dropped(read, view))
+        return PastLora({m: one + steps.get(_own(m), 0) for m, one in past.items()}, read)
 
     def dropout_width(self, own: Tensors) -> int:
         """q, the width of phi_u."""
@@ -151,7 +160,8 @@ class HyperLora(UserEmbedding):
             scores = scores + recommender_head.inner_products(fixed, outputs.moved, view.texts)
             vectors = vectors + outputs.moved
         read = self._read(view)[outputs.known] if outputs.read is None else outputs.read
-        return scores + _output_scores(view.own, _dropped(read, view), vectors, view.texts)
+        coefficients = _dropped(read, view) + outputs.steps.get(OUTPUT_OWN, 0)
+        return scores + _output_scores(view.own, coefficients, vectors, view.texts)
 
     def added_scores(
         self,

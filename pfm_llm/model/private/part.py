@@ -67,8 +67,16 @@ class PrivatePart:
         self.sizes = sizes
 
     @property
-    def lora_modules(self) -> tuple[str, ...]:
-        """The modules of `lora`: of the last layer, and read by no other token."""
+    def lora_modules(self) -> Mapping[str, str]:
+        """The modules of `lora`, each with the name of the private tensor of its coefficients [r].
+
+        They are of the last layer, and no other token reads their output.
+        """
+        return {}
+
+    @property
+    def coefficients(self) -> tuple[str, ...]:
+        """The private tensors [n] that the client may change by steps of its own, after `fit`."""
         return ()
 
     @property

@@ -1,15 +1,20 @@
 """Controls of what is personal: one piece of a private part alone, and the mean of all users'.
 
+Where the client takes private steps on what it has read off its history, what was read is served
+without them as well.
+
 The private part of a *mean user* is the mean of all users' private tensors. It is read by the same
 shared features and has nothing of the user's own. What a user's own part has more is personal; what
 the mean has more than the shared part is what these features add for everybody.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 
 import torch
 
+from pfm_llm.config.settings import with_setting
 from pfm_llm.evaluation.evaluator import EvaluationTask, Measured
 from pfm_llm.evaluation.personality.estimates import (
     RANK_QUALITIES,
@@ -18,7 +23,8 @@ from pfm_llm.evaluation.personality.estimates import (
     paired_difference,
 )
 from pfm_llm.protocol.types import Mode, Tensors
-from pfm_llm.runs.measuring import only, quality_of
+from pfm_llm.runs.measuring import measure, only, quality_of
+from pfm_llm.runs.run import Run, make_trainer
 from pfm_llm.runs.study.served import Served
 
 
@@ -103,6 +109,36 @@ def serve_pieces(
     return {
         piece: served.changed(with_private, partial(_only, prefix), f"serving {piece} alone")
         for piece, prefix in pieces.items()
+    }
+
+
+def steps_over_read(
+    run: Run, task: EvaluationTask, found: Measured, bootstrap: Bootstrap, k: int
+) -> dict[str, Estimate]:
+    """What the private steps add to what is read, paired over users; empty without steps.
+
+    Args:
+        run: The run.
+        task: The queries, with the private part.
+        found: What `measure` found for the task.
+        bootstrap: The settings of the intervals.
+        k: Cut-off of the NDCG.
+
+    Returns:
+        ``steps_over_read_<quality>`` for the qualities log-rank and NDCG.
+    """
+    if not run.config.adapters.private.steps:
+        return {}
+    config = with_setting(run.config, "adapters.private.steps", 0)
+    trainer = make_trainer(config, run.model, run.clients.histories, run.clients.store)
+    reads = dataclasses.replace(run, clients=dataclasses.replace(run.clients, trainer=trainer))
+    read = measure(reads, only(task, Mode.SHARED_PRIVATE, liked=None))
+    quality = partial(quality_of, mode=Mode.SHARED_PRIVATE, k=k)
+    return {
+        f"steps_over_read_{name}": paired_difference(
+            quality(found, name=name), quality(read, name=name), bootstrap
+        )
+        for name in RANK_QUALITIES
     }
 
 

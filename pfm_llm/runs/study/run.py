@@ -48,7 +48,7 @@ from pfm_llm.runs.opening import run_in_work
 from pfm_llm.runs.run import Run, Trained
 from pfm_llm.runs.study.cold_start import known_by_few, known_by_none
 from pfm_llm.runs.study.new_items import new_items
-from pfm_llm.runs.study.pieces import controls, pieces_alone, serve_pieces
+from pfm_llm.runs.study.pieces import controls, pieces_alone, serve_pieces, steps_over_read
 from pfm_llm.runs.study.qualities import write_qualities
 from pfm_llm.runs.study.served import Served
 from pfm_llm.runs.summary import PRIVATE_WEIGHT
@@ -231,8 +231,10 @@ class _Study:
         private = self._run.model.private
         if private.takes_steps:
             return {}
-        return controls(
-            self._served, self._task, self._test, private.pieces, self._bootstrap, self._k
+        task, test, settings = self._task, self._test, (self._bootstrap, self._k)
+        return named_estimates(
+            controls(self._served, task, test, private.pieces, *settings),
+            steps_over_read(self._run, task, test, *settings),
         )
 
     def _memory(self) -> dict[str, Estimate]:

@@ -127,6 +127,10 @@ _MEASURES = (
         "Whether the private part is worth more than the items that the prompt does not show.",
     ),
     Measure(
+        _OWN, f"steps_over_read_{_QUALITY}", "Private steps less none, in {quality}",
+        "How much gradient steps at home add to the LoRA that is read off the history.",
+    ),
+    Measure(
         _STABLE, "integrity_rbo", "Overlap after a new shared part",
         "How much of a user's list stays when a new shared part arrives; 1 is all of it.",
         is_difference=False,

@@ -256,6 +256,33 @@ def test_a_client_depends_on_itself_alone() -> None:
         torch.testing.assert_close(together[c], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_the_private_loss_is_what_the_private_part_adds_to_the_loss() -> None:
+    cohort = _cohort()
+    batch = _batch(cohort, [list(own) for own in WINDOWS])
+    stacked = stack([_shared(_tensors(cohort, seed)) for seed in (1, 2, 3)])
+    whole, shared = (
+        torch.stack(cohort.model.losses(batch, stacked, Parts(private_weight=weight)))
+        for weight in (1.0, 0.0)
+    )
+    private = torch.stack(cohort.model.private_losses(batch, stacked)({}))
+    torch.testing.assert_close(private, whole - shared, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("output", [False, True])
+def test_a_change_of_the_coefficients_reaches_its_own_client_alone(output: bool) -> None:
+    cohort = _cohort()
+    batch = _batch(cohort, [list(own) for own in WINDOWS])
+    clients = [_shared(_tensors(cohort, seed)) for seed in (1, 2, 3)]
+    losses = cohort.model.private_losses(batch, stack(clients))
+    zeros = cohort.private.initial("anybody")
+    names = [n for n in cohort.private.coefficients if (n == OUTPUT_OWN) == output]
+    changes = {name: torch.zeros(3, *zeros[name].shape) for name in names}
+    for change in changes.values():
+        change[1, :3] = torch.tensor([0.5, -1.0, 2.0])
+    found, before = (torch.stack(losses(given)) for given in (changes, {}))
+    assert (found != before).tolist() == [False, True, False]
+
+
 def test_the_coefficients_are_h_times_the_user_embedding_and_none_without_a_history() -> None:
     cohort = _cohort()
     tensors = _shared(_tensors(cohort, 5))
@@ -365,7 +392,9 @@ def test_targets_below_the_last_layer_are_refused() -> None:
         make_cohort("llama", HEAD, targets=["2.mlp.up_proj"], private=PRIVATE)
 
 
-@pytest.mark.parametrize("setting", [{"on_layers": False}, {"dropout": 0.1}])
+@pytest.mark.parametrize(
+    "setting", [{"on_layers": False}, {"dropout": 0.1}, {"kind": "taste", "steps": 1}]
+)
 def test_a_setting_without_effect_is_refused(setting: dict[str, object]) -> None:
     adapters = AdaptersConfig.model_validate({"private": {**PRIVATE, **setting}})
     with pytest.raises(ValueError, match=r"has no effect with adapters\.private\.kind"):
