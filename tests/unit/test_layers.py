@@ -25,6 +25,7 @@ LAYERS = [line.split() for line in """
     node
     suite
     recommender
+    agent
     federated
     cli
     flower
@@ -33,7 +34,7 @@ HEIGHT = {room: height for height, line in enumerate(LAYERS) for room in line}
 SERVER_MAY_IMPORT = {"base", "protocol", "config", "server"}
 USERS_OF_FLOWER = {"client_app", "link", "server_app", "wire"}
 LIBRARIES_OF_PRIVACY = {"cryptography", "dp_accounting", "numpy", "scipy"}
-MAX_ROOMS, MAX_FILES = 20, 15
+MAX_ROOMS, MAX_FILES = 22, 15
 MAX_LINES, MAX_BODY, MAX_PARAMETERS = 400, 40, 6
 CODE = ("pfm_llm", "scripts", "benchmarks", "examples")
 
