@@ -185,14 +185,7 @@ def _by_strangers(run: Run, task: EvaluationTask) -> Ranks:
     """Ranks of each user's targets for the history of another user."""
     held_out, train = task.held_out, run.data.split.train.interactions
     generator = numpy_generator(run.config.seed, "new items of strangers")
-    order = generator.permutation(len(held_out.users))
-    lender = np.empty_like(order)
-    lender[order] = np.roll(order, 1)
-    # What a user is asked for must be no item of the history, or it would be masked.
-    kept = [
-        ~np.isin(held_out.histories[other], targets)
-        for other, targets in zip(lender, held_out.targets, strict=True)
-    ]
+    lender, kept = _lenders(held_out, generator.permutation(len(held_out.users)))
     rated = held_out.history_ratings
     swapped = dataclasses.replace(
         held_out,
@@ -212,6 +205,27 @@ def _by_strangers(run: Run, task: EvaluationTask) -> Ranks:
     with with_histories(run, histories) as other:
         asked = only(task, Mode.SHARED_PRIVATE, held_out=swapped)
         return measure(other, asked).ranks[Mode.SHARED_PRIVATE]
+
+
+def _lenders(held_out: HeldOut, order: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """For each user another one, and which items of that one's history are kept, bool each.
+
+    It is the one before in the order of whose history something is left: what a user is asked for
+    must be no item of it, or it would be masked. Where nobody has such a history, it is the user.
+
+    Args:
+        held_out: The queries.
+        order: int [U], a permutation of the users.
+    """
+    lender, kept = np.empty_like(order), [np.empty(0, bool)] * len(order)
+    for place, user in enumerate(order.tolist()):
+        for step in range(1, len(order) + 1):
+            other = order[place - step]
+            left = ~np.isin(held_out.histories[other], held_out.targets[user])
+            if left.any():
+                break
+        lender[user], kept[user] = other, left
+    return lender, kept
 
 
 def _picked(
