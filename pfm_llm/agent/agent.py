@@ -56,6 +56,9 @@ class PersonalAgent:
         folder: The user's folder.
         clock: The time, in seconds since 1970.
 
+    Attributes:
+        model: As given.
+
     Raises:
         ConfigError: The recommender's private part is trained by steps.
         StorageError: The folder cannot be made.
@@ -69,7 +72,7 @@ class PersonalAgent:
                 "an agent needs a private part that follows from the history, as that of method "
                 "pfm or pfm_embedding; this adapter's is trained by steps"
             )
-        self._model = model
+        self.model = model
         self._folder = AgentFolder(Path(folder))
         self._clock = clock
         self._ranking = Ranking(model)
@@ -124,12 +127,12 @@ class PersonalAgent:
         hidden = [item for item in {*known.hidden, *known.not_before} if known.is_hidden(item, now)]
         allowed = ranking.all_but(hidden) & ranking.matching(where or {})
         scores = ranking.both(known.counted, settings.weight if weight is None else weight)
-        unwanted = self._model.items(known.less).tolist()
+        unwanted = self.model.items(known.less).tolist()
         lowered = self._similarity.lowered(scores.both, unwanted, settings.strength, allowed)
         best, _ = NewPlaces().top_items(
-            np.where(allowed, lowered, np.nan), np.empty(0, np.int64), k, self._model.is_new
+            np.where(allowed, lowered, np.nan), np.empty(0, np.int64), k, self.model.is_new
         )
-        own, catalogue = scores.own(allowed), self._model.catalogue
+        own, catalogue = scores.own(allowed), self.model.catalogue
         return [
             Suggestion(
                 item_id=catalogue.item_ids[item],
@@ -168,7 +171,7 @@ class PersonalAgent:
         """
         if kind not in FEEDBACK:
             raise DataError(f"no feedback {str(kind)!r}; give one of {', '.join(FEEDBACK)}")
-        self._model.items([item_id])
+        self.model.items([item_id])
         if self.settings.paused:
             return False
         self._append(Action(kind=Kind(kind), at=self._clock(), item_id=item_id, rating=rating))
@@ -190,7 +193,7 @@ class PersonalAgent:
         Raises:
             DataError: An item is not in the catalogue, or lengths differ; nothing is added.
         """
-        self._model.items(item_ids)
+        self.model.items(item_ids)
         now = self._clock()
         when = times or [now - (len(item_ids) - n) * 1e-6 for n in range(len(item_ids))]
         rated: Sequence[float | None] = ratings or [None] * len(item_ids)
@@ -286,7 +289,7 @@ class PersonalAgent:
 
     @functools.cached_property
     def _similarity(self) -> Similarity:
-        return Similarity(*self._model.serving.item_vectors())
+        return Similarity(*self.model.serving.item_vectors())
 
     def _append(self, *new: Action) -> None:
         self._folder.change(lambda actions: [*actions, *new])
