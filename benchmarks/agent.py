@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, replay, write the result and print it."""
     from pfm_llm.base import files
     from pfm_llm.base.progress import Progress
-    from pfm_llm.evaluation.personality.estimates import Bootstrap, estimate
     from pfm_llm.recommender import Recommender
     from pfm_llm.runs.environment import environment
 
@@ -77,16 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
             for name, value in replayed(model, history).items():
                 found.setdefault(name, []).append(value)
             progress.update()
-    bootstrap = Bootstrap(seed=0)
-    rows: list[dict[str, Any]] = []
-    for name in ("reasons_held", "forget_bit_exact"):
-        rows.append({"metric": name} | vars(estimate(np.array(found[name]), bootstrap)))
-    for name, (prevents, one, other) in SHARES.items():
-        with_wish, without = np.array(found[one]), np.array(found[other])
-        rows.append({"metric": name} | share(with_wish, without, prevents))
-    for name in ("first_list_seconds", "feedback_seconds"):
-        rows.append({"metric": name, "value": statistics.median(found[name])})
-    rows = [row | {"split": "other_users", "candidates": "full"} for row in rows]
+    rows = figures(found)
     result = {
         "rows": rows,
         "config": {
@@ -113,6 +103,22 @@ SHARES = {
     "ndcg_kept": (False, "ndcg_with", "ndcg_without"),
 }
 """Name of a figure to whether it is what is prevented, and the two sums that it compares."""
+
+
+def figures(found: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """The rows of the result, from the figures of all users."""
+    from pfm_llm.evaluation.personality.estimates import Bootstrap, estimate
+
+    bootstrap = Bootstrap(seed=0)
+    rows: list[dict[str, Any]] = []
+    for name in ("reasons_held", "forget_bit_exact"):
+        rows.append({"metric": name} | vars(estimate(np.array(found[name]), bootstrap)))
+    for name, (prevents, one, other) in SHARES.items():
+        with_wish, without = np.array(found[one]), np.array(found[other])
+        rows.append({"metric": name} | share(with_wish, without, prevents))
+    for name in ("first_list_seconds", "feedback_seconds"):
+        rows.append({"metric": name, "value": statistics.median(found[name])})
+    return [row | {"split": "other_users", "candidates": "full"} for row in rows]
 
 
 def trained(arguments: argparse.Namespace) -> tuple[Path, list[list[str]]]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ from pfm_llm.agent.folder import AgentFolder, Settings
 from pfm_llm.agent.less import Similarity
 from pfm_llm.agent.ranking import Ranking, places
 from pfm_llm.agent.reasons import Explanation, explain
+from pfm_llm.agent.sync import Check, check
 from pfm_llm.base import files
 from pfm_llm.base.errors import ConfigError, DataError
-from pfm_llm.data.interactions import TITLE
+from pfm_llm.data.interactions import TITLE, Catalogue
 from pfm_llm.evaluation.new_places import NewPlaces
+from pfm_llm.publish import hub
+from pfm_llm.publish.serving import Bases
 from pfm_llm.recommender import Recommender
 
 FEEDBACK = (Kind.LIKE, Kind.DISLIKE, Kind.SEEN, Kind.LESS_LIKE_THIS, Kind.NOT_NOW)
@@ -44,6 +48,19 @@ class Suggestion:
     own: float
 
 
+def check_fits(model: Recommender) -> None:
+    """Check that an agent can serve with a recommender.
+
+    Raises:
+        ConfigError: Its private part is trained by steps.
+    """
+    if not model.serving.fits:
+        raise ConfigError(
+            "an agent needs a private part that follows from the history, as that of method "
+            "pfm or pfm_embedding; this adapter's is trained by steps"
+        )
+
+
 class PersonalAgent:
     """Recommends for one user, and does what the user says. It works without a network.
 
@@ -67,15 +84,30 @@ class PersonalAgent:
     def __init__(
         self, model: Recommender, folder: str | Path, clock: Callable[[], float] = time.time
     ) -> None:
-        if not model.serving.fits:
-            raise ConfigError(
-                "an agent needs a private part that follows from the history, as that of method "
-                "pfm or pfm_embedding; this adapter's is trained by steps"
-            )
+        check_fits(model)
         self.model = model
         self._folder = AgentFolder(Path(folder))
         self._clock = clock
         self._ranking = Ranking(model)
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, catalogue: Catalogue | str | None = None, **bases: Unpack[Bases]
+    ) -> "PersonalAgent":
+        """The agent of a folder, with the adapter that its newest `sync` has kept.
+
+        Args:
+            folder: The user's folder.
+            catalogue: As in `Recommender.from_pretrained`.
+            bases: As there.
+
+        Raises:
+            DataError: No adapter has been fetched yet.
+        """
+        found = AgentFolder(Path(folder)).adapters()
+        if not found:
+            raise DataError(f"{folder} has no adapter yet; give one, and sync() keeps it there")
+        return cls(Recommender.from_pretrained(found[0], catalogue=catalogue, **bases), folder)
 
     # What the agent knows
 
@@ -93,6 +125,10 @@ class PersonalAgent:
     def settings(self) -> Settings:
         """What the user has set."""
         return self._folder.settings()
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """What came and went: an entry for each adapter that was fetched, the oldest first."""
+        return self._folder.ledger()
 
     def history(self) -> tuple[Event, ...]:
         """All events, oldest first, those that do not count too."""
@@ -248,6 +284,57 @@ class PersonalAgent:
         """Let a node of a federation learn from the history, or not."""
         self._folder.set(contributes=on)
 
+    def sync(self, source: str, revision: str | None = None, **bases: Unpack[Bases]) -> Check:
+        """Fetch a shared adapter, and use it if it serves the user's own past no worse.
+
+        Nothing is sent but the request for its files. It is copied into the user's folder, so that
+        `open` needs no network.
+
+        Args:
+            source: A folder, or ``user/name`` on the Hub.
+            revision: As in `Recommender.from_pretrained`.
+            bases: As there.
+
+        Returns:
+            How it serves the user's past; `Check.is_no_worse` says whether it is used now.
+
+        Raises:
+            HubError: The adapter cannot be had; the one before is used on.
+            ArtefactError: It is no adapter of ours, or stands on another base.
+            CorruptFileError: A file is damaged.
+            ConfigError: Its private part is trained by steps.
+        """
+        artefact = hub.pull(source, revision)
+        newer = Recommender.from_pretrained(
+            artefact.folder, catalogue=self.model.catalogue, **bases
+        )
+        check_fits(newer)
+        found = check(self.model, newer, self.known.counted)
+        if found.is_no_worse:
+            self._folder.keep_adapter(artefact.folder, artefact.manifest_sha256)
+            self._serve_with(newer)
+        received = sum(path.stat().st_size for path in artefact.folder.rglob("*") if path.is_file())
+        self._folder.note(
+            at=self._clock(),
+            adapter=artefact.manifest_sha256,
+            origin=artefact.origin,
+            round=artefact.manifest.round,
+            bytes_received=received,
+            bytes_sent=0,
+            used=found.is_no_worse,
+            **vars(found),
+        )
+        return found
+
+    def roll_back(self, **bases: Unpack[Bases]) -> bool:
+        """Use the adapter before the newest `sync` again; False: there is none."""
+        folder = self._folder.drop_adapter()
+        if folder is None:
+            return False
+        catalogue = self.model.catalogue
+        self._serve_with(Recommender.from_pretrained(folder, catalogue=catalogue, **bases))
+        return True
+
     def forget(
         self, item_id: str | None = None, since: float | None = None, until: float | None = None
     ) -> int:
@@ -290,6 +377,10 @@ class PersonalAgent:
     @functools.cached_property
     def _similarity(self) -> Similarity:
         return Similarity(*self.model.serving.item_vectors())
+
+    def _serve_with(self, model: Recommender) -> None:
+        self.model, self._ranking = model, Ranking(model)
+        self.__dict__.pop("_similarity", None)
 
     def _append(self, *new: Action) -> None:
         self._folder.change(lambda actions: [*actions, *new])

@@ -5,6 +5,7 @@ from the actions is kept, so that what is deleted here is gone.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from pfm_llm.base import files
 from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.base.locks import locked
 
-ACTIONS, SETTINGS, LOCK = "actions.json", "settings.json", ".lock"
+ACTIONS, SETTINGS, LEDGER, LOCK = "actions.json", "settings.json", "ledger.json", ".lock"
+ADAPTERS, IN_USE = "adapters", "in_use.json"
 FORMAT = "pfm-agent/1"
 """Of the file of an export, which holds actions and settings as they are here."""
 
@@ -90,6 +92,66 @@ class AgentFolder:
             files.write_json(self.path / SETTINGS, settings.model_dump())
         return settings
 
+    def ledger(self) -> list[dict[str, Any]]:
+        """What came and went: one entry for each adapter that was fetched, the oldest first.
+
+        Raises:
+            CorruptFileError: The file is damaged.
+        """
+        found = self._read(LEDGER, [])
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise CorruptFileError(f"{self.path / LEDGER} is no list of entries; delete it")
+        return found
+
+    def note(self, **entry: Any) -> None:
+        """Add an entry to the ledger."""
+        with self._locked():
+            files.write_json(self.path / LEDGER, [*self.ledger(), entry])
+
+    def adapters(self) -> list[Path]:
+        """Folders of the adapter in use and of those before it, the newest first.
+
+        Raises:
+            CorruptFileError: The file is damaged.
+        """
+        names = self._read(IN_USE, [])
+        if not isinstance(names, list) or not all(_is_hash(name) for name in names):
+            raise CorruptFileError(f"{self.path / IN_USE} is no list of adapters; sync again")
+        return [self.path / ADAPTERS / name for name in names]
+
+    def keep_adapter(self, folder: Path, name: str) -> None:
+        """Copy an adapter and use it from now on; the one before it is kept too.
+
+        Args:
+            folder: Its files.
+            name: The hash that identifies it.
+        """
+        with self._locked():
+            target = self.path / ADAPTERS / name
+            copy = target.with_suffix(".new")
+            with files.storage_errors(copy):
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(folder, copy)
+                shutil.rmtree(target, ignore_errors=True)
+                copy.rename(target)
+            before = [path.name for path in self.adapters() if path.name != name]
+            self._use([name, *before[:1]])
+
+    def drop_adapter(self) -> Path | None:
+        """Go back to the adapter before the one in use; None where there is none."""
+        with self._locked():
+            found = self.adapters()
+            if len(found) < 2:
+                return None
+            self._use([path.name for path in found[1:]])
+            return found[1]
+
+    def _use(self, names: list[str]) -> None:
+        files.write_json(self.path / IN_USE, names)
+        for path in (self.path / ADAPTERS).iterdir():
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+
     def export(self) -> dict[str, Any]:
         """All that the folder holds, as plain JSON."""
         actions = [_plain(action) for action in self.actions()]
@@ -125,6 +187,10 @@ class AgentFolder:
             return files.read_json(self.path / name)
         except FileNotFoundError:
             return empty
+
+
+def _is_hash(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"[0-9a-f]{64}", name) is not None
 
 
 def _parsed(content: Any, origin: Path) -> list[Action]:

@@ -65,6 +65,23 @@ class Ranking:
             scores = serving.scores(served, weight)
             yield from ((events[out], one) for out, one in zip(chunk, scores, strict=True))
 
+    def log_shares_of_next(self, events: Sequence[Event], first: int) -> list[float]:
+        """The log-probability of each event from number ``first`` on, after all before it.
+
+        It is over the items that the user had not met by then, with the private part of that time.
+        """
+        serving, found = self.model.serving, []
+        items = self.model.items([event.item_id for event in events]).tolist()
+        for start in range(first, len(events), _IN_A_PASS):
+            chunk = range(start, min(start + _IN_A_PASS, len(events)))
+            past = [self._history(events[:number]) for number in chunk]
+            served = [Served(*one) for one in zip(past, serving.fit(past), strict=True)]
+            for number, scores in zip(chunk, serving.scores(served), strict=True):
+                unmet = np.ones(len(scores), bool)
+                unmet[items[:number]] = False
+                found.append(float(log_shares(scores, unmet)[items[number]]))
+        return found
+
     def all_but(self, item_ids: Sequence[str]) -> np.ndarray:
         """The catalogue without some items, bool [I]."""
         rest = np.ones(len(self.model.catalogue), bool)
