@@ -41,11 +41,16 @@ class StackedServing:
     Args:
         parts: The model.
         trained: The shared state, and the weight of private parts.
+
+    Attributes:
+        parts: As given.
+        trained: As given.
+        states: The trunk states of windows.
     """
 
     def __init__(self, parts: ModelParts, trained: Trained) -> None:
-        self._parts = parts
-        self._trained = trained
+        self.parts = parts
+        self.trained = trained
         # Users' states are computed when they are needed, and not kept.
         self.states: TrunkStates = lambda windows, _: trunk_states(parts.trunk, windows)
         self._scorer = Scorer(parts.model, parts.encoder, self.states)
@@ -102,21 +107,21 @@ class StackedServing:
             )
         found = []
         for history in histories:
-            stacked = self._scorer.stack(self._trained.shared, {}, 1)
-            fitted = self._parts.model.fit_without_text([history], stacked)
+            stacked = self._scorer.stack(self.trained.shared, {}, 1)
+            fitted = self.parts.model.fit_without_text([history], stacked)
             found.append({name: value[0].cpu() for name, value in fitted.items()})
         return found
 
     def item_vectors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Vectors of the items: of their whitened texts [I, D], and learned ones [I, E] or None."""
-        stacked = self._scorer.stack(self._trained.shared, {}, 1)
-        (own,) = self._parts.model.slices(stacked, 1)
-        return self._parts.model.item_texts, own.get(recommender_head.ITEM_IDS)
+        stacked = self._scorer.stack(self.trained.shared, {}, 1)
+        (own,) = self.parts.model.slices(stacked, 1)
+        return self.parts.model.item_texts, own.get(recommender_head.ITEM_IDS)
 
     @property
     def fits(self) -> bool:
         """Whether `fit` gives the private part of a history."""
-        private = self._parts.private
+        private = self.parts.private
         return not (private.takes_steps or private.reads_text or private.settings.steps)
 
     def _of(
@@ -125,9 +130,9 @@ class StackedServing:
         """Scores of users of one kind: all with a history or none, and so with a private part."""
         private = [user.private for user in users if user.private is not None]
         own = {name: torch.stack([one[name] for one in private]) for name in (private or [{}])[0]}
-        stacked = self._scorer.stack(self._trained.shared, own, len(users))
+        stacked = self._scorer.stack(self.trained.shared, own, len(users))
         mode = judged_mode(bool(private))
-        modes = parts_of([mode], self._trained.private_weight if weight is None else weight)
+        modes = parts_of([mode], self.trained.private_weight if weight is None else weight)
         if len(users[0].history):
             # A name for each row; they name nobody.
             histories = {str(row): [user.history] for row, user in enumerate(users)}
@@ -138,7 +143,7 @@ class StackedServing:
         self, num_users: int, stacked: Tensors, parts: Parts | None, candidates: np.ndarray | None
     ) -> np.ndarray:
         """Scores of users of whom no item is known: user vectors of zeros."""
-        model = self._parts.model
+        model = self.parts.model
         vector = torch.zeros(1, model.item_texts.shape[1], device=model.item_texts.device)
         scores = model.score_vectors([vector] * num_users, stacked, parts or Parts()).cpu().numpy()
         if scores.shape[1] > 1 and not np.ptp(scores, axis=1).all():

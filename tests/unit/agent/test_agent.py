@@ -13,27 +13,10 @@ from pfm_llm.agent.actions import NOT_NOW_SECONDS, Kind
 from pfm_llm.agent.agent import PersonalAgent
 from pfm_llm.agent.ranking import log_shares
 from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
-from pfm_llm.base.processes import Processes
-from pfm_llm.protocol.types import SharedState
 from pfm_llm.recommender import Recommender
-from pfm_llm.runs.folders import RunFolders
-from pfm_llm.runs.run import assemble, load_corpus
 from tests.conftest import TinyRun
-from tests.support.tiny import Tiny
-from tests.support.tiny_models import stirred
 
 HISTORY = (3, 8, 1, 20, 14, 6, 9)
-
-
-@pytest.fixture(scope="module")
-def model(
-    tiny: Tiny, one_process: Processes, tmp_path_factory: pytest.TempPathFactory
-) -> Recommender:
-    folder = tmp_path_factory.mktemp("run")
-    config = tiny.config(folder, method="pfm")
-    run = assemble(config, load_corpus(config), RunFolders.of(folder / config.name), one_process)
-    shared = SharedState(stirred(run.model.shared.tensors, seed=5), 3)
-    return Recommender.of_run(run, run.as_set(shared))
 
 
 class _Clock:
