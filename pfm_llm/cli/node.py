@@ -59,7 +59,8 @@ def forget(
 ) -> None:
     """Delete all that a node has made of a user, and train that user no more.
 
-    The user's rows in the node's data are yours to delete.
+    Run it as the user who runs the worker, or as root. The user's rows in the node's data are
+    yours to delete.
     """
     from pfm_llm.node.client import NodeClient
 
