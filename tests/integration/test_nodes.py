@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,8 +22,8 @@ from pfm_llm.base.errors import NodeError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.federation.nodes import NodesOptions, slot_id
-from pfm_llm.federation.rounds import run_rounds
+from pfm_llm.federation.nodes import slot_id
+from pfm_llm.federation.rounds import Federation, run_rounds
 from pfm_llm.node.client import NodeClient
 from pfm_llm.node.link import SocketLink
 from pfm_llm.protocol.types import SharedState
@@ -101,9 +102,9 @@ def processes(
             found[node] = NodeProcess(tiny, folder, node)
         yield found
     finally:
-        for node in found.values():
-            if node.process.poll() is None:
-                node.end(signal.SIGKILL)
+        for one in found.values():
+            if one.process.poll() is None:
+                one.end(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -116,6 +117,19 @@ def nodes(processes: dict[str, NodeProcess]) -> dict[str, NodeProcess]:
     return processes
 
 
+def begun(
+    tiny: Tiny,
+    nodes: dict[str, NodeProcess],
+    folder: Path,
+    processes: Processes,
+    settings: dict[str, Any],
+) -> Federation:
+    """The loop over the nodes' sockets."""
+    side = side_of(tiny, folder, **settings)
+    link = SocketLink({name: node.client for name, node in nodes.items()})
+    return federation(side, link, folder / "run", processes)
+
+
 def test_a_killed_node_costs_its_clients_of_that_round_and_keeps_their_private_parts(
     tiny: Tiny, nodes: dict[str, NodeProcess], tmp_path: Path, one_process: Processes
 ) -> None:
@@ -125,9 +139,7 @@ def test_a_killed_node_costs_its_clients_of_that_round_and_keeps_their_private_p
         "federation__num_rounds": 3,
         "output__checkpoint_every": 1,
     }
-    side = side_of(tiny, tmp_path, **settings)
-    link = SocketLink({name: node.client for name, node in nodes.items()})
-    found = federation(side, link, tmp_path / "run", one_process, NodesOptions(quorum=0.5))
+    found = begun(tiny, nodes, tmp_path, one_process, settings)
     killed = nodes["n02"]
 
     def between_rounds(round_number: int) -> None:
@@ -216,9 +228,7 @@ def test_a_private_run_over_nodes_is_that_of_one_process_and_is_paid_for(
         "federation__server__warmup_rounds": 0,
         "output__checkpoint_every": 1,
     }
-    side = side_of(tiny, tmp_path, **settings)
-    link = SocketLink({name: node.client for name, node in nodes.items()})
-    found = federation(side, link, tmp_path / "run", one_process)
+    found = begun(tiny, nodes, tmp_path, one_process, settings)
     states = [dict(found.server.shared.tensors)]
     run_rounds(found, 1, lambda: {}, lambda _: states.append(dict(found.server.shared.tensors)))
     records = found.metrics_log.read()
@@ -229,6 +239,7 @@ def test_a_private_run_over_nodes_is_that_of_one_process_and_is_paid_for(
     users = {slot: who for name, node in nodes.items() for slot, who in node.users(name).items()}
     cohort = [users[slot] for slot in found.server.select_cohort(3)]
     whole = in_one_process(tiny_run(**settings), cohort, SharedState(states[2], 2))
-    expected = {name: tensor / 9 for name, tensor in whole.summed().items()}
+    rate = records[-1]["lr_factor"]
+    expected = {name: rate * tensor / 9 for name, tensor in whole.summed().items()}
     moved = {name: states[3][name] - states[2][name] for name in expected}
     assert difference(moved, expected) <= 1e-4
