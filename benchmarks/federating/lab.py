@@ -70,6 +70,7 @@ class Lab:
         self._may_end = frozenset(may_end)
         self._port = _free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, list[str]] = {}
         self._family: set[psutil.Process] = set()
         self.variables = {**os.environ, **_VARIABLES, "FLWR_HOME": str(folder / "flower")}
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -134,6 +135,59 @@ class Lab:
         """
         return [sys.executable, "-m", "pfm_llm.cli", "node", "serve", str(site)]
 
+    def pid(self, name: str) -> int:
+        """The id of a process, such as ``superlink``, ``n01.worker`` or ``n01.supernode``."""
+        return self._processes[name].pid
+
+    def is_alive(self, name: str) -> bool:
+        """Whether a process runs that was started and not killed."""
+        return name in self._processes and self._processes[name].poll() is None
+
+    def kill(self, name: str) -> None:
+        """Kill a process by its id, and wait for its end; what it has started lives on."""
+        self._remember_families()
+        process = self._processes.pop(name)
+        process.kill()
+        process.wait()
+
+    def restart(self, name: str) -> None:
+        """Start a process again that was killed or has ended; `wait_for` it."""
+        self._start(name, self._commands[name])
+
+    def wait_for(self, name: str) -> None:
+        """Wait until a worker answers, or the SuperLink listens.
+
+        Raises:
+            LaunchError: It does not start.
+        """
+        node, _, kind = name.partition(".")
+        if kind == "worker":
+            path = load_site(self._sites[node]).socket_path
+            client = NodeClient(path, timeout=_START_SECONDS)
+            self._wait(functools.partial(_answers, client), f"the worker of {node}")
+        else:
+            self._wait(lambda: _listens(self._port), "the SuperLink")
+
+    def num_online(self) -> int:
+        """How many nodes the SuperLink takes for online."""
+        found = self._flwr("supernode", "list", _CONNECTION, "--format", "json")
+        return sum(one["status"] == "online" for one in found["nodes"])
+
+    def end_runs(self) -> None:
+        """Stop all runs, and wait until the processes of their ServerApps are gone."""
+        for one in self._flwr("list", _CONNECTION, "--format", "json")["runs"]:
+            if not str(one["status"]).startswith("finished"):
+                self._flwr("stop", str(one["run-id"]), _CONNECTION, "--format", "json")
+        self.wait_for_server_apps()
+
+    def wait_for_server_apps(self) -> None:
+        """Wait until no ServerApp runs, as before a run is submitted again.
+
+        Raises:
+            LaunchError: One goes on.
+        """
+        self._wait(lambda: not any(map(_is_server_app, self._family)), "the end of a ServerApp")
+
     def stop(self) -> None:
         """End every process that this lab has started, and what these have started."""
         self._remember_families()
@@ -153,9 +207,8 @@ class Lab:
     def _start_workers(self) -> None:
         for node, site in self._sites.items():
             self._start(f"{node}.worker", self.worker(node, site))
-        for site in self._sites.values():
-            client = NodeClient(load_site(site).socket_path, timeout=_START_SECONDS)
-            self._wait(functools.partial(_answers, client), f"the worker of {site}")
+        for node in self._sites:
+            self.wait_for(f"{node}.worker")
 
     def _start_superlink(self) -> None:
         keys, home = self._keys, self._folder / "flower"
@@ -168,8 +221,10 @@ class Lab:
         words += ["--ssl-ca-certfile", str(keys.root), "--ssl-certfile", str(keys.certificate)]
         words += ["--ssl-keyfile", str(keys.key), "--host", "127.0.0.1", "--port", str(self._port)]
         words += ["--disable-runtime-dependency-installation"]
+        # Registrations of nodes outlive the SuperLink here.
+        words += ["--database", str(home / "state.db")]
         self._start("superlink", words)
-        self._wait(lambda: _listens(self._port), "the SuperLink")
+        self.wait_for("superlink")
 
     def _start_supernodes(self) -> None:
         for node, site in self._sites.items():
@@ -179,6 +234,7 @@ class Lab:
             self._start(f"{node}.supernode", self.supernode(node, load_site(site).socket_path))
 
     def _start(self, name: str, words: list[str]) -> None:
+        self._commands[name] = words
         with self._log(name).open("ab") as log:
             # In a session of its own: Ctrl-C reaches this process alone, which ends the others.
             self._processes[name] = subprocess.Popen(
@@ -226,7 +282,7 @@ class Lab:
         while not is_there():
             self._check_alive()
             if time.monotonic() > until:
-                raise LaunchError(f"{what} did not start; see {self._folder}")
+                raise LaunchError(f"{what} took too long; see {self._folder}")
             time.sleep(_POLL_SECONDS)
 
     def _remember_families(self) -> None:
@@ -250,6 +306,13 @@ def _answers(client: NodeClient) -> bool:
     with contextlib.suppress(NodeError):
         client.call("about")
         return True
+    return False
+
+
+def _is_server_app(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        is_alive = process.status() != psutil.STATUS_ZOMBIE
+        return is_alive and any("flwr-serverapp" in word for word in process.cmdline())
     return False
 
 

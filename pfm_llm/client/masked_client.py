@@ -97,7 +97,7 @@ class MaskedClient:
         self._roster = {one.client_id: one for one in ordered}
         self._digest = roster_digest(self._session, ordered)
         number = self._session.num_neighbours
-        self._graph = mask_graph(list(self._roster), number, self._digest)
+        self._graph = mask_graph(tuple(self._roster), number, self._digest)
         threshold, count = self._session.threshold, len(ordered)
         pieces = zip(
             self._roster,

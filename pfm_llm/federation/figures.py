@@ -1,17 +1,19 @@
 """Figures over the users of all nodes, from sums that each node makes of its own."""
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pfm_llm.federation.nodes import Link
+from pfm_llm.federation.members import Link, ask_members
 from pfm_llm.federation.server_side import ServerSide
 from pfm_llm.protocol.messages import EvaluateReply, EvaluateRequest
 from pfm_llm.protocol.transport import as_sent
 from pfm_llm.protocol.types import Mode, SharedState
 
+_log = logging.getLogger(__name__)
 _NORMAL_95 = 1.959964
 """Of a normal distribution: 95 % lie within so many standard deviations of the mean."""
 
@@ -74,14 +76,12 @@ def count_items(side: ServerSide, link: Link) -> torch.Tensor | None:
         None where every node withholds its counts.
     """
     request = EvaluateRequest(agreement=side.agreement.hash(), round_number=0)
-    answers = link.ask("evaluate", dict.fromkeys(link.nodes, request))
+    answers = _ask(side, link, request)
     num_items = len(side.model.model.item_texts)
     counts = [
         answer.tensors["counts"].double()
         for answer in answers.values()
-        if isinstance(answer, EvaluateReply)
-        and "counts" in answer.tensors
-        and answer.tensors["counts"].shape == (num_items,)
+        if "counts" in answer.tensors and answer.tensors["counts"].shape == (num_items,)
     ]
     return torch.stack(counts).sum(0) if counts else None
 
@@ -113,8 +113,16 @@ def evaluate_nodes(
             "tensors": tensors,
         }
     )
-    answers = link.ask("evaluate", dict.fromkeys(link.nodes, whole))
-    return combine(a for a in answers.values() if isinstance(a, EvaluateReply))
+    return combine(_ask(side, link, whole).values())
+
+
+def _ask(side: ServerSide, link: Link, request: EvaluateRequest) -> dict[str, EvaluateReply]:
+    """The answers of all nodes; who gives none is named in the log."""
+    answers = ask_members(side, link, "evaluate", dict.fromkeys(link.nodes, request))
+    found = {n: a for n, a in answers.items() if isinstance(a, EvaluateReply)}
+    for node in sorted(set(link.nodes) - found.keys()):
+        _log.warning("node %s is in no figure: %s", node, answers.get(node, "no answer"))
+    return found
 
 
 def evaluation_of(

@@ -1,8 +1,7 @@
 """Rounds with clients at nodes: from a cohort of slots to the sums of the nodes, and back.
 
 A *node* holds the data of one or many clients and trains them; see `pfm_llm.node`. The server knows
-a client by its *slot*, ``<node>/<number>``. Which user a slot is, only the node knows. A `Link`
-carries the calls to the nodes: in this process, over sockets, or by an engine such as Flower.
+a client by its *slot*, ``<node>/<number>``. Which user a slot is, only the node knows.
 """
 
 import dataclasses
@@ -10,7 +9,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from pfm_llm.base.errors import ContractError, MaskError, NodeError, NodeRefused, TrainingError
 from pfm_llm.base.metrics_log import MetricsLog
@@ -19,9 +17,10 @@ from pfm_llm.config.schema import training_hash
 from pfm_llm.config.settle import known, settle
 from pfm_llm.config.stages import FEWEST_MASKED
 from pfm_llm.federation.masked_nodes import MaskedNodes, check_keys, check_masked
+from pfm_llm.federation.members import Answer, Link, ask_members, meet
 from pfm_llm.federation.rounds import Federation
 from pfm_llm.federation.server_side import ServerSide
-from pfm_llm.protocol.messages import AboutReply, Message, TrainReply, TrainRequest
+from pfm_llm.protocol.messages import Message, TrainReply, TrainRequest
 from pfm_llm.protocol.refusals import NodeRefusal
 from pfm_llm.protocol.transport import as_sent
 from pfm_llm.protocol.types import SharedState
@@ -30,34 +29,6 @@ from pfm_llm.server.checkpoint import CheckpointStore, RunEnvironment
 from pfm_llm.server.server import Server
 
 _log = logging.getLogger(__name__)
-_INVITED_AGAIN = (NodeRefusal.NOT_READY, NodeRefusal.AGREEMENT)
-"""What a node says that was restarted, or has taken part in another federation meanwhile."""
-_BEGINNINGS = ("train", "advertise")
-"""Calls that a node can answer which has just been invited."""
-
-Answer = Message | NodeRefused
-
-
-class Link(Protocol):
-    """Carries calls to nodes."""
-
-    @property
-    def nodes(self) -> Sequence[str]:
-        """The names of the nodes, such as ``n01``; the server's operator gives them."""
-        ...
-
-    def ask(self, call: str, requests: Mapping[str, Message]) -> Mapping[str, Answer]:
-        """Send each node its request, all at once, and wait for the answers.
-
-        Args:
-            call: A key of `protocol.calls.CALLS`.
-            requests: Node to request.
-
-        Returns:
-            Node to its answer of the call's type, or to its refusal. A node that cannot be reached,
-            or does not answer in time, is left out.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -82,36 +53,6 @@ def slot_id(node: str, slot: int) -> str:
 def slots_of(population: Mapping[str, int]) -> list[str]:
     """The client ids of a population, name of a node to its number of clients."""
     return [slot_id(node, slot) for node, count in population.items() for slot in range(count)]
-
-
-def meet(side: ServerSide, link: Link, nodes: Sequence[str]) -> dict[str, AboutReply]:
-    """Invite nodes to a federation.
-
-    Args:
-        side: The server's side.
-        link: Reaches the nodes.
-        nodes: Some of the link's.
-
-    Returns:
-        Node to what it tells of itself, for each node that takes part.
-    """
-    found = {}
-    answers = link.ask("about", dict.fromkeys(nodes, side.invitation))
-    for node in nodes:
-        answer = answers.get(node)
-        if not isinstance(answer, AboutReply):
-            _log.warning("node %s: %s", node, "no answer" if answer is None else answer)
-        elif answer.agreed is None or (apart := answer.agreed.value.difference(side.agreement)):
-            what = apart if answer.agreed else "everything"
-            _log.warning("node %s (pfm_llm %s) differs in: %s", node, answer.version, what)
-        else:
-            if answer.dtype != side.dtype:
-                _log.warning(
-                    "node %s computes in %s, the server in %s: its updates are a little noisier",
-                    *(node, answer.dtype, side.dtype),
-                )
-            found[node] = answer
-    return found
 
 
 def federation_of_nodes(
@@ -295,18 +236,7 @@ class NodesExchange:
             self._take(node, waiting.pop(node), answers[node], total)
 
     def _answers(self, call: str, requests: Mapping[str, Message]) -> Mapping[str, Answer]:
-        """Ask nodes; who was restarted is invited again, and asked again if the call allows it."""
-        answers = dict(self._link.ask(call, requests))
-        again = [
-            node
-            for node, answer in answers.items()
-            if isinstance(answer, NodeRefused) and answer.code in _INVITED_AGAIN
-        ]
-        if again and call in _BEGINNINGS:
-            _log.info("inviting again: %s", ", ".join(again))
-            back = meet(self._side, self._link, again)
-            answers |= self._link.ask(call, {node: requests[node] for node in back})
-        return answers
+        return ask_members(self._side, self._link, call, requests)
 
     def _request(self, node: str, slots: Mapping[int, str], shared: SharedState) -> TrainRequest:
         return TrainRequest(

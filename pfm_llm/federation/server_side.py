@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.config.choices import Aggregation, SplitKind
+from pfm_llm.config.choices import Aggregation, Participation, SplitKind
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import settings_hash, settings_of_server
 from pfm_llm.data.interactions import Catalogue
@@ -137,4 +137,10 @@ def _pooled_problem(config: ExperimentConfig) -> str | None:
     aggregator = config.federation.server.aggregator
     if aggregator is not Aggregation.MEAN:
         return f"federation.server.aggregator: {aggregator} needs single updates; set it to mean"
+    privacy = config.federation.privacy
+    if privacy is not None and privacy.participation is Participation.POISSON:
+        return (
+            "federation.privacy.participation: poisson draws a round that is repeated anew, and a "
+            "node answers a round for one set of clients; set it to passes"
+        )
     return None

@@ -2,5 +2,4 @@
 
 Flower starts a process for each message to a node. That process, `pfm_llm.flower.client_app`, only
 hands bytes to the worker of the node (`pfm_llm.node`), and imports neither torch nor transformers.
-`pfm_llm.flower.server_run` has no flwr either: it runs a federation over any `Link`.
 """

@@ -8,7 +8,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
 
 from pfm_llm.base.errors import NodeError, NodeRefused
-from pfm_llm.federation.nodes import Answer
+from pfm_llm.federation.members import Answer
 from pfm_llm.flower import wire
 from pfm_llm.node.client import MAX_BODY
 from pfm_llm.protocol.calls import CALLS

@@ -23,7 +23,7 @@ from pfm_llm.config.schema import load_config
 from pfm_llm.config.text import validated
 from pfm_llm.federation.nodes import NodesOptions
 from pfm_llm.flower.link import FlowerLink
-from pfm_llm.flower.server_run import run_server
+from pfm_llm.node.server_run import run_server
 
 app = ServerApp()
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pfm_llm.base.errors import NodeError, NodeRefused
-from pfm_llm.federation.nodes import Answer
+from pfm_llm.federation.members import Answer
 from pfm_llm.node.client import NodeClient
 from pfm_llm.node.worker import Worker
 from pfm_llm.protocol.calls import CALLS

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from pfm_llm.base.locks import locked
 from pfm_llm.node.frames import Closed, parse_header, receive_frame, send_frame
 from pfm_llm.node.site import SiteConfig
 from pfm_llm.node.worker import Worker
+from pfm_llm.protocol.calls import OF_THE_OWNER
 from pfm_llm.protocol.refusals import NodeRefusal
 
 _log = logging.getLogger(__name__)
@@ -25,6 +27,9 @@ READ_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 _LONGEST_PATH = 100
 """Bytes of a socket's path that all systems take."""
+_ROOT = 0
+_CREDENTIALS = struct.Struct("3i")
+"""Of a peer: the numbers of its process, user and group (Linux, ``man 7 unix``)."""
 
 
 class Stop:
@@ -149,12 +154,33 @@ def _answer(
         call, message = request.get("call"), json.dumps(request.get("message", {})).encode()
         if not isinstance(call, str):
             raise NodeRefused(NodeRefusal.MALFORMED, "a request without a call")
+        if call in OF_THE_OWNER:
+            _check_owner(connection, call)
         found, tensors = worker.answer(call, message, body)
         if len(tensors) > max_body:
             raise NodeRefused(NodeRefusal.TOO_LARGE, f"an answer of {len(tensors)} bytes")
     except NodeRefused as refused:
         return _refuse(connection, refused)
     return _send(connection, b'{"message": %s}' % found, tensors)
+
+
+def _check_owner(connection: socket.socket, call: str) -> None:
+    """Refuse a peer that is another user of the system than the worker; root may be the owner."""
+    user = _user_of(connection)
+    if user not in (os.geteuid(), _ROOT):
+        who = "unknown" if user is None else f"user {user} of the system"
+        raise NodeRefused(
+            NodeRefusal.NOT_ALLOWED,
+            f"{call} came from {who}; only user {os.geteuid()}, who runs the worker, and root may",
+        )
+
+
+def _user_of(connection: socket.socket) -> int | None:
+    """The user whose process connected, as the kernel noted; None where it notes nobody."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None
+    noted = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(noted)[1])
 
 
 def _refuse(connection: socket.socket, refused: NodeRefused) -> bool:

@@ -68,8 +68,9 @@ class Slots:
         """
         self._present.discard(client_id)
         if client_id in self._clients:
-            self._clients[self._clients.index(client_id)] = _NOBODY
-            write_json(self._path, self._clients)
+            clients = [_NOBODY if client == client_id else client for client in self._clients]
+            write_json(self._path, clients)
+            self._clients = clients
 
 
 class AskedRounds:
@@ -100,8 +101,9 @@ class AskedRounds:
         if self._rounds.get(key, digest) != digest:
             raise NodeRefused(NodeRefusal.ROUND, f"round {key} was asked for other slots before")
         if key not in self._rounds:
-            self._rounds[key] = digest
-            write_json(self._path, self._rounds)
+            rounds = {**self._rounds, key: digest}
+            write_json(self._path, rounds)
+            self._rounds = rounds
 
 
 class Left:
@@ -129,8 +131,9 @@ class Left:
         """
         if client_id not in self:
             salt = secrets.token_hex(16)
-            self._hashes.append(f"{salt}:{_salted(salt, client_id)}")
-            write_json(self._path, self._hashes)
+            hashes = [*self._hashes, f"{salt}:{_salted(salt, client_id)}"]
+            write_json(self._path, hashes)
+            self._hashes = hashes
 
 
 def _matches(client_id: str, kept: str) -> bool:

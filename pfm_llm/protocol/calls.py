@@ -16,3 +16,6 @@ CALLS: dict[str, tuple[type[Message], type[Message]]] = {
     "reveal": (masks.RevealRequest, masks.RevealReply),
 }
 """Name of a call to the types of its request and answer."""
+
+OF_THE_OWNER = ("forget",)
+"""Calls that only the node's owner may make; no engine passes them on."""

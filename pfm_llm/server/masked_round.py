@@ -127,7 +127,7 @@ class MaskedRound:
         self.session.check_enough(self._roster, "advertised keys")
         roster = list(self._roster.values())
         beacon = roster_digest(self.session, roster)
-        self._graph = mask_graph(list(self._roster), self.session.num_neighbours, beacon)
+        self._graph = mask_graph(tuple(self._roster), self.session.num_neighbours, beacon)
         return roster
 
     def deliver(self, sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:

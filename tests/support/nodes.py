@@ -12,7 +12,8 @@ from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
 from pfm_llm.config.text import validated
 from pfm_llm.data.sources import load_catalogue
-from pfm_llm.federation.nodes import Answer, Link, NodesOptions, federation_of_nodes
+from pfm_llm.federation.members import Answer, Link
+from pfm_llm.federation.nodes import NodesOptions, federation_of_nodes
 from pfm_llm.federation.rounds import Federation
 from pfm_llm.federation.server_side import ServerSide, assemble_server
 from pfm_llm.node.link import LocalLink

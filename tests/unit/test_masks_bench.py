@@ -41,6 +41,8 @@ def test_the_race_is_written_down_and_told(
         pairs = zip(rows[way]["cpu_seconds"], rows[clear]["cpu_seconds"], strict=True)
         expected = statistics.median(own / other - 1 for own, other in pairs)
         assert result["overhead"][way]["median"] == pytest.approx(expected)
+        whole, rest = (sum(rows[name]["cpu_seconds"]) for name in (way, clear))
+        assert result["overhead"][way]["together"] == pytest.approx(whole / rest - 1)
         assert 0 < result["overhead"][way]["share_of_masks"] < 1
         # float32 rounds both means.
         assert 0 < result["error"][way]["largest"] <= result["bound"]["error"] + 4 * 2**-24

@@ -20,8 +20,9 @@ clients could claim that the honest neighbours of one client are gone: only if a
 nothing is to be had by that.
 """
 
+import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from pfm_llm.protocol.masks.agreement import digest
 
@@ -47,8 +48,11 @@ def usual_number(cohort_size: int) -> int:
     return number
 
 
-def mask_graph(client_ids: Sequence[str], num_neighbours: int, beacon: bytes) -> Graph:
+@functools.lru_cache(maxsize=4)
+def mask_graph(client_ids: tuple[str, ...], num_neighbours: int, beacon: bytes) -> Graph:
     """The neighbours of every client: ``num_neighbours``, one more if odd, or all others.
+
+    The newest graphs are kept, as in one process all clients of a cohort ask for the same.
 
     Args:
         client_ids: Different ids; their order does not matter.

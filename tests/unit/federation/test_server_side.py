@@ -90,12 +90,27 @@ def test_every_setting_and_tensor_counts_in_the_agreement(server_side: Any) -> N
     assert cohort.difference(first) == ""  # it follows from the number of clients
 
 
+POISSON = {
+    "head__item_met": False,
+    "federation__stages": [{"clip": {"norm": 0.5}}],
+    "federation__privacy": {
+        "noise_multiplier": 1.0,
+        "delta": 1e-5,
+        "participation": "poisson",
+    },
+}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"data": {"split": "global_temporal"}}, "global_temporal puts its cuts"),
         ({"data": {"met_items_only": True}}, "met_items_only needs to know"),
         ({"federation__server__aggregator": "median"}, "median needs single updates"),
+        (
+            POISSON,
+            "draws a round that is repeated anew.*set it to passes where",
+        ),
     ],
 )
 def test_what_needs_all_data_in_one_place_is_refused(

@@ -145,6 +145,25 @@ def test_a_process_may_end_early_where_that_is_said(
             lab._check_alive()
 
 
+def test_a_process_is_killed_alone_and_started_again_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lab, "_start_superlink", lambda self: None)
+    with Lab(tmp_path, Authority(tmp_path), {}) as lab:
+        for name in ("n01.supernode", "n02.supernode"):
+            lab._start(name, [sys.executable, "-c", "import time; time.sleep(600)"])
+        first, other = lab.pid("n01.supernode"), lab.pid("n02.supernode")
+        lab.kill("n01.supernode")
+        assert not lab.is_alive("n01.supernode")
+        assert not psutil.pid_exists(first)
+        lab._check_alive()  # it was meant
+        lab.restart("n01.supernode")
+        again = lab.pid("n01.supernode")
+        assert psutil.Process(again).cmdline()[-1].endswith("sleep(600)")
+        assert lab.is_alive("n02.supernode")
+    assert not any(map(psutil.pid_exists, (again, other)))
+
+
 def test_what_each_site_says_of_masks_names_the_keys_of_the_others(tmp_path: Path) -> None:
     folders = {node: tmp_path / node for node in ("n01", "n02", "n03")}
     found = masks_sections(folders)

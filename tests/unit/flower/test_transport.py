@@ -19,7 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from pfm_llm.base.errors import ConfigError, NodeError, NodeRefused
 from pfm_llm.flower import client_app, server_app, wire
 from pfm_llm.flower.link import FlowerLink
-from pfm_llm.protocol.calls import CALLS
+from pfm_llm.protocol.calls import CALLS, OF_THE_OWNER
 from pfm_llm.protocol.messages import AboutReply, AboutRequest, ForgetRequest, encode
 from pfm_llm.protocol.refusals import NodeRefusal
 
@@ -117,7 +117,7 @@ def test_the_client_app_hands_bytes_to_the_worker_and_no_text_of_an_error_back()
 
 
 @pytest.mark.usefixtures("_fake_client")
-@pytest.mark.parametrize("call", sorted(CALLS.keys() - {"forget"}))
+@pytest.mark.parametrize("call", sorted(CALLS.keys() - set(OF_THE_OWNER)))
 def test_every_call_but_to_forget_passes(call: str) -> None:
     asked = request(wire.pack(b"{}", b"abc"), kind=wire.MESSAGE_TYPES[call])
     answer = client_app.app(asked, context(socket="works"))

@@ -8,7 +8,7 @@ import pytest
 from pfm_llm.base.processes import Processes
 from pfm_llm.evaluation import metrics
 from pfm_llm.federation.figures import combine, count_items, evaluate_nodes, evaluation_of
-from pfm_llm.federation.nodes import meet
+from pfm_llm.federation.members import meet
 from pfm_llm.node.link import LocalLink
 from pfm_llm.node.worker import Worker
 from pfm_llm.protocol.messages import EvaluateReply, Figure
@@ -70,6 +70,28 @@ def test_small_nodes_give_neither_figures_nor_counts(
     assert count_items(side, link) is None
     request = evaluation_of(side, "validation", MODES, (5,))
     assert evaluate_nodes(side, link, side.model.shared, request) == []
+
+
+def test_a_node_that_was_restarted_is_measured_and_one_that_takes_no_part_is_named(
+    tiny: Tiny, one_process: Processes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither knows the federation: the one takes part again, the other's owner forbids it."""
+    everybody = list(random_histories(42, seed=3).items())
+    for node, own in (("n01", everybody[:21]), ("n02", everybody[21:])):
+        write_interactions(tmp_path / f"{node}.csv", dict(own))
+    sites = {
+        "n01": make_site(tiny, tmp_path, "n01"),
+        "n02": make_site(tiny, tmp_path, "n02", allow={"backbones": []}),
+    }
+    link = LocalLink({node: Worker(site, one_process) for node, site in sites.items()})
+    side = side_of(tiny, tmp_path, method="pfm")
+    counts = count_items(side, link)
+    assert counts is not None
+    assert counts.sum() > 0
+    request = evaluation_of(side, "test", (Mode.SHARED_ONLY,), (5,))
+    found = evaluate_nodes(side, link, side.model.shared, request)
+    assert {(one.num_users, one.num_nodes) for one in found} == {(21, 1)}
+    assert "node n02 is in no figure: the node refused the call: not_allowed" in caplog.text
 
 
 def test_sums_become_a_mean_and_its_interval() -> None:

@@ -4,11 +4,13 @@ import contextlib
 import grp
 import json
 import os
+import pwd
 import socket
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,6 +182,57 @@ def test_a_group_may_be_let_in(tmp_path_factory: pytest.TempPathFactory) -> None
         assert stat.S_IMODE(site.socket_path.stat().st_mode) == 0o660
         assert stat.S_IMODE(site.socket_path.parent.stat().st_mode) == 0o750
         assert stat.S_IMODE(site.root.stat().st_mode) == 0o700
+
+
+def test_the_owner_may_forget_and_another_user_of_the_system_may_not(
+    echo: Echo, site: SiteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = NodeClient(site.socket_path)
+    assert client.call("forget", b'{"user": "7"}')[0] == b'{"user": "7"}'
+    for other in (os.geteuid() + 1, None):
+        monkeypatch.setattr(serving, "_user_of", lambda connection, user=other: user)
+        with pytest.raises(NodeRefused) as refused:
+            client.call("forget", b'{"user": "7"}')
+        assert refused.value.code == NodeRefusal.NOT_ALLOWED
+    assert client.call("about")
+    assert echo.calls.count("forget") == 1
+
+
+FORGET = """
+import os, sys
+from pfm_llm.base.errors import NodeRefused
+from pfm_llm.node.client import NodeClient
+path, user, group = sys.argv[1:]
+os.setgroups([])
+os.setgid(int(group))
+os.setuid(int(user))
+client = NodeClient(path, timeout=60)
+client.call("about")
+try:
+    client.call("forget", b'{"user": "7"}')
+except NodeRefused as refused:
+    print(refused.code)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+def test_a_process_of_another_user_reaches_the_socket_and_cannot_forget() -> None:
+    """As two users run a node: the engine's process is in the group of the socket."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        tree = {
+            "data": {"source": "x.csv"},
+            "folder": str(folder / "p"),
+            "socket": {"path": str(folder / "s" / "n.sock"), "group": "nogroup"},
+        }
+        site, worker = validated(tree, SiteConfig, "site.yaml"), Echo()
+        other = pwd.getpwnam("nobody").pw_uid, grp.getgrnam("nogroup").gr_gid
+        words = [sys.executable, "-c", FORGET, str(site.socket_path), *map(str, other)]
+        with served(worker, site):
+            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("not_allowed\n", "")
+    assert "forget" not in worker.calls
 
 
 def test_one_worker_serves_a_folder(echo: Echo, site: SiteConfig) -> None:

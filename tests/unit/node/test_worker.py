@@ -14,6 +14,7 @@ from pfm_llm.base.errors import ConfigError, NodeError, NodeRefused, TrainingErr
 from pfm_llm.base.processes import Processes
 from pfm_llm.client.private_store import PrivateStore
 from pfm_llm.config.text import validated
+from pfm_llm.federation.members import ask_members
 from pfm_llm.federation.nodes import NodesOptions
 from pfm_llm.federation.server_side import ServerSide
 from pfm_llm.node.link import LocalLink
@@ -23,13 +24,14 @@ from pfm_llm.protocol.messages import (
     AboutRequest,
     ForgetReply,
     ForgetRequest,
+    TrainReply,
     TrainRequest,
     encode,
 )
 from pfm_llm.protocol.refusals import NodeRefusal
 from pfm_llm.protocol.transport import as_sent
 from tests.support.nodes import federation, histories_of, make_site, side_of, site_tree
-from tests.support.tiny import Tiny
+from tests.support.tiny import Tiny, write_items
 
 Ask = Callable[..., TrainRequest]
 
@@ -320,6 +322,26 @@ def test_a_restarted_node_is_invited_again_and_a_missing_one_costs_its_clients_a
     link.ask = monkey  # type: ignore[method-assign]
     with pytest.raises(TrainingError, match=r"0 of 4 clients are in it, 2 are needed.*no answer"):
         found.exchange.train(cohort, found.server.broadcast)
+
+
+def test_a_node_that_comes_back_as_another_is_refused_by_the_code_that_says_why(
+    make_worker: Any, side: ServerSide, ask: Ask, tmp_path: Path
+) -> None:
+    titles = [f"Other title {number}" for number in range(30)]
+    items = write_items(tmp_path / "other.csv", titles)
+    source = str(tmp_path / "n01.csv")
+    nodes = {
+        "n01": make_worker(),
+        "n02": make_worker(allow={"backbones": []}),
+        "n03": make_worker(data={"source": source, "items": str(items)}),
+    }
+    answers = ask_members(side, LocalLink(nodes), "train", dict.fromkeys(nodes, ask()))
+    assert isinstance(answers["n01"], TrainReply)
+    refusals = [answers["n02"], answers["n03"]]
+    assert [one.code for one in refusals if isinstance(one, NodeRefused)] == [
+        NodeRefusal.NOT_ALLOWED,
+        NodeRefusal.AGREEMENT,
+    ]
 
 
 def test_a_run_does_not_begin_without_one_of_its_nodes(

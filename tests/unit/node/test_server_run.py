@@ -9,8 +9,8 @@ from pfm_llm.base.errors import ConfigError
 from pfm_llm.base.metrics_log import MetricsLog
 from pfm_llm.base.processes import Processes
 from pfm_llm.evaluation.results import read_results
-from pfm_llm.flower.server_run import DIFFERENCES, run_server
 from pfm_llm.node.link import LocalLink
+from pfm_llm.node.server_run import DIFFERENCES, run_server
 from pfm_llm.node.worker import Worker
 from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.runs.folders import METRICS_FILE, RESULTS_FILE, RunFolders

@@ -27,7 +27,8 @@ from pfm_llm.federation.figures import (
     evaluate_nodes,
     evaluation_of,
 )
-from pfm_llm.federation.nodes import Link, NodesOptions, federation_of_nodes
+from pfm_llm.federation.members import Link
+from pfm_llm.federation.nodes import NodesOptions, federation_of_nodes
 from pfm_llm.federation.privacy import spent_of
 from pfm_llm.federation.rounds import Federation, resume_from, run_rounds
 from pfm_llm.federation.server_side import ServerSide, assemble_server
