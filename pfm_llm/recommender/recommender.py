@@ -9,27 +9,23 @@ from typing import Unpack
 import numpy as np
 import torch
 
-from pfm_llm.base.errors import ArtefactError, ConfigError, DataError
+from pfm_llm.base.errors import ConfigError, DataError
 from pfm_llm.client.histories import ClientHistories
 from pfm_llm.client.private_store import PrivateStore
-from pfm_llm.client.trunk_cache import TrunkStates, trunk_states
 from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.config.settings import with_setting
 from pfm_llm.data.history import History
 from pfm_llm.data.interactions import Catalogue, Interactions
 from pfm_llm.data.partition import Client
 from pfm_llm.data.splits import TrainData
-from pfm_llm.evaluation.evaluator import parts_of
 from pfm_llm.evaluation.new_places import NewPlaces
-from pfm_llm.evaluation.results import judged_mode
-from pfm_llm.evaluation.scorer import Scorer
 from pfm_llm.model.build import ModelParts, build_model
-from pfm_llm.model.cohort import Parts
 from pfm_llm.model.new_items import unmet_items
-from pfm_llm.protocol.types import PrivateState, SharedState, Tensors
+from pfm_llm.protocol.types import PrivateState, SharedState
 from pfm_llm.publish import hub
 from pfm_llm.publish.alignment import Alignment, start_from
 from pfm_llm.publish.serving import Bases, load_catalogue, serving_config
+from pfm_llm.recommender.serving import Served, StackedServing
 from pfm_llm.runs.folders import CONFIG_FILE
 from pfm_llm.runs.opening import open_to_serve
 from pfm_llm.runs.run import Run, Trained, make_trainer
@@ -76,6 +72,7 @@ class Recommender:
         catalogue: The items that are ranked.
         alignment: How the catalogue fits the one that the adapter was trained on.
         owner: The user whom it is for; None: anybody who gives a history.
+        serving: The same for many users in a pass.
     """
 
     def __init__(
@@ -93,9 +90,7 @@ class Recommender:
         self.owner = owner
         self._config = config
         self._trained = trained
-        # One user's states are computed when they are needed, and not kept.
-        self._states: TrunkStates = lambda windows, _: trunk_states(parts.trunk, windows)
-        self._scorer = Scorer(parts.model, parts.encoder, self._states)
+        self.serving = StackedServing(parts, trained)
         self._index = {item_id: index for index, item_id in enumerate(catalogue.item_ids)}
 
     @classmethod
@@ -245,7 +240,7 @@ class Recommender:
             private: As in `recommend`.
             private_weight: As in `recommend`.
         """
-        wanted = None if candidates is None else self._items(candidates)
+        wanted = None if candidates is None else self.items(candidates)
         return self._scores(self._history(history, ratings), private, private_weight, wanted)
 
     def personalise(
@@ -276,7 +271,9 @@ class Recommender:
             raise DataError("a history of one item has no next item to learn from; give two")
         store = PrivateStore(Path(folder))
         train = TrainData(Interactions.of_user(self.catalogue, "me", shown))
-        histories = ClientHistories([Client(_ME, (0,))], train, self.parts.encoder, self._states)
+        histories = ClientHistories(
+            [Client(_ME, (0,))], train, self.parts.encoder, self.serving.states
+        )
         key = "federation.local.personalise_steps"
         if private.coefficients:
             key = "adapters.private.steps"
@@ -333,12 +330,20 @@ class Recommender:
     ) -> History:
         if history is not None:
             rated = None if ratings is None else np.asarray(ratings, dtype=np.float32)
-            return History(self._items(history), rated)
+            return History(self.items(history), rated)
         if self.owner is None:
             raise DataError("no history; give one, or load a run's recommender with user=")
         return self.owner.history
 
-    def _items(self, item_ids: Sequence[str]) -> np.ndarray:
+    def items(self, item_ids: Sequence[str]) -> np.ndarray:
+        """Internal ids of items, int64 [n].
+
+        Args:
+            item_ids: External ids.
+
+        Raises:
+            DataError: An item is not in the catalogue.
+        """
         item_ids = [str(item) for item in item_ids]  # ids that are numbers come from Python as ints
         unknown = [item for item in item_ids if item not in self._index]
         if unknown:
@@ -358,36 +363,8 @@ class Recommender:
     ) -> np.ndarray:
         if private is None and self.owner is not None:
             private = self.owner.private
-        tensors = {} if private is None else private.tensors
-        own = {name: value[None] for name, value in tensors.items()}
-        stacked = self._scorer.stack(self._trained.shared, own, 1)
-        mode = judged_mode(private is not None)
-        modes = parts_of([mode], self._trained.private_weight if weight is None else weight)
-        if len(shown):
-            scores = self._scorer.score({_ME: [shown]}, stacked, modes, candidates)[mode][0]
-        else:
-            scores = self._unread_scores(stacked, modes[mode], candidates)
-        if not np.isfinite(scores).all():
-            raise ArtefactError(
-                "the model scores items with numbers that are not finite: its tensors are too "
-                "large; train it again, or take another adapter"
-            )
-        return scores
-
-    def _unread_scores(
-        self, stacked: Tensors, parts: Parts | None, candidates: np.ndarray | None
-    ) -> np.ndarray:
-        """Scores of a user of whom no item is known: a user vector of zeros."""
-        model = self.parts.model
-        vector = torch.zeros(1, model.item_texts.shape[1], device=model.item_texts.device)
-        scores = model.score_vectors([vector], stacked, parts or Parts())[0].cpu().numpy()
-        if len(scores) > 1 and not np.ptp(scores):
-            raise DataError(
-                "an empty history, and the model has no item biases to rank by; give an item, or "
-                "train with head.item_bias (and where all items are new to the model, with "
-                "head.item_dropout or head.item_ids: codes)"
-            )
-        return scores if candidates is None else scores[candidates]
+        user = Served(shown, None if private is None else private.tensors)
+        return self.serving.scores([user], weight, candidates)[0]
 
 
 def _owner(run: Run, shared: SharedState, user: str) -> Owner:

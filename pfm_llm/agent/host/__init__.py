@@ -1,0 +1,1 @@
+"""Many agents on one host: users of a silo, ranked together and kept apart."""
