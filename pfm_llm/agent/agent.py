@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pfm_llm.agent.actions import Action, Event, Kind, Known
+from pfm_llm.agent.beliefs import Beliefs, believe
 from pfm_llm.agent.folder import AgentFolder, Settings
 from pfm_llm.agent.less import Similarity
 from pfm_llm.agent.ranking import Ranking, places
@@ -150,6 +151,11 @@ class PersonalAgent:
         """
         return explain(self._ranking, self.known, item_id, self.settings.weight)
 
+    def beliefs(self, k: int = 10) -> Beliefs:
+        """What it believes of its user, beside the first ``k`` items of the list; see `beliefs`."""
+        shown = [one.item_id for one in self.recommend(k)]
+        return believe(self._ranking, self.known, shown, self.settings.weight)
+
     # What the user says
 
     def feedback(self, item_id: str, kind: Kind | str, rating: float | None = None) -> bool:
@@ -217,6 +223,14 @@ class PersonalAgent:
             raise DataError("exclude: give an item, or a period with since and until")
         at = self._clock()
         self._append(Action(kind=Kind.EXCLUDE, at=at, item_id=item_id, since=since, until=until))
+
+    def include(self, item_id: str) -> None:
+        """Let the events of an item count again that `exclude` left out."""
+        self._folder.change(
+            lambda actions: [
+                one for one in actions if (one.kind, one.item_id) != (Kind.EXCLUDE, item_id)
+            ]
+        )
 
     def undo(self) -> Action | None:
         """Take back the last action; None: there is none."""
