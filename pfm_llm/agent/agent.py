@@ -92,6 +92,12 @@ class PersonalAgent:
         """What the user has set."""
         return self._folder.settings()
 
+    @property
+    def weight(self) -> float:
+        """Factor on the private part, as the user has set it, or else as training chose it."""
+        own = self.settings.weight
+        return self._model.serving.weight if own is None else own
+
     def history(self) -> tuple[Event, ...]:
         """All events, oldest first, those that do not count too."""
         return self.known.events

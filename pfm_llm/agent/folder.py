@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pfm_llm.agent.actions import Action
 from pfm_llm.base import files
@@ -20,6 +20,9 @@ from pfm_llm.base.locks import locked
 ACTIONS, SETTINGS, LOCK = "actions.json", "settings.json", ".lock"
 FORMAT = "pfm-agent/1"
 """Of the file of an export, which holds actions and settings as they are here."""
+
+
+_LIST = TypeAdapter(list[Action])
 
 
 class Settings(BaseModel):
@@ -131,7 +134,7 @@ def _parsed(content: Any, origin: Path) -> list[Action]:
     if not isinstance(content, list):
         raise CorruptFileError(f"{origin}: the actions are no list; import an export instead")
     try:
-        return [Action.model_validate_json(json.dumps(one)) for one in content]
+        return _LIST.validate_json(json.dumps(content))
     except ValidationError as error:
         raise CorruptFileError(f"{origin}: an action cannot be read: {_first(error)}") from error
 

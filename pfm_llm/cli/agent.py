@@ -92,16 +92,16 @@ def _check(adapter: str | None, user: str | None, folder: Path | None) -> None:
 
     from pfm_llm.base.errors import ConfigError
 
+    if user is not None and adapter is not None:
+        raise ConfigError("--user is of a run; a published adapter knows no users")
+    if user is not None and folder is None:
+        raise ConfigError("--user needs --folder, so that nobody else's history becomes yours")
     missing = [name for name in ("fastapi", "mcp") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"pfm agent needs {' and '.join(missing)}: "
             "pip install -c constraints-agent.txt 'pfm-llm[agent]'"
         )
-    if user is not None and adapter is not None:
-        raise ConfigError("--user is of a run; a published adapter knows no users")
-    if user is not None and folder is None:
-        raise ConfigError("--user needs --folder, so that nobody else's history becomes yours")
 
 
 def _default_folder() -> Path:
@@ -128,9 +128,13 @@ def _serve(
 ) -> None:
     import sys
 
+    import torch
+
     from pfm_llm.agent.web.desk import Desk
     from pfm_llm.agent.web.serve import serve_assistant, serve_page
 
+    # One user's passes are small. On a machine that does more, a second thread may cost seconds.
+    torch.set_num_threads(1)
     desk = Desk(agent, model.catalogue)
     if way is Way.MCP:
         return serve_assistant(desk)

@@ -8,6 +8,7 @@ import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
 from pfm_llm import __version__
@@ -19,6 +20,15 @@ from pfm_llm.base.errors import PfmError
 
 _THREADS = 8
 """Requests that are worked on at a time; the model serves one at a time in any case."""
+
+_SILENT: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+"""No telemetry, whatever the environment says: addresses and bodies are private."""
 
 
 def make_app(desk: Desk, token: str, port: int, rate: RateBound | None = None) -> ASGIApp:
@@ -47,6 +57,7 @@ def make_app(desk: Desk, token: str, port: int, rate: RateBound | None = None) -
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
+        telemetry=_SILENT,
     )
     app.state.desk = desk
     app.state.pages = pages.Pages(desk)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pfm_llm.agent.actions import Event
 from pfm_llm.agent.agent import PersonalAgent
+from pfm_llm.base.errors import DataError
 from pfm_llm.data.interactions import TITLE, Catalogue
 from pfm_llm.data.titles import TitleSearch
 
@@ -57,7 +58,13 @@ class Desk:
         self._titles = TitleSearch(catalogue)
 
     def item(self, item_id: str) -> Item:
-        """An item of the catalogue by its external id."""
+        """An item of the catalogue by its external id.
+
+        Raises:
+            DataError: There is no such item.
+        """
+        if item_id not in self._index:
+            raise DataError(f"no item {item_id!r} in the catalogue; search for its title")
         index, texts = self._index[item_id], self._catalogue.fields
         fields = {name: text[index] for name, text in texts.items() if name != TITLE}
         return Item(item_id, texts[TITLE][index], fields)

@@ -85,7 +85,7 @@ def home(pages: OfPages, weight: float | None = None) -> Response:
         cards=agent.recommend(NUM_CARDS, weight=weight),
         few=num_events < FEW_EVENTS,
         num_events=num_events,
-        weight=agent.settings.weight if weight is None else weight,
+        weight=agent.weight if weight is None else weight,
         heaviest=HEAVIEST,
     )
 
@@ -217,8 +217,8 @@ def set_paused(pages: OfPages, paused: Annotated[bool, Form()], to: Text = "/") 
 @router.post("/history/remove")
 def remove(pages: OfPages, item_id: Text) -> Response:
     """Delete every action about an item."""
-    pages.desk.agent.forget(item_id)
     title = harmless(pages.desk.item(item_id).title)
+    pages.desk.agent.forget(item_id)
     pages.notice = f"“{title}” is removed, as if it had never been."
     return _to("/history")
 
@@ -226,11 +226,11 @@ def remove(pages: OfPages, item_id: Text) -> Response:
 @router.post("/history/counts")
 def set_counts(pages: OfPages, item_id: Text, counts: Annotated[bool, Form()]) -> Response:
     """Let the events of an item count, or count no more."""
+    title = harmless(pages.desk.item(item_id).title)
     if counts:
         pages.desk.agent.include(item_id)
     else:
         pages.desk.agent.exclude(item_id)
-    title = harmless(pages.desk.item(item_id).title)
     pages.notice = f"“{title}” {'counts again' if counts else 'counts no more'}."
     return _to("/history")
 

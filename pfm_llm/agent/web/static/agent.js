@@ -102,7 +102,8 @@ document.addEventListener("change", (event) => {
   if (!isField(event, "weight")) return;
   const body = new URLSearchParams({ weight: event.target.value });
   later("keep", 300, async () => {
-    await fetchPage("/weight", { method: "POST", body, redirect: "manual" });
+    const answer = await fetch("/weight", { method: "POST", body, redirect: "manual" });
+    if (answer.type !== "opaqueredirect") throw new Error("the weight was not kept");
     say(`Your own part counts ${body.get("weight")}. The list is in its new order.`);
   });
 });
