@@ -5,7 +5,6 @@ It needs the extra [agent-test] and a Chromium; `make agent-test` brings the fir
 
 import importlib.resources
 import json
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +23,10 @@ from pfm_llm.agent.agent import PersonalAgent
 from pfm_llm.agent.web.desk import Desk
 from pfm_llm.base.processes import Processes
 from pfm_llm.recommender import Recommender
-from tests.support.agent_page import TOKEN, served
+from tests.support.agent_page import CHROMIUM, TOKEN, served
 from tests.support.agents import HISTORY, tiny_recommender
 from tests.support.tiny import Tiny
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"),

@@ -1,6 +1,7 @@
 """An agent's page on loopback, in a thread of this process."""
 
 import contextlib
+import shutil
 import socket
 import threading
 import time
@@ -13,6 +14,9 @@ from pfm_llm.agent.web.desk import Desk
 from pfm_llm.agent.web.guard import RateBound
 
 TOKEN = "t" * 43
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 It needs the extra [agent-test] and a Chromium, and prints how long the page took.
 """
 
-import shutil
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from playwright.sync_api import expect, sync_playwright
 from pfm_llm.agent.agent import PersonalAgent
 from pfm_llm.agent.web.desk import Desk
 from pfm_llm.recommender import Recommender
-from tests.support.agent_page import TOKEN, served
+from tests.support.agent_page import CHROMIUM, TOKEN, served
 
 DOCS = Path(__file__).parents[2] / "docs"
 MOVES = 15
@@ -40,8 +39,7 @@ def main() -> None:
         agent = PersonalAgent(model, Path(folder) / "agent")
         ids = model.catalogue.item_ids
         agent.add_history([ids[item] for item in model.owner.history.items])
-        path = shutil.which("chromium") or shutil.which("chromium-browser")
-        browser = tool.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         with served(Desk(agent, model.catalogue)) as at:
             page = browser.new_page(base_url=at, viewport={"width": 1120, "height": 860})
             _measure(page, agent)

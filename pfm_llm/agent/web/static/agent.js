@@ -44,6 +44,24 @@ function later(kind, milliseconds, work) {
   timers.set(kind, setTimeout(() => attempt(work), milliseconds));
 }
 
+// The list follows the slider: one request at a time, the newest weight next.
+let [wanted, following, changes] = [null, false, 0];
+async function follow(weight) {
+  wanted = weight;
+  if (following) return;
+  following = true;
+  try {
+    while (wanted !== null) {
+      const [next, before] = [wanted, changes];
+      wanted = null;
+      const page = await fetchPage(`/?weight=${next}`);
+      if (before === changes) replace(page, "list");
+    }
+  } finally {
+    following = false;
+  }
+}
+
 // Where the focus was, so that it is not lost when the part of the page is replaced.
 function placeOf(form) {
   const row = form.closest("li");
@@ -70,7 +88,7 @@ document.addEventListener("submit", (event) => {
   const [place, button] = [placeOf(form), event.submitter];
   const label = button?.ariaLabel ?? button?.textContent;
   attempt(async () => {
-    running.get("list")?.abort();
+    [wanted, changes] = [null, changes + 1];
     const body = new URLSearchParams(new FormData(form, button));
     const page = await fetchPage(form.action, { method: "POST", body });
     replace(page, "main");
@@ -84,9 +102,7 @@ document.addEventListener("input", (event) => {
   if (isField(event, "weight")) {
     const weight = event.target.value;
     byId("shown").textContent = Number(weight).toFixed(2);
-    later("list", 20, async () => {
-      replace(await fetchPage(`/?weight=${weight}`, newest("list")), "list");
-    });
+    attempt(() => follow(weight));
   }
   if (isField(event, "q")) {
     const query = encodeURIComponent(event.target.value);
