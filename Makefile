@@ -9,6 +9,7 @@ STAMP := .venv/.installed
 LOWEST_STAMP := .venv-lowest/.installed
 FLOWER_STAMP := .venv-flower/.installed
 DP_STAMP := .venv-dp/.installed
+AGENT_STAMP := .venv-agent/.installed
 # The tests of a file run in one process, which makes what they share once; the long files come first.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 DOCS_STAMP := .venv/.docs
@@ -19,7 +20,7 @@ LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lowest federation flower privacy fuzz kills check lint format bench suite claims table docs clean
+.PHONY: help install demo test lowest federation flower privacy agent agent-test fuzz kills check lint format bench suite claims table docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +76,19 @@ $(DP_STAMP): pyproject.toml constraints-dp.txt
 	test -x .venv-dp/bin/python || $(PYTHON) -m venv .venv-dp
 	.venv-dp/bin/python -m pip install --quiet -c constraints-dp.txt "$(TORCH)"
 	.venv-dp/bin/python -m pip install --quiet -c constraints-dp.txt -e ".[test,dp]"
+	@touch $@
+
+agent: $(AGENT_STAMP) ## open the page of a personal agent on the newest run
+	.venv-agent/bin/pfm agent
+
+agent-test: $(AGENT_STAMP) ## run the tests of the agent's page, in Chromium where it is installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-agent/bin/python -m pytest -n 2 $(BY_FILE) \
+		tests/unit/agent tests/unit/test_layers.py tests/unit/test_imports.py tests/integration/test_agent_page.py
+
+$(AGENT_STAMP): pyproject.toml constraints-agent.txt
+	test -x .venv-agent/bin/python || $(PYTHON) -m venv .venv-agent
+	.venv-agent/bin/python -m pip install --quiet -c constraints-agent.txt "$(TORCH)"
+	.venv-agent/bin/python -m pip install --quiet -c constraints-agent.txt -e ".[agent-test]"
 	@touch $@
 
 fuzz: install ## try 100,000 hostile updates and 10,000 folders; an hour. Results go to results/faults

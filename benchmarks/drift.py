@@ -64,27 +64,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, replay, write the result and print it."""
     from pfm_llm.base import files
     from pfm_llm.base.progress import Progress
-    from pfm_llm.config.schema import load_config
-    from pfm_llm.config.shipped import find_config
     from pfm_llm.evaluation.evaluator import sample_users
     from pfm_llm.recommender import Recommender
     from pfm_llm.runs.environment import environment
-    from pfm_llm.runs.experiment import run_experiment
     from pfm_llm.runs.opening import open_run
 
-    sets = [
-        f"name=drift-{arguments.domain}",
-        f"output.dir={arguments.work}",
-        "evaluation.every=0",
-        "evaluation.baselines=[]",
-        "evaluation.splits=[validation]",
-        *SPLITS[arguments.domain],
-        *arguments.overrides,
-    ]
-    folder = arguments.run
-    if folder is None:
-        folder = run_experiment(load_config(find_config(arguments.domain), sets))
-    opened, trained = open_run(folder)
+    opened, trained = open_run(arguments.run or trained_run(arguments))
     config = opened.config
     model = Recommender.of_run(opened, trained)
     held_out = sample_users(opened.data.split.test, arguments.users, config.seed)
@@ -111,6 +96,24 @@ def run(arguments: argparse.Namespace) -> None:
     for row in rows:
         interval = f"[{row['ci_low']:+.4f}, {row['ci_high']:+.4f}]"
         print(f"{row['metric']:44} {row['value']:+.4f} {interval} {row['num_users']} users")
+
+
+def trained_run(arguments: argparse.Namespace) -> Path:
+    """The folder of a run on the events before those that are replayed."""
+    from pfm_llm.config.schema import load_config
+    from pfm_llm.config.shipped import find_config
+    from pfm_llm.runs.experiment import run_experiment
+
+    sets = [
+        f"name=drift-{arguments.domain}",
+        f"output.dir={arguments.work}",
+        "evaluation.every=0",
+        "evaluation.baselines=[]",
+        "evaluation.splits=[validation]",
+        *SPLITS[arguments.domain],
+        *arguments.overrides,
+    ]
+    return run_experiment(load_config(find_config(arguments.domain), sets))
 
 
 def replayed(model: "Recommender", query: "Query") -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """The personal agent: recommendations for one user, with reasons, under the user's control."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +12,14 @@ import numpy as np
 import torch
 
 from pfm_llm.agent.actions import Action, Event, Kind, Known
+from pfm_llm.agent.beliefs import Account, Beliefs, believe
 from pfm_llm.agent.folder import AgentFolder, Settings
 from pfm_llm.agent.less import Similarity
 from pfm_llm.agent.ranking import Ranking, places
 from pfm_llm.agent.reasons import Explanation, explain
-from pfm_llm.agent.sync import Check, check
+from pfm_llm.agent.sync import Check, check, check_fits
 from pfm_llm.base import files
-from pfm_llm.base.errors import ConfigError, DataError
+from pfm_llm.base.errors import DataError
 from pfm_llm.data.interactions import TITLE, Catalogue
 from pfm_llm.evaluation.new_places import NewPlaces
 from pfm_llm.publish import hub
@@ -46,19 +48,6 @@ class Suggestion:
     place: int
     place_shared: int
     own: float
-
-
-def check_fits(model: Recommender) -> None:
-    """Check that an agent can serve with a recommender.
-
-    Raises:
-        ConfigError: Its private part is trained by steps.
-    """
-    if not model.serving.fits:
-        raise ConfigError(
-            "an agent needs a private part that follows from the history, as that of method "
-            "pfm or pfm_embedding; this adapter's is trained by steps"
-        )
 
 
 class PersonalAgent:
@@ -130,6 +119,12 @@ class PersonalAgent:
         """What came and went: an entry for each adapter that was fetched, the oldest first."""
         return self._folder.ledger()
 
+    @property
+    def weight(self) -> float:
+        """Factor on the private part, as the user has set it, or else as training chose it."""
+        own = self.settings.weight
+        return self.model.serving.weight if own is None else own
+
     def history(self) -> tuple[Event, ...]:
         """All events, oldest first, those that do not count too."""
         return self.known.events
@@ -188,6 +183,12 @@ class PersonalAgent:
             DataError: There is no such item, or the user has met it.
         """
         return explain(self._ranking, self.known, item_id, self.settings.weight)
+
+    def beliefs(self, k: int = 10) -> Beliefs:
+        """What it believes of its user, beside the first ``k`` items of the list; see `beliefs`."""
+        shown = [one.item_id for one in self.recommend(k)]
+        found = believe(self._ranking, self.known, shown, self.settings.weight)
+        return dataclasses.replace(found, account=Account.of(self.ledger()))
 
     # What the user says
 
@@ -256,6 +257,14 @@ class PersonalAgent:
             raise DataError("exclude: give an item, or a period with since and until")
         at = self._clock()
         self._append(Action(kind=Kind.EXCLUDE, at=at, item_id=item_id, since=since, until=until))
+
+    def include(self, item_id: str) -> None:
+        """Let the events of an item count again that `exclude` left out."""
+        self._folder.change(
+            lambda actions: [
+                one for one in actions if (one.kind, one.item_id) != (Kind.EXCLUDE, item_id)
+            ]
+        )
 
     def undo(self) -> Action | None:
         """Take back the last action; None: there is none."""
@@ -349,6 +358,7 @@ class PersonalAgent:
         if (since is None) != (until is None) or (item_id is not None and since is not None):
             raise DataError("forget: give an item, a period with since and until, or nothing")
         before = self._folder.actions()
+        self._serve_with(self.model)  # which drops what was read off the history
         if item_id is None and since is None:
             self._folder.destroy()
             return len(before)

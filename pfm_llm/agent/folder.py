@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pfm_llm.agent.actions import Action
 from pfm_llm.base import files
@@ -22,6 +22,9 @@ ACTIONS, SETTINGS, LEDGER, LOCK = "actions.json", "settings.json", "ledger.json"
 ADAPTERS, IN_USE = "adapters", "in_use.json"
 FORMAT = "pfm-agent/1"
 """Of the file of an export, which holds actions and settings as they are here."""
+
+
+_LIST = TypeAdapter(list[Action])
 
 
 class Settings(BaseModel):
@@ -197,7 +200,7 @@ def _parsed(content: Any, origin: Path) -> list[Action]:
     if not isinstance(content, list):
         raise CorruptFileError(f"{origin}: the actions are no list; import an export instead")
     try:
-        return [Action.model_validate_json(json.dumps(one)) for one in content]
+        return _LIST.validate_json(json.dumps(content))
     except ValidationError as error:
         raise CorruptFileError(f"{origin}: an action cannot be read: {_first(error)}") from error
 

@@ -8,11 +8,13 @@ import torch
 
 from pfm_llm.agent.actions import Event
 from pfm_llm.base.errors import DataError
+from pfm_llm.base.turns import Turns
 from pfm_llm.data.history import History
 from pfm_llm.recommender import Recommender
 from pfm_llm.recommender.serving import Served
 
-_IN_A_PASS = 64
+_IN_A_PASS = 8
+"""Histories of a pass; another thread has its turn after each."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,24 @@ class Scores:
         return np.subtract(both, shared, out=np.zeros_like(both), where=candidates)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What is the same for some events whatever the weight is."""
+
+    events: tuple[Event, ...]
+    private: dict[str, torch.Tensor]
+    shared: np.ndarray
+
+
+_Without = tuple[tuple[tuple[Event, ...], float | None], list[tuple[Event, np.ndarray]]]
+"""Events and a weight, and the scores without each of the events."""
+
+
 class Ranking:
-    """Ranks the catalogue for one user at a time.
+    """Ranks the catalogue for one user at a time; several threads may use it.
+
+    It keeps in memory what it found for the events of the last call, and nothing older: a new
+    weight then costs one pass.
 
     Args:
         model: The recommender.
@@ -42,27 +60,53 @@ class Ranking:
 
     def __init__(self, model: Recommender) -> None:
         self.model = model
+        self._turns = Turns()
+        self._last: _Read | None = None
+        self._last_without: _Without | None = None
 
     def private(self, events: Sequence[Event]) -> dict[str, torch.Tensor]:
         """The private tensors of some events."""
-        return self.model.serving.fit([self._history(events)])[0]
+        with self._turns:
+            return self.model.serving.fit([self._history(events)])[0]
 
     def both(self, events: Sequence[Event], weight: float | None) -> Scores:
         """The scores after some events; see `StackedServing.scores`."""
-        history = self._history(events)
-        served = [Served(history, self.private(events)), Served(history)]
-        return Scores(*self.model.serving.scores(served, weight))
+        with self._turns:
+            read = self._read(tuple(events))
+            served = Served(self._history(events), read.private)
+            (both,) = self.model.serving.scores([served], weight)
+        return Scores(both, read.shared)
+
+    def _read(self, events: tuple[Event, ...]) -> _Read:
+        if self._last is None or self._last.events != events:
+            history, serving = self._history(events), self.model.serving
+            (private,) = serving.fit([history])
+            (shared,) = serving.scores([Served(history)])
+            self._last = _Read(events, private, shared)
+        return self._last
 
     def without_each(
         self, events: Sequence[Event], weight: float | None
+    ) -> Sequence[tuple[Event, np.ndarray]]:
+        """Each event with the scores [I] after all the others, as if it had never been.
+
+        They are kept for the last call: they are the reasons of every item.
+        """
+        asked = tuple(events), weight
+        if self._last_without is None or self._last_without[0] != asked:
+            self._last_without = asked, list(self._without_each(*asked))
+        return self._last_without[1]
+
+    def _without_each(
+        self, events: tuple[Event, ...], weight: float | None
     ) -> Iterator[tuple[Event, np.ndarray]]:
-        """Each event with the scores [I] after all the others, as if it had never been."""
         serving = self.model.serving
         for start in range(0, len(events), _IN_A_PASS):
             chunk = range(start, min(start + _IN_A_PASS, len(events)))
             left = [self._history([*events[:out], *events[out + 1 :]]) for out in chunk]
-            served = [Served(*one) for one in zip(left, serving.fit(left), strict=True)]
-            scores = serving.scores(served, weight)
+            with self._turns:
+                served = [Served(*one) for one in zip(left, serving.fit(left), strict=True)]
+                scores = serving.scores(served, weight)
             yield from ((events[out], one) for out, one in zip(chunk, scores, strict=True))
 
     def log_shares_of_next(self, events: Sequence[Event], first: int) -> list[float]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from pfm_llm.agent.actions import Event
 from pfm_llm.agent.ranking import Ranking
+from pfm_llm.base.errors import ConfigError
 from pfm_llm.recommender import Recommender
 
 NEWEST = 20
@@ -43,6 +44,19 @@ class Check:
         if self.difference is None or self.error is None:
             return True
         return self.difference >= -self.error
+
+
+def check_fits(model: Recommender) -> None:
+    """Check that an agent can serve with a recommender.
+
+    Raises:
+        ConfigError: Its private part is trained by steps.
+    """
+    if not model.serving.fits:
+        raise ConfigError(
+            "an agent needs a private part that follows from the history, as that of method "
+            "pfm or pfm_embedding; this adapter's is trained by steps"
+        )
 
 
 def check(older: Recommender, newer: Recommender, events: Sequence[Event]) -> Check:

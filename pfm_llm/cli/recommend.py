@@ -19,17 +19,15 @@ _History = Annotated[
         "titles are forgiven. An empty one is that of somebody of whom nothing is known."
     ),
 ]
-_Adapter = Annotated[
+Adapter = Annotated[
     str | None,
     typer.Option(help="Instead of --run: a Hub id, or a folder that was exported or pulled."),
 ]
-_Catalogue = Annotated[
+CatalogueFile = Annotated[
     str | None, typer.Option(help="File of items, when not those it was trained on.")
 ]
-_Backbone = Annotated[
-    str | None, typer.Option(help="Base model, when not as the adapter names it.")
-]
-_ItemEncoder = Annotated[
+Backbone = Annotated[str | None, typer.Option(help="Base model, when not as the adapter names it.")]
+ItemEncoder = Annotated[
     str | None, typer.Option(help="Encoder of item texts, when not as the adapter names it.")
 ]
 _Compare = Annotated[
@@ -66,11 +64,11 @@ def recommend(
     history: _History = None,
     run: options.Run = None,
     runs: options.Runs = Path("runs"),
-    adapter: _Adapter = None,
+    adapter: Adapter = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
-    catalogue: _Catalogue = None,
-    backbone: _Backbone = None,
-    item_encoder: _ItemEncoder = None,
+    catalogue: CatalogueFile = None,
+    backbone: Backbone = None,
+    item_encoder: ItemEncoder = None,
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Go on with other weights.")
     ] = False,
@@ -99,7 +97,7 @@ def recommend(
         "item_encoder": item_encoder,
         "allow_base_mismatch": allow_base_mismatch,
     }
-    model = _load(source, user, catalogue, revision, bases)
+    model = load(source, user, catalogue, revision, bases)
     if export_private is not None:
         model.export_private(export_private)
     items = None if history is None else _understood(model, history)
@@ -145,13 +143,14 @@ def _compare(
         print("\n\n".join(one.text() for one in found), lists.MARK, sep="\n\n")
 
 
-def _load(
+def load(
     source: str | Path,
     user: str | None,
     catalogue: str | None,
     revision: str | None,
     bases: "Bases",
 ) -> "Recommender":
+    """The recommender of a run or an adapter; says which items it does not know from training."""
     import sys
 
     from pfm_llm.recommender import Recommender

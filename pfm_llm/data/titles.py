@@ -19,6 +19,7 @@ _NUMBER = re.compile(r"\d+|i{2,3}|iv|vi{0,3}|ix|x")
 _SMALL_TYPO = 0.8  # of `difflib`: two letters of five that changed places
 _CLEARLY = 0.05
 _NEAR = 0.5
+_LIKE = 0.6  # for a list to choose from, where a wrong title costs a glance
 _MOST_NAMED = 3
 
 
@@ -75,6 +76,25 @@ def _names(text: str, ids: Collection[str]) -> list[str]:
     return names
 
 
+class TitleSearch:
+    """Finds items while a title is typed; typos are forgiven.
+
+    Args:
+        catalogue: The items.
+    """
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._index = _Index(catalogue)
+
+    def find(self, text: str, most: int = 10) -> list[str]:
+        """External ids, the best match first; none for a text without a letter or digit.
+
+        First come titles of exactly these words, then those that hold them (of the last word its
+        beginning will do), then those that look alike.
+        """
+        return self._index.search(text, most)
+
+
 class _Index:
     """The titles of a catalogue by their words."""
 
@@ -113,6 +133,18 @@ class _Index:
             f"no item {name!r} in the catalogue of {len(self._ids)} items ({some}, …); {hint}; "
             "give ids or titles, in double quotes where they hold a comma"
         )
+
+    def search(self, text: str, most: int) -> list[str]:
+        """See `TitleSearch.find`."""
+        keys, year = _keys(text)
+        if not keys:
+            return []
+        words = keys[0]
+        holding = [title for title in self._items if f" {words}" in f" {title}"]
+        holding.sort(key=lambda title: (title != words, not title.startswith(words), len(title)))
+        alike = difflib.get_close_matches(words, self._items, most, _LIKE)
+        items = (item for title in holding + alike for item in sorted(self._of([title], year)))
+        return [self._ids[item] for item in dict.fromkeys(items)][:most]
 
     def _single(self, name: str, items: Collection[int]) -> str | None:
         if len(items) > 1:

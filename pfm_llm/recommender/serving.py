@@ -119,6 +119,11 @@ class StackedServing:
         return self.parts.model.item_texts, own.get(recommender_head.ITEM_IDS)
 
     @property
+    def weight(self) -> float:
+        """Factor on private parts, as it was set, or chosen, in training."""
+        return self.trained.private_weight
+
+    @property
     def fits(self) -> bool:
         """Whether `fit` gives the private part of a history."""
         private = self.parts.private

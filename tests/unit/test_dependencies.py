@@ -20,8 +20,9 @@ FOR_TESTS = {
     canonicalize_name(found.name): found
     for found in map(Requirement, PROJECT["optional-dependencies"]["test"])
 }
-OPTIONAL = {"flwr", "dp-accounting"}
-"""In the extras [flower] and [dp]: `tests/unit/test_layers.py` says who may import them."""
+OPTIONAL = {"flwr", "dp-accounting", "fastapi", "starlette", "uvicorn", "mcp", "anyio"}
+"""In extras (anyio and starlette come with fastapi): `tests/unit/test_layers.py` says who may
+import them."""
 PACKAGE_OF = {"yaml": "pyyaml"}
 USED_BY_NAME = {
     "gguf": "transformers reads the embedded base model with it",
@@ -79,6 +80,14 @@ def test_privacy_changes_one_pin_and_adds_its_own() -> None:
     assert own.keys() - usual.keys() == {"dp-accounting", "dm-tree", "wrapt"}
     assert own["dp-accounting"] in library.specifier
     assert {name for name in usual if own[name] != usual[name]} == {"attrs"}
+
+
+def test_the_agent_changes_no_pin_and_adds_its_own() -> None:
+    extra = list(map(Requirement, PROJECT["optional-dependencies"]["agent"]))
+    usual, own = pinned("constraints.txt"), pinned("constraints-agent.txt")
+    assert {one.name for one in extra} == {"fastapi", "mcp", "python-multipart", "uvicorn"}
+    assert all(own[canonicalize_name(one.name)] in one.specifier for one in extra)
+    assert {name: own[name] for name in usual} == usual
 
 
 @pytest.mark.parametrize("name", sorted(DECLARED))

@@ -1,27 +1,32 @@
 """Importing is safe and quick: nothing happens at import, and help costs no torch."""
 
-import importlib.util
+import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+OPTIONAL = ("flwr", "fastapi", "starlette", "uvicorn", "mcp")
+MISSING = "|".join(name for name in OPTIONAL if not find_spec(name)) or "nothing"
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "pfm_llm").rglob("*.py")
-    if importlib.util.find_spec("flwr") or "from flwr" not in path.read_text()
+    if not re.search(rf"^(from|import) ({MISSING})\b", path.read_text(), re.MULTILINE)
 )
-"""All but those that import Flower where it is not installed."""
+"""All but those that import a library of an extra that is not installed."""
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 HEAVY = ("torch", "transformers", "numpy", "datasets", "pandas")
 COMMANDS = (
-    *("", "train", "evaluate", "recommend", "push", "suite", "versions", "config", "data", "node"),
+    *("", "train", "evaluate", "recommend", "push", "suite", "agent", "versions", "config"),
     *(f"versions {name}" for name in ("list", "diff", "verify", "rollback", "keygen", "pull")),
-    *("config show", "config list", "data check", "node serve", "node about", "node forget"),
+    *("data", "node", "config show", "config list", "data check"),
+    *("node serve", "node about", "node forget"),
 )
 
 

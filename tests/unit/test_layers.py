@@ -181,6 +181,21 @@ def test_only_the_transport_imports_flower() -> None:
     assert users_of(PACKAGE, "flwr") == {f"flower.{name}" for name in USERS_OF_FLOWER}
 
 
+def test_only_the_page_of_the_agent_imports_the_libraries_of_the_web() -> None:
+    for library in ("fastapi", "starlette", "uvicorn"):
+        using = users_of(PACKAGE, library)
+        assert using
+        assert all(module.startswith("agent.web.") for module in using)
+    assert users_of(PACKAGE, "mcp") == {"agent.web.mcp_server"}
+
+
+def test_what_the_agent_is_knows_nothing_of_its_page() -> None:
+    graph = module_imports(PACKAGE)
+    inner = {m: names for m, names in graph.items() if m.startswith("agent.") and ".web" not in m}
+    assert len(inner) > 5
+    assert [m for m, names in inner.items() if any(".agent.web" in name for name in names)] == []
+
+
 def test_what_runs_for_each_message_of_flower_imports_bytes_alone() -> None:
     """`flower.client_app` and `flower.wire` reach neither torch nor what imports it."""
     graph = module_imports(PACKAGE)
@@ -204,7 +219,7 @@ def test_files_and_functions_stay_small() -> None:
 def test_models_are_loaded_in_backbone_encoders_beside_it_and_converted_in_assets_only() -> None:
     callers = callers_of_from_pretrained(PACKAGE)
     others = {caller for caller in callers if not caller.startswith("model/backbone.py:")}
-    ours = {"cli/recommend.py:_load", "agent/agent.py:PersonalAgent"}  # of our own Recommender
+    ours = {"cli/recommend.py:load", "agent/agent.py:PersonalAgent"}  # of our own Recommender
     encoders = {"model/items/sentence_encoder.py:load_sentence_encoder"}
     assert others == {"base/assets.py:_dequantise"} | encoders | ours
     assert callers != others

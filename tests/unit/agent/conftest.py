@@ -1,22 +1,35 @@
-"""A recommender on a tiny random model, for the tests of agents."""
+"""An agent on a tiny random model, with a history."""
+
+from pathlib import Path
 
 import pytest
 
+from pfm_llm.agent.agent import PersonalAgent
 from pfm_llm.base.processes import Processes
-from pfm_llm.protocol.types import SharedState
 from pfm_llm.recommender import Recommender
-from pfm_llm.runs.folders import RunFolders
-from pfm_llm.runs.run import assemble, load_corpus
+from tests.support.agents import HISTORY, Clock, tiny_recommender
 from tests.support.tiny import Tiny
-from tests.support.tiny_models import stirred
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(
     tiny: Tiny, one_process: Processes, tmp_path_factory: pytest.TempPathFactory
 ) -> Recommender:
-    folder = tmp_path_factory.mktemp("run")
-    config = tiny.config(folder, method="pfm")
-    run = assemble(config, load_corpus(config), RunFolders.of(folder / config.name), one_process)
-    shared = SharedState(stirred(run.model.shared.tensors, seed=5), 3)
-    return Recommender.of_run(run, run.as_set(shared))
+    return tiny_recommender(tiny, one_process, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ids(model: Recommender) -> tuple[str, ...]:
+    return model.catalogue.item_ids
+
+
+@pytest.fixture
+def agent(model: Recommender, tmp_path: Path, clock: Clock, ids: tuple[str, ...]) -> PersonalAgent:
+    agent = PersonalAgent(model, tmp_path / "me", clock)
+    agent.add_history([ids[item] for item in HISTORY])
+    return agent

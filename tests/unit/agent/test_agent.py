@@ -15,33 +15,7 @@ from pfm_llm.agent.ranking import log_shares
 from pfm_llm.base.errors import ConfigError, CorruptFileError, DataError
 from pfm_llm.recommender import Recommender
 from tests.conftest import TinyRun
-
-HISTORY = (3, 8, 1, 20, 14, 6, 9)
-
-
-class _Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        self.now += 1
-        return self.now
-
-
-@pytest.fixture
-def clock() -> _Clock:
-    return _Clock()
-
-
-@pytest.fixture
-def ids(model: Recommender) -> tuple[str, ...]:
-    return model.catalogue.item_ids
-
-
-@pytest.fixture
-def agent(model: Recommender, tmp_path: Path, clock: _Clock, ids: tuple[str, ...]) -> PersonalAgent:
-    agent = PersonalAgent(model, tmp_path / "me", clock)
-    agent.add_history([ids[item] for item in HISTORY])
-    return agent
+from tests.support.agents import HISTORY, Clock
 
 
 def _list(agent: PersonalAgent, k: int = 10) -> list[str]:
@@ -96,7 +70,7 @@ def test_an_item_that_is_turned_down_goes_and_teaches_nothing(
     assert _same(agent.private_part(), before)
 
 
-def test_not_now_comes_back(agent: PersonalAgent, clock: _Clock) -> None:
+def test_not_now_comes_back(agent: PersonalAgent, clock: Clock) -> None:
     before = _list(agent)
     agent.feedback(before[0], "not_now")
     clock.now += NOT_NOW_SECONDS
@@ -176,9 +150,37 @@ def test_forgetting_everything_leaves_an_empty_folder(agent: PersonalAgent) -> N
     assert agent.settings.weight is None
 
 
+def test_events_that_were_left_out_can_count_again(
+    agent: PersonalAgent, ids: tuple[str, ...]
+) -> None:
+    before = agent.known
+    agent.exclude(ids[HISTORY[2]])
+    agent.exclude(ids[HISTORY[3]])
+    agent.include(ids[HISTORY[2]])
+    assert [event.item_id for event in agent.history() if not event.counts] == [ids[HISTORY[3]]]
+    agent.include(ids[HISTORY[3]])
+    assert agent.known == before
+
+
+def test_what_is_kept_in_memory_is_that_of_the_last_events(
+    agent: PersonalAgent, model: Recommender, tmp_path: Path, ids: tuple[str, ...]
+) -> None:
+    """Other events between two equal questions change neither list nor reasons."""
+    shown, reasons = agent.recommend(30), agent.explain(_list(agent)[0])
+    agent.feedback(_list(agent)[1], "like")
+    assert agent.recommend(30) != shown
+    assert agent.explain(shown[0].item_id) != reasons
+    agent.undo()
+    assert agent.recommend(30) == shown
+    assert agent.explain(shown[0].item_id) == reasons
+    assert agent.recommend(30, weight=0.3) != shown
+
+
 def test_the_mix_re_ranks_without_learning(agent: PersonalAgent) -> None:
     private, default = agent.private_part(), _list(agent)
+    assert agent.weight == agent._model.serving.weight
     agent.mix(0.0)
+    assert agent.weight == 0
     shared = _list(agent)
     assert shared != default
     assert _same(agent.private_part(), private)
@@ -210,7 +212,7 @@ def test_only_matching_items_are_shown(agent: PersonalAgent, model: Recommender)
 
 
 def test_an_export_is_read_back_elsewhere(
-    agent: PersonalAgent, model: Recommender, tmp_path: Path, clock: _Clock
+    agent: PersonalAgent, model: Recommender, tmp_path: Path, clock: Clock
 ) -> None:
     agent.feedback(_list(agent)[0], "less_like_this")
     agent.mix(0.25)

@@ -1,5 +1,6 @@
 """What each command makes of its command line."""
 
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,6 +120,9 @@ def test_a_new_repository_is_private_unless_public_is_said(
         (["recommend", "--adapter", "a"], "error: --adapter needs --history"),
         (["recommend", "--history", "a", "--compare"], "error: --compare is for users of a run"),
         (["push", "--repo", "a/b", "--private", "--public"], "error: --private and --public"),
+        (["agent", "--user", "1", "--adapter", "a"], "error: --user is of a run"),
+        (["agent", "--user", "1"], "error: --user needs --folder"),
+        (["agent", "talk"], "'talk' is not one of 'page', 'mcp'"),
         (["push"], "Missing option '--repo'"),
         (["data", "check", "x.csv", "--column", "usr=a"], "user, item, timestamp, rating, title"),
         (["data", "check", "/none.csv"], "error: /none.csv does not exist"),
@@ -162,3 +166,12 @@ def test_data_check_ends_with_1_when_training_would_fail(pfm: Run, tmp_path: Pat
     bad = pfm("data", "check", path)
     assert bad.exit_code == 1
     assert "problem: " in bad.stdout
+
+
+def test_the_agent_says_how_to_get_what_its_page_needs(
+    pfm: Run, a_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = pfm("agent", "--run", a_run)
+    assert result.exit_code == 2
+    assert "pip install -c constraints-agent.txt 'pfm-llm[agent]'" in result.stderr

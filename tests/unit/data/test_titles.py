@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pfm_llm.base.errors import DataError
 from pfm_llm.data.interactions import Catalogue
-from pfm_llm.data.titles import find_items
+from pfm_llm.data.titles import TitleSearch, find_items
 
 FILMS = {
     "50": "Star Wars (1977)",
@@ -138,3 +138,27 @@ def test_an_id_may_hold_commas() -> None:
     catalogue = Catalogue(("k,l", "c, d", "e"), {"title": ("One", "Two", "Three")})
     assert find_items("k,l", catalogue) == ["k,l"]
     assert find_items('e, k,l, "c, d", Two', catalogue) == ["e", "k,l", "c, d", "c, d"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("godfather", ["127", "187"]),
+        ("the godf", ["127", "187"]),
+        ("godfathr", ["127", "187"]),
+        ("par", ["187"]),
+        ("wars", ["50"]),
+        ("star wras", ["50"]),
+        ("sabrina", ["274", "486"]),
+        ("sabrina (1954)", ["486"]),
+        ("cité des enf", ["90"]),
+        ("", []),
+        ("?!", []),
+        ("zzzzzz", []),
+    ],
+)
+def test_a_search_gives_what_holds_the_words_and_what_looks_alike(
+    text: str, found: list[str]
+) -> None:
+    assert TitleSearch(CATALOGUE).find(text) == found
+    assert TitleSearch(CATALOGUE).find(text, 1) == found[:1]

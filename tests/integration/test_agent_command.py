@@ -1,0 +1,77 @@
+"""``pfm agent`` as a user starts it: on a run, with a user's history, until Ctrl-C."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra [agent] is not installed")
+pytest.importorskip("mcp", reason="the extra [agent] is not installed")
+
+import anyio
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters, stdio_client
+
+from pfm_llm.runs.experiment import run_experiment
+from tests.support.tiny import Tiny
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny.config(tmp_path_factory.mktemp("runs"), method="pfm", federation__num_rounds=2)
+    run_experiment(config)
+    return Path(config.output.dir) / config.name
+
+
+def _words(run: Path, folder: Path, *more: str) -> list[str]:
+    fixed = ["-m", "pfm_llm.cli", "agent", *more, "--run", str(run)]
+    return [*fixed, "--user", "u3", "--folder", str(folder), "--no-browser", "--port", "0"]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_the_page_answers_with_the_users_history_until_it_is_interrupted(
+    run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "me"
+    command = [sys.executable, *_words(run, folder)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=_environment()
+    ) as process:
+        assert process.stderr is not None
+        found = next(filter(None, (re.search(r"http://\S+", line) for line in process.stderr)))
+        at, _, token = found[0].partition("/?token=")
+        assert at.startswith("http://127.0.0.1:")
+        assert (folder / "token").read_text() == token
+        headers = {"Authorization": f"Bearer {token}"}
+        events = httpx2.get(f"{at}/api/history", headers=headers).json()
+        assert len(events) >= 5
+        assert httpx2.get(f"{at}/api/history").status_code == 401
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    kept = json.loads((folder / "actions.json").read_text())
+    assert [one["item_id"] for one in kept] == [event["item_id"] for event in events]
+
+
+def test_an_assistant_starts_it_and_talks_over_pipes(run: Path, tmp_path: Path) -> None:
+    words = _words(run, tmp_path / "me", "mcp")
+    server = StdioServerParameters(command=sys.executable, args=words, env=_environment())
+
+    async def ask() -> int:
+        async with Client(stdio_client(server)) as client:
+            answer = await client.call_tool("recommend", {"k": 4})
+            assert answer.structured_content is not None
+            return len(answer.structured_content["result"])
+
+    assert anyio.run(ask) == 4
