@@ -426,4 +426,4 @@ def test_ids_that_are_numbers_may_be_given_as_numbers() -> None:
     model = object.__new__(Recommender)
     model._index = {"50": 0, "7": 1}
     mixed: list[str] = [7, "50", np.int64(7)]  # type: ignore[list-item]
-    assert model._items(mixed).tolist() == [1, 0, 1]
+    assert model.items(mixed).tolist() == [1, 0, 1]

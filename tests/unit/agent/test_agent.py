@@ -178,7 +178,7 @@ def test_what_is_kept_in_memory_is_that_of_the_last_events(
 
 def test_the_mix_re_ranks_without_learning(agent: PersonalAgent) -> None:
     private, default = agent.private_part(), _list(agent)
-    assert agent.weight == agent._model.serving.weight
+    assert agent.weight == agent.model.serving.weight
     agent.mix(0.0)
     assert agent.weight == 0
     shared = _list(agent)
