@@ -11,7 +11,7 @@ import numpy as np
 
 from pfm_llm.audit import adapter
 from pfm_llm.audit.attacks import Suspects
-from pfm_llm.audit.figures import UPDATE, AuditRow, Findings, adapter_row
+from pfm_llm.audit.figures import UPDATE, AuditRow, Findings, adapter_row, place_of
 from pfm_llm.audit.modes import AuditMode, Protection, check_auditable, config_of
 from pfm_llm.audit.view import watch_round
 from pfm_llm.base.errors import ConfigError
@@ -213,8 +213,7 @@ def _audited(subject: _Subject, plan: Plan) -> dict[str, Any]:
     found = _Audit(subject, plan)
     for modes in _GROUPS:
         run = found.run_group(modes)
-    order = {mode.value: place for place, mode in enumerate(AuditMode)}
-    rows = sorted(found.rows, key=lambda row: (order[row.mode], row.surface, row.metric))
+    rows = sorted(found.rows, key=place_of)
     if not rows:
         raise ConfigError(f"an audit needs {_FEWEST_USERS} users at least; give more data")
     return {
@@ -239,7 +238,7 @@ def _sample(run: Run, count: int) -> tuple[str, ...]:
 
 def _cohorts(clients: Sequence[str], size: int, seed: int) -> Iterator[list[str]]:
     """Cohorts of a size; nobody is in one twice before everybody was, but for a remainder."""
-    count, made, generator = max(_FEWEST_SUMS, _CLIENTS_SEEN // size), 0, None
+    count, made = max(_FEWEST_SUMS, _CLIENTS_SEEN // size), 0
     generator = numpy_generator(seed, f"audit/cohorts/{size}")
     while made < count:
         order = generator.permutation(len(clients))

@@ -17,6 +17,9 @@ UPDATE, ADAPTER = "update", "adapter"
 PRECISION, RECALL, MEMBERSHIP = "items_precision", "items_recall", "membership_auc"
 
 
+_SURFACES = (UPDATE, "sum", "released", ADAPTER)
+
+
 @dataclass(frozen=True)
 class AuditRow:
     """One measured figure.
@@ -46,6 +49,13 @@ class AuditRow:
     reader: str = ""
     split: str = "train"
     candidates: str = "full"
+
+
+def place_of(row: AuditRow) -> tuple[int, int, int, str]:
+    """What rows are sorted by: the mode, the surface, its number of clients, the figure."""
+    kind, _, count = row.surface.partition("_")
+    mode = list(AuditMode).index(AuditMode(row.mode))
+    return mode, _SURFACES.index(kind), int(count or 0), row.metric
 
 
 _Hits = tuple[float, float, float, float]

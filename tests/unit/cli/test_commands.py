@@ -114,7 +114,7 @@ def test_a_new_repository_is_private_unless_public_is_said(
     ("words", "message"),
     [
         (["train", "--from-round", "3"], "error: --from-round goes with --resume"),
-        (["train", "--config", "quickstar"], "shipped are games, groceries, ml100k, quickstart"),
+        (["train", "--config", "quickstar"], "shipped are deployment, games, groceries"),
         (["train", "--config", "quickstart", "--set", "sead=1"], "did you mean seed?"),
         (["recommend"], "error: give --user, or --history, or --compare"),
         (["recommend", "--user", "1", "--history", "a"], "error: give --user, or --history"),
@@ -147,8 +147,9 @@ def test_version(pfm: Run) -> None:
 
 def test_config_list_says_a_line_of_each(pfm: Run) -> None:
     lines = pfm("config", "list").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["games", "groceries", "ml100k", "quickstart"]
-    assert lines[2].split(maxsplit=1)[1].startswith("MovieLens-100K")
+    names = ["deployment", "games", "groceries", "ml100k", "quickstart"]
+    assert [line.split()[0] for line in lines] == names
+    assert lines[3].split(maxsplit=1)[1].startswith("MovieLens-100K")
 
 
 def test_config_show_resolves_names_and_overrides(pfm: Run) -> None:
