@@ -27,7 +27,7 @@ from pfm_llm.publish.artefact import Artefact
 from pfm_llm.runs.environment import environment
 from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.opening import run_in_work
-from pfm_llm.runs.run import Corpus, Run, assemble, load_corpus, make_trainer, settled
+from pfm_llm.runs.run import Corpus, Run, assemble, load_corpus, settled
 
 _GROUPS = (
     (AuditMode.CLEAR, AuditMode.CLIP, AuditMode.MASKS),
@@ -111,25 +111,18 @@ class _Audit:
 
     def _protected(self, run: Run, mode: AuditMode) -> Run:
         """The run whose clients and server protect updates in another way."""
-        config, clients = self._config(mode), run.clients
-        trainer = make_trainer(config, run.model, clients.histories, clients.store)
-        return dataclasses.replace(
-            run, config=config, clients=dataclasses.replace(clients, trainer=trainer)
-        )
+        return adapter.with_trainer(run, self._config(mode))
 
     def _audit_adapters(self, run: Run, modes: Sequence[AuditMode]) -> None:
         inside, outside = adapter.halves(run)
         count = self.plan.users
-        asked = [*inside[:count], *outside[:count]]
-        before = adapter.losses(run, asked, run.model.shared, "losses before training")
+        asked, members = [*inside[:count], *outside[:count]], min(count, len(inside))
         for mode in modes:
             trained = adapter.train_on(self._protected(run, mode), inside, self.plan.passes)
             if mode is AuditMode.CLEAR and self.subject.shared is None:
                 self.shared = trained
-            after = adapter.losses(run, asked, trained, f"losses after training, {mode}")
-            fallen = before - after
-            members = min(count, len(inside))
-            self.rows.append(adapter_row(mode, fallen[:members], fallen[members:]))
+            scores = adapter.marks(run, asked, trained, f"users of the adapter, {mode}")
+            self.rows.append(adapter_row(mode, scores, members))
 
     def _audit_rounds(
         self,
@@ -157,7 +150,8 @@ class _Audit:
                     summed.add(seen.summed, suspects)
                     if mode.is_noisy:
                         released.add(seen.released, suspects)
-                    for message in seen.messages if size == sizes[0] else ():
+                    # Masks are new in each round; an update in the clear is the same one again.
+                    for message in seen.messages if mode.is_masked or size == sizes[0] else ():
                         messages.add(message, suspects)
                     progress.update()
             self.rows += summed.rows() + (released.rows() if mode.is_noisy else [])

@@ -33,7 +33,7 @@ class AuditRow:
         ci_high: Upper end of it.
         num_users: How many users, or sums of users, it is over.
         chance: What a guess has: half of `MEMBERSHIP`; of items, a random choice of as many.
-        reader: What the items are read off; empty for `MEMBERSHIP`.
+        reader: What the items are read off; of an adapter the score; else empty.
         split: The data that are attacked: training histories.
         candidates: Of the items: the whole catalogue.
     """
@@ -97,14 +97,14 @@ class Findings:
             self._hits.setdefault(reader, {}).setdefault(view.members, []).append(found_of)
 
     def rows(self) -> list[AuditRow]:
-        """The figures; of all readers that with the largest recall, and then precision."""
+        """The figures; of all readers that with the largest F1 of its mean precision and recall."""
         rows = [self._row(MEMBERSHIP, np.array([np.mean(own) for own in self._aucs.values()]))]
         means = {
             reader: np.array([np.mean(hits, axis=0) for hits in by_members.values()])
             for reader, by_members in self._hits.items()
         }
         if means:
-            best = max(means, key=lambda reader: tuple(means[reader].mean(0)[[1, 0]]))
+            best = max(means, key=lambda reader: _f1(*means[reader].mean(0)[:2]))
             for column, metric in enumerate((PRECISION, RECALL)):
                 chance = float(means[best][:, column + 2].mean())
                 rows.append(self._row(metric, means[best][:, column], chance, best))
@@ -119,22 +119,27 @@ class Findings:
         )
 
 
-def adapter_row(mode: AuditMode, inside: np.ndarray, outside: np.ndarray) -> AuditRow:
-    """The AUC of scores of users that trained an adapter against users that did not.
+def _f1(precision: float, recall: float) -> float:
+    return 2 * precision * recall / max(precision + recall, 1e-12)
+
+
+def adapter_row(mode: AuditMode, scores: Mapping[str, np.ndarray], members: int) -> AuditRow:
+    """The AUC of users that trained an adapter against users that did not, by the best score.
 
     The interval is a percentile bootstrap over the users of both sides.
 
     Args:
         mode: How the updates of the training were protected.
-        inside: float64 [users].
-        outside: float64 [other users].
+        scores: Name of a score to float64 [users].
+        members: The first so many users have trained.
     """
-    scores = np.concatenate([inside, outside])
-    labels = np.arange(len(scores)) < len(inside)
+    labels = np.arange(len(next(iter(scores.values())))) < members
+    name = max(scores, key=lambda one: auc(scores[one], labels))
+    sides = scores[name][:members], scores[name][members:]
     generator, found = np.random.default_rng(0), []
     for _ in range(Bootstrap().num_resamples):
-        drawn = [generator.choice(side, len(side)) for side in (inside, outside)]
-        found.append(auc(np.concatenate(drawn), labels))
+        drawn = np.concatenate([generator.choice(side, len(side)) for side in sides])
+        found.append(auc(drawn, labels))
     low, high = np.quantile(found, (0.025, 0.975)).tolist()
-    value = auc(scores, labels)
-    return AuditRow(mode.value, ADAPTER, MEMBERSHIP, value, low, high, len(scores))
+    value = auc(scores[name], labels)
+    return AuditRow(mode.value, ADAPTER, MEMBERSHIP, value, low, high, len(labels), reader=name)

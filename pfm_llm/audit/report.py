@@ -7,7 +7,7 @@ from pfm_llm.audit.figures import ADAPTER, MEMBERSHIP, PRECISION, RECALL, UPDATE
 from pfm_llm.audit.modes import AuditMode
 
 MARGIN = 0.05
-"""How far above chance a figure counts as a leak."""
+"""How far above chance a figure counts as a leak, if its interval is above chance as well."""
 _COLUMNS = ("mode", "surface", "figure", "value", "95 % interval", "chance")
 
 
@@ -48,7 +48,7 @@ def sentence(mode: AuditMode, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _is_leak(row: Mapping[str, Any]) -> bool:
-    return bool(row["value"] > row["chance"] + MARGIN)
+    return bool(row["value"] > row["chance"] + MARGIN and row["ci_low"] > row["chance"])
 
 
 def _named(surface: str) -> str:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from pfm_llm.audit import adapter, audit, figures, report, view
+from pfm_llm.audit.attacks import Suspects
 from pfm_llm.audit.modes import AuditMode, Protection, config_of
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.protocol.types import euclidean_norm
+from pfm_llm.model.head import ITEM_IDS, ITEM_MET
+from pfm_llm.protocol.types import ClientUpdate, euclidean_norm
 from pfm_llm.runs.experiment import run_experiment
 from pfm_llm.runs.run import Run
 from tests.conftest import TinyConfig, TinyRun
@@ -151,11 +153,22 @@ def test_an_adapter_is_of_those_it_was_trained_on_alone(tiny_run: TinyRun) -> No
     assert any(not torch.equal(t, run.model.shared.tensors[n]) for n, t in trained.tensors.items())
 
 
-def test_the_auc_of_an_adapter_has_an_interval_over_users() -> None:
-    row = figures.adapter_row(AuditMode.CLEAR, np.array([2.0, 3.0, 1.0]), np.array([0.0, 1.5]))
+def test_the_auc_of_an_adapter_is_that_of_its_best_score() -> None:
+    scores = {"loss": np.zeros(5), "rows": np.array([2.0, 3.0, 1.0, 0.0, 1.5])}
+    row = figures.adapter_row(AuditMode.CLEAR, scores, 3)
     assert row.value == pytest.approx(5 / 6)
     assert row.ci_low < row.value <= row.ci_high == 1.0
-    assert row.num_users == 5
+    assert (row.num_users, row.reader) == (5, "rows")
+
+
+def test_who_trained_much_is_told_by_the_rows_of_items(tiny_run: TinyRun) -> None:
+    run = tiny_run(method="pfm", head__dropout=0.0)
+    inside, outside = adapter.halves(run)
+    trained = adapter.train_on(run, inside, 60.0)
+    row = figures.adapter_row(
+        AuditMode.CLEAR, adapter.marks(run, [*inside, *outside], trained, "users"), len(inside)
+    )
+    assert row.value > 0.75
 
 
 def test_a_sentence_says_what_leaks_by_a_margin_over_chance() -> None:
@@ -184,3 +197,29 @@ def test_figures_name_no_user(tiny_config: TinyConfig, tmp_path: Path) -> None:
     plan = audit.Plan(users=8, cohorts=(3,), passes=0.0, protection=PROTECTION)
     found = str(audit.audit_config(tiny_config(), plan))
     assert "user-" not in found
+
+
+def test_a_reader_that_takes_everything_is_not_the_best() -> None:
+    met = torch.zeros(6)
+    met[[1, 4]] = 1e-3
+    everywhere = torch.ones(6, 3)
+    delta = {ITEM_MET: met, ITEM_IDS: everywhere}
+    other = {ITEM_MET: torch.zeros(6), ITEM_IDS: -everywhere}
+    updates = {c: ClientUpdate(c, 1, "h", 9, 1.0, d) for c, d in (("a", delta), ("b", other))}
+    histories = {"a": frozenset({1, 2, 4}), "b": frozenset({0})}
+    found = figures.Findings(AuditMode.CLEAR, "update", histories, torch.eye(6), 9)
+    found.add(view.View(delta, frozenset("a"), 9), Suspects(updates))
+    rows = {row.metric: row for row in found.rows()}
+    assert rows["items_precision"].reader == rows["items_recall"].reader == ITEM_MET
+    assert rows["items_precision"].value == 1.0
+    assert rows["items_recall"].value == pytest.approx(2 / 3)
+    assert rows["items_recall"].chance == pytest.approx(2 / 6)
+    assert rows["membership_auc"].value == 1.0
+
+
+def test_a_figure_above_chance_by_chance_is_no_leak() -> None:
+    row = {"mode": "noise", "surface": "adapter", "metric": "membership_auc", "chance": 0.5}
+    figures_of = {"value": 0.58, "ci_low": 0.49, "ci_high": 0.66}
+    assert report.sentence(AuditMode.NOISE, [{**row, **figures_of}]) == (
+        "noise: keeps who trained the adapter"
+    )
