@@ -59,7 +59,7 @@ federation: $(FLOWER_STAMP) ## run a federation on Flower: TLS, three nodes on t
 
 flower: $(FLOWER_STAMP) ## run the tests that need Flower
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-flower/bin/python -m pytest -n 2 $(BY_FILE) \
-		tests/integration/test_flower_faults.py tests/integration/test_flower.py \
+		tests/integration/test_flower_faults.py tests/integration/test_flower.py tests/integration/test_canary_flower.py \
 		tests/unit/flower tests/unit/test_layers.py tests/unit/test_imports.py
 
 $(FLOWER_STAMP): pyproject.toml constraints-flower.txt

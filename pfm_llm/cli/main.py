@@ -10,6 +10,7 @@ import typer
 from pfm_llm import __version__
 from pfm_llm.cli import config, data, node, versions
 from pfm_llm.cli.agent import agent
+from pfm_llm.cli.audit import audit
 from pfm_llm.cli.evaluate import evaluate
 from pfm_llm.cli.options import ManyValues
 from pfm_llm.cli.push import push
@@ -32,6 +33,7 @@ def make_app() -> typer.Typer:
     app.command("recommend")(_safe(recommend))
     app.command("agent")(_safe(agent))
     app.command("push")(_safe(push))
+    app.command("audit", cls=ManyValues)(_safe(audit))
     app.command("suite", cls=ManyValues)(_safe(suite, again))
     groups = {"versions": versions, "config": config, "data": data, "node": node}
     for name, module in groups.items():

@@ -23,7 +23,7 @@ LAYERS = [line.split() for line in """
     publish
     runs
     node
-    suite
+    audit suite
     recommender
     agent
     federated

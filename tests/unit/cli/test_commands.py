@@ -1,6 +1,7 @@
 """What each command makes of its command line."""
 
 import importlib.util
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pfm_llm import __version__
+from pfm_llm.audit import audit
+from pfm_llm.audit.modes import Protection
 from pfm_llm.cli.main import make_app
-from pfm_llm.config.schema import load_config
+from pfm_llm.config.schema import ExperimentConfig, load_config
 from pfm_llm.config.shipped import find_config
 from pfm_llm.runs import experiment, publication
 
@@ -112,7 +115,7 @@ def test_a_new_repository_is_private_unless_public_is_said(
     ("words", "message"),
     [
         (["train", "--from-round", "3"], "error: --from-round goes with --resume"),
-        (["train", "--config", "quickstar"], "shipped are games, groceries, ml100k, quickstart"),
+        (["train", "--config", "quickstar"], "shipped are deployment, games, groceries"),
         (["train", "--config", "quickstart", "--set", "sead=1"], "did you mean seed?"),
         (["recommend"], "error: give --user, or --history, or --compare"),
         (["recommend", "--user", "1", "--history", "a"], "error: give --user, or --history"),
@@ -127,6 +130,9 @@ def test_a_new_repository_is_private_unless_public_is_said(
         (["data", "check", "x.csv", "--column", "usr=a"], "user, item, timestamp, rating, title"),
         (["data", "check", "/none.csv"], "error: /none.csv does not exist"),
         (["suite", "--suite", "/none.yaml"], "error: cannot read config /none.yaml"),
+        (["audit", "x", "--config", "quickstart"], "error: give a run or --config, not both"),
+        (["audit", "--set", "seed=1"], "error: --set goes with --config"),
+        (["audit", "no-such-run"], "error: no run at no-such-run"),
     ],
 )
 def test_a_wrong_command_line_is_said_in_a_message(
@@ -145,8 +151,9 @@ def test_version(pfm: Run) -> None:
 
 def test_config_list_says_a_line_of_each(pfm: Run) -> None:
     lines = pfm("config", "list").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["games", "groceries", "ml100k", "quickstart"]
-    assert lines[2].split(maxsplit=1)[1].startswith("MovieLens-100K")
+    names = ["deployment", "games", "groceries", "ml100k", "quickstart"]
+    assert [line.split()[0] for line in lines] == names
+    assert lines[3].split(maxsplit=1)[1].startswith("MovieLens-100K")
 
 
 def test_config_show_resolves_names_and_overrides(pfm: Run) -> None:
@@ -175,3 +182,29 @@ def test_the_agent_says_how_to_get_what_its_page_needs(
     result = pfm("agent", "--run", a_run)
     assert result.exit_code == 2
     assert "pip install -c constraints-agent.txt 'pfm-llm[agent]'" in result.stderr
+
+
+def test_audit_prints_what_leaks_and_writes_the_figures(
+    pfm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {
+        "mode": "clear", "surface": "update", "metric": "membership_auc", "value": 1.0,
+        "ci_low": 1.0, "ci_high": 1.0, "chance": 0.5,
+    }  # fmt: skip
+    asked = []
+
+    def found(config: ExperimentConfig, plan: audit.Plan) -> dict[str, object]:
+        asked.append((config, plan))
+        return {"rows": [row]}
+
+    monkeypatch.setattr(audit, "audit_config", found)
+    out = tmp_path / "audit.json"
+    options = ["--users", "9", "--passes", "0", "--norm", "2", "--noise", "4", "--out", out]
+    result = pfm("audit", "--config", "quickstart", "--set", "seed=3", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("clear: leaks who is in one message\n")
+    assert json.loads(out.read_text()) == {"rows": [row]}
+    plan = audit.Plan(users=9, passes=0.0, protection=Protection(2.0, 4.0))
+    assert asked == [(load_config(find_config("quickstart"), ["seed=3"]), plan)]
+    printed = pfm("audit", "--config", "quickstart", "--json").stdout
+    assert json.loads(printed) == {"rows": [row]}

@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 
+from pfm_llm.audit.modes import AuditMode, Protection, config_of
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.config import shipped
+from pfm_llm.config.choices import Participation
 from pfm_llm.config.methods import Method
 from pfm_llm.config.schema import ExperimentConfig, load_config, parse_config, read_yaml
 from pfm_llm.config.settings import leaves
 from pfm_llm.config.settle import settle
 from pfm_llm.config.shipped import find_config, shipped_folder
+from pfm_llm.config.stages import PrivacyConfig
+from pfm_llm.server.privacy.accounting import epsilon_of
 from pfm_llm.suite.plan import BudgetConfig, RunConfig, SuiteConfig, load_suite
 
 CONFIGS = sorted(shipped_folder().glob("*.yaml"))
@@ -32,7 +36,7 @@ def equal_to_a_default(settings: dict[str, object]) -> list[str]:
 
 def test_there_are_configs_and_suites() -> None:
     names = {path.stem for path in CONFIGS}
-    assert names == {"quickstart", "ml100k", "games", "groceries"}
+    assert names == {"deployment", "quickstart", "ml100k", "games", "groceries"}
     assert {path.stem for path in SUITES} == {
         "ml100k",
         "ml100k_next",
@@ -47,6 +51,29 @@ def test_there_are_configs_and_suites() -> None:
 def test_no_line_of_a_config_says_what_is_the_default(path: Path) -> None:
     load_config(path)
     assert equal_to_a_default(leaves(read_yaml(path))) == []
+
+
+def test_a_deployment_is_protected_in_every_way_that_an_audit_measures() -> None:
+    config = load_config(find_config("deployment"))
+    safest = config_of(config, AuditMode.ALL, Protection()).federation
+    own = config.federation
+    assert own.masks == safest.masks is not None
+    assert own.stages == safest.stages
+    assert own.privacy is not None
+    assert safest.privacy is not None
+    assert own.privacy.noise_multiplier == safest.privacy.noise_multiplier
+    assert own.privacy.participation is Participation.PASSES
+    # Each user is in so many rounds; more would exceed the budget.
+    assert own.passes == 3
+
+
+def test_a_deployment_stays_within_its_budget() -> None:
+    pytest.importorskip("dp_accounting", reason="the extra [dp] is not installed")
+    config = settle(load_config(find_config("deployment")), 100_000)
+    privacy = config.federation.privacy
+    assert privacy is not None
+    epsilon = epsilon_of(privacy.noise_multiplier or 0.0, 3, None, privacy.delta)
+    assert 0.8 < epsilon < (privacy.max_epsilon or 0.0)
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
@@ -121,5 +148,7 @@ def test_an_installed_package_has_them_inside(
 
 def test_every_setting_of_a_shipped_config_exists() -> None:
     known: Any = leaves(ExperimentConfig(name="x").model_dump(mode="json")).keys()
+    # These are not dumped while they are off.
+    off = {"federation.masks", *(f"federation.privacy.{key}" for key in PrivacyConfig.model_fields)}
     for path in CONFIGS:
-        assert leaves(read_yaml(path)).keys() <= known
+        assert leaves(read_yaml(path)).keys() <= known | off
