@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from pfm_llm.base.errors import BusyError
 from pfm_llm.base.files import storage_errors
 
 _log = logging.getLogger(__name__)
+
+LOADING = threading.RLock()
+"""Held while a model is loaded. Transformers replaces functions of its own meanwhile, and puts them
+back in the wrong order where two threads load at a time: no model would tie its weights then."""
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pfm_llm.base import assets, files
 from pfm_llm.base.errors import BackboneError, PfmError
+from pfm_llm.base.locks import LOADING
 from pfm_llm.base.progress import Progress
 from pfm_llm.config.choices import Dtype, Pooling
 from pfm_llm.config.schema import BackboneConfig
@@ -280,7 +281,7 @@ def _loading(config: BackboneConfig) -> Iterator[tuple[str | Path, dict[str, Any
     source: str | Path = embedded() if embedded else config.name
     options = {"revision": config.revision, "trust_remote_code": False}
     try:
-        with files.interruptible():
+        with LOADING, files.interruptible():
             yield source, options, AutoConfig.from_pretrained(source, **options)
     except PfmError:
         raise

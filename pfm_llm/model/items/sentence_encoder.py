@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from pfm_llm.base import assets, files
 from pfm_llm.base.errors import BackboneError, PfmError
+from pfm_llm.base.locks import LOADING
 from pfm_llm.base.progress import Progress
 from pfm_llm.config.model import DETAILED_TOKENS, ItemsConfig
 from pfm_llm.model.backbone import hash_weights, reason_of
@@ -99,7 +100,7 @@ def load_sentence_encoder(config: ItemsConfig) -> SentenceEncoder:
     source: str | Path = embedded() if embedded else config.encoder
     options: Any = {"revision": config.revision, "trust_remote_code": False}
     try:
-        with files.interruptible():
+        with LOADING, files.interruptible():
             by_cls = _is_by_cls(source, config.revision)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = AutoModel.from_pretrained(source, **options, use_safetensors=True)
