@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     from pfm_llm.base.progress import Progress
     from pfm_llm.evaluation.evaluator import sample_users
     from pfm_llm.recommender import Recommender
-    from pfm_llm.runs.environment import environment
+    from pfm_llm.runs.environment import environment_of
     from pfm_llm.runs.opening import open_run
 
     opened, trained = open_run(arguments.run or trained_run(arguments))
@@ -83,13 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         "rows": rows,
         "private_weight": trained.private_weight,
         "config": config.model_dump(mode="json") | {"users": arguments.users},
-        "environment": environment(
-            seed=config.seed,
-            dtype=config.backbone.dtype,
-            threads=opened.processes.threads,
-            num_processes=opened.processes.count,
-            device=opened.processes.device.type,
-        ),
+        "environment": environment_of(opened),
     }
     out = arguments.out or ROOT / "results" / "drift" / f"{arguments.domain}.json"
     files.write_json(out, result)

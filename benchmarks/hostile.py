@@ -156,11 +156,12 @@ def run(arguments: argparse.Namespace) -> None:
     from benchmarks.attacking.arena import Defence
     from pfm_llm.base import files
     from pfm_llm.base.processes import start_processes
+    from pfm_llm.runs.environment import environment_of
 
     processes = start_processes(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         ring = assembled(arguments, Path(folder), processes)
-        here = environment_of(ring)  # now: it names the commit of the code that runs
+        here = environment_of(ring.run)  # now: it names the commit of the code that runs
         plain = ring.match(NOTHING, Defence({}, bounded=False), NOBODY, 0.0)
         median = plain.outcome.norms["median"]
         norm, share, tried = chosen(ring, median)
@@ -185,20 +186,6 @@ def run(arguments: argparse.Namespace) -> None:
         }
     files.write_json(arguments.out, result)
     print(table(result["rows"]))
-
-
-def environment_of(ring: Ring) -> dict[str, Any]:
-    """Versions, machine, seed and commit."""
-    from pfm_llm.runs.environment import environment
-
-    run = ring.run
-    return environment(
-        seed=run.config.seed,
-        dtype=str(run.model.backbone.dtype).removeprefix("torch."),
-        threads=run.processes.threads,
-        num_processes=run.processes.count,
-        device=run.processes.device.type,
-    )
 
 
 def assembled(arguments: argparse.Namespace, folder: Path, processes: "Processes") -> Ring:

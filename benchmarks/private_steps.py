@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     from pfm_llm.config.cut_offs import HEADLINE_K
     from pfm_llm.evaluation.personality.estimates import Bootstrap
     from pfm_llm.protocol.types import Mode
-    from pfm_llm.runs.environment import environment
+    from pfm_llm.runs.environment import environment_of
     from pfm_llm.runs.measuring import evaluation_task, measure, only
     from pfm_llm.runs.opening import open_run
     from pfm_llm.runs.study.pieces import steps_over_read
@@ -63,13 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = {
         "rows": rows,
         "config": config.model_dump(mode="json"),
-        "environment": environment(
-            seed=config.seed,
-            dtype=config.backbone.dtype,
-            threads=opened.processes.threads,
-            num_processes=opened.processes.count,
-            device=opened.processes.device.type,
-        ),
+        "environment": environment_of(opened),
     }
     out = arguments.out or ROOT / "results" / "private-steps" / f"{arguments.run.name}.json"
     files.write_json(out, result)

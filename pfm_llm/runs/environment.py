@@ -10,9 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from pfm_llm import __version__
+from pfm_llm.runs.run import Run
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate")
 _GIT_TIMEOUT_S = 5.0
+
+
+def environment_of(run: Run) -> dict[str, Any]:
+    """`environment` with the seed, the dtype and the processes of a run."""
+    return environment(
+        seed=run.config.seed,
+        dtype=str(run.model.backbone.dtype).removeprefix("torch."),
+        threads=run.processes.threads,
+        num_processes=run.processes.count,
+        device=run.processes.device.type,
+    )
 
 
 def environment(

@@ -25,7 +25,7 @@ from pfm_llm.publish.artefact import read_artefact
 from pfm_llm.publish.versions.restore import copy_artefact
 from pfm_llm.runs.checks.memory import MemoryEstimate
 from pfm_llm.runs.checks.plan import check_disk, check_memory, check_plan, warn_of_easy_figures
-from pfm_llm.runs.environment import environment
+from pfm_llm.runs.environment import environment_of
 from pfm_llm.runs.folders import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -214,13 +214,7 @@ def _write_environment(run: Run, memory: MemoryEstimate | None) -> None:
     processes = run.processes
     if not processes.is_main:
         return
-    here = environment(
-        seed=run.config.seed,
-        dtype=str(run.model.backbone.dtype).removeprefix("torch."),
-        threads=processes.threads,
-        num_processes=processes.count,
-        device=processes.device.type,
-    )
+    here = environment_of(run)
     data = dataclasses.asdict(run.data.report)
     del data["examples"]  # rows of the user's data do not belong in a folder that may be public
     here |= {"data": data, "split": run.data.split.describe()}
