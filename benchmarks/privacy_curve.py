@@ -52,7 +52,7 @@ TABLES = {
 }  # fmt: skip
 """Name of what is learned of items to its settings; sizes are small, since noise is on each."""
 COMMON = ("method=pfm_embedding", "ablation=no_pass", "head.dim=64")
-PLANS = ("64x60@1.5", "256x24@5", "943x8@10", "943x8@20")
+PLANS = ("64x60@4", "256x24@8", "943x8@20")
 NDCG = "ndcg@10"
 
 
