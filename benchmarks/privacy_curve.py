@@ -53,7 +53,7 @@ TABLES = {
 """Name of what is learned of items to its settings; sizes are small, since noise is on each."""
 COMMON = ("method=pfm_embedding", "ablation=no_pass", "head.dim=64")
 PLANS = ("64x60@4", "256x24@8", "943x8@20")
-NDCG = "ndcg@10"
+NDCG, BOTH = "ndcg@10", "shared_private"
 
 
 @dataclass(frozen=True)
@@ -271,12 +271,6 @@ def figures(ranks: "Ranks") -> dict[str, float]:
     return {NDCG: headline(ranks, 10)[NDCG], "log_rank": float(log_rank)}
 
 
-def best_of(by_mode: Mapping[str, Any]) -> Mapping[str, float]:
-    """The figures of the mode with the private part, or of the shared part where it is alone."""
-    found: Mapping[str, float] = by_mode.get("shared_private", by_mode["shared_only"])
-    return found
-
-
 def chosen_of(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """For each table and ε the trial that is best on validation."""
     best: dict[tuple[str, float], Outcome] = {}
@@ -289,7 +283,7 @@ def chosen_of(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def quality(outcome: Outcome) -> float:
     """NDCG@10 on validation."""
-    return best_of(outcome.validation)[NDCG]
+    return outcome.validation[BOTH][NDCG]
 
 
 def measure_test(chosen: Sequence[Outcome], out: Path) -> None:
@@ -358,7 +352,7 @@ def kept_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in chosen:
         if row["table"] not in without:
             continue
-        own, other = best_of(row[split]), best_of(without[row["table"]])
+        own, other = row[split][BOTH], without[row["table"]][BOTH]
         found.append(
             {
                 "table": row["table"],
@@ -373,7 +367,7 @@ def kept_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def told(outcome: Outcome) -> str:
     """A trial in a line."""
-    one, found = outcome.trial, best_of(outcome.validation)
+    one, found = outcome.trial, outcome.validation[BOTH]
     noise = f"{outcome.spent.noise_multiplier:.3g}" if outcome.spent else "none"
     return (
         f"{one.table:<5} ε {one.epsilon:<4g} {one.plan!s:<10} {one.participation:<7} "
@@ -390,7 +384,7 @@ def table(result: Mapping[str, Any]) -> str:
     for row in result["rows"]:
         if not row["chosen"]:
             continue
-        found = best_of(row["test"] or row["validation"])
+        found = (row["test"] or row["validation"])[BOTH]
         line = f"{row['table']:<6} {row['epsilon']:>5} {found[NDCG]:8.4f} {found['log_rank']:9.3f}"
         if own := kept.get((row["table"], row["epsilon"])):
             line += f" {own['ndcg_kept']:7.1%} {own['log_rank_kept']:7.1%}"
