@@ -8,7 +8,9 @@ are made here, on what arrives at the server (`benchmarks/attacking/attacks.py`)
 - huge: a fifth does so in each round;
 - promotion: a fifth pushes one film that few have met;
 - collusion: a fifth sends the same plausible update against the mean of its honest ones, as long
-  as the clip allows.
+  as the clip allows;
+- disguise: as collusion, but each of the fifth adds a direction of its own, so that two of their
+  updates have a cosine of `COSINE`.
 
 The defences are settings of a federation; ``nothing`` is the mean without the bound on sizes that
 every run of the library has, and that all others have here. ``clip`` acts before that bound; where
@@ -59,7 +61,12 @@ SHARE = 0.2
 MET_BY = 3
 """How many users at least have met the film that is promoted; it is one that fewest have."""
 NOBODY, ONCE = "nobody", "huge_once"
-FLIP, _, PROMOTION, COLLUSION = FIFTH = ("sign_flip", "huge", "promotion", "collusion")
+FLIP, _, PROMOTION, COLLUSION, DISGUISE = FIFTH = (
+    "sign_flip", "huge", "promotion", "collusion", "disguise",
+)  # fmt: skip
+QUIET = (COLLUSION, DISGUISE)
+"""Attacks whose updates have a length that honest ones have."""
+COSINE = 0.5
 ATTACKS = (NOBODY, ONCE, *FIFTH)
 NOTHING = "nothing"
 ANY_FIFTH = "any_fifth"
@@ -127,6 +134,8 @@ class Ring:
             return attacks.Promote(self.hostile, self.item)
         if name == COLLUSION:
             return attacks.Collude(self.hostile, length)
+        if name == DISGUISE:
+            return attacks.Disguise(self.hostile, length, COSINE, self.run.config.seed)
         if name == ONCE:
             return attacks.ScaleOnce(1 + self.rounds // 4, 1e6)
         return attacks.Scale(self.hostile, -10.0 if name == FLIP else 1e6)
@@ -167,7 +176,7 @@ def run(arguments: argparse.Namespace) -> None:
         norm, share, tried = chosen(ring, median)
         defences = defences_of(norm, share)
         played = {
-            (name, attack): ring.match(name, defence, attack, norm if attack == COLLUSION else 0.0)
+            (name, attack): ring.match(name, defence, attack, norm if attack in QUIET else 0.0)
             for name, defence in defences.items()
             for attack in ATTACKS
         }
@@ -224,6 +233,7 @@ def defences_of(norm: float, share: float) -> dict[str, "Defence"]:
 
     clip = {"stages": [{"clip": {"norm": norm}}]}
     median = {"server": {"aggregator": "median"}}
+    foolsgold = {"server": {"aggregator": "foolsgold"}}
     trimmed = {"server": {"aggregator": "trimmed_mean", "trim_share": share}}
     return {
         NOTHING: Defence({}, bounded=False),
@@ -232,6 +242,7 @@ def defences_of(norm: float, share: float) -> dict[str, "Defence"]:
         "median": Defence(median),
         "trimmed_mean": Defence(trimmed),
         "clip_trimmed_mean": Defence({**clip, **trimmed}),
+        "clip_foolsgold": Defence({**clip, **foolsgold}),
     }
 
 

@@ -1,16 +1,21 @@
-"""Measure what differential privacy costs at ε of infinity, 16, 8, 4, for rows and for codes.
+"""Measure what differential privacy of users costs at ε of infinity, 16, 8 and 4.
 
-For each table of items (``rows``: a row for each item, ``codes``: vectors that items share) and
-each ε, runs differ in cohort, rounds, bound of an update, learning rates and participation.
-Validation chooses among them by NDCG@10; the last film of each user, the test split, is measured
-once, for the chosen ones alone. ε of infinity is the same federation with the same bound and no
-noise.
+What is learned of an item is a row of its own (``rows``), vectors that items share (``codes``), or
+nothing but a bias (``text``: an item is what its public text says, and few numbers are learned).
+For each of these and each ε, runs differ in their plan: cohort, rounds and learning rates. With a
+cohort of all users each takes part in every round; a smaller one is a Poisson sample (a slice of a
+pass where there is no noise). Validation chooses among plans by NDCG@10; the last film of each
+user, the test split, is measured once, for the chosen ones alone. ε of infinity is the same
+federation, with the same bound and no noise.
+
+The method is pfm_embedding without the language model's pass over histories: fewer numbers, so less
+noise. The model's reading of the items stays.
 
 ``kept`` compares with ε of infinity of the same table: the share of its NDCG@10, and of what its
 mean log rank gains over popularity.
 
     pip install -c constraints-dp.txt -e ".[dp]"
-    python benchmarks/privacy_curve.py --set ablation=no_pass
+    python benchmarks/privacy_curve.py --tables text
 """
 
 import argparse
@@ -37,9 +42,43 @@ if TYPE_CHECKING:
     from pfm_llm.runs.run import Corpus, Run, Trained
     from pfm_llm.server.privacy.mechanism import Spent
 
-TABLES = {"rows": "both", "codes": "codes"}
-"""Name of a table to its ``head.item_ids``."""
-NDCG = "ndcg@10"
+TABLES = {
+    "rows": ["head.item_ids=both", "head.id_dim=16", "adapters.private.taste.read_rank=16"],
+    "codes": [
+        "head.item_ids=codes", "head.id_dim=16", "adapters.private.taste.read_rank=16",
+        "head.codes.hash_size=256", "head.codes.text_size=64",
+    ],
+    "text": ["head.item_ids=none"],
+}  # fmt: skip
+"""Name of what is learned of items to its settings; sizes are small, since noise is on each."""
+COMMON = ("method=pfm_embedding", "ablation=no_pass", "head.dim=64")
+PLANS = ("64x60@4", "256x24@8", "943x8@20")
+NDCG, BOTH = "ndcg@10", "shared_private"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rounds of a training.
+
+    Attributes:
+        cohort_size: Clients of a round.
+        rounds: Number of rounds.
+        scale: Factor on the server's learning rates.
+    """
+
+    cohort_size: int
+    rounds: int
+    scale: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """A plan that is written as COHORTxROUNDS@SCALE."""
+        sizes, _, scale = text.partition("@")
+        cohort_size, _, rounds = sizes.partition("x")
+        return cls(int(cohort_size), int(rounds), float(scale))
+
+    def __str__(self) -> str:
+        return f"{self.cohort_size}x{self.rounds}@{self.scale:g}"
 
 
 def main() -> None:
@@ -50,17 +89,19 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
     parser.add_argument("--epsilons", nargs="+", type=float, default=[math.inf, 16.0, 8.0, 4.0])
     parser.add_argument("--delta", type=float, default=1e-5)
-    parser.add_argument("--cohorts", nargs="+", type=int, default=[128])
-    parser.add_argument("--rounds", nargs="+", type=int, default=[28])
-    parser.add_argument("--norms", nargs="+", type=float, default=[0.1, 1.0])
-    parser.add_argument("--scales", nargs="+", type=float, default=[0.5, 1.5], help="of rates")
-    parser.add_argument("--participation", nargs="+", default=["passes", "poisson"])
+    parser.add_argument(
+        "--plans", nargs="+", type=Plan.parse, default=[Plan.parse(text) for text in PLANS],
+        metavar="COHORTxROUNDS@SCALE", help="scale: of the server's learning rates",
+    )  # fmt: skip
+    parser.add_argument("--norm", type=float, default=0.3, help="bound of an update")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-test", action="store_true", help="choose, and leave test alone")
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "privacy" / "curve.json")
+    parser.add_argument("--out", type=Path, help="default: results/privacy/<tables>.json")
     arguments = parser.parse_args()
+    default = ROOT / "results" / "privacy" / f"{'-'.join(arguments.tables)}.json"
+    arguments.out = arguments.out or default
     from pfm_llm.cli.start import run_safely
 
     run_safely(lambda: run(arguments))
@@ -73,19 +114,13 @@ class Trial:
     Attributes:
         table: A key of `TABLES`.
         epsilon: ε of the whole run; infinity: no noise.
-        cohort_size: Clients of a round.
-        rounds: Number of rounds.
-        norm: Bound of an update.
-        scale: Factor on the server's learning rates.
-        participation: Who takes part, where there is noise.
+        plan: Its rounds.
+        participation: Who takes part, as in ``federation.privacy``.
     """
 
     table: str
     epsilon: float
-    cohort_size: int
-    rounds: int
-    norm: float
-    scale: float
+    plan: Plan
     participation: str
 
 
@@ -114,14 +149,16 @@ class Outcome:
     test: Mapping[str, Any] | None = None
 
 
-def trials_of(arguments: argparse.Namespace) -> Iterator[Trial]:
-    """All trials; who takes part is no choice where there is no noise."""
-    for table, epsilon in itertools.product(arguments.tables, arguments.epsilons):
-        participation = arguments.participation if math.isfinite(epsilon) else ["passes"]
-        for choice in itertools.product(
-            arguments.cohorts, arguments.rounds, arguments.norms, arguments.scales, participation
-        ):
-            yield Trial(table, epsilon, *choice)
+def trials_of(arguments: argparse.Namespace, num_users: int) -> Iterator[Trial]:
+    """All trials."""
+    from pfm_llm.config.choices import Participation
+
+    for table, epsilon, plan in itertools.product(
+        arguments.tables, arguments.epsilons, arguments.plans
+    ):
+        is_sample = math.isfinite(epsilon) and plan.cohort_size < num_users
+        chosen = Participation.POISSON if is_sample else Participation.PASSES
+        yield Trial(table, epsilon, plan, chosen.value)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -138,7 +175,7 @@ def run(arguments: argparse.Namespace) -> None:
     data = load_corpus(config)
     with tempfile.TemporaryDirectory() as folder:
         outcomes = []
-        for number, trial in enumerate(trials_of(arguments)):
+        for number, trial in enumerate(trials_of(arguments, data.interactions.num_users)):
             given = config_of(trial, arguments, Path(folder) / str(number))
             outcomes.append(train(trial, given, data, processes))
             print(told(outcomes[-1]), flush=True)
@@ -171,13 +208,14 @@ def config_of(trial: Trial, arguments: argparse.Namespace, folder: Path) -> "Exp
 
     settings = [
         f"seed={arguments.seed}",
-        f"head.item_ids={TABLES[trial.table]}",
+        *COMMON,
+        *TABLES[trial.table],
         "head.item_met=false",
         "head.item_dropout=0",
-        f"federation.cohort_size={trial.cohort_size}",
-        f"federation.num_rounds={trial.rounds}",
-        f"federation.server.lr_scale={trial.scale}",
-        f"federation.stages=[{{clip: {{norm: {trial.norm}}}}}]",
+        f"federation.cohort_size={trial.plan.cohort_size}",
+        f"federation.num_rounds={trial.plan.rounds}",
+        f"federation.server.lr_scale={trial.plan.scale}",
+        f"federation.stages=[{{clip: {{norm: {arguments.norm}}}}}]",
         "evaluation.every=0",
         "evaluation.max_users=null",
         "evaluation.baselines=[popularity]",
@@ -233,12 +271,6 @@ def figures(ranks: "Ranks") -> dict[str, float]:
     return {NDCG: headline(ranks, 10)[NDCG], "log_rank": float(log_rank)}
 
 
-def best_of(by_mode: Mapping[str, Any]) -> Mapping[str, float]:
-    """The figures of the mode with the private part, or of the shared part where it is alone."""
-    found: Mapping[str, float] = by_mode.get("shared_private", by_mode["shared_only"])
-    return found
-
-
 def chosen_of(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """For each table and ε the trial that is best on validation."""
     best: dict[tuple[str, float], Outcome] = {}
@@ -251,7 +283,7 @@ def chosen_of(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def quality(outcome: Outcome) -> float:
     """NDCG@10 on validation."""
-    return best_of(outcome.validation)[NDCG]
+    return outcome.validation[BOTH][NDCG]
 
 
 def measure_test(chosen: Sequence[Outcome], out: Path) -> None:
@@ -295,6 +327,8 @@ def printable(value: Any) -> Any:
     """A value as JSON has it: infinity, which it lacks, as a word."""
     if isinstance(value, list):
         return [printable(one) for one in value]
+    if isinstance(value, Plan):
+        return str(value)
     return "inf" if value == math.inf else value
 
 
@@ -318,7 +352,7 @@ def kept_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in chosen:
         if row["table"] not in without:
             continue
-        own, other = best_of(row[split]), best_of(without[row["table"]])
+        own, other = row[split][BOTH], without[row["table"]][BOTH]
         found.append(
             {
                 "table": row["table"],
@@ -333,11 +367,11 @@ def kept_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def told(outcome: Outcome) -> str:
     """A trial in a line."""
-    one, found = outcome.trial, best_of(outcome.validation)
+    one, found = outcome.trial, outcome.validation[BOTH]
     noise = f"{outcome.spent.noise_multiplier:.3g}" if outcome.spent else "none"
     return (
-        f"{one.table:<5} ε {one.epsilon:<4g} cohort {one.cohort_size} rounds {one.rounds} "
-        f"norm {one.norm:g} scale {one.scale:g} {one.participation:<7} noise {noise:<5} "
+        f"{one.table:<5} ε {one.epsilon:<4g} {one.plan!s:<10} {one.participation:<7} "
+        f"noise {noise:<5} "
         f"validation {found[NDCG]:.4f}, log rank {found['log_rank']:.3f}, "
         f"{outcome.cpu_seconds:.0f} CPU s"
     )
@@ -350,7 +384,7 @@ def table(result: Mapping[str, Any]) -> str:
     for row in result["rows"]:
         if not row["chosen"]:
             continue
-        found = best_of(row["test"] or row["validation"])
+        found = (row["test"] or row["validation"])[BOTH]
         line = f"{row['table']:<6} {row['epsilon']:>5} {found[NDCG]:8.4f} {found['log_rank']:9.3f}"
         if own := kept.get((row["table"], row["epsilon"])):
             line += f" {own['ndcg_kept']:7.1%} {own['log_rank_kept']:7.1%}"

@@ -117,6 +117,34 @@ class Collude(Attack):
         return _of_length(self._memory, -self._length)
 
 
+class Disguise(Collude):
+    """Colludes, and adds to each update a random direction, so that no two of them are alike.
+
+    Args:
+        clients: Those who are hostile.
+        length: Of an update.
+        cosine: Between two of their updates, nearly; what they have in common is √cosine of the
+            length.
+        seed: Of the directions.
+    """
+
+    def __init__(self, clients: frozenset[str], length: float, cosine: float, seed: int) -> None:
+        super().__init__(clients, length)
+        self._cosine = cosine
+        self._source = torch.Generator().manual_seed(seed)
+
+    def _wrong(self, update: ClientUpdate, shared: SharedState) -> Tensors:
+        plan = super()._wrong(update, shared)
+        noise = {
+            # The noise has the size that each tensor has in the plan, so that none stands out.
+            name: torch.randn(t.shape, generator=self._source) * t.norm() / t.numel() ** 0.5
+            for name, t in plan.items()
+        }
+        own, other = self._cosine**0.5, (1 - self._cosine) ** 0.5
+        mixed = {name: own * plan[name] + other * noise[name] for name in plan}
+        return _of_length(mixed, self._length)
+
+
 def _scaled(delta: Tensors, factor: float) -> Tensors:
     return {name: tensor * factor for name, tensor in delta.items()}
 

@@ -92,11 +92,12 @@ class Weighting(StrEnum):
 
 
 class Aggregation(StrEnum):
-    """How the server combines the updates of a round; see `server.aggregation`."""
+    """How the server combines the updates of a round; see `server.robust`."""
 
     MEAN = "mean"
     MEDIAN = "median"
     TRIMMED_MEAN = "trimmed_mean"
+    FOOLSGOLD = "foolsgold"
 
 
 class Participation(StrEnum):

@@ -100,7 +100,9 @@ class ServerConfig(Settings):
     optimizer: ServerOptimizer = ServerOptimizer.FEDADAM
     weighting: Weighting = Weighting.UNIFORM
     aggregator: Aggregation = Field(
-        Aggregation.MEAN, description="median and trimmed_mean are of each number on its own"
+        Aggregation.MEAN,
+        description="median and trimmed_mean are of each number on its own; foolsgold counts "
+        "updates less that are alike",
     )
     # Not dumped at its default: hashes of earlier settings stay as they are.
     trim_share: float = Field(

@@ -13,14 +13,12 @@ from typing import Self
 import torch
 
 from pfm_llm.base.errors import ContractError, TrainingError
-from pfm_llm.config.choices import Aggregation, Weighting
+from pfm_llm.config.choices import Weighting
 from pfm_llm.config.schema import ServerConfig
 from pfm_llm.protocol.types import ClientUpdate, NodeUpdate, Refusal, Tensors
 
 _LEVELS = torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
 _LEVEL_NAMES = ("p10", "median", "p90", "largest")
-_ROUNDING = 1e-9
-"""A product of a share and a count that is this little above an integer counts as the integer."""
 
 
 @dataclass
@@ -249,90 +247,6 @@ class WeightedMean(Aggregator):
     def _combine(self) -> dict[str, torch.Tensor]:
         total = self.tally.total_weight
         return {name: (held / total).to(torch.float32) for name, held in self._held[0].items()}
-
-
-class OrderStatistic(Aggregator):
-    """Combines the values of each number on its own, from the smallest to the largest.
-
-    A weight is the client's own claim (its number of examples), so a client with a large claim
-    would form a majority. Therefore weights have no effect, and config validation requires
-    ``weighting: uniform``.
-
-    All updates of a round are kept, 4 bytes per number and client; the mean keeps 8 bytes per
-    number. If most clients do not change a number, the middle of its changes is 0. A table with a
-    row per item therefore learns less about rare items than with the mean.
-    """
-
-    @abc.abstractmethod
-    def _of_ordered(self, ordered: torch.Tensor) -> torch.Tensor:
-        """The aggregate of a tensor, float64 of its shape.
-
-        Args:
-            ordered: [clients, ...], of each number the clients' values in ascending order.
-        """
-
-    def _take(self, tensors: Tensors, weight: float) -> None:
-        self._held.append({n: t.detach().to("cpu", copy=True) for n, t in tensors.items()})
-
-    def _combine(self) -> dict[str, torch.Tensor]:
-        combined = {}
-        for name in self._held[0]:
-            ordered = torch.stack([held[name] for held in self._held]).sort(dim=0).values
-            combined[name] = self._of_ordered(ordered).to(torch.float32)
-        return combined
-
-
-class CoordinateMedian(OrderStatistic):
-    """The median over clients, of each number on its own.
-
-        Δ̃[j] = median { Δ_u[j] : u in the cohort }   (Yin et al. 2018, arXiv 1803.01498, option I)
-
-    For an even number of clients it is the mean of the two middle values, computed in float64. As
-    long as fewer than half of the clients are hostile, each number stays within the range of the
-    honest values.
-    """
-
-    def _of_ordered(self, ordered: torch.Tensor) -> torch.Tensor:
-        count = len(ordered)
-        low, high = ordered[(count - 1) // 2], ordered[count // 2]
-        return (low.double() + high.double()) / 2
-
-
-class TrimmedMean(OrderStatistic):
-    """The mean of each number without its largest and its smallest values.
-
-        Δ̃[j] = mean of the middle n - 2 ⌈β n⌉ of { Δ_u[j] : u in the cohort of n }
-                                                   (Yin et al. 2018, arXiv 1803.01498, option II)
-
-    As long as at most a share β of the clients is hostile, each number stays within the range of
-    the honest values. The paper leaves out β n values at each end; this rounds up, and leaves at
-    least one value, or two of an even number.
-
-    Args:
-        share: β, from 0 to below 0.5.
-    """
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self._share = share
-
-    @classmethod
-    def of(cls, config: ServerConfig) -> Self:
-        """An empty one with the share ``trim_share`` of a server."""
-        return cls(config.trim_share)
-
-    def _of_ordered(self, ordered: torch.Tensor) -> torch.Tensor:
-        count = len(ordered)
-        cut = min(math.ceil(self._share * count - _ROUNDING), (count - 1) // 2)
-        return ordered[cut : count - cut].double().mean(dim=0)
-
-
-AGGREGATORS: Mapping[Aggregation, type[Aggregator]] = {
-    Aggregation.MEAN: WeightedMean,
-    Aggregation.MEDIAN: CoordinateMedian,
-    Aggregation.TRIMMED_MEAN: TrimmedMean,
-}
-"""The choices of ``federation.server.aggregator``."""
 
 
 def check_same_tensors(tensors: Tensors, expected: Tensors, whose: str) -> None:

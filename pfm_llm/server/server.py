@@ -23,7 +23,7 @@ from pfm_llm.protocol.types import (
     Tensors,
     euclidean_norm,
 )
-from pfm_llm.server.aggregation import AGGREGATORS, Aggregator, WeightedMean, update_weight
+from pfm_llm.server.aggregation import Aggregator, WeightedMean, update_weight
 from pfm_llm.server.masked_round import (
     MaskedRound,
     mask_rounding,
@@ -33,6 +33,7 @@ from pfm_llm.server.masked_round import (
 from pfm_llm.server.norm_bound import NormBound
 from pfm_llm.server.participation import select_cohort, simulated_dropouts
 from pfm_llm.server.privacy.mechanism import PrivateMean
+from pfm_llm.server.robust import AGGREGATORS
 from pfm_llm.server.round_summary import RoundSummary
 from pfm_llm.server.state_names import PREFIXES, behind
 from pfm_llm.server.step import OptimizerState, ServerStep

@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import ssl
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pfm_llm.runs.folders import METRICS_FILE
 from tests.support.canary import plant
 from tests.support.leaks import files_below
 from tests.support.nodes import NODES, masks_of, site_tree
+from tests.support.scripted_worker import SECRET, write_script
 from tests.support.tap import Tap
 from tests.support.tiny import Tiny
 
@@ -46,8 +48,11 @@ class OpenLab(Lab):
             came; it deletes what was delivered.
     """
 
-    def __init__(self, folder: Path, keys: Authority, sites: dict[str, Path]) -> None:
+    def __init__(
+        self, folder: Path, keys: Authority, sites: dict[str, Path], scripted: bool = False
+    ) -> None:
         super().__init__(folder, keys, sites)
+        self._scripted = scripted
         self.folder, self.stored = folder, dict[bytes, None]()
         listener = socket.create_server(("127.0.0.1", 0))
         self._tap_port = listener.getsockname()[1]
@@ -62,6 +67,11 @@ class OpenLab(Lab):
             return theirs.wrap_socket(plain, server_hostname="127.0.0.1")
 
         self.tap = Tap(listener, upstream, own)
+
+    def worker(self, node: str, site: Path) -> list[str]:
+        if not self._scripted:
+            return super().worker(node, site)
+        return [sys.executable, "-m", "tests.support.scripted_worker", str(site)]
 
     def supernode(self, node: str, socket_path: Path) -> list[str]:
         words = super().supernode(node, socket_path)
@@ -90,10 +100,11 @@ def write_site(world: Tiny, folder: Path, node: str, masks: Mapping[str, Any] | 
     return site
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["clear", "masks"])
+@pytest.mark.parametrize("kind", ["clear", "masks", "errors"])
 def test_no_canary_reaches_the_servers_side(
-    tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, masked: bool
+    tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, kind: str
 ) -> None:
+    masked, fails = kind == "masks", kind == "errors"
     folder = tmp_path_factory.mktemp("f")
     world, canaries = plant(tiny, folder, NODES)
     for node in NODES:
@@ -108,12 +119,21 @@ def test_no_canary_reaches_the_servers_side(
     )
     masks = masks_of(folder) if masked else {}
     sites = {node: write_site(world, folder, node, masks.get(node)) for node in NODES}
-    lab = OpenLab(folder, make_authority(folder / "keys", NODES), sites)
+    for site in sites.values():
+        write_script(site)
+    if fails:
+        canaries.learn_text(SECRET, "text of an exception")
+        write_script(sites[NODES[-1]], r2="fail")
+    lab = OpenLab(folder, make_authority(folder / "keys", NODES), sites, scripted=fails)
     with lab.tap, lab:
         lab.run(config, lab.keep_database, 600.0)
         lab.keep_database()
     run = folder / "runs" / "tiny"
-    assert [one["refused"] for one in MetricsLog(run / METRICS_FILE).read()] == [0, 0]
+    refused = [one["refused"] for one in MetricsLog(run / METRICS_FILE).read()]
+    assert refused[0] == 0
+    assert bool(refused[1]) == fails
+    if fails:  # what was thrown is told at the node, and so could have left it
+        assert SECRET in (folder / f"{NODES[-1]}.worker.log").read_text()
     for node in NODES:
         [own] = (folder / f"{node}.private" / "federations").iterdir()
         assert canaries.learn_store(node, PrivateStore(own))

@@ -13,15 +13,18 @@ from tests.support.tiny import Tiny
 
 
 def run(tiny: Tiny, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Path:
-    """The benchmark from its command line, with two norms for each of two ε."""
-    config = tiny.config_file(folder / "tiny.yaml", folder / "runs", head__item_met=False)
+    """The benchmark from its command line, with two plans for each of two ε."""
+    config = tiny.config_file(
+        folder / "tiny.yaml",
+        folder / "runs",
+        head__item_met=False,
+        adapters__private__kind="taste",
+    )
     out = folder / "results" / "curve.json"
     given = ["--config", str(config), "--out", str(out), "--tables", "rows", "--epsilons", "inf"]
-    given += ["8", "--cohorts", "8", "--rounds", "3", "--norms", "0.1", "1", "--scales", "1"]
+    given += ["8", "--plans", "8x3@1", "24x2@0.5", "--set", "head.dim=8"]
     count_in_place_of_epsilon(monkeypatch)
-    monkeypatch.setattr(
-        sys, "argv", ["privacy_curve.py", *given, "--participation", "passes", *more]
-    )
+    monkeypatch.setattr(sys, "argv", ["privacy_curve.py", *more, *given])
     privacy_curve.main()
     return out
 
@@ -34,12 +37,10 @@ def test_the_curve_is_written_down_and_told(
 ) -> None:
     out = run(tiny, tmp_path, monkeypatch)
     result = files.read_json(out)
-    assert [(row["epsilon"], row["norm"]) for row in result["rows"]] == [
-        ("inf", 0.1),
-        ("inf", 1.0),
-        (8.0, 0.1),
-        (8.0, 1.0),
-    ]
+    assert [
+        (row["epsilon"], row["plan"]["rounds"], row["participation"]) for row in result["rows"]
+    ] == [("inf", 3, "passes"), ("inf", 2, "passes"), (8.0, 3, "poisson"), (8.0, 2, "passes")]
+    assert result["arguments"]["plans"] == ["8x3@1", "24x2@0.5"]
     for epsilon in ("inf", 8.0):
         own = [row for row in result["rows"] if row["epsilon"] == epsilon]
         best = max(row["validation"]["shared_private"]["ndcg@10"] for row in own)

@@ -53,9 +53,12 @@ class Pages:
         """A page by the name of its template."""
         agent = self.desk.agent
         notice, self.notice = self.notice, ""
-        html = self._templates.get_template(f"{name}.html.j2").render(
-            page=name, notice=notice, settings=agent.settings, folder=agent.folder, **values
-        )
+        always = {"notice": notice, "settings": agent.settings, "folder": agent.folder}
+        return self.part(name, status, page=name, **always, **values)
+
+    def part(self, name: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """What a template makes of some values, with nothing around it."""
+        html = self._templates.get_template(f"{name}.html.j2").render(**values)
         return HTMLResponse(html, status)
 
 
@@ -74,7 +77,7 @@ def error_page(request: Request, message: str) -> Response:
 
 
 @router.get("/")
-def home(pages: OfPages, weight: float | None = None) -> Response:
+def home(pages: OfPages) -> Response:
     """The list; to somebody of whom nothing is known, titles to begin with."""
     agent = pages.desk.agent
     num_events = len(agent.history())
@@ -82,12 +85,18 @@ def home(pages: OfPages, weight: float | None = None) -> Response:
         return pages.show("begin", cards=_first_titles(pages.desk))
     return pages.show(
         "list",
-        cards=agent.recommend(NUM_CARDS, weight=weight),
+        cards=agent.recommend(NUM_CARDS),
         few=num_events < FEW_EVENTS,
         num_events=num_events,
-        weight=agent.weight if weight is None else weight,
+        weight=agent.weight,
         heaviest=HEAVIEST,
     )
+
+
+@router.get("/list")
+def cards(pages: OfPages, weight: float) -> Response:
+    """The cards alone, in the order of a weight that is not kept: the list follows the slider."""
+    return pages.part("cards", cards=pages.desk.agent.recommend(NUM_CARDS, weight=weight))
 
 
 def _first_titles(desk: Desk) -> list[Any]:

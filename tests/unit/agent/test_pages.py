@@ -57,7 +57,7 @@ def test_the_list_is_that_of_the_agent(browser: TestClient, agent: PersonalAgent
     for one in shown:
         assert f"Number {one.place} for you, number {one.place_shared} by" in page
     by_all = [one.title for one in agent.recommend(12, weight=0)]
-    assert _headings(browser.get("/?weight=0").text) == by_all
+    assert _headings(browser.get("/list?weight=0").text) == by_all
     assert agent.settings.weight is None
 
 

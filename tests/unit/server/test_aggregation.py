@@ -18,14 +18,8 @@ from pfm_llm.base.errors import ContractError, TrainingError
 from pfm_llm.config.choices import LearningRateSchedule, ServerOptimizer, Weighting
 from pfm_llm.config.schema import ServerConfig
 from pfm_llm.protocol.types import ClientUpdate, SharedState
-from pfm_llm.server.aggregation import (
-    AGGREGATORS,
-    Aggregator,
-    CoordinateMedian,
-    TrimmedMean,
-    WeightedMean,
-    update_weight,
-)
+from pfm_llm.server.aggregation import Aggregator, WeightedMean, update_weight
+from pfm_llm.server.robust import AGGREGATORS, CoordinateMedian, TrimmedMean
 from pfm_llm.server.step import ServerStep
 
 _NAMES = ("lora.m.A", "basis.m.A", "head.user.weight", "head.item_ids.weight", "head.item_bias")

@@ -11,7 +11,8 @@ import torch
 from pfm_llm.protocol import stages
 from pfm_llm.protocol.stages import STAGES, Stages
 from pfm_llm.protocol.types import ClientUpdate
-from pfm_llm.server.aggregation import AGGREGATORS, Aggregator
+from pfm_llm.server.aggregation import Aggregator
+from pfm_llm.server.robust import AGGREGATORS
 from pfm_llm.server.server import Server
 from tests.unit.server.test_server import _server, _update
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pfm_llm.protocol.types import NodeUpdate
-from pfm_llm.server.aggregation import CoordinateMedian, WeightedMean
+from pfm_llm.server.aggregation import WeightedMean
+from pfm_llm.server.robust import CoordinateMedian
 from pfm_llm.server.server import Server
 from tests.unit.server.test_server import _server, _update
 

@@ -54,7 +54,7 @@ async function follow(weight) {
     while (wanted !== null) {
       const [next, before] = [wanted, changes];
       wanted = null;
-      const page = await fetchPage(`/?weight=${next}`);
+      const page = await fetchPage(`/list?weight=${next}`);
       if (before === changes) replace(page, "list");
     }
   } finally {
