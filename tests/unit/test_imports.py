@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("flwr", "fastapi", "starlette", "uvicorn", "mcp")
+OPTIONAL = ("flwr", "fastapi", "starlette", "uvicorn", "mcp", "prometheus_client")
 MISSING = "|".join(name for name in OPTIONAL if not find_spec(name)) or "nothing"
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -27,6 +27,7 @@ COMMANDS = (
     *(f"versions {name}" for name in ("list", "diff", "verify", "rollback", "keygen", "pull")),
     *("data", "node", "config show", "config list", "data check"),
     *("node serve", "node about", "node forget"),
+    *("host", "host serve", "host add", "host remove", "host list"),
 )
 
 
