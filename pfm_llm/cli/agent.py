@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pfm_llm.cli import options
-from pfm_llm.cli.recommend import Adapter, Backbone, CatalogueFile, ItemEncoder, load
+from pfm_llm.cli.recommend import Adapter, Backbone, CatalogueFile, ItemEncoder, bases_of, load
 
 if TYPE_CHECKING:
     from pfm_llm.agent.agent import PersonalAgent
-    from pfm_llm.publish.serving import Bases
     from pfm_llm.recommender import Recommender
 
 PORT = 8610
@@ -78,28 +77,35 @@ def agent(
     _check(adapter, user, folder)
     logging.getLogger("pfm_llm").setLevel(logging.WARNING)
     source = options.run_folder(run, runs) if adapter is None else adapter
-    bases: Bases = {
-        "backbone": backbone,
-        "item_encoder": item_encoder,
-        "allow_base_mismatch": allow_base_mismatch,
-    }
+    bases = bases_of(backbone, item_encoder, allow_base_mismatch)
     model = load(source, user, catalogue, revision, bases)
     _serve(model, _own(model, folder or _default_folder()), way, port, not no_browser)
 
 
 def _check(adapter: str | None, user: str | None, folder: Path | None) -> None:
-    import importlib.util
-
     from pfm_llm.base.errors import ConfigError
 
     if user is not None and adapter is not None:
         raise ConfigError("--user is of a run; a published adapter knows no users")
     if user is not None and folder is None:
         raise ConfigError("--user needs --folder, so that nobody else's history becomes yours")
-    missing = [name for name in ("fastapi", "mcp") if importlib.util.find_spec(name) is None]
+    need_extra("pfm agent", "fastapi", "mcp")
+
+
+def need_extra(command: str, *libraries: str) -> None:
+    """Check that the libraries of the extra are there.
+
+    Raises:
+        ConfigError: One is missing.
+    """
+    import importlib.util
+
+    from pfm_llm.base.errors import ConfigError
+
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"pfm agent needs {' and '.join(missing)}: "
+            f"{command} needs {' and '.join(missing)}: "
             "pip install -c constraints-agent.txt 'pfm-llm[agent]'"
         )
 
@@ -130,12 +136,12 @@ def _serve(
 
     import torch
 
-    from pfm_llm.agent.web.desk import Desk
+    from pfm_llm.agent.web.desk import Desk, ItemIndex
     from pfm_llm.agent.web.serve import serve_assistant, serve_page
 
     # One user's passes are small. On a machine that does more, a second thread may cost seconds.
     torch.set_num_threads(1)
-    desk = Desk(agent, model.catalogue)
+    desk = Desk(agent, ItemIndex(model.catalogue))
     if way is Way.MCP:
         return serve_assistant(desk)
 

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from pfm_llm.agent.agent import PersonalAgent
 from pfm_llm.agent.web.app import make_app
-from pfm_llm.agent.web.desk import Desk
+from pfm_llm.agent.web.desk import Desk, ItemIndex
 from pfm_llm.agent.web.guard import RateBound
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.recommender import Recommender
@@ -22,7 +22,7 @@ HERE, TOKEN = "http://127.0.0.1:8610", "t" * 43
 
 
 def _browser(agent: PersonalAgent, catalogue: Catalogue) -> TestClient:
-    app = make_app(Desk(agent, catalogue), TOKEN, 8610, RateBound(burst=1e9))
+    app = make_app(Desk(agent, ItemIndex(catalogue)), TOKEN, 8610, RateBound(burst=1e9))
     client = TestClient(app, HERE, headers={"Origin": HERE})
     client.cookies["pfm_agent_8610"] = TOKEN
     return client
