@@ -112,9 +112,29 @@ def show_users(users: _Users, as_json: options.AsJson = False) -> None:
     print(json.dumps(names, ensure_ascii=False) if as_json else "\n".join(map(harmless, names)))
 
 
+def interactions(
+    users: _Users,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="CSV file for a node.")],
+) -> None:
+    """Write the histories of users who let a federation learn from them, as data of a node.
+
+    Users are random names in it. Run it anew before a node starts: who has taken their consent
+    back is then left out.
+    """
+    from pfm_llm.agent.host.accounts import Accounts
+    from pfm_llm.agent.host.contributions import write_contributions
+
+    found = write_contributions(Accounts(users), out)
+    print(
+        f"{found.num_events:,} events of {found.num_contributing:,} users in {out}; "
+        f"{found.num_users - found.num_contributing:,} users contribute nothing"
+    )
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve,
     "add": add,
     "remove": remove,
     "list": show_users,
+    "interactions": interactions,
 }

@@ -31,7 +31,7 @@ COMMANDS = (
     *(f"versions {name}" for name in ("list", "diff", "verify", "rollback", "keygen", "pull")),
     *("data", "node", "config show", "config list", "data check"),
     *("node serve", "node about", "node forget"),
-    *("host", "host serve", "host add", "host remove", "host list"),
+    *("host", *(f"host {name}" for name in ("serve", "add", "remove", "list", "interactions"))),
 )
 
 

@@ -44,6 +44,7 @@ class NewSettings(BaseModel):
     weight: float | None = Field(None, ge=0, le=1.5)
     strength: float | None = Field(None, ge=0, le=1)
     paused: bool | None = None
+    contributes: bool | None = None
 
 
 class Kept(BaseModel):
@@ -134,6 +135,8 @@ def change_settings(desk: OfAgent, new: NewSettings) -> Settings:
         desk.agent.set_strength(new.strength)
     if new.paused is not None:
         desk.agent.pause(new.paused)
+    if new.contributes is not None:
+        desk.agent.contribute(new.contributes)
     return desk.agent.settings
 
 

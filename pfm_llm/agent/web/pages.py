@@ -223,6 +223,14 @@ def set_paused(pages: OfPages, paused: Annotated[bool, Form()], to: Text = "/") 
     return _to(to)
 
 
+@router.post("/contributes")
+def set_contributes(pages: OfPages, contributes: Annotated[bool, Form()]) -> Response:
+    """Let a federation learn from the history, or not."""
+    pages.desk.agent.contribute(contributes)
+    pages.notice = f"A federation may {'' if contributes else 'not '}learn from your history."
+    return _to("/beliefs")
+
+
 @router.post("/history/remove")
 def remove(pages: OfPages, item_id: Text) -> Response:
     """Delete every action about an item."""

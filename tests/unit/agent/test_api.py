@@ -82,6 +82,7 @@ def test_events_count_or_do_not_or_are_gone(client: TestClient, agent: PersonalA
 def test_settings_change_alone(client: TestClient, agent: PersonalAgent) -> None:
     client.patch("settings", json={"weight": 0.5, "strength": 0.25})
     assert (agent.settings.weight, agent.settings.strength) == (0.5, 0.25)
+    assert client.patch("settings", json={"contributes": True}).json()["contributes"]
     assert client.patch("settings", json={"paused": False}).json()["weight"] == 0.5
     assert client.patch("settings", json={"weight": None}).json()["weight"] is None
     assert client.get("settings").json()["strength"] == 0.25

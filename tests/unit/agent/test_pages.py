@@ -75,6 +75,17 @@ def test_what_is_said_shows_at_once_and_can_be_taken_back(
     assert "Taken back" in _said(again)
 
 
+def test_whether_a_federation_may_learn_is_the_users_choice(
+    browser: TestClient, agent: PersonalAgent
+) -> None:
+    assert 'aria-pressed="false" aria-describedby="contributes' in browser.get("/beliefs").text
+    page = browser.post("/contributes", data={"contributes": "true"}).text
+    assert 'aria-pressed="true" aria-describedby="contributes' in page
+    assert agent.settings.contributes
+    browser.post("/contributes", data={"contributes": "false"})
+    assert not agent.settings.contributes
+
+
 def test_nothing_is_kept_while_paused(browser: TestClient, agent: PersonalAgent) -> None:
     page = browser.post("/paused", data={"paused": "true"}).text
     assert "Your agent is paused" in page

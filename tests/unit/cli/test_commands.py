@@ -203,6 +203,8 @@ def test_users_of_a_host_are_added_listed_and_removed(pfm: Run, tmp_path: Path) 
     again = pfm("host", "add", "b", *users)
     assert (again.exit_code, again.stdout) == (2, "")
     assert "already" in again.stderr
+    nothing = pfm("host", "interactions", *users, "--out", tmp_path / "node.csv")
+    assert "no user of this host lets a federation learn" in nothing.stderr
     assert pfm("host", "remove", "b", *users).exit_code == 0
     assert pfm("host", "remove", "b", *users).exit_code == 2
     assert json.loads(pfm("host", "list", *users, "--json").stdout) == ["a\nx"]
