@@ -119,8 +119,10 @@ class Ranking:
         for start in range(first, len(events), _IN_A_PASS):
             chunk = range(start, min(start + _IN_A_PASS, len(events)))
             past = [self._history(events[:number]) for number in chunk]
-            served = [Served(*one) for one in zip(past, serving.fit(past), strict=True)]
-            for number, scores in zip(chunk, serving.scores(served), strict=True):
+            with self._turns:
+                served = [Served(*one) for one in zip(past, serving.fit(past), strict=True)]
+                ranked = serving.scores(served)
+            for number, scores in zip(chunk, ranked, strict=True):
                 unmet = np.ones(len(scores), bool)
                 unmet[items[:number]] = False
                 found.append(float(log_shares(scores, unmet)[items[number]]))

@@ -36,7 +36,11 @@ class CorruptFileError(StorageError):
 
 
 class BusyError(PfmError):
-    """Files that another process is working on."""
+    """Files that another process is working on, or a service that takes no more for the moment."""
+
+
+class AccessError(PfmError):
+    """A user whom a host does not know, or knows no more."""
 
 
 class BackboneError(PfmError):

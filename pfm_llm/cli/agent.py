@@ -1,4 +1,4 @@
-"""``pfm agent``: a personal agent's page, or its server for an assistant."""
+"""``pfm agent``: a personal agent's page, its server for an assistant, and its newer adapters."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pfm_llm.cli import options
-from pfm_llm.cli.recommend import Adapter, Backbone, CatalogueFile, ItemEncoder, load
+from pfm_llm.cli.recommend import Adapter, Backbone, CatalogueFile, ItemEncoder, bases_of, load
 
 if TYPE_CHECKING:
     from pfm_llm.agent.agent import PersonalAgent
@@ -18,17 +18,19 @@ PORT = 8610
 
 
 class Way(StrEnum):
-    """How the agent is reached."""
+    """What the command does: two ways to reach the agent, and one to renew it."""
 
     PAGE = "page"
     MCP = "mcp"
+    SYNC = "sync"
 
 
 _Way = Annotated[
     Way,
     typer.Argument(
         help="page: a page in the browser, with an HTTP API and MCP beside it. mcp: answer the "
-        "assistant that starts this command, over standard input and output."
+        "assistant that starts this command, over standard input and output. sync: fetch the "
+        "newest of --adapter, and use it from now on if it serves your own past no worse."
     ),
 ]
 _User = Annotated[
@@ -72,34 +74,73 @@ def agent(
     """Recommend for one person, with reasons, under their control.
 
     It answers on this machine alone, to whoever brings the token of its folder, and sends nothing.
+    Without --run and --adapter it uses the adapter that the last sync has kept, or the newest run.
     """
     import logging
 
-    _check(adapter, user, folder)
+    _check(way, adapter, user, folder)
     logging.getLogger("pfm_llm").setLevel(logging.WARNING)
-    source = options.run_folder(run, runs) if adapter is None else adapter
-    bases: Bases = {
-        "backbone": backbone,
-        "item_encoder": item_encoder,
-        "allow_base_mismatch": allow_base_mismatch,
-    }
-    model = load(source, user, catalogue, revision, bases)
-    _serve(model, _own(model, folder or _default_folder()), way, port, not no_browser)
+    bases = bases_of(backbone, item_encoder, allow_base_mismatch)
+    home = folder or _default_folder()
+    kept = _kept(home) if run is None and (adapter is None or way is Way.SYNC) else None
+    if kept is None:
+        source = options.run_folder(run, runs) if adapter is None else adapter
+        model = load(source, user, catalogue, revision, bases)
+    else:
+        model = load(kept, user, catalogue, None, bases)
+    own = _own(model, home)
+    if way is Way.SYNC and adapter is not None:
+        return _sync(own, adapter, revision, bases)
+    _serve(model, own, way, port, not no_browser)
 
 
-def _check(adapter: str | None, user: str | None, folder: Path | None) -> None:
-    import importlib.util
+def _kept(folder: Path) -> Path | None:
+    """The adapter that the last sync of an agent has kept."""
+    from pfm_llm.agent.folder import AgentFolder
 
+    found = AgentFolder(folder).adapters() if folder.is_dir() else []
+    return found[0] if found else None
+
+
+def _sync(agent: "PersonalAgent", adapter: str, revision: str | None, bases: "Bases") -> None:
+    found = agent.sync(adapter, revision, **bases)
+    if found.difference is None:
+        print("in use now; your history is too short to tell whether it serves you better")
+        return
+    print(
+        f"{'in use now' if found.is_no_worse else 'not used: it serves your past worse'}; "
+        f"{found.difference:+.3f} ± {found.error:.3f} log-probability for each of the "
+        f"{found.num_events} newest events, beside the adapter before"
+    )
+
+
+def _check(way: Way, adapter: str | None, user: str | None, folder: Path | None) -> None:
     from pfm_llm.base.errors import ConfigError
 
+    if way is Way.SYNC and adapter is None:
+        raise ConfigError("pfm agent sync needs --adapter: a folder, or user/name on the Hub")
     if user is not None and adapter is not None:
         raise ConfigError("--user is of a run; a published adapter knows no users")
     if user is not None and folder is None:
         raise ConfigError("--user needs --folder, so that nobody else's history becomes yours")
-    missing = [name for name in ("fastapi", "mcp") if importlib.util.find_spec(name) is None]
+    if way is not Way.SYNC:
+        need_extra("pfm agent", "fastapi", "mcp")
+
+
+def need_extra(command: str, *libraries: str) -> None:
+    """Check that the libraries of the extra are there.
+
+    Raises:
+        ConfigError: One is missing.
+    """
+    import importlib.util
+
+    from pfm_llm.base.errors import ConfigError
+
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"pfm agent needs {' and '.join(missing)}: "
+            f"{command} needs {' and '.join(missing)}: "
             "pip install -c constraints-agent.txt 'pfm-llm[agent]'"
         )
 
@@ -130,12 +171,12 @@ def _serve(
 
     import torch
 
-    from pfm_llm.agent.web.desk import Desk
+    from pfm_llm.agent.web.desk import Desk, ItemIndex
     from pfm_llm.agent.web.serve import serve_assistant, serve_page
 
     # One user's passes are small. On a machine that does more, a second thread may cost seconds.
     torch.set_num_threads(1)
-    desk = Desk(agent, model.catalogue)
+    desk = Desk(agent, ItemIndex(model.catalogue))
     if way is Way.MCP:
         return serve_assistant(desk)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pfm_llm import __version__
-from pfm_llm.cli import config, data, node, versions
+from pfm_llm.cli import config, data, host, node, versions
 from pfm_llm.cli.agent import agent
 from pfm_llm.cli.audit import audit
 from pfm_llm.cli.evaluate import evaluate
@@ -35,7 +35,7 @@ def make_app() -> typer.Typer:
     app.command("push")(_safe(push))
     app.command("audit", cls=ManyValues)(_safe(audit))
     app.command("suite", cls=ManyValues)(_safe(suite, again))
-    groups = {"versions": versions, "config": config, "data": data, "node": node}
+    groups = {"versions": versions, "config": config, "data": data, "node": node, "host": host}
     for name, module in groups.items():
         group = _group(module.HELP)
         group.callback()(lambda: None)  # a group even of a single command

@@ -92,11 +92,7 @@ def recommend(
     if compare:
         return _compare(options.run_folder(run, runs), user, n, new_share, as_json)
     source = options.run_folder(run, runs) if adapter is None else adapter
-    bases: Bases = {
-        "backbone": backbone,
-        "item_encoder": item_encoder,
-        "allow_base_mismatch": allow_base_mismatch,
-    }
+    bases = bases_of(backbone, item_encoder, allow_base_mismatch)
     model = load(source, user, catalogue, revision, bases)
     if export_private is not None:
         model.export_private(export_private)
@@ -141,6 +137,15 @@ def _compare(
         print(json.dumps(lists.lists_tree(found), ensure_ascii=False, indent=2))
     else:
         print("\n\n".join(one.text() for one in found), lists.MARK, sep="\n\n")
+
+
+def bases_of(backbone: str | None, item_encoder: str | None, allow_base_mismatch: bool) -> "Bases":
+    """The options of the frozen models, as the recommender takes them."""
+    return {
+        "backbone": backbone,
+        "item_encoder": item_encoder,
+        "allow_base_mismatch": allow_base_mismatch,
+    }
 
 
 def load(

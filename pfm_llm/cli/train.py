@@ -36,7 +36,7 @@ def train(
     # A wrong key is named before torch is imported, which takes seconds.
     experiment = load_config(find_config(config), overrides or [])
 
-    from pfm_llm.cli.ending import print_ending
+    from pfm_llm.cli.evaluate import print_ending
     from pfm_llm.runs.experiment import run_experiment
 
     run = run_experiment(experiment, resume=resume, from_round=from_round)

@@ -10,7 +10,7 @@ from ir_measures import RR, Success, nDCG
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.cli.ending import print_ending
+from pfm_llm.cli.evaluate import print_ending
 from pfm_llm.evaluation.results import ResultRow
 from pfm_llm.runs.experiment import evaluate_run, run_experiment
 from tests.support.leaks import files_below

@@ -19,7 +19,7 @@ from examples.plain_peft import user_state
 from pfm_llm.base import files
 from pfm_llm.base.errors import ConfigError
 from pfm_llm.base.terminal import columns
-from pfm_llm.cli.ending import print_ending
+from pfm_llm.cli.evaluate import print_ending
 from pfm_llm.config.schema import load_config, training_hash
 from pfm_llm.model.batches import collate
 from pfm_llm.model.cohort import Parts

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pfm_llm.base.errors import ConfigError
-from pfm_llm.cli.ending import print_ending
+from pfm_llm.cli.evaluate import print_ending
 from pfm_llm.config.choices import Schedule, ServerOptimizer
 from pfm_llm.config.private_kinds import PRIVATE_KINDS
 from pfm_llm.config.schema import dump_config, load_config

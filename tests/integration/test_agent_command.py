@@ -75,3 +75,40 @@ def test_an_assistant_starts_it_and_talks_over_pipes(run: Path, tmp_path: Path) 
             return len(answer.structured_content["result"])
 
     assert anyio.run(ask) == 4
+
+
+def test_a_sync_keeps_an_adapter_that_the_agent_then_opens_by_itself(
+    run: Path, tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = tmp_path / "me"
+    words = [sys.executable, *_words(run, folder, "sync"), "--adapter", str(run / "shared_adapter")]
+    # A published adapter knows no users, so the history comes in by the run, on the first start.
+    refused = subprocess.run(words, capture_output=True, text=True, env=_environment(), check=False)
+    assert "a published adapter knows no users" in refused.stderr
+    _ask_once([sys.executable, *_words(run, folder)])
+    own = [sys.executable, "-m", "pfm_llm.cli", "agent", "--folder", str(folder)]
+    own += ["--catalogue", str(tiny.items), "--backbone", str(tiny.model)]
+    sync = [*own[:4], "sync", *own[4:], "--adapter", str(run / "shared_adapter")]
+    done = subprocess.run(sync, capture_output=True, text=True, env=_environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"in use now; [+-]0.000 ± 0.000 log-prob\S+ for each of the \d+", done.stdout)
+    assert (folder / "ledger.json").exists()
+    shown = _ask_once([*own, "--no-browser", "--port", "0"])
+    assert len(shown) == 10
+
+
+def _ask_once(command: list[str]) -> list[dict[str, object]]:
+    """Start an agent, ask it for its list, and end it."""
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=_environment()
+    ) as process:
+        assert process.stderr is not None
+        found = next(filter(None, (re.search(r"http://\S+", line) for line in process.stderr)))
+        at, _, token = found[0].partition("/?token=")
+        headers = {"Authorization": f"Bearer {token}"}
+        shown: list[dict[str, object]] = httpx2.get(
+            f"{at}/api/recommendations", headers=headers, timeout=60
+        ).json()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    return shown

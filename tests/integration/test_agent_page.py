@@ -20,7 +20,7 @@ pytest.importorskip("axe_playwright_python", reason="needs the extra [agent-test
 from playwright.sync_api import expect, sync_playwright
 
 from pfm_llm.agent.agent import PersonalAgent
-from pfm_llm.agent.web.desk import Desk
+from pfm_llm.agent.web.desk import Desk, ItemIndex
 from pfm_llm.base.processes import Processes
 from pfm_llm.recommender import Recommender
 from tests.support.agent_page import CHROMIUM, TOKEN, served
@@ -74,7 +74,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture
 def page(agent: PersonalAgent, model: Recommender, chromium: Any) -> Iterator[Any]:
     """The page, opened with the token; at its end nothing was asked of another host."""
-    with served(Desk(agent, model.catalogue)) as at:
+    with served(Desk(agent, ItemIndex(model.catalogue))) as at:
         context = chromium.new_context(base_url=at, viewport=DESK)
         page, asked, faults = context.new_page(), [], []
         page.on("request", lambda request: asked.append(request.url))
@@ -234,7 +234,7 @@ def test_axe_finds_no_violation_and_nothing_is_wider_than_the_screen(
     first, second = agent.recommend(2)
     agent.feedback(first.item_id, "less_like_this")
     axe = (importlib.resources.files(AXE) / "axe.min.js").read_text()
-    with served(Desk(agent, model.catalogue)) as at:
+    with served(Desk(agent, ItemIndex(model.catalogue))) as at:
         options = {"color_scheme": scheme, "viewport": size, "bypass_csp": True}
         context = chromium.new_context(base_url=at, **options)  # axe itself is a foreign script
         page = context.new_page()
@@ -264,7 +264,7 @@ def test_axe_sees_a_fault(chromium: Any) -> None:
 def test_without_a_script_the_same_forms_work(
     agent: PersonalAgent, model: Recommender, chromium: Any
 ) -> None:
-    with served(Desk(agent, model.catalogue)) as at:
+    with served(Desk(agent, ItemIndex(model.catalogue))) as at:
         context = chromium.new_context(base_url=at, java_script_enabled=False)
         page = context.new_page()
         page.goto(f"/?token={TOKEN}")

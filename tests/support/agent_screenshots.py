@@ -13,7 +13,7 @@ import torch
 from playwright.sync_api import expect, sync_playwright
 
 from pfm_llm.agent.agent import PersonalAgent
-from pfm_llm.agent.web.desk import Desk
+from pfm_llm.agent.web.desk import Desk, ItemIndex
 from pfm_llm.recommender import Recommender
 from tests.support.agent_page import CHROMIUM, TOKEN, served
 
@@ -40,7 +40,7 @@ def main() -> None:
         ids = model.catalogue.item_ids
         agent.add_history([ids[item] for item in model.owner.history.items])
         browser = tool.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        with served(Desk(agent, model.catalogue)) as at:
+        with served(Desk(agent, ItemIndex(model.catalogue))) as at:
             page = browser.new_page(base_url=at, viewport={"width": 1120, "height": 860})
             _measure(page, agent)
             _picture(page)

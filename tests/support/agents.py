@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from pfm_llm.base.processes import Processes
 from pfm_llm.protocol.types import SharedState
 from pfm_llm.recommender import Recommender
@@ -12,6 +14,13 @@ from tests.support.tiny_models import stirred
 
 HISTORY = (3, 8, 1, 20, 14, 6, 9)
 """Internal ids of items."""
+
+
+def history_of(model: Recommender, number: int) -> list[str]:
+    """External ids of what one of many users met, three to seven items."""
+    ids = model.catalogue.item_ids
+    generator = np.random.default_rng(number)
+    return [ids[item] for item in generator.choice(len(ids), 3 + number % 5, replace=False)]
 
 
 class Clock:

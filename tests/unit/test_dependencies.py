@@ -20,7 +20,10 @@ FOR_TESTS = {
     canonicalize_name(found.name): found
     for found in map(Requirement, PROJECT["optional-dependencies"]["test"])
 }
-OPTIONAL = {"flwr", "dp-accounting", "fastapi", "starlette", "uvicorn", "mcp", "anyio"}
+OPTIONAL = {
+    *("flwr", "dp-accounting", "fastapi", "starlette", "uvicorn", "mcp", "anyio"),
+    "prometheus-client",
+}
 """In extras (anyio and starlette come with fastapi): `tests/unit/test_layers.py` says who may
 import them."""
 PACKAGE_OF = {"yaml": "pyyaml"}
@@ -85,7 +88,8 @@ def test_privacy_changes_one_pin_and_adds_its_own() -> None:
 def test_the_agent_changes_no_pin_and_adds_its_own() -> None:
     extra = list(map(Requirement, PROJECT["optional-dependencies"]["agent"]))
     usual, own = pinned("constraints.txt"), pinned("constraints-agent.txt")
-    assert {one.name for one in extra} == {"fastapi", "mcp", "python-multipart", "uvicorn"}
+    libraries = {"fastapi", "mcp", "prometheus-client", "python-multipart", "uvicorn"}
+    assert {one.name for one in extra} == libraries
     assert all(own[canonicalize_name(one.name)] in one.specifier for one in extra)
     assert {name: own[name] for name in usual} == usual
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = (("flwr",), ("mcp", "fastapi", "starlette", "uvicorn"))
+EXTRAS = (("flwr",), ("mcp", "fastapi", "starlette", "uvicorn", "prometheus_client"))
 """What each extra brings; Flower brings an older fastapi, which is not that of the agent."""
 MISSING = (
     "|".join(name for extra in EXTRAS if not all(map(find_spec, extra)) for name in extra)
@@ -31,6 +31,7 @@ COMMANDS = (
     *(f"versions {name}" for name in ("list", "diff", "verify", "rollback", "keygen", "pull")),
     *("data", "node", "config show", "config list", "data check"),
     *("node serve", "node about", "node forget"),
+    *("host", *(f"host {name}" for name in ("serve", "add", "remove", "list", "interactions"))),
 )
 
 

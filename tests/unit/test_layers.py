@@ -182,7 +182,7 @@ def test_only_the_transport_imports_flower() -> None:
 
 
 def test_only_the_page_of_the_agent_imports_the_libraries_of_the_web() -> None:
-    for library in ("fastapi", "starlette", "uvicorn"):
+    for library in ("fastapi", "prometheus_client", "starlette", "uvicorn"):
         using = users_of(PACKAGE, library)
         assert using
         assert all(module.startswith("agent.web.") for module in using)

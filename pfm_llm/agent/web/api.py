@@ -1,6 +1,8 @@
 """The same for programs: JSON over HTTP, described by OpenAPI at ``/api/openapi.json``."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Query, Request, Response
@@ -15,15 +17,17 @@ from pfm_llm.agent.web.desk import Desk, Item
 from pfm_llm.base.errors import DataError
 
 router = APIRouter(prefix="/api", tags=["agent"])
+OpenDesk = Callable[[Request], AbstractContextManager[Desk]]
 
 
-def desk_of(request: Request) -> Desk:
-    """The desk of the application that answers."""
-    found: Desk = request.app.state.desk
-    return found
+def desk_of(request: Request) -> Iterator[Desk]:
+    """The desk of who asks, for the time of the request."""
+    open_desk: OpenDesk = request.app.state.open_desk
+    with open_desk(request) as desk:
+        yield desk
 
 
-OfAgent = Annotated[Desk, Depends(desk_of)]
+OfAgent = Annotated[Desk, Depends(desk_of, scope="function")]
 Count = Annotated[int, Query(ge=1, le=100)]
 
 
@@ -40,6 +44,7 @@ class NewSettings(BaseModel):
     weight: float | None = Field(None, ge=0, le=1.5)
     strength: float | None = Field(None, ge=0, le=1)
     paused: bool | None = None
+    contributes: bool | None = None
 
 
 class Kept(BaseModel):
@@ -65,7 +70,7 @@ def recommendations(
 @router.get("/items")
 def items(desk: OfAgent, query: str, k: Count = 10) -> list[Item]:
     """Items whose title is about the query; typos are forgiven."""
-    return desk.search(query, k)
+    return desk.items.search(query, k)
 
 
 @router.get("/items/{item_id}/explanation")
@@ -130,6 +135,8 @@ def change_settings(desk: OfAgent, new: NewSettings) -> Settings:
         desk.agent.set_strength(new.strength)
     if new.paused is not None:
         desk.agent.pause(new.paused)
+    if new.contributes is not None:
+        desk.agent.contribute(new.contributes)
     return desk.agent.settings
 
 

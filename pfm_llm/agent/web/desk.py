@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pfm_llm.agent.actions import Event
 from pfm_llm.agent.agent import PersonalAgent
-from pfm_llm.base.errors import DataError
+from pfm_llm.base.errors import CorruptFileError, DataError
 from pfm_llm.data.interactions import TITLE, Catalogue
 from pfm_llm.data.titles import TitleSearch
 
@@ -43,16 +43,14 @@ class TurnedDown:
     until: float | None
 
 
-class Desk:
-    """One agent and the catalogue that it ranks.
+class ItemIndex:
+    """The items of a catalogue by id and by title; many desks may share it.
 
     Args:
-        agent: The agent.
-        catalogue: Its items.
+        catalogue: The items.
     """
 
-    def __init__(self, agent: PersonalAgent, catalogue: Catalogue) -> None:
-        self.agent = agent
+    def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
         self._index = {item_id: index for index, item_id in enumerate(catalogue.item_ids)}
         self._titles = TitleSearch(catalogue)
@@ -73,20 +71,37 @@ class Desk:
         """Items whose title is about the text, the best match first."""
         return [self.item(item_id) for item_id in self._titles.find(text, most)]
 
+
+class Desk:
+    """One agent and the items that it ranks.
+
+    Args:
+        agent: The agent.
+        items: Its items.
+
+    Attributes:
+        agent: As given.
+        items: As given.
+    """
+
+    def __init__(self, agent: PersonalAgent, items: ItemIndex) -> None:
+        self.agent = agent
+        self.items = items
+
     def history(self) -> list[tuple[Event, Item]]:
         """The events with their items, newest first."""
-        return [(event, self.item(event.item_id)) for event in reversed(self.agent.history())]
+        return [(event, self.items.item(event.item_id)) for event in reversed(self.agent.history())]
 
     def turned_down(self) -> list[TurnedDown]:
         """The items that are not shown because the user said so, and were not met."""
-        known, now = self.agent.known, time.time()
+        known, now, item = self.agent.known, time.time(), self.items.item
         met = {event.item_id for event in known.events}
-        gone = [TurnedDown(self.item(one), True, None) for one in known.less if one not in met]
+        gone = [TurnedDown(item(one), True, None) for one in known.less if one not in met]
         others = sorted(known.hidden - met - set(known.less))
-        gone += [TurnedDown(self.item(one), False, None) for one in others]
+        gone += [TurnedDown(item(one), False, None) for one in others]
         later = [(one, at) for one, at in known.not_before.items() if one not in met and at > now]
         return gone + [
-            TurnedDown(self.item(one), False, at) for one, at in later if one not in known.hidden
+            TurnedDown(item(one), False, at) for one, at in later if one not in known.hidden
         ]
 
     def files(self) -> dict[str, int]:
@@ -107,11 +122,14 @@ class Desk:
         """Replace all that the agent knows by what `export` gave.
 
         Raises:
-            CorruptFileError: It is no export; the agent knows what it knew.
+            DataError: It is no export; the agent knows what it knew.
         """
         with self._scratch() as path:
             path.write_bytes(content)
-            self.agent.import_(path)
+            try:
+                self.agent.import_(path)
+            except CorruptFileError as error:  # whoever sent the content knows no such path
+                raise DataError(str(error).replace(str(path), "the file")) from error
 
     def _scratch(self) -> "_Scratch":
         return _Scratch(self.agent.folder)

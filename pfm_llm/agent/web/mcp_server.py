@@ -50,7 +50,7 @@ class _Tools:
 
     def find(self, title: str, k: Count = 5) -> list[Item]:
         """Items whose title is about this one; typos are forgiven. It gives the ids of items."""
-        return self._desk.search(title, k)
+        return self._desk.items.search(title, k)
 
     def explain(self, item_id: str) -> Explanation:
         """Why an item stands where it stands in this person's list. It may take some seconds."""

@@ -111,7 +111,7 @@ def _first_titles(desk: Desk) -> list[Any]:
 def search(pages: OfPages, q: str = "") -> Response:
     """Items by title."""
     met = {event.item_id for event in pages.desk.agent.history()}
-    return pages.show("search", query=q, found=pages.desk.search(q), met=met)
+    return pages.show("search", query=q, found=pages.desk.items.search(q), met=met)
 
 
 @router.get("/why/{item_id:path}")
@@ -178,7 +178,7 @@ def import_(pages: OfPages, file: UploadFile) -> Response:
 def feedback(pages: OfPages, item_id: Text, kind: Text) -> Response:
     """Take in what the user says of an item."""
     kept = pages.desk.agent.feedback(item_id, kind)
-    said = _SAID[Kind(kind)].format(harmless(pages.desk.item(item_id).title))
+    said = _SAID[Kind(kind)].format(harmless(pages.desk.items.item(item_id).title))
     pages.notice = said if kept else "Your agent is paused, and kept nothing."
     return _to("/")
 
@@ -223,10 +223,18 @@ def set_paused(pages: OfPages, paused: Annotated[bool, Form()], to: Text = "/") 
     return _to(to)
 
 
+@router.post("/contributes")
+def set_contributes(pages: OfPages, contributes: Annotated[bool, Form()]) -> Response:
+    """Let a federation learn from the history, or not."""
+    pages.desk.agent.contribute(contributes)
+    pages.notice = f"A federation may {'' if contributes else 'not '}learn from your history."
+    return _to("/beliefs")
+
+
 @router.post("/history/remove")
 def remove(pages: OfPages, item_id: Text) -> Response:
     """Delete every action about an item."""
-    title = harmless(pages.desk.item(item_id).title)
+    title = harmless(pages.desk.items.item(item_id).title)
     pages.desk.agent.forget(item_id)
     pages.notice = f"“{title}” is removed, as if it had never been."
     return _to("/history")
@@ -235,7 +243,7 @@ def remove(pages: OfPages, item_id: Text) -> Response:
 @router.post("/history/counts")
 def set_counts(pages: OfPages, item_id: Text, counts: Annotated[bool, Form()]) -> Response:
     """Let the events of an item count, or count no more."""
-    title = harmless(pages.desk.item(item_id).title)
+    title = harmless(pages.desk.items.item(item_id).title)
     if counts:
         pages.desk.agent.include(item_id)
     else:

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from pfm_llm.agent.agent import PersonalAgent
 from pfm_llm.agent.web.app import make_app
-from pfm_llm.agent.web.desk import Desk
+from pfm_llm.agent.web.desk import Desk, ItemIndex
 from pfm_llm.agent.web.guard import RateBound
 from pfm_llm.recommender import Recommender
 
@@ -22,7 +22,7 @@ TOKEN = "t" * 43
 
 @pytest.fixture
 def client(agent: PersonalAgent, model: Recommender) -> Iterator[TestClient]:
-    app = make_app(Desk(agent, model.catalogue), TOKEN, 80, RateBound(burst=1e9))
+    app = make_app(Desk(agent, ItemIndex(model.catalogue)), TOKEN, 80, RateBound(burst=1e9))
     headers = {"Authorization": f"Bearer {TOKEN}", "Host": "127.0.0.1:80"}
     with TestClient(app, "http://127.0.0.1:80/api", headers=headers) as client:
         yield client
@@ -82,6 +82,7 @@ def test_events_count_or_do_not_or_are_gone(client: TestClient, agent: PersonalA
 def test_settings_change_alone(client: TestClient, agent: PersonalAgent) -> None:
     client.patch("settings", json={"weight": 0.5, "strength": 0.25})
     assert (agent.settings.weight, agent.settings.strength) == (0.5, 0.25)
+    assert client.patch("settings", json={"contributes": True}).json()["contributes"]
     assert client.patch("settings", json={"paused": False}).json()["weight"] == 0.5
     assert client.patch("settings", json={"weight": None}).json()["weight"] is None
     assert client.get("settings").json()["strength"] == 0.25

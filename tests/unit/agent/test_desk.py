@@ -9,15 +9,15 @@ import pytest
 
 from pfm_llm.agent.agent import PersonalAgent
 from pfm_llm.agent.web.access import TOKEN, is_same, own_token
-from pfm_llm.agent.web.desk import Desk, lean
-from pfm_llm.base.errors import CorruptFileError
+from pfm_llm.agent.web.desk import Desk, ItemIndex, lean
+from pfm_llm.base.errors import DataError
 from pfm_llm.recommender import Recommender
 from tests.support.agents import HISTORY
 
 
 @pytest.fixture
 def desk(agent: PersonalAgent, model: Recommender) -> Desk:
-    return Desk(agent, model.catalogue)
+    return Desk(agent, ItemIndex(model.catalogue))
 
 
 def test_the_token_is_kept_for_its_owner_alone(tmp_path: Path) -> None:
@@ -47,11 +47,11 @@ def test_a_token_that_others_could_read_is_replaced(tmp_path: Path) -> None:
 
 def test_items_are_found_by_title(desk: Desk, model: Recommender) -> None:
     titles = model.catalogue.fields["title"]
-    found = desk.search("blue fsh")
+    found = desk.items.search("blue fsh")
     assert found[0].title == "blue fish"
     assert found[0].item_id == model.catalogue.item_ids[titles.index("blue fish")]
-    assert desk.search("blue", 3)[2].title.startswith("blue")
-    assert len(desk.search("blue", 3)) == 3
+    assert desk.items.search("blue", 3)[2].title.startswith("blue")
+    assert len(desk.items.search("blue", 3)) == 3
 
 
 def test_the_history_is_newest_first(desk: Desk, ids: tuple[str, ...]) -> None:
@@ -62,7 +62,7 @@ def test_what_was_turned_down_is_listed_once_and_what_was_met_is_not(
     model: Recommender, tmp_path: Path
 ) -> None:
     agent = PersonalAgent(model, tmp_path / "now")  # the desk reads the clock of the machine
-    desk = Desk(agent, model.catalogue)
+    desk = Desk(agent, ItemIndex(model.catalogue))
     one, two, three, four = model.catalogue.item_ids[:4]
     for item, kind in (
         (one, "dislike"),
@@ -86,7 +86,7 @@ def test_an_export_is_imported_and_nothing_else_stays_in_the_folder(desk: Desk) 
     assert desk.files() == {}
     desk.import_(content)
     assert desk.agent.known == before
-    with pytest.raises(CorruptFileError):
+    with pytest.raises(DataError):
         desk.import_(b"{}")
     assert desk.agent.known == before
     assert desk.files() == files | {"settings.json": desk.files()["settings.json"]}

@@ -11,7 +11,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from pfm_llm.agent.agent import PersonalAgent
 from pfm_llm.agent.web.app import make_app
-from pfm_llm.agent.web.desk import Desk
+from pfm_llm.agent.web.desk import Desk, ItemIndex
 from pfm_llm.agent.web.guard import LARGEST, RateBound
 from pfm_llm.recommender import Recommender
 
@@ -22,7 +22,7 @@ BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
 @pytest.fixture
 def client(agent: PersonalAgent, model: Recommender) -> Iterator[TestClient]:
-    app = make_app(Desk(agent, model.catalogue), TOKEN, PORT, RateBound(burst=1e9))
+    app = make_app(Desk(agent, ItemIndex(model.catalogue)), TOKEN, PORT, RateBound(burst=1e9))
     with TestClient(app, HERE, follow_redirects=False) as client:
         yield client
 
@@ -115,7 +115,7 @@ def test_a_body_has_a_bound(browser: TestClient, agent: PersonalAgent) -> None:
 def test_requests_have_a_rate(agent: PersonalAgent, model: Recommender) -> None:
     now = [0.0]
     rate = RateBound(per_second=2, burst=3, clock=lambda: now[0])
-    app = make_app(Desk(agent, model.catalogue), TOKEN, PORT, rate)
+    app = make_app(Desk(agent, ItemIndex(model.catalogue)), TOKEN, PORT, rate)
     with TestClient(app, HERE, headers=BEARER) as client:
 
         def codes(number: int) -> list[int]:

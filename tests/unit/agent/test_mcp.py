@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from pfm_llm.agent.agent import PersonalAgent
 from pfm_llm.agent.web.app import make_app
-from pfm_llm.agent.web.desk import Desk
+from pfm_llm.agent.web.desk import Desk, ItemIndex
 from pfm_llm.agent.web.mcp_server import make_mcp
 from pfm_llm.recommender import Recommender
 
@@ -24,7 +24,7 @@ Call = Callable[..., Any]
 
 @pytest.fixture
 def desk(agent: PersonalAgent, model: Recommender) -> Desk:
-    return Desk(agent, model.catalogue)
+    return Desk(agent, ItemIndex(model.catalogue))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from pfm_llm.agent.agent import PersonalAgent
 from pfm_llm.agent.web.app import make_app
-from pfm_llm.agent.web.desk import Desk
+from pfm_llm.agent.web.desk import Desk, ItemIndex
 from pfm_llm.agent.web.guard import RateBound
 from pfm_llm.data.interactions import Catalogue
 from pfm_llm.recommender import Recommender
@@ -22,7 +22,7 @@ HERE, TOKEN = "http://127.0.0.1:8610", "t" * 43
 
 
 def _browser(agent: PersonalAgent, catalogue: Catalogue) -> TestClient:
-    app = make_app(Desk(agent, catalogue), TOKEN, 8610, RateBound(burst=1e9))
+    app = make_app(Desk(agent, ItemIndex(catalogue)), TOKEN, 8610, RateBound(burst=1e9))
     client = TestClient(app, HERE, headers={"Origin": HERE})
     client.cookies["pfm_agent_8610"] = TOKEN
     return client
@@ -73,6 +73,17 @@ def test_what_is_said_shows_at_once_and_can_be_taken_back(
     again = browser.post("/undo", data={"to": "/"}).text
     assert _headings(again) == _headings(before)
     assert "Taken back" in _said(again)
+
+
+def test_whether_a_federation_may_learn_is_the_users_choice(
+    browser: TestClient, agent: PersonalAgent
+) -> None:
+    assert 'aria-pressed="false" aria-describedby="contributes' in browser.get("/beliefs").text
+    page = browser.post("/contributes", data={"contributes": "true"}).text
+    assert 'aria-pressed="true" aria-describedby="contributes' in page
+    assert agent.settings.contributes
+    browser.post("/contributes", data={"contributes": "false"})
+    assert not agent.settings.contributes
 
 
 def test_nothing_is_kept_while_paused(browser: TestClient, agent: PersonalAgent) -> None:

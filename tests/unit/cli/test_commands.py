@@ -125,7 +125,8 @@ def test_a_new_repository_is_private_unless_public_is_said(
         (["push", "--repo", "a/b", "--private", "--public"], "error: --private and --public"),
         (["agent", "--user", "1", "--adapter", "a"], "error: --user is of a run"),
         (["agent", "--user", "1"], "error: --user needs --folder"),
-        (["agent", "talk"], "'talk' is not one of 'page', 'mcp'"),
+        (["agent", "talk"], "'talk' is not one of 'page', 'mcp', 'sync'"),
+        (["agent", "sync"], "error: pfm agent sync needs --adapter"),
         (["push"], "Missing option '--repo'"),
         (["data", "check", "x.csv", "--column", "usr=a"], "user, item, timestamp, rating, title"),
         (["data", "check", "/none.csv"], "error: /none.csv does not exist"),
@@ -182,6 +183,32 @@ def test_the_agent_says_how_to_get_what_its_page_needs(
     result = pfm("agent", "--run", a_run)
     assert result.exit_code == 2
     assert "pip install -c constraints-agent.txt 'pfm-llm[agent]'" in result.stderr
+
+
+def test_the_host_says_how_to_get_what_it_needs(
+    pfm: Run, a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = pfm("host", "serve", "--users", tmp_path / "users", "--run", a_run)
+    assert result.exit_code == 2
+    assert "pfm host needs fastapi and mcp and prometheus_client" in result.stderr
+    assert not (tmp_path / "users").exists()
+
+
+def test_users_of_a_host_are_added_listed_and_removed(pfm: Run, tmp_path: Path) -> None:
+    users = ["--users", tmp_path / "users"]
+    tokens = {pfm("host", "add", name, *users).stdout.strip() for name in ("b", "a\nx")}
+    assert {len(token) for token in tokens} == {43}
+    assert pfm("host", "list", *users).stdout == "a x\nb\n"
+    assert json.loads(pfm("host", "list", *users, "--json").stdout) == ["a\nx", "b"]
+    again = pfm("host", "add", "b", *users)
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert "already" in again.stderr
+    nothing = pfm("host", "interactions", *users, "--out", tmp_path / "node.csv")
+    assert "no user of this host lets a federation learn" in nothing.stderr
+    assert pfm("host", "remove", "b", *users).exit_code == 0
+    assert pfm("host", "remove", "b", *users).exit_code == 2
+    assert json.loads(pfm("host", "list", *users, "--json").stdout) == ["a\nx"]
 
 
 def test_audit_prints_what_leaks_and_writes_the_figures(
