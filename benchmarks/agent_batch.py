@@ -2,7 +2,9 @@
 
 All cases rank the whole catalogue for the same users after the same histories:
 
-- stacked: one pass of `StackedServing`, as a host serves its users;
+- stacked: one pass of `StackedServing`, as a host serves its users after something new;
+- stacked_kept: the same once a pass has read the histories, as a host ranks with another weight, or
+  with the private part after the shared one: all but one token of one layer is kept;
 - peft: PEFT's mixed batch, one adapter a user, the shared adapter merged into the weights;
 - peft_joined: the same with shared and private adapter joined to one a user;
 - peft_last_mlp: peft, with the last MLP on the tokens alone that are read out, as in stacked;
@@ -10,7 +12,8 @@ All cases rank the whole catalogue for the same users after the same histories:
 - one_by_one: stacked with a pass for each user.
 
 They have the same inputs (the states of the items, which are read once for a catalogue and kept),
-the same layers and the same head, which is checked: their scores are the same but for rounding.
+the same layers and the same head, which is checked: their scores are the same but for rounding. But
+for stacked_kept they do the same work.
 Left out on all sides: loading the model, and reading the texts of the catalogue. Left out of all
 cases but stacked_with_fit: the private parts, which PEFT loads as adapters and a host reads off
 histories; ``costs`` has the seconds of both. Laps alternate between the cases, so that whatever
@@ -20,6 +23,7 @@ else the machine does hits all alike; the ratios are those within a lap.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
     from pfm_llm.recommender.serving import Served
     from pfm_llm.runs.run import Run, Trained
 
-FIRST = "stacked"
+FIRST, KEPT = "stacked", "stacked_kept"
 UNIT = "users_per_s"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 """By dtype, how far scores may be from those of stacked: the norm of the difference to that of the
@@ -132,8 +136,9 @@ def measured(
     seconds = race(cases, laps)  # each has run once, for the agreement
     return {
         "rows": [
-            {"metric": f"stacked_over_{name}", "split": "users", "candidates": "full"} | ratio
-            for name, ratio in ratios(seconds).items()
+            {"metric": f"{first}_over_{name}", "split": "users", "candidates": "full"} | ratio
+            for first in (FIRST, KEPT)
+            for name, ratio in ratios(seconds, first).items()
         ],
         "cases": [row | {"unit": UNIT} for row in rates(seconds, len(histories))],
         "agreement": agreement,
@@ -146,6 +151,7 @@ def cases_of(
 ) -> tuple[dict[str, Case], dict[str, float]]:
     """What is raced, and the seconds a user of getting a private part ready."""
     from benchmarks.mixed_batch import MixedBatch, loaded
+    from pfm_llm.model.private.last_layer import LastTokens
     from pfm_llm.recommender.serving import Served, StackedServing
 
     serving = StackedServing(parts, trained)
@@ -159,7 +165,11 @@ def cases_of(
         fitted = zip(histories, serving.fit(histories), strict=True)
         return serving.scores([Served(*one) for one in fitted])
 
-    cases: dict[str, Case] = {FIRST: lambda: serving.scores(users)}
+    kept = [dataclasses.replace(user, kept=LastTokens()) for user in users]
+    cases: dict[str, Case] = {
+        FIRST: lambda: serving.scores(users),
+        KEPT: lambda: serving.scores(kept),
+    }
     for name, merges_shared in (("peft", True), ("peft_joined", False)):
         model = loaded(parts, trained, private, merges_shared)
         costs[f"{name}_load_seconds_per_user"] = model.seconds_per_user
@@ -191,6 +201,7 @@ def agreed(cases: Mapping[str, Case], dtype: str) -> dict[str, dict[str, float]]
 
     expected, found = cases[FIRST](), {}
     for name, case in cases.items():
+        case()  # what is kept is kept from here on
         scores = case()
         distance = float(np.linalg.norm(scores - expected) / np.linalg.norm(expected))
         if not distance <= TOLERANCE[dtype]:
@@ -201,17 +212,17 @@ def agreed(cases: Mapping[str, Case], dtype: str) -> dict[str, dict[str, float]]
     return found
 
 
-def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """How many times as fast the first case is as each other.
+def ratios(seconds: Mapping[str, Sequence[float]], first: str) -> dict[str, dict[str, float]]:
+    """How many times as fast a case is as each that does not belong to `FIRST` and `KEPT`.
 
     It is the median over laps, with its 95 % bootstrap interval.
     """
     generator = np.random.default_rng(0)
     found = {}
     for name, times in seconds.items():
-        if name == FIRST:
+        if name in (FIRST, KEPT):
             continue
-        each = np.array(times) / np.array(seconds[FIRST])
+        each = np.array(times) / np.array(seconds[first])
         draws = generator.integers(0, len(each), (2000, len(each)))
         low, high = np.quantile(np.median(each[draws], axis=1), [0.025, 0.975]).tolist()
         found[name] = {"value": float(np.median(each)), "ci_low": low, "ci_high": high}

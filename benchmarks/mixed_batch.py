@@ -139,5 +139,5 @@ class MixedBatch:
 def serving_with(parts: ModelParts, trained: Trained, layers: MixedBatch) -> StackedServing:
     """The same serving with other layers: inputs, head and the scores of the private part stay."""
     model = copy.copy(parts.model)
-    model._layers = layers  # type: ignore[assignment]
+    model.layers = layers  # type: ignore[assignment]
     return StackedServing(dataclasses.replace(parts, model=model), trained)
