@@ -115,6 +115,7 @@ class MixedBatch:
         path = parts.backbone.layers_path.rpartition(".")[0]
         self._decoder: Any = of.model.get_base_model().get_submodule(path)
         self._last_mlp, self._reads_last_mlp_only = of.last_mlp, reads_last_mlp_only
+        self.tokens, self.goes_on = None, False  # PEFT keeps nothing of a pass
 
     def set_factors(self, *_: object, **__: object) -> None:
         """Nothing: the factors are those of the loaded adapters."""

@@ -26,7 +26,7 @@ from pfm_llm.model.items.whitening import Normaliser
 from pfm_llm.model.layers import CohortLayers
 from pfm_llm.model.new_items import NEW_BIAS, excluded_items, with_new_biases
 from pfm_llm.model.objective import Objective
-from pfm_llm.model.outputs import Outputs, SharedView
+from pfm_llm.model.outputs import Contexts, Outputs, SharedView, contexts_of
 from pfm_llm.model.private.part import Factors
 from pfm_llm.protocol.types import Tensors
 
@@ -353,22 +353,18 @@ class CohortModel:
             )
         ]
 
-    def _contexts(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> list[torch.Tensor | None]:
-        """Per client the context term of its user vectors [K_c, D]; None without item_context."""
-        if recommender_head.CONTEXT_PROJ not in heads[0]:
-            return [None] * len(heads)
-        found: list[torch.Tensor | None] = []
-        pairs = zip(spans(batch.positions_per_client), spans(batch.outputs_per_client), strict=True)
-        for head, (positions, outputs) in zip(heads, pairs, strict=True):
-            _, lengths = batch.rows[positions].unique_consecutive(return_counts=True)
-            windows = batch.items[positions].split(lengths.tolist())
-            context = recommender_head.window_contexts(head, windows, self.item_texts)
-            # The indices in `batch.outputs` count over all clients.
-            found.append(context[batch.outputs[outputs] - positions.start])
-        return found
+    def _contexts(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> Contexts:
+        """Per client the context term of its user vectors; see `contexts_of`."""
+        tokens = self.layers.tokens
+        if tokens is None:
+            return contexts_of(batch, heads, self.item_texts)
+        tokens.contexts = tokens.contexts or contexts_of(batch, heads, self.item_texts)
+        return tokens.contexts
 
     def _with_item_inputs(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> torch.Tensor:
         """The trunk states [N, T, d], with the ID input of each item added at its last token."""
+        if self.layers.goes_on:
+            return batch.trunk  # nothing reads them
         added = [
             recommender_head.item_inputs(head, batch.items[span])
             for head, span in zip(heads, spans(batch.positions_per_client), strict=True)

@@ -257,6 +257,11 @@ class CohortLayers:
         self._last_layer = self._last_layer or LastLayer(self._top, behind[0])
         return True
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether `states` goes on from `tokens`."""
+        return self.tokens is not None and self.tokens.hidden is not None
+
     def clear(self) -> None:
         """Leave the frozen layers alone."""
         for linear in self._linears.values():
@@ -281,9 +286,8 @@ class CohortLayers:
             private_weight: Factor on the private part.
             dropout: The dropout of a training step.
         """
-        goes_on = self.tokens is not None and self.tokens.hidden is not None
         for name, linear in self._linears.items():
-            if goes_on and not self._is_last(name):
+            if self.goes_on and not self._is_last(name):
                 continue  # that layer does not run
             shared = own = None
             if shared_lora:

@@ -26,17 +26,22 @@ class LastTokens:
     Attributes:
         hidden: [K, d], the input of the layer; None: they are not filled yet.
         attended: [K, a], the input of the linear layer behind the attention.
+        contexts: Of each token the context term of its user vector, [1, D], or None.
     """
 
     hidden: torch.Tensor | None = None
     attended: torch.Tensor | None = None
+    contexts: Sequence[torch.Tensor | None] = ()
 
     @classmethod
     def joined(cls, each: "Sequence[LastTokens]") -> "LastTokens":
         """The tokens of all, in their order; not filled unless all are."""
         hidden = [one.hidden for one in each if one.hidden is not None]
         attended = [one.attended for one in each if one.attended is not None]
-        return cls(torch.cat(hidden), torch.cat(attended)) if len(hidden) == len(each) else cls()
+        if len(hidden) < len(each):
+            return cls()
+        contexts = [context for one in each for context in one.contexts]
+        return cls(torch.cat(hidden), torch.cat(attended), contexts)
 
     def fill(self, each: "Sequence[LastTokens]") -> None:
         """Give each of K its own token."""
@@ -44,6 +49,7 @@ class LastTokens:
             for number, one in enumerate(each):
                 row = slice(number, number + 1)
                 one.hidden, one.attended = self.hidden[row].clone(), self.attended[row].clone()
+                one.contexts = self.contexts[row]
 
 
 class LastLayer:

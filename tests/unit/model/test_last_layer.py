@@ -65,7 +65,8 @@ def test_a_pass_that_goes_on_gives_what_a_whole_one_gives(architecture: str) -> 
 
 
 def test_tokens_are_shared_out_and_joined_in_order() -> None:
-    whole = LastTokens(torch.arange(6.0).view(3, 2), torch.arange(3.0)[:, None])
+    contexts = [torch.zeros(1), None, torch.ones(1)]
+    whole = LastTokens(torch.arange(6.0).view(3, 2), torch.arange(3.0)[:, None], contexts)
     each = [LastTokens() for _ in range(3)]
     assert LastTokens.joined(each).hidden is None
     whole.fill(each)
@@ -74,6 +75,8 @@ def test_tokens_are_shared_out_and_joined_in_order() -> None:
     again = LastTokens.joined(each[::-1])
     assert again.attended is not None
     assert again.attended.tolist() == [[2], [1], [0]]
+    assert [context is None for context in again.contexts] == [False, True, False]
+    assert again.contexts[0] is contexts[2]
     assert LastTokens.joined([*each, LastTokens()]).hidden is None
 
 
