@@ -6,6 +6,7 @@ user, items that the user has not met are asked about: by our scorer in float32,
 which mixes the two LoRAs per request. Nothing is measured on test, and no answer of a user is read.
 
 - base ``f32``: the file's weights in float32, as ours are. Differences are of rounding alone.
+- base ``f16``: the same in float16, with llama.cpp's usual settings.
 - base ``q4_1``: the file as it is, with llama.cpp's usual settings: what a device sees.
 - base ``bfloat16``: our own scorer in bfloat16, for comparison.
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--items", type=int, default=100, help="items in question of each user")
-    parser.add_argument("--mixed-users", type=int, default=5, help="users of the other mixtures")
+    parser.add_argument("--mixed-users", type=int, default=2, help="users of the other mixtures")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "device" / "films.json")
     arguments = parser.parse_args()
     from pfm_llm.cli.start import run_safely
@@ -72,12 +73,15 @@ def run(arguments: argparse.Namespace) -> None:
         rows = effects(ours)
         rows += compared("bfloat16", ours, {"both": trained.scores_in_bfloat16(folder)})
         q4_1 = assets.smollm2_135m_gguf()
-        dequantise(q4_1, folder / "f32.gguf")
+        bases = {"f32": folder / "f32.gguf", "f16": folder / "f16.gguf", "q4_1": q4_1}
+        for base in ("f32", "f16"):
+            dequantise(q4_1, bases[base], half=base == "f16")
         loras, costs = trained.export(folder, q4_1), dict[str, dict[str, float]]()
-        for base, path in {"f32": folder / "f32.gguf", "q4_1": q4_1}.items():
+        for base, path in bases.items():
             found = Measured(trained, path, loras, exact=base == "f32")
-            rows += compared(base, ours, found.scores(arguments.mixed_users))
-            rows += [row | {"base": base} for row in found.checks()]
+            mixed = 0 if base == "f16" else arguments.mixed_users
+            rows += compared(base, ours, found.scores(mixed))
+            rows += [row | {"base": base} for row in found.checks()] if mixed else []
             costs[base] = found.costs
     about = {key: getattr(arguments, key) for key in ("users", "items", "mixed_users")}
     about |= {"shots": SHOTS, "rounds": ROUNDS, "xllamacpp": xllamacpp.__version__}
@@ -95,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class Measured:
-    """llama.cpp with the LoRAs of all users loaded at once.
+    """llama.cpp with the LoRAs of all users in one loaded model.
 
     Args:
         trained: What is asked.
@@ -126,22 +130,24 @@ class Measured:
         from benchmarks.device_ours import MIXTURES
 
         started = time.perf_counter()
-        found = {"both": np.array([self._ask(user, MIXTURES["both"]) for user in self._all])}
+        found = {"both": [self._ask(user, MIXTURES["both"]) for user in self._all]}
         self.costs = {
             "seconds_per_user": (time.perf_counter() - started) / self._users,
-            "tokens_per_user": self._llama.tokens_read / self._users,
+            "tokens_per_user": self._trained.num_tokens / self._users,
         }
-        for name, mixture in MIXTURES.items():
+        for name in MIXTURES if mixed_users else ():
             if name != "both":
-                found[name] = np.array([self._ask(user, mixture) for user in range(mixed_users)])
-        in_one = [{1 + self._users + user: 1.0} for user in range(mixed_users)]
-        found["cat"] = np.array(
-            [
-                self._llama.log_odds(self._trained.prompts(user), self._trained.answers, scales)
-                for user, scales in enumerate(in_one)
+                found[name] = [self._ask(user, MIXTURES[name]) for user in range(mixed_users)]
+        if mixed_users:
+            found["cat"] = [
+                self._llama.log_odds(
+                    self._trained.prompts(user),
+                    self._trained.answers,
+                    {1 + self._users + user: 1.0},
+                )
+                for user in range(mixed_users)
             ]
-        )
-        return found
+        return {name: np.array(odds) for name, odds in found.items()}
 
     def checks(self) -> list[dict[str, Any]]:
         """Whether llama.cpp makes our tokens of the text, and mixes requests that run together."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import xllamacpp
 
 _ABOVE_ALL = 100.0
@@ -42,7 +43,6 @@ class Llama:
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._count = len(loras)
         self._server = xllamacpp.Server(params)
-        self.tokens_read = 0
 
     def log_odds(
         self, prompts: Sequence[list[int]], answers: tuple[int, int], scales: Mapping[int, float]
@@ -68,8 +68,6 @@ class Llama:
         )
         if "choices" not in found:
             raise RuntimeError(f"llama.cpp says: {found}")
-        usage = found["usage"]
-        self.tokens_read += usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
         return [_log_odds(choice["logprobs"]["content"][0], answers) for choice in found["choices"]]
 
     def tokenise(self, text: str) -> list[int]:
@@ -91,19 +89,27 @@ def _log_odds(content: Any, answers: tuple[int, int]) -> float:
     return math.log(yes) - math.log(no)
 
 
-def dequantise(source: Path, target: Path) -> None:
-    """Write a language model's GGUF file with all of its weights in float32."""
+def dequantise(source: Path, target: Path, half: bool = False) -> None:
+    """Write a language model's GGUF file with all of its weights in float32.
+
+    Args:
+        source: The file.
+        target: The file to write.
+        half: Matrices are written in float16 instead.
+    """
     reader = gguf.GGUFReader(source)
-    architecture = reader.fields["general.architecture"].contents()
-    writer = gguf.GGUFWriter(target, architecture)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
             continue
         items = field.types[-1] if len(field.types) > 1 else None
         writer.add_key_value(name, field.contents(), field.types[0], items)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    kinds = gguf.LlamaFileType
+    writer.add_file_type(kinds.MOSTLY_F16 if half else kinds.ALL_F32)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        is_half = half and weight.ndim > 1
+        writer.add_tensor(tensor.name, weight.astype(np.float16) if is_half else weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -82,6 +82,12 @@ class TrainedLoras:
         rows = self.task.scorer.encoder.rows(self.queries[user])
         return [prompt for row in rows for prompt in row.prompts()]
 
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of all questions, with each history once in a row."""
+        encoder = self.task.scorer.encoder
+        return sum(len(row.tokens) for query in self.queries for row in encoder.rows(query))
+
     def scores(self) -> dict[str, np.ndarray]:
         """Our log-odds by mixture, float32 [users, items]."""
         return _scores(self.task, self)

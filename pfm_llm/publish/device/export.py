@@ -92,10 +92,10 @@ def _check_unpublished(out: Path) -> None:
 
 def _embedded(loras: dict[str, FolderLora]) -> Path:
     """The file of the embedded model, where all LoRAs are of it."""
-    names = {lora.base_name for lora in loras.values()}
-    if len(names) == 1 and (fetch := _EMBEDDED.get(*names)):
-        return fetch()
+    name = " and ".join(sorted({lora.base_name for lora in loras.values()}))
+    if name in _EMBEDDED:
+        return _EMBEDDED[name]()
     raise ConfigError(
-        f"the LoRA belongs to {' and '.join(sorted(names))}; pass base (--base): the GGUF file of "
-        "that model which llama.cpp loads"
+        f"the LoRA belongs to {name}; pass base (--base): the GGUF file of that model which "
+        "llama.cpp loads"
     )

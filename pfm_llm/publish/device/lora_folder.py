@@ -60,7 +60,7 @@ class FolderLora:
                     f"LoRA ({key}: {wanted!r}) can be converted"
                 )
         rank, alpha, name = (tree.get(key) for key in ("r", "lora_alpha", _BASE))
-        if not (type(rank) is int and rank > 0 and type(alpha) in (int, float) and name):
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not name:
             raise ArtefactError(f"{folder}: {ADAPTER_CONFIG_FILE} lacks r, lora_alpha or {_BASE}")
         tensors = names_from_peft(source.tensors(ADAPTER_FILE))
         modules = {tensor.removeprefix("lora.")[:-2] for tensor in tensors}
