@@ -36,7 +36,7 @@ class Llama:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(one), 0.0) for one in loras]
         params.n_ctx, params.n_parallel = 1024 * slots, slots
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.warmup = False
+        params.warmup, params.verbosity = False, 0
         params.cache_ram_mib = 0  # no states of earlier requests, which had other LoRAs
         if exact:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

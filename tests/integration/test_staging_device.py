@@ -10,9 +10,17 @@ from typer.testing import CliRunner
 from pfm_llm.base.errors import ArtefactError, PrivateLeakError
 from pfm_llm.cli.main import make_app
 from pfm_llm.publish.artefact import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from pfm_llm.publish.device.export import CAT_FILE, PRIVATE_FILE, SHARED_FILE
+from pfm_llm.publish.device.export import (
+    CAT_FILE,
+    PRIVATE_FILE,
+    SHARED_FILE,
+    export_cat,
+    export_gguf,
+)
 from pfm_llm.publish.staging import stage
 from pfm_llm.recommender import Recommender
+from pfm_llm.runs.experiment import run_experiment
+from pfm_llm.runs.folders import RunFolders
 from pfm_llm.runs.opening import open_run
 from tests.support.exports import copy_of, exported, in_a_plot, private, run, seal
 from tests.support.tiny import Tiny
@@ -133,3 +141,28 @@ def test_a_private_lora_is_refused_in_each_form(
     put(exported, device)
     with pytest.raises(error):
         stage(exported, tmp_path / "refused", private)
+
+
+def test_so_is_one_that_is_read_off_the_history(tiny: Tiny, tmp_path: Path) -> None:
+    """Its factors are products of shared ones with the user's coefficients."""
+    run = run_experiment(tiny.config(tmp_path / "runs", method="pfm"))
+    device, private = tmp_path / "device", RunFolders.of(run).private
+    base = write_saved_base(tmp_path / "base.gguf", tiny.model)
+    opened, trained = open_run(run)
+    user = opened.data.interactions.user_ids[0]
+    Recommender.of_run(opened, trained, user).export_private(tmp_path / "mine")
+    shared = run / "shared_adapter"
+    export_gguf(shared, tmp_path / "mine", device / "gguf", base)
+    export_gguf(shared, tmp_path / "mine", device / "cat", base, cat=True)
+    export_cat(shared, tmp_path / "mine", device / "peft")
+    puts = (
+        beside(f"gguf/{PRIVATE_FILE}"),
+        beside(f"cat/{CAT_FILE}"),
+        as_an_end_of_a_plot(f"gguf/{PRIVATE_FILE}"),
+        in_the_place_of_the_adapter,
+    )
+    for number, put in enumerate(puts):
+        folder = copy_of(shared, tmp_path / f"exported-{number}")
+        put(folder, device)
+        with pytest.raises(ArtefactError):
+            stage(folder, tmp_path / f"refused-{number}", private)
