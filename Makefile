@@ -10,6 +10,7 @@ LOWEST_STAMP := .venv-lowest/.installed
 FLOWER_STAMP := .venv-flower/.installed
 DP_STAMP := .venv-dp/.installed
 AGENT_STAMP := .venv-agent/.installed
+DEVICE_STAMP := .venv-device/.installed
 # The tests of a file run in one process, which makes what they share once; the long files come first.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 DOCS_STAMP := .venv/.docs
@@ -20,7 +21,7 @@ LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lowest federation flower privacy agent agent-test fuzz kills check lint format bench suite claims table docs clean
+.PHONY: help install demo test lowest federation flower privacy agent agent-test device fuzz kills check lint format bench suite claims table docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +90,17 @@ $(AGENT_STAMP): pyproject.toml constraints-agent.txt
 	test -x .venv-agent/bin/python || $(PYTHON) -m venv .venv-agent
 	.venv-agent/bin/python -m pip install --quiet -c constraints-agent.txt "$(TORCH)"
 	.venv-agent/bin/python -m pip install --quiet -c constraints-agent.txt -e ".[agent-test]"
+	@touch $@
+
+device: $(DEVICE_STAMP) ## run the tests that need llama.cpp
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-device/bin/python -m pytest -n 2 $(BY_FILE) \
+		tests/integration/test_device.py tests/integration/test_staging_device.py \
+		tests/unit/publish/test_gguf_lora.py tests/unit/publish/test_lora_folder.py
+
+$(DEVICE_STAMP): pyproject.toml constraints-device.txt
+	test -x .venv-device/bin/python || $(PYTHON) -m venv .venv-device
+	.venv-device/bin/python -m pip install --quiet -c constraints-device.txt "$(TORCH)"
+	.venv-device/bin/python -m pip install --quiet -c constraints-device.txt -e ".[test,device]"
 	@touch $@
 
 fuzz: install ## try 100,000 hostile updates and 10,000 folders; an hour. Results go to results/faults

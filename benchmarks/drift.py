@@ -51,6 +51,10 @@ def main() -> None:
     parser.add_argument("domain", choices=list(SPLITS))
     parser.add_argument("--run", type=Path, default=None, help="a run of it that is there already")
     parser.add_argument("--users", type=int, default=500, help="whose timelines are replayed")
+    parser.add_argument(
+        "--weight", type=float, default=None,
+        help="factor on the private part (default: as validation chose it in training)",
+    )  # fmt: skip
     parser.add_argument("--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--work", type=Path, default=ROOT / "runs", help="folder of the run")
     parser.add_argument("--out", type=Path, default=None, help="default: results/drift/DOMAIN.json")
@@ -62,6 +66,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, replay, write the result and print it."""
+    from benchmarks.privacy_curve import plain_config
     from pfm_llm.base import files
     from pfm_llm.base.progress import Progress
     from pfm_llm.evaluation.evaluator import sample_users
@@ -76,13 +81,14 @@ def run(arguments: argparse.Namespace) -> None:
     replays = []
     with Progress(len(held_out.users), "replaying users", unit="users") as progress:
         for number in range(len(held_out.users)):
-            replays.append(replayed(model, held_out.query(number)))
+            replays.append(replayed(model, held_out.query(number), arguments.weight))
             progress.update()
     rows = figures(replays, config.seed)
     result = {
         "rows": rows,
-        "private_weight": trained.private_weight,
-        "config": config.model_dump(mode="json") | {"users": arguments.users},
+        "private_weight": trained.private_weight if arguments.weight is None else arguments.weight,
+        "weight_chosen": trained.private_weight,
+        "config": plain_config(config) | {"users": arguments.users},
         "environment": environment_of(opened),
     }
     out = arguments.out or ROOT / "results" / "drift" / f"{arguments.domain}.json"
@@ -110,7 +116,9 @@ def trained_run(arguments: argparse.Namespace) -> Path:
     return run_experiment(load_config(find_config(arguments.domain), sets))
 
 
-def replayed(model: "Recommender", query: "Query") -> dict[str, np.ndarray]:
+def replayed(
+    model: "Recommender", query: "Query", weight: float | None = None
+) -> dict[str, np.ndarray]:
     """Of one user, by way the ranks [n] of their later events, at most the last of `RUNNING`."""
     from pfm_llm.recommender.serving import Served
 
@@ -124,7 +132,7 @@ def replayed(model: "Recommender", query: "Query") -> dict[str, np.ndarray]:
     }
     ranks = {}
     for way, users in served.items():
-        scores = model.serving.scores(users)
+        scores = model.serving.scores(users, weight)
         for row, history in zip(scores, histories, strict=True):
             row[history.items] = -np.inf
         own = scores[np.arange(len(targets)), targets][:, None]

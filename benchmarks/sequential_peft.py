@@ -58,7 +58,7 @@ class SequentialPeft:
         model = adapter.peft_model().eval().get_base_model()
         decoder_path, _, layers_name = backbone.layers_path.rpartition(".")
         self._decoder: Any = model.get_submodule(decoder_path)
-        first = min(_layer_index(name, backbone.layers_path) for name in adapter.modules)
+        first = min(layer_index(name, backbone.layers_path) for name in adapter.modules)
         self._decoder.get_submodule(f"{layers_name}.{first}").register_forward_pre_hook(
             self._add_item_inputs
         )
@@ -168,7 +168,8 @@ def _seen(window: Window, num_items: int) -> torch.Tensor:
     return seen
 
 
-def _layer_index(module: str, layers_path: str) -> int:
+def layer_index(module: str, layers_path: str) -> int:
+    """The number of the layer that a module is in, from its path in the model."""
     return int(module.removeprefix(f"{layers_path}.").partition(".")[0])
 
 

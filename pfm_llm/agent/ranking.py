@@ -10,6 +10,7 @@ from pfm_llm.agent.actions import Event
 from pfm_llm.base.errors import DataError
 from pfm_llm.base.turns import Turns
 from pfm_llm.data.history import History
+from pfm_llm.model.private.last_layer import LastTokens
 from pfm_llm.recommender import Recommender
 from pfm_llm.recommender.serving import Served
 
@@ -42,6 +43,7 @@ class _Read:
     events: tuple[Event, ...]
     private: dict[str, torch.Tensor]
     shared: np.ndarray
+    kept: LastTokens
 
 
 _Without = tuple[tuple[tuple[Event, ...], float | None], list[tuple[Event, np.ndarray]]]
@@ -73,7 +75,7 @@ class Ranking:
         """The scores after some events; see `StackedServing.scores`."""
         with self._turns:
             read = self._read(tuple(events))
-            served = Served(self._history(events), read.private)
+            served = Served(self._history(events), read.private, read.kept)
             (both,) = self.model.serving.scores([served], weight)
         return Scores(both, read.shared)
 
@@ -81,8 +83,9 @@ class Ranking:
         if self._last is None or self._last.events != events:
             history, serving = self._history(events), self.model.serving
             (private,) = serving.fit([history])
-            (shared,) = serving.scores([Served(history)])
-            self._last = _Read(events, private, shared)
+            kept = LastTokens()
+            (shared,) = serving.scores([Served(history, None, kept)])
+            self._last = _Read(events, private, shared, kept)
         return self._last
 
     def without_each(

@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pfm_llm.base import wheels
@@ -129,6 +129,16 @@ def smollm2_135m() -> Path:
         AssetError, DiskSpaceError, StorageError: See `obtain`.
     """
     return obtain(_SMOLLM2)
+
+
+def smollm2_135m_gguf() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) as it comes, for llama.cpp: a GGUF file of Q4_1, 98 MB.
+
+    Raises:
+        AssetError, DiskSpaceError, StorageError: See `obtain`.
+    """
+    gguf = replace(_SMOLLM2, name="smollm2-135m-gguf", space=200_000_000, convert=None)
+    return obtain(gguf) / Path(gguf.members[0]).name
 
 
 def minilm() -> Path:

@@ -9,7 +9,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from pfm_llm.base.errors import CorruptFileError, DiskSpaceError, StorageError
+from pfm_llm.base.errors import ConfigError, CorruptFileError, DiskSpaceError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _PRIVATE_DIR_MODE = 0o700
@@ -325,3 +325,26 @@ def make_private_dir(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True, mode=_PRIVATE_DIR_MODE)
         path.chmod(_PRIVATE_DIR_MODE)
     return path
+
+
+def make_own_dir(path: Path, may_hold: Set[str]) -> Path:
+    """`check_own_dir`, then `make_private_dir`."""
+    check_own_dir(path, may_hold)
+    return make_private_dir(path)
+
+
+def check_own_dir(path: Path, may_hold: Set[str]) -> None:
+    """Check that a folder can become one for its owner alone.
+
+    Args:
+        path: The folder; it need not exist.
+        may_hold: Names of files that it may hold already.
+
+    Raises:
+        ConfigError: It holds something else.
+    """
+    if other := sorted({child.name for child in path.glob("*")} - may_hold):
+        raise ConfigError(
+            f"{path} holds {other[0]}, and is to become a folder for its owner alone; give a new "
+            "one, or an empty one"
+        )

@@ -13,7 +13,7 @@ from pfm_llm.cli.agent import agent
 from pfm_llm.cli.audit import audit
 from pfm_llm.cli.evaluate import evaluate
 from pfm_llm.cli.options import ManyValues
-from pfm_llm.cli.push import push
+from pfm_llm.cli.push import export, push
 from pfm_llm.cli.recommend import recommend
 from pfm_llm.cli.start import run_safely
 from pfm_llm.cli.suite import suite
@@ -33,6 +33,7 @@ def make_app() -> typer.Typer:
     app.command("recommend")(_safe(recommend))
     app.command("agent")(_safe(agent))
     app.command("push")(_safe(push))
+    app.command("export")(_safe(export))
     app.command("audit", cls=ManyValues)(_safe(audit))
     app.command("suite", cls=ManyValues)(_safe(suite, again))
     groups = {"versions": versions, "config": config, "data": data, "node": node, "host": host}

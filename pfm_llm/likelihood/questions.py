@@ -59,6 +59,11 @@ class QuestionRow:
     def __len__(self) -> int:
         return len(self.ends)
 
+    def prompts(self) -> list[list[int]]:
+        """The tokens of each question with the history before it, for a runtime without masks."""
+        parts = range(1, len(self) + 1)
+        return [self.tokens[(self.parts == 0) | (self.parts == j)].tolist() for j in parts]
+
 
 class QuestionEncoder:
     """Renders and tokenises questions.

@@ -28,7 +28,7 @@ from pfm_llm.config.choices import Dtype, Pooling
 from pfm_llm.config.schema import BackboneConfig
 
 EMBEDDED = {"smollm2-135m": assets.smollm2_135m}
-_HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 KERNELS_KEPT = 128
 """Compiled kernels that oneDNN keeps, and as many its layer in PyTorch. A kernel of bfloat16 takes
@@ -85,7 +85,7 @@ class Backbone:
     @property
     def portable_name(self) -> str:
         """The Hub id, or the last part of a local folder's path."""
-        name = _HUB_NAMES.get(self.name, self.name)
+        name = HUB_NAMES.get(self.name, self.name)
         return Path(name).name if Path(name).exists() else name
 
     @property

@@ -26,7 +26,7 @@ from pfm_llm.model.items.whitening import Normaliser
 from pfm_llm.model.layers import CohortLayers
 from pfm_llm.model.new_items import NEW_BIAS, excluded_items, with_new_biases
 from pfm_llm.model.objective import Objective
-from pfm_llm.model.outputs import Outputs, SharedView
+from pfm_llm.model.outputs import Contexts, Outputs, SharedView, contexts_of
 from pfm_llm.model.private.part import Factors
 from pfm_llm.protocol.types import Tensors
 
@@ -70,8 +70,8 @@ class CohortModel:
         sight: Sight | None = None,
     ) -> None:
         self._sight = sight or Sight()
-        self._layers = CohortLayers(top, modules, scale)
-        self._layers.check_last(objective.private.lora_modules)
+        self.layers = CohortLayers(top, modules, scale)
+        self.layers.check_last(objective.private.lora_modules)
         device = next(top.parameters()).device
         self._normaliser = normaliser.to(device)
         self.objective = objective.to(device)
@@ -247,7 +247,7 @@ class CohortModel:
         if self._sight.reading is Reading.ITEMS:
             states = batch.sums(self.item_texts)
         else:
-            self._layers.clear()
+            self.layers.clear()
             states = self._output_states(batch.trunk, batch)
         return recommender_head.zero_shot_scores(states, self.item_texts)
 
@@ -269,7 +269,7 @@ class CohortModel:
         """Per client its tensors without LoRA factors; and the whitened states [K, d] of all."""
         owns = self.slices(stacked, batch.num_clients)
         private = self.objective.private if parts.private_weight else None
-        self._layers.set_factors(
+        self.layers.set_factors(
             batch, stacked, parts.shared_lora, private, parts.private_weight, dropout
         )
         return owns, self._output_states(self._with_item_inputs(batch, owns), batch, dropout, twice)
@@ -307,7 +307,7 @@ class CohortModel:
         private, texts, found = self.objective.private, self.item_texts, []
         past = [private.past_lora(SharedView(*one, texts)) for one in zip(owns, read, strict=True)]
         coefficients = {name: torch.cat([one.coefficients[name] for one in past]) for name in lora}
-        again = self._layers.states_by_token(batch, batch.places, lora, coefficients)
+        again = self.layers.states_by_token(batch, batch.places, lora, coefficients)
         moved = self._normaliser(again) - states.detach()
         each = spans(batch.outputs_per_client)
         for one, own, before, span in zip(read, owns, past, each, strict=True):
@@ -353,22 +353,18 @@ class CohortModel:
             )
         ]
 
-    def _contexts(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> list[torch.Tensor | None]:
-        """Per client the context term of its user vectors [K_c, D]; None without item_context."""
-        if recommender_head.CONTEXT_PROJ not in heads[0]:
-            return [None] * len(heads)
-        found: list[torch.Tensor | None] = []
-        pairs = zip(spans(batch.positions_per_client), spans(batch.outputs_per_client), strict=True)
-        for head, (positions, outputs) in zip(heads, pairs, strict=True):
-            _, lengths = batch.rows[positions].unique_consecutive(return_counts=True)
-            windows = batch.items[positions].split(lengths.tolist())
-            context = recommender_head.window_contexts(head, windows, self.item_texts)
-            # The indices in `batch.outputs` count over all clients.
-            found.append(context[batch.outputs[outputs] - positions.start])
-        return found
+    def _contexts(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> Contexts:
+        """Per client the context term of its user vectors; see `contexts_of`."""
+        tokens = self.layers.tokens
+        if tokens is None:
+            return contexts_of(batch, heads, self.item_texts)
+        tokens.contexts = tokens.contexts or contexts_of(batch, heads, self.item_texts)
+        return tokens.contexts
 
     def _with_item_inputs(self, batch: ChunkBatch, heads: Sequence[Tensors]) -> torch.Tensor:
         """The trunk states [N, T, d], with the ID input of each item added at its last token."""
+        if self.layers.goes_on:
+            return batch.trunk  # nothing reads them
         added = [
             recommender_head.item_inputs(head, batch.items[span])
             for head, span in zip(heads, spans(batch.positions_per_client), strict=True)
@@ -390,11 +386,11 @@ class CohortModel:
         if not self._sight.has_pass:
             return self._normaliser.mean.new_zeros(len(batch.outputs), len(self._normaliser.mean))
         sight = self._sight.arguments(batch)
-        return self._normaliser(self._layers.states(hidden, batch.places, sight, dropout, twice))
+        return self._normaliser(self.layers.states(hidden, batch.places, sight, dropout, twice))
 
     def _private_heads(
         self, stacked: Tensors, batch: ChunkBatch, parts: Parts
     ) -> Sequence[Factors | None]:
-        weight, private = parts.private_weight, self.objective.private
-        found = private.head_factors(stacked, weight) if weight else None
+        weight = parts.private_weight
+        found = self.objective.private.head_factors(stacked, weight) if weight else None
         return [None] * batch.num_clients if found is None else list(zip(*found, strict=True))

@@ -19,6 +19,7 @@ from torch import nn
 
 from pfm_llm.base.errors import BackboneError
 from pfm_llm.model.batches import Dropout
+from pfm_llm.model.private.last_layer import BEHIND_ATTENTION, LastLayer, LastTokens
 from pfm_llm.model.private.part import Factors, PrivatePart
 from pfm_llm.protocol.types import Tensors, lora_name
 
@@ -205,6 +206,10 @@ class CohortLayers:
         top: The top view of the backbone; its adapted linear layers are replaced.
         modules: Path in the full model to path in ``top`` of each adapted layer.
         scale: The factor of the shared adapter's product B A.
+
+    Attributes:
+        tokens: What `states` fills, one token a row, or goes on from where it is filled; see
+            `keeps_tokens`. None: neither.
     """
 
     def __init__(self, top: Any, modules: Mapping[str, str], scale: float) -> None:
@@ -216,6 +221,8 @@ class CohortLayers:
             self._linears[name] = linear
         self._paths = dict(modules)
         self._last_mlp = read_last_mlp_only(top)
+        self._last_layer: LastLayer | None = None
+        self.tokens: LastTokens | None = None
 
     @functools.cached_property
     def _again(self) -> SecondRun:
@@ -227,13 +234,33 @@ class CohortLayers:
         Raises:
             BackboneError: A module is not.
         """
-        count = len(layers_of(self._top))
         for module in modules:
-            if f".{count - 1}." not in self._paths[module]:
+            if not self._is_last(module):
                 raise BackboneError(
                     f"a LoRA that is read off the past acts in the last layer, and {module} is in "
                     "another; set adapters.targets: all-linear, or method: pfm_embedding"
                 )
+
+    def _is_last(self, module: str) -> bool:
+        return f".{len(layers_of(self._top)) - 1}." in self._paths[module]
+
+    def keeps_tokens(self, modules: Iterable[str]) -> bool:
+        """Whether `tokens` follow from the shared state alone.
+
+        Args:
+            modules: The adapted modules on which private parts act; each maps a token by itself.
+        """
+        paths = [path for module, path in self._paths.items() if self._is_last(module)]
+        behind = [path for path in paths if path.endswith(BEHIND_ATTENTION)]
+        if len(behind) != 1 or not all(map(self._is_last, modules)):
+            return False
+        self._last_layer = self._last_layer or LastLayer(self._top, behind[0])
+        return True
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether `states` goes on from `tokens`."""
+        return self.tokens is not None and self.tokens.hidden is not None
 
     def clear(self) -> None:
         """Leave the frozen layers alone."""
@@ -260,6 +287,8 @@ class CohortLayers:
             dropout: The dropout of a training step.
         """
         for name, linear in self._linears.items():
+            if self.goes_on and not self._is_last(name):
+                continue  # that layer does not run
             shared = own = None
             if shared_lora:
                 b = stacked[lora_name(name, "B")] * self._scale
@@ -303,8 +332,19 @@ class CohortLayers:
             # Dropout on LoRA inputs is drawn for whole rows, so the last MLP must see whole rows.
             whole = dropout is not None and bool(dropout.shared or dropout.private)
             self._last_mlp.readout = None if whole else Readout.of(*where, len(hidden))
+        tokens, last = self.tokens, self._last_layer
+        if tokens is None or last is None:
+            return self._run(hidden, sight)[where]
+        if tokens.hidden is None:
+            with last.keeping(tokens, where):
+                return self._run(hidden, sight)[where]
+        if self._last_mlp is not None:
+            self._last_mlp.readout = None
+        return last.states(tokens)
+
+    def _run(self, hidden: torch.Tensor, sight: Mapping[str, torch.Tensor]) -> torch.Tensor:
         found: torch.Tensor = self._top(inputs_embeds=hidden, use_cache=False, **sight)[0]
-        return found[where]
+        return found
 
     def states_by_token(
         self,

@@ -140,11 +140,7 @@ class DualAdapter:
             ConfigError: There is no LoRA, since the private part acts on the head alone; or it is
                 zero; or the folder holds other files than an adapter's.
         """
-        if other := sorted({path.name for path in folder.glob("*")} - _PRIVATE_FILES):
-            raise ConfigError(
-                f"{folder} holds {other[0]}, and is to become a folder for its owner alone; give "
-                "a new one, or an empty one"
-            )
+        files.check_own_dir(folder, _PRIVATE_FILES)
         ranks = {len(a) for a, _ in lora.values()}
         if len(ranks) != 1:
             raise ConfigError(
@@ -191,10 +187,7 @@ class DualAdapter:
                 file.replace(folder / file.name)
 
     def _load(self, peft_model: Any, adapter: str, tensors: Tensors) -> None:
-        state = {
-            f"{_PEFT_PREFIX}{name.removeprefix('lora.')[:-2]}.lora_{name[-1]}.weight": value.clone()
-            for name, value in tensors.items()
-        }
+        state = {name: value.clone() for name, value in names_to_peft(tensors).items()}
         result: Any = set_peft_model_state_dict(peft_model, state, adapter_name=adapter)
         if result.unexpected_keys:
             raise BackboneError(f"PEFT did not take {result.unexpected_keys[0]}")
@@ -289,8 +282,16 @@ def settings_from_peft(config: LoraConfig) -> dict[str, Any]:
     }
 
 
+def names_to_peft(tensors: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Factors of a LoRA, by our names, under their names in ``adapter_model.safetensors``."""
+    return {
+        f"{_PEFT_PREFIX}{name.removeprefix('lora.')[:-2]}.lora_{name[-1]}.weight": value
+        for name, value in tensors.items()
+    }
+
+
 def names_from_peft(state: Mapping[str, _Value]) -> dict[str, _Value]:
-    """The content of a PEFT file under our names; the inverse of `DualAdapter.export_shared`.
+    """The content of a PEFT file under our names; the inverse of `names_to_peft`.
 
     Args:
         state: Tensors, or what is known of them, by their names in ``adapter_model.safetensors``.

@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from pfm_llm.data.history import NO_LABEL
 from pfm_llm.model import head as recommender_head
-from pfm_llm.model.batches import Dropout
+from pfm_llm.model.batches import ChunkBatch, Dropout, spans
 from pfm_llm.protocol.types import Tensors
+
+Contexts = Sequence[torch.Tensor | None]
+"""Per client the context term of its user vectors."""
 
 
 @dataclass(frozen=True)
@@ -148,3 +152,24 @@ class SharedView:
         scores = recommender_head.score_items(self.own, vectors, self.texts)
         seen = self.outputs.seen
         return scores if seen is None else scores.masked_fill(seen, -torch.inf)
+
+
+def contexts_of(batch: ChunkBatch, heads: Sequence[Tensors], texts: torch.Tensor) -> Contexts:
+    """Per client the context term of its user vectors [K_c, D]; None without item_context.
+
+    Args:
+        batch: The windows.
+        heads: The head parameters of each client.
+        texts: float32 [I, D], whitened.
+    """
+    if recommender_head.CONTEXT_PROJ not in heads[0]:
+        return [None] * len(heads)
+    found: list[torch.Tensor | None] = []
+    pairs = zip(spans(batch.positions_per_client), spans(batch.outputs_per_client), strict=True)
+    for head, (positions, outputs) in zip(heads, pairs, strict=True):
+        _, lengths = batch.rows[positions].unique_consecutive(return_counts=True)
+        windows = batch.items[positions].split(lengths.tolist())
+        context = recommender_head.window_contexts(head, windows, texts)
+        # The indices in `batch.outputs` count over all clients.
+        found.append(context[batch.outputs[outputs] - positions.start])
+    return found

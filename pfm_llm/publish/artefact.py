@@ -86,6 +86,15 @@ LISTED_FILES = (*REQUIRED_FILES, BASIS_FILE, PROMPT_FILES, TRAINING_CONFIG_FILE,
 """Patterns of the files that a manifest may list. A published folder holds only these, the
 manifest, its signature and the card."""
 
+PLAIN_LORA: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters")),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern", "layer_replication")),
+    **dict.fromkeys(("use_dora", "lora_bias", "auto_mapping")),
+}
+"""Settings by which PEFT would save more than a LoRA, or read it differently. Absent means None."""
+
 _MEAN, _BASIS = "normaliser.mean", "normaliser.basis"
 _ITEM_MEAN, _ITEM_BASIS = "item_normaliser.mean", "item_normaliser.basis"
 _CENTROIDS = "codes.centroids"

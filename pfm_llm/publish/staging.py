@@ -25,6 +25,7 @@ from pfm_llm.publish.artefact import (
     CARD_FILE,
     ITEM_KEYS_FILE,
     MANIFEST_FILE,
+    PLAIN_LORA,
     SIGNATURE_FILE,
     TRAINING_CONFIG_FILE,
     Artefact,
@@ -46,14 +47,6 @@ _PATH = re.compile(r"/|~|\\\\|[A-Za-z]:[\\/]|file:")
 _KEY = re.compile(r"[0-9a-f]{32}")
 _LAYER = re.compile(r"\.(\d+)\.")
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Settings by which PEFT would save more than a LoRA, or read it differently. Absent means None.
-_PLAIN_LORA: dict[str, Any] = {
-    "peft_type": "LORA",
-    "bias": "none",
-    **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters")),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern", "layer_replication")),
-    **dict.fromkeys(("use_dora", "lora_bias", "auto_mapping")),
-}
 
 
 def stage(exported: Path, into: Path, private_root: Path | None) -> Artefact:
@@ -161,7 +154,7 @@ def _check_adapter_config(staged: Artefact) -> None:
     if not isinstance(tree, dict):
         raise _refusal(staged, ADAPTER_CONFIG_FILE, "holds no settings")
     wanted = {
-        **_PLAIN_LORA,
+        **PLAIN_LORA,
         "base_model_name_or_path": manifest.base.name,
         "r": shared.rank,
         "lora_alpha": shared.alpha,

@@ -1,6 +1,8 @@
 """Scores of the catalogue for many users in one pass, each with their own private part."""
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ from pfm_llm.evaluation.scorer import Scorer
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.build import ModelParts
 from pfm_llm.model.cohort import Parts
+from pfm_llm.model.private.last_layer import LastTokens
 from pfm_llm.protocol.types import Tensors
 from pfm_llm.runs.run import Trained
 
@@ -26,10 +29,14 @@ class Served:
     Attributes:
         history: What the user has met, oldest first.
         private: The user's private tensors; None: the shared part alone serves them.
+        kept: What a pass leaves of the history, so that the next one is shorter: filled by the
+            first pass that it is given to, and valid for this history and this shared state alone.
+            None: nothing is kept.
     """
 
     history: History
     private: Tensors | None = None
+    kept: LastTokens | None = None
 
 
 class StackedServing:
@@ -73,17 +80,12 @@ class StackedServing:
             ArtefactError: The scores are not finite numbers.
         """
         found: list[np.ndarray | None] = [None] * len(users)
-        for has_private in (False, True):
-            for is_read in (False, True):
-                rows = [
-                    row
-                    for row, user in enumerate(users)
-                    if (user.private is not None, len(user.history) > 0) == (has_private, is_read)
-                ]
-                if rows:
-                    scores = self._of([users[row] for row in rows], weight, candidates)
-                    for row, one in zip(rows, scores, strict=True):
-                        found[row] = one
+        kinds = [_kind(user) for user in users]
+        for kind in dict.fromkeys(kinds):
+            rows = [row for row, other in enumerate(kinds) if other == kind]
+            scores = self._of([users[row] for row in rows], weight, candidates)
+            for row, one in zip(rows, scores, strict=True):
+                found[row] = one
         stacked = np.stack([one for one in found if one is not None])
         if not np.isfinite(stacked).all():
             raise ArtefactError(
@@ -141,8 +143,32 @@ class StackedServing:
         if len(users[0].history):
             # A name for each row; they name nobody.
             histories = {str(row): [user.history] for row, user in enumerate(users)}
-            return self._scorer.score(histories, stacked, modes, candidates)[mode]
+            with self._keeping(users):
+                return self._scorer.score(histories, stacked, modes, candidates)[mode]
         return self._unread(len(users), stacked, modes[mode], candidates)
+
+    @contextlib.contextmanager
+    def _keeping(self, users: Sequence[Served]) -> Iterator[None]:
+        """A block in which a pass goes on from what is kept of the users, or fills it."""
+        kept = [user.kept or LastTokens() for user in users]
+        tokens, layers = LastTokens.joined(kept), self.parts.model.layers
+        is_filled = tokens.hidden is not None
+        is_wanted = any(user.kept is not None for user in users) and self._keeps
+        layers.tokens = tokens if is_wanted else None
+        try:
+            yield
+        finally:
+            layers.tokens = None
+        if not is_filled:
+            tokens.fill(kept)
+
+    @functools.cached_property
+    def _keeps(self) -> bool:
+        """Whether a pass leaves something that no private part changes."""
+        private = self.parts.private
+        modules = private.lora_modules
+        is_last = bool(modules) or not private.acts_on_states
+        return is_last and self.parts.model.layers.keeps_tokens(modules)
 
     def _unread(
         self, num_users: int, stacked: Tensors, parts: Parts | None, candidates: np.ndarray | None
@@ -158,3 +184,9 @@ class StackedServing:
                 "head.item_dropout or head.item_ids: codes)"
             )
         return scores if candidates is None else scores[:, candidates]
+
+
+def _kind(user: Served) -> tuple[bool, bool, bool]:
+    """Users of one kind are served in one pass."""
+    is_kept = user.kept is not None and user.kept.hidden is not None
+    return user.private is not None, len(user.history) > 0, is_kept

@@ -1,11 +1,13 @@
 """``pfm agent`` as a user starts it: on a run, with a user's history, until Ctrl-C."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -41,25 +43,37 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def test_the_page_answers_with_the_users_history_until_it_is_interrupted(
-    run: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "me"
-    command = [sys.executable, *_words(run, folder)]
+@contextlib.contextmanager
+def _served(command: list[str]) -> Iterator[tuple[str, str]]:
+    """The address and the token of an agent's server, until Ctrl-C."""
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=_environment()
     ) as process:
         assert process.stderr is not None
         found = next(filter(None, (re.search(r"http://\S+", line) for line in process.stderr)))
         at, _, token = found[0].partition("/?token=")
-        assert at.startswith("http://127.0.0.1:")
-        assert (folder / "token").read_text() == token
-        headers = {"Authorization": f"Bearer {token}"}
-        events = httpx2.get(f"{at}/api/history", headers=headers).json()
-        assert len(events) >= 5
-        assert httpx2.get(f"{at}/api/history").status_code == 401
+        yield at, token
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
+
+
+def _asked(at: str, token: str, what: str) -> list[dict[str, object]]:
+    headers = {"Authorization": f"Bearer {token}"}
+    answer = httpx2.get(f"{at}/api/{what}", headers=headers, timeout=60)
+    found: list[dict[str, object]] = answer.json()
+    return found
+
+
+def test_the_page_answers_with_the_users_history_until_it_is_interrupted(
+    run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "me"
+    with _served([sys.executable, *_words(run, folder)]) as (at, token):
+        assert at.startswith("http://127.0.0.1:")
+        assert (folder / "token").read_text() == token
+        events = _asked(at, token, "history")
+        assert len(events) >= 5
+        assert httpx2.get(f"{at}/api/history").status_code == 401
     kept = json.loads((folder / "actions.json").read_text())
     assert [one["item_id"] for one in kept] == [event["item_id"] for event in events]
 
@@ -85,7 +99,8 @@ def test_a_sync_keeps_an_adapter_that_the_agent_then_opens_by_itself(
     # A published adapter knows no users, so the history comes in by the run, on the first start.
     refused = subprocess.run(words, capture_output=True, text=True, env=_environment(), check=False)
     assert "a published adapter knows no users" in refused.stderr
-    _ask_once([sys.executable, *_words(run, folder)])
+    with _served([sys.executable, *_words(run, folder)]):
+        pass
     own = [sys.executable, "-m", "pfm_llm.cli", "agent", "--folder", str(folder)]
     own += ["--catalogue", str(tiny.items), "--backbone", str(tiny.model)]
     sync = [*own[:4], "sync", *own[4:], "--adapter", str(run / "shared_adapter")]
@@ -93,22 +108,5 @@ def test_a_sync_keeps_an_adapter_that_the_agent_then_opens_by_itself(
     assert done.returncode == 0, done.stderr
     assert re.match(r"in use now; [+-]0.000 ± 0.000 log-prob\S+ for each of the \d+", done.stdout)
     assert (folder / "ledger.json").exists()
-    shown = _ask_once([*own, "--no-browser", "--port", "0"])
-    assert len(shown) == 10
-
-
-def _ask_once(command: list[str]) -> list[dict[str, object]]:
-    """Start an agent, ask it for its list, and end it."""
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=_environment()
-    ) as process:
-        assert process.stderr is not None
-        found = next(filter(None, (re.search(r"http://\S+", line) for line in process.stderr)))
-        at, _, token = found[0].partition("/?token=")
-        headers = {"Authorization": f"Bearer {token}"}
-        shown: list[dict[str, object]] = httpx2.get(
-            f"{at}/api/recommendations", headers=headers, timeout=60
-        ).json()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-    return shown
+    with _served([*own, "--no-browser", "--port", "0"]) as (at, token):
+        assert len(_asked(at, token, "recommendations")) == 10

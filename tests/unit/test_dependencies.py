@@ -28,7 +28,6 @@ OPTIONAL = {
 import them."""
 PACKAGE_OF = {"yaml": "pyyaml"}
 USED_BY_NAME = {
-    "gguf": "transformers reads the embedded base model with it",
     "tensorboard": "accelerate opens it for `runtime.trackers`",
 }
 
@@ -91,6 +90,14 @@ def test_the_agent_changes_no_pin_and_adds_its_own() -> None:
     libraries = {"fastapi", "mcp", "prometheus-client", "python-multipart", "uvicorn"}
     assert {one.name for one in extra} == libraries
     assert all(own[canonicalize_name(one.name)] in one.specifier for one in extra)
+    assert {name: own[name] for name in usual} == usual
+
+
+def test_the_device_changes_no_pin_and_adds_one() -> None:
+    (library,) = map(Requirement, PROJECT["optional-dependencies"]["device"])
+    usual, own = pinned("constraints.txt"), pinned("constraints-device.txt")
+    assert own.keys() - usual.keys() == {"xllamacpp"}
+    assert own["xllamacpp"] in library.specifier
     assert {name: own[name] for name in usual} == usual
 
 

@@ -46,6 +46,7 @@ from pfm_llm.config.schema import ExperimentConfig
 from pfm_llm.model import head as recommender_head
 from pfm_llm.model.ablation import has_pass
 from pfm_llm.model.outputs import SharedView
+from pfm_llm.model.private.last_layer import BEHIND_ATTENTION
 from pfm_llm.model.private.lora import random_a
 from pfm_llm.model.private.part import Factors, OutputLora, PastLora
 from pfm_llm.model.private.taste import (
@@ -59,8 +60,6 @@ from pfm_llm.protocol.parameters import Parameter, Sizes
 from pfm_llm.protocol.types import Tensors
 
 _RATE = 3e-3
-_BEHIND = ("o_proj", "dense", "out_proj")
-"""Names of the linear layer behind the attention in Llama and its kin, GPT-NeoX and others."""
 _LAYER = re.compile(r"\.([0-9]{1,4})\.")
 LORA = "basis.hyper_lora"
 """Prefix of the shared tensors: ``<module>.A``, ``<module>.B`` and ``<module>.coefficients``."""
@@ -227,7 +226,7 @@ def by_token(modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int
     found = {
         name: modules[name]
         for name, layer in layers.items()
-        if layer == last and (".mlp." in name or name.rpartition(".")[2] in _BEHIND)
+        if layer == last and (".mlp." in name or name.rpartition(".")[2] in BEHIND_ATTENTION)
     }
     if not found:
         raise BackboneError(

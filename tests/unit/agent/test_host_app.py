@@ -1,5 +1,6 @@
 """Many users over HTTP: each reaches their own agent alone, within bounds, and is counted."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,16 +120,17 @@ def test_every_answer_is_that_of_the_users_own_agent(
     assert _metrics(client)["pfm_ranked_total",] == counts.users
 
 
-def test_private_parts_that_change_places_in_a_pass_are_seen(
-    asked: _Asked, service: HostService, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["private", "kept"])
+def test_what_changes_places_in_a_pass_is_seen(
+    asked: _Asked, service: HostService, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """The test above fails where a private part reaches the row of another user."""
+    """The test above fails where a private part, or what is kept, reaches another user's row."""
     right = service.batcher._scores
 
     def shuffled(users: Sequence[Served], weight: float | None) -> np.ndarray:
-        moved = [users[row - 1].private for row in range(len(users))]
+        moved = [{what: getattr(users[row - 1], what)} for row in range(len(users))]
         pairs = zip(users, moved, strict=True)
-        return right([Served(user.history, private) for user, private in pairs], weight)
+        return right([dataclasses.replace(user, **own) for user, own in pairs], weight)
 
     monkeypatch.setattr(service.batcher, "_scores", shuffled)
     assert asked.differing() > 0
