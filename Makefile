@@ -84,7 +84,7 @@ agent: $(AGENT_STAMP) ## open the page of a personal agent on the newest run
 
 agent-test: $(AGENT_STAMP) ## run the tests of the agent's page, in Chromium where it is installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-agent/bin/python -m pytest -n 2 $(BY_FILE) \
-		tests/unit/agent tests/unit/test_layers.py tests/unit/test_imports.py tests/integration/test_agent_page.py
+		tests/unit/agent tests/unit/test_layers.py tests/unit/test_imports.py tests/integration/test_agent_page.py tests/integration/test_host_command.py
 
 $(AGENT_STAMP): pyproject.toml constraints-agent.txt
 	test -x .venv-agent/bin/python || $(PYTHON) -m venv .venv-agent
