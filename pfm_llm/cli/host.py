@@ -86,6 +86,15 @@ def _serve(
     serve_host(service, own_token(users), port, announce)
 
 
+def _there(users: Path) -> Path:
+    """A folder of users that exists: a mistyped one is not made."""
+    from pfm_llm.base.errors import ConfigError
+
+    if not users.is_dir():
+        raise ConfigError(f"there is no folder {users}; pfm host add makes it with its first user")
+    return users
+
+
 def add(name: _Name, users: _Users) -> None:
     """Add a user, and print their token, which is kept nowhere else."""
     from pfm_llm.agent.host.accounts import Accounts
@@ -97,7 +106,7 @@ def remove(name: _Name, users: _Users) -> None:
     """Delete a user with all that is kept of them; their token opens nothing any more."""
     from pfm_llm.agent.host.accounts import Accounts
 
-    Accounts(users).remove(name)
+    Accounts(_there(users)).remove(name)
     print("removed")
 
 
@@ -108,7 +117,7 @@ def show_users(users: _Users, as_json: options.AsJson = False) -> None:
     from pfm_llm.agent.host.accounts import Accounts
     from pfm_llm.base.terminal import harmless
 
-    names = sorted(account.name for account in Accounts(users).by_key().values())
+    names = sorted(account.name for account in Accounts(_there(users)).by_key().values())
     print(json.dumps(names, ensure_ascii=False) if as_json else "\n".join(map(harmless, names)))
 
 
@@ -124,7 +133,7 @@ def interactions(
     from pfm_llm.agent.host.accounts import Accounts
     from pfm_llm.agent.host.contributions import write_contributions
 
-    found = write_contributions(Accounts(users), out)
+    found = write_contributions(Accounts(_there(users)), out)
     print(
         f"{found.num_events:,} events of {found.num_contributing:,} users in {out}; "
         f"{found.num_users - found.num_contributing:,} users contribute nothing"

@@ -195,6 +195,14 @@ def test_the_host_says_how_to_get_what_it_needs(
     assert not (tmp_path / "users").exists()
 
 
+@pytest.mark.parametrize("words", [["list"], ["remove", "a"], ["interactions", "--out", "x"]])
+def test_a_mistyped_folder_of_users_is_not_made(pfm: Run, tmp_path: Path, words: list[str]) -> None:
+    result = pfm("host", *words, "--users", tmp_path / "typo")
+    assert result.exit_code == 2
+    assert "there is no folder" in result.stderr
+    assert not (tmp_path / "typo").exists()
+
+
 def test_users_of_a_host_are_added_listed_and_removed(pfm: Run, tmp_path: Path) -> None:
     users = ["--users", tmp_path / "users"]
     tokens = {pfm("host", "add", name, *users).stdout.strip() for name in ("b", "a\nx")}
