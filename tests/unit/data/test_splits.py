@@ -1,12 +1,13 @@
 """Tests of pfm_llm.data.splits."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pfm_llm.base.errors import ConfigError, DataError
@@ -313,6 +314,14 @@ def test_global_temporal_refuses_an_order_that_is_no_clock() -> None:
     split_interactions(make(histories[:1], positions[:1]), TEMPORAL)
 
 
+# The second user's first events, of one time, open the test, and are nobody's targets.
+@example(
+    make(
+        [[0, 1, 2, 3, 4], [5, 6, 7], [8, 9]],
+        [[10, 10, 10, 10, 11], [12, 12, 13], [10, 13]],
+    ),
+    0.5,
+)
 @given(coded_interactions(), SHARES)
 def test_global_temporal_leaves_no_event_out(interactions: Interactions, share: float) -> None:
     """Each event is a train event, a target, or one of a user without a history before it."""
@@ -326,11 +335,11 @@ def test_global_temporal_leaves_no_event_out(interactions: Interactions, share: 
     assert not (train | targets["validation"]) & targets["test"]
     times = dict(zip(interactions.items.tolist(), interactions.timestamps.tolist(), strict=True))
     left = set(interactions.items.tolist()) - train - targets["validation"] - targets["test"]
-    first_test = min(times[item] for item in targets["test"])
+    first_held_out, first_test = map(int, re.findall(r"before (\d+)", split.rule))
     for user in range(interactions.num_users):
         own = interactions.history(user).tolist()
         for item in left & set(own):
-            cut = first_test if times[item] >= first_test else max(map(times.get, train)) + 1
+            cut = first_test if times[item] >= first_test else first_held_out
             assert not [known for known in own if times[known] < cut]
 
 
