@@ -103,29 +103,31 @@ class Ranking:
     def _without_each(
         self, events: tuple[Event, ...], weight: float | None
     ) -> Iterator[tuple[Event, np.ndarray]]:
-        serving = self.model.serving
         for start in range(0, len(events), _IN_A_PASS):
             chunk = range(start, min(start + _IN_A_PASS, len(events)))
             left = [self._history([*events[:out], *events[out + 1 :]]) for out in chunk]
-            with self._turns:
-                served = [Served(*one) for one in zip(left, serving.fit(left), strict=True)]
-                scores = serving.scores(served, weight)
+            scores = self._after(left, weight)
             yield from ((events[out], one) for out, one in zip(chunk, scores, strict=True))
+
+    def _after(self, histories: Sequence[History], weight: float | None = None) -> np.ndarray:
+        """Scores [U, I] after each history, with the private part of it; one turn."""
+        serving = self.model.serving
+        with self._turns:
+            fitted = serving.fit(histories)
+            served = [Served(*one) for one in zip(histories, fitted, strict=True)]
+            return serving.scores(served, weight)
 
     def log_shares_of_next(self, events: Sequence[Event], first: int) -> list[float]:
         """The log-probability of each event from number ``first`` on, after all before it.
 
         It is over the items that the user had not met by then, with the private part of that time.
         """
-        serving, found = self.model.serving, []
+        found = []
         items = self.model.items([event.item_id for event in events]).tolist()
         for start in range(first, len(events), _IN_A_PASS):
             chunk = range(start, min(start + _IN_A_PASS, len(events)))
             past = [self._history(events[:number]) for number in chunk]
-            with self._turns:
-                served = [Served(*one) for one in zip(past, serving.fit(past), strict=True)]
-                ranked = serving.scores(served)
-            for number, scores in zip(chunk, ranked, strict=True):
+            for number, scores in zip(chunk, self._after(past), strict=True):
                 unmet = np.ones(len(scores), bool)
                 unmet[items[:number]] = False
                 found.append(float(log_shares(scores, unmet)[items[number]]))

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pfm_llm.cli import options
-from pfm_llm.cli.recommend import Adapter, Backbone, CatalogueFile, ItemEncoder, bases_of, load
+from pfm_llm.cli.recommend import (
+    Adapter,
+    AllowBaseMismatch,
+    Backbone,
+    CatalogueFile,
+    ItemEncoder,
+    Revision,
+    bases_of,
+    load,
+)
 
 if TYPE_CHECKING:
     from pfm_llm.agent.agent import PersonalAgent
@@ -55,13 +64,11 @@ def agent(
     run: options.Run = None,
     runs: options.Runs = Path("runs"),
     adapter: Adapter = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
+    revision: Revision = None,
     catalogue: CatalogueFile = None,
     backbone: Backbone = None,
     item_encoder: ItemEncoder = None,
-    allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Go on with other weights.")
-    ] = False,
+    allow_base_mismatch: AllowBaseMismatch = False,
     user: _User = None,
     folder: _Folder = None,
     port: Annotated[

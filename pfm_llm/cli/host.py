@@ -8,7 +8,16 @@ import typer
 
 from pfm_llm.cli import options
 from pfm_llm.cli.agent import need_extra
-from pfm_llm.cli.recommend import Adapter, Backbone, CatalogueFile, ItemEncoder, bases_of, load
+from pfm_llm.cli.recommend import (
+    Adapter,
+    AllowBaseMismatch,
+    Backbone,
+    CatalogueFile,
+    ItemEncoder,
+    Revision,
+    bases_of,
+    load,
+)
 
 if TYPE_CHECKING:
     from pfm_llm.recommender import Recommender
@@ -32,13 +41,11 @@ def serve(
     run: options.Run = None,
     runs: options.Runs = Path("runs"),
     adapter: Adapter = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
+    revision: Revision = None,
     catalogue: CatalogueFile = None,
     backbone: Backbone = None,
     item_encoder: ItemEncoder = None,
-    allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Go on with other weights.")
-    ] = False,
+    allow_base_mismatch: AllowBaseMismatch = False,
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0: any that is free.")
     ] = PORT,

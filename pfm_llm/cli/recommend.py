@@ -30,6 +30,10 @@ Backbone = Annotated[str | None, typer.Option(help="Base model, when not as the 
 ItemEncoder = Annotated[
     str | None, typer.Option(help="Encoder of item texts, when not as the adapter names it.")
 ]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch.")]
+AllowBaseMismatch = Annotated[
+    bool, typer.Option("--allow-base-mismatch", help="Go on with other weights.")
+]
 _Compare = Annotated[
     bool,
     typer.Option(
@@ -65,13 +69,11 @@ def recommend(
     run: options.Run = None,
     runs: options.Runs = Path("runs"),
     adapter: Adapter = None,
-    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch.")] = None,
+    revision: Revision = None,
     catalogue: CatalogueFile = None,
     backbone: Backbone = None,
     item_encoder: ItemEncoder = None,
-    allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Go on with other weights.")
-    ] = False,
+    allow_base_mismatch: AllowBaseMismatch = False,
     compare: _Compare = False,
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="How many items; 10, or 5 with --compare.")

@@ -49,14 +49,15 @@ def write_contributions(accounts: Accounts, path: Path) -> Written:
         StorageError: The file cannot be written.
         CorruptFileError: A user's files are damaged.
     """
-    found = {one.folder.name: events for one in _all(accounts) if (events := _of(accounts, one))}
+    users = accounts.by_key().values()
+    found = {one.folder.name: events for one in users if (events := _of(accounts, one))}
     if not found:
         raise DataError(
             "no user of this host lets a federation learn from a history; they switch it on with "
             "contributes: true in their settings"
         )
     files.write_text(path, _as_csv(found))
-    return Written(len(_all(accounts)), len(found), sum(map(len, found.values())))
+    return Written(len(users), len(found), sum(map(len, found.values())))
 
 
 def _as_csv(found: Mapping[str, Sequence[Event]]) -> str:
@@ -69,10 +70,6 @@ def _as_csv(found: Mapping[str, Sequence[Event]]) -> str:
             row = (user, one.item_id, repr(one.at))
             writer.writerow([*row, one.rating] if is_rated else row)
     return text.getvalue()
-
-
-def _all(accounts: Accounts) -> list[Account]:
-    return list(accounts.by_key().values())
 
 
 def _of(accounts: Accounts, account: Account) -> tuple[Event, ...]:
